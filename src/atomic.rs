@@ -1,0 +1,148 @@
+//! Files that appear whole or not at all.
+//!
+//! A run that is interrupted while it writes must never leave half an archive or picture under the
+//! final name: the next run would read it as a result. Every writer of the crate goes through
+//! [`write_atomic`].
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Writes the file `path` by way of a temporary file in the same folder.
+///
+/// Missing parent folders are created. `write` receives the open temporary file; when it returns,
+/// the contents are flushed, synced to the disk and renamed to `path`, replacing what was there. A
+/// reader therefore sees the old file or the complete new one. On any error, and on a panic of
+/// `write`, the temporary file is removed and `path` is left as it was.
+///
+/// # Errors
+///
+/// What `write` returns, or the error of the file system (no file name in `path`, folder not
+/// writable, disk full). The error does not name `path`; callers add it.
+///
+/// # Examples
+///
+/// ```
+/// use std::io::Write;
+/// let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("new/verdict.txt");
+/// tinyfusion::atomic::write_atomic(&path, |file| writeln!(file, "pass"))?;
+/// assert_eq!(std::fs::read_to_string(&path)?, "pass\n");
+/// # Ok::<(), std::io::Error>(())
+/// ```
+pub fn write_atomic(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+) -> io::Result<()> {
+    let name = path
+        .file_name()
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"))?;
+    // `parent` of a bare file name is the empty path, which no system call accepts.
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(folder)?;
+
+    let (file, temporary) = create_temporary(folder, name)?;
+    let mut writer = BufWriter::new(file);
+    write(&mut writer)?;
+    writer.flush()?;
+    // Without the sync a power failure may keep the rename and lose the contents.
+    writer.get_ref().sync_all()?;
+    drop(writer);
+    temporary.rename(path)
+}
+
+/// Opens `.NAME.PID-COUNT.tmp`, a name no other thread or process is using.
+fn create_temporary(folder: &Path, name: &std::ffi::OsStr) -> io::Result<(File, Temporary)> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let mut temporary = OsString::from(".");
+        temporary.push(name);
+        temporary.push(format!(".{}-{count}.tmp", std::process::id()));
+        let path = folder.join(temporary);
+        match OpenOptions::new().write(true).create_new(true).open(&path) {
+            Ok(file) => return Ok((file, Temporary { path: Some(path) })),
+            // Left by a killed process that had the same id.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Removes the temporary file unless it was renamed.
+struct Temporary {
+    path: Option<PathBuf>,
+}
+
+impl Temporary {
+    fn rename(mut self, target: &Path) -> io::Result<()> {
+        if let Some(path) = &self.path {
+            fs::rename(path, target)?;
+        }
+        self.path = None;
+        Ok(())
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // The error that led here is the one to report.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<OsString> {
+        let mut names: Vec<_> = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn replaces_the_file_and_leaves_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b/out.txt");
+        write_atomic(&path, |file| file.write_all(b"first, longer")).unwrap();
+        write_atomic(&path, |file| file.write_all(b"second")).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"second");
+        assert_eq!(names(path.parent().unwrap()), ["out.txt"]);
+    }
+
+    #[test]
+    fn a_failing_writer_keeps_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.txt");
+        write_atomic(&path, |file| file.write_all(b"old")).unwrap();
+        let error = write_atomic(&path, |file| {
+            file.write_all(b"half")?;
+            Err(io::Error::other("stopped"))
+        })
+        .unwrap_err();
+        assert_eq!(error.to_string(), "stopped");
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["out.txt"]);
+    }
+
+    #[test]
+    fn a_folder_as_target_is_an_error_and_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("taken");
+        fs::create_dir(&path).unwrap();
+        assert!(write_atomic(&path, |file| file.write_all(b"x")).is_err());
+        assert_eq!(names(folder.path()), ["taken"]);
+        assert!(write_atomic(Path::new("/"), |_| Ok(())).is_err());
+    }
+}

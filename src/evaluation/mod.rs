@@ -1,0 +1,85 @@
+//! How good are the samples? The measures of the ADM evaluation suite.
+//!
+//! FID and sFID ([`frechet_distance`]), the Inception Score ([`inception_score`]) and precision and
+//! recall ([`precision_recall`]) are computed from activations, in `f64`, on the CPU. Pictures and
+//! precomputed reference statistics are exchanged as `.npz` archives ([`read_samples`],
+//! [`read_reference_statistics`], [`write_samples`]).
+//!
+//! The definitions follow `guided-diffusion/evaluations/evaluator.py` (Dhariwal and Nichol 2021,
+//! arXiv:2105.05233), with one deliberate difference: that code computes precision and recall in
+//! `float16` where it can, and its published numbers carry the noise; here they are exact.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+mod archive;
+mod features;
+mod inception_score;
+mod npz;
+mod precision_recall;
+mod statistics;
+
+pub use features::Features;
+pub use inception_score::{DEFAULT_SPLIT_SIZE, inception_score};
+pub use npz::{
+    ReferenceStatistics, Samples, read_reference_statistics, read_samples, write_samples,
+};
+pub use precision_recall::{
+    DEFAULT_NEIGHBOURS, PrecisionRecall, neighbour_radii, precision_recall,
+};
+pub use statistics::{Statistics, StatisticsAccumulator, frechet_distance};
+
+/// Why an evaluation could not be carried out.
+#[derive(Debug, Error)]
+pub enum EvaluationError {
+    /// Two arrays that belong together do not fit, or one has an impossible size.
+    #[error("{what}: expected {expected}, found {found}")]
+    Shape {
+        /// The quantity with the wrong size.
+        what: &'static str,
+        /// The size it should have.
+        expected: String,
+        /// The size it has.
+        found: String,
+    },
+    /// The measure is not defined for so few rows.
+    #[error("{what} needs at least {needed} rows, found {found}")]
+    TooFew {
+        /// The measure.
+        what: &'static str,
+        /// The least number of rows it is defined for.
+        needed: usize,
+        /// The number of rows given.
+        found: usize,
+    },
+    /// A value that the measure is not defined for, such as NaN among activations.
+    #[error("{what}: {problem}")]
+    Value {
+        /// The quantity with the bad value.
+        what: &'static str,
+        /// Where it is and what is wrong with it.
+        problem: String,
+    },
+    /// The file could not be opened, read or written.
+    #[error("{}", .path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the file system or the archive reader said.
+        source: io::Error,
+    },
+    /// An array of an archive is missing or is not what it should be.
+    #[error("{}: array `{array}`: expected {expected}, found {found}", .path.display())]
+    Array {
+        /// The archive.
+        path: PathBuf,
+        /// The array's name in the archive, without `.npy`.
+        array: String,
+        /// What was asked for.
+        expected: String,
+        /// What the archive holds.
+        found: String,
+    },
+}

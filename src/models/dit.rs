@@ -1,0 +1,350 @@
+//! DiT: a diffusion transformer with adaptive layer norm, zero-initialised (Peebles and Xie, arXiv 2212.09748).
+
+use burn::module::{Module, Param};
+use burn::tensor::{Int, Tensor, activation, backend::Backend};
+use serde::{Deserialize, Serialize};
+
+use super::embeddings::{position_table, timestep_features};
+use crate::ops::{FusedOps, Linear};
+use crate::trunk::{self, BlockHook};
+
+/// Layer norm of every block and of the head; the reference's value, not Burn's default.
+const NORM_EPSILON: f64 = 1e-6;
+/// Sinusoidal features that the timestep embedder reads.
+const TIMESTEP_FEATURES: usize = 256;
+
+/// Sizes of a [`Dit`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DitConfig {
+    /// Side of the (latent) image.
+    pub input_size: usize,
+    /// Side of a patch.
+    pub patch_size: usize,
+    /// Channels of the (latent) image.
+    pub channels: usize,
+    /// Width of the trunk.
+    pub width: usize,
+    /// Number of blocks.
+    pub depth: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Hidden width of the MLP over the width of the trunk.
+    pub mlp_ratio: f64,
+    /// Number of classes; the label of this value is the null class.
+    pub classes: usize,
+    /// Whether the variance is predicted too, which doubles the output channels.
+    pub learn_sigma: bool,
+}
+
+impl std::fmt::Display for DitConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { input_size, patch_size, channels, width, depth, heads, classes, .. } = self;
+        write!(f, "DiT, {depth} layers, width {width}, {heads} heads, patch {patch_size}, {channels}x{input_size}x{input_size}, {classes} classes")
+    }
+}
+
+impl DitConfig {
+    /// Channels of the output.
+    pub fn out_channels(&self) -> usize {
+        self.channels * if self.learn_sigma { 2 } else { 1 }
+    }
+
+    /// Tokens of the trunk.
+    pub fn tokens(&self) -> usize {
+        (self.input_size / self.patch_size).pow(2)
+    }
+
+    fn hidden(&self) -> usize {
+        (self.width as f64 * self.mlp_ratio) as usize
+    }
+
+    /// Parameters, the fixed position table counted.
+    pub fn parameters(&self) -> usize {
+        let linear = |input: usize, output: usize| (input + 1) * output;
+        let (width, patch) = (self.width, self.patch_size.pow(2));
+        let block = linear(width, 3 * width) + linear(width, width) + linear(width, self.hidden()) + linear(self.hidden(), width) + linear(width, 6 * width);
+        linear(patch * self.channels, width)
+            + linear(TIMESTEP_FEATURES, width)
+            + linear(width, width)
+            + (self.classes + 1) * width
+            + self.tokens() * width
+            + self.depth * block
+            + linear(width, 2 * width)
+            + linear(width, patch * self.out_channels())
+    }
+
+    /// Multiply-accumulates of one forward pass of one image.
+    pub fn macs(&self) -> usize {
+        let (width, tokens) = (self.width, self.tokens());
+        let block = tokens * (4 * width * width + 2 * width * self.hidden()) + 2 * tokens * tokens * width + 6 * width * width;
+        let patch = self.patch_size.pow(2);
+        self.depth * block + tokens * width * patch * (self.channels + self.out_channels()) + width * (TIMESTEP_FEATURES + width) + 2 * width * width
+    }
+
+    /// Why no model can have these sizes, if so.
+    pub fn problem(&self) -> Option<String> {
+        let Self { input_size, patch_size, width, heads, .. } = self;
+        let positive = [("input_size", *input_size), ("patch_size", *patch_size), ("channels", self.channels), ("width", *width), ("depth", self.depth), ("heads", *heads), ("classes", self.classes)];
+        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Some(format!("{name} is 0"));
+        }
+        if input_size % patch_size != 0 {
+            return Some(format!("input_size {input_size} is not a multiple of patch_size {patch_size}"));
+        }
+        if width % heads != 0 {
+            return Some(format!("width {width} is not a multiple of heads {heads}"));
+        }
+        if width % 4 != 0 {
+            return Some(format!("width {width} is not a multiple of 4, which the position table needs"));
+        }
+        (!(self.mlp_ratio > 0.0)).then(|| format!("mlp_ratio {} is not positive", self.mlp_ratio))
+    }
+}
+
+/// A diffusion transformer.
+#[derive(Module, Debug)]
+pub struct Dit<B: Backend> {
+    /// Patches to tokens.
+    pub x_embedder: PatchEmbedder<B>,
+    /// Timesteps to conditions.
+    pub t_embedder: TimestepEmbedder<B>,
+    /// Labels to conditions.
+    pub y_embedder: LabelEmbedder<B>,
+    /// Fixed positions, `[1, tokens, width]`.
+    pub pos_embed: Param<Tensor<B, 3>>,
+    /// The trunk.
+    pub blocks: Vec<DitBlock<B>>,
+    /// Tokens to patches.
+    pub final_layer: FinalLayer<B>,
+    patch_size: usize,
+    learn_sigma: bool,
+}
+
+impl<B: Backend> Dit<B> {
+    /// A network of zeros (and the position table), to be filled from a checkpoint or an initialisation.
+    pub fn zeros(config: &DitConfig, device: &B::Device) -> Self {
+        let width = config.width;
+        let side = config.input_size / config.patch_size;
+        let table = Tensor::<B, 1>::from_floats(position_table(width, side).as_slice(), device).reshape([1, side * side, width]);
+        Self {
+            x_embedder: PatchEmbedder { proj: Patches::zeros(config.channels, config.patch_size, width, device) },
+            t_embedder: TimestepEmbedder { hidden: Linear::zeros(TIMESTEP_FEATURES, width, device), out: Linear::zeros(width, width, device) },
+            y_embedder: LabelEmbedder { table: Param::from_tensor(Tensor::zeros([config.classes + 1, width], device)) },
+            pos_embed: Param::from_tensor(table).set_require_grad(false),
+            blocks: (0..config.depth).map(|_| DitBlock::zeros(width, config.heads, config.hidden(), device)).collect(),
+            final_layer: FinalLayer {
+                linear: Linear::zeros(width, config.patch_size.pow(2) * config.out_channels(), device),
+                modulation: Linear::zeros(width, 2 * width, device),
+            },
+            patch_size: config.patch_size,
+            learn_sigma: config.learn_sigma,
+        }
+    }
+
+    pub(super) fn config(&self) -> DitConfig {
+        let [width, channels, ..] = self.x_embedder.proj.weight.lazy_shape().dims::<4>();
+        let [_, tokens, _] = self.pos_embed.lazy_shape().dims::<3>();
+        let [rows, _] = self.y_embedder.table.lazy_shape().dims::<2>();
+        // A trunk pruned to nothing can't be built, so there is a first block.
+        let (heads, hidden) = self.blocks.first().map_or((1, 0), |block| (block.attn.heads, block.mlp.fc1.layout().output));
+        DitConfig {
+            input_size: tokens.isqrt() * self.patch_size,
+            patch_size: self.patch_size,
+            channels,
+            width,
+            depth: self.blocks.len(),
+            heads,
+            mlp_ratio: hidden as f64 / width as f64,
+            classes: rows - 1,
+            learn_sigma: self.learn_sigma,
+        }
+    }
+
+    pub(super) fn keep(mut self, kept: &[usize]) -> Self {
+        assert!(kept.iter().all(|layer| *layer < self.blocks.len()), "kept layers {kept:?} must lie below the depth {}", self.blocks.len());
+        let blocks = std::mem::take(&mut self.blocks);
+        self.blocks = blocks.into_iter().enumerate().filter(|(layer, _)| kept.contains(layer)).map(|(_, block)| block).collect();
+        self
+    }
+
+    pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
+        let mut linears = vec![&mut self.t_embedder.hidden, &mut self.t_embedder.out];
+        for block in &mut self.blocks {
+            linears.extend([&mut block.attn.qkv, &mut block.attn.proj, &mut block.mlp.fc1, &mut block.mlp.fc2, &mut block.modulation]);
+        }
+        linears.extend([&mut self.final_layer.linear, &mut self.final_layer.modulation]);
+        linears
+    }
+}
+
+impl<B: FusedOps> Dit<B> {
+    /// See [`Network::forward`](super::Network::forward).
+    pub fn forward(&self, x: Tensor<B, 4>, t: Tensor<B, 1>, y: Tensor<B, 1, Int>, hook: &mut dyn BlockHook<B>) -> Tensor<B, 4> {
+        let x = self.x_embedder.proj.forward(x, self.patch_size) + self.pos_embed.val(); // [batch, tokens, width]
+        let condition = self.t_embedder.forward(t) + self.y_embedder.forward(y); // [batch, width]
+        // Every modulation reads the same SiLU of the condition: computed once.
+        let condition = activation::silu(condition);
+        let x = trunk::run(self.blocks.len(), x, hook, |layer, x| self.blocks[layer].forward(x, condition.clone()));
+        self.unpatchify(self.final_layer.forward(x, condition))
+    }
+
+    /// `[batch, h w, p p channels]` to `[batch, channels, h p, w p]`.
+    fn unpatchify(&self, x: Tensor<B, 3>) -> Tensor<B, 4> {
+        let [batch, tokens, features] = x.dims();
+        let (side, patch) = (tokens.isqrt(), self.patch_size);
+        let channels = features / (patch * patch);
+        x.reshape([batch, side, side, patch, patch, channels])
+            .permute([0, 5, 1, 3, 2, 4]) // [batch, channels, h, p, w, p]
+            .reshape([batch, channels, side * patch, side * patch])
+    }
+}
+
+/// A strided convolution, computed as a linear layer over non-overlapping patches.
+#[derive(Module, Debug)]
+pub struct Patches<B: Backend> {
+    /// `[width, channels, p, p]`
+    pub weight: Param<Tensor<B, 4>>,
+    /// `[width]`
+    pub bias: Param<Tensor<B, 1>>,
+}
+
+impl<B: Backend> Patches<B> {
+    fn zeros(channels: usize, patch: usize, width: usize, device: &B::Device) -> Self {
+        Self {
+            weight: Param::from_tensor(Tensor::zeros([width, channels, patch, patch], device)),
+            bias: Param::from_tensor(Tensor::zeros([width], device)),
+        }
+    }
+
+    /// `[batch, channels, size, size]` to `[batch, tokens, width]`.
+    fn forward(&self, x: Tensor<B, 4>, patch: usize) -> Tensor<B, 3> {
+        let [batch, channels, size, _] = x.dims();
+        let [width, ..] = self.weight.dims();
+        let side = size / patch;
+        let x = x
+            .reshape([batch, channels, side, patch, side, patch])
+            .permute([0, 2, 4, 1, 3, 5]) // [batch, h, w, channels, p, p]
+            .reshape([batch * side * side, channels * patch * patch]);
+        let weight = self.weight.val().reshape([width, channels * patch * patch]);
+        (x.matmul(weight.transpose()) + self.bias.val().unsqueeze()).reshape([batch, side * side, width])
+    }
+}
+
+/// Patches to tokens.
+#[derive(Module, Debug)]
+pub struct PatchEmbedder<B: Backend> {
+    /// The patch convolution.
+    pub proj: Patches<B>,
+}
+
+/// Timesteps to conditions.
+#[derive(Module, Debug)]
+pub struct TimestepEmbedder<B: Backend> {
+    hidden: Linear<B>,
+    out: Linear<B>,
+}
+
+impl<B: FusedOps> TimestepEmbedder<B> {
+    /// `[batch]` to `[batch, width]`.
+    pub fn forward(&self, t: Tensor<B, 1>) -> Tensor<B, 2> {
+        let features = timestep_features(t, TIMESTEP_FEATURES);
+        self.out.forward(activation::silu(self.hidden.forward(features)))
+    }
+}
+
+/// Labels to conditions.
+#[derive(Module, Debug)]
+pub struct LabelEmbedder<B: Backend> {
+    /// `[classes + 1, width]`; the last row is the null class.
+    table: Param<Tensor<B, 2>>,
+}
+
+impl<B: FusedOps> LabelEmbedder<B> {
+    /// `[batch]` to `[batch, width]`.
+    pub fn forward(&self, y: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        self.table.val().select(0, y)
+    }
+}
+
+/// A transformer block with adaptive layer norm.
+#[derive(Module, Debug)]
+pub struct DitBlock<B: Backend> {
+    /// Self-attention.
+    pub attn: Attention<B>,
+    /// The MLP.
+    pub mlp: Mlp<B>,
+    /// Condition to shift, scale, gate of the attention, then of the MLP.
+    pub modulation: Linear<B>,
+}
+
+impl<B: Backend> DitBlock<B> {
+    fn zeros(width: usize, heads: usize, hidden: usize, device: &B::Device) -> Self {
+        Self {
+            attn: Attention { qkv: Linear::zeros(width, 3 * width, device), proj: Linear::zeros(width, width, device), heads },
+            mlp: Mlp { fc1: Linear::zeros(width, hidden, device), fc2: Linear::zeros(hidden, width, device) },
+            modulation: Linear::zeros(width, 6 * width, device),
+        }
+    }
+}
+
+impl<B: FusedOps> DitBlock<B> {
+    /// `x` is `[batch, tokens, width]`, `condition` (after its SiLU) `[batch, width]`.
+    pub fn forward(&self, x: Tensor<B, 3>, condition: Tensor<B, 2>) -> Tensor<B, 3> {
+        let [shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp] = split(self.modulation.forward(condition));
+        let attended = self.attn.forward(B::modulated_norm(x.clone(), shift_attn, scale_attn, NORM_EPSILON));
+        let x = x + gate_attn.unsqueeze_dim::<3>(1) * attended;
+        let transformed = self.mlp.forward(B::modulated_norm(x.clone(), shift_mlp, scale_mlp, NORM_EPSILON));
+        x + gate_mlp.unsqueeze_dim::<3>(1) * transformed
+    }
+}
+
+/// Multi-head self-attention with one fused projection.
+#[derive(Module, Debug)]
+pub struct Attention<B: Backend> {
+    /// Queries, keys and values, in that order.
+    pub qkv: Linear<B>,
+    /// Output projection.
+    pub proj: Linear<B>,
+    heads: usize,
+}
+
+impl<B: FusedOps> Attention<B> {
+    fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        self.proj.forward(B::qkv_attention(self.qkv.forward(x), self.heads))
+    }
+}
+
+/// Two linear layers with a GELU between.
+#[derive(Module, Debug)]
+pub struct Mlp<B: Backend> {
+    /// Width to hidden.
+    pub fc1: Linear<B>,
+    /// Hidden to width.
+    pub fc2: Linear<B>,
+}
+
+impl<B: FusedOps> Mlp<B> {
+    fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        self.fc2.forward(B::gelu_tanh(self.fc1.forward(x)))
+    }
+}
+
+/// Tokens to patches, with its own modulation.
+#[derive(Module, Debug)]
+pub struct FinalLayer<B: Backend> {
+    linear: Linear<B>,
+    modulation: Linear<B>,
+}
+
+impl<B: FusedOps> FinalLayer<B> {
+    fn forward(&self, x: Tensor<B, 3>, condition: Tensor<B, 2>) -> Tensor<B, 3> {
+        let [shift, scale] = split(self.modulation.forward(condition));
+        self.linear.forward(B::modulated_norm(x, shift, scale, NORM_EPSILON))
+    }
+}
+
+/// `[batch, N width]` to N tensors `[batch, width]`.
+fn split<B: Backend, const N: usize>(x: Tensor<B, 2>) -> [Tensor<B, 2>; N] {
+    let width = x.dims()[1] / N;
+    std::array::from_fn(|part| x.clone().narrow(1, part * width, width))
+}

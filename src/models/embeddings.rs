@@ -1,0 +1,54 @@
+//! Fixed embeddings, as the DiT reference computes them.
+
+use burn::tensor::{Tensor, backend::Backend};
+
+/// Sinusoidal features of timesteps: `t` `[batch]` to `[batch, dim]`, cosines before sines, longest period 10,000.
+///
+/// The frequencies are computed on the host in f64: near t = 1000 the last bit of a frequency shows in the
+/// fourth digit of a cosine.
+pub fn timestep_features<B: Backend>(t: Tensor<B, 1>, dim: usize) -> Tensor<B, 2> {
+    let half = dim / 2;
+    let frequencies: Vec<f32> = (0..half).map(|i| (-(10_000f64.ln()) * i as f64 / half as f64).exp() as f32).collect();
+    let frequencies = Tensor::<B, 1>::from_floats(frequencies.as_slice(), &t.device());
+    // Expanded by multiplication with ones rather than by a view: a broadcast view of an expanded tensor is misread
+    // on CubeCL backends (tracel-ai/burn #5071).
+    let angles = t.unsqueeze_dim::<2>(1).matmul(frequencies.unsqueeze_dim::<2>(0)); // [batch, half]
+    Tensor::cat(vec![angles.clone().cos(), angles.sin()], 1)
+}
+
+/// The 2-D sine-cosine position table of a `side` x `side` grid, `[side * side * width]` row-major.
+///
+/// The first half of the width encodes the column (the reference's meshgrid puts w first), the second the row;
+/// each half holds sines, then cosines.
+pub fn position_table(width: usize, side: usize) -> Vec<f32> {
+    let quarter = width / 4;
+    let encode = |position: usize, out: &mut Vec<f32>| {
+        let angle = |i: usize| position as f64 / 10_000f64.powf(i as f64 / quarter as f64);
+        out.extend((0..quarter).map(|i| angle(i).sin() as f32));
+        out.extend((0..quarter).map(|i| angle(i).cos() as f32));
+    };
+    let mut table = Vec::with_capacity(side * side * width);
+    for row in 0..side {
+        for column in 0..side {
+            encode(column, &mut table);
+            encode(row, &mut table);
+        }
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_is_column_then_row_sines_then_cosines() {
+        let table = position_table(8, 2);
+        let second = &table[8..16]; // row 0, column 1
+        let expected = [1f64.sin(), 0.01f64.sin(), 1f64.cos(), 0.01f64.cos(), 0.0, 0.0, 1.0, 1.0];
+        for (value, expected) in second.iter().zip(expected) {
+            // Half a unit in the last place of an f32 near 1.
+            assert!((f64::from(*value) - expected).abs() < 6e-8, "{second:?}");
+        }
+    }
+}

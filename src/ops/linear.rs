@@ -1,0 +1,81 @@
+//! A linear layer that can carry a low-rank update.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Tensor, backend::Backend};
+
+/// `y = x W^T + b`, plus `scale (x A^T) B^T` while a [`Lora`] is attached.
+///
+/// The weight is `[out, in]`, as PyTorch stores it, so checkpoints need no transposition.
+#[derive(Module, Debug)]
+pub struct Linear<B: Backend> {
+    /// `[out, in]`
+    pub weight: Param<Tensor<B, 2>>,
+    /// `[out]`
+    pub bias: Param<Tensor<B, 1>>,
+    /// The low-rank update of this layer, if one is being learned.
+    pub lora: Option<Lora<B>>,
+}
+
+/// A low-rank update `scale B A` of a weight (TinyFusion, equation 7; Hu et al., arXiv 2106.09685).
+#[derive(Module, Debug)]
+pub struct Lora<B: Backend> {
+    /// `[rank, in]`
+    pub a: Param<Tensor<B, 2>>,
+    /// `[out, rank]`
+    pub b: Param<Tensor<B, 2>>,
+    /// alpha / rank
+    pub scale: f64,
+}
+
+/// Names the sides of a linear layer where an initial value needs them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearLayout {
+    /// Input features.
+    pub input: usize,
+    /// Output features.
+    pub output: usize,
+}
+
+impl<B: Backend> Linear<B> {
+    /// A layer of zeros, to be filled from a checkpoint or an initialisation.
+    pub fn zeros(input: usize, output: usize, device: &B::Device) -> Self {
+        Self {
+            weight: Param::from_tensor(Tensor::zeros([output, input], device)),
+            bias: Param::from_tensor(Tensor::zeros([output], device)),
+            lora: None,
+        }
+    }
+
+    /// Sizes of the layer.
+    pub fn layout(&self) -> LinearLayout {
+        let [output, input] = self.weight.lazy_shape().dims();
+        LinearLayout { input, output }
+    }
+
+    /// Applies the layer to the last dimension.
+    pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
+        let mut shape = x.dims();
+        let LinearLayout { input, output } = self.layout();
+        // One matrix product over all rows: backends that see a batch of small products run them one at a time.
+        let rows = shape.iter().product::<usize>() / input;
+        let x: Tensor<B, 2> = x.reshape([rows, input]);
+        let mut y = x.clone().matmul(self.weight.val().transpose()) + self.bias.val().unsqueeze();
+        if let Some(lora) = &self.lora {
+            let update = x.matmul(lora.a.val().transpose()).matmul(lora.b.val().transpose());
+            y = y + update.mul_scalar(lora.scale);
+        }
+        shape[D - 1] = output;
+        y.reshape(shape)
+    }
+
+    /// Freezes the layer and adds a low-rank update of zeros to it; A and B are filled by the caller.
+    pub fn attach_lora(&mut self, rank: usize, alpha: f64) {
+        let LinearLayout { input, output } = self.layout();
+        let device = self.weight.val().device();
+        self.lora = Some(Lora {
+            a: Param::from_tensor(Tensor::zeros([rank, input], &device)),
+            b: Param::from_tensor(Tensor::zeros([output, rank], &device)),
+            scale: alpha / rank as f64,
+        });
+    }
+}

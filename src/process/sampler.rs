@@ -1,0 +1,113 @@
+//! Sampling loops.
+
+use burn::tensor::{Int, Tensor};
+use serde::Serialize;
+
+use super::gaussian::{GaussianDiffusion, Prediction};
+use crate::models::Network;
+use crate::ops::FusedOps;
+use crate::random::{self, Stream};
+use crate::trunk::Plain;
+
+/// The rule of a denoising step.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(tag = "solver", rename_all = "lowercase")]
+pub enum Solver {
+    /// Ancestral sampling (arXiv 2006.11239).
+    Ddpm,
+    /// Denoising diffusion implicit model; `eta` 0 is deterministic.
+    Ddim {
+        /// Share of the ancestral noise that is added.
+        eta: f64,
+    },
+}
+
+/// Classifier-free guidance (arXiv 2207.12598).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Guidance {
+    /// 1 is no guidance.
+    pub scale: f64,
+    /// How many leading channels are guided; published DiT numbers guide 3 of 4.
+    pub channels: usize,
+}
+
+/// A sampling protocol.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    /// The respaced process; its number of steps is the number of network calls.
+    pub diffusion: GaussianDiffusion,
+    /// Rule of a step.
+    pub solver: Solver,
+    /// Guidance.
+    pub guidance: Guidance,
+}
+
+/// Noise for the `k`-th step of a loop (from 0): a tensor like the state.
+pub type StepNoise<'a, B> = &'a mut dyn FnMut(usize) -> Tensor<B, 4>;
+
+/// The network's output under guidance: `[batch, out channels, size, size]` for the conditional samples.
+///
+/// Runs conditional and unconditional samples as one batch. The first `guidance.channels` are extrapolated, the
+/// rest is the conditional output as it is (the reference's `forward_with_cfg`).
+pub fn guided<B: FusedOps>(network: &Network<B>, x: Tensor<B, 4>, t: Tensor<B, 1>, y: Tensor<B, 1, Int>, guidance: Guidance) -> Tensor<B, 4> {
+    if guidance.scale == 1.0 {
+        return network.forward(x, t, y, &mut Plain);
+    }
+    let [batch, channels, ..] = x.dims();
+    let null = y.clone().zeros_like().add_scalar(network.config().classes as i64);
+    let twice = |x: Tensor<B, 4>| Tensor::cat(vec![x.clone(), x], 0);
+    let output = network.forward(twice(x), Tensor::cat(vec![t.clone(), t], 0), Tensor::cat(vec![y, null], 0), &mut Plain);
+    let (conditional, unconditional) = (output.clone().narrow(0, 0, batch), output.narrow(0, batch, batch));
+    let guided_channels = guidance.channels.min(channels);
+    let (with, without) = (conditional.clone().narrow(1, 0, guided_channels), unconditional.narrow(1, 0, guided_channels));
+    let epsilon = without.clone() + (with - without).mul_scalar(guidance.scale);
+    let rest = conditional.dims()[1] - guided_channels;
+    if rest == 0 { epsilon } else { Tensor::cat(vec![epsilon, conditional.narrow(1, guided_channels, rest)], 1) }
+}
+
+impl Sampler {
+    /// Denoises `x`, calling `watch(k, state, prediction)` after each step; returns the final state.
+    pub fn denoise<B: FusedOps>(
+        &self,
+        network: &Network<B>,
+        mut x: Tensor<B, 4>,
+        y: Tensor<B, 1, Int>,
+        noise: StepNoise<'_, B>,
+        mut watch: impl FnMut(usize, &Tensor<B, 4>, &Tensor<B, 4>),
+    ) -> Tensor<B, 4> {
+        let device = x.device();
+        let batch = x.dims()[0];
+        for (k, step) in (0..self.diffusion.steps()).rev().enumerate() {
+            let t = vec![step; batch];
+            let output = guided(network, x.clone(), self.diffusion.model_timesteps(&t, &device), y.clone(), self.guidance);
+            let prediction: Prediction<B> = self.diffusion.predict(output, x.clone(), &t, false);
+            let x_start = prediction.x_start.clone();
+            x = match self.solver {
+                Solver::Ddpm => self.diffusion.ddpm_step(prediction, &t, noise(k)),
+                Solver::Ddim { eta } => self.diffusion.ddim_step(prediction, x, &t, eta, noise(k)),
+            };
+            watch(k, &x, &x_start);
+        }
+        x
+    }
+
+    /// Generates samples `indices` with `labels`. All noise is keyed by (seed, sample index), so a sample does not
+    /// depend on the batch it is made in. `progress` is called after every step.
+    pub fn generate<B: FusedOps>(&self, network: &Network<B>, seed: u64, indices: &[usize], labels: &[usize], device: &B::Device, mut progress: impl FnMut()) -> Tensor<B, 4> {
+        let config = network.config();
+        let (channels, size) = (config.channels, config.input_size);
+        let draw = |stream: Stream, step: usize| -> Tensor<B, 4> {
+            let count = channels * size * size;
+            let values: Vec<f32> = indices.iter().flat_map(|&index| random::normal(seed, stream, step as u64, index as u64, count)).collect();
+            Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([indices.len(), channels, size, size])
+        };
+        let labels: Vec<i64> = labels.iter().map(|&label| label as i64).collect();
+        let y = Tensor::<B, 1, Int>::from_data(burn::tensor::TensorData::from(labels.as_slice()), device);
+        // Without eta, DDIM's noise is multiplied by zero: not drawn.
+        let quiet = self.solver == (Solver::Ddim { eta: 0.0 });
+        let start = draw(Stream::SampleStart, 0);
+        let zeros = start.zeros_like();
+        let mut noise = |k: usize| if quiet { zeros.clone() } else { draw(Stream::SampleStep, k) };
+        self.denoise(network, start, y, &mut noise, |_, _, _| progress())
+    }
+}

@@ -1,0 +1,293 @@
+//! One group `N:M`: the ways to keep N of M consecutive layers.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Serialize, Serializer};
+use thiserror::Error;
+
+/// The most candidates a group may have.
+///
+/// Each candidate costs a logit and a row of the mask matrix. 7:14, the widest group in use, has
+/// 3432.
+pub const MAX_CANDIDATES: usize = 4096;
+
+/// Why layers cannot be grouped as asked.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum GroupError {
+    /// The text is not of the form `N:M`.
+    #[error("expected a group such as \"1:2\", found {text:?}")]
+    Malformed {
+        /// What was written.
+        text: String,
+    },
+    /// N is zero: nothing of the group would be left.
+    #[error("group 0:{of} keeps no layer; N of N:M must be at least 1")]
+    KeepsNone {
+        /// M.
+        of: usize,
+    },
+    /// N is not below M: nothing would be pruned.
+    #[error("group {keep}:{of} removes no layer; N of N:M must be below M")]
+    KeepsAll {
+        /// N.
+        keep: usize,
+        /// M.
+        of: usize,
+    },
+    /// The group has more than [`MAX_CANDIDATES`] candidates.
+    #[error(
+        "group {keep}:{of} has {} candidates, above the limit of {MAX_CANDIDATES}; use smaller groups",
+        candidates.map_or_else(|| "more than 10^36".to_owned(), |count| count.to_string())
+    )]
+    TooManyCandidates {
+        /// N.
+        keep: usize,
+        /// M.
+        of: usize,
+        /// `C(M, N)`, or `None` where it is too large to compute in 128 bits.
+        candidates: Option<u128>,
+    },
+    /// Repeating the group does not fill the trunk.
+    #[error("groups of {of} layers do not fill a depth of {depth}")]
+    Indivisible {
+        /// M.
+        of: usize,
+        /// Layers of the model.
+        depth: usize,
+    },
+    /// The groups span more or fewer layers than the model has.
+    #[error("the {groups} groups span {sum} layers, but the model has a depth of {depth}")]
+    DepthMismatch {
+        /// How many groups there are.
+        groups: usize,
+        /// The sum of all M.
+        sum: usize,
+        /// Layers of the model.
+        depth: usize,
+    },
+    /// There are no groups or no layers.
+    #[error("there are no layers to group")]
+    Empty,
+    /// A list of kept layers is empty, not strictly increasing, or reaches beyond the trunk.
+    #[error(
+        "kept layers must be strictly increasing and below the depth of {depth}, found {kept:?}"
+    )]
+    Kept {
+        /// The list.
+        kept: Vec<usize>,
+        /// Layers of the model.
+        depth: usize,
+    },
+}
+
+/// M consecutive layers of which N stay.
+///
+/// ```
+/// use tinyfusion::pruning::groups::Group;
+///
+/// let group: Group = "2:3".parse()?;
+/// assert_eq!(group.candidates(), [[0, 1], [0, 2], [1, 2]]);
+/// # Ok::<(), tinyfusion::pruning::groups::GroupError>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group {
+    keep: usize,
+    of: usize,
+}
+
+impl Group {
+    /// The group `keep:of`.
+    ///
+    /// # Errors
+    ///
+    /// Unless `0 < keep < of`, and if there are more than [`MAX_CANDIDATES`] ways to choose.
+    pub fn new(keep: usize, of: usize) -> Result<Self, GroupError> {
+        if keep == 0 {
+            return Err(GroupError::KeepsNone { of });
+        }
+        if keep >= of {
+            return Err(GroupError::KeepsAll { keep, of });
+        }
+        match binomial(of, keep) {
+            Some(count) if count <= MAX_CANDIDATES as u128 => Ok(Self { keep, of }),
+            candidates => Err(GroupError::TooManyCandidates {
+                keep,
+                of,
+                candidates,
+            }),
+        }
+    }
+
+    /// N: how many layers stay.
+    #[must_use]
+    pub fn keep(self) -> usize {
+        self.keep
+    }
+
+    /// M: how many layers the group spans.
+    #[must_use]
+    pub fn of(self) -> usize {
+        self.of
+    }
+
+    /// Every choice of kept layers, as indices within the group, in lexicographic order.
+    ///
+    /// The order is that of Python's `itertools.combinations`: a trained logit vector of the
+    /// reference implementation keeps its meaning.
+    #[must_use]
+    pub fn candidates(self) -> Vec<Vec<usize>> {
+        let mut current: Vec<usize> = (0..self.keep).collect();
+        let mut all = vec![current.clone()];
+        // The successor raises the rightmost index that has room and packs the rest behind it.
+        while let Some(place) =
+            (0..self.keep).rfind(|&place| current[place] < self.of - self.keep + place)
+        {
+            let first = current[place] + 1;
+            for (step, index) in current[place..].iter_mut().enumerate() {
+                *index = first + step;
+            }
+            all.push(current.clone());
+        }
+        all
+    }
+
+    /// How many candidates there are, `C(M, N)`.
+    #[must_use]
+    pub fn num_candidates(self) -> usize {
+        binomial(self.of, self.keep)
+            .and_then(|count| usize::try_from(count).ok())
+            .unwrap_or(MAX_CANDIDATES)
+    }
+
+    /// The candidates as rows of zeros and ones, shape `[candidates, M]`; 1 marks a kept layer.
+    #[must_use]
+    pub fn masks(self) -> Vec<Vec<f32>> {
+        let row = |kept: Vec<usize>| {
+            let mut mask = vec![0.0; self.of];
+            for layer in kept {
+                mask[layer] = 1.0;
+            }
+            mask
+        };
+        self.candidates().into_iter().map(row).collect()
+    }
+}
+
+impl fmt::Display for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.keep, self.of)
+    }
+}
+
+impl FromStr for Group {
+    type Err = GroupError;
+
+    fn from_str(text: &str) -> Result<Self, GroupError> {
+        let malformed = || GroupError::Malformed {
+            text: text.to_owned(),
+        };
+        let (keep, of) = text.split_once(':').ok_or_else(malformed)?;
+        let number = |digits: &str| digits.trim().parse().map_err(|_| malformed());
+        Self::new(number(keep)?, number(of)?)
+    }
+}
+
+impl Serialize for Group {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        [self.keep, self.of].serialize(serializer)
+    }
+}
+
+/// `C(n, k)` for `k <= n`, or `None` if a product on the way does not fit.
+fn binomial(n: usize, k: usize) -> Option<u128> {
+    // Every partial result is itself a binomial coefficient, so the division is exact. They grow so
+    // fast that for a huge n the overflow, not k, ends the loop.
+    (0..k.min(n - k)).try_fold(1u128, |count, step| {
+        let factor = (n - step) as u128;
+        count
+            .checked_mul(factor)
+            .map(|product| product / (step as u128 + 1))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candidates_are_in_the_order_of_itertools() {
+        let group = Group::new(2, 4).unwrap();
+        let expected = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]];
+        assert_eq!(group.candidates(), expected);
+        assert_eq!(Group::new(1, 2).unwrap().candidates(), [[0], [1]]);
+        assert_eq!(
+            Group::new(3, 4).unwrap().candidates(),
+            [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]]
+        );
+    }
+
+    #[test]
+    fn masks_mark_the_kept_layers() {
+        let masks = Group::new(2, 3).unwrap().masks();
+        assert_eq!(masks, [[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]);
+    }
+
+    #[test]
+    fn counts_of_candidates() {
+        for (keep, of, count) in [
+            (1, 2, 2),
+            (2, 4, 6),
+            (5, 7, 21),
+            (7, 14, 3432),
+            (1, 4096, 4096),
+        ] {
+            let group = Group::new(keep, of).unwrap();
+            assert_eq!(group.num_candidates(), count, "{group}");
+        }
+        let widest = Group::new(7, 14).unwrap().candidates();
+        assert_eq!(widest.len(), 3432);
+        assert_eq!(widest[3431], [7, 8, 9, 10, 11, 12, 13]);
+    }
+
+    #[test]
+    fn too_many_candidates_are_refused_with_their_number() {
+        let message = |keep, of| Group::new(keep, of).unwrap_err().to_string();
+        assert!(message(10, 20).contains("group 10:20 has 184756 candidates"));
+        assert!(message(1, 4097).contains("4097 candidates, above the limit of 4096"));
+        assert!(message(usize::MAX / 2, usize::MAX).contains("more than 10^36"));
+        assert!(message(1, usize::MAX).contains(&usize::MAX.to_string()));
+    }
+
+    #[test]
+    fn degenerate_groups_are_refused() {
+        assert_eq!(Group::new(0, 2), Err(GroupError::KeepsNone { of: 2 }));
+        assert_eq!(
+            Group::new(2, 2),
+            Err(GroupError::KeepsAll { keep: 2, of: 2 })
+        );
+        assert_eq!(
+            Group::new(3, 2),
+            Err(GroupError::KeepsAll { keep: 3, of: 2 })
+        );
+        for text in [
+            "",
+            "1",
+            "1:",
+            ":2",
+            "a:b",
+            "1:2:3",
+            "-1:2",
+            "1.5:2",
+            "99999999999999999999:2",
+        ] {
+            let error = text.parse::<Group>().unwrap_err();
+            assert_eq!(
+                error,
+                GroupError::Malformed {
+                    text: text.to_owned()
+                }
+            );
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Learned depth pruning: gates and a weight update, trained together.
+
+use std::sync::Arc;
+
+use burn::module::{Module, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::backend::Backend;
+use burn::tensor::{Tensor, TensorData};
+use burn::train::{InferenceStep, TrainOutput, TrainStep};
+use serde::{Deserialize, Serialize};
+
+use super::gate::{Annealing, Decision, decide, draw};
+use super::groups::Groups;
+use crate::data::Batch;
+use crate::models::{Network, initialise_lora};
+use crate::ops::{FusedOps, TrainingBackend};
+use crate::process::{GaussianDiffusion, Objective, Terms};
+use crate::training::{Scalars, StepReport};
+use crate::trunk::Gated;
+use crate::weights::{collect, overlay};
+
+/// The weight update that is learned beside the gates, to estimate how well a choice would recover.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "update", rename_all = "lowercase")]
+pub enum Update {
+    /// A low-rank update of every linear layer; base weights and biases are frozen.
+    Lora {
+        /// Rank.
+        rank: usize,
+        /// The update is scaled by `alpha / rank`.
+        alpha: f64,
+    },
+    /// All weights.
+    Full,
+    /// None: the gates alone learn.
+    Frozen,
+}
+
+/// A network whose layers are gated per sample, and the gates' logits.
+#[derive(Module, Debug)]
+pub struct LearnedPruner<B: Backend> {
+    /// The network, with its update.
+    pub network: Network<B>,
+    /// Logits of each group's candidates, `[1, candidates]`.
+    pub gates: Vec<Param<Tensor<B, 2>>>,
+    #[module(skip)]
+    groups: Groups,
+    #[module(skip)]
+    annealing: Annealing,
+    #[module(skip)]
+    diffusion: Arc<GaussianDiffusion>,
+}
+
+impl<B: Backend> LearnedPruner<B> {
+    /// Puts gates of logits `gate_init` on a network, and the update under it.
+    pub fn new(network: Network<B>, groups: Groups, update: Update, gate_init: f64, annealing: Annealing, diffusion: Arc<GaussianDiffusion>, seed: u64) -> Self {
+        let device = network.devices().into_iter().next().unwrap_or_default();
+        let mut network = if update == Update::Full { network } else { network.no_grad() };
+        if let Update::Lora { rank, alpha } = update {
+            for linear in network.linears_mut() {
+                linear.attach_lora(rank, alpha);
+            }
+            let mut state = collect::<B, _>(&network);
+            initialise_lora(&mut state, seed);
+            network = overlay::<B, _>(network, &state);
+        }
+        let gates = groups
+            .iter()
+            .map(|group| {
+                let candidates = group.num_candidates();
+                let logits = TensorData::new(vec![gate_init as f32; candidates], [1, candidates]);
+                Param::from_tensor(Tensor::from_data(logits, &device))
+            })
+            .collect();
+        Self { network, gates, groups, annealing, diffusion }
+    }
+
+    /// The masks of a batch, `[batch, depth]`, from one draw of Gumbel noise per group.
+    pub fn masks(&self, gumbel: &[Tensor<B, 2>], step: usize) -> Tensor<B, 2> {
+        let (tau, scaling) = self.annealing.at(step);
+        let masks = self.groups.iter().zip(&self.gates).zip(gumbel).map(|((group, gate), gumbel)| draw(group, gate.val(), gumbel.clone(), tau, scaling).mask);
+        Tensor::cat(masks.collect(), 1)
+    }
+
+    /// What the gates say now, at a step's scaling.
+    pub fn decision(&self, step: usize) -> Decision {
+        let logits: Vec<Vec<f32>> = self.gates.iter().map(|gate| gate.val().into_data().iter().collect()).collect();
+        decide(&self.groups, &logits, self.annealing.at(step).1)
+    }
+
+    /// (tau, scaling) of a step.
+    pub fn annealed(&self, step: usize) -> (f64, f64) {
+        self.annealing.at(step)
+    }
+}
+
+impl<B: FusedOps> LearnedPruner<B> {
+    /// The loss's terms for a batch, and the masks it was computed under.
+    pub fn terms(&self, batch: &Batch<B>) -> (Terms<B>, Tensor<B, 2>) {
+        let objective = Objective { diffusion: &self.diffusion, x_start: batch.x.clone(), noise: batch.noise.clone(), t: &batch.t, y: batch.y.clone() };
+        let mask = self.masks(&batch.gumbel, batch.step);
+        let x_t = objective.x_t();
+        let output = objective.run(&self.network, x_t.clone(), &mut Gated { mask: mask.clone() });
+        (objective.terms(x_t, output), mask)
+    }
+}
+
+impl<B: TrainingBackend> TrainStep for LearnedPruner<B> {
+    type Input = Batch<B>;
+    type Output = StepReport;
+
+    fn step(&self, batch: Batch<B>) -> TrainOutput<StepReport> {
+        let (terms, _) = self.terms(&batch);
+        let loss = terms.total.clone().mean();
+        let gradients = GradientsParams::from_grads(loss.backward(), self);
+        let (tau, scaling) = self.annealing.at(batch.step);
+        let mut scalars = crate::recovery::scalars(&terms);
+        scalars.0.extend([("tau", tau), ("scaling", scaling), ("confidence", self.decision(batch.step).confidence())]);
+        TrainOutput { grads: gradients, item: StepReport { scalars: Scalars(scalars.0), images: batch.t.len() } }
+    }
+}
+
+impl<B: Backend> InferenceStep for LearnedPruner<B> {
+    type Input = ();
+    type Output = ();
+
+    fn step(&self, (): ()) {}
+}

@@ -1,0 +1,14 @@
+//! Which layers stay: learned by a differentiable gate, scored, or by rule.
+
+mod gate;
+mod group;
+mod groups;
+mod learned;
+mod oracle;
+mod scores;
+
+pub use gate::{Annealing, Choice, Decision, Draw, decide, draw};
+pub use groups::*;
+pub use learned::{LearnedPruner, Update};
+pub use oracle::oracle;
+pub use scores::{Calibration, Score, ScoreBatch, keep_by_scores, score};

@@ -1,0 +1,126 @@
+//! Importance of layers, measured: block influence (ShortGPT), feature change (Flux-Lite), and sensitivity.
+
+use burn::tensor::{Int, Tensor, backend::Backend};
+use serde::{Deserialize, Serialize};
+
+use crate::models::Network;
+use crate::ops::FusedOps;
+use crate::process::GaussianDiffusion;
+use crate::trunk::{BlockHook, Plain, Site, Skip};
+
+/// How a layer's importance is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Score {
+    /// Mean cosine similarity of a block's input and output per token (ShortGPT, arXiv 2403.03853); similar layers
+    /// are redundant. The last layer is never removed.
+    Shortgpt,
+    /// Mean squared difference of a block's input and output; small ones are redundant.
+    FluxLite,
+    /// Increase of the noise prediction's loss when the block is skipped; small ones are redundant.
+    Sensitivity,
+}
+
+/// One batch a score is measured on.
+#[derive(Debug, Clone)]
+pub struct ScoreBatch<B: Backend> {
+    /// Clean samples.
+    pub x: Tensor<B, 4>,
+    /// Noise, for sensitivity.
+    pub noise: Tensor<B, 4>,
+    /// Labels.
+    pub y: Tensor<B, 1, Int>,
+    /// Timesteps, handed to the network as they are by the feature scores, and indices of the full process for
+    /// sensitivity.
+    pub t: Vec<usize>,
+}
+
+/// Scores of one batch.
+#[derive(Debug, Clone)]
+pub struct Calibration {
+    /// One score per layer.
+    pub scores: Vec<f64>,
+    /// Loss of the whole network, for sensitivity.
+    pub base: Option<f64>,
+}
+
+/// Measures all layers on one batch. The feature scores see clean samples (as the reference does).
+pub fn score<B: FusedOps>(network: &Network<B>, method: Score, batch: &ScoreBatch<B>) -> Calibration {
+    if method == Score::Sensitivity {
+        return sensitivity(network, batch);
+    }
+    let t: Vec<f32> = batch.t.iter().map(|step| *step as f32).collect();
+    let t = Tensor::from_floats(t.as_slice(), &batch.x.device());
+    let mut hook = Change { method, scores: Vec::new() };
+    network.forward(batch.x.clone(), t, batch.y.clone(), &mut hook);
+    Calibration { scores: hook.scores, base: None }
+}
+
+/// Compares each block's output with its input.
+struct Change {
+    method: Score,
+    scores: Vec<f64>,
+}
+
+impl<B: Backend> BlockHook<B> for Change {
+    fn around(&mut self, _: Site, x: Tensor<B, 3>, block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>) -> Tensor<B, 3> {
+        let y = block(x.clone());
+        let score = if self.method == Score::Shortgpt {
+            let norm = |x: &Tensor<B, 3>| (x.clone() * x.clone()).sum_dim(2).sqrt();
+            // PyTorch's cosine_similarity bounds the norms by 1e-8 from below.
+            let scale = norm(&x).clamp_min(1e-8) * norm(&y).clamp_min(1e-8);
+            ((x * y.clone()).sum_dim(2) / scale).mean()
+        } else {
+            let change = y.clone() - x;
+            (change.clone() * change).mean()
+        };
+        self.scores.push(scalar(score));
+        y
+    }
+}
+
+fn sensitivity<B: FusedOps>(network: &Network<B>, batch: &ScoreBatch<B>) -> Calibration {
+    let diffusion = GaussianDiffusion::full();
+    let channels = batch.x.dims()[1];
+    let x_t = diffusion.q_sample(batch.x.clone(), &batch.t, batch.noise.clone());
+    let t = diffusion.model_timesteps::<B>(&batch.t, &x_t.device());
+    let loss = |hook: &mut dyn BlockHook<B>| {
+        let output = network.forward(x_t.clone(), t.clone(), batch.y.clone(), hook).narrow(1, 0, channels);
+        let error = output - batch.noise.clone();
+        scalar((error.clone() * error).mean())
+    };
+    let base = loss(&mut Plain);
+    let scores = (0..network.depth()).map(|layer| loss(&mut Skip { layer }) - base).collect();
+    Calibration { scores, base: Some(base) }
+}
+
+fn scalar<B: Backend>(tensor: Tensor<B, 1>) -> f64 {
+    tensor.into_data().iter::<f64>().next().unwrap_or(f64::NAN)
+}
+
+/// The `keep` layers that a score keeps, in trunk order.
+///
+/// Similarity removes the largest scores first and never the last layer; the others remove the smallest.
+pub fn keep_by_scores(method: Score, scores: &[f64], keep: usize) -> Vec<usize> {
+    let mut redundant_first: Vec<usize> = (0..scores.len()).collect();
+    if method == Score::Shortgpt {
+        redundant_first.pop();
+        redundant_first.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+    } else {
+        redundant_first.sort_by(|a, b| scores[*a].total_cmp(&scores[*b]));
+    }
+    let removed: Vec<usize> = redundant_first.into_iter().take(scores.len().saturating_sub(keep)).collect();
+    (0..scores.len()).filter(|layer| !removed.contains(layer)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn similarity_never_removes_the_last_layer() {
+        let scores = [0.1, 0.5, 0.3, 0.9];
+        assert_eq!(keep_by_scores(Score::Shortgpt, &scores, 2), [0, 3]);
+        assert_eq!(keep_by_scores(Score::FluxLite, &scores, 2), [1, 3]);
+    }
+}

@@ -1,0 +1,483 @@
+//! A recipe as written: a tree of values, each of which remembers where it came from.
+//!
+//! Overrides from the command line are applied to this tree before it is read into types, so a value
+//! is checked in the same way, and blamed on the right place, whichever way it was given.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::diagnostic::{Diagnostic, Diagnostics, Origin};
+
+/// A value and where it was written.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// The value.
+    pub value: Value,
+    /// Where it was written. That of a `[table]` is its header.
+    pub origin: Origin,
+}
+
+/// A TOML value.
+#[derive(Clone, Debug)]
+pub enum Value {
+    /// A string of any of the four notations.
+    String(String),
+    /// An integer of any radix.
+    Integer(i64),
+    /// A float, which may be infinite or not a number.
+    Float(f64),
+    /// `true` or `false`.
+    Boolean(bool),
+    /// A date or a time. No recipe has any, so nothing of it is kept but that it was one.
+    Datetime,
+    /// An array, or an array of tables.
+    Array(Vec<Node>),
+    /// A table, inline or under a header.
+    Table(Table),
+}
+
+impl Value {
+    /// The type with its article, to put in a sentence.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::String(_) => "a string",
+            Self::Integer(_) => "an integer",
+            Self::Float(_) => "a float",
+            Self::Boolean(_) => "a boolean",
+            Self::Datetime => "a date or time",
+            Self::Array(_) => "a list",
+            Self::Table(_) => "a table",
+        }
+    }
+}
+
+/// The entries of a table by key.
+pub type Table = BTreeMap<String, Entry>;
+
+/// A key and its value.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Where the key was written.
+    pub key: Origin,
+    /// The value.
+    pub node: Node,
+}
+
+/// The string under `key`, if there is one.
+#[must_use]
+pub fn string_in<'t>(table: &'t Table, key: &str) -> Option<&'t str> {
+    match &table.get(key)?.node.value {
+        Value::String(text) => Some(text),
+        _ => None,
+    }
+}
+
+/// What a stage is called: its `name` or, failing that, its `kind`.
+#[must_use]
+pub fn title(table: &Table) -> Option<&str> {
+    string_in(table, "name").or_else(|| string_in(table, "kind"))
+}
+
+/// A recipe as written, with the overrides of the command line.
+#[derive(Clone, Debug)]
+pub struct Document {
+    path: PathBuf,
+    source: String,
+    root: Node,
+    refused: Vec<Diagnostic>,
+}
+
+impl Document {
+    /// Parses TOML. `path` is only shown, not read.
+    ///
+    /// # Errors
+    ///
+    /// Every syntax error, with its place.
+    pub fn parse(path: &Path, source: &str) -> Result<Self, Diagnostics> {
+        let span = |span: Range<usize>| Origin::Span {
+            start: span.start,
+            end: span.end,
+        };
+        let (table, errors) = DeTable::parse_recoverable(source);
+        let mut faults = Vec::new();
+        for error in errors {
+            let origin = span(error.span().unwrap_or(0..0));
+            let fault = Diagnostic::new(&origin, error.message());
+            // After the first, an unclosed bracket is reported once for each level of nesting.
+            if !faults.contains(&fault) {
+                faults.push(fault);
+            }
+        }
+        let origin = span(table.span());
+        let value = own(
+            DeValue::Table(table.into_inner()),
+            &origin,
+            &span,
+            &mut faults,
+        );
+        if !faults.is_empty() {
+            return Err(Diagnostics::new(path, source, faults));
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            source: source.to_owned(),
+            root: Node { value, origin },
+            refused: Vec::new(),
+        })
+    }
+
+    /// Applies one override from the command line, `path.to.key=value`.
+    ///
+    /// The value is TOML; what does not parse as TOML is taken as a string, so that quotes need not
+    /// survive the shell. In a list a segment of the path is an index or, in a list of tables, the
+    /// `name` of one (failing that its `kind`): `stage.1.steps=10`, `stage.prune.steps=10`.
+    ///
+    /// An override that cannot be applied is kept, and reported with the other mistakes of the
+    /// recipe by [`Recipe::from_document`](super::schema::Recipe::from_document).
+    pub fn set(&mut self, assignment: &str) {
+        let origin = Origin::Flag(format!("--set {assignment}"));
+        if let Err(fault) = assign(&mut self.root, assignment, &origin) {
+            self.refused.push(fault);
+        }
+    }
+
+    /// Where the recipe was read from.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The top-level table.
+    #[must_use]
+    pub fn root(&self) -> &Node {
+        &self.root
+    }
+
+    /// The overrides that could not be applied.
+    #[must_use]
+    pub fn refused(&self) -> &[Diagnostic] {
+        &self.refused
+    }
+
+    /// Mistakes of this document, ready to show.
+    #[must_use]
+    pub fn diagnostics(&self, items: Vec<Diagnostic>) -> Diagnostics {
+        Diagnostics::new(&self.path, &self.source, items)
+    }
+}
+
+/// Copies a parsed value out of the source, keeping its places. `place` turns a span into an origin.
+fn own(
+    value: DeValue<'_>,
+    origin: &Origin,
+    place: &impl Fn(Range<usize>) -> Origin,
+    faults: &mut Vec<Diagnostic>,
+) -> Value {
+    let node = |item: Spanned<DeValue<'_>>, faults: &mut Vec<Diagnostic>| {
+        let origin = place(item.span());
+        Node {
+            value: own(item.into_inner(), &origin, place, faults),
+            origin,
+        }
+    };
+    match value {
+        DeValue::String(text) => Value::String(text.into_owned()),
+        DeValue::Integer(digits) => {
+            let number = i64::from_str_radix(digits.as_str(), digits.radix());
+            Value::Integer(number.unwrap_or_else(|_| {
+                faults.push(Diagnostic::new(origin, "this integer does not fit 64 bits"));
+                0
+            }))
+        }
+        // TOML's floats are all Rust's; the fallback is refused by every range.
+        DeValue::Float(digits) => Value::Float(digits.as_str().parse().unwrap_or(f64::NAN)),
+        DeValue::Boolean(truth) => Value::Boolean(truth),
+        DeValue::Datetime(_) => Value::Datetime,
+        DeValue::Array(items) => {
+            Value::Array(items.into_iter().map(|item| node(item, faults)).collect())
+        }
+        DeValue::Table(entries) => {
+            let entry = |(key, item): (Spanned<_>, _)| {
+                let place = place(key.span());
+                let key: std::borrow::Cow<'_, str> = key.into_inner();
+                (
+                    key.into_owned(),
+                    Entry {
+                        key: place,
+                        node: node(item, faults),
+                    },
+                )
+            };
+            Value::Table(entries.into_iter().map(entry).collect())
+        }
+    }
+}
+
+fn assign(root: &mut Node, assignment: &str, origin: &Origin) -> Result<(), Diagnostic> {
+    let Some((path, value)) = assignment.split_once('=') else {
+        return Err(Diagnostic::new(origin, "expected `key=value`"));
+    };
+    let path: Vec<&str> = path.trim().split('.').collect();
+    if path.contains(&"") {
+        return Err(Diagnostic::new(origin, "a part of the key is empty"));
+    }
+
+    let value = value.trim();
+    let mut faults = Vec::new();
+    let value = match DeValue::parse(value) {
+        Ok(value) => own(value.into_inner(), origin, &|_| origin.clone(), &mut faults),
+        Err(_) => Value::String(value.to_owned()),
+    };
+    if let Some(fault) = faults.pop() {
+        return Err(fault);
+    }
+    let node = Node {
+        value,
+        origin: origin.clone(),
+    };
+
+    let mut parent = root;
+    for depth in 0..path.len() - 1 {
+        parent = descend(parent, &path[..=depth], origin)?;
+    }
+    let last = path[path.len() - 1];
+    if let Value::Table(table) = &mut parent.value {
+        table.insert(
+            last.to_owned(),
+            Entry {
+                key: origin.clone(),
+                node,
+            },
+        );
+    } else {
+        *descend(parent, &path, origin)? = node;
+    }
+    Ok(())
+}
+
+/// The child that the last segment of `path` names.
+fn descend<'n>(
+    node: &'n mut Node,
+    path: &[&str],
+    origin: &Origin,
+) -> Result<&'n mut Node, Diagnostic> {
+    let segment = path[path.len() - 1];
+    let fault = no_child(&node.value, path, origin);
+    let child = match &mut node.value {
+        Value::Table(table) => table.get_mut(segment).map(|entry| &mut entry.node),
+        Value::Array(items) => position(items, segment).and_then(|index| items.get_mut(index)),
+        _ => None,
+    };
+    child.ok_or(fault)
+}
+
+fn no_child(parent: &Value, path: &[&str], origin: &Origin) -> Diagnostic {
+    let segment = path[path.len() - 1];
+    let absent = format!("there is no `{}` in the recipe", path.join("."));
+    match parent {
+        Value::Table(table) => {
+            let keys = table.keys().map(String::as_str);
+            Diagnostic::new(origin, absent).suggesting(segment, keys)
+        }
+        Value::Array(items) => {
+            let titles = items.iter().filter_map(table_of).filter_map(title);
+            Diagnostic::new(origin, absent).suggesting(segment, titles)
+        }
+        other => {
+            let parent = path[..path.len() - 1].join(".");
+            let message = format!("`{parent}` is {}, which has no `{segment}`", other.kind());
+            Diagnostic::new(origin, message)
+        }
+    }
+}
+
+/// Which item of a list a segment names: by index, by title, or by a kind that occurs once.
+fn position(items: &[Node], segment: &str) -> Option<usize> {
+    if let Ok(index) = segment.parse() {
+        return Some(index);
+    }
+    let tables = || {
+        items
+            .iter()
+            .enumerate()
+            .filter_map(|(i, node)| Some((i, table_of(node)?)))
+    };
+    if let Some((index, _)) = tables().find(|(_, table)| title(table) == Some(segment)) {
+        return Some(index);
+    }
+    let mut of_kind = tables().filter(|(_, table)| string_in(table, "kind") == Some(segment));
+    match (of_kind.next(), of_kind.next()) {
+        (Some((index, _)), None) => Some(index),
+        _ => None,
+    }
+}
+
+fn table_of(node: &Node) -> Option<&Table> {
+    match &node.value {
+        Value::Table(table) => Some(table),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RECIPE: &str = "seed = 1\n\
+        [[stage]]\nkind = \"prune\"\ntau = [4.0, 0.1]\n\
+        [[stage]]\nkind = \"prune\"\nname = \"oracle\"\n\
+        [[stage]]\nkind = \"train\"\nname = \"teacher\"\n[stage.architecture]\nwidth = 64\n";
+
+    fn document() -> Document {
+        Document::parse(Path::new("x.toml"), RECIPE).unwrap()
+    }
+
+    /// The value at a path, in `Debug` form, and whether it came from a flag.
+    fn look(document: &Document, path: &str) -> String {
+        let mut node = document.root().clone();
+        let path: Vec<&str> = path.split('.').collect();
+        for depth in 1..=path.len() {
+            let none = Origin::Flag(String::new());
+            node = descend(&mut node, &path[..depth], &none).unwrap().clone();
+        }
+        format!(
+            "{:?} {}",
+            node.value,
+            matches!(node.origin, Origin::Flag(_))
+        )
+    }
+
+    fn refusal(assignment: &str) -> Diagnostic {
+        let mut document = document();
+        document.set(assignment);
+        assert_eq!(document.refused().len(), 1, "{assignment} was accepted");
+        document.refused()[0].clone()
+    }
+
+    #[test]
+    fn spans_lead_back_to_the_source() {
+        let document = document();
+        let Value::Table(table) = &document.root().value else {
+            panic!("not a table")
+        };
+        let text = |origin: &Origin| match origin {
+            &Origin::Span { start, end } => &RECIPE[start..end],
+            Origin::Flag(_) => panic!("not a span"),
+        };
+        assert_eq!(
+            (text(&table["seed"].key), text(&table["seed"].node.origin)),
+            ("seed", "1")
+        );
+        let Value::Array(stages) = &table["stage"].node.value else {
+            panic!("not an array")
+        };
+        assert_eq!(text(&stages[2].origin), "[[stage]]");
+    }
+
+    #[test]
+    fn every_syntax_error_is_reported_with_its_place() {
+        let broken = "a = \nb = 1\nb = 2\n";
+        let shown = Document::parse(Path::new("x.toml"), broken)
+            .unwrap_err()
+            .to_string();
+        assert!(shown.contains("x.toml:1:5: "), "{shown}");
+        assert!(shown.contains("x.toml:3:1: duplicate key"), "{shown}");
+    }
+
+    #[test]
+    fn hostile_syntax_does_not_overflow() {
+        for text in [
+            "a = ".to_owned() + &"[".repeat(20_000),
+            "a = 99999999999999999999".to_owned(),
+        ] {
+            assert!(Document::parse(Path::new("x.toml"), &text).is_err());
+        }
+    }
+
+    #[test]
+    fn overrides_take_indices_names_and_kinds() {
+        let mut document = document();
+        for (assignment, path, expected) in [
+            ("seed=7", "seed", "Integer(7) true"),
+            ("stage.0.steps=10", "stage.0.steps", "Integer(10) true"),
+            ("stage.prune.lr = 1e-3", "stage.0.lr", "Float(0.001) true"),
+            ("stage.oracle.keep=6", "stage.1.keep", "Integer(6) true"),
+            ("stage.train.batch=2", "stage.2.batch", "Integer(2) true"),
+            (
+                "stage.teacher.architecture.width=8",
+                "stage.2.architecture.width",
+                "Integer(8) true",
+            ),
+            ("stage.prune.tau.1=0.5", "stage.0.tau.1", "Float(0.5) true"),
+        ] {
+            document.set(assignment);
+            assert_eq!(look(&document, path), expected);
+        }
+        assert!(document.refused().is_empty());
+        assert_eq!(look(&document, "stage.0.tau.0"), "Float(4.0) false");
+    }
+
+    #[test]
+    fn an_override_that_is_not_toml_is_a_string() {
+        let mut document = document();
+        for (assignment, expected) in [
+            ("seed=1:2", "String(\"1:2\") true"),
+            ("seed=kd", "String(\"kd\") true"),
+            ("seed='kd'", "String(\"kd\") true"),
+            ("seed=a=b", "String(\"a=b\") true"),
+            ("seed=", "String(\"\") true"),
+            ("seed=true", "Boolean(true) true"),
+        ] {
+            document.set(assignment);
+            assert_eq!(look(&document, "seed"), expected);
+        }
+    }
+
+    #[test]
+    fn overrides_need_a_parent() {
+        let fault = refusal("stage.orcale.keep=1");
+        assert_eq!(fault.message, "there is no `stage.orcale` in the recipe");
+        assert_eq!(fault.suggestion.as_deref(), Some("oracle"));
+        assert_eq!(
+            fault.origin,
+            Origin::Flag("--set stage.orcale.keep=1".to_owned())
+        );
+
+        assert_eq!(
+            refusal("stgae.0.keep=1").suggestion.as_deref(),
+            Some("stage")
+        );
+        assert_eq!(
+            refusal("stage.9.keep=1").message,
+            "there is no `stage.9` in the recipe"
+        );
+        assert_eq!(
+            refusal("stage.9={}").message,
+            "there is no `stage.9` in the recipe"
+        );
+        assert_eq!(
+            refusal("seed.x=1").message,
+            "`seed` is an integer, which has no `x`"
+        );
+        assert_eq!(refusal("seed").message, "expected `key=value`");
+        assert_eq!(refusal("stage..x=1").message, "a part of the key is empty");
+        assert_eq!(
+            refusal("seed=99999999999999999999").message,
+            "this integer does not fit 64 bits"
+        );
+    }
+
+    #[test]
+    fn a_kind_that_occurs_twice_names_no_stage() {
+        let text = "[[stage]]\nkind = 'prune'\nname = 'a'\n[[stage]]\nkind = 'prune'\nname = 'b'";
+        let mut document = Document::parse(Path::new("x.toml"), text).unwrap();
+        document.set("stage.prune.steps=1");
+        let fault = &document.refused()[0];
+        assert_eq!(fault.message, "there is no `stage.prune` in the recipe");
+    }
+}

@@ -1,0 +1,18 @@
+//! Checkpoints inside the binary, so that the quickstart needs no files.
+
+use std::path::Path;
+
+use super::source::EmbeddedName;
+use crate::weights::{Checkpoint, WeightsError};
+
+/// Reads an embedded checkpoint.
+///
+/// # Errors
+/// When it is damaged, which a test rules out.
+pub fn checkpoint(name: EmbeddedName) -> Result<Checkpoint, WeightsError> {
+    let bytes: &[u8] = match name {
+        EmbeddedName::DigitsTeacher => include_bytes!("../../artifacts/pretrained/digits-teacher.safetensors"),
+        EmbeddedName::DigitsFeatures => include_bytes!("../../artifacts/pretrained/digits-features.safetensors"),
+    };
+    Checkpoint::decode(bytes, Path::new(name.as_str()))
+}

@@ -1,0 +1,277 @@
+//! Sampling and the verdict.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use burn::tensor::backend::Backend;
+use burn::tensor::Tensor;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use super::RecipeError;
+use super::plan::thousands;
+use super::sampling::{Evaluate, Sample, Sampling};
+use super::stages::{Context, images};
+use crate::data::{Digits, Image, Split};
+use crate::evaluation::{Features, PrecisionRecall, Statistics, StatisticsAccumulator, frechet_distance, inception_score, precision_recall, write_samples};
+use crate::images::Images;
+use crate::models::{DigitsClassifier, Network, digits};
+use crate::ops::{FusedOps, TrainingBackend};
+use crate::process::{GaussianDiffusion, Guidance, Sampler};
+use crate::report::{Table, comparison_png, grid_png};
+
+/// Images a classifier reads at once.
+const READ_BATCH: usize = 256;
+/// Columns of a picture of samples, and pixels of a sample's pixel.
+const COLUMNS: usize = 20;
+const SCALE: u32 = 5;
+
+/// Generated images, and how long they took.
+pub(crate) struct Generated {
+    pub(crate) images: Images,
+    pub(crate) labels: Vec<usize>,
+    pub(crate) took: Duration,
+}
+
+/// Generates a stage's samples with a progress bar.
+pub(crate) fn generate<B: FusedOps>(network: &Network<B>, name: &str, sampling: &Sampling, seed: u64, device: &B::Device) -> Result<Generated, RecipeError> {
+    let config = network.config();
+    let problem = |problem: String| RecipeError::Stage { stage: name.to_owned(), problem };
+    let spacing = if sampling.steps == GaussianDiffusion::full().steps() { String::new() } else { sampling.steps.to_string() };
+    let diffusion = GaussianDiffusion::new(&spacing).map_err(|error| problem(error.to_string()))?;
+    let sampler = Sampler { diffusion, solver: sampling.solver, guidance: Guidance { scale: sampling.guidance, channels: sampling.guidance_channels } };
+    let all: Vec<usize> = sampling.classes.clone().unwrap_or_else(|| (0..config.classes).collect());
+    let labels: Vec<usize> = (0..sampling.count).map(|index| all[index % all.len()]).collect();
+    let bar = progress(name, sampling.count.div_ceil(sampling.batch) * sampling.steps);
+    let started = Instant::now();
+    let [channels, size] = [config.channels, config.input_size];
+    let mut pixels = Vec::with_capacity(sampling.count * channels * size * size);
+    for first in (0..sampling.count).step_by(sampling.batch) {
+        if crate::interrupt::requested() {
+            return Err(RecipeError::Interrupted);
+        }
+        let indices: Vec<usize> = (first..sampling.count.min(first + sampling.batch)).collect();
+        let samples = sampler.generate(network, seed, &indices, &labels[first..first + indices.len()], device, || bar.inc(1));
+        // NCHW in [−1, 1] to NHWC bytes.
+        let bytes = samples.permute([0, 2, 3, 1]).into_data();
+        pixels.extend(bytes.iter::<f32>().map(byte));
+    }
+    let took = started.elapsed();
+    bar.finish_and_clear();
+    let images = Images::new(pixels, [sampling.count, size, size, channels]).map_err(|error| problem(error.to_string()))?;
+    Ok(Generated { images, labels, took })
+}
+
+/// A value in [−1, 1] as a byte.
+fn byte(value: f32) -> u8 {
+    // The cast saturates, and takes NaN to 0.
+    ((value + 1.0) * 127.5).round() as u8
+}
+
+/// A bar with the time left on a terminal, silence elsewhere.
+fn progress(name: &str, steps: usize) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{msg:<12} {wide_bar} {pos}/{len} steps, {eta} left").unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(steps as u64).with_style(style).with_message(name.to_owned())
+}
+
+/// What the classifier says of 8-bit images.
+struct Reading {
+    features: Features,
+    probabilities: Features,
+    classes: Vec<usize>,
+}
+
+fn read<B: Backend>(classifier: &DigitsClassifier<B>, pixels: &[u8], device: &B::Device) -> Result<Reading, RecipeError> {
+    let area = digits::SIDE * digits::SIDE;
+    let (mut features, mut probabilities, mut classes, mut width) = (Vec::new(), Vec::new(), Vec::new(), 0);
+    for chunk in pixels.chunks(READ_BATCH * area) {
+        let values = chunk.iter().map(|byte| f32::from(*byte) / 127.5 - 1.0).collect();
+        let read = classifier.forward(images::<B>(values, [chunk.len() / area, 1, digits::SIDE, digits::SIDE], device));
+        width = read.features.dims()[1];
+        features.extend(read.features.into_data().iter::<f32>());
+        classes.extend(read.logits.clone().argmax(1).into_data().iter::<i64>().map(|class| class as usize));
+        probabilities.extend(burn::tensor::activation::softmax(read.logits, 1).into_data().iter::<f32>());
+    }
+    Ok(Reading { features: Features::new(width, features)?, probabilities: Features::new(digits::CLASSES, probabilities)?, classes })
+}
+
+/// Share of a split that a classifier reads right.
+pub(super) fn accuracy<B: Backend>(classifier: &DigitsClassifier<B>, split: &Digits, device: &B::Device) -> f64 {
+    let pixels: Vec<f32> = split.images().iter().flat_map(|image| image.pixels.iter().copied()).collect();
+    let logits: Tensor<B, 2> = classifier.forward(images::<B>(pixels, [split.count(), 1, digits::SIDE, digits::SIDE], device)).logits;
+    let read: Vec<i64> = logits.argmax(1).into_data().iter::<i64>().collect();
+    let right = read.iter().zip(split.images()).filter(|(class, image)| **class == image.label as i64).count();
+    right as f64 / split.count() as f64
+}
+
+/// Real images as bytes, in the same 8 bits that samples are measured in.
+fn bytes(images: &[Image]) -> Vec<u8> {
+    images.iter().flat_map(|image| image.pixels.iter().copied().map(byte)).collect()
+}
+
+/// One line of the verdict.
+#[derive(Debug, Clone, Serialize)]
+pub struct Verdict {
+    /// The model, as the recipe names it.
+    pub model: String,
+    /// Parameters, the fixed position table counted; none for real images.
+    pub parameters: Option<usize>,
+    /// Layers.
+    pub depth: Option<usize>,
+    /// Fréchet distance to the test split in the classifier's features; lower is better.
+    pub fid: f64,
+    /// Inception Score from the classifier's probabilities; higher is better.
+    pub inception_score: f64,
+    /// Share of samples on the manifold of the test images.
+    pub precision: f64,
+    /// Share of test images on the manifold of the samples.
+    pub recall: f64,
+    /// Share of samples read as the digit that was asked for.
+    pub accuracy: f64,
+    /// Sampling speed; none for real images.
+    pub images_per_second: Option<f64>,
+}
+
+/// `eval.json`.
+#[derive(Debug, Serialize)]
+struct Evaluation<'a> {
+    protocol: Protocol<'a>,
+    verdicts: Vec<Verdict>,
+}
+
+/// What a number can only be compared under.
+#[derive(Debug, Serialize)]
+struct Protocol<'a> {
+    #[serde(flatten)]
+    sampling: &'a Sampling,
+    seed: u64,
+    reference: String,
+    features: String,
+    features_fingerprint: String,
+    neighbours: usize,
+    backend: String,
+}
+
+impl<B: TrainingBackend> Context<'_, B> {
+    pub(super) fn sample(&self, stage: &str, sample: &Sample, folder: &Path) -> Result<(), RecipeError> {
+        let network = self.load(&sample.from)?.network::<B::InnerBackend>(self.device)?;
+        let made = generate(&network, stage, &sample.sampling, self.recipe.seed, self.device)?;
+        save(&made, folder)?;
+        eprintln!("{stage}: {} samples in {}", sample.sampling.count, folder.display());
+        Ok(())
+    }
+
+    pub(super) fn evaluate(&self, stage: &str, evaluate: &Evaluate, folder: &Path) -> Result<(), RecipeError> {
+        let classifier_checkpoint = self.load(&evaluate.features)?;
+        let classifier = classifier_checkpoint.digits_classifier::<B::InnerBackend>(self.device)?;
+        let (train, test) = (Digits::new(Split::Train), Digits::new(Split::Test));
+        let reference = read(&classifier, &bytes(test.images()), self.device)?;
+        let judge = Judge { reference_statistics: statistics(&reference.features)?, reference: reference.features, neighbours: evaluate.neighbours };
+        let real = read(&classifier, &bytes(train.images()), self.device)?;
+        let real_labels: Vec<usize> = train.images().iter().map(|image| image.label).collect();
+        // The floor: even real images are this far from other real images.
+        let mut verdicts = vec![judge.verdict("train images", &real, &real_labels)?];
+        let mut rows = Vec::new();
+        for source in &evaluate.compare {
+            let (name, checkpoint) = (source.to_string(), self.load(source)?);
+            let network = checkpoint.network::<B::InnerBackend>(self.device)?;
+            let made = generate(&network, &name, &evaluate.sampling, self.recipe.seed, self.device)?;
+            let read = read(&classifier, made.images.pixels(), self.device)?;
+            let mut verdict = judge.verdict(&name, &read, &made.labels)?;
+            verdict.parameters = Some(network.config().parameters());
+            verdict.depth = Some(network.depth());
+            verdict.images_per_second = Some(evaluate.sampling.count as f64 / made.took.as_secs_f64());
+            save(&made, &folder.join(name.replace(':', "-").replace(['/', '\\'], "_")))?;
+            verdicts.push(verdict);
+            rows.push((name, first_images(&made.images, 2 * COLUMNS)?));
+        }
+        let rows: Vec<(&str, &Images)> = rows.iter().map(|(name, images)| (name.as_str(), images)).collect();
+        comparison_png(&folder.join("comparison.png"), &rows, COLUMNS, SCALE)?;
+        let protocol = Protocol {
+            sampling: &evaluate.sampling,
+            seed: self.recipe.seed,
+            reference: format!("{} test digits, 8 bits", test.count()),
+            features: evaluate.features.to_string(),
+            features_fingerprint: classifier_checkpoint.fingerprint(),
+            neighbours: evaluate.neighbours,
+            backend: <B::InnerBackend as Backend>::name(self.device),
+        };
+        let table = table(&verdicts);
+        let text = super::directory::json(&Evaluation { protocol, verdicts })?;
+        let path = folder.join("eval.json");
+        crate::atomic::write_atomic(&path, |file| file.write_all(text.as_bytes())).map_err(RecipeError::io(&path))?;
+        let sampling = &evaluate.sampling;
+        println!("\n{stage}: {} samples, {} steps, guidance {}, against {} test images (FID in the digit classifier's features)\n\n{table}", sampling.count, sampling.steps, sampling.guidance, test.count());
+        Ok(())
+    }
+}
+
+/// What samples are measured against.
+struct Judge {
+    reference: Features,
+    reference_statistics: Statistics,
+    neighbours: usize,
+}
+
+impl Judge {
+    fn verdict(&self, model: &str, read: &Reading, labels: &[usize]) -> Result<Verdict, RecipeError> {
+        let PrecisionRecall { precision, recall } = precision_recall(&self.reference, &read.features, self.neighbours)?;
+        let right = read.classes.iter().zip(labels).filter(|(class, label)| class == label).count();
+        Ok(Verdict {
+            model: model.to_owned(),
+            parameters: None,
+            depth: None,
+            fid: frechet_distance(&self.reference_statistics, &statistics(&read.features)?)?,
+            inception_score: inception_score(&read.probabilities, labels.len())?,
+            precision,
+            recall,
+            accuracy: right as f64 / labels.len() as f64,
+            images_per_second: None,
+        })
+    }
+}
+
+fn statistics(features: &Features) -> Result<Statistics, RecipeError> {
+    let mut accumulator = StatisticsAccumulator::new(features.dim());
+    accumulator.push(features)?;
+    Ok(accumulator.finish()?)
+}
+
+/// The samples as a picture and as an archive other evaluators read.
+pub(crate) fn save(made: &Generated, folder: &Path) -> Result<(), RecipeError> {
+    let labels: Vec<i64> = made.labels.iter().map(|label| *label as i64).collect();
+    write_samples(&folder.join("samples.npz"), &made.images, Some(&labels))?;
+    Ok(grid_png(&folder.join("samples.png"), &first_images(&made.images, 10 * COLUMNS)?, COLUMNS, SCALE)?)
+}
+
+/// At most `count` images, from the first.
+fn first_images(images: &Images, count: usize) -> Result<Images, RecipeError> {
+    let [total, height, width, channels] = images.shape();
+    let count = count.min(total);
+    let pixels = images.pixels()[..count * height * width * channels].to_vec();
+    Images::new(pixels, [count, height, width, channels]).map_err(|error| RecipeError::Run(error.to_string()))
+}
+
+/// The verdict as a person reads it.
+pub(crate) fn table(verdicts: &[Verdict]) -> Table<9> {
+    let mut table = Table::new(["model", "depth", "parameters", "FID", "IS", "precision", "recall", "as asked", "images/s"]);
+    let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".into());
+    for verdict in verdicts {
+        table.row([
+            verdict.model.clone(),
+            or_dash(verdict.depth.map(|depth| depth.to_string())),
+            or_dash(verdict.parameters.map(thousands)),
+            format!("{:.2}", verdict.fid),
+            format!("{:.2}", verdict.inception_score),
+            format!("{:.3}", verdict.precision),
+            format!("{:.3}", verdict.recall),
+            format!("{:.1}%", 100.0 * verdict.accuracy),
+            or_dash(verdict.images_per_second.map(|speed| format!("{speed:.0}"))),
+        ]);
+    }
+    table
+}

@@ -1,0 +1,77 @@
+//! Recipes: what a person writes, what is planned from it, and what is run.
+//!
+//! `recipe.toml` → [`document`] (TOML with positions, overrides applied) → [`schema`] (typed, validated, every
+//! mistake reported at once) → [`plan`] (each stage's model and cost) → [`run`] (stages, in a run directory).
+//! Parsing is our own over `toml`'s positions rather than serde's derive, which stops at the first mistake.
+
+pub mod diagnostic;
+pub mod directory;
+pub mod document;
+pub mod embedded;
+mod evaluate;
+mod models;
+pub mod optimisation;
+pub mod plan;
+pub mod prune;
+pub mod reader;
+pub mod recover;
+pub mod run;
+pub mod sampling;
+pub mod schema;
+pub mod source;
+mod stages;
+pub mod train;
+pub mod values;
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// Why a recipe did not come to its end.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum RecipeError {
+    /// The recipe's mistakes.
+    #[error(transparent)]
+    Invalid(#[from] diagnostic::Diagnostics),
+    /// A file of the run can't be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A stage can't be done with the model it was given.
+    #[error("stage `{stage}`: {problem}")]
+    Stage {
+        /// The stage.
+        stage: String,
+        /// Why.
+        problem: String,
+    },
+    /// A run can't be started or resumed.
+    #[error("{0}")]
+    Run(String),
+    /// Weights.
+    #[error(transparent)]
+    Weights(#[from] crate::weights::WeightsError),
+    /// Training.
+    #[error(transparent)]
+    Training(#[from] crate::training::TrainingError),
+    /// Evaluation.
+    #[error(transparent)]
+    Evaluation(#[from] crate::evaluation::EvaluationError),
+    /// Pictures.
+    #[error(transparent)]
+    Report(#[from] crate::report::ReportError),
+    /// A person interrupted; the checkpoint is written.
+    #[error("interrupted; continue with `--resume`")]
+    Interrupted,
+}
+
+impl RecipeError {
+    pub(crate) fn io(path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Io { path: path.to_owned(), source }
+    }
+}

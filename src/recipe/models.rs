@@ -1,0 +1,29 @@
+//! Where a stage's model comes from.
+
+use std::path::PathBuf;
+
+use super::RecipeError;
+use super::directory::RunDirectory;
+use super::embedded;
+use super::schema::Recipe;
+use super::source::Source;
+use crate::weights::Checkpoint;
+
+/// File of a stage's model, in the stage's folder.
+pub(super) const MODEL: &str = "model.safetensors";
+
+/// The file an earlier stage left.
+pub(super) fn stage_model(recipe: &Recipe, directory: &RunDirectory, stage: &str) -> Result<PathBuf, RecipeError> {
+    let index = recipe.stages.iter().position(|other| other.name == stage);
+    let index = index.ok_or_else(|| RecipeError::Run(format!("the recipe has no stage `{stage}`")))?;
+    Ok(directory.stage(index, stage).join(MODEL))
+}
+
+/// Reads the checkpoint a source names.
+pub(super) fn checkpoint(recipe: &Recipe, directory: &RunDirectory, source: &Source) -> Result<Checkpoint, RecipeError> {
+    Ok(match source {
+        Source::Stage(stage) => Checkpoint::read(&stage_model(recipe, directory, stage)?)?,
+        Source::Embedded(name) => embedded::checkpoint(*name)?,
+        Source::Path(path) => Checkpoint::read(path)?,
+    })
+}

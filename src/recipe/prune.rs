@@ -1,0 +1,397 @@
+//! The stage that decides which layers stay.
+
+use serde::{Serialize, Serializer};
+
+use super::diagnostic::Diagnostic;
+use super::document::{Node, Value, string_in};
+use super::optimisation::{Optimisation, POSITIVE, label_drop, positive};
+use super::reader::Section;
+use super::source::{Lineage, Source};
+use crate::pruning::{Group, GroupError, Groups, Update};
+
+/// The deepest trunk a recipe can speak of.
+const MAX_DEPTH: usize = 4096;
+
+/// `kind = "prune"`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Prune {
+    /// The model to prune.
+    pub from: Source,
+    /// How its layers are chosen.
+    #[serde(flatten)]
+    pub method: PruneMethod,
+}
+
+/// How the layers that stay are chosen.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "method", rename_all = "kebab-case")]
+pub enum PruneMethod {
+    /// `TinyFusion`: masks and recoverability are learned together.
+    Learned(Learned),
+    /// The fixed pattern of BK-SDM.
+    Oracle {
+        /// Layers that stay, by default half.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        keep: Option<usize>,
+    },
+    /// Removes the layers whose output is most similar to their input (`ShortGPT`'s BI).
+    #[serde(rename = "shortgpt")]
+    ShortGpt(Scored),
+    /// Removes the layers whose output differs least from their input.
+    FluxLite(Scored),
+    /// Removes the layers whose absence raises the loss least.
+    Sensitivity(Scored),
+    /// Keeps the listed layers.
+    Kept {
+        /// Their indices, strictly increasing.
+        kept: Vec<usize>,
+    },
+}
+
+/// What a method that scores each layer needs.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Scored {
+    /// Layers that stay.
+    pub keep: usize,
+    /// Batches the score is averaged over.
+    pub batches: usize,
+    /// Images per batch.
+    pub batch: usize,
+}
+
+/// What learning the masks needs.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Learned {
+    /// Which layers compete with each other.
+    pub groups: GroupsSpec,
+    /// Budget and schedule of the update.
+    #[serde(flatten)]
+    pub optimisation: Optimisation,
+    /// How often a label is replaced by the null class.
+    pub label_drop: f64,
+    /// What of the model is trained along, to estimate how well it would recover.
+    #[serde(flatten)]
+    pub update: Update,
+    /// Learning rate of the mask logits.
+    pub gate_lr: f64,
+    /// Initial value of every mask logit.
+    pub gate_init: f64,
+    /// Gumbel-softmax temperature at the first and the last step.
+    pub tau: [f64; 2],
+    /// Factor on the logits at the first and the last step.
+    pub scaling: [f64; 2],
+}
+
+/// Groups whose sum is checked once the depth of the model is known.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum GroupsSpec {
+    /// `"1:2"`: one group, repeated to fill the trunk.
+    Ratio(#[serde(serialize_with = "as_ratio")] Group),
+    /// `[[2, 4], [3, 4]]`: each group.
+    Pairs(Vec<Group>),
+}
+
+fn as_ratio<S: Serializer>(group: &Group, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(group)
+}
+
+impl GroupsSpec {
+    /// The groups of a trunk of `depth` layers.
+    ///
+    /// # Errors
+    ///
+    /// If the groups do not fill it exactly.
+    pub fn resolve(&self, depth: usize) -> Result<Groups, GroupError> {
+        match self {
+            Self::Ratio(group) => Groups::repeat(*group, depth),
+            Self::Pairs(groups) => Groups::new(groups.clone(), depth),
+        }
+    }
+
+    fn parse(node: &Node) -> Result<Self, Diagnostic> {
+        let place = |node: &Node, error: GroupError| node.fault(error.to_string());
+        let group = |node: &Node| {
+            let [keep, of] = node.pair("two integers", |item| item.integer(&(0..=MAX_DEPTH)))?;
+            Group::new(keep, of).map_err(|error| place(node, error))
+        };
+        match &node.value {
+            Value::String(ratio) => ratio
+                .parse()
+                .map(Self::Ratio)
+                .map_err(|error| place(node, error)),
+            Value::Array(items) if items.is_empty() => Err(node.fault("must not be empty")),
+            Value::Array(items) => items
+                .iter()
+                .map(group)
+                .collect::<Result<_, _>>()
+                .map(Self::Pairs),
+            _ => Err(node.mismatch("\"N:M\" or a list of [N, M]")),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Method {
+    Learned,
+    Oracle,
+    ShortGpt,
+    FluxLite,
+    Sensitivity,
+    Kept,
+}
+
+const METHODS: [(&str, Method); 6] = [
+    ("learned", Method::Learned),
+    ("oracle", Method::Oracle),
+    ("shortgpt", Method::ShortGpt),
+    ("flux-lite", Method::FluxLite),
+    ("sensitivity", Method::Sensitivity),
+    ("kept", Method::Kept),
+];
+
+/// What some method reads, besides [`Optimisation::KEYS`].
+const KEYS: &[&str] = &[
+    "groups",
+    "keep",
+    "kept",
+    "batches",
+    "update",
+    "rank",
+    "alpha",
+    "gate_lr",
+    "gate_init",
+    "tau",
+    "scaling",
+    "label_drop",
+];
+
+impl Prune {
+    pub(super) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
+        let from = lineage.from(section);
+        let method = section.choice("method", &METHODS);
+        let method = if method.is_absent() {
+            Some(Method::Learned)
+        } else {
+            method.optional()
+        };
+        let Some(method) = method else {
+            section.accept(KEYS);
+            section.accept(&Optimisation::KEYS);
+            return None;
+        };
+
+        let read = match method {
+            Method::Learned => Learned::read(section).map(PruneMethod::Learned),
+            Method::Oracle => {
+                let keep = section.integer("keep", 1..=MAX_DEPTH).optional();
+                Some(PruneMethod::Oracle { keep })
+            }
+            Method::ShortGpt => Scored::read(section).map(PruneMethod::ShortGpt),
+            Method::FluxLite => Scored::read(section).map(PruneMethod::FluxLite),
+            Method::Sensitivity => Scored::read(section).map(PruneMethod::Sensitivity),
+            Method::Kept => {
+                let kept = section.integers("kept", 0..=MAX_DEPTH - 1).check(
+                    |kept| kept.is_sorted_by(|a, b| a < b),
+                    "must be strictly increasing",
+                );
+                kept.required().map(|kept| PruneMethod::Kept { kept })
+            }
+        };
+        let name = string_in(section.table(), "method").unwrap_or("learned");
+        let by = format!("method {name:?}");
+        section.refuse(KEYS, &by);
+        section.refuse(&Optimisation::KEYS, &by);
+        Some(Self {
+            from: from?,
+            method: read?,
+        })
+    }
+}
+
+impl Scored {
+    fn read(section: &Section<'_>) -> Option<Self> {
+        let keep = section.integer("keep", 1..=MAX_DEPTH).required();
+        let batches = section.integer("batches", 1..=1_000_000).or(4);
+        let batch = section.integer("batch", 1..=65_536).or(64);
+        Some(Self {
+            keep: keep?,
+            batches,
+            batch,
+        })
+    }
+}
+
+impl Learned {
+    fn read(section: &Section<'_>) -> Option<Self> {
+        let groups = section.value("groups", GroupsSpec::parse).required();
+        let optimisation = Optimisation::read(section, 1e-4, 1.0);
+        let label_drop = label_drop(section);
+        let update = read_update(section);
+        let gate_lr = section.float("gate_lr", positive(10.0)).optional();
+        let gate_init = section.float("gate_init", ..).or(0.02);
+        let tau = section.float_pair("tau", POSITIVE).or([4.0, 0.1]);
+        let scaling = section.float_pair("scaling", POSITIVE).or([100.0, 100.0]);
+
+        let optimisation = optimisation?;
+        Some(Self {
+            groups: groups?,
+            gate_lr: gate_lr.unwrap_or(10.0 * optimisation.lr),
+            optimisation,
+            label_drop,
+            update,
+            gate_init,
+            tau,
+            scaling,
+        })
+    }
+}
+
+fn read_update(section: &Section<'_>) -> Update {
+    let names = [("lora", "lora"), ("full", "full"), ("frozen", "frozen")];
+    let name = section.choice("update", &names).or("lora");
+    if name != "lora" {
+        section.refuse(&["rank", "alpha"], &format!("update {name:?}"));
+    }
+    match name {
+        "full" => Update::Full,
+        "frozen" => Update::Frozen,
+        _ => {
+            let rank = section.integer("rank", 1..=65_536).or(8);
+            let alpha = section.float("alpha", POSITIVE).or(2.0 * rank as f64);
+            Update::Lora { rank, alpha }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::schema::StageKind;
+    use crate::recipe::schema::tests::{errors, messages, second, stage};
+
+    fn prune(lines: &str) -> PruneMethod {
+        match second(&format!("kind = \"prune\"\n{lines}")) {
+            StageKind::Prune(prune) => prune.method,
+            other => panic!("not a prune stage: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn learned_pruning_defaults() {
+        let PruneMethod::Learned(learned) = prune("groups = '1:2'\nsteps = 10\nlr = 0.01") else {
+            panic!()
+        };
+        assert_eq!(
+            learned.update,
+            Update::Lora {
+                rank: 8,
+                alpha: 16.0
+            }
+        );
+        assert_eq!((learned.gate_lr, learned.gate_init), (0.1, 0.02));
+        assert_eq!((learned.tau, learned.scaling), ([4.0, 0.1], [100.0, 100.0]));
+        assert_eq!(learned.optimisation.final_lr, 0.01);
+        let PruneMethod::Learned(learned) = prune("groups = '1:2'\nsteps = 1\nrank = 4") else {
+            panic!()
+        };
+        assert_eq!(
+            learned.update,
+            Update::Lora {
+                rank: 4,
+                alpha: 8.0
+            }
+        );
+    }
+
+    #[test]
+    fn groups_are_checked_for_form_here_and_for_depth_later() {
+        let PruneMethod::Learned(learned) = prune("steps = 1\ngroups = [[2, 4], [1, 2]]") else {
+            panic!()
+        };
+        assert_eq!(learned.groups.resolve(6).unwrap().to_string(), "2:4, 1:2");
+        let mismatch = GroupError::DepthMismatch {
+            groups: 2,
+            sum: 6,
+            depth: 12,
+        };
+        assert_eq!(learned.groups.resolve(12), Err(mismatch));
+
+        for (groups, message) in [
+            ("'1-2'", "expected a group such as \"1:2\", found \"1-2\""),
+            (
+                "'2:2'",
+                "group 2:2 removes no layer; N of N:M must be below M",
+            ),
+            (
+                "[[1, 2], [0, 2]]",
+                "group 0:2 keeps no layer; N of N:M must be at least 1",
+            ),
+            (
+                "[[10, 20]]",
+                "group 10:20 has 184756 candidates, above the limit of 4096; use smaller groups",
+            ),
+            (
+                "[[1, 2, 3]]",
+                "expected a list of two integers, found a list of 3",
+            ),
+            ("[]", "must not be empty"),
+            (
+                "3",
+                "expected \"N:M\" or a list of [N, M], found an integer",
+            ),
+            ("[[-1, 2]]", "must be between 0 and 4096, found -1"),
+        ] {
+            let text = stage(&format!("kind = 'prune'\nsteps = 1\ngroups = {groups}"));
+            assert_eq!(messages(&text), [format!("`groups`: {message}")]);
+        }
+    }
+
+    #[test]
+    fn scores_and_fixed_patterns() {
+        let scored = Scored {
+            keep: 6,
+            batches: 4,
+            batch: 64,
+        };
+        assert_eq!(
+            prune("method = 'shortgpt'\nkeep = 6"),
+            PruneMethod::ShortGpt(scored.clone())
+        );
+        assert_eq!(
+            prune("method = 'flux-lite'\nkeep = 6"),
+            PruneMethod::FluxLite(scored.clone())
+        );
+        assert_eq!(
+            prune("method = 'sensitivity'\nkeep = 6"),
+            PruneMethod::Sensitivity(scored)
+        );
+        assert_eq!(
+            prune("method = 'oracle'\nkeep = 3"),
+            PruneMethod::Oracle { keep: Some(3) }
+        );
+        assert_eq!(
+            prune("method = 'kept'\nkept = [0, 4]"),
+            PruneMethod::Kept { kept: vec![0, 4] }
+        );
+        assert_eq!(
+            messages(&stage("kind = 'prune'\nmethod = 'kept'\nkept = [4, 4]")),
+            ["`kept`: must be strictly increasing"]
+        );
+    }
+
+    #[test]
+    fn an_unknown_method_is_one_mistake() {
+        let text = stage("kind = 'prune'\nmethod = 'oracel'\nsteps = 1\nkeep = 6\nstpes = 1");
+        let errors = errors(&text);
+        let suggestions: Vec<_> = errors
+            .items()
+            .iter()
+            .map(|item| item.suggestion.clone())
+            .collect();
+        assert_eq!(
+            suggestions,
+            [Some("oracle".to_owned()), Some("steps".to_owned())]
+        );
+    }
+}

@@ -1,0 +1,120 @@
+//! Running a plan, stage after stage.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::RecipeError;
+use super::directory::{RunDirectory, Status, json};
+use super::plan::Plan;
+use super::schema::StageKind;
+use super::stages::Context;
+use crate::backend::BackendKind;
+use crate::ops::TrainingBackend;
+
+/// How to run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Folder of all runs.
+    pub runs: PathBuf,
+    /// Go on with the newest unfinished run.
+    pub resume: bool,
+    /// Where to compute.
+    pub backend: BackendKind,
+    /// Plain lines even on a terminal.
+    pub plain: bool,
+}
+
+/// File that says a stage is finished.
+const DONE: &str = "done.json";
+
+/// What a result depends on besides the recipe, in `environment.json`.
+#[derive(Serialize)]
+struct Environment {
+    version: &'static str,
+    backend: BackendKind,
+    device: String,
+    os: &'static str,
+    architecture: &'static str,
+    threads: usize,
+    arguments: Vec<String>,
+}
+
+/// Runs a plan and returns its run directory.
+///
+/// # Errors
+/// When a stage fails, or a person interrupts; the status file says which.
+pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
+    if let Some(problem) = options.backend.missing() {
+        return Err(RecipeError::Run(problem));
+    }
+    let resolved = plan.recipe.to_toml().map_err(|error| RecipeError::Run(error.to_string()))?;
+    let name = &plan.recipe.name;
+    let directory = if options.resume { RunDirectory::unfinished(&options.runs, name)? } else { RunDirectory::create(&options.runs, name)? };
+    if options.resume {
+        let before = directory.read("resolved.toml")?;
+        if before != resolved {
+            return Err(RecipeError::Run(format!(
+                "{}: the recipe has changed since this run was started, so it can't be resumed; its own recipe is in resolved.toml there",
+                directory.path().display()
+            )));
+        }
+    } else {
+        directory.write("resolved.toml", &resolved)?;
+    }
+    eprintln!("run directory {}", directory.path().display());
+    let started = Instant::now();
+    let result = crate::with_backend!(options.backend, B, device => {
+        let environment = Environment {
+            version: env!("CARGO_PKG_VERSION"),
+            backend: options.backend,
+            device: format!("{device:?}"),
+            os: std::env::consts::OS,
+            architecture: std::env::consts::ARCH,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            arguments: std::env::args().skip(1).collect(),
+        };
+        directory.write("environment.json", &json(&environment)?)?;
+        let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: options.resume, plain: options.plain };
+        stages(plan, &context, started)
+    }, else Ok(()));
+    let stage = directory.status().map(|status| status.stage).unwrap_or_default();
+    let state = match &result {
+        Ok(()) => "finished",
+        Err(RecipeError::Interrupted) => "interrupted",
+        Err(_) => "failed",
+    };
+    let error = result.as_ref().err().map(ToString::to_string);
+    directory.set_status(&Status { state: state.into(), stage, seconds: started.elapsed().as_secs_f64(), error })?;
+    result.map(|()| directory.path().to_owned())
+}
+
+fn stages<B: TrainingBackend>(plan: &Plan, context: &Context<'_, B>, started: Instant) -> Result<(), RecipeError> {
+    for (index, (stage, planned)) in plan.recipe.stages.iter().zip(&plan.stages).enumerate() {
+        let folder = context.directory.stage(index, &stage.name);
+        if folder.join(DONE).exists() {
+            eprintln!("{}: already done", stage.name);
+            continue;
+        }
+        if crate::interrupt::requested() {
+            return Err(RecipeError::Interrupted);
+        }
+        std::fs::create_dir_all(&folder).map_err(RecipeError::io(&folder))?;
+        context.directory.set_status(&Status { state: "running".into(), stage: stage.name.clone(), seconds: started.elapsed().as_secs_f64(), error: None })?;
+        let begun = Instant::now();
+        match &stage.kind {
+            StageKind::Train(train) => context.train(stage, planned, train, &folder)?,
+            StageKind::Prune(prune) => context.prune(stage, prune, &folder)?,
+            StageKind::Recover(recover) => context.recover(stage, recover, &folder)?,
+            StageKind::Sample(sample) => context.sample(&stage.name, sample, &folder)?,
+            StageKind::Evaluate(evaluate) => context.evaluate(&stage.name, evaluate, &folder)?,
+        }
+        let seconds = begun.elapsed().as_secs_f64();
+        let done = json(&serde_json::json!({ "stage": stage.name, "what": planned.what, "seconds": seconds }))?;
+        let path = folder.join(DONE);
+        crate::atomic::write_atomic(&path, |file| std::io::Write::write_all(file, done.as_bytes())).map_err(RecipeError::io(&path))?;
+        eprintln!("{}: done in {}", stage.name, crate::training::renderer::brief(begun.elapsed()));
+    }
+    Ok(())
+}

@@ -1,0 +1,182 @@
+//! The stages that draw images: to look at, and to compare models by.
+
+use serde::Serialize;
+
+use super::reader::Section;
+use super::source::{EmbeddedName, Lineage, Source};
+use crate::process::Solver;
+
+/// `kind = "sample"`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Sample {
+    /// The model to draw from.
+    pub from: Source,
+    /// What to draw, and how.
+    #[serde(flatten)]
+    pub sampling: Sampling,
+}
+
+/// `kind = "evaluate"`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Evaluate {
+    /// The models to compare, all sampled in the same way.
+    pub compare: Vec<Source>,
+    /// The network whose features are compared.
+    pub features: Source,
+    /// Neighbours that span the manifolds of precision and recall.
+    pub neighbours: usize,
+    /// What to draw, and how.
+    #[serde(flatten)]
+    pub sampling: Sampling,
+}
+
+/// What to draw, and how.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Sampling {
+    /// How many images.
+    pub count: usize,
+    /// Images drawn together.
+    pub batch: usize,
+    /// Classes to draw, repeated to fill `count`; `None` balances all classes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub classes: Option<Vec<usize>>,
+    /// Scale of classifier-free guidance; 1 is none.
+    pub guidance: f64,
+    /// How many channels are guided, from the first; 3 of 4 in the published numbers.
+    pub guidance_channels: usize,
+    /// How a step is taken.
+    #[serde(flatten)]
+    pub solver: Solver,
+    /// Steps, respaced over the 1000 of training.
+    pub steps: usize,
+}
+
+impl Sample {
+    pub(super) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
+        let from = lineage.from(section);
+        let sampling = Sampling::read(section, None);
+        Some(Self {
+            from: from?,
+            sampling: sampling?,
+        })
+    }
+}
+
+impl Evaluate {
+    pub(super) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
+        let compare = section
+            .list("compare", |node| lineage.source(node))
+            .check(
+                |all| (1..all.len()).all(|i| !all[..i].contains(&all[i])),
+                "names a model twice",
+            )
+            .required();
+        let features = section
+            .value("features", |node| lineage.source(node))
+            .or(Source::Embedded(EmbeddedName::DigitsFeatures));
+        let sampling = Sampling::read(section, Some(1000));
+        let count = sampling.as_ref().map(|sampling| sampling.count);
+        let neighbours = section.integer("neighbours", 1..=1000).or_checked(
+            3,
+            |&neighbours| count.is_none_or(|count| neighbours < count),
+            "must be below `count`",
+        );
+        section.refuse(
+            &["from"],
+            "kind \"evaluate\", which takes its models from `compare`",
+        );
+        Some(Self {
+            compare: compare?,
+            features,
+            neighbours,
+            sampling: sampling?,
+        })
+    }
+}
+
+impl Sampling {
+    /// Reads the keys that sampling and evaluation share; without a default `count` is required.
+    fn read(section: &Section<'_>, count: Option<usize>) -> Option<Self> {
+        let field = section.integer("count", 1..=10_000_000);
+        let count = match count {
+            Some(default) => Some(field.or(default)),
+            None => field.required(),
+        };
+        let batch = section.integer("batch", 1..=65_536).or(100);
+        let classes = section.integers("classes", 0..=999_999).optional();
+        let guidance = section.float("guidance", 1.0..).or(1.5);
+        let guidance_channels = section.integer("guidance_channels", 1..=1024).or(3);
+        let solver = section
+            .choice("solver", &[("ddpm", false), ("ddim", true)])
+            .or(false);
+        let solver = if solver {
+            Solver::Ddim {
+                eta: section.float("eta", 0.0..=1.0).or(0.0),
+            }
+        } else {
+            section.refuse(&["eta"], "solver \"ddpm\"");
+            Solver::Ddpm
+        };
+        let steps = section.integer("steps", 1..=1000).or(250);
+        Some(Self {
+            count: count?,
+            batch,
+            classes,
+            guidance,
+            guidance_channels,
+            solver,
+            steps,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::schema::StageKind;
+    use crate::recipe::schema::tests::{messages, second, stage};
+
+    #[test]
+    fn sampling_defaults_and_limits() {
+        let StageKind::Sample(sample) = second("kind = 'sample'\ncount = 8\nsolver = 'ddim'")
+        else {
+            panic!()
+        };
+        let sampling = sample.sampling;
+        assert_eq!(
+            (sampling.count, sampling.batch, sampling.steps),
+            (8, 100, 250)
+        );
+        assert_eq!((sampling.guidance, sampling.guidance_channels), (1.5, 3));
+        assert_eq!(
+            (sampling.solver, sampling.classes),
+            (Solver::Ddim { eta: 0.0 }, None)
+        );
+
+        let text = "kind = 'sample'\nguidance = 0.5\nsteps = 1001\nclasses = []";
+        let expected = [
+            "missing key `count` in [[stage]] \"sample\"",
+            "`guidance`: must be at least 1 and finite, found 0.5",
+            "`steps`: must be between 1 and 1000, found 1001",
+            "`classes`: must not be empty",
+        ];
+        assert_eq!(messages(&stage(text)), expected);
+    }
+
+    #[test]
+    fn evaluation_needs_distinct_models_and_enough_images() {
+        assert_eq!(
+            messages(&stage("kind = 'evaluate'")),
+            ["missing key `compare` in [[stage]] \"evaluate\""]
+        );
+        assert_eq!(
+            messages(&stage(
+                "kind = 'evaluate'\ncompare = ['base', 'base']\ncount = 3"
+            )),
+            [
+                "`neighbours`, by default 3, must be below `count`",
+                "`compare`: names a model twice"
+            ]
+        );
+    }
+}

@@ -1,0 +1,250 @@
+//! The typed recipe: every key with its meaning, default and range.
+//!
+//! A [`Recipe`] is complete. Defaults are filled in and each stage knows where its checkpoint comes
+//! from, so a run never looks at the document again. Written back with [`Recipe::to_toml`] it is a
+//! recipe that says the same with nothing left implicit.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::diagnostic::Diagnostics;
+use crate::backend::BackendKind;
+use super::document::{Document, string_in, title};
+use super::prune::Prune;
+use super::reader::{Section, Sink};
+use super::recover::Recover;
+use super::sampling::{Evaluate, Sample};
+use super::source::{Lineage, Listing};
+use super::train::Train;
+
+/// A validated recipe.
+///
+/// ```
+/// use std::path::Path;
+/// use tinyfusion::recipe::{document::Document, schema::Recipe};
+///
+/// let text = r#"
+/// [[stage]]
+/// kind = "prune"
+/// from = "embedded:digits-teacher"
+/// groups = "1:2"
+/// steps = 100
+/// "#;
+/// let mut document = Document::parse(Path::new("recipes/tiny.toml"), text)?;
+/// document.set("stage.prune.steps=200");
+/// let recipe = Recipe::from_document(&document)?;
+/// assert_eq!(recipe.name, "tiny");
+/// # Ok::<(), tinyfusion::recipe::diagnostic::Diagnostics>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Recipe {
+    /// What runs of it are filed under; by default the stem of its file.
+    pub name: String,
+    /// Seed of all randomness, below 2^63 because TOML has no larger integers.
+    pub seed: u64,
+    /// Where to compute; `None` leaves it to the command line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backend: Option<BackendKind>,
+    /// What to train on and compare with.
+    pub data: Data,
+    /// What is done, in order.
+    #[serde(rename = "stage")]
+    pub stages: Vec<Stage>,
+}
+
+/// A data set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Data {
+    /// The embedded 8×8 handwritten digits.
+    Digits,
+}
+
+/// One step of a recipe.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Stage {
+    /// What it is called; by default its kind. Unique within the recipe.
+    pub name: String,
+    /// What it does.
+    #[serde(flatten)]
+    pub kind: StageKind,
+}
+
+/// What a stage does.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum StageKind {
+    /// Trains a model.
+    Train(Train),
+    /// Removes layers.
+    Prune(Prune),
+    /// Trains what is left back to quality.
+    Recover(Recover),
+    /// Draws images.
+    Sample(Sample),
+    /// Compares models.
+    Evaluate(Evaluate),
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Train,
+    Prune,
+    Recover,
+    Sample,
+    Evaluate,
+}
+
+const KINDS: [(&str, Kind); 5] = [
+    ("train", Kind::Train),
+    ("prune", Kind::Prune),
+    ("recover", Kind::Recover),
+    ("sample", Kind::Sample),
+    ("evaluate", Kind::Evaluate),
+];
+
+const NAME_RULE: &str = "must be 1 to 64 of the characters a-z, 0-9, `_` and `-`";
+
+impl Recipe {
+    /// Reads and validates a recipe. Checkpoint files are looked for, but not opened.
+    ///
+    /// # Errors
+    ///
+    /// Every mistake of the recipe and of the overrides applied to it, all at once.
+    pub fn from_document(document: &Document) -> Result<Self, Diagnostics> {
+        let sink = Sink::new(document.refused().to_vec());
+        let recipe = Self::read(document, &sink);
+        let faults = sink.into_faults();
+        match recipe {
+            Some(recipe) if faults.is_empty() => Ok(recipe),
+            _ => Err(document.diagnostics(faults)),
+        }
+    }
+
+    /// The recipe with every default written out, as TOML.
+    ///
+    /// # Errors
+    ///
+    /// None of a recipe that was read from a document.
+    pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
+        toml::to_string_pretty(self)
+    }
+
+    fn read(document: &Document, sink: &Sink) -> Option<Self> {
+        let section = match Section::new("the recipe".to_owned(), document.root(), sink) {
+            Ok(section) => section,
+            Err(fault) => {
+                sink.push(fault);
+                return None;
+            }
+        };
+        let name = section
+            .string("name")
+            .check(|name| is_name(name), NAME_RULE)
+            .optional();
+        let seed = section.integer("seed", 0..=i64::MAX as u64).or(0);
+        let backends = [
+            ("ndarray", BackendKind::Ndarray),
+            ("wgpu", BackendKind::Wgpu),
+            ("cuda", BackendKind::Cuda),
+        ];
+        let backend = section.choice("backend", &backends).optional();
+        let data = section
+            .choice("data", &[("digits", Data::Digits)])
+            .or(Data::Digits);
+        let stages = section.sections("stage").required().map(read_stages);
+        section.finish();
+        Some(Self {
+            name: name.map_or_else(|| name_of(document.path()), str::to_owned),
+            seed,
+            backend,
+            data,
+            stages: stages??,
+        })
+    }
+}
+
+/// Reads all stages, even after one that is wrong.
+fn read_stages(sections: Vec<Section<'_>>) -> Option<Vec<Stage>> {
+    let listings: Vec<Listing> = sections.iter().map(list).collect();
+    let read = sections.into_iter().enumerate();
+    let stages: Vec<_> = read
+        .map(|(index, section)| Stage::read(section, &listings, index))
+        .collect();
+    stages.into_iter().collect()
+}
+
+/// What the other stages know of one, before it is read.
+fn list(section: &Section<'_>) -> Listing {
+    let kind = string_in(section.table(), "kind");
+    Listing {
+        name: title(section.table()).unwrap_or_default().to_owned(),
+        // An unknown kind is one mistake; that nothing can be made from it would be a second.
+        makes_checkpoint: !matches!(kind, Some("sample" | "evaluate")),
+    }
+}
+
+impl Stage {
+    fn read(section: Section<'_>, listings: &[Listing], index: usize) -> Option<Self> {
+        let lineage = Lineage::new(listings, index);
+        let kind = section.choice("kind", &KINDS).required();
+        let called = &listings[index].name;
+        let taken = listings[..index]
+            .iter()
+            .any(|stage| stage.name == *called && !called.is_empty());
+        let message = format!("an earlier stage is called {called:?} as well");
+        let name = section
+            .string("name")
+            .check(|name| is_name(name), NAME_RULE)
+            .check(|_| !taken, &message);
+        if taken && name.is_absent() {
+            section.fault(format!("{message}; give this one a `name`"));
+        }
+        let kind = match kind? {
+            Kind::Train => Train::read(&section, lineage).map(StageKind::Train),
+            Kind::Prune => Prune::read(&section, lineage).map(StageKind::Prune),
+            Kind::Recover => Recover::read(&section, lineage).map(StageKind::Recover),
+            Kind::Sample => Sample::read(&section, lineage).map(StageKind::Sample),
+            Kind::Evaluate => Evaluate::read(&section, lineage).map(StageKind::Evaluate),
+        };
+        section.finish();
+        Some(Self {
+            name: called.clone(),
+            kind: kind?,
+        })
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '-';
+    (1..=64).contains(&text.len()) && text.chars().all(allowed)
+}
+
+/// The file stem, made into a name.
+fn name_of(path: &Path) -> String {
+    let stem = path
+        .file_stem()
+        .map(|stem| stem.to_string_lossy().to_ascii_lowercase());
+    let letter = |c: char| {
+        if is_name(c.encode_utf8(&mut [0; 4])) {
+            c
+        } else {
+            '-'
+        }
+    };
+    let name: String = stem
+        .unwrap_or_default()
+        .chars()
+        .take(64)
+        .map(letter)
+        .collect();
+    if name.is_empty() {
+        "recipe".to_owned()
+    } else {
+        name
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests;

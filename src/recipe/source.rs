@@ -1,0 +1,248 @@
+//! Where a stage takes a checkpoint from.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::{Serialize, Serializer};
+
+use super::diagnostic::Diagnostic;
+use super::document::Node;
+use super::reader::Section;
+
+const EMBEDDED: &str = "embedded:";
+const EXTENSIONS: [&str; 3] = ["safetensors", "pt", "pth"];
+
+/// A checkpoint that a stage reads, written in a recipe as one string.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// What an earlier stage made, by the name of the stage.
+    Stage(String),
+    /// A checkpoint inside the binary: `embedded:` and its name.
+    Embedded(EmbeddedName),
+    /// A `.safetensors`, `.pt` or `.pth` file; a relative path starts at the working directory.
+    Path(PathBuf),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stage(name) => f.write_str(name),
+            Self::Embedded(name) => f.write_str(name.as_str()),
+            Self::Path(path) => path.display().fmt(f),
+        }
+    }
+}
+
+impl Serialize for Source {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// A checkpoint that is part of the binary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EmbeddedName {
+    /// The diffusion transformer trained on digits.
+    DigitsTeacher,
+    /// The digits classifier whose features are compared in evaluation.
+    DigitsFeatures,
+}
+
+impl EmbeddedName {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::DigitsTeacher, Self::DigitsFeatures];
+
+    /// The name as a recipe writes it, prefix included.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::DigitsTeacher => "embedded:digits-teacher",
+            Self::DigitsFeatures => "embedded:digits-features",
+        }
+    }
+}
+
+/// A stage, as far as the others need to know it.
+#[derive(Clone, Debug)]
+pub struct Listing {
+    /// What the stage is called.
+    pub name: String,
+    /// Whether it leaves a checkpoint that others can take up.
+    pub makes_checkpoint: bool,
+}
+
+/// A stage's place in the recipe, which decides what it can be made from.
+#[derive(Clone, Copy, Debug)]
+pub struct Lineage<'a> {
+    earlier: &'a [Listing],
+    rest: &'a [Listing],
+}
+
+impl<'a> Lineage<'a> {
+    /// The place of the stage at `index` among all `stages`.
+    #[must_use]
+    pub fn new(stages: &'a [Listing], index: usize) -> Self {
+        let (earlier, rest) = stages.split_at(index.min(stages.len()));
+        Self { earlier, rest }
+    }
+
+    /// The nearest earlier stage that makes a checkpoint.
+    #[must_use]
+    pub fn nearest(self) -> Option<Source> {
+        self.checkpoints()
+            .next_back()
+            .map(|name| Source::Stage(name.to_owned()))
+    }
+
+    /// The key `from`, by default the nearest earlier checkpoint.
+    #[must_use]
+    pub fn from(self, section: &Section<'_>) -> Option<Source> {
+        let field = section.value("from", |node| self.source(node));
+        match self.nearest() {
+            Some(nearest) => Some(field.or(nearest)),
+            None => field.required_since("no earlier stage makes a checkpoint"),
+        }
+    }
+
+    /// Reads a source: an earlier stage, an embedded checkpoint or a file.
+    ///
+    /// # Errors
+    ///
+    /// If the string names none of these, or a stage that cannot be used, or a file that is not
+    /// there.
+    pub fn source(self, node: &Node) -> Result<Source, Diagnostic> {
+        let text = node.string()?;
+        let embedded = EmbeddedName::ALL.map(EmbeddedName::as_str);
+        if let Some(name) = EmbeddedName::ALL
+            .into_iter()
+            .find(|name| name.as_str() == text)
+        {
+            return Ok(Source::Embedded(name));
+        }
+        if text.starts_with(EMBEDDED) {
+            let fault = node.fault(format!("there is no embedded checkpoint {text:?}"));
+            return Err(fault.suggesting(text, embedded));
+        }
+        if let Some(stage) = self.earlier.iter().find(|stage| stage.name == text) {
+            return if stage.makes_checkpoint {
+                Ok(Source::Stage(text.to_owned()))
+            } else {
+                Err(node.fault(format!("stage {text:?} makes no checkpoint")))
+            };
+        }
+        if self.rest.iter().any(|stage| stage.name == text) {
+            let message = format!("stage {text:?} does not run before this one");
+            return Err(node.fault(message));
+        }
+        if is_checkpoint(Path::new(text)) {
+            let path = PathBuf::from(text);
+            return if path.is_file() {
+                Ok(Source::Path(path))
+            } else {
+                Err(node.fault(format!("file not found: {text:?}")))
+            };
+        }
+        let message = format!(
+            "{text:?} is not an earlier stage, an embedded checkpoint, or a path ending in .{}",
+            EXTENSIONS.join(", .")
+        );
+        Err(node
+            .fault(message)
+            .suggesting(text, self.checkpoints().chain(embedded)))
+    }
+
+    fn checkpoints(self) -> impl DoubleEndedIterator<Item = &'a str> {
+        let makers = self.earlier.iter().filter(|stage| stage.makes_checkpoint);
+        makers.map(|stage| stage.name.as_str())
+    }
+}
+
+fn is_checkpoint(path: &Path) -> bool {
+    path.extension().is_some_and(|found| {
+        EXTENSIONS
+            .iter()
+            .any(|known| found.eq_ignore_ascii_case(known))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::schema::StageKind;
+    use crate::recipe::schema::tests::{errors, messages, second, stage};
+
+    #[test]
+    fn sources_must_be_earlier_checkpoints() {
+        let sample = "kind = 'sample'\ncount = 1\nfrom = ";
+        for (from, message) in [
+            (
+                "'base2'",
+                "`from`: \"base2\" is not an earlier stage, an embedded checkpoint, or a path ending in .safetensors, .pt, .pth",
+            ),
+            (
+                "'sample'",
+                "`from`: stage \"sample\" does not run before this one",
+            ),
+            (
+                "'late'",
+                "`from`: stage \"late\" does not run before this one",
+            ),
+            (
+                "'embedded:x'",
+                "`from`: there is no embedded checkpoint \"embedded:x\"",
+            ),
+            ("'no/such.pt'", "`from`: file not found: \"no/such.pt\""),
+            ("1", "`from`: expected a string, found an integer"),
+        ] {
+            let late = "[[stage]]\nkind = 'sample'\nname = 'late'\ncount = 1";
+            assert_eq!(
+                messages(&stage(&format!("{sample}{from}\n{late}"))),
+                [message]
+            );
+        }
+        let after = "kind = 'sample'\ncount = 1\n[[stage]]\nkind = 'evaluate'\ncompare = ['sample', 'bsae']";
+        let errors = errors(&stage(after));
+        assert_eq!(
+            errors.items()[0].message,
+            "`compare`: stage \"sample\" makes no checkpoint"
+        );
+        assert_eq!(errors.items()[1].suggestion.as_deref(), Some("base"));
+    }
+
+    #[test]
+    fn the_nearest_checkpoint_is_the_default_source() {
+        let StageKind::Sample(sample) = second("kind = 'sample'\ncount = 1") else {
+            panic!()
+        };
+        assert_eq!(sample.from, Source::Stage("base".to_owned()));
+        let listing = |name: &str, makes_checkpoint| Listing {
+            name: name.to_owned(),
+            makes_checkpoint,
+        };
+        let stages = [("a", true), ("b", true), ("c", false), ("d", true)]
+            .map(|(name, makes_checkpoint)| listing(name, makes_checkpoint));
+        let nearest = |index| Lineage::new(&stages, index).nearest();
+        assert_eq!(nearest(0), None);
+        assert_eq!(nearest(3), Some(Source::Stage("b".to_owned())));
+        assert_eq!(
+            messages("[[stage]]\nkind = 'sample'\ncount = 1"),
+            ["missing key `from` in [[stage]] \"sample\": no earlier stage makes a checkpoint"]
+        );
+    }
+
+    #[test]
+    fn a_source_can_be_a_file() {
+        let path =
+            std::env::temp_dir().join(format!("tinyfusion-schema-{}.PT", std::process::id()));
+        std::fs::write(&path, []).unwrap();
+        let text = format!(
+            "kind = 'sample'\ncount = 1\nfrom = {:?}",
+            path.to_str().unwrap()
+        );
+        let StageKind::Sample(sample) = second(&text) else {
+            panic!()
+        };
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(sample.from, Source::Path(path));
+    }
+}

@@ -1,0 +1,256 @@
+//! The stage that trains a model from scratch, or trains an existing one on.
+
+use serde::Serialize;
+
+use super::optimisation::{Optimisation, label_drop, positive};
+use super::reader::Section;
+use super::source::{Lineage, Source};
+use crate::models::DitConfig;
+use crate::models::zoo::PRESETS;
+
+/// `kind = "train"`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Train {
+    /// What to train on; `None` trains from scratch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<Source>,
+    /// Budget and schedule.
+    #[serde(flatten)]
+    pub optimisation: Optimisation,
+    /// How often a label is replaced by the null class. A classifier has no use for it.
+    pub label_drop: f64,
+    /// What to train; always there without `from`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub architecture: Option<Architecture>,
+}
+
+impl Train {
+    pub(super) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
+        let from = section.value("from", |node| lineage.source(node));
+        let from_scratch = from.is_absent();
+        let from = from.optional();
+        let optimisation = Optimisation::read(section, 1e-3, 0.0);
+        let label_drop = label_drop(section);
+        let architecture = section.section("architecture");
+        let architecture = if from_scratch {
+            architecture.required_since("without `from` a model is trained from scratch")
+        } else {
+            architecture.optional()
+        };
+        Some(Self {
+            from,
+            architecture: architecture.and_then(Architecture::read),
+            label_drop,
+            optimisation: optimisation?,
+        })
+    }
+}
+
+/// The model to train: the table `architecture`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "family", rename_all = "kebab-case")]
+pub enum Architecture {
+    /// A diffusion transformer.
+    Dit(Dit),
+    /// The small convolutional classifier of digits, which makes features for evaluation.
+    DigitsClassifier {
+        /// Channels of its first layer.
+        width: usize,
+    },
+}
+
+/// A diffusion transformer, by name or by its sizes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Dit {
+    /// One of [`PRESETS`].
+    Preset {
+        /// Its name.
+        preset: String,
+    },
+    /// Each size on its own.
+    Sizes(DitConfig),
+}
+
+#[derive(Clone, Copy)]
+enum Family {
+    Dit,
+    DigitsClassifier,
+}
+
+const KEYS: &[&str] = &[
+    "preset",
+    "input_size",
+    "patch_size",
+    "channels",
+    "width",
+    "depth",
+    "heads",
+    "mlp_ratio",
+    "classes",
+    "learn_sigma",
+];
+
+impl Architecture {
+    fn read(section: Section<'_>) -> Option<Self> {
+        let families = [
+            ("dit", Family::Dit),
+            ("digits-classifier", Family::DigitsClassifier),
+        ];
+        let family = section.choice("family", &families);
+        let has_preset = section.table().contains_key("preset");
+        let family = if has_preset && family.is_absent() {
+            Some(Family::Dit)
+        } else {
+            family.required()
+        };
+        let architecture = match family {
+            Some(Family::Dit) if has_preset => {
+                let names: Vec<_> = PRESETS
+                    .iter()
+                    .map(|preset| (preset.name, preset.name))
+                    .collect();
+                let preset = section.choice("preset", &names).optional();
+                section.refuse(KEYS, "a preset");
+                preset.map(|name| {
+                    Self::Dit(Dit::Preset {
+                        preset: name.to_owned(),
+                    })
+                })
+            }
+            Some(Family::Dit) => Some(Self::Dit(Dit::Sizes(read_sizes(&section)))),
+            Some(Family::DigitsClassifier) => {
+                let width = section.integer("width", 4..=4096).check(|width: &usize| width.is_multiple_of(4), "must be a multiple of 4").or(64);
+                section.refuse(KEYS, "family \"digits-classifier\"");
+                Some(Self::DigitsClassifier { width })
+            }
+            None => {
+                section.accept(KEYS);
+                None
+            }
+        };
+        section.finish();
+        architecture
+    }
+}
+
+fn read_sizes(section: &Section<'_>) -> DitConfig {
+    {
+        let input_size: usize = section.integer("input_size", 1..=4096).or(8);
+        let patch_size = section.integer("patch_size", 1..=4096).or_checked(
+            2,
+            |patch| input_size.is_multiple_of(*patch),
+            &format!("must divide `input_size`, which is {input_size}"),
+        );
+        let channels = section.integer("channels", 1..=1024).or(1);
+        let heads: usize = section.integer("heads", 1..=1024).or(4);
+        let width = section.integer("width", 1..=65_536).or_checked(
+            64,
+            |width: &usize| width.is_multiple_of(heads) && width.is_multiple_of(4),
+            &format!("must be a multiple of 4 and of `heads`, which is {heads}"),
+        );
+        DitConfig {
+            input_size,
+            patch_size,
+            channels,
+            width,
+            depth: section.integer("depth", 1..=1024).or(12),
+            heads,
+            mlp_ratio: section.float("mlp_ratio", positive(64.0)).or(4.0),
+            classes: section.integer("classes", 1..=1_000_000).or(10),
+            learn_sigma: section.boolean("learn_sigma").or(true),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::schema::StageKind;
+    use crate::recipe::schema::tests::{errors, messages, second, stage};
+
+    #[test]
+    fn train_takes_an_architecture_or_a_checkpoint() {
+        assert_eq!(
+            messages(&stage("kind = 'train'\nsteps = 1")),
+            ["missing key `architecture` in [[stage]] \"train\": \
+          without `from` a model is trained from scratch"]
+        );
+        let StageKind::Train(train) = second("kind = 'train'\nsteps = 1\nfrom = 'base'") else {
+            panic!()
+        };
+        assert_eq!(
+            (train.from, train.architecture),
+            (Some(Source::Stage("base".to_owned())), None)
+        );
+    }
+
+    #[test]
+    fn architectures() {
+        let architecture = |fields: &str| {
+            let text = format!("kind = 'train'\nsteps = 1\narchitecture = {{ {fields} }}");
+            let StageKind::Train(train) = second(&text) else {
+                panic!()
+            };
+            train.architecture.unwrap()
+        };
+        let Architecture::Dit(Dit::Sizes(sizes)) = architecture("family = 'dit', depth = 6") else {
+            panic!()
+        };
+        assert_eq!(
+            (sizes.depth, sizes.width, sizes.heads, sizes.mlp_ratio),
+            (6, 64, 4, 4.0)
+        );
+        assert!(sizes.learn_sigma);
+        for preset in PRESETS.iter().map(|preset| preset.name) {
+            let expected = Architecture::Dit(Dit::Preset {
+                preset: preset.to_owned(),
+            });
+            assert_eq!(architecture(&format!("preset = {preset:?}")), expected);
+        }
+        assert_eq!(
+            architecture("family = 'digits-classifier', width = 32"),
+            Architecture::DigitsClassifier { width: 32 }
+        );
+    }
+
+    #[test]
+    fn architectures_that_cannot_be_built_are_refused() {
+        let wrong = |fields: &str| {
+            messages(&stage(&format!(
+                "kind = 'train'\nsteps = 1\narchitecture = {{ {fields} }}"
+            )))
+        };
+        assert_eq!(
+            wrong("family = 'dit', input_size = 8, patch_size = 3, heads = 3"),
+            [
+                "`width`, by default 64, must be a multiple of 4 and of `heads`, which is 3",
+                "`patch_size`: must divide `input_size`, which is 8",
+            ]
+        );
+        assert_eq!(
+            wrong("family = 'dit', width = 6, heads = 2"),
+            ["`width`: must be a multiple of 4 and of `heads`, which is 2"]
+        );
+        assert_eq!(
+            wrong("preset = 'DiT-XL/2', width = 8"),
+            ["`width` is not used by a preset"]
+        );
+        assert_eq!(
+            wrong("family = 'digits-classifier', depth = 2"),
+            ["`depth` is not used by family \"digits-classifier\""]
+        );
+        assert_eq!(
+            wrong("width = 8"),
+            ["missing key `family` in `architecture` of [[stage]] \"train\""]
+        );
+        let text = stage("kind = 'train'\nsteps = 1\narchitecture = { preset = 'DiT-XL/3' }");
+        let errors = errors(&text);
+        assert!(
+            errors.items()[0]
+                .suggestion
+                .as_deref()
+                .is_some_and(|near| near.starts_with("DiT-XL/"))
+        );
+    }
+}

@@ -1,0 +1,37 @@
+//! What a run shows a person: pictures, the pruning decisions over time, and tables.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+mod decision_history;
+mod decisions;
+mod glyphs;
+mod grid;
+mod table;
+
+pub use decision_history::{Decision, DecisionGroup, DecisionHistory};
+pub use decisions::decision_svg;
+pub use grid::{comparison_png, grid_png};
+pub use table::Table;
+
+/// Why a picture could not be made.
+#[derive(Debug, Error)]
+pub enum ReportError {
+    /// The data cannot be drawn.
+    #[error("{}: {problem}", .path.display())]
+    Invalid {
+        /// The picture that was to be written.
+        path: PathBuf,
+        /// What is wrong with the data.
+        problem: String,
+    },
+    /// The file could not be written.
+    #[error("{}", .path.display())]
+    Io {
+        /// The picture that was to be written.
+        path: PathBuf,
+        /// What the file system or the encoder said.
+        source: std::io::Error,
+    },
+}

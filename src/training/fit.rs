@@ -1,0 +1,152 @@
+//! The way into training.
+
+use std::io::IsTerminal;
+use std::sync::{Arc, Mutex};
+
+use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
+use burn::lr_scheduler::LrScheduler;
+use burn::module::AutodiffModule;
+use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::train::{InferenceStep, Learner, SupervisedTraining, TrainStep, TrainingStrategy};
+
+use super::checkpoint::{Position, Store};
+use super::metrics::{Curve, StepReport};
+use super::optimizer::{AdamW, ParameterGroup};
+use super::renderer::Quiet;
+use super::strategy::{Ended, Plan, Steps, lock};
+use super::{Ema, TrainingError};
+
+/// Called after every step with its number, the model and the average.
+pub type OnStep<B, M> = Box<dyn FnMut(usize, &M, &Ema<<B as AutodiffBackend>::InnerBackend>) -> Result<(), TrainingError> + Send>;
+
+/// Makes an observer, given the first step.
+pub type Observe<B, M> = Box<dyn FnOnce(usize) -> Result<OnStep<B, M>, TrainingError>>;
+
+/// Watches a training.
+pub(super) struct Observer<B: AutodiffBackend, M> {
+    pub(super) step: OnStep<B, M>,
+}
+
+/// A training to be run.
+pub struct Fit<B: AutodiffBackend, M: TrainStep> {
+    /// Budget and bookkeeping.
+    pub plan: Plan,
+    /// Whether to go on from the last checkpoint in the plan's directory.
+    pub resume: bool,
+    /// Parameters with their own learning rate.
+    pub groups: Vec<ParameterGroup>,
+    /// The batches from a given step on.
+    pub batches: Box<dyn FnOnce(usize) -> Arc<dyn DataLoader<B, M::Input>>>,
+    /// Names of scalars the steps report, plotted on the dashboard.
+    pub curves: Vec<&'static str>,
+    /// Called after every step, given the first step, once it is known.
+    pub observe: Option<Observe<B, M>>,
+    /// Plain lines even on a terminal.
+    pub plain: bool,
+}
+
+/// A finished training.
+pub struct Fitted<B: AutodiffBackend, M: AutodiffModule<B>> {
+    /// The model after the last step.
+    pub model: M::InnerModule,
+    /// Its moving average.
+    pub ema: M::InnerModule,
+    /// Steps that were skipped for a non-finite loss.
+    pub skipped: usize,
+    /// Steps done; fewer than planned when a person interrupted.
+    pub steps: usize,
+}
+
+/// Trains `model`.
+///
+/// # Errors
+/// When training diverges, or a checkpoint or log can't be read or written.
+pub fn fit<B, M>(model: M, fit: Fit<B, M>) -> Result<Fitted<B, M>, TrainingError>
+where
+    B: AutodiffBackend,
+    M: TrainStep<Output = StepReport> + AutodiffModule<B> + core::fmt::Display + 'static,
+    M::InnerModule: InferenceStep<Input = (), Output = ()>,
+{
+    let Fit { plan, resume, groups, batches, curves, observe, plain } = fit;
+    let optimizer = AdamW::new(plan.weight_decay, groups);
+    let mut ema = Ema::new(&model, plan.ema);
+    let fresh = Position { step: 0, skipped: 0, mean_loss: f64::NAN, best: None, fingerprint: plan.fingerprint.clone() };
+    let (model, start) = match resume {
+        true => Store::new(&plan.directory).restore(&plan, model, &mut ema, &optimizer)?,
+        false => (model, None),
+    };
+    let start = start.unwrap_or(fresh);
+    let step = match observe {
+        Some(observe) => observe(start.step)?,
+        None => Box::new(|_, _: &M, _: &_| Ok(())),
+    };
+    let observer = Observer { step };
+    let schedule = plan.schedule().load_record::<B>(start.step);
+    let loader = batches(start.step);
+    // The dashboard draws on standard output; without a terminal there, or asked for plain lines, nothing does.
+    let dashboard = cfg!(feature = "tui") && !plain && std::io::stdout().is_terminal();
+    let ended = Arc::new(Mutex::new(None));
+    let directory = plan.directory.clone();
+    let strategy = Steps {
+        plan,
+        optimizer: optimizer.clone(),
+        start,
+        ema: Mutex::new(Some(ema)),
+        observer: Mutex::new(observer),
+        plain: !dashboard,
+        ended: ended.clone(),
+    };
+    let mut training = SupervisedTraining::new(&directory, loader, Arc::new(Nothing))
+        .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
+        .with_application_logger(None)
+        .with_metric_logger(Quiet)
+        .num_epochs(1);
+    for key in ["loss", "lr", "grad norm", "images/s"].into_iter().chain(curves) {
+        training = training.metric_train_numeric(Curve::new(key));
+    }
+    if !dashboard {
+        training = training.renderer(Quiet);
+    }
+    let result = training.launch(Learner::new(model, optimizer, schedule));
+    drop(result.renderer);
+    let Ended { ema, position, error } = lock(&ended).take().expect("the strategy says how it ended");
+    match error {
+        Some(error) => Err(error),
+        None => Ok(Fitted { ema: ema.apply(result.model.clone()), model: result.model, skipped: position.skipped, steps: position.step }),
+    }
+}
+
+/// The validation split burn-train asks for; ours is a stage of its own.
+struct Nothing;
+
+impl Iterator for Nothing {
+    type Item = ();
+
+    fn next(&mut self) -> Option<()> {
+        None
+    }
+}
+
+impl DataLoaderIterator<()> for Nothing {
+    fn progress(&self) -> Progress {
+        Progress::new(0, 0)
+    }
+}
+
+impl<B: Backend> DataLoader<B, ()> for Nothing {
+    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<()> + 'a> {
+        Box::new(Nothing)
+    }
+
+    fn num_items(&self) -> usize {
+        0
+    }
+
+    fn to_device(&self, _: &B::Device) -> Arc<dyn DataLoader<B, ()>> {
+        Arc::new(Nothing)
+    }
+
+    fn slice(&self, _: usize, _: usize) -> Arc<dyn DataLoader<B, ()>> {
+        Arc::new(Nothing)
+    }
+}

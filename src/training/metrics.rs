@@ -1,0 +1,137 @@
+//! What a step reports, on the dashboard and in `metrics.jsonl`.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::train::ItemLazy;
+use burn::train::metric::{Adaptor, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes, NumericEntry, SerializedEntry};
+
+use super::TrainingError;
+
+/// Named numbers of one step.
+#[derive(Debug, Clone, Default)]
+pub struct Scalars(pub Vec<(&'static str, f64)>);
+
+impl Scalars {
+    /// The number of that name.
+    pub fn get(&self, name: &str) -> Option<f64> {
+        self.0.iter().find(|(key, _)| *key == name).map(|(_, value)| *value)
+    }
+}
+
+/// What a training step hands back besides gradients; `loss` is always among its scalars.
+#[derive(Debug, Clone, Default)]
+pub struct StepReport {
+    /// The numbers.
+    pub scalars: Scalars,
+    /// Images of the step.
+    pub images: usize,
+}
+
+impl ItemLazy for StepReport {
+    type ItemSync = Self;
+
+    fn sync(self) -> Self {
+        self
+    }
+}
+
+impl Adaptor<Scalars> for StepReport {
+    fn adapt(&self) -> Scalars {
+        self.scalars.clone()
+    }
+}
+
+/// One scalar as a curve of burn-train's dashboard.
+#[derive(Debug, Clone)]
+pub(super) struct Curve {
+    key: &'static str,
+    name: MetricName,
+    current: f64,
+    sum: f64,
+    count: usize,
+}
+
+impl Curve {
+    pub(super) fn new(key: &'static str) -> Self {
+        Self { key, name: Arc::new(key.to_owned()), current: f64::NAN, sum: 0.0, count: 0 }
+    }
+}
+
+impl Metric for Curve {
+    type Input = Scalars;
+
+    fn name(&self) -> MetricName {
+        self.name.clone()
+    }
+
+    fn attributes(&self) -> MetricAttributes {
+        NumericAttributes { unit: None, higher_is_better: matches!(self.key, "images/s" | "confidence" | "accuracy") }.into()
+    }
+
+    fn update(&mut self, scalars: &Scalars, _: &MetricMetadata) -> SerializedEntry {
+        if let Some(value) = scalars.get(self.key) {
+            self.current = value;
+            self.sum += value;
+            self.count += 1;
+        }
+        SerializedEntry::new(format!("{:.4}", self.current), self.current.to_string())
+    }
+
+    fn clear(&mut self) {
+        (self.sum, self.count) = (0.0, 0);
+    }
+}
+
+impl Numeric for Curve {
+    fn value(&self) -> NumericEntry {
+        NumericEntry::Value(self.current)
+    }
+
+    fn running_value(&self) -> NumericEntry {
+        NumericEntry::Aggregated { aggregated_value: self.sum / self.count.max(1) as f64, count: self.count }
+    }
+}
+
+/// A log of one JSON object per line, each with its `step`.
+#[derive(Debug)]
+pub struct JsonLines {
+    path: PathBuf,
+    file: File,
+}
+
+impl JsonLines {
+    /// Opens the log to go on at step `start`: lines of that step and later, left by a run that was cut off after its
+    /// last checkpoint, are dropped.
+    ///
+    /// # Errors
+    /// When the file can't be read or written.
+    pub fn open(path: &Path, start: usize) -> Result<Self, TrainingError> {
+        let io = |source| TrainingError::Io { path: path.to_owned(), source };
+        let kept: String = match std::fs::read_to_string(path) {
+            Ok(text) if start > 0 => text.lines().filter(|line| step_of(line).is_some_and(|step| step < start)).map(|line| format!("{line}\n")).collect(),
+            _ => String::new(),
+        };
+        crate::atomic::write_atomic(path, |file| file.write_all(kept.as_bytes())).map_err(io)?;
+        let file = OpenOptions::new().append(true).open(path).map_err(io)?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    /// Appends one object.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn write(&mut self, value: &impl serde::Serialize) -> Result<(), TrainingError> {
+        let io = |source| TrainingError::Io { path: self.path.clone(), source };
+        let mut line = serde_json::to_string(value).map_err(|error| io(error.into()))?;
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).map_err(io)
+    }
+}
+
+fn step_of(line: &str) -> Option<usize> {
+    let value: serde_json::Value = serde_json::from_str(line).ok()?;
+    usize::try_from(value.get("step")?.as_u64()?).ok()
+}

@@ -1,0 +1,64 @@
+//! Training that can be trusted: burn-train's `Learner` under a strategy of our own.
+//!
+//! The stock strategies count epochs, checkpoint per epoch and not on interrupt, and clip per tensor. Ours counts
+//! optimizer steps, clips by the global norm, keeps an EMA, and saves everything a bit-identical continuation
+//! needs, atomically. [`fit`] is the way in.
+
+mod checkpoint;
+mod classifier;
+mod ema;
+mod fit;
+mod metrics;
+mod optimizer;
+pub(crate) mod renderer;
+mod schedule;
+mod strategy;
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+pub use classifier::ClassifierTrainee;
+pub use ema::Ema;
+pub use fit::{Fit, Fitted, Observe, OnStep, fit};
+pub use metrics::{JsonLines, Scalars, StepReport};
+pub use optimizer::{AdamW, ParameterGroup, clip_global_norm};
+pub use schedule::Schedule;
+pub use strategy::Plan;
+
+use crate::weights::WeightsError;
+
+/// How a training can fail.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TrainingError {
+    /// Losses stayed non-finite.
+    #[error("{count} losses in a row were not finite (the last at step {step}); lower `lr`, or look at the data. The last checkpoint is in {}", directory.display())]
+    Diverged {
+        /// How many.
+        count: usize,
+        /// Where it was given up.
+        step: usize,
+        /// Where checkpoints are.
+        directory: PathBuf,
+    },
+    /// A checkpoint can't be written, read, or does not belong to this run.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// A training checkpoint belongs to another run.
+    #[error("{}: {problem}", path.display())]
+    Resume {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Why it can't be continued.
+        problem: String,
+    },
+    /// A log can't be written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}

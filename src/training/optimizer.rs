@@ -1,0 +1,164 @@
+//! AdamW over parameter groups, and clipping by the global norm.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use burn::module::{AutodiffModule, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::optim::{GradientsParams, MultiGradientsParams, Optimizer};
+use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{Tensor, TensorPrimitive};
+
+/// Parameters that learn at their own rate.
+#[derive(Debug, Clone)]
+pub struct ParameterGroup {
+    /// The parameters.
+    pub parameters: Vec<ParamId>,
+    /// Their rate over the schedule's.
+    pub lr_factor: f64,
+}
+
+/// Adam's running moments of one parameter, on the inner backend.
+#[derive(Debug, Clone)]
+pub(super) struct Moments<B: Backend> {
+    pub(super) first: FloatTensor<B>,
+    pub(super) second: FloatTensor<B>,
+    /// Updates so far.
+    pub(super) time: i32,
+}
+
+/// AdamW (arXiv 1711.05101) in PyTorch's arithmetic, with parameter groups.
+///
+/// Burn's own has one rate for all parameters and keeps its state where it can be neither named nor shared; this
+/// one's clones share their moments, so that the strategy can checkpoint what the `Learner`'s copy updates.
+#[derive(Debug, Clone)]
+pub struct AdamW<B: AutodiffBackend> {
+    betas: (f64, f64),
+    epsilon: f64,
+    weight_decay: f64,
+    groups: Vec<ParameterGroup>,
+    moments: Arc<Mutex<HashMap<ParamId, Moments<B::InnerBackend>>>>,
+}
+
+impl<B: AutodiffBackend> AdamW<B> {
+    /// An optimizer with betas (0.9, 0.999) and epsilon 1e-8.
+    pub fn new(weight_decay: f64, groups: Vec<ParameterGroup>) -> Self {
+        Self { betas: (0.9, 0.999), epsilon: 1e-8, weight_decay, groups, moments: Arc::default() }
+    }
+
+    pub(super) fn moments(&self) -> MutexGuard<'_, HashMap<ParamId, Moments<B::InnerBackend>>> {
+        self.moments.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lr_factor(&self, id: ParamId) -> f64 {
+        self.groups.iter().find(|group| group.parameters.contains(&id)).map_or(1.0, |group| group.lr_factor)
+    }
+
+    /// The updated values of one parameter.
+    fn update<const D: usize>(&self, id: ParamId, lr: f64, value: Tensor<B::InnerBackend, D>, gradient: Tensor<B::InnerBackend, D>) -> Tensor<B::InnerBackend, D> {
+        let mut moments = self.moments();
+        let (beta1, beta2) = self.betas;
+        let wrap = |primitive| Tensor::<B::InnerBackend, D>::from_primitive(TensorPrimitive::Float(primitive));
+        let square = gradient.clone() * gradient.clone();
+        let (first, second, time) = match moments.remove(&id) {
+            Some(Moments { first, second, time }) => (
+                wrap(first).mul_scalar(beta1) + gradient.mul_scalar(1.0 - beta1),
+                wrap(second).mul_scalar(beta2) + square.mul_scalar(1.0 - beta2),
+                time + 1,
+            ),
+            None => (gradient.mul_scalar(1.0 - beta1), square.mul_scalar(1.0 - beta2), 1),
+        };
+        let correction1 = 1.0 - beta1.powi(time);
+        let correction2 = 1.0 - beta2.powi(time);
+        let scale = second.clone().sqrt().div_scalar(correction2.sqrt()) + self.epsilon;
+        let value = if self.weight_decay == 0.0 { value } else { value.mul_scalar(1.0 - lr * self.weight_decay) };
+        let value = value - (first.clone() / scale).mul_scalar(lr / correction1);
+        let state = Moments { first: first.into_primitive().tensor(), second: second.into_primitive().tensor(), time };
+        moments.insert(id, state);
+        value
+    }
+}
+
+impl<B: AutodiffBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
+    // State is saved by the strategy, under parameter names; Burn's record of it is empty.
+    type Record = ();
+
+    fn step(&mut self, lr: f64, module: M, gradients: GradientsParams) -> M {
+        struct Step<'a, B: AutodiffBackend> {
+            optimizer: &'a AdamW<B>,
+            lr: f64,
+            gradients: GradientsParams,
+        }
+        impl<B: AutodiffBackend> ModuleMapper<B> for Step<'_, B> {
+            fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+                let (id, tensor, mapper) = param.consume();
+                let Some(gradient) = self.gradients.remove::<B::InnerBackend, D>(id) else {
+                    return Param::from_mapped_value(id, tensor, mapper);
+                };
+                let learns = tensor.is_require_grad();
+                let lr = self.lr * self.optimizer.lr_factor(id);
+                let value = self.optimizer.update(id, lr, tensor.inner(), gradient);
+                Param::from_mapped_value(id, Tensor::from_inner(value).set_require_grad(learns), mapper)
+            }
+        }
+        module.map(&mut Step { optimizer: self, lr, gradients })
+    }
+
+    fn step_multi(&mut self, lr: f64, module: M, mut gradients: MultiGradientsParams) -> M {
+        // One device per process: a list of one.
+        match gradients.grads.pop() {
+            Some((gradients, _)) => self.step(lr, module, gradients),
+            None => module,
+        }
+    }
+
+    fn to_record(&self) {}
+
+    fn load_record(self, (): ()) -> Self {
+        self
+    }
+}
+
+/// Scales gradients so that their norm over all parameters of `module` together is at most `bound`; returns the
+/// norm before.
+pub fn clip_global_norm<B: AutodiffBackend, M: AutodiffModule<B>>(module: &M, gradients: GradientsParams, bound: f64) -> (GradientsParams, f64) {
+    struct Norm<'a, B: AutodiffBackend> {
+        gradients: &'a GradientsParams,
+        squares: Vec<Tensor<B::InnerBackend, 1>>,
+    }
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Norm<'_, B> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if let Some(gradient) = self.gradients.get::<B::InnerBackend, D>(param.id) {
+                self.squares.push((gradient.clone() * gradient).sum());
+            }
+        }
+    }
+    struct Scale {
+        from: GradientsParams,
+        into: GradientsParams,
+        by: f64,
+    }
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Scale {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if let Some(gradient) = self.from.remove::<B::InnerBackend, D>(param.id) {
+                self.into.register::<B::InnerBackend, D>(param.id, gradient.mul_scalar(self.by));
+            }
+        }
+    }
+    let mut norm = Norm::<B> { gradients: &gradients, squares: Vec::new() };
+    module.visit(&mut norm);
+    if norm.squares.is_empty() {
+        return (gradients, 0.0);
+    }
+    // One transfer for all parameters; summed in f64.
+    let squares = Tensor::cat(norm.squares, 0).into_data();
+    let norm = squares.iter::<f64>().sum::<f64>().sqrt();
+    // PyTorch's rule, its epsilon included.
+    let by = bound / (norm + 1e-6);
+    if by >= 1.0 || !norm.is_finite() {
+        return (gradients, norm);
+    }
+    let mut scale = Scale { from: gradients, into: GradientsParams::new(), by };
+    module.visit(&mut scale);
+    (scale.into, norm)
+}

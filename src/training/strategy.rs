@@ -1,0 +1,196 @@
+//! The training loop.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use burn::data::dataloader::Progress;
+use burn::module::AutodiffModule;
+use burn::tensor::backend::AutodiffBackend;
+use burn::train::{
+    EventProcessorTraining, InferenceStep, Learner, LearnerEvent, LearningComponentsMarker, SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader,
+    TrainStep, TrainingComponents, TrainingItem, ValidLoader,
+};
+use serde::Serialize;
+
+use super::checkpoint::{Position, Store};
+use super::ema::Ema;
+use super::fit::Observer;
+use super::metrics::{JsonLines, StepReport};
+use super::optimizer::{AdamW, clip_global_norm};
+use super::renderer::Lines;
+use super::schedule::Schedule;
+use super::TrainingError;
+use crate::interrupt;
+
+/// How long to train, and what to keep.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// Shown in progress lines.
+    pub name: String,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Images of a step.
+    pub batch: usize,
+    /// Highest learning rate.
+    pub lr: f64,
+    /// Last learning rate.
+    pub final_lr: f64,
+    /// Steps of linear warm-up.
+    pub warmup: usize,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Bound of the gradient's global norm.
+    pub clip: f64,
+    /// Decay of the moving average.
+    pub ema: f64,
+    /// Steps between checkpoints.
+    pub checkpoint_every: usize,
+    /// Checkpoints kept besides the best.
+    pub keep_last: usize,
+    /// Steps between log lines.
+    pub log_every: usize,
+    /// Non-finite losses in a row after which training gives up.
+    pub max_bad_steps: usize,
+    /// Hash of what defines the training; a checkpoint of another can't be resumed.
+    pub fingerprint: String,
+    /// Folder of the stage: `metrics.jsonl` and `checkpoints/`.
+    pub directory: PathBuf,
+}
+
+impl Plan {
+    /// The learning rate of each step.
+    pub fn schedule(&self) -> Schedule {
+        Schedule::new(self.lr, self.final_lr, self.warmup, self.steps)
+    }
+}
+
+/// How a loop ended; shared with [`fit`](super::fit).
+pub(super) struct Ended<B: AutodiffBackend> {
+    pub(super) ema: Ema<B::InnerBackend>,
+    pub(super) position: Position,
+    pub(super) error: Option<TrainingError>,
+}
+
+/// Steps until the budget is spent, a person interrupts, or losses stay non-finite.
+pub(super) struct Steps<B: AutodiffBackend, M> {
+    pub(super) plan: Plan,
+    pub(super) optimizer: AdamW<B>,
+    pub(super) start: Position,
+    pub(super) ema: Mutex<Option<Ema<B::InnerBackend>>>,
+    pub(super) observer: Mutex<Observer<B, M>>,
+    pub(super) plain: bool,
+    pub(super) ended: Arc<Mutex<Option<Ended<B>>>>,
+}
+
+type Components<B, M> = LearningComponentsMarker<B, Schedule, M, AdamW<B>>;
+
+impl<B, M> SupervisedLearningStrategy<Components<B, M>> for Steps<B, M>
+where
+    B: AutodiffBackend,
+    M: TrainStep<Output = StepReport> + AutodiffModule<B> + core::fmt::Display + 'static,
+    M::InnerModule: InferenceStep,
+{
+    fn fit(
+        &self,
+        components: TrainingComponents<Components<B, M>>,
+        mut learner: Learner<Components<B, M>>,
+        train: TrainLoader<Components<B, M>>,
+        _: ValidLoader<Components<B, M>>,
+        _: usize,
+    ) -> (M, SupervisedTrainingEventProcessor<Components<B, M>>) {
+        let mut processor = components.event_processor;
+        let mut position = self.start.clone();
+        let mut ema = lock(&self.ema).take().expect("a strategy is run once");
+        let stop = || interrupt::requested() || components.interrupter.should_stop();
+        let error = self.run(&mut learner, &mut ema, &mut position, &train, &mut processor, &stop).err();
+        processor.process_train(LearnerEvent::EndEpoch(1));
+        *lock(&self.ended) = Some(Ended { ema, position, error });
+        (learner.model(), processor)
+    }
+}
+
+impl<B, M> Steps<B, M>
+where
+    B: AutodiffBackend,
+    M: TrainStep<Output = StepReport> + AutodiffModule<B> + core::fmt::Display + 'static,
+    M::InnerModule: InferenceStep,
+{
+    fn run(
+        &self,
+        learner: &mut Learner<Components<B, M>>,
+        ema: &mut Ema<B::InnerBackend>,
+        position: &mut Position,
+        train: &TrainLoader<Components<B, M>>,
+        processor: &mut SupervisedTrainingEventProcessor<Components<B, M>>,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), TrainingError> {
+        let plan = &self.plan;
+        let store = Store::new(&plan.directory);
+        let mut log = JsonLines::open(&plan.directory.join("metrics.jsonl"), position.step)?;
+        let lines = Lines::new(&plan.name, position.step, plan.steps);
+        let mut observer = lock(&self.observer);
+        let mut batches = train.iter();
+        let (mut bad, mut losses, mut since) = (0, Vec::new(), Instant::now());
+        let mut logged = position.step;
+        while position.step < plan.steps {
+            let Some(batch) = batches.next() else { break };
+            learner.lr_step();
+            let output = learner.train_step(batch);
+            let mut report = output.item;
+            let loss = report.scalars.get("loss").unwrap_or(f64::NAN);
+            let (gradients, norm) = clip_global_norm::<B, M>(&learner.model(), output.grads, plan.clip);
+            if loss.is_finite() && norm.is_finite() {
+                learner.optimizer_step(gradients);
+                losses.push(loss);
+                bad = 0;
+            } else {
+                position.skipped += 1;
+                bad += 1;
+            }
+            // As the reference does, after a skipped step too.
+            ema.update(&learner.model());
+            position.step += 1;
+            let images = position.step * plan.batch;
+            let done = position.step == plan.steps;
+            let log_now = position.step.is_multiple_of(plan.log_every) || done || position.step == 1;
+            report.scalars.0.extend([("lr", learner.lr_current()), ("grad norm", norm)]);
+            if log_now {
+                let seconds = since.elapsed().as_secs_f64();
+                let rate = ((position.step - logged) * plan.batch) as f64 / seconds.max(1e-9);
+                report.scalars.0.push(("images/s", rate));
+                (since, logged) = (Instant::now(), position.step);
+                let mut record = serde_json::Map::from_iter([("step".to_owned(), (position.step - 1).into()), ("images".to_owned(), images.into()), ("skipped".to_owned(), position.skipped.into())]);
+                record.extend(report.scalars.0.iter().map(|(name, value)| ((*name).to_owned(), (*value).into())));
+                log.write(&record)?;
+                if self.plain {
+                    eprintln!("{}", lines.line(position.step, images, &report.scalars));
+                }
+            }
+            (observer.step)(position.step - 1, &learner.model(), ema)?;
+            let progress = Progress::new(position.step, plan.steps);
+            let item = TrainingItem::new(report, progress, Progress::new(1, 1), Some(position.step), Some(learner.lr_current()));
+            processor.process_train(LearnerEvent::ProcessedItem(item));
+            if bad >= plan.max_bad_steps {
+                return Err(TrainingError::Diverged { count: bad, step: position.step - 1, directory: plan.directory.join("checkpoints") });
+            }
+            let stopping = stop();
+            if !done && (stopping || position.step.is_multiple_of(plan.checkpoint_every)) {
+                position.mean_loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
+                if !losses.is_empty() && position.best.is_none_or(|(_, best)| position.mean_loss < best) {
+                    position.best = Some((position.step, position.mean_loss));
+                }
+                losses.clear();
+                store.save(position, &learner.model(), ema, &self.optimizer, plan.keep_last)?;
+            }
+            if stopping {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,154 @@
+//! Between a Burn module and a state dict.
+
+use std::path::Path;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Tensor, TensorData, backend::Backend};
+
+use super::{Array, StateDict, WeightsError};
+
+/// A parameter as a module names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParameterName {
+    /// Burn's identity of the parameter.
+    pub id: ParamId,
+    /// Its name in a checkpoint.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+}
+
+/// The checkpoint's name for a parameter at a module path.
+///
+/// Rust has no field called `mlp.0` or `weight` for a bare table; these few differ from the PyTorch names. Where a
+/// network sits in what is trained, and which of the family it is, are no part of a name.
+pub fn reference_name(path: &str) -> String {
+    let path = path.strip_prefix("network.").unwrap_or(path);
+    let path = path.strip_prefix("Dit.").unwrap_or(path);
+    const RENAMED: [(&str, &str); 7] = [
+        ("t_embedder.hidden.", "t_embedder.mlp.0."),
+        ("t_embedder.out.", "t_embedder.mlp.2."),
+        (".modulation.", ".adaLN_modulation.1."),
+        ("y_embedder.table", "y_embedder.embedding_table.weight"),
+        (".lora.a", ".lora_a.weight"),
+        (".lora.b", ".lora_b.weight"),
+        ("gates.", "gumbel_gates."),
+    ];
+    RENAMED.iter().fold(path.to_owned(), |name, (from, to)| name.replace(from, to))
+}
+
+/// The path of a walk through a module, joined by dots.
+#[derive(Default)]
+struct Walk(Vec<String>);
+
+impl Walk {
+    fn name(&self) -> String {
+        reference_name(&self.0.join("."))
+    }
+}
+
+/// Every float parameter of a module, in the module's order.
+pub fn names<B: Backend, M: Module<B>>(module: &M) -> Vec<ParameterName> {
+    struct Names {
+        walk: Walk,
+        found: Vec<ParameterName>,
+    }
+    impl<B: Backend> ModuleVisitor<B> for Names {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.walk.0.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.walk.0.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            self.found.push(ParameterName { id: param.id, name: self.walk.name(), shape: param.lazy_shape().to_vec() });
+        }
+    }
+    let mut visitor = Names { walk: Walk::default(), found: Vec::new() };
+    module.visit(&mut visitor);
+    visitor.found
+}
+
+/// Reads every float parameter of a module.
+pub fn collect<B: Backend, M: Module<B>>(module: &M) -> StateDict {
+    struct Collect {
+        walk: Walk,
+        state: StateDict,
+    }
+    impl<B: Backend> ModuleVisitor<B> for Collect {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.walk.0.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.walk.0.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            let tensor = param.val();
+            let shape = tensor.dims().to_vec();
+            let data = floats(tensor.into_data());
+            self.state.insert(self.walk.name(), Array { shape, data });
+        }
+    }
+    let mut visitor = Collect { walk: Walk::default(), state: StateDict::new() };
+    module.visit(&mut visitor);
+    visitor.state
+}
+
+/// The values of float tensor data as f32.
+pub(crate) fn floats(data: TensorData) -> Vec<f32> {
+    data.iter::<f32>().collect()
+}
+
+/// Fills every float parameter of `module` from `state`.
+///
+/// # Errors
+/// [`WeightsError::Mismatch`], listing every parameter that is missing from `state`, that the module does not
+/// have, or whose shape differs. `path` and `model` are for that message.
+pub fn assign<B: Backend, M: Module<B>>(module: M, state: &StateDict, path: &Path, model: &str) -> Result<M, WeightsError> {
+    let wanted = names::<B, M>(&module);
+    let mut problems = Vec::new();
+    for parameter in &wanted {
+        match state.get(&parameter.name) {
+            None => problems.push(format!("  missing   {} {:?}", parameter.name, parameter.shape)),
+            Some(array) if array.shape != parameter.shape => {
+                problems.push(format!("  misshapen {}: expected {:?}, found {:?}", parameter.name, parameter.shape, array.shape));
+            }
+            Some(_) => {}
+        }
+    }
+    let known: std::collections::BTreeSet<&str> = wanted.iter().map(|parameter| parameter.name.as_str()).collect();
+    problems.extend(state.iter().filter(|(name, _)| !known.contains(name.as_str())).map(|(name, array)| format!("  surplus   {name} {:?}", array.shape)));
+    if !problems.is_empty() {
+        return Err(WeightsError::Mismatch { path: path.to_owned(), model: model.to_owned(), problems: problems.join("\n") });
+    }
+
+    Ok(overlay(module, state))
+}
+
+/// Replaces the parameters of `module` whose names `state` has; shapes must agree.
+pub(crate) fn overlay<B: Backend, M: Module<B>>(module: M, state: &StateDict) -> M {
+    struct Overlay<'a> {
+        walk: Walk,
+        state: &'a StateDict,
+    }
+    impl<B: Backend> ModuleMapper<B> for Overlay<'_> {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.walk.0.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.walk.0.pop();
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            let (id, old, mapper) = param.consume();
+            let tensor = match self.state.get(&self.walk.name()) {
+                Some(array) => {
+                    let data = TensorData::new(array.data.clone(), array.shape.clone());
+                    Tensor::from_data(data, &old.device()).set_require_grad(old.is_require_grad())
+                }
+                None => old,
+            };
+            Param::from_mapped_value(id, tensor, mapper)
+        }
+    }
+    module.map(&mut Overlay { walk: Walk::default(), state })
+}

@@ -1,0 +1,242 @@
+//! Golden vectors of the reference evaluator: fixture groups `evaluator` and `npz`.
+//!
+//! The folder is taken from `TINYFUSION_FIXTURES`, else `/work/shared/fixtures`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::fs;
+use std::path::PathBuf;
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+use tinyfusion::evaluation::{
+    Features, Statistics, StatisticsAccumulator, frechet_distance, inception_score,
+    neighbour_radii, precision_recall, read_reference_statistics, read_samples, write_samples,
+};
+
+fn group(name: &str) -> PathBuf {
+    let root = std::env::var_os("TINYFUSION_FIXTURES");
+    root.map_or_else(|| "/work/shared/fixtures".into(), PathBuf::from)
+        .join(name)
+}
+
+fn json(group_name: &str, file: &str) -> Value {
+    let path = group(group_name).join(file);
+    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).unwrap()
+}
+
+fn floats(tensors: &SafeTensors, key: &str) -> Vec<f32> {
+    let bytes = tensors.tensor(key).unwrap().data();
+    bytes
+        .as_chunks()
+        .0
+        .iter()
+        .map(|&item| f32::from_le_bytes(item))
+        .collect()
+}
+
+fn features(tensors: &SafeTensors, key: &str) -> Features {
+    let dim = tensors.tensor(key).unwrap().shape()[1];
+    Features::new(dim, floats(tensors, key)).unwrap()
+}
+
+/// In batches of 37 rows, so that the merging of batches is part of the test.
+fn statistics(features: &Features) -> Statistics {
+    let mut accumulator = StatisticsAccumulator::new(features.dim());
+    for batch in features.data().chunks(37 * features.dim()) {
+        accumulator
+            .push(&Features::new(features.dim(), batch.to_vec()).unwrap())
+            .unwrap();
+    }
+    accumulator.finish().unwrap()
+}
+
+fn worst<'a>(found: impl IntoIterator<Item = &'a f64>, expected: &[f32]) -> f64 {
+    let found: Vec<f64> = found.into_iter().copied().collect();
+    assert_eq!(found.len(), expected.len());
+    found
+        .iter()
+        .zip(expected)
+        .map(|(a, &e)| (a - f64::from(e)).abs())
+        .fold(0.0, f64::max)
+}
+
+/// softmax(activations @ weights), in `f64`.
+fn softmax(activations: &Features, weights: &Features) -> Features {
+    let classes = weights.dim();
+    let mut rows = Vec::new();
+    for index in 0..activations.rows() {
+        let row = activations.row(index);
+        let logits: Vec<f64> = (0..classes)
+            .map(|class| {
+                let column = (0..weights.rows()).map(|input| weights.row(input)[class]);
+                row.iter()
+                    .zip(column)
+                    .map(|(&a, w)| f64::from(a) * f64::from(w))
+                    .sum()
+            })
+            .collect();
+        let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = logits.iter().map(|logit| (logit - most).exp()).sum();
+        rows.extend(
+            logits
+                .iter()
+                .map(|logit| ((logit - most).exp() / total) as f32),
+        );
+    }
+    Features::new(classes, rows).unwrap()
+}
+
+#[test]
+fn measures_match_the_reference() {
+    let (case, expected) = (
+        json("evaluator", "case.json"),
+        json("evaluator", "expected.json"),
+    );
+    let bytes = fs::read(group("evaluator").join("activations.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let neighbours = case["k"].as_u64().unwrap() as usize;
+    let split_size = case["inception_score_split_size"].as_u64().unwrap() as usize;
+    let sets = case["sets"].as_array().unwrap();
+    assert_eq!(sets.len(), 5);
+
+    for set in sets.iter().map(|set| set.as_str().unwrap()) {
+        let number = |key: &str| expected[set][key].as_f64().unwrap();
+        let reference = features(&tensors, &format!("{set}.ref"));
+        let sample = features(&tensors, &format!("{set}.sample"));
+
+        for (side, points) in [("ref", &reference), ("sample", &sample)] {
+            let moments = statistics(points);
+            let key = |suffix: &str| format!("{set}.{side}_{suffix}");
+            // Tolerances as stated in case.json; the expected moments are rounded to f32.
+            let mean = worst(moments.mean(), &floats(&tensors, &key("mu")));
+            assert!(
+                mean <= case["tolerance"]["mu"].as_f64().unwrap(),
+                "{set} {side} mu {mean:e}"
+            );
+            let sigma = worst(moments.covariance(), &floats(&tensors, &key("sigma")));
+            assert!(
+                sigma <= case["tolerance"]["sigma"].as_f64().unwrap(),
+                "{set} {side} {sigma:e}"
+            );
+            let radii = neighbour_radii(points, neighbours).unwrap();
+            for (found, expected) in radii.iter().zip(floats(&tensors, &key("radii"))) {
+                // The reference's radii are computed in f32, by the expansion with cancellation.
+                let error = (found / f64::from(expected) - 1.0).abs();
+                assert!(error < 1e-5, "{set} {side} radius {found} {expected}");
+            }
+        }
+
+        let fid = frechet_distance(&statistics(&reference), &statistics(&sample)).unwrap();
+        let error = (fid - number("fid")).abs();
+        assert!(
+            error <= 1e-5 * number("fid").abs().max(1.0),
+            "{set} FID {fid}"
+        );
+        if set == "identical" {
+            assert!(fid.abs() <= 1e-4, "identical FID {fid:e}");
+        }
+
+        let score = precision_recall(&reference, &sample, neighbours).unwrap();
+        assert!(
+            (score.precision - number("precision")).abs() <= 1e-9,
+            "{set} {score:?}"
+        );
+        assert!(
+            (score.recall - number("recall")).abs() <= 1e-9,
+            "{set} {score:?}"
+        );
+
+        if expected[set]["inception_score"].is_null() {
+            continue;
+        }
+        let probabilities = softmax(&sample, &features(&tensors, "softmax_w"));
+        let splits = [
+            ("inception_score", split_size),
+            ("inception_score_one_split", 5000),
+        ];
+        for (key, size) in splits {
+            let score = inception_score(&probabilities, size).unwrap();
+            assert!(
+                (score / number(key) - 1.0).abs() <= 1e-5,
+                "{set} {key} {score}"
+            );
+        }
+    }
+
+    let probabilities = features(&tensors, "basic.softmax");
+    let score = inception_score(&probabilities, split_size).unwrap();
+    let stated = expected["basic"]["inception_score"].as_f64().unwrap();
+    assert!(
+        (score / stated - 1.0).abs() <= 1e-5,
+        "given softmax {score}"
+    );
+    let splits = expected["basic"]["inception_score_per_split"]
+        .as_array()
+        .unwrap();
+    let values = split_size * probabilities.dim();
+    assert_eq!(probabilities.data().chunks(values).len(), splits.len());
+    for (split, stated) in probabilities.data().chunks(values).zip(splits) {
+        let split = Features::new(probabilities.dim(), split.to_vec()).unwrap();
+        let score = inception_score(&split, split_size).unwrap();
+        assert!(
+            (score / stated.as_f64().unwrap() - 1.0).abs() <= 1e-5,
+            "{score} {stated}"
+        );
+    }
+}
+
+#[test]
+fn archives_match_numpy() {
+    let case = json("npz", "case.json");
+    let bytes = fs::read(group("npz").join("expected.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+
+    let files = case["files"].as_object().unwrap();
+    assert_eq!(files.len(), 6);
+    for (file, members) in files {
+        let samples = read_samples(&group("npz").join(file)).unwrap();
+        let key = if file == "reference.npz" {
+            "reference"
+        } else {
+            "samples"
+        };
+        let pixels = tensors.tensor(key).unwrap();
+        assert_eq!(samples.images.shape(), pixels.shape(), "{file}");
+        assert_eq!(samples.images.pixels(), pixels.data(), "{file}");
+
+        let labels = members.get("arr_1").map(|_| {
+            let items = tensors.tensor("labels").unwrap().data().as_chunks().0;
+            items
+                .iter()
+                .map(|&item| i64::from_le_bytes(item))
+                .collect::<Vec<_>>()
+        });
+        assert_eq!(samples.labels, labels, "{file}");
+
+        let copy = scratch.path().join(file);
+        write_samples(&copy, &samples.images, samples.labels.as_deref()).unwrap();
+        assert_eq!(read_samples(&copy).unwrap(), samples, "{file}");
+        let has_statistics = read_reference_statistics(&group("npz").join(file))
+            .unwrap()
+            .is_some();
+        assert_eq!(has_statistics, members.get("mu").is_some(), "{file}");
+    }
+
+    let path = group("npz").join("reference.npz");
+    let statistics = read_reference_statistics(&path).unwrap().unwrap();
+    for (moments, suffix) in [(&statistics.pooled, ""), (&statistics.spatial, "_s")] {
+        let mean = worst(moments.mean(), &floats(&tensors, &format!("mu{suffix}")));
+        assert_eq!(mean, case["tolerance"]["mu"].as_f64().unwrap());
+        let sigma = worst(
+            moments.covariance(),
+            &floats(&tensors, &format!("sigma{suffix}")),
+        );
+        assert!(
+            sigma <= case["tolerance"]["sigma"].as_f64().unwrap(),
+            "{sigma:e}"
+        );
+    }
+}

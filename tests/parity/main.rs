@@ -1,0 +1,58 @@
+//! Parity with the PyTorch reference, on golden vectors.
+//!
+//! Vectors are read from the folder `TINYFUSION_FIXTURES` names, by default `tests/fixtures`; every size, list of
+//! cases and tolerance comes from the group's `case.json`. Each check is generic over the backend: all run on
+//! ndarray, and the model, its gradients and an optimisation step on wgpu where the feature is on and an adapter is
+//! found.
+
+mod compare;
+mod fixture;
+mod forward;
+mod losses;
+mod masks;
+mod sampling;
+mod schedule;
+mod scores;
+mod steps;
+mod trajectory;
+
+/// Instantiates a check on ndarray.
+macro_rules! on_ndarray {
+    ($($module:ident::$check:ident),* $(,)?) => {
+        mod ndarray {
+            $(#[test]
+            fn $check() {
+                crate::$module::$check::<burn::backend::Autodiff<burn_ndarray::NdArray>>(1.0);
+            })*
+        }
+    };
+}
+
+on_ndarray!(
+    forward::dit_forward,
+    forward::dit_weights,
+    forward::prune_forward,
+    losses::distill_losses,
+    masks::prune_gate,
+    sampling::dit_sampling,
+    scores::prune_scores,
+    steps::diffusion_steps,
+    trajectory::prune_trajectory,
+    trajectory::train_trajectory,
+);
+
+/// The same on wgpu. The slack pays for f32 transcendental functions that WGSL lets differ by many units in the last
+/// place (`exp` by 3 + 2|x|), which the timestep embedding then passes on.
+#[cfg(feature = "wgpu")]
+mod wgpu {
+    type B = burn::backend::Autodiff<burn_wgpu::Wgpu>;
+    const SLACK: f64 = 10.0;
+
+    #[test]
+    fn forward_gradients_and_steps() {
+        crate::forward::dit_forward::<B>(SLACK);
+        crate::forward::prune_forward::<B>(SLACK);
+        crate::losses::distill_losses::<B>(SLACK);
+        crate::trajectory::train_steps::<B>(SLACK, 2);
+    }
+}

@@ -43,7 +43,10 @@ pub enum Stream {
 /// A generator for one address.
 pub fn generator(seed: u64, stream: Stream, step: u64, index: u64) -> ChaCha8Rng {
     let mut key = [0; 32];
-    for (slot, word) in key.chunks_exact_mut(8).zip([seed, stream as u64, step, index]) {
+    for (slot, word) in key
+        .chunks_exact_mut(8)
+        .zip([seed, stream as u64, step, index])
+    {
         slot.copy_from_slice(&word.to_le_bytes());
     }
     ChaCha8Rng::from_seed(key)
@@ -56,10 +59,20 @@ pub fn normal(seed: u64, stream: Stream, step: u64, index: u64, count: usize) ->
 }
 
 /// `count` numbers uniform in [low, high).
-pub fn uniform(seed: u64, stream: Stream, step: u64, index: u64, count: usize, (low, high): (f32, f32)) -> Vec<f32> {
+pub fn uniform(
+    seed: u64,
+    stream: Stream,
+    step: u64,
+    index: u64,
+    count: usize,
+    (low, high): (f32, f32),
+) -> Vec<f32> {
     let rng = generator(seed, stream, step, index);
     let unit = Uniform::new(0.0f32, 1.0).expect("0 < 1");
-    unit.sample_iter(rng).take(count).map(|u| low + (high - low) * u).collect()
+    unit.sample_iter(rng)
+        .take(count)
+        .map(|u| low + (high - low) * u)
+        .collect()
 }
 
 /// `count` Gumbel(0, 1) numbers.

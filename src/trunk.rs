@@ -18,7 +18,12 @@ pub struct Site {
 /// What happens around each block of a trunk.
 pub trait BlockHook<B: Backend> {
     /// `block` runs the block on its input; tensors are `[batch, tokens, width]`. Returns what the next block sees.
-    fn around(&mut self, site: Site, x: Tensor<B, 3>, block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>) -> Tensor<B, 3>;
+    fn around(
+        &mut self,
+        site: Site,
+        x: Tensor<B, 3>,
+        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
+    ) -> Tensor<B, 3>;
 }
 
 /// Sends `x` through `depth` blocks, each wrapped by `hook`.
@@ -39,7 +44,12 @@ pub fn run<B: Backend>(
 pub struct Plain;
 
 impl<B: Backend> BlockHook<B> for Plain {
-    fn around(&mut self, _: Site, x: Tensor<B, 3>, block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>) -> Tensor<B, 3> {
+    fn around(
+        &mut self,
+        _: Site,
+        x: Tensor<B, 3>,
+        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
+    ) -> Tensor<B, 3> {
         block(x)
     }
 }
@@ -52,8 +62,17 @@ pub struct Skip {
 }
 
 impl<B: Backend> BlockHook<B> for Skip {
-    fn around(&mut self, site: Site, x: Tensor<B, 3>, block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>) -> Tensor<B, 3> {
-        if site.layer == self.layer { x } else { block(x) }
+    fn around(
+        &mut self,
+        site: Site,
+        x: Tensor<B, 3>,
+        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
+    ) -> Tensor<B, 3> {
+        if site.layer == self.layer {
+            x
+        } else {
+            block(x)
+        }
     }
 }
 
@@ -67,8 +86,17 @@ pub struct Gated<B: Backend> {
 }
 
 impl<B: Backend> BlockHook<B> for Gated<B> {
-    fn around(&mut self, site: Site, x: Tensor<B, 3>, block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>) -> Tensor<B, 3> {
-        let gate = self.mask.clone().narrow(1, site.layer, 1).unsqueeze_dim::<3>(2); // [batch, 1, 1]
+    fn around(
+        &mut self,
+        site: Site,
+        x: Tensor<B, 3>,
+        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
+    ) -> Tensor<B, 3> {
+        let gate = self
+            .mask
+            .clone()
+            .narrow(1, site.layer, 1)
+            .unsqueeze_dim::<3>(2); // [batch, 1, 1]
         let skipped = x.clone() * (gate.clone().neg() + 1.0);
         block(x) * gate + skipped
     }
@@ -85,12 +113,20 @@ pub struct Tap<B: Backend> {
 impl<B: Backend> Tap<B> {
     /// Taps the given layers.
     pub fn new(layers: impl IntoIterator<Item = usize>) -> Self {
-        Self { layers: layers.into_iter().collect(), outputs: Vec::new() }
+        Self {
+            layers: layers.into_iter().collect(),
+            outputs: Vec::new(),
+        }
     }
 }
 
 impl<B: Backend> BlockHook<B> for Tap<B> {
-    fn around(&mut self, site: Site, x: Tensor<B, 3>, block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>) -> Tensor<B, 3> {
+    fn around(
+        &mut self,
+        site: Site,
+        x: Tensor<B, 3>,
+        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
+    ) -> Tensor<B, 3> {
         let x = block(x);
         if self.layers.contains(&site.layer) {
             self.outputs.push(x.clone());

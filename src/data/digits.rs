@@ -46,11 +46,16 @@ impl Digits {
     /// Decodes a split.
     pub fn new(split: Split) -> Self {
         static ALL: OnceLock<Vec<Image>> = OnceLock::new();
-        let all = ALL.get_or_init(|| decode(include_bytes!("digits.csv.gz")).expect("the embedded file decodes, as a test shows"));
+        let all = ALL.get_or_init(|| {
+            decode(include_bytes!("digits.csv.gz"))
+                .expect("the embedded file decodes, as a test shows")
+        });
         let order = random::permutation(SPLIT_SEED, Stream::Split, 0, all.len());
         let (test, train) = order.split_at(TEST);
         let chosen = if split == Split::Test { test } else { train };
-        Self { images: chosen.iter().map(|&index| all[index].clone()).collect() }
+        Self {
+            images: chosen.iter().map(|&index| all[index].clone()).collect(),
+        }
     }
 
     /// Number of images.
@@ -77,13 +82,21 @@ impl Dataset<Image> for Digits {
 /// Rows of 64 pixel values 0..=16 and a label.
 fn decode(compressed: &[u8]) -> Option<Vec<Image>> {
     let mut text = String::new();
-    flate2::read::GzDecoder::new(compressed).read_to_string(&mut text).ok()?;
+    flate2::read::GzDecoder::new(compressed)
+        .read_to_string(&mut text)
+        .ok()?;
     text.lines()
         .map(|line| {
-            let row: Vec<f32> = line.split(',').map(|value| value.trim().parse().ok()).collect::<Option<_>>()?;
+            let row: Vec<f32> = line
+                .split(',')
+                .map(|value| value.trim().parse().ok())
+                .collect::<Option<_>>()?;
             let (label, pixels) = row.split_last()?;
             let valid = pixels.len() == SIDE * SIDE && (0.0..CLASSES as f32).contains(label);
-            valid.then(|| Image { pixels: pixels.iter().map(|ink| ink / WHITE * 2.0 - 1.0).collect(), label: *label as usize })
+            valid.then(|| Image {
+                pixels: pixels.iter().map(|ink| ink / WHITE * 2.0 - 1.0).collect(),
+                label: *label as usize,
+            })
         })
         .collect()
 }
@@ -96,9 +109,15 @@ mod tests {
     fn the_embedded_file_is_the_published_one() {
         let all = decode(include_bytes!("digits.csv.gz")).unwrap();
         assert_eq!(all.len(), 1797);
-        let ink: f32 = all.iter().flat_map(|image| &image.pixels).map(|pixel| (pixel + 1.0) * WHITE / 2.0).sum();
+        let ink: f32 = all
+            .iter()
+            .flat_map(|image| &image.pixels)
+            .map(|pixel| (pixel + 1.0) * WHITE / 2.0)
+            .sum();
         assert_eq!(ink.round() as usize, 561_718);
-        let counts: Vec<usize> = (0..10).map(|digit| all.iter().filter(|image| image.label == digit).count()).collect();
+        let counts: Vec<usize> = (0..10)
+            .map(|digit| all.iter().filter(|image| image.label == digit).count())
+            .collect();
         assert_eq!(counts, [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]);
     }
 
@@ -106,7 +125,11 @@ mod tests {
     fn the_splits_are_disjoint_and_whole() {
         let (train, test) = (Digits::new(Split::Train), Digits::new(Split::Test));
         assert_eq!((train.count(), test.count()), (1437, 360));
-        let shared = test.images().iter().filter(|image| train.images().contains(image)).count();
+        let shared = test
+            .images()
+            .iter()
+            .filter(|image| train.images().contains(image))
+            .count();
         assert_eq!(shared, 0);
     }
 }

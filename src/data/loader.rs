@@ -81,42 +81,89 @@ impl BatchSource {
 
     /// The batch of a step, without a teacher.
     pub fn draw<B: Backend>(&self, step: usize, device: &B::Device) -> Batch<B> {
-        let BatchPlan { batch, seed, channels, size, classes, label_drop, diffusion_steps, candidates } = &self.plan;
+        let BatchPlan {
+            batch,
+            seed,
+            channels,
+            size,
+            classes,
+            label_drop,
+            diffusion_steps,
+            candidates,
+        } = &self.plan;
         let (batch, seed, classes, at) = (*batch, *seed, *classes, step as u64);
-        let images: Vec<Image> = self.indices(step).into_iter().filter_map(|index| self.data.get(index)).collect();
+        let images: Vec<Image> = self
+            .indices(step)
+            .into_iter()
+            .filter_map(|index| self.data.get(index))
+            .collect();
         let pixels = channels * size * size;
-        let floats = |values: Vec<f32>| Tensor::<B, 4>::from_data(TensorData::new(values, [batch, *channels, *size, *size]), device);
+        let floats = |values: Vec<f32>| {
+            Tensor::<B, 4>::from_data(
+                TensorData::new(values, [batch, *channels, *size, *size]),
+                device,
+            )
+        };
         let per_sample = || 0..batch as u64;
-        let x = floats(images.iter().flat_map(|image| image.pixels.iter().copied()).collect());
-        let noise = floats(per_sample().flat_map(|sample| random::normal(seed, Stream::Noise, at, sample, pixels)).collect());
-        let t = per_sample().map(|sample| random::below(seed, Stream::Timestep, at, sample, *diffusion_steps)).collect();
+        let x = floats(
+            images
+                .iter()
+                .flat_map(|image| image.pixels.iter().copied())
+                .collect(),
+        );
+        let noise = floats(
+            per_sample()
+                .flat_map(|sample| random::normal(seed, Stream::Noise, at, sample, pixels))
+                .collect(),
+        );
+        let t = per_sample()
+            .map(|sample| random::below(seed, Stream::Timestep, at, sample, *diffusion_steps))
+            .collect();
         let labels: Vec<i64> = images
             .iter()
             .zip(per_sample())
             .map(|(image, sample)| {
-                let kept = f64::from(random::uniform(seed, Stream::LabelDrop, at, sample, 1, (0.0, 1.0))[0]) >= *label_drop;
+                let kept = f64::from(
+                    random::uniform(seed, Stream::LabelDrop, at, sample, 1, (0.0, 1.0))[0],
+                ) >= *label_drop;
                 (if kept { image.label } else { classes }) as i64
             })
             .collect();
         let y = Tensor::from_data(TensorData::new(labels, [batch]), device);
         // One stream of numbers per sample, dealt out to the groups.
         let total: usize = candidates.iter().sum();
-        let draws: Vec<Vec<f32>> = per_sample().map(|sample| random::gumbel(seed, Stream::Gumbel, at, sample, total)).collect();
+        let draws: Vec<Vec<f32>> = per_sample()
+            .map(|sample| random::gumbel(seed, Stream::Gumbel, at, sample, total))
+            .collect();
         let mut first = 0;
         let gumbel = candidates
             .iter()
             .map(|&count| {
-                let values: Vec<f32> = draws.iter().flat_map(|row| row[first..first + count].iter().copied()).collect();
+                let values: Vec<f32> = draws
+                    .iter()
+                    .flat_map(|row| row[first..first + count].iter().copied())
+                    .collect();
                 first += count;
                 Tensor::from_data(TensorData::new(values, [batch, count]), device)
             })
             .collect();
-        Batch { step, x, noise, t, y, gumbel, teacher: None }
+        Batch {
+            step,
+            x,
+            noise,
+            t,
+            y,
+            gumbel,
+            teacher: None,
+        }
     }
 }
 
 /// A teacher, and the layers whose features it shows.
-type Teacher<B> = (Arc<Network<<B as AutodiffBackend>::InnerBackend>>, Vec<usize>);
+type Teacher<B> = (
+    Arc<Network<<B as AutodiffBackend>::InnerBackend>>,
+    Vec<usize>,
+);
 
 /// Batches from a step on, as burn-train's loader. A teacher sees each batch here, on the inner backend, so that no
 /// graph is built for it.
@@ -146,13 +193,30 @@ impl<B: AutodiffBackend> Clone for Batches<B> {
 
 impl<B: AutodiffBackend> Batches<B> {
     /// Batches `start..steps` of a source.
-    pub fn new(source: BatchSource, start: usize, steps: usize, diffusion: Arc<GaussianDiffusion>, device: &B::Device) -> Self {
-        Self { source, start, steps, teacher: None, diffusion, device: device.clone(), backend: PhantomData }
+    pub fn new(
+        source: BatchSource,
+        start: usize,
+        steps: usize,
+        diffusion: Arc<GaussianDiffusion>,
+        device: &B::Device,
+    ) -> Self {
+        Self {
+            source,
+            start,
+            steps,
+            teacher: None,
+            diffusion,
+            device: device.clone(),
+            backend: PhantomData,
+        }
     }
 
     /// Has a teacher see every batch; features of `layers` are tapped.
     pub fn with_teacher(self, teacher: Arc<Network<B::InnerBackend>>, layers: Vec<usize>) -> Self {
-        Self { teacher: Some((teacher, layers)), ..self }
+        Self {
+            teacher: Some((teacher, layers)),
+            ..self
+        }
     }
 }
 
@@ -161,7 +225,10 @@ where
     B: TrainingBackend,
 {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Batch<B>> + 'a> {
-        Box::new(Iter { batches: self, step: self.start })
+        Box::new(Iter {
+            batches: self,
+            step: self.start,
+        })
     }
 
     fn num_items(&self) -> usize {
@@ -169,12 +236,19 @@ where
     }
 
     fn to_device(&self, device: &B::Device) -> Arc<dyn DataLoader<B, Batch<B>>> {
-        Arc::new(Self { device: device.clone(), ..self.clone() })
+        Arc::new(Self {
+            device: device.clone(),
+            ..self.clone()
+        })
     }
 
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, Batch<B>>> {
         let batch = self.source.plan.batch;
-        Arc::new(Self { start: self.start + start / batch, steps: self.start + end.div_ceil(batch), ..self.clone() })
+        Arc::new(Self {
+            start: self.start + start / batch,
+            steps: self.start + end.div_ceil(batch),
+            ..self.clone()
+        })
     }
 }
 
@@ -190,16 +264,32 @@ where
     type Item = Batch<B>;
 
     fn next(&mut self) -> Option<Batch<B>> {
-        let Batches { source, steps, teacher, diffusion, device, .. } = self.batches;
+        let Batches {
+            source,
+            steps,
+            teacher,
+            diffusion,
+            device,
+            ..
+        } = self.batches;
         if self.step >= *steps {
             return None;
         }
         let plain: Batch<B::InnerBackend> = source.draw(self.step, device);
         self.step += 1;
         let teacher = teacher.as_ref().map(|(network, layers)| {
-            let objective = Objective { diffusion, x_start: plain.x.clone(), noise: plain.noise.clone(), t: &plain.t, y: plain.y.clone() };
+            let objective = Objective {
+                diffusion,
+                x_start: plain.x.clone(),
+                noise: plain.noise.clone(),
+                t: &plain.t,
+                y: plain.y.clone(),
+            };
             let said = objective.teach(network, layers);
-            TeacherOutput { output: Tensor::from_inner(said.output), features: said.features.into_iter().map(Tensor::from_inner).collect() }
+            TeacherOutput {
+                output: Tensor::from_inner(said.output),
+                features: said.features.into_iter().map(Tensor::from_inner).collect(),
+            }
         });
         Some(Batch {
             step: plain.step,

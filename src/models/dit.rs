@@ -38,8 +38,20 @@ pub struct DitConfig {
 
 impl std::fmt::Display for DitConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { input_size, patch_size, channels, width, depth, heads, classes, .. } = self;
-        write!(f, "DiT, {depth} layers, width {width}, {heads} heads, patch {patch_size}, {channels}x{input_size}x{input_size}, {classes} classes")
+        let Self {
+            input_size,
+            patch_size,
+            channels,
+            width,
+            depth,
+            heads,
+            classes,
+            ..
+        } = self;
+        write!(
+            f,
+            "DiT, {depth} layers, width {width}, {heads} heads, patch {patch_size}, {channels}x{input_size}x{input_size}, {classes} classes"
+        )
     }
 }
 
@@ -62,7 +74,11 @@ impl DitConfig {
     pub fn parameters(&self) -> usize {
         let linear = |input: usize, output: usize| (input + 1) * output;
         let (width, patch) = (self.width, self.patch_size.pow(2));
-        let block = linear(width, 3 * width) + linear(width, width) + linear(width, self.hidden()) + linear(self.hidden(), width) + linear(width, 6 * width);
+        let block = linear(width, 3 * width)
+            + linear(width, width)
+            + linear(width, self.hidden())
+            + linear(self.hidden(), width)
+            + linear(width, 6 * width);
         linear(patch * self.channels, width)
             + linear(TIMESTEP_FEATURES, width)
             + linear(width, width)
@@ -76,26 +92,49 @@ impl DitConfig {
     /// Multiply-accumulates of one forward pass of one image.
     pub fn macs(&self) -> usize {
         let (width, tokens) = (self.width, self.tokens());
-        let block = tokens * (4 * width * width + 2 * width * self.hidden()) + 2 * tokens * tokens * width + 6 * width * width;
+        let block = tokens * (4 * width * width + 2 * width * self.hidden())
+            + 2 * tokens * tokens * width
+            + 6 * width * width;
         let patch = self.patch_size.pow(2);
-        self.depth * block + tokens * width * patch * (self.channels + self.out_channels()) + width * (TIMESTEP_FEATURES + width) + 2 * width * width
+        self.depth * block
+            + tokens * width * patch * (self.channels + self.out_channels())
+            + width * (TIMESTEP_FEATURES + width)
+            + 2 * width * width
     }
 
     /// Why no model can have these sizes, if so.
     pub fn problem(&self) -> Option<String> {
-        let Self { input_size, patch_size, width, heads, .. } = self;
-        let positive = [("input_size", *input_size), ("patch_size", *patch_size), ("channels", self.channels), ("width", *width), ("depth", self.depth), ("heads", *heads), ("classes", self.classes)];
+        let Self {
+            input_size,
+            patch_size,
+            width,
+            heads,
+            ..
+        } = self;
+        let positive = [
+            ("input_size", *input_size),
+            ("patch_size", *patch_size),
+            ("channels", self.channels),
+            ("width", *width),
+            ("depth", self.depth),
+            ("heads", *heads),
+            ("classes", self.classes),
+        ];
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Some(format!("{name} is 0"));
         }
         if input_size % patch_size != 0 {
-            return Some(format!("input_size {input_size} is not a multiple of patch_size {patch_size}"));
+            return Some(format!(
+                "input_size {input_size} is not a multiple of patch_size {patch_size}"
+            ));
         }
         if width % heads != 0 {
             return Some(format!("width {width} is not a multiple of heads {heads}"));
         }
         if width % 4 != 0 {
-            return Some(format!("width {width} is not a multiple of 4, which the position table needs"));
+            return Some(format!(
+                "width {width} is not a multiple of 4, which the position table needs"
+            ));
         }
         (!(self.mlp_ratio > 0.0)).then(|| format!("mlp_ratio {} is not positive", self.mlp_ratio))
     }
@@ -125,15 +164,29 @@ impl<B: Backend> Dit<B> {
     pub fn zeros(config: &DitConfig, device: &B::Device) -> Self {
         let width = config.width;
         let side = config.input_size / config.patch_size;
-        let table = Tensor::<B, 1>::from_floats(position_table(width, side).as_slice(), device).reshape([1, side * side, width]);
+        let table = Tensor::<B, 1>::from_floats(position_table(width, side).as_slice(), device)
+            .reshape([1, side * side, width]);
         Self {
-            x_embedder: PatchEmbedder { proj: Patches::zeros(config.channels, config.patch_size, width, device) },
-            t_embedder: TimestepEmbedder { hidden: Linear::zeros(TIMESTEP_FEATURES, width, device), out: Linear::zeros(width, width, device) },
-            y_embedder: LabelEmbedder { table: Param::from_tensor(Tensor::zeros([config.classes + 1, width], device)) },
+            x_embedder: PatchEmbedder {
+                proj: Patches::zeros(config.channels, config.patch_size, width, device),
+            },
+            t_embedder: TimestepEmbedder {
+                hidden: Linear::zeros(TIMESTEP_FEATURES, width, device),
+                out: Linear::zeros(width, width, device),
+            },
+            y_embedder: LabelEmbedder {
+                table: Param::from_tensor(Tensor::zeros([config.classes + 1, width], device)),
+            },
             pos_embed: Param::from_tensor(table).set_require_grad(false),
-            blocks: (0..config.depth).map(|_| DitBlock::zeros(width, config.heads, config.hidden(), device)).collect(),
+            blocks: (0..config.depth)
+                .map(|_| DitBlock::zeros(width, config.heads, config.hidden(), device))
+                .collect(),
             final_layer: FinalLayer {
-                linear: Linear::zeros(width, config.patch_size.pow(2) * config.out_channels(), device),
+                linear: Linear::zeros(
+                    width,
+                    config.patch_size.pow(2) * config.out_channels(),
+                    device,
+                ),
                 modulation: Linear::zeros(width, 2 * width, device),
             },
             patch_size: config.patch_size,
@@ -146,7 +199,9 @@ impl<B: Backend> Dit<B> {
         let [_, tokens, _] = self.pos_embed.lazy_shape().dims::<3>();
         let [rows, _] = self.y_embedder.table.lazy_shape().dims::<2>();
         // A trunk pruned to nothing can't be built, so there is a first block.
-        let (heads, hidden) = self.blocks.first().map_or((1, 0), |block| (block.attn.heads, block.mlp.fc1.layout().output));
+        let (heads, hidden) = self.blocks.first().map_or((1, 0), |block| {
+            (block.attn.heads, block.mlp.fc1.layout().output)
+        });
         DitConfig {
             input_size: tokens.isqrt() * self.patch_size,
             patch_size: self.patch_size,
@@ -161,30 +216,56 @@ impl<B: Backend> Dit<B> {
     }
 
     pub(super) fn keep(mut self, kept: &[usize]) -> Self {
-        assert!(kept.iter().all(|layer| *layer < self.blocks.len()), "kept layers {kept:?} must lie below the depth {}", self.blocks.len());
+        assert!(
+            kept.iter().all(|layer| *layer < self.blocks.len()),
+            "kept layers {kept:?} must lie below the depth {}",
+            self.blocks.len()
+        );
         let blocks = std::mem::take(&mut self.blocks);
-        self.blocks = blocks.into_iter().enumerate().filter(|(layer, _)| kept.contains(layer)).map(|(_, block)| block).collect();
+        self.blocks = blocks
+            .into_iter()
+            .enumerate()
+            .filter(|(layer, _)| kept.contains(layer))
+            .map(|(_, block)| block)
+            .collect();
         self
     }
 
     pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
         let mut linears = vec![&mut self.t_embedder.hidden, &mut self.t_embedder.out];
         for block in &mut self.blocks {
-            linears.extend([&mut block.attn.qkv, &mut block.attn.proj, &mut block.mlp.fc1, &mut block.mlp.fc2, &mut block.modulation]);
+            linears.extend([
+                &mut block.attn.qkv,
+                &mut block.attn.proj,
+                &mut block.mlp.fc1,
+                &mut block.mlp.fc2,
+                &mut block.modulation,
+            ]);
         }
-        linears.extend([&mut self.final_layer.linear, &mut self.final_layer.modulation]);
+        linears.extend([
+            &mut self.final_layer.linear,
+            &mut self.final_layer.modulation,
+        ]);
         linears
     }
 }
 
 impl<B: FusedOps> Dit<B> {
     /// See [`Network::forward`](super::Network::forward).
-    pub fn forward(&self, x: Tensor<B, 4>, t: Tensor<B, 1>, y: Tensor<B, 1, Int>, hook: &mut dyn BlockHook<B>) -> Tensor<B, 4> {
+    pub fn forward(
+        &self,
+        x: Tensor<B, 4>,
+        t: Tensor<B, 1>,
+        y: Tensor<B, 1, Int>,
+        hook: &mut dyn BlockHook<B>,
+    ) -> Tensor<B, 4> {
         let x = self.x_embedder.proj.forward(x, self.patch_size) + self.pos_embed.val(); // [batch, tokens, width]
         let condition = self.t_embedder.forward(t) + self.y_embedder.forward(y); // [batch, width]
         // Every modulation reads the same SiLU of the condition: computed once.
         let condition = activation::silu(condition);
-        let x = trunk::run(self.blocks.len(), x, hook, |layer, x| self.blocks[layer].forward(x, condition.clone()));
+        let x = trunk::run(self.blocks.len(), x, hook, |layer, x| {
+            self.blocks[layer].forward(x, condition.clone())
+        });
         self.unpatchify(self.final_layer.forward(x, condition))
     }
 
@@ -226,7 +307,11 @@ impl<B: Backend> Patches<B> {
             .permute([0, 2, 4, 1, 3, 5]) // [batch, h, w, channels, p, p]
             .reshape([batch * side * side, channels * patch * patch]);
         let weight = self.weight.val().reshape([width, channels * patch * patch]);
-        (x.matmul(weight.transpose()) + self.bias.val().unsqueeze()).reshape([batch, side * side, width])
+        (x.matmul(weight.transpose()) + self.bias.val().unsqueeze()).reshape([
+            batch,
+            side * side,
+            width,
+        ])
     }
 }
 
@@ -248,7 +333,8 @@ impl<B: FusedOps> TimestepEmbedder<B> {
     /// `[batch]` to `[batch, width]`.
     pub fn forward(&self, t: Tensor<B, 1>) -> Tensor<B, 2> {
         let features = timestep_features(t, TIMESTEP_FEATURES);
-        self.out.forward(activation::silu(self.hidden.forward(features)))
+        self.out
+            .forward(activation::silu(self.hidden.forward(features)))
     }
 }
 
@@ -280,8 +366,15 @@ pub struct DitBlock<B: Backend> {
 impl<B: Backend> DitBlock<B> {
     fn zeros(width: usize, heads: usize, hidden: usize, device: &B::Device) -> Self {
         Self {
-            attn: Attention { qkv: Linear::zeros(width, 3 * width, device), proj: Linear::zeros(width, width, device), heads },
-            mlp: Mlp { fc1: Linear::zeros(width, hidden, device), fc2: Linear::zeros(hidden, width, device) },
+            attn: Attention {
+                qkv: Linear::zeros(width, 3 * width, device),
+                proj: Linear::zeros(width, width, device),
+                heads,
+            },
+            mlp: Mlp {
+                fc1: Linear::zeros(width, hidden, device),
+                fc2: Linear::zeros(hidden, width, device),
+            },
             modulation: Linear::zeros(width, 6 * width, device),
         }
     }
@@ -290,10 +383,27 @@ impl<B: Backend> DitBlock<B> {
 impl<B: FusedOps> DitBlock<B> {
     /// `x` is `[batch, tokens, width]`, `condition` (after its SiLU) `[batch, width]`.
     pub fn forward(&self, x: Tensor<B, 3>, condition: Tensor<B, 2>) -> Tensor<B, 3> {
-        let [shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp] = split(self.modulation.forward(condition));
-        let attended = self.attn.forward(B::modulated_norm(x.clone(), shift_attn, scale_attn, NORM_EPSILON));
+        let [
+            shift_attn,
+            scale_attn,
+            gate_attn,
+            shift_mlp,
+            scale_mlp,
+            gate_mlp,
+        ] = split(self.modulation.forward(condition));
+        let attended = self.attn.forward(B::modulated_norm(
+            x.clone(),
+            shift_attn,
+            scale_attn,
+            NORM_EPSILON,
+        ));
         let x = x + gate_attn.unsqueeze_dim::<3>(1) * attended;
-        let transformed = self.mlp.forward(B::modulated_norm(x.clone(), shift_mlp, scale_mlp, NORM_EPSILON));
+        let transformed = self.mlp.forward(B::modulated_norm(
+            x.clone(),
+            shift_mlp,
+            scale_mlp,
+            NORM_EPSILON,
+        ));
         x + gate_mlp.unsqueeze_dim::<3>(1) * transformed
     }
 }
@@ -310,7 +420,8 @@ pub struct Attention<B: Backend> {
 
 impl<B: FusedOps> Attention<B> {
     fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        self.proj.forward(B::qkv_attention(self.qkv.forward(x), self.heads))
+        self.proj
+            .forward(B::qkv_attention(self.qkv.forward(x), self.heads))
     }
 }
 
@@ -339,7 +450,8 @@ pub struct FinalLayer<B: Backend> {
 impl<B: FusedOps> FinalLayer<B> {
     fn forward(&self, x: Tensor<B, 3>, condition: Tensor<B, 2>) -> Tensor<B, 3> {
         let [shift, scale] = split(self.modulation.forward(condition));
-        self.linear.forward(B::modulated_norm(x, shift, scale, NORM_EPSILON))
+        self.linear
+            .forward(B::modulated_norm(x, shift, scale, NORM_EPSILON))
     }
 }
 

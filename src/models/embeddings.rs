@@ -8,11 +8,15 @@ use burn::tensor::{Tensor, backend::Backend};
 /// fourth digit of a cosine.
 pub fn timestep_features<B: Backend>(t: Tensor<B, 1>, dim: usize) -> Tensor<B, 2> {
     let half = dim / 2;
-    let frequencies: Vec<f32> = (0..half).map(|i| (-(10_000f64.ln()) * i as f64 / half as f64).exp() as f32).collect();
+    let frequencies: Vec<f32> = (0..half)
+        .map(|i| (-(10_000f64.ln()) * i as f64 / half as f64).exp() as f32)
+        .collect();
     let frequencies = Tensor::<B, 1>::from_floats(frequencies.as_slice(), &t.device());
     // Expanded by multiplication with ones rather than by a view: a broadcast view of an expanded tensor is misread
     // on CubeCL backends (tracel-ai/burn #5071).
-    let angles = t.unsqueeze_dim::<2>(1).matmul(frequencies.unsqueeze_dim::<2>(0)); // [batch, half]
+    let angles = t
+        .unsqueeze_dim::<2>(1)
+        .matmul(frequencies.unsqueeze_dim::<2>(0)); // [batch, half]
     Tensor::cat(vec![angles.clone().cos(), angles.sin()], 1)
 }
 
@@ -45,7 +49,16 @@ mod tests {
     fn a_position_is_column_then_row_sines_then_cosines() {
         let table = position_table(8, 2);
         let second = &table[8..16]; // row 0, column 1
-        let expected = [1f64.sin(), 0.01f64.sin(), 1f64.cos(), 0.01f64.cos(), 0.0, 0.0, 1.0, 1.0];
+        let expected = [
+            1f64.sin(),
+            0.01f64.sin(),
+            1f64.cos(),
+            0.01f64.cos(),
+            0.0,
+            0.0,
+            1.0,
+            1.0,
+        ];
         for (value, expected) in second.iter().zip(expected) {
             // Half a unit in the last place of an f32 near 1.
             assert!((f64::from(*value) - expected).abs() < 6e-8, "{second:?}");

@@ -11,9 +11,27 @@ pub fn initialise(state: &mut StateDict, seed: u64) {
         let fan_in = array.data.len() / fan_out;
         let count = array.data.len();
         let index = index as u64;
-        let normal = |std: f64| random::normal(seed, Stream::Weights, 0, index, count).into_iter().map(|z| (f64::from(z) * std) as f32).collect();
-        let uniform = |bound: f64| random::uniform(seed, Stream::Weights, 0, index, count, (-bound as f32, bound as f32));
-        if name == "pos_embed" || name.ends_with(".bias") || name.contains("adaLN_modulation") || name == "final_layer.linear.weight" {
+        let normal = |std: f64| {
+            random::normal(seed, Stream::Weights, 0, index, count)
+                .into_iter()
+                .map(|z| (f64::from(z) * std) as f32)
+                .collect()
+        };
+        let uniform = |bound: f64| {
+            random::uniform(
+                seed,
+                Stream::Weights,
+                0,
+                index,
+                count,
+                (-bound as f32, bound as f32),
+            )
+        };
+        if name == "pos_embed"
+            || name.ends_with(".bias")
+            || name.contains("adaLN_modulation")
+            || name == "final_layer.linear.weight"
+        {
             continue;
         }
         array.data = if name.starts_with("t_embedder") || name.starts_with("y_embedder") {
@@ -32,7 +50,14 @@ pub fn initialise_lora(state: &mut StateDict, seed: u64) {
     for (index, (name, Array { shape, data })) in state.iter_mut().enumerate() {
         if name.ends_with(".lora_a.weight") {
             let bound = 1.0 / (shape[1] as f32).sqrt();
-            *data = random::uniform(seed, Stream::Weights, 1, index as u64, data.len(), (-bound, bound));
+            *data = random::uniform(
+                seed,
+                Stream::Weights,
+                1,
+                index as u64,
+                data.len(),
+                (-bound, bound),
+            );
         }
     }
 }

@@ -90,7 +90,13 @@ impl<B: Backend> Network<B> {
 impl<B: FusedOps> Network<B> {
     /// Predicts from `x` `[batch, channels, size, size]` at timesteps `t` `[batch]` under labels `y` `[batch]`
     /// (the number of classes being the null label), giving `[batch, channels or 2 channels, size, size]`.
-    pub fn forward(&self, x: Tensor<B, 4>, t: Tensor<B, 1>, y: Tensor<B, 1, Int>, hook: &mut dyn BlockHook<B>) -> Tensor<B, 4> {
+    pub fn forward(
+        &self,
+        x: Tensor<B, 4>,
+        t: Tensor<B, 1>,
+        y: Tensor<B, 1, Int>,
+        hook: &mut dyn BlockHook<B>,
+    ) -> Tensor<B, 4> {
         match self {
             Self::Dit(model) => model.forward(x, t, y, hook),
         }

@@ -17,8 +17,20 @@ pub struct Preset {
     pub heads: usize,
 }
 
-const fn preset(name: &'static str, depth: usize, width: usize, patch_size: usize, heads: usize) -> Preset {
-    Preset { name, depth, width, patch_size, heads }
+const fn preset(
+    name: &'static str,
+    depth: usize,
+    width: usize,
+    patch_size: usize,
+    heads: usize,
+) -> Preset {
+    Preset {
+        name,
+        depth,
+        width,
+        patch_size,
+        heads,
+    }
 }
 
 /// Every published DiT, and the pruned sizes of the paper.
@@ -62,5 +74,8 @@ pub fn config(name: &str, input_size: usize, channels: usize, classes: usize) ->
 
 /// Heads of the published models by width; checkpoints do not store them.
 pub fn heads_of_width(width: usize) -> Option<usize> {
-    PRESETS.iter().find(|preset| preset.width == width).map(|preset| preset.heads)
+    PRESETS
+        .iter()
+        .find(|preset| preset.width == width)
+        .map(|preset| preset.heads)
 }

@@ -61,7 +61,9 @@ impl<B: Backend> Linear<B> {
         let x: Tensor<B, 2> = x.reshape([rows, input]);
         let mut y = x.clone().matmul(self.weight.val().transpose()) + self.bias.val().unsqueeze();
         if let Some(lora) = &self.lora {
-            let update = x.matmul(lora.a.val().transpose()).matmul(lora.b.val().transpose());
+            let update = x
+                .matmul(lora.a.val().transpose())
+                .matmul(lora.b.val().transpose());
             y = y + update.mul_scalar(lora.scale);
         }
         shape[D - 1] = output;

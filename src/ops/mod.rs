@@ -16,6 +16,11 @@ pub use linear::{Linear, LinearLayout, Lora};
 /// The defaults are the reference; an override must agree with [`reference`] to the last few bits, forward and
 /// backward.
 pub trait FusedOps: Backend {
+    /// How many independent batches are best computed at once, each on a host thread of its own.
+    fn workers() -> usize {
+        1
+    }
+
     /// GELU by its tanh approximation, elementwise.
     fn gelu_tanh<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         reference::gelu_tanh(x)
@@ -23,7 +28,12 @@ pub trait FusedOps: Backend {
 
     /// `(1 + scale) norm(x) + shift`, where norm is layer normalisation over the last dimension without affine
     /// parameters. `x` is `[batch, tokens, width]`, `shift` and `scale` are `[batch, width]`.
-    fn modulated_norm(x: Tensor<Self, 3>, shift: Tensor<Self, 2>, scale: Tensor<Self, 2>, epsilon: f64) -> Tensor<Self, 3> {
+    fn modulated_norm(
+        x: Tensor<Self, 3>,
+        shift: Tensor<Self, 2>,
+        scale: Tensor<Self, 2>,
+        epsilon: f64,
+    ) -> Tensor<Self, 3> {
         reference::modulated_norm(x, shift, scale, epsilon)
     }
 
@@ -42,7 +52,12 @@ impl<B: AutodiffBackend<InnerBackend: FusedOps> + FusedOps> TrainingBackend for 
 impl<B: FusedOps> FusedOps for burn::backend::Autodiff<B> {}
 
 #[cfg(feature = "ndarray")]
-impl FusedOps for burn_ndarray::NdArray {}
+impl FusedOps for burn_ndarray::NdArray {
+    // Its operators run on one core, whole batches in parallel on all.
+    fn workers() -> usize {
+        std::thread::available_parallelism().map_or(1, usize::from)
+    }
+}
 
 #[cfg(feature = "wgpu")]
 impl FusedOps for burn_wgpu::Wgpu {}

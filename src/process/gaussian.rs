@@ -52,7 +52,11 @@ impl GaussianDiffusion {
     }
 
     fn over(timestep_map: Vec<usize>) -> Self {
-        Self { tables: DiffusionTables::linear(&timestep_map), timestep_map, variance: Variance::LearnedRange }
+        Self {
+            tables: DiffusionTables::linear(&timestep_map),
+            timestep_map,
+            variance: Variance::LearnedRange,
+        }
     }
 
     /// The same process with another variance.
@@ -67,39 +71,74 @@ impl GaussianDiffusion {
 
     /// What the network is called with for steps `t`: `[batch]`.
     pub fn model_timesteps<B: Backend>(&self, t: &[usize], device: &B::Device) -> Tensor<B, 1> {
-        let mapped: Vec<f32> = t.iter().map(|&step| self.timestep_map[step] as f32).collect();
+        let mapped: Vec<f32> = t
+            .iter()
+            .map(|&step| self.timestep_map[step] as f32)
+            .collect();
         Tensor::from_floats(mapped.as_slice(), device)
     }
 
     /// Gathers a table at `t`: `[batch, 1, 1, 1]`.
-    pub(super) fn gather<B: Backend>(table: &[f64], t: &[usize], device: &B::Device) -> Tensor<B, 4> {
+    pub(super) fn gather<B: Backend>(
+        table: &[f64],
+        t: &[usize],
+        device: &B::Device,
+    ) -> Tensor<B, 4> {
         let values: Vec<f32> = t.iter().map(|&step| table[step] as f32).collect();
         Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([t.len(), 1, 1, 1])
     }
 
     /// Noises `x_start` to step `t`: a draw from q(x_t | x_0) made of `noise`.
-    pub fn q_sample<B: Backend>(&self, x_start: Tensor<B, 4>, t: &[usize], noise: Tensor<B, 4>) -> Tensor<B, 4> {
+    pub fn q_sample<B: Backend>(
+        &self,
+        x_start: Tensor<B, 4>,
+        t: &[usize],
+        noise: Tensor<B, 4>,
+    ) -> Tensor<B, 4> {
         let device = x_start.device();
-        x_start * Self::gather(&self.tables.sqrt_alphas_cumprod, t, &device) + noise * Self::gather(&self.tables.sqrt_one_minus_alphas_cumprod, t, &device)
+        x_start * Self::gather(&self.tables.sqrt_alphas_cumprod, t, &device)
+            + noise * Self::gather(&self.tables.sqrt_one_minus_alphas_cumprod, t, &device)
     }
 
     /// Mean and log variance of q(x_t | x_0); the log variance is `[batch, 1, 1, 1]`.
-    pub fn q_mean_log_variance<B: Backend>(&self, x_start: Tensor<B, 4>, t: &[usize]) -> (Tensor<B, 4>, Tensor<B, 4>) {
+    pub fn q_mean_log_variance<B: Backend>(
+        &self,
+        x_start: Tensor<B, 4>,
+        t: &[usize],
+    ) -> (Tensor<B, 4>, Tensor<B, 4>) {
         let device = x_start.device();
         let mean = x_start * Self::gather(&self.tables.sqrt_alphas_cumprod, t, &device);
-        (mean, Self::gather(&self.tables.log_one_minus_alphas_cumprod, t, &device))
+        (
+            mean,
+            Self::gather(&self.tables.log_one_minus_alphas_cumprod, t, &device),
+        )
     }
 
     /// Mean and (clipped) log variance of q(x_{t-1} | x_t, x_0); the log variance is `[batch, 1, 1, 1]`.
-    pub fn q_posterior<B: Backend>(&self, x_start: Tensor<B, 4>, x_t: Tensor<B, 4>, t: &[usize]) -> (Tensor<B, 4>, Tensor<B, 4>) {
+    pub fn q_posterior<B: Backend>(
+        &self,
+        x_start: Tensor<B, 4>,
+        x_t: Tensor<B, 4>,
+        t: &[usize],
+    ) -> (Tensor<B, 4>, Tensor<B, 4>) {
         let device = x_start.device();
-        let mean = x_start * Self::gather(&self.tables.posterior_mean_coef1, t, &device) + x_t * Self::gather(&self.tables.posterior_mean_coef2, t, &device);
-        (mean, Self::gather(&self.tables.posterior_log_variance_clipped, t, &device))
+        let mean = x_start * Self::gather(&self.tables.posterior_mean_coef1, t, &device)
+            + x_t * Self::gather(&self.tables.posterior_mean_coef2, t, &device);
+        (
+            mean,
+            Self::gather(&self.tables.posterior_log_variance_clipped, t, &device),
+        )
     }
 
     /// p(x_{t-1} | x_t) from the network's `output` `[batch, channels or 2 channels, size, size]`; `clip` bounds the
     /// predicted clean sample to [−1, 1].
-    pub fn predict<B: Backend>(&self, output: Tensor<B, 4>, x_t: Tensor<B, 4>, t: &[usize], clip: bool) -> Prediction<B> {
+    pub fn predict<B: Backend>(
+        &self,
+        output: Tensor<B, 4>,
+        x_t: Tensor<B, 4>,
+        t: &[usize],
+        clip: bool,
+    ) -> Prediction<B> {
         let device = x_t.device();
         let channels = x_t.dims()[1];
         let [batch, _, height, width] = x_t.dims();
@@ -113,38 +152,76 @@ impl GaussianDiffusion {
             Variance::FixedSmall => low.expand([batch, channels, height, width]),
             Variance::FixedLarge => {
                 let first = self.tables.posterior_log_variance_clipped.iter().take(1);
-                let table: Vec<f64> = first.chain(self.tables.log_betas.iter().skip(1)).copied().collect();
+                let table: Vec<f64> = first
+                    .chain(self.tables.log_betas.iter().skip(1))
+                    .copied()
+                    .collect();
                 Self::gather::<B>(&table, t, &device).expand([batch, channels, height, width])
             }
         };
         let epsilon = output.narrow(1, 0, channels);
-        let x_start = x_t.clone() * Self::gather(&self.tables.sqrt_recip_alphas_cumprod, t, &device)
+        let x_start = x_t.clone()
+            * Self::gather(&self.tables.sqrt_recip_alphas_cumprod, t, &device)
             - epsilon * Self::gather(&self.tables.sqrt_recipm1_alphas_cumprod, t, &device);
-        let x_start = if clip { x_start.clamp(-1.0, 1.0) } else { x_start };
+        let x_start = if clip {
+            x_start.clamp(-1.0, 1.0)
+        } else {
+            x_start
+        };
         let (mean, _) = self.q_posterior(x_start.clone(), x_t, t);
-        Prediction { mean, log_variance, x_start }
+        Prediction {
+            mean,
+            log_variance,
+            x_start,
+        }
     }
 
     /// One ancestral step from a [`predict`](Self::predict)ion: the mean plus noise, no noise at t = 0.
-    pub fn ddpm_step<B: Backend>(&self, prediction: Prediction<B>, t: &[usize], noise: Tensor<B, 4>) -> Tensor<B, 4> {
+    pub fn ddpm_step<B: Backend>(
+        &self,
+        prediction: Prediction<B>,
+        t: &[usize],
+        noise: Tensor<B, 4>,
+    ) -> Tensor<B, 4> {
         let device = noise.device();
-        let is_not_last: Vec<f32> = t.iter().map(|&step| f32::from(u8::from(step != 0))).collect();
-        let is_not_last = Tensor::<B, 1>::from_floats(is_not_last.as_slice(), &device).reshape([t.len(), 1, 1, 1]);
+        let is_not_last: Vec<f32> = t
+            .iter()
+            .map(|&step| f32::from(u8::from(step != 0)))
+            .collect();
+        let is_not_last = Tensor::<B, 1>::from_floats(is_not_last.as_slice(), &device).reshape([
+            t.len(),
+            1,
+            1,
+            1,
+        ]);
         prediction.mean + prediction.log_variance.mul_scalar(0.5).exp() * noise * is_not_last
     }
 
     /// One DDIM step (arXiv 2010.02502, equation 12) from a prediction.
-    pub fn ddim_step<B: Backend>(&self, prediction: Prediction<B>, x_t: Tensor<B, 4>, t: &[usize], eta: f64, noise: Tensor<B, 4>) -> Tensor<B, 4> {
+    pub fn ddim_step<B: Backend>(
+        &self,
+        prediction: Prediction<B>,
+        x_t: Tensor<B, 4>,
+        t: &[usize],
+        eta: f64,
+        noise: Tensor<B, 4>,
+    ) -> Tensor<B, 4> {
         let device = x_t.device();
         let tables = &self.tables;
         let x_start = prediction.x_start;
-        let epsilon = (x_t * Self::gather(&tables.sqrt_recip_alphas_cumprod, t, &device) - x_start.clone()) / Self::gather(&tables.sqrt_recipm1_alphas_cumprod, t, &device);
+        let epsilon = (x_t * Self::gather(&tables.sqrt_recip_alphas_cumprod, t, &device)
+            - x_start.clone())
+            / Self::gather(&tables.sqrt_recipm1_alphas_cumprod, t, &device);
         let per_sample = |f: &dyn Fn(f64, f64, usize) -> f64| -> Tensor<B, 4> {
-            let table: Vec<f64> = (0..self.steps()).map(|i| f(tables.alphas_cumprod[i], tables.alphas_cumprod_prev[i], i)).collect();
+            let table: Vec<f64> = (0..self.steps())
+                .map(|i| f(tables.alphas_cumprod[i], tables.alphas_cumprod_prev[i], i))
+                .collect();
             Self::gather(&table, t, &device)
         };
-        let sigma = |a: f64, prev: f64| eta * ((1.0 - prev) / (1.0 - a)).sqrt() * (1.0 - a / prev).sqrt();
-        let direction = per_sample(&|a, prev, _| (1.0 - prev - sigma(a, prev).powi(2)).max(0.0).sqrt());
+        let sigma =
+            |a: f64, prev: f64| eta * ((1.0 - prev) / (1.0 - a)).sqrt() * (1.0 - a / prev).sqrt();
+        let direction =
+            per_sample(&|a, prev, _| (1.0 - prev - sigma(a, prev).powi(2)).max(0.0).sqrt());
         let spread = per_sample(&|a, prev, step| if step == 0 { 0.0 } else { sigma(a, prev) });
         x_start * per_sample(&|_, prev, _| prev.sqrt()) + direction * epsilon + spread * noise
     }

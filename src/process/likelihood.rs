@@ -3,7 +3,12 @@
 use burn::tensor::{Tensor, backend::Backend};
 
 /// KL(N(mean1, exp log_variance1) || N(mean2, exp log_variance2)).
-pub fn normal_kl<B: Backend>(mean1: Tensor<B, 4>, log_variance1: Tensor<B, 4>, mean2: Tensor<B, 4>, log_variance2: Tensor<B, 4>) -> Tensor<B, 4> {
+pub fn normal_kl<B: Backend>(
+    mean1: Tensor<B, 4>,
+    log_variance1: Tensor<B, 4>,
+    mean2: Tensor<B, 4>,
+    log_variance2: Tensor<B, 4>,
+) -> Tensor<B, 4> {
     let difference = mean1 - mean2;
     let ratio = (log_variance1.clone() - log_variance2.clone()).exp();
     let scaled = difference.clone() * difference * log_variance2.clone().neg().exp();
@@ -12,7 +17,11 @@ pub fn normal_kl<B: Backend>(mean1: Tensor<B, 4>, log_variance1: Tensor<B, 4>, m
 
 /// Log likelihood of 8-bit `x` in [−1, 1] under a Gaussian integrated over each value's bin, with the reference's
 /// approximation of the normal distribution function.
-pub fn discretized_gaussian_log_likelihood<B: Backend>(x: Tensor<B, 4>, mean: Tensor<B, 4>, log_scale: Tensor<B, 4>) -> Tensor<B, 4> {
+pub fn discretized_gaussian_log_likelihood<B: Backend>(
+    x: Tensor<B, 4>,
+    mean: Tensor<B, 4>,
+    log_scale: Tensor<B, 4>,
+) -> Tensor<B, 4> {
     const HALF_BIN: f64 = 1.0 / 255.0;
     // Below this a bin's probability is lost to rounding.
     const SMALLEST: f64 = 1e-12;
@@ -32,5 +41,9 @@ pub fn discretized_gaussian_log_likelihood<B: Backend>(x: Tensor<B, 4>, mean: Te
 fn normal_cdf<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
     let root_2_over_pi = std::f64::consts::FRAC_2_PI.sqrt();
     let cube = x.clone() * x.clone() * x.clone();
-    ((x + cube.mul_scalar(0.044715)).mul_scalar(root_2_over_pi).tanh() + 1.0).mul_scalar(0.5)
+    ((x + cube.mul_scalar(0.044715))
+        .mul_scalar(root_2_over_pi)
+        .tanh()
+        + 1.0)
+        .mul_scalar(0.5)
 }

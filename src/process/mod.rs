@@ -8,6 +8,8 @@ mod schedule;
 
 pub use gaussian::{GaussianDiffusion, Prediction, Variance};
 pub use likelihood::{discretized_gaussian_log_likelihood, normal_kl};
-pub use losses::{Distillation, MaskedFeatures, Objective, TeacherOutput, Terms, masked_feature_loss, typical};
+pub use losses::{
+    Distillation, MaskedFeatures, Objective, TeacherOutput, Terms, masked_feature_loss, typical,
+};
 pub use sampler::{Guidance, Sampler, Solver, StepNoise, guided};
 pub use schedule::{DiffusionTables, RespacingError, respace};

@@ -49,20 +49,47 @@ pub type StepNoise<'a, B> = &'a mut dyn FnMut(usize) -> Tensor<B, 4>;
 ///
 /// Runs conditional and unconditional samples as one batch. The first `guidance.channels` are extrapolated, the
 /// rest is the conditional output as it is (the reference's `forward_with_cfg`).
-pub fn guided<B: FusedOps>(network: &Network<B>, x: Tensor<B, 4>, t: Tensor<B, 1>, y: Tensor<B, 1, Int>, guidance: Guidance) -> Tensor<B, 4> {
+pub fn guided<B: FusedOps>(
+    network: &Network<B>,
+    x: Tensor<B, 4>,
+    t: Tensor<B, 1>,
+    y: Tensor<B, 1, Int>,
+    guidance: Guidance,
+) -> Tensor<B, 4> {
     if guidance.scale == 1.0 {
         return network.forward(x, t, y, &mut Plain);
     }
     let [batch, channels, ..] = x.dims();
-    let null = y.clone().zeros_like().add_scalar(network.config().classes as i64);
+    let null = y
+        .clone()
+        .zeros_like()
+        .add_scalar(network.config().classes as i64);
     let twice = |x: Tensor<B, 4>| Tensor::cat(vec![x.clone(), x], 0);
-    let output = network.forward(twice(x), Tensor::cat(vec![t.clone(), t], 0), Tensor::cat(vec![y, null], 0), &mut Plain);
-    let (conditional, unconditional) = (output.clone().narrow(0, 0, batch), output.narrow(0, batch, batch));
+    let output = network.forward(
+        twice(x),
+        Tensor::cat(vec![t.clone(), t], 0),
+        Tensor::cat(vec![y, null], 0),
+        &mut Plain,
+    );
+    let (conditional, unconditional) = (
+        output.clone().narrow(0, 0, batch),
+        output.narrow(0, batch, batch),
+    );
     let guided_channels = guidance.channels.min(channels);
-    let (with, without) = (conditional.clone().narrow(1, 0, guided_channels), unconditional.narrow(1, 0, guided_channels));
+    let (with, without) = (
+        conditional.clone().narrow(1, 0, guided_channels),
+        unconditional.narrow(1, 0, guided_channels),
+    );
     let epsilon = without.clone() + (with - without).mul_scalar(guidance.scale);
     let rest = conditional.dims()[1] - guided_channels;
-    if rest == 0 { epsilon } else { Tensor::cat(vec![epsilon, conditional.narrow(1, guided_channels, rest)], 1) }
+    if rest == 0 {
+        epsilon
+    } else {
+        Tensor::cat(
+            vec![epsilon, conditional.narrow(1, guided_channels, rest)],
+            1,
+        )
+    }
 }
 
 impl Sampler {
@@ -79,7 +106,13 @@ impl Sampler {
         let batch = x.dims()[0];
         for (k, step) in (0..self.diffusion.steps()).rev().enumerate() {
             let t = vec![step; batch];
-            let output = guided(network, x.clone(), self.diffusion.model_timesteps(&t, &device), y.clone(), self.guidance);
+            let output = guided(
+                network,
+                x.clone(),
+                self.diffusion.model_timesteps(&t, &device),
+                y.clone(),
+                self.guidance,
+            );
             let prediction: Prediction<B> = self.diffusion.predict(output, x.clone(), &t, false);
             let x_start = prediction.x_start.clone();
             x = match self.solver {
@@ -93,21 +126,46 @@ impl Sampler {
 
     /// Generates samples `indices` with `labels`. All noise is keyed by (seed, sample index), so a sample does not
     /// depend on the batch it is made in. `progress` is called after every step.
-    pub fn generate<B: FusedOps>(&self, network: &Network<B>, seed: u64, indices: &[usize], labels: &[usize], device: &B::Device, mut progress: impl FnMut()) -> Tensor<B, 4> {
+    pub fn generate<B: FusedOps>(
+        &self,
+        network: &Network<B>,
+        seed: u64,
+        indices: &[usize],
+        labels: &[usize],
+        device: &B::Device,
+        mut progress: impl FnMut(),
+    ) -> Tensor<B, 4> {
         let config = network.config();
         let (channels, size) = (config.channels, config.input_size);
         let draw = |stream: Stream, step: usize| -> Tensor<B, 4> {
             let count = channels * size * size;
-            let values: Vec<f32> = indices.iter().flat_map(|&index| random::normal(seed, stream, step as u64, index as u64, count)).collect();
-            Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([indices.len(), channels, size, size])
+            let values: Vec<f32> = indices
+                .iter()
+                .flat_map(|&index| random::normal(seed, stream, step as u64, index as u64, count))
+                .collect();
+            Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([
+                indices.len(),
+                channels,
+                size,
+                size,
+            ])
         };
         let labels: Vec<i64> = labels.iter().map(|&label| label as i64).collect();
-        let y = Tensor::<B, 1, Int>::from_data(burn::tensor::TensorData::from(labels.as_slice()), device);
+        let y = Tensor::<B, 1, Int>::from_data(
+            burn::tensor::TensorData::from(labels.as_slice()),
+            device,
+        );
         // Without eta, DDIM's noise is multiplied by zero: not drawn.
         let quiet = self.solver == (Solver::Ddim { eta: 0.0 });
         let start = draw(Stream::SampleStart, 0);
         let zeros = start.zeros_like();
-        let mut noise = |k: usize| if quiet { zeros.clone() } else { draw(Stream::SampleStep, k) };
+        let mut noise = |k: usize| {
+            if quiet {
+                zeros.clone()
+            } else {
+                draw(Stream::SampleStep, k)
+            }
+        };
         self.denoise(network, start, y, &mut noise, |_, _, _| progress())
     }
 }

@@ -11,7 +11,9 @@ const STEPS: usize = 1000;
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum RespacingError {
     /// Not a number, a comma separated list of numbers, or `ddimN`.
-    #[error("timestep respacing `{0}` is not a step count such as \"250\", a list of counts per section such as \"100,50,25\", or \"ddim50\"")]
+    #[error(
+        "timestep respacing `{0}` is not a step count such as \"250\", a list of counts per section such as \"100,50,25\", or \"ddim50\""
+    )]
     Syntax(String),
     /// More steps asked for than there are.
     #[error("timestep respacing asks for {asked} of {available} steps")]
@@ -46,7 +48,10 @@ pub fn respace(spacing: &str) -> Result<Vec<usize>, RespacingError> {
             .map(Iterator::collect)
             .ok_or(RespacingError::NoStride(count));
     }
-    let counts: Vec<usize> = spacing.split(',').map(|count| count.trim().parse().map_err(|_| syntax())).collect::<Result<_, _>>()?;
+    let counts: Vec<usize> = spacing
+        .split(',')
+        .map(|count| count.trim().parse().map_err(|_| syntax()))
+        .collect::<Result<_, _>>()?;
     let (size, extra) = (STEPS / counts.len(), STEPS % counts.len());
     let mut kept = BTreeSet::new();
     let mut start = 0;
@@ -56,9 +61,16 @@ pub fn respace(spacing: &str) -> Result<Vec<usize>, RespacingError> {
             return Err(syntax());
         }
         if count > size {
-            return Err(RespacingError::TooMany { asked: count, available: size });
+            return Err(RespacingError::TooMany {
+                asked: count,
+                available: size,
+            });
         }
-        let stride = if count == 1 { 1.0 } else { (size - 1) as f64 / (count - 1) as f64 };
+        let stride = if count == 1 {
+            1.0
+        } else {
+            (size - 1) as f64 / (count - 1) as f64
+        };
         let mut position = 0.0f64;
         for _ in 0..count {
             kept.insert(start + position.round_ties_even() as usize);
@@ -96,7 +108,15 @@ impl DiffusionTables {
     pub fn linear(kept: &[usize]) -> Self {
         let (first, last) = (1e-4, 0.02);
         let step = (last - first) / (STEPS - 1) as f64;
-        let full: Vec<f64> = (0..STEPS).map(|i| if i == STEPS - 1 { last } else { first + i as f64 * step }).collect();
+        let full: Vec<f64> = (0..STEPS)
+            .map(|i| {
+                if i == STEPS - 1 {
+                    last
+                } else {
+                    first + i as f64 * step
+                }
+            })
+            .collect();
         let full = cumulative_product(&full);
         let mut previous = 1.0;
         let betas = kept
@@ -113,13 +133,28 @@ impl DiffusionTables {
     fn from_betas(betas: Vec<f64>) -> Self {
         let alphas_cumprod = cumulative_product(&betas);
         let count = betas.len();
-        let alphas_cumprod_prev: Vec<f64> = std::iter::once(1.0).chain(alphas_cumprod.iter().copied()).take(count).collect();
-        let alphas_cumprod_next: Vec<f64> = alphas_cumprod.iter().copied().skip(1).chain([0.0]).collect();
-        let map = |f: &dyn Fn(f64) -> f64| alphas_cumprod.iter().map(|a| f(*a)).collect::<Vec<f64>>();
-        let posterior = |f: &dyn Fn(f64, f64, f64) -> f64| (0..count).map(|i| f(betas[i], alphas_cumprod[i], alphas_cumprod_prev[i])).collect::<Vec<f64>>();
+        let alphas_cumprod_prev: Vec<f64> = std::iter::once(1.0)
+            .chain(alphas_cumprod.iter().copied())
+            .take(count)
+            .collect();
+        let alphas_cumprod_next: Vec<f64> = alphas_cumprod
+            .iter()
+            .copied()
+            .skip(1)
+            .chain([0.0])
+            .collect();
+        let map =
+            |f: &dyn Fn(f64) -> f64| alphas_cumprod.iter().map(|a| f(*a)).collect::<Vec<f64>>();
+        let posterior = |f: &dyn Fn(f64, f64, f64) -> f64| {
+            (0..count)
+                .map(|i| f(betas[i], alphas_cumprod[i], alphas_cumprod_prev[i]))
+                .collect::<Vec<f64>>()
+        };
         let posterior_variance = posterior(&|beta, a, prev| beta * (1.0 - prev) / (1.0 - a));
         // The first variance is 0; its logarithm is clipped to that of the second.
-        let posterior_log_variance_clipped = (0..count).map(|i| posterior_variance[i.max(1).min(count - 1)].ln()).collect();
+        let posterior_log_variance_clipped = (0..count)
+            .map(|i| posterior_variance[i.max(1).min(count - 1)].ln())
+            .collect();
         Self {
             sqrt_alphas_cumprod: map(&|a| a.sqrt()),
             sqrt_one_minus_alphas_cumprod: map(&|a| (1.0 - a).sqrt()),
@@ -128,7 +163,9 @@ impl DiffusionTables {
             sqrt_recipm1_alphas_cumprod: map(&|a| (1.0 / a - 1.0).sqrt()),
             posterior_log_variance_clipped,
             posterior_mean_coef1: posterior(&|beta, a, prev| beta * prev.sqrt() / (1.0 - a)),
-            posterior_mean_coef2: posterior(&|beta, a, prev| (1.0 - prev) * (1.0 - beta).sqrt() / (1.0 - a)),
+            posterior_mean_coef2: posterior(&|beta, a, prev| {
+                (1.0 - prev) * (1.0 - beta).sqrt() / (1.0 - a)
+            }),
             posterior_variance,
             alphas_cumprod_prev,
             alphas_cumprod_next,
@@ -164,9 +201,18 @@ mod tests {
 
     #[test]
     fn impossible_respacings_are_refused() {
-        assert_eq!(respace("1001"), Err(RespacingError::TooMany { asked: 1001, available: 1000 }));
+        assert_eq!(
+            respace("1001"),
+            Err(RespacingError::TooMany {
+                asked: 1001,
+                available: 1000
+            })
+        );
         assert_eq!(respace("ddim37"), Err(RespacingError::NoStride(37)));
         assert_eq!(respace("0"), Err(RespacingError::Syntax("0".into())));
-        assert_eq!(respace("ddimx"), Err(RespacingError::Syntax("ddimx".into())));
+        assert_eq!(
+            respace("ddimx"),
+            Err(RespacingError::Syntax("ddimx".into()))
+        );
     }
 }

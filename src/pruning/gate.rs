@@ -38,7 +38,13 @@ pub struct Draw<B: Backend> {
 
 /// Samples a mask per sample (TinyFusion, equations 4 and 5). `logits` is `[1, candidates]`, `gumbel`
 /// `[batch, candidates]`.
-pub fn draw<B: Backend>(group: Group, logits: Tensor<B, 2>, gumbel: Tensor<B, 2>, tau: f64, scaling: f64) -> Draw<B> {
+pub fn draw<B: Backend>(
+    group: Group,
+    logits: Tensor<B, 2>,
+    gumbel: Tensor<B, 2>,
+    tau: f64,
+    scaling: f64,
+) -> Draw<B> {
     let device = gumbel.device();
     let [batch, candidates] = gumbel.dims();
     let soft = activation::softmax((logits.mul_scalar(scaling) + gumbel).div_scalar(tau), 1);
@@ -53,7 +59,8 @@ pub fn draw<B: Backend>(group: Group, logits: Tensor<B, 2>, gumbel: Tensor<B, 2>
         .collect();
     let hard = Tensor::<B, 2>::from_data(TensorData::new(hard, [batch, candidates]), &device);
     let masks: Vec<f32> = group.masks().concat();
-    let masks = Tensor::<B, 2>::from_data(TensorData::new(masks, [candidates, group.of()]), &device);
+    let masks =
+        Tensor::<B, 2>::from_data(TensorData::new(masks, [candidates, group.of()]), &device);
     // Exactly the hard mask forward: what is added is exactly zero.
     let straight_through = soft.clone() - soft.clone().detach();
     let mask = hard.clone().matmul(masks.clone()) + straight_through.matmul(masks);
@@ -62,7 +69,10 @@ pub fn draw<B: Backend>(group: Group, logits: Tensor<B, 2>, gumbel: Tensor<B, 2>
 
 /// Index of the largest value, the first on ties.
 fn argmax(values: &[f32]) -> usize {
-    values.iter().enumerate().fold(0, |best, (index, value)| if *value > values[best] { index } else { best })
+    values.iter().enumerate().fold(
+        0,
+        |best, (index, value)| if *value > values[best] { index } else { best },
+    )
 }
 
 /// What one group has come to.
@@ -90,7 +100,11 @@ pub struct Decision {
 impl Decision {
     /// Mean confidence of the groups.
     pub fn confidence(&self) -> f64 {
-        self.choices.iter().map(|choice| choice.confidence).sum::<f64>() / self.choices.len().max(1) as f64
+        self.choices
+            .iter()
+            .map(|choice| choice.confidence)
+            .sum::<f64>()
+            / self.choices.len().max(1) as f64
     }
 }
 
@@ -103,13 +117,28 @@ pub fn decide(groups: &Groups, logits: &[Vec<f32>], scaling: f64) -> Decision {
         .map(|((group, offset), logits)| {
             let candidate = argmax(logits);
             let highest = f64::from(logits[candidate]) * scaling;
-            let weights: Vec<f64> = logits.iter().map(|logit| (f64::from(*logit) * scaling - highest).exp()).collect();
+            let weights: Vec<f64> = logits
+                .iter()
+                .map(|logit| (f64::from(*logit) * scaling - highest).exp())
+                .collect();
             let total: f64 = weights.iter().sum();
-            let probabilities: Vec<f64> = weights.into_iter().map(|weight| weight / total).collect();
-            let layers = group.candidates()[candidate].iter().map(|layer| offset + layer).collect();
-            Choice { candidate, layers, confidence: probabilities[candidate], probabilities }
+            let probabilities: Vec<f64> =
+                weights.into_iter().map(|weight| weight / total).collect();
+            let layers = group.candidates()[candidate]
+                .iter()
+                .map(|layer| offset + layer)
+                .collect();
+            Choice {
+                candidate,
+                layers,
+                confidence: probabilities[candidate],
+                probabilities,
+            }
         })
         .collect();
-    let kept = choices.iter().flat_map(|choice| choice.layers.iter().copied()).collect();
+    let kept = choices
+        .iter()
+        .flat_map(|choice| choice.layers.iter().copied())
+        .collect();
     Decision { choices, kept }
 }

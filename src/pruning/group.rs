@@ -84,11 +84,11 @@ pub enum GroupError {
 /// M consecutive layers of which N stay.
 ///
 /// ```
-/// use tinyfusion::pruning::groups::Group;
+/// use tinyfusion::pruning::Group;
 ///
 /// let group: Group = "2:3".parse()?;
 /// assert_eq!(group.candidates(), [[0, 1], [0, 2], [1, 2]]);
-/// # Ok::<(), tinyfusion::pruning::groups::GroupError>(())
+/// # Ok::<(), tinyfusion::pruning::GroupError>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Group {

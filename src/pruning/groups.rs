@@ -14,12 +14,12 @@ pub use super::group::{Group, GroupError, MAX_CANDIDATES};
 /// Groups that cover a trunk from its first layer to its last.
 ///
 /// ```
-/// use tinyfusion::pruning::groups::Groups;
+/// use tinyfusion::pruning::Groups;
 ///
 /// let groups = Groups::parse_ratio("1:2", 12)?;
 /// assert_eq!(groups.to_string(), "1:2 ×6");
 /// assert_eq!(groups.kept_depth(), 6);
-/// # Ok::<(), tinyfusion::pruning::groups::GroupError>(())
+/// # Ok::<(), tinyfusion::pruning::GroupError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(transparent)]

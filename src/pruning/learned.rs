@@ -53,9 +53,21 @@ pub struct LearnedPruner<B: Backend> {
 
 impl<B: Backend> LearnedPruner<B> {
     /// Puts gates of logits `gate_init` on a network, and the update under it.
-    pub fn new(network: Network<B>, groups: Groups, update: Update, gate_init: f64, annealing: Annealing, diffusion: Arc<GaussianDiffusion>, seed: u64) -> Self {
+    pub fn new(
+        network: Network<B>,
+        groups: Groups,
+        update: Update,
+        gate_init: f64,
+        annealing: Annealing,
+        diffusion: Arc<GaussianDiffusion>,
+        seed: u64,
+    ) -> Self {
         let device = network.devices().into_iter().next().unwrap_or_default();
-        let mut network = if update == Update::Full { network } else { network.no_grad() };
+        let mut network = if update == Update::Full {
+            network
+        } else {
+            network.no_grad()
+        };
         if let Update::Lora { rank, alpha } = update {
             for linear in network.linears_mut() {
                 linear.attach_lora(rank, alpha);
@@ -72,19 +84,36 @@ impl<B: Backend> LearnedPruner<B> {
                 Param::from_tensor(Tensor::from_data(logits, &device))
             })
             .collect();
-        Self { network, gates, groups, annealing, diffusion }
+        Self {
+            network,
+            gates,
+            groups,
+            annealing,
+            diffusion,
+        }
     }
 
     /// The masks of a batch, `[batch, depth]`, from one draw of Gumbel noise per group.
     pub fn masks(&self, gumbel: &[Tensor<B, 2>], step: usize) -> Tensor<B, 2> {
         let (tau, scaling) = self.annealing.at(step);
-        let masks = self.groups.iter().zip(&self.gates).zip(gumbel).map(|((group, gate), gumbel)| draw(group, gate.val(), gumbel.clone(), tau, scaling).mask);
+        let masks =
+            self.groups
+                .iter()
+                .zip(&self.gates)
+                .zip(gumbel)
+                .map(|((group, gate), gumbel)| {
+                    draw(group, gate.val(), gumbel.clone(), tau, scaling).mask
+                });
         Tensor::cat(masks.collect(), 1)
     }
 
     /// What the gates say now, at a step's scaling.
     pub fn decision(&self, step: usize) -> Decision {
-        let logits: Vec<Vec<f32>> = self.gates.iter().map(|gate| gate.val().into_data().iter().collect()).collect();
+        let logits: Vec<Vec<f32>> = self
+            .gates
+            .iter()
+            .map(|gate| gate.val().into_data().iter().collect())
+            .collect();
         decide(&self.groups, &logits, self.annealing.at(step).1)
     }
 
@@ -97,10 +126,20 @@ impl<B: Backend> LearnedPruner<B> {
 impl<B: FusedOps> LearnedPruner<B> {
     /// The loss's terms for a batch, and the masks it was computed under.
     pub fn terms(&self, batch: &Batch<B>) -> (Terms<B>, Tensor<B, 2>) {
-        let objective = Objective { diffusion: &self.diffusion, x_start: batch.x.clone(), noise: batch.noise.clone(), t: &batch.t, y: batch.y.clone() };
+        let objective = Objective {
+            diffusion: &self.diffusion,
+            x_start: batch.x.clone(),
+            noise: batch.noise.clone(),
+            t: &batch.t,
+            y: batch.y.clone(),
+        };
         let mask = self.masks(&batch.gumbel, batch.step);
         let x_t = objective.x_t();
-        let output = objective.run(&self.network, x_t.clone(), &mut Gated { mask: mask.clone() });
+        let output = objective.run(
+            &self.network,
+            x_t.clone(),
+            &mut Gated { mask: mask.clone() },
+        );
         (objective.terms(x_t, output), mask)
     }
 }
@@ -115,8 +154,18 @@ impl<B: TrainingBackend> TrainStep for LearnedPruner<B> {
         let gradients = GradientsParams::from_grads(loss.backward(), self);
         let (tau, scaling) = self.annealing.at(batch.step);
         let mut scalars = crate::recovery::scalars(&terms);
-        scalars.0.extend([("tau", tau), ("scaling", scaling), ("confidence", self.decision(batch.step).confidence())]);
-        TrainOutput { grads: gradients, item: StepReport { scalars: Scalars(scalars.0), images: batch.t.len() } }
+        scalars.0.extend([
+            ("tau", tau),
+            ("scaling", scaling),
+            ("confidence", self.decision(batch.step).confidence()),
+        ]);
+        TrainOutput {
+            grads: gradients,
+            item: StepReport {
+                scalars: Scalars(scalars.0),
+                images: batch.t.len(),
+            },
+        }
     }
 }
 

@@ -45,15 +45,25 @@ pub struct Calibration {
 }
 
 /// Measures all layers on one batch. The feature scores see clean samples (as the reference does).
-pub fn score<B: FusedOps>(network: &Network<B>, method: Score, batch: &ScoreBatch<B>) -> Calibration {
+pub fn score<B: FusedOps>(
+    network: &Network<B>,
+    method: Score,
+    batch: &ScoreBatch<B>,
+) -> Calibration {
     if method == Score::Sensitivity {
         return sensitivity(network, batch);
     }
     let t: Vec<f32> = batch.t.iter().map(|step| *step as f32).collect();
     let t = Tensor::from_floats(t.as_slice(), &batch.x.device());
-    let mut hook = Change { method, scores: Vec::new() };
+    let mut hook = Change {
+        method,
+        scores: Vec::new(),
+    };
     network.forward(batch.x.clone(), t, batch.y.clone(), &mut hook);
-    Calibration { scores: hook.scores, base: None }
+    Calibration {
+        scores: hook.scores,
+        base: None,
+    }
 }
 
 /// Compares each block's output with its input.
@@ -63,7 +73,12 @@ struct Change {
 }
 
 impl<B: Backend> BlockHook<B> for Change {
-    fn around(&mut self, _: Site, x: Tensor<B, 3>, block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>) -> Tensor<B, 3> {
+    fn around(
+        &mut self,
+        _: Site,
+        x: Tensor<B, 3>,
+        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
+    ) -> Tensor<B, 3> {
         let y = block(x.clone());
         let score = if self.method == Score::Shortgpt {
             let norm = |x: &Tensor<B, 3>| (x.clone() * x.clone()).sum_dim(2).sqrt();
@@ -85,13 +100,20 @@ fn sensitivity<B: FusedOps>(network: &Network<B>, batch: &ScoreBatch<B>) -> Cali
     let x_t = diffusion.q_sample(batch.x.clone(), &batch.t, batch.noise.clone());
     let t = diffusion.model_timesteps::<B>(&batch.t, &x_t.device());
     let loss = |hook: &mut dyn BlockHook<B>| {
-        let output = network.forward(x_t.clone(), t.clone(), batch.y.clone(), hook).narrow(1, 0, channels);
+        let output = network
+            .forward(x_t.clone(), t.clone(), batch.y.clone(), hook)
+            .narrow(1, 0, channels);
         let error = output - batch.noise.clone();
         scalar((error.clone() * error).mean())
     };
     let base = loss(&mut Plain);
-    let scores = (0..network.depth()).map(|layer| loss(&mut Skip { layer }) - base).collect();
-    Calibration { scores, base: Some(base) }
+    let scores = (0..network.depth())
+        .map(|layer| loss(&mut Skip { layer }) - base)
+        .collect();
+    Calibration {
+        scores,
+        base: Some(base),
+    }
 }
 
 fn scalar<B: Backend>(tensor: Tensor<B, 1>) -> f64 {
@@ -109,8 +131,13 @@ pub fn keep_by_scores(method: Score, scores: &[f64], keep: usize) -> Vec<usize> 
     } else {
         redundant_first.sort_by(|a, b| scores[*a].total_cmp(&scores[*b]));
     }
-    let removed: Vec<usize> = redundant_first.into_iter().take(scores.len().saturating_sub(keep)).collect();
-    (0..scores.len()).filter(|layer| !removed.contains(layer)).collect()
+    let removed: Vec<usize> = redundant_first
+        .into_iter()
+        .take(scores.len().saturating_sub(keep))
+        .collect();
+    (0..scores.len())
+        .filter(|layer| !removed.contains(layer))
+        .collect()
 }
 
 #[cfg(test)]

@@ -54,8 +54,19 @@ impl RunDirectory {
     /// When there is none.
     pub fn unfinished(runs: &Path, recipe: &str) -> Result<Self, RecipeError> {
         let folder = runs.join(recipe);
-        let run = numbers(&folder).into_iter().rev().map(|number| Self { path: folder.join(format!("{number:03}")) }).find(|run| run.status().is_none_or(|status| status.state != "finished"));
-        run.ok_or_else(|| RecipeError::Run(format!("{}: no unfinished run to resume; leave out `--resume` to start one", folder.display())))
+        let run = numbers(&folder)
+            .into_iter()
+            .rev()
+            .map(|number| Self {
+                path: folder.join(format!("{number:03}")),
+            })
+            .find(|run| run.status().is_none_or(|status| status.state != "finished"));
+        run.ok_or_else(|| {
+            RecipeError::Run(format!(
+                "{}: no unfinished run to resume; leave out `--resume` to start one",
+                folder.display()
+            ))
+        })
     }
 
     /// The folder.
@@ -102,15 +113,22 @@ impl RunDirectory {
 
 /// Numbers of a recipe's runs, ascending.
 fn numbers(folder: &Path) -> Vec<usize> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let mut numbers: Vec<usize> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()?.parse().ok()).collect();
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return Vec::new();
+    };
+    let mut numbers: Vec<usize> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok()?.parse().ok())
+        .collect();
     numbers.sort_unstable();
     numbers
 }
 
 /// Readable JSON.
 pub(super) fn json(value: &impl Serialize) -> Result<String, RecipeError> {
-    serde_json::to_string_pretty(value).map(|text| text + "\n").map_err(|error| RecipeError::Run(error.to_string()))
+    serde_json::to_string_pretty(value)
+        .map(|text| text + "\n")
+        .map_err(|error| RecipeError::Run(error.to_string()))
 }
 
 #[cfg(test)]
@@ -123,9 +141,17 @@ mod tests {
         let first = RunDirectory::create(folder.path(), "a").unwrap();
         let second = RunDirectory::create(folder.path(), "a").unwrap();
         assert!(first.path().ends_with("a/001") && second.path().ends_with("a/002"));
-        let finished = Status { state: "finished".into(), stage: String::new(), seconds: 1.0, error: None };
+        let finished = Status {
+            state: "finished".into(),
+            stage: String::new(),
+            seconds: 1.0,
+            error: None,
+        };
         second.set_status(&finished).unwrap();
-        assert_eq!(RunDirectory::unfinished(folder.path(), "a").unwrap().path(), first.path());
+        assert_eq!(
+            RunDirectory::unfinished(folder.path(), "a").unwrap().path(),
+            first.path()
+        );
         first.set_status(&finished).unwrap();
         assert!(RunDirectory::unfinished(folder.path(), "a").is_err());
     }

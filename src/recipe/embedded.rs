@@ -11,8 +11,12 @@ use crate::weights::{Checkpoint, WeightsError};
 /// When it is damaged, which a test rules out.
 pub fn checkpoint(name: EmbeddedName) -> Result<Checkpoint, WeightsError> {
     let bytes: &[u8] = match name {
-        EmbeddedName::DigitsTeacher => include_bytes!("../../artifacts/pretrained/digits-teacher.safetensors"),
-        EmbeddedName::DigitsFeatures => include_bytes!("../../artifacts/pretrained/digits-features.safetensors"),
+        EmbeddedName::DigitsTeacher => {
+            include_bytes!("../../artifacts/pretrained/digits-teacher.safetensors")
+        }
+        EmbeddedName::DigitsFeatures => {
+            include_bytes!("../../artifacts/pretrained/digits-features.safetensors")
+        }
     };
     Checkpoint::decode(bytes, Path::new(name.as_str()))
 }

@@ -4,17 +4,20 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use burn::tensor::backend::Backend;
 use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::RecipeError;
 use super::plan::thousands;
 use super::sampling::{Evaluate, Sample, Sampling};
 use super::stages::{Context, images};
 use crate::data::{Digits, Image, Split};
-use crate::evaluation::{Features, PrecisionRecall, Statistics, StatisticsAccumulator, frechet_distance, inception_score, precision_recall, write_samples};
+use crate::evaluation::{
+    Features, PrecisionRecall, Statistics, StatisticsAccumulator, frechet_distance,
+    inception_score, precision_recall, write_samples,
+};
 use crate::images::Images;
 use crate::models::{DigitsClassifier, Network, digits};
 use crate::ops::{FusedOps, TrainingBackend};
@@ -35,32 +38,110 @@ pub(crate) struct Generated {
 }
 
 /// Generates a stage's samples with a progress bar.
-pub(crate) fn generate<B: FusedOps>(network: &Network<B>, name: &str, sampling: &Sampling, seed: u64, device: &B::Device) -> Result<Generated, RecipeError> {
+pub(crate) fn generate<B: FusedOps>(
+    network: &Network<B>,
+    name: &str,
+    sampling: &Sampling,
+    seed: u64,
+    device: &B::Device,
+) -> Result<Generated, RecipeError> {
     let config = network.config();
-    let problem = |problem: String| RecipeError::Stage { stage: name.to_owned(), problem };
-    let spacing = if sampling.steps == GaussianDiffusion::full().steps() { String::new() } else { sampling.steps.to_string() };
+    let problem = |problem: String| RecipeError::Stage {
+        stage: name.to_owned(),
+        problem,
+    };
+    let spacing = if sampling.steps == GaussianDiffusion::full().steps() {
+        String::new()
+    } else {
+        sampling.steps.to_string()
+    };
     let diffusion = GaussianDiffusion::new(&spacing).map_err(|error| problem(error.to_string()))?;
-    let sampler = Sampler { diffusion, solver: sampling.solver, guidance: Guidance { scale: sampling.guidance, channels: sampling.guidance_channels } };
-    let all: Vec<usize> = sampling.classes.clone().unwrap_or_else(|| (0..config.classes).collect());
-    let labels: Vec<usize> = (0..sampling.count).map(|index| all[index % all.len()]).collect();
-    let bar = progress(name, sampling.count.div_ceil(sampling.batch) * sampling.steps);
+    let sampler = Sampler {
+        diffusion,
+        solver: sampling.solver,
+        guidance: Guidance {
+            scale: sampling.guidance,
+            channels: sampling.guidance_channels,
+        },
+    };
+    let all: Vec<usize> = sampling
+        .classes
+        .clone()
+        .unwrap_or_else(|| (0..config.classes).collect());
+    let labels: Vec<usize> = (0..sampling.count)
+        .map(|index| all[index % all.len()])
+        .collect();
+    let bar = progress(
+        name,
+        sampling.count.div_ceil(sampling.batch) * sampling.steps,
+    );
     let started = Instant::now();
-    let [channels, size] = [config.channels, config.input_size];
-    let mut pixels = Vec::with_capacity(sampling.count * channels * size * size);
-    for first in (0..sampling.count).step_by(sampling.batch) {
-        if crate::interrupt::requested() {
-            return Err(RecipeError::Interrupted);
-        }
+    let batches: Vec<usize> = (0..sampling.count).step_by(sampling.batch).collect();
+    let one = |network: &Network<B>, first: usize| -> Vec<u8> {
         let indices: Vec<usize> = (first..sampling.count.min(first + sampling.batch)).collect();
-        let samples = sampler.generate(network, seed, &indices, &labels[first..first + indices.len()], device, || bar.inc(1));
+        let samples = sampler.generate(
+            network,
+            seed,
+            &indices,
+            &labels[first..first + indices.len()],
+            device,
+            || bar.inc(1),
+        );
         // NCHW in [−1, 1] to NHWC bytes.
-        let bytes = samples.permute([0, 2, 3, 1]).into_data();
-        pixels.extend(bytes.iter::<f32>().map(byte));
+        samples
+            .permute([0, 2, 3, 1])
+            .into_data()
+            .iter::<f32>()
+            .map(byte)
+            .collect()
+    };
+    // A sample depends on its index alone, so the split over threads does not show in it.
+    let workers = B::workers().min(batches.len()).max(1);
+    let share = |worker: usize| {
+        batches
+            .iter()
+            .copied()
+            .enumerate()
+            .filter(move |(index, _)| index % workers == worker)
+    };
+    let mut parts: Vec<(usize, Vec<u8>)> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers)
+            .map(|worker| {
+                let (network, one) = (network.clone(), &one);
+                let mine: Vec<(usize, usize)> = share(worker).collect();
+                scope.spawn(move || {
+                    mine.into_iter()
+                        .take_while(|_| !crate::interrupt::requested())
+                        .map(|(index, first)| (index, one(&network, first)))
+                        .collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| {
+                thread.join().map_err(|_| {
+                    problem("a sampling thread failed; its message stands above".into())
+                })
+            })
+            .collect::<Result<Vec<_>, _>>()
+    })?
+    .concat();
+    if parts.len() < batches.len() {
+        return Err(RecipeError::Interrupted);
     }
+    parts.sort_unstable_by_key(|(index, _)| *index);
+    let pixels = parts.into_iter().flat_map(|(_, pixels)| pixels).collect();
     let took = started.elapsed();
     bar.finish_and_clear();
-    let images = Images::new(pixels, [sampling.count, size, size, channels]).map_err(|error| problem(error.to_string()))?;
-    Ok(Generated { images, labels, took })
+    let (channels, size) = (config.channels, config.input_size);
+    let images = Images::new(pixels, [sampling.count, size, size, channels])
+        .map_err(|error| problem(error.to_string()))?;
+    Ok(Generated {
+        images,
+        labels,
+        took,
+    })
 }
 
 /// A value in [−1, 1] as a byte.
@@ -74,8 +155,11 @@ fn progress(name: &str, steps: usize) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template("{msg:<12} {wide_bar} {pos}/{len} steps, {eta} left").unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(steps as u64).with_style(style).with_message(name.to_owned())
+    let style = ProgressStyle::with_template("{msg:<12} {wide_bar} {pos}/{len} steps, {eta} left")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(steps as u64)
+        .with_style(style)
+        .with_message(name.to_owned())
 }
 
 /// What the classifier says of 8-bit images.
@@ -85,36 +169,84 @@ struct Reading {
     classes: Vec<usize>,
 }
 
-fn read<B: Backend>(classifier: &DigitsClassifier<B>, pixels: &[u8], device: &B::Device) -> Result<Reading, RecipeError> {
+fn read<B: Backend>(
+    classifier: &DigitsClassifier<B>,
+    pixels: &[u8],
+    device: &B::Device,
+) -> Result<Reading, RecipeError> {
     let area = digits::SIDE * digits::SIDE;
-    let (mut features, mut probabilities, mut classes, mut width) = (Vec::new(), Vec::new(), Vec::new(), 0);
+    let (mut features, mut probabilities, mut classes, mut width) =
+        (Vec::new(), Vec::new(), Vec::new(), 0);
     for chunk in pixels.chunks(READ_BATCH * area) {
-        let values = chunk.iter().map(|byte| f32::from(*byte) / 127.5 - 1.0).collect();
-        let read = classifier.forward(images::<B>(values, [chunk.len() / area, 1, digits::SIDE, digits::SIDE], device));
+        let values = chunk
+            .iter()
+            .map(|byte| f32::from(*byte) / 127.5 - 1.0)
+            .collect();
+        let read = classifier.forward(images::<B>(
+            values,
+            [chunk.len() / area, 1, digits::SIDE, digits::SIDE],
+            device,
+        ));
         width = read.features.dims()[1];
         features.extend(read.features.into_data().iter::<f32>());
-        classes.extend(read.logits.clone().argmax(1).into_data().iter::<i64>().map(|class| class as usize));
-        probabilities.extend(burn::tensor::activation::softmax(read.logits, 1).into_data().iter::<f32>());
+        classes.extend(
+            read.logits
+                .clone()
+                .argmax(1)
+                .into_data()
+                .iter::<i64>()
+                .map(|class| class as usize),
+        );
+        probabilities.extend(
+            burn::tensor::activation::softmax(read.logits, 1)
+                .into_data()
+                .iter::<f32>(),
+        );
     }
-    Ok(Reading { features: Features::new(width, features)?, probabilities: Features::new(digits::CLASSES, probabilities)?, classes })
+    Ok(Reading {
+        features: Features::new(width, features)?,
+        probabilities: Features::new(digits::CLASSES, probabilities)?,
+        classes,
+    })
 }
 
 /// Share of a split that a classifier reads right.
-pub(super) fn accuracy<B: Backend>(classifier: &DigitsClassifier<B>, split: &Digits, device: &B::Device) -> f64 {
-    let pixels: Vec<f32> = split.images().iter().flat_map(|image| image.pixels.iter().copied()).collect();
-    let logits: Tensor<B, 2> = classifier.forward(images::<B>(pixels, [split.count(), 1, digits::SIDE, digits::SIDE], device)).logits;
+pub(super) fn accuracy<B: Backend>(
+    classifier: &DigitsClassifier<B>,
+    split: &Digits,
+    device: &B::Device,
+) -> f64 {
+    let pixels: Vec<f32> = split
+        .images()
+        .iter()
+        .flat_map(|image| image.pixels.iter().copied())
+        .collect();
+    let logits: Tensor<B, 2> = classifier
+        .forward(images::<B>(
+            pixels,
+            [split.count(), 1, digits::SIDE, digits::SIDE],
+            device,
+        ))
+        .logits;
     let read: Vec<i64> = logits.argmax(1).into_data().iter::<i64>().collect();
-    let right = read.iter().zip(split.images()).filter(|(class, image)| **class == image.label as i64).count();
+    let right = read
+        .iter()
+        .zip(split.images())
+        .filter(|(class, image)| **class == image.label as i64)
+        .count();
     right as f64 / split.count() as f64
 }
 
 /// Real images as bytes, in the same 8 bits that samples are measured in.
 fn bytes(images: &[Image]) -> Vec<u8> {
-    images.iter().flat_map(|image| image.pixels.iter().copied().map(byte)).collect()
+    images
+        .iter()
+        .flat_map(|image| image.pixels.iter().copied().map(byte))
+        .collect()
 }
 
 /// One line of the verdict.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Verdict {
     /// The model, as the recipe names it.
     pub model: String,
@@ -135,6 +267,9 @@ pub struct Verdict {
     /// Sampling speed; none for real images.
     pub images_per_second: Option<f64>,
 }
+
+/// File of the verdicts, in the stage's folder.
+pub(super) const EVALUATION: &str = "eval.json";
 
 /// `eval.json`.
 #[derive(Debug, Serialize)]
@@ -157,20 +292,46 @@ struct Protocol<'a> {
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
-    pub(super) fn sample(&self, stage: &str, sample: &Sample, folder: &Path) -> Result<(), RecipeError> {
-        let network = self.load(&sample.from)?.network::<B::InnerBackend>(self.device)?;
-        let made = generate(&network, stage, &sample.sampling, self.recipe.seed, self.device)?;
+    pub(super) fn sample(
+        &self,
+        stage: &str,
+        sample: &Sample,
+        folder: &Path,
+    ) -> Result<(), RecipeError> {
+        let network = self
+            .load(&sample.from)?
+            .network::<B::InnerBackend>(self.device)?;
+        let made = generate(
+            &network,
+            stage,
+            &sample.sampling,
+            self.recipe.seed,
+            self.device,
+        )?;
         save(&made, folder)?;
-        eprintln!("{stage}: {} samples in {}", sample.sampling.count, folder.display());
+        eprintln!(
+            "{stage}: {} samples in {}",
+            sample.sampling.count,
+            folder.display()
+        );
         Ok(())
     }
 
-    pub(super) fn evaluate(&self, stage: &str, evaluate: &Evaluate, folder: &Path) -> Result<(), RecipeError> {
+    pub(super) fn evaluate(
+        &self,
+        stage: &str,
+        evaluate: &Evaluate,
+        folder: &Path,
+    ) -> Result<(), RecipeError> {
         let classifier_checkpoint = self.load(&evaluate.features)?;
         let classifier = classifier_checkpoint.digits_classifier::<B::InnerBackend>(self.device)?;
         let (train, test) = (Digits::new(Split::Train), Digits::new(Split::Test));
         let reference = read(&classifier, &bytes(test.images()), self.device)?;
-        let judge = Judge { reference_statistics: statistics(&reference.features)?, reference: reference.features, neighbours: evaluate.neighbours };
+        let judge = Judge {
+            reference_statistics: statistics(&reference.features)?,
+            reference: reference.features,
+            neighbours: evaluate.neighbours,
+        };
         let real = read(&classifier, &bytes(train.images()), self.device)?;
         let real_labels: Vec<usize> = train.images().iter().map(|image| image.label).collect();
         // The floor: even real images are this far from other real images.
@@ -179,17 +340,30 @@ impl<B: TrainingBackend> Context<'_, B> {
         for source in &evaluate.compare {
             let (name, checkpoint) = (source.to_string(), self.load(source)?);
             let network = checkpoint.network::<B::InnerBackend>(self.device)?;
-            let made = generate(&network, &name, &evaluate.sampling, self.recipe.seed, self.device)?;
+            let made = generate(
+                &network,
+                &name,
+                &evaluate.sampling,
+                self.recipe.seed,
+                self.device,
+            )?;
             let read = read(&classifier, made.images.pixels(), self.device)?;
             let mut verdict = judge.verdict(&name, &read, &made.labels)?;
             verdict.parameters = Some(network.config().parameters());
             verdict.depth = Some(network.depth());
-            verdict.images_per_second = Some(evaluate.sampling.count as f64 / made.took.as_secs_f64());
-            save(&made, &folder.join(name.replace(':', "-").replace(['/', '\\'], "_")))?;
+            verdict.images_per_second =
+                Some(evaluate.sampling.count as f64 / made.took.as_secs_f64());
+            save(
+                &made,
+                &folder.join(name.replace(':', "-").replace(['/', '\\'], "_")),
+            )?;
             verdicts.push(verdict);
             rows.push((name, first_images(&made.images, 2 * COLUMNS)?));
         }
-        let rows: Vec<(&str, &Images)> = rows.iter().map(|(name, images)| (name.as_str(), images)).collect();
+        let rows: Vec<(&str, &Images)> = rows
+            .iter()
+            .map(|(name, images)| (name.as_str(), images))
+            .collect();
         comparison_png(&folder.join("comparison.png"), &rows, COLUMNS, SCALE)?;
         let protocol = Protocol {
             sampling: &evaluate.sampling,
@@ -202,10 +376,17 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         let table = table(&verdicts);
         let text = super::directory::json(&Evaluation { protocol, verdicts })?;
-        let path = folder.join("eval.json");
-        crate::atomic::write_atomic(&path, |file| file.write_all(text.as_bytes())).map_err(RecipeError::io(&path))?;
+        let path = folder.join(EVALUATION);
+        crate::atomic::write_atomic(&path, |file| file.write_all(text.as_bytes()))
+            .map_err(RecipeError::io(&path))?;
         let sampling = &evaluate.sampling;
-        println!("\n{stage}: {} samples, {} steps, guidance {}, against {} test images (FID in the digit classifier's features)\n\n{table}", sampling.count, sampling.steps, sampling.guidance, test.count());
+        println!(
+            "\n{stage}: {} samples, {} steps, guidance {}, against {} test images (FID in the digit classifier's features)\n\n{table}",
+            sampling.count,
+            sampling.steps,
+            sampling.guidance,
+            test.count()
+        );
         Ok(())
     }
 }
@@ -218,9 +399,20 @@ struct Judge {
 }
 
 impl Judge {
-    fn verdict(&self, model: &str, read: &Reading, labels: &[usize]) -> Result<Verdict, RecipeError> {
-        let PrecisionRecall { precision, recall } = precision_recall(&self.reference, &read.features, self.neighbours)?;
-        let right = read.classes.iter().zip(labels).filter(|(class, label)| class == label).count();
+    fn verdict(
+        &self,
+        model: &str,
+        read: &Reading,
+        labels: &[usize],
+    ) -> Result<Verdict, RecipeError> {
+        let PrecisionRecall { precision, recall } =
+            precision_recall(&self.reference, &read.features, self.neighbours)?;
+        let right = read
+            .classes
+            .iter()
+            .zip(labels)
+            .filter(|(class, label)| class == label)
+            .count();
         Ok(Verdict {
             model: model.to_owned(),
             parameters: None,
@@ -245,7 +437,12 @@ fn statistics(features: &Features) -> Result<Statistics, RecipeError> {
 pub(crate) fn save(made: &Generated, folder: &Path) -> Result<(), RecipeError> {
     let labels: Vec<i64> = made.labels.iter().map(|label| *label as i64).collect();
     write_samples(&folder.join("samples.npz"), &made.images, Some(&labels))?;
-    Ok(grid_png(&folder.join("samples.png"), &first_images(&made.images, 10 * COLUMNS)?, COLUMNS, SCALE)?)
+    Ok(grid_png(
+        &folder.join("samples.png"),
+        &first_images(&made.images, 10 * COLUMNS)?,
+        COLUMNS,
+        SCALE,
+    )?)
 }
 
 /// At most `count` images, from the first.
@@ -253,12 +450,23 @@ fn first_images(images: &Images, count: usize) -> Result<Images, RecipeError> {
     let [total, height, width, channels] = images.shape();
     let count = count.min(total);
     let pixels = images.pixels()[..count * height * width * channels].to_vec();
-    Images::new(pixels, [count, height, width, channels]).map_err(|error| RecipeError::Run(error.to_string()))
+    Images::new(pixels, [count, height, width, channels])
+        .map_err(|error| RecipeError::Run(error.to_string()))
 }
 
 /// The verdict as a person reads it.
 pub(crate) fn table(verdicts: &[Verdict]) -> Table<9> {
-    let mut table = Table::new(["model", "depth", "parameters", "FID", "IS", "precision", "recall", "as asked", "images/s"]);
+    let mut table = Table::new([
+        "model",
+        "depth",
+        "parameters",
+        "FID",
+        "IS",
+        "precision",
+        "recall",
+        "as asked",
+        "images/s",
+    ]);
     let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".into());
     for verdict in verdicts {
         table.row([

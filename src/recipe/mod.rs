@@ -18,6 +18,7 @@ pub mod recover;
 pub mod run;
 pub mod sampling;
 pub mod schema;
+pub mod seeds;
 pub mod source;
 mod stages;
 pub mod train;
@@ -72,6 +73,9 @@ pub enum RecipeError {
 
 impl RecipeError {
     pub(crate) fn io(path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
-        move |source| Self::Io { path: path.to_owned(), source }
+        move |source| Self::Io {
+            path: path.to_owned(),
+            source,
+        }
     }
 }

@@ -13,14 +13,23 @@ use crate::weights::Checkpoint;
 pub(super) const MODEL: &str = "model.safetensors";
 
 /// The file an earlier stage left.
-pub(super) fn stage_model(recipe: &Recipe, directory: &RunDirectory, stage: &str) -> Result<PathBuf, RecipeError> {
+pub(super) fn stage_model(
+    recipe: &Recipe,
+    directory: &RunDirectory,
+    stage: &str,
+) -> Result<PathBuf, RecipeError> {
     let index = recipe.stages.iter().position(|other| other.name == stage);
-    let index = index.ok_or_else(|| RecipeError::Run(format!("the recipe has no stage `{stage}`")))?;
+    let index =
+        index.ok_or_else(|| RecipeError::Run(format!("the recipe has no stage `{stage}`")))?;
     Ok(directory.stage(index, stage).join(MODEL))
 }
 
 /// Reads the checkpoint a source names.
-pub(super) fn checkpoint(recipe: &Recipe, directory: &RunDirectory, source: &Source) -> Result<Checkpoint, RecipeError> {
+pub(super) fn checkpoint(
+    recipe: &Recipe,
+    directory: &RunDirectory,
+    source: &Source,
+) -> Result<Checkpoint, RecipeError> {
     Ok(match source {
         Source::Stage(stage) => Checkpoint::read(&stage_model(recipe, directory, stage)?)?,
         Source::Embedded(name) => embedded::checkpoint(*name)?,

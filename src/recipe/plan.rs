@@ -65,10 +65,19 @@ impl Plan {
                 }
                 // What depends on a stage that can't be done is not reported again.
                 Err(Problem::Unknown) => {}
-                Err(Problem::Said(problem)) => problems.push(format!("stage `{}`: {problem}", stage.name)),
+                Err(Problem::Said(problem)) => {
+                    problems.push(format!("stage `{}`: {problem}", stage.name))
+                }
             }
         }
-        if problems.is_empty() { Ok(Self { recipe: recipe.clone(), stages }) } else { Err(RecipeError::Run(problems.join("\n"))) }
+        if problems.is_empty() {
+            Ok(Self {
+                recipe: recipe.clone(),
+                stages,
+            })
+        } else {
+            Err(RecipeError::Run(problems.join("\n")))
+        }
     }
 }
 
@@ -97,12 +106,27 @@ fn architecture(source: &Source, made: &Made) -> Result<Architecture, Problem> {
 fn dit(source: &Source, made: &Made) -> Result<DitConfig, Problem> {
     match architecture(source, made)? {
         Architecture::Dit(config) => Ok(config),
-        other => Err(Problem::Said(format!("`{source}` is a {other}; a diffusion network is needed"))),
+        other => Err(Problem::Said(format!(
+            "`{source}` is a {other}; a diffusion network is needed"
+        ))),
     }
 }
 
 fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
-    let planned = |what: &str, before: Option<Architecture>, after: Option<Architecture>, steps, images, memory| PlannedStage { name: stage.name.clone(), what: what.to_owned(), before, after, steps, images, memory };
+    let planned = |what: &str,
+                   before: Option<Architecture>,
+                   after: Option<Architecture>,
+                   steps,
+                   images,
+                   memory| PlannedStage {
+        name: stage.name.clone(),
+        what: what.to_owned(),
+        before,
+        after,
+        steps,
+        images,
+        memory,
+    };
     match &stage.kind {
         StageKind::Train(train) => {
             let (before, after) = train_architecture(train, made)?;
@@ -113,12 +137,22 @@ fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
                 }
                 Architecture::DigitsClassifier(_) => 64 << 20,
             };
-            Ok(planned("train", before, Some(after), train.optimisation.steps, images(&train.optimisation), memory))
+            Ok(planned(
+                "train",
+                before,
+                Some(after),
+                train.optimisation.steps,
+                images(&train.optimisation),
+                memory,
+            ))
         }
         StageKind::Prune(prune) => {
             let before = dit(&prune.from, made)?;
             let kept = kept_depth(prune, &before)?;
-            let after = DitConfig { depth: kept, ..before.clone() };
+            let after = DitConfig {
+                depth: kept,
+                ..before.clone()
+            };
             let (steps, seen, memory) = match &prune.method {
                 PruneMethod::Learned(learned) => {
                     fits_digits(&before)?;
@@ -127,34 +161,74 @@ fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
                         Update::Lora { rank, .. } => lora_parameters(&before, rank),
                         Update::Frozen => 0,
                     };
-                    (learned.optimisation.steps, images(&learned.optimisation), training_memory(&before, learning, learned.optimisation.batch))
+                    (
+                        learned.optimisation.steps,
+                        images(&learned.optimisation),
+                        training_memory(&before, learning, learned.optimisation.batch),
+                    )
                 }
-                PruneMethod::ShortGpt(scored) | PruneMethod::FluxLite(scored) | PruneMethod::Sensitivity(scored) => {
+                PruneMethod::ShortGpt(scored)
+                | PruneMethod::FluxLite(scored)
+                | PruneMethod::Sensitivity(scored) => {
                     fits_digits(&before)?;
-                    (scored.batches, scored.batches * scored.batch, inference_memory(&before, scored.batch))
+                    (
+                        scored.batches,
+                        scored.batches * scored.batch,
+                        inference_memory(&before, scored.batch),
+                    )
                 }
-                PruneMethod::Oracle { .. } | PruneMethod::Kept { .. } => (0, 0, before.parameters() * 4),
+                PruneMethod::Oracle { .. } | PruneMethod::Kept { .. } => {
+                    (0, 0, before.parameters() * 4)
+                }
             };
-            Ok(planned(&format!("prune, {}", prune_method(&prune.method)), Some(Architecture::Dit(before)), Some(Architecture::Dit(after)), steps, seen, memory))
+            Ok(planned(
+                &format!("prune, {}", prune_method(&prune.method)),
+                Some(Architecture::Dit(before)),
+                Some(Architecture::Dit(after)),
+                steps,
+                seen,
+                memory,
+            ))
         }
         StageKind::Recover(recover) => {
             let config = dit(&recover.from, made)?;
             fits_digits(&config)?;
-            let mut memory = training_memory(&config, config.parameters(), recover.optimisation.batch);
+            let mut memory =
+                training_memory(&config, config.parameters(), recover.optimisation.batch);
             if let Some(teacher) = teacher(recover) {
                 let teacher = dit(teacher, made)?;
-                if (DitConfig { depth: config.depth, ..teacher.clone() }) != config {
-                    return Err(Problem::Said(format!("student and teacher differ in more than depth: {config}; {teacher}")));
+                if (DitConfig {
+                    depth: config.depth,
+                    ..teacher.clone()
+                }) != config
+                {
+                    return Err(Problem::Said(format!(
+                        "student and teacher differ in more than depth: {config}; {teacher}"
+                    )));
                 }
                 memory += inference_memory(&teacher, recover.optimisation.batch);
             }
             let before = Architecture::Dit(config);
-            Ok(planned(&format!("recover, {}", recover_method(&recover.method)), Some(before.clone()), Some(before), recover.optimisation.steps, images(&recover.optimisation), memory))
+            Ok(planned(
+                &format!("recover, {}", recover_method(&recover.method)),
+                Some(before.clone()),
+                Some(before),
+                recover.optimisation.steps,
+                images(&recover.optimisation),
+                memory,
+            ))
         }
         StageKind::Sample(sample) => {
             let config = dit(&sample.from, made)?;
             let memory = check_sampling(&sample.sampling, &config)?;
-            Ok(planned("sample", Some(Architecture::Dit(config)), None, sample.sampling.steps, sample.sampling.count, memory))
+            Ok(planned(
+                "sample",
+                Some(Architecture::Dit(config)),
+                None,
+                sample.sampling.steps,
+                sample.sampling.count,
+                memory,
+            ))
         }
         StageKind::Evaluate(evaluate) => {
             let mut memory = 0;
@@ -163,11 +237,24 @@ fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
                 fits_digits(&config)?;
                 memory = memory.max(check_sampling(&evaluate.sampling, &config)?);
             }
-            if !matches!(architecture(&evaluate.features, made)?, Architecture::DigitsClassifier(_)) {
-                return Err(Problem::Said(format!("`{}` is no digit classifier", evaluate.features)));
+            if !matches!(
+                architecture(&evaluate.features, made)?,
+                Architecture::DigitsClassifier(_)
+            ) {
+                return Err(Problem::Said(format!(
+                    "`{}` is no digit classifier",
+                    evaluate.features
+                )));
             }
             let models = evaluate.compare.len();
-            Ok(planned(&format!("evaluate {models} models"), None, None, evaluate.sampling.steps, models * evaluate.sampling.count, memory))
+            Ok(planned(
+                &format!("evaluate {models} models"),
+                None,
+                None,
+                evaluate.sampling.steps,
+                models * evaluate.sampling.count,
+                memory,
+            ))
         }
     }
 }
@@ -176,22 +263,38 @@ fn images(optimisation: &Optimisation) -> usize {
     optimisation.steps * optimisation.batch
 }
 
-fn train_architecture(train: &Train, made: &Made) -> Result<(Option<Architecture>, Architecture), Problem> {
+fn train_architecture(
+    train: &Train,
+    made: &Made,
+) -> Result<(Option<Architecture>, Architecture), Problem> {
     let wanted = match &train.architecture {
         None => None,
-        Some(Wanted::DigitsClassifier { width }) => Some(Architecture::DigitsClassifier(DigitsClassifierConfig { width: *width })),
+        Some(Wanted::DigitsClassifier { width }) => {
+            Some(Architecture::DigitsClassifier(DigitsClassifierConfig {
+                width: *width,
+            }))
+        }
         Some(Wanted::Dit(Dit::Sizes(config))) => Some(Architecture::Dit(config.clone())),
         Some(Wanted::Dit(Dit::Preset { preset })) => {
-            let config = zoo::config(preset, 32, 4, 1000).ok_or_else(|| Problem::Said(format!("no model is called `{preset}`")))?;
+            let config = zoo::config(preset, 32, 4, 1000)
+                .ok_or_else(|| Problem::Said(format!("no model is called `{preset}`")))?;
             Some(Architecture::Dit(config))
         }
     };
-    let before = train.from.as_ref().map(|source| architecture(source, made)).transpose()?;
+    let before = train
+        .from
+        .as_ref()
+        .map(|source| architecture(source, made))
+        .transpose()?;
     match (before, wanted) {
-        (Some(before), Some(wanted)) if before != wanted => Err(Problem::Said(format!("the architecture asked for is {wanted}, but the checkpoint holds {before}"))),
+        (Some(before), Some(wanted)) if before != wanted => Err(Problem::Said(format!(
+            "the architecture asked for is {wanted}, but the checkpoint holds {before}"
+        ))),
         (Some(before), _) => Ok((Some(before.clone()), before)),
         (None, Some(wanted)) => Ok((None, wanted)),
-        (None, None) => Err(Problem::Said("neither a checkpoint nor an architecture".into())),
+        (None, None) => Err(Problem::Said(
+            "neither a checkpoint nor an architecture".into(),
+        )),
     }
 }
 
@@ -214,23 +317,37 @@ fn kept_depth(prune: &Prune, before: &DitConfig) -> Result<usize, Problem> {
         PruneMethod::Oracle { keep } => {
             let kept = oracle(depth).ok_or_else(|| Problem::Said(format!("the oracle rule keeps one layer of each pair, and {depth} layers are no pairs")))?.len();
             match keep {
-                Some(keep) if *keep != kept => return Err(Problem::Said(format!("the oracle rule keeps {kept} of {depth} layers, not {keep}"))),
+                Some(keep) if *keep != kept => {
+                    return Err(Problem::Said(format!(
+                        "the oracle rule keeps {kept} of {depth} layers, not {keep}"
+                    )));
+                }
                 _ => kept,
             }
         }
-        PruneMethod::ShortGpt(scored) | PruneMethod::FluxLite(scored) | PruneMethod::Sensitivity(scored) => {
+        PruneMethod::ShortGpt(scored)
+        | PruneMethod::FluxLite(scored)
+        | PruneMethod::Sensitivity(scored) => {
             if scored.keep == 0 || scored.keep >= depth {
-                return Err(Problem::Said(format!("`keep` is {}, which must lie between 1 and {} for {depth} layers", scored.keep, depth - 1)));
+                return Err(Problem::Said(format!(
+                    "`keep` is {}, which must lie between 1 and {} for {depth} layers",
+                    scored.keep,
+                    depth - 1
+                )));
             }
             scored.keep
         }
         PruneMethod::Kept { kept } => {
             let distinct: std::collections::BTreeSet<&usize> = kept.iter().collect();
             if let Some(layer) = kept.iter().find(|layer| **layer >= depth) {
-                return Err(Problem::Said(format!("`kept` names layer {layer}; there are {depth}, counted from 0")));
+                return Err(Problem::Said(format!(
+                    "`kept` names layer {layer}; there are {depth}, counted from 0"
+                )));
             }
             if kept.is_empty() || distinct.len() != kept.len() {
-                return Err(Problem::Said("`kept` must name at least one layer, and none twice".into()));
+                return Err(Problem::Said(
+                    "`kept` must name at least one layer, and none twice".into(),
+                ));
             }
             kept.len()
         }
@@ -238,16 +355,29 @@ fn kept_depth(prune: &Prune, before: &DitConfig) -> Result<usize, Problem> {
 }
 
 fn check_sampling(sampling: &Sampling, config: &DitConfig) -> Result<usize, Problem> {
-    if let Some(class) = sampling.classes.iter().flatten().find(|class| **class >= config.classes) {
-        return Err(Problem::Said(format!("class {class} does not exist; the model has {}, counted from 0", config.classes)));
+    if let Some(class) = sampling
+        .classes
+        .iter()
+        .flatten()
+        .find(|class| **class >= config.classes)
+    {
+        return Err(Problem::Said(format!(
+            "class {class} does not exist; the model has {}, counted from 0",
+            config.classes
+        )));
     }
-    Ok(inference_memory(config, 2 * sampling.batch.min(sampling.count)))
+    Ok(inference_memory(
+        config,
+        2 * sampling.batch.min(sampling.count),
+    ))
 }
 
 pub(super) fn teacher(recover: &Recover) -> Option<&Source> {
     match &recover.method {
         RecoverMethod::FineTune => None,
-        RecoverMethod::Kd { distillation } | RecoverMethod::RepKd { distillation, .. } | RecoverMethod::MaskedKd { distillation, .. } => Some(&distillation.teacher),
+        RecoverMethod::Kd { distillation }
+        | RecoverMethod::RepKd { distillation, .. }
+        | RecoverMethod::MaskedKd { distillation, .. } => Some(&distillation.teacher),
     }
 }
 
@@ -276,7 +406,10 @@ fn lora_parameters(config: &DitConfig, rank: usize) -> usize {
     let width = config.width;
     let hidden = (width as f64 * config.mlp_ratio) as usize;
     let block = (width + 3 * width) + (width + width) + 2 * (width + hidden) + (width + 6 * width);
-    let ends = (256 + width) + (width + width) + (width + 2 * width) + (width + config.patch_size.pow(2) * config.out_channels());
+    let ends = (256 + width)
+        + (width + width)
+        + (width + 2 * width)
+        + (width + config.patch_size.pow(2) * config.out_channels());
     rank * (config.depth * block + ends)
 }
 
@@ -305,12 +438,17 @@ impl fmt::Display for Plan {
             writeln!(f, "{}. {}: {}", index + 1, stage.name, stage.what)?;
             let model = |label: &str, architecture: &Architecture| -> String {
                 match architecture {
-                    Architecture::Dit(config) => format!("   {label} {config}, {} parameters", thousands(config.parameters())),
+                    Architecture::Dit(config) => format!(
+                        "   {label} {config}, {} parameters",
+                        thousands(config.parameters())
+                    ),
                     other => format!("   {label} {other}"),
                 }
             };
             match (&stage.before, &stage.after) {
-                (Some(before), Some(after)) if before == after => writeln!(f, "{}", model("model", before))?,
+                (Some(before), Some(after)) if before == after => {
+                    writeln!(f, "{}", model("model", before))?
+                }
                 (before, after) => {
                     for (label, architecture) in [("before", before), ("after ", after)] {
                         if let Some(architecture) = architecture {
@@ -319,7 +457,13 @@ impl fmt::Display for Plan {
                     }
                 }
             }
-            writeln!(f, "   {} steps, {} images, about {} MiB", thousands(stage.steps), thousands(stage.images), (stage.memory >> 20).max(1))?;
+            writeln!(
+                f,
+                "   {} steps, {} images, about {} MiB",
+                thousands(stage.steps),
+                thousands(stage.images),
+                (stage.memory >> 20).max(1)
+            )?;
         }
         Ok(())
     }
@@ -328,6 +472,11 @@ impl fmt::Display for Plan {
 /// 1234567 as `1,234,567`.
 pub(crate) fn thousands(number: usize) -> String {
     let digits = number.to_string();
-    let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    let groups: Vec<&str> = digits
+        .as_bytes()
+        .rchunks(3)
+        .rev()
+        .filter_map(|group| std::str::from_utf8(group).ok())
+        .collect();
     groups.join(",")
 }

@@ -49,9 +49,16 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
     if let Some(problem) = options.backend.missing() {
         return Err(RecipeError::Run(problem));
     }
-    let resolved = plan.recipe.to_toml().map_err(|error| RecipeError::Run(error.to_string()))?;
+    let resolved = plan
+        .recipe
+        .to_toml()
+        .map_err(|error| RecipeError::Run(error.to_string()))?;
     let name = &plan.recipe.name;
-    let directory = if options.resume { RunDirectory::unfinished(&options.runs, name)? } else { RunDirectory::create(&options.runs, name)? };
+    let directory = if options.resume {
+        RunDirectory::unfinished(&options.runs, name)?
+    } else {
+        RunDirectory::create(&options.runs, name)?
+    };
     if options.resume {
         let before = directory.read("resolved.toml")?;
         if before != resolved {
@@ -79,18 +86,30 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
         let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: options.resume, plain: options.plain };
         stages(plan, &context, started)
     }, else Ok(()));
-    let stage = directory.status().map(|status| status.stage).unwrap_or_default();
+    let stage = directory
+        .status()
+        .map(|status| status.stage)
+        .unwrap_or_default();
     let state = match &result {
         Ok(()) => "finished",
         Err(RecipeError::Interrupted) => "interrupted",
         Err(_) => "failed",
     };
     let error = result.as_ref().err().map(ToString::to_string);
-    directory.set_status(&Status { state: state.into(), stage, seconds: started.elapsed().as_secs_f64(), error })?;
+    directory.set_status(&Status {
+        state: state.into(),
+        stage,
+        seconds: started.elapsed().as_secs_f64(),
+        error,
+    })?;
     result.map(|()| directory.path().to_owned())
 }
 
-fn stages<B: TrainingBackend>(plan: &Plan, context: &Context<'_, B>, started: Instant) -> Result<(), RecipeError> {
+fn stages<B: TrainingBackend>(
+    plan: &Plan,
+    context: &Context<'_, B>,
+    started: Instant,
+) -> Result<(), RecipeError> {
     for (index, (stage, planned)) in plan.recipe.stages.iter().zip(&plan.stages).enumerate() {
         let folder = context.directory.stage(index, &stage.name);
         if folder.join(DONE).exists() {
@@ -101,7 +120,12 @@ fn stages<B: TrainingBackend>(plan: &Plan, context: &Context<'_, B>, started: In
             return Err(RecipeError::Interrupted);
         }
         std::fs::create_dir_all(&folder).map_err(RecipeError::io(&folder))?;
-        context.directory.set_status(&Status { state: "running".into(), stage: stage.name.clone(), seconds: started.elapsed().as_secs_f64(), error: None })?;
+        context.directory.set_status(&Status {
+            state: "running".into(),
+            stage: stage.name.clone(),
+            seconds: started.elapsed().as_secs_f64(),
+            error: None,
+        })?;
         let begun = Instant::now();
         match &stage.kind {
             StageKind::Train(train) => context.train(stage, planned, train, &folder)?,
@@ -111,10 +135,19 @@ fn stages<B: TrainingBackend>(plan: &Plan, context: &Context<'_, B>, started: In
             StageKind::Evaluate(evaluate) => context.evaluate(&stage.name, evaluate, &folder)?,
         }
         let seconds = begun.elapsed().as_secs_f64();
-        let done = json(&serde_json::json!({ "stage": stage.name, "what": planned.what, "seconds": seconds }))?;
+        let done = json(
+            &serde_json::json!({ "stage": stage.name, "what": planned.what, "seconds": seconds }),
+        )?;
         let path = folder.join(DONE);
-        crate::atomic::write_atomic(&path, |file| std::io::Write::write_all(file, done.as_bytes())).map_err(RecipeError::io(&path))?;
-        eprintln!("{}: done in {}", stage.name, crate::training::renderer::brief(begun.elapsed()));
+        crate::atomic::write_atomic(&path, |file| {
+            std::io::Write::write_all(file, done.as_bytes())
+        })
+        .map_err(RecipeError::io(&path))?;
+        eprintln!(
+            "{}: done in {}",
+            stage.name,
+            crate::training::renderer::brief(begun.elapsed())
+        );
     }
     Ok(())
 }

@@ -9,7 +9,6 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::diagnostic::Diagnostics;
-use crate::backend::BackendKind;
 use super::document::{Document, string_in, title};
 use super::prune::Prune;
 use super::reader::{Section, Sink};
@@ -17,6 +16,7 @@ use super::recover::Recover;
 use super::sampling::{Evaluate, Sample};
 use super::source::{Lineage, Listing};
 use super::train::Train;
+use crate::backend::BackendKind;
 
 /// A validated recipe.
 ///

@@ -21,10 +21,16 @@ use crate::data::{BatchPlan, BatchSource, Batches, Digits, Split};
 use crate::models::{Architecture, DigitsClassifier, DitConfig, Network, digits, initialise};
 use crate::ops::TrainingBackend;
 use crate::process::{Distillation, GaussianDiffusion, MaskedFeatures};
-use crate::pruning::{self, Annealing, Decision, Groups, LearnedPruner, Score, ScoreBatch, keep_by_scores, oracle, score};
+use crate::pruning::{
+    self, Annealing, Decision, Groups, LearnedPruner, Score, ScoreBatch, keep_by_scores, oracle,
+    score,
+};
 use crate::recovery::Student;
 use crate::report::{self, DecisionGroup, DecisionHistory, decision_svg};
-use crate::training::{ClassifierTrainee, Fit, Fitted, JsonLines, OnStep, Observe, ParameterGroup, Plan, TrainingError, fit};
+use crate::training::{
+    ClassifierTrainee, Fit, Fitted, JsonLines, Observe, OnStep, ParameterGroup, Plan,
+    TrainingError, fit,
+};
 use crate::weights::{Checkpoint, Provenance, assign, collect, names};
 
 /// What every stage needs.
@@ -41,11 +47,26 @@ impl<B: TrainingBackend> Context<'_, B> {
         checkpoint(self.recipe, self.directory, source)
     }
 
-    pub(super) fn train(&self, stage: &Stage, planned: &PlannedStage, train: &Train, folder: &Path) -> Result<(), RecipeError> {
-        let parent = train.from.as_ref().map(|source| self.load(source)).transpose()?;
+    pub(super) fn train(
+        &self,
+        stage: &Stage,
+        planned: &PlannedStage,
+        train: &Train,
+        folder: &Path,
+    ) -> Result<(), RecipeError> {
+        let parent = train
+            .from
+            .as_ref()
+            .map(|source| self.load(source))
+            .transpose()?;
         let seed = self.recipe.seed;
         let plan = self.plan(stage, &train.optimisation, folder, parent.as_ref())?;
-        let provenance = self.provenance(&stage.name, "train", Some(&train.optimisation), parent.as_ref());
+        let provenance = self.provenance(
+            &stage.name,
+            "train",
+            Some(&train.optimisation),
+            parent.as_ref(),
+        );
         let at = folder.join(MODEL);
         match planned.after.as_ref() {
             Some(Architecture::Dit(config)) => {
@@ -58,9 +79,22 @@ impl<B: TrainingBackend> Context<'_, B> {
                         assign(network, &state, &at, "a fresh network")?
                     }
                 };
-                let student = Student::new(network, None, Arc::new(GaussianDiffusion::full()), plan.steps);
+                let student = Student::new(
+                    network,
+                    None,
+                    Arc::new(GaussianDiffusion::full()),
+                    plan.steps,
+                );
                 let source = self.source(config, &train.optimisation, train.label_drop, Vec::new());
-                let fitted = self.fit(student, plan, Vec::new(), source, None, vec!["mse", "vb"], None)?;
+                let fitted = self.fit(
+                    student,
+                    plan,
+                    Vec::new(),
+                    source,
+                    None,
+                    vec!["mse", "vb"],
+                    None,
+                )?;
                 Checkpoint::of(&fitted.ema.network, provenance, &at).write()?;
             }
             Some(architecture @ Architecture::DigitsClassifier(config)) => {
@@ -73,37 +107,83 @@ impl<B: TrainingBackend> Context<'_, B> {
                         assign(classifier, &state, &at, "a fresh classifier")?
                     }
                 };
-                let shape = DitConfig { input_size: digits::SIDE, patch_size: 1, channels: 1, width: 0, depth: 0, heads: 1, mlp_ratio: 1.0, classes: digits::CLASSES, learn_sigma: false };
+                let shape = DitConfig {
+                    input_size: digits::SIDE,
+                    patch_size: 1,
+                    channels: 1,
+                    width: 0,
+                    depth: 0,
+                    heads: 1,
+                    mlp_ratio: 1.0,
+                    classes: digits::CLASSES,
+                    learn_sigma: false,
+                };
                 let source = self.source(&shape, &train.optimisation, 0.0, Vec::new());
-                let fitted = self.fit(ClassifierTrainee { classifier }, plan, Vec::new(), source, None, vec!["accuracy"], None)?;
+                let fitted = self.fit(
+                    ClassifierTrainee { classifier },
+                    plan,
+                    Vec::new(),
+                    source,
+                    None,
+                    vec!["accuracy"],
+                    None,
+                )?;
                 let (model, mut provenance) = (fitted.ema.classifier, provenance);
-                let accuracy = super::evaluate::accuracy(&model, &Digits::new(Split::Test), self.device);
-                provenance.note = format!("test accuracy {accuracy:.4} on {} images", Digits::new(Split::Test).count());
+                let accuracy =
+                    super::evaluate::accuracy(&model, &Digits::new(Split::Test), self.device);
+                provenance.note = format!(
+                    "test accuracy {accuracy:.4} on {} images",
+                    Digits::new(Split::Test).count()
+                );
                 eprintln!("{}: {}", stage.name, provenance.note);
                 let state = collect::<B::InnerBackend, _>(&model);
-                Checkpoint { architecture: architecture.clone(), state, provenance, path: at }.write()?;
+                Checkpoint {
+                    architecture: architecture.clone(),
+                    state,
+                    provenance,
+                    path: at,
+                }
+                .write()?;
             }
             None => {}
         }
         Ok(())
     }
 
-    pub(super) fn prune(&self, stage: &Stage, prune: &Prune, folder: &Path) -> Result<(), RecipeError> {
+    pub(super) fn prune(
+        &self,
+        stage: &Stage,
+        prune: &Prune,
+        folder: &Path,
+    ) -> Result<(), RecipeError> {
         let parent = self.load(&prune.from)?;
         let config = parent.dit()?.clone();
-        let problem = |problem: String| RecipeError::Stage { stage: stage.name.clone(), problem };
+        let problem = |problem: String| RecipeError::Stage {
+            stage: stage.name.clone(),
+            problem,
+        };
         let mut groups = None;
         let kept = match &prune.method {
             PruneMethod::Learned(learned) => {
-                let resolved = learned.groups.resolve(config.depth).map_err(|error| problem(error.to_string()))?;
+                let resolved = learned
+                    .groups
+                    .resolve(config.depth)
+                    .map_err(|error| problem(error.to_string()))?;
                 let decision = self.learn(stage, learned, &parent, &config, &resolved, folder)?;
                 groups = Some(resolved);
                 decision.kept
             }
-            PruneMethod::Oracle { .. } => oracle(config.depth).ok_or_else(|| problem(format!("{} layers are no pairs", config.depth)))?,
-            PruneMethod::ShortGpt(scored) => self.score(Score::Shortgpt, scored, &parent, &config, folder)?,
-            PruneMethod::FluxLite(scored) => self.score(Score::FluxLite, scored, &parent, &config, folder)?,
-            PruneMethod::Sensitivity(scored) => self.score(Score::Sensitivity, scored, &parent, &config, folder)?,
+            PruneMethod::Oracle { .. } => oracle(config.depth)
+                .ok_or_else(|| problem(format!("{} layers are no pairs", config.depth)))?,
+            PruneMethod::ShortGpt(scored) => {
+                self.score(Score::Shortgpt, scored, &parent, &config, folder)?
+            }
+            PruneMethod::FluxLite(scored) => {
+                self.score(Score::FluxLite, scored, &parent, &config, folder)?
+            }
+            PruneMethod::Sensitivity(scored) => {
+                self.score(Score::Sensitivity, scored, &parent, &config, folder)?
+            }
             PruneMethod::Kept { kept } => {
                 let mut kept = kept.clone();
                 kept.sort_unstable();
@@ -112,30 +192,73 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         // The oracle keeps one layer of each pair, so its taps are those of 1:2 groups.
         if matches!(prune.method, PruneMethod::Oracle { .. }) {
-            groups = Some(Groups::parse_ratio("1:2", config.depth).map_err(|error| problem(error.to_string()))?);
+            groups = Some(
+                Groups::parse_ratio("1:2", config.depth)
+                    .map_err(|error| problem(error.to_string()))?,
+            );
         }
         let pruned = parent.network::<B::InnerBackend>(self.device)?.keep(&kept);
         let learned = match &prune.method {
             PruneMethod::Learned(learned) => Some(&learned.optimisation),
             _ => None,
         };
-        let mut provenance = self.provenance(&stage.name, prune_method(&prune.method), learned, Some(&parent));
-        provenance.groups = groups.map(|groups| groups.iter().map(|group| [group.keep(), group.of()]).collect());
+        let mut provenance = self.provenance(
+            &stage.name,
+            prune_method(&prune.method),
+            learned,
+            Some(&parent),
+        );
+        provenance.groups = groups.map(|groups| {
+            groups
+                .iter()
+                .map(|group| [group.keep(), group.of()])
+                .collect()
+        });
         provenance.parent_depth = Some(config.depth);
         provenance.note = "the kept layers have their original weights; what was learned beside the choice is thrown away".into();
-        eprintln!("{}: keeps layers {kept:?} of {} ({})", stage.name, config.depth, provenance.note);
+        eprintln!(
+            "{}: keeps layers {kept:?} of {} ({})",
+            stage.name, config.depth, provenance.note
+        );
         provenance.kept = Some(kept);
         Ok(Checkpoint::of(&pruned, provenance, &folder.join(MODEL)).write()?)
     }
 
     /// Learns which layers to keep.
-    fn learn(&self, stage: &Stage, learned: &Learned, parent: &Checkpoint, config: &DitConfig, groups: &Groups, folder: &Path) -> Result<Decision, RecipeError> {
+    fn learn(
+        &self,
+        stage: &Stage,
+        learned: &Learned,
+        parent: &Checkpoint,
+        config: &DitConfig,
+        groups: &Groups,
+        folder: &Path,
+    ) -> Result<Decision, RecipeError> {
         let optimisation = &learned.optimisation;
-        let annealing = Annealing { tau: learned.tau.into(), scaling: learned.scaling.into(), steps: optimisation.steps };
+        let annealing = Annealing {
+            tau: learned.tau.into(),
+            scaling: learned.scaling.into(),
+            steps: optimisation.steps,
+        };
         let diffusion = Arc::new(GaussianDiffusion::full());
-        let pruner = LearnedPruner::new(parent.network::<B>(self.device)?, groups.clone(), learned.update, learned.gate_init, annealing, diffusion, self.recipe.seed);
-        let gates = names::<B, _>(&pruner).into_iter().filter(|parameter| parameter.name.starts_with("gumbel_gates.")).map(|parameter| parameter.id).collect();
-        let group = ParameterGroup { parameters: gates, lr_factor: learned.gate_lr / optimisation.lr };
+        let pruner = LearnedPruner::new(
+            parent.network::<B>(self.device)?,
+            groups.clone(),
+            learned.update,
+            learned.gate_init,
+            annealing,
+            diffusion,
+            self.recipe.seed,
+        );
+        let gates = names::<B, _>(&pruner)
+            .into_iter()
+            .filter(|parameter| parameter.name.starts_with("gumbel_gates."))
+            .map(|parameter| parameter.id)
+            .collect();
+        let group = ParameterGroup {
+            parameters: gates,
+            lr_factor: learned.gate_lr / optimisation.lr,
+        };
         let candidates = groups.iter().map(|group| group.num_candidates()).collect();
         let source = self.source(config, optimisation, learned.label_drop, candidates);
         let plan = self.plan(stage, optimisation, folder, Some(parent))?;
@@ -151,66 +274,190 @@ impl<B: TrainingBackend> Context<'_, B> {
                 use burn::module::AutodiffModule;
                 let averaged = ema.apply(model.valid());
                 let (tau, scaling) = averaged.annealed(step);
-                log.write(&DecisionLine { step, tau, scaling, decision: averaged.decision(step) })
+                log.write(&DecisionLine {
+                    step,
+                    tau,
+                    scaling,
+                    decision: averaged.decision(step),
+                })
             }))
         };
-        let fitted = self.fit(pruner, plan, vec![group], source, None, vec!["mse", "vb", "tau", "confidence"], Some(Box::new(observe)))?;
+        let fitted = self.fit(
+            pruner,
+            plan,
+            vec![group],
+            source,
+            None,
+            vec!["mse", "vb", "tau", "confidence"],
+            Some(Box::new(observe)),
+        )?;
         draw_decisions(&log_path, groups, &folder.join("decisions.svg"))?;
         let decision = fitted.ema.decision(steps.saturating_sub(1));
         for (group, choice) in decision.choices.iter().enumerate() {
-            eprintln!("{}: group {group} keeps {:?} with probability {:.2}", stage.name, choice.layers, choice.confidence);
+            eprintln!(
+                "{}: group {group} keeps {:?} with probability {:.2}",
+                stage.name, choice.layers, choice.confidence
+            );
         }
         Ok(decision)
     }
 
-    fn score(&self, method: Score, scored: &Scored, parent: &Checkpoint, config: &DitConfig, folder: &Path) -> Result<Vec<usize>, RecipeError> {
+    fn score(
+        &self,
+        method: Score,
+        scored: &Scored,
+        parent: &Checkpoint,
+        config: &DitConfig,
+        folder: &Path,
+    ) -> Result<Vec<usize>, RecipeError> {
         let network = parent.network::<B::InnerBackend>(self.device)?;
         // Feature scores read timesteps of a process respaced to 250 steps, not mapped back, as the reference does.
-        let steps = if method == Score::Sensitivity { 1000 } else { 250 };
-        let plan = BatchPlan { batch: scored.batch, seed: self.recipe.seed, channels: config.channels, size: config.input_size, classes: config.classes, label_drop: 0.0, diffusion_steps: steps, candidates: Vec::new() };
-        let source = BatchSource { plan, data: Arc::new(Digits::new(Split::Train)) };
+        let steps = if method == Score::Sensitivity {
+            1000
+        } else {
+            250
+        };
+        let plan = BatchPlan {
+            batch: scored.batch,
+            seed: self.recipe.seed,
+            channels: config.channels,
+            size: config.input_size,
+            classes: config.classes,
+            label_drop: 0.0,
+            diffusion_steps: steps,
+            candidates: Vec::new(),
+        };
+        let source = BatchSource {
+            plan,
+            data: Arc::new(Digits::new(Split::Train)),
+        };
         let mut scores = vec![0.0; config.depth];
         for step in 0..scored.batches {
             let batch = source.draw::<B::InnerBackend>(step, self.device);
-            let batch = ScoreBatch { x: batch.x, noise: batch.noise, y: batch.y, t: batch.t };
+            let batch = ScoreBatch {
+                x: batch.x,
+                noise: batch.noise,
+                y: batch.y,
+                t: batch.t,
+            };
             let measured = score(&network, method, &batch).scores;
-            scores.iter_mut().zip(measured).for_each(|(sum, score)| *sum += score / scored.batches as f64);
+            scores
+                .iter_mut()
+                .zip(measured)
+                .for_each(|(sum, score)| *sum += score / scored.batches as f64);
         }
         let kept = keep_by_scores(method, &scores, scored.keep);
         let path = folder.join("scores.json");
-        let text = super::directory::json(&serde_json::json!({ "method": method, "scores": scores, "kept": kept }))?;
-        crate::atomic::write_atomic(&path, |file| std::io::Write::write_all(file, text.as_bytes())).map_err(RecipeError::io(&path))?;
+        let text = super::directory::json(
+            &serde_json::json!({ "method": method, "scores": scores, "kept": kept }),
+        )?;
+        crate::atomic::write_atomic(&path, |file| {
+            std::io::Write::write_all(file, text.as_bytes())
+        })
+        .map_err(RecipeError::io(&path))?;
         Ok(kept)
     }
 
-    pub(super) fn recover(&self, stage: &Stage, recover: &Recover, folder: &Path) -> Result<(), RecipeError> {
+    pub(super) fn recover(
+        &self,
+        stage: &Stage,
+        recover: &Recover,
+        folder: &Path,
+    ) -> Result<(), RecipeError> {
         let parent = self.load(&recover.from)?;
         let config = parent.dit()?.clone();
-        let teacher = super::plan::teacher(recover).map(|source| self.load(source)).transpose()?;
-        let features = |representation: &Representation, k: Option<f64>| -> Result<Option<MaskedFeatures>, RecipeError> {
-            let depth = teacher.as_ref().map_or(Ok(0), |teacher| teacher.dit().map(|config| config.depth))?;
-            let taps = taps(representation, &parent, config.depth, depth).map_err(|problem| RecipeError::Stage { stage: stage.name.clone(), problem })?;
-            Ok(Some(MaskedFeatures { taps, k, beta: representation.beta.into() }))
+        let teacher = super::plan::teacher(recover)
+            .map(|source| self.load(source))
+            .transpose()?;
+        let features = |representation: &Representation,
+                        k: Option<f64>|
+         -> Result<Option<MaskedFeatures>, RecipeError> {
+            let depth = teacher
+                .as_ref()
+                .map_or(Ok(0), |teacher| teacher.dit().map(|config| config.depth))?;
+            let taps = taps(representation, &parent, config.depth, depth).map_err(|problem| {
+                RecipeError::Stage {
+                    stage: stage.name.clone(),
+                    problem,
+                }
+            })?;
+            Ok(Some(MaskedFeatures {
+                taps,
+                k,
+                beta: representation.beta.into(),
+            }))
         };
         let distillation = match &recover.method {
             RecoverMethod::FineTune => None,
-            RecoverMethod::Kd { distillation } => Some(Distillation { alpha: distillation.alpha, features: None }),
-            RecoverMethod::RepKd { distillation, representation } => Some(Distillation { alpha: distillation.alpha, features: features(representation, None)? }),
-            RecoverMethod::MaskedKd { distillation, representation, k } => Some(Distillation { alpha: distillation.alpha, features: features(representation, Some(*k))? }),
+            RecoverMethod::Kd { distillation } => Some(Distillation {
+                alpha: distillation.alpha,
+                features: None,
+            }),
+            RecoverMethod::RepKd {
+                distillation,
+                representation,
+            } => Some(Distillation {
+                alpha: distillation.alpha,
+                features: features(representation, None)?,
+            }),
+            RecoverMethod::MaskedKd {
+                distillation,
+                representation,
+                k,
+            } => Some(Distillation {
+                alpha: distillation.alpha,
+                features: features(representation, Some(*k))?,
+            }),
         };
-        let layers = distillation.iter().flat_map(|distillation| &distillation.features).flat_map(|features| features.taps.iter().map(|tap| tap.1)).collect();
+        let layers = distillation
+            .iter()
+            .flat_map(|distillation| &distillation.features)
+            .flat_map(|features| features.taps.iter().map(|tap| tap.1))
+            .collect();
         let teacher = match &teacher {
-            Some(teacher) => Some((Arc::new(teacher.network::<B::InnerBackend>(self.device)?), layers)),
+            Some(teacher) => Some((
+                Arc::new(teacher.network::<B::InnerBackend>(self.device)?),
+                layers,
+            )),
             None => None,
         };
         let plan = self.plan(stage, &recover.optimisation, folder, Some(&parent))?;
-        let student = Student::new(parent.network::<B>(self.device)?, distillation, Arc::new(GaussianDiffusion::full()), plan.steps);
-        let source = self.source(&config, &recover.optimisation, recover.label_drop, Vec::new());
-        let fitted = self.fit(student, plan, Vec::new(), source, teacher, vec!["mse", "vb", "kd", "vb kd", "features"], None)?;
-        let mut provenance = self.provenance(&stage.name, recover_method(&recover.method), Some(&recover.optimisation), Some(&parent));
+        let student = Student::new(
+            parent.network::<B>(self.device)?,
+            distillation,
+            Arc::new(GaussianDiffusion::full()),
+            plan.steps,
+        );
+        let source = self.source(
+            &config,
+            &recover.optimisation,
+            recover.label_drop,
+            Vec::new(),
+        );
+        let fitted = self.fit(
+            student,
+            plan,
+            Vec::new(),
+            source,
+            teacher,
+            vec!["mse", "vb", "kd", "vb kd", "features"],
+            None,
+        )?;
+        let mut provenance = self.provenance(
+            &stage.name,
+            recover_method(&recover.method),
+            Some(&recover.optimisation),
+            Some(&parent),
+        );
         // A healed model still is the one whose layers were kept.
-        let Provenance { kept, parent_depth, groups, .. } = parent.provenance;
-        (provenance.kept, provenance.parent_depth, provenance.groups) = (kept, parent_depth, groups);
+        let Provenance {
+            kept,
+            parent_depth,
+            groups,
+            ..
+        } = parent.provenance;
+        (provenance.kept, provenance.parent_depth, provenance.groups) =
+            (kept, parent_depth, groups);
         Ok(Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL)).write()?)
     }
 
@@ -226,25 +473,62 @@ impl<B: TrainingBackend> Context<'_, B> {
         observe: Option<Observe<B, M>>,
     ) -> Result<Fitted<B, M>, RecipeError>
     where
-        M: burn::train::TrainStep<Input = crate::data::Batch<B>, Output = crate::training::StepReport> + burn::module::AutodiffModule<B> + std::fmt::Display + 'static,
+        M: burn::train::TrainStep<
+                Input = crate::data::Batch<B>,
+                Output = crate::training::StepReport,
+            > + burn::module::AutodiffModule<B>
+            + std::fmt::Display
+            + 'static,
         M::InnerModule: burn::train::InferenceStep<Input = (), Output = ()>,
     {
         let (steps, device) = (plan.steps, self.device.clone());
-        let batches = move |start: usize| -> Arc<dyn burn::data::dataloader::DataLoader<B, crate::data::Batch<B>>> {
-            let batches = Batches::<B>::new(source, start, steps, Arc::new(GaussianDiffusion::full()), &device);
+        let batches = move |start: usize| -> Arc<
+            dyn burn::data::dataloader::DataLoader<B, crate::data::Batch<B>>,
+        > {
+            let batches = Batches::<B>::new(
+                source,
+                start,
+                steps,
+                Arc::new(GaussianDiffusion::full()),
+                &device,
+            );
             match teacher {
                 Some((network, layers)) => Arc::new(batches.with_teacher(network, layers)),
                 None => Arc::new(batches),
             }
         };
-        let fitted = fit(model, Fit { plan, resume: self.resume, groups, batches: Box::new(batches), curves, observe, plain: self.plain })?;
+        let fitted = fit(
+            model,
+            Fit {
+                plan,
+                resume: self.resume,
+                groups,
+                batches: Box::new(batches),
+                curves,
+                observe,
+                plain: self.plain,
+            },
+        )?;
         if fitted.skipped > 0 {
-            eprintln!("{} steps were skipped for a loss that was not finite", fitted.skipped);
+            eprintln!(
+                "{} steps were skipped for a loss that was not finite",
+                fitted.skipped
+            );
         }
-        if fitted.steps < steps { Err(RecipeError::Interrupted) } else { Ok(fitted) }
+        if fitted.steps < steps {
+            Err(RecipeError::Interrupted)
+        } else {
+            Ok(fitted)
+        }
     }
 
-    fn source(&self, config: &DitConfig, optimisation: &Optimisation, label_drop: f64, candidates: Vec<usize>) -> BatchSource {
+    fn source(
+        &self,
+        config: &DitConfig,
+        optimisation: &Optimisation,
+        label_drop: f64,
+        candidates: Vec<usize>,
+    ) -> BatchSource {
         let plan = BatchPlan {
             batch: optimisation.batch,
             seed: self.recipe.seed,
@@ -255,10 +539,19 @@ impl<B: TrainingBackend> Context<'_, B> {
             diffusion_steps: GaussianDiffusion::full().steps(),
             candidates,
         };
-        BatchSource { plan, data: Arc::new(Digits::new(Split::Train)) }
+        BatchSource {
+            plan,
+            data: Arc::new(Digits::new(Split::Train)),
+        }
     }
 
-    fn plan(&self, stage: &Stage, optimisation: &Optimisation, folder: &Path, parent: Option<&Checkpoint>) -> Result<Plan, RecipeError> {
+    fn plan(
+        &self,
+        stage: &Stage,
+        optimisation: &Optimisation,
+        folder: &Path,
+        parent: Option<&Checkpoint>,
+    ) -> Result<Plan, RecipeError> {
         let mut hash = Sha256::new();
         hash.update(super::directory::json(stage)?);
         hash.update(self.recipe.seed.to_le_bytes());
@@ -278,12 +571,22 @@ impl<B: TrainingBackend> Context<'_, B> {
             keep_last: o.keep_last,
             log_every: o.log_every,
             max_bad_steps: o.max_bad_steps,
-            fingerprint: hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+            fingerprint: hash
+                .finalize()
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect(),
             directory: folder.to_owned(),
         })
     }
 
-    fn provenance(&self, stage: &str, method: &str, optimisation: Option<&Optimisation>, parent: Option<&Checkpoint>) -> Provenance {
+    fn provenance(
+        &self,
+        stage: &str,
+        method: &str,
+        optimisation: Option<&Optimisation>,
+        parent: Option<&Checkpoint>,
+    ) -> Provenance {
         Provenance {
             recipe: self.recipe.name.clone(),
             stage: format!("{stage} ({method})"),
@@ -308,38 +611,87 @@ struct DecisionLine {
 
 fn draw_decisions(log: &PathBuf, groups: &Groups, picture: &Path) -> Result<(), RecipeError> {
     let text = std::fs::read_to_string(log).map_err(RecipeError::io(log))?;
-    let lines: Vec<DecisionLine> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let lines: Vec<DecisionLine> = text
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
     let history = DecisionHistory {
         depth: groups.depth(),
-        groups: groups.iter().map(|group| DecisionGroup { keep: group.keep(), of: group.of() }).collect(),
+        groups: groups
+            .iter()
+            .map(|group| DecisionGroup {
+                keep: group.keep(),
+                of: group.of(),
+            })
+            .collect(),
         steps: lines.iter().map(|line| line.step).collect(),
-        choices: lines.iter().map(|line| line.decision.choices.iter().map(|choice| report::Decision { kept: choice.layers.clone(), probability: choice.confidence }).collect()).collect(),
+        choices: lines
+            .iter()
+            .map(|line| {
+                line.decision
+                    .choices
+                    .iter()
+                    .map(|choice| report::Decision {
+                        kept: choice.layers.clone(),
+                        probability: choice.confidence,
+                    })
+                    .collect()
+            })
+            .collect(),
     };
     Ok(decision_svg(picture, &history)?)
 }
 
 /// (student, teacher) layers whose features are compared: as the recipe says, else by the groups the student was
 /// pruned in, else by its kept layers.
-fn taps(representation: &Representation, student: &Checkpoint, depth: usize, teacher_depth: usize) -> Result<Vec<(usize, usize)>, String> {
-    let Provenance { kept, parent_depth, groups, .. } = &student.provenance;
+fn taps(
+    representation: &Representation,
+    student: &Checkpoint,
+    depth: usize,
+    teacher_depth: usize,
+) -> Result<Vec<(usize, usize)>, String> {
+    let Provenance {
+        kept,
+        parent_depth,
+        groups,
+        ..
+    } = &student.provenance;
     if let Some(taps) = &representation.taps {
-        let outside = taps.iter().find(|[student, teacher]| *student >= depth || *teacher >= teacher_depth);
+        let outside = taps
+            .iter()
+            .find(|[student, teacher]| *student >= depth || *teacher >= teacher_depth);
         return match outside {
-            Some([student, teacher]) => Err(format!("tap [{student}, {teacher}] lies outside a student of {depth} and a teacher of {teacher_depth} layers")),
-            None => Ok(taps.iter().map(|[student, teacher]| (*student, *teacher)).collect()),
+            Some([student, teacher]) => Err(format!(
+                "tap [{student}, {teacher}] lies outside a student of {depth} and a teacher of {teacher_depth} layers"
+            )),
+            None => Ok(taps
+                .iter()
+                .map(|[student, teacher]| (*student, *teacher))
+                .collect()),
         };
     }
-    let Some(kept) = kept else { return Err("the checkpoint does not say which layers were kept; give `taps`".into()) };
+    let Some(kept) = kept else {
+        return Err("the checkpoint does not say which layers were kept; give `taps`".into());
+    };
     if *parent_depth != Some(teacher_depth) || kept.len() != depth {
-        return Err(format!("the student has {depth} of {} layers, the teacher {teacher_depth}; give `taps`", parent_depth.unwrap_or(0)));
+        return Err(format!(
+            "the student has {depth} of {} layers, the teacher {teacher_depth}; give `taps`",
+            parent_depth.unwrap_or(0)
+        ));
     }
     match groups {
-        Some(groups) => Groups::from_pairs(groups, teacher_depth).map(|groups| groups.taps(kept)).map_err(|error| error.to_string()),
+        Some(groups) => Groups::from_pairs(groups, teacher_depth)
+            .map(|groups| groups.taps(kept))
+            .map_err(|error| error.to_string()),
         None => pruning::taps_from_kept(kept, teacher_depth).map_err(|error| error.to_string()),
     }
 }
 
 /// A tensor of images.
-pub(super) fn images<B: burn::tensor::backend::Backend>(pixels: Vec<f32>, shape: [usize; 4], device: &B::Device) -> Tensor<B, 4> {
+pub(super) fn images<B: burn::tensor::backend::Backend>(
+    pixels: Vec<f32>,
+    shape: [usize; 4],
+    device: &B::Device,
+) -> Tensor<B, 4> {
     Tensor::from_data(TensorData::new(pixels, shape), device)
 }

@@ -120,7 +120,13 @@ impl Architecture {
             }
             Some(Family::Dit) => Some(Self::Dit(Dit::Sizes(read_sizes(&section)))),
             Some(Family::DigitsClassifier) => {
-                let width = section.integer("width", 4..=4096).check(|width: &usize| width.is_multiple_of(4), "must be a multiple of 4").or(64);
+                let width = section
+                    .integer("width", 4..=4096)
+                    .check(
+                        |width: &usize| width.is_multiple_of(4),
+                        "must be a multiple of 4",
+                    )
+                    .or(64);
                 section.refuse(KEYS, "family \"digits-classifier\"");
                 Some(Self::DigitsClassifier { width })
             }

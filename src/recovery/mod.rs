@@ -31,21 +31,41 @@ pub struct Student<B: Backend> {
 
 impl<B: Backend> Student<B> {
     /// A student that trains for `steps`; without a distillation it learns from data alone.
-    pub fn new(network: Network<B>, distillation: Option<Distillation>, diffusion: Arc<GaussianDiffusion>, steps: usize) -> Self {
-        Self { network, distillation, diffusion, steps }
+    pub fn new(
+        network: Network<B>,
+        distillation: Option<Distillation>,
+        diffusion: Arc<GaussianDiffusion>,
+        steps: usize,
+    ) -> Self {
+        Self {
+            network,
+            distillation,
+            diffusion,
+            steps,
+        }
     }
 }
 
 impl<B: FusedOps> Student<B> {
     /// The loss's terms for a batch; under distillation the batch carries what the teacher said of it.
     pub fn terms(&self, batch: &Batch<B>) -> Terms<B> {
-        let objective = Objective { diffusion: &self.diffusion, x_start: batch.x.clone(), noise: batch.noise.clone(), t: &batch.t, y: batch.y.clone() };
+        let objective = Objective {
+            diffusion: &self.diffusion,
+            x_start: batch.x.clone(),
+            noise: batch.noise.clone(),
+            t: &batch.t,
+            y: batch.y.clone(),
+        };
         let x_t = objective.x_t();
         match (&self.distillation, &batch.teacher) {
             (Some(distillation), Some(teacher)) => {
                 let features = distillation.features.as_ref();
                 let beta = features.map_or(0.0, |features| features.weight(batch.step, self.steps));
-                let mut tap = Tap::new(features.iter().flat_map(|features| features.taps.iter().map(|(student, _)| *student)));
+                let mut tap = Tap::new(
+                    features
+                        .iter()
+                        .flat_map(|features| features.taps.iter().map(|(student, _)| *student)),
+                );
                 let output = objective.run(&self.network, x_t.clone(), &mut tap);
                 objective.distillation_terms(x_t, output, &tap.outputs, teacher, distillation, beta)
             }
@@ -64,7 +84,13 @@ impl<B: TrainingBackend> TrainStep for Student<B> {
     fn step(&self, batch: Batch<B>) -> TrainOutput<StepReport> {
         let terms = self.terms(&batch);
         let gradients = GradientsParams::from_grads(terms.total.clone().mean().backward(), self);
-        TrainOutput { grads: gradients, item: StepReport { scalars: scalars(&terms), images: batch.t.len() } }
+        TrainOutput {
+            grads: gradients,
+            item: StepReport {
+                scalars: scalars(&terms),
+                images: batch.t.len(),
+            },
+        }
     }
 }
 
@@ -85,7 +111,10 @@ pub(crate) fn scalars<B: Backend>(terms: &Terms<B>) -> Scalars {
         ("vb kd", terms.vb_kd.as_ref()),
         ("features", terms.features.as_ref()),
     ];
-    let (names, means): (Vec<_>, Vec<_>) = named.into_iter().filter_map(|(name, term)| Some((name, term?.clone().mean()))).unzip();
+    let (names, means): (Vec<_>, Vec<_>) = named
+        .into_iter()
+        .filter_map(|(name, term)| Some((name, term?.clone().mean())))
+        .unzip();
     let values = Tensor::cat(means, 0).into_data();
     Scalars(names.into_iter().zip(values.iter::<f64>()).collect())
 }

@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 use super::ema::Ema;
 use super::optimizer::{AdamW, Moments};
 use super::{TrainingError, strategy::Plan};
-use crate::weights::{Array, StateDict, floats, names, overlay, read_safetensors, write_safetensors};
+use crate::weights::{
+    Array, StateDict, collect, floats, names, overlay, read_safetensors, write_safetensors,
+};
 
 /// Metadata key of the position.
 const POSITION: &str = "tinyfusion.training";
@@ -40,7 +42,9 @@ pub(super) struct Store {
 
 impl Store {
     pub(super) fn new(stage: &Path) -> Self {
-        Self { directory: stage.join("checkpoints") }
+        Self {
+            directory: stage.join("checkpoints"),
+        }
     }
 
     fn path(&self, step: usize) -> PathBuf {
@@ -49,9 +53,19 @@ impl Store {
 
     /// Steps that have a checkpoint, ascending. A file cut off while it was written has another name.
     fn steps(&self) -> Vec<usize> {
-        let Ok(entries) = std::fs::read_dir(&self.directory) else { return Vec::new() };
-        let step = |name: String| name.strip_prefix("step-")?.strip_suffix(".safetensors")?.parse().ok();
-        let mut steps: Vec<usize> = entries.flatten().filter_map(|entry| step(entry.file_name().into_string().ok()?)).collect();
+        let Ok(entries) = std::fs::read_dir(&self.directory) else {
+            return Vec::new();
+        };
+        let step = |name: String| {
+            name.strip_prefix("step-")?
+                .strip_suffix(".safetensors")?
+                .parse()
+                .ok()
+        };
+        let mut steps: Vec<usize> = entries
+            .flatten()
+            .filter_map(|entry| step(entry.file_name().into_string().ok()?))
+            .collect();
         steps.sort_unstable();
         steps
     }
@@ -66,12 +80,29 @@ impl Store {
         keep: usize,
     ) -> Result<(), TrainingError> {
         let mut state = StateDict::new();
-        let mut put = |prefix: &str, part: StateDict| state.extend(part.into_iter().map(|(name, array)| (format!("{prefix}.{name}"), array)));
-        put("model", learning::<B, M>(model));
-        put("ema", learning::<B, M>(&M::from_inner(ema.apply(model.valid()))));
+        let mut put = |prefix: &str, part: StateDict| {
+            state.extend(
+                part.into_iter()
+                    .map(|(name, array)| (format!("{prefix}.{name}"), array)),
+            )
+        };
+        let weights = learning::<B, M>(model);
+        // A module of the inner backend does not know what learns; the names do.
+        let mut averages = collect::<B::InnerBackend, M::InnerModule>(&ema.apply(model.valid()));
+        averages.retain(|name, _| weights.contains_key(name));
+        put("ema", averages);
+        put("model", weights);
         put("moments", moments::<B, M>(model, optimizer));
-        let position_text = serde_json::to_string(position).map_err(|error| TrainingError::Resume { path: self.directory.clone(), problem: error.to_string() })?;
-        write_safetensors(&self.path(position.step), &state, BTreeMap::from([(POSITION.to_owned(), position_text)]))?;
+        let position_text =
+            serde_json::to_string(position).map_err(|error| TrainingError::Resume {
+                path: self.directory.clone(),
+                problem: error.to_string(),
+            })?;
+        write_safetensors(
+            &self.path(position.step),
+            &state,
+            BTreeMap::from([(POSITION.to_owned(), position_text)]),
+        )?;
         let steps = self.steps();
         for &step in steps.iter().rev().skip(keep) {
             if position.best.is_none_or(|(best, _)| best != step) {
@@ -90,32 +121,58 @@ impl Store {
         ema: &mut Ema<B::InnerBackend>,
         optimizer: &AdamW<B>,
     ) -> Result<(M, Option<Position>), TrainingError> {
-        let Some(&step) = self.steps().last() else { return Ok((model, None)) };
+        let Some(&step) = self.steps().last() else {
+            return Ok((model, None));
+        };
         let path = self.path(step);
         let (state, metadata) = read_safetensors(&path)?;
-        let resume = |problem: String| TrainingError::Resume { path: path.clone(), problem };
-        let position: Position = serde_json::from_str(metadata.get(POSITION).ok_or_else(|| resume("is no training checkpoint".into()))?)
-            .map_err(|error| resume(format!("its position is not understood: {error}")))?;
+        let resume = |problem: String| TrainingError::Resume {
+            path: path.clone(),
+            problem,
+        };
+        let position: Position = serde_json::from_str(
+            metadata
+                .get(POSITION)
+                .ok_or_else(|| resume("is no training checkpoint".into()))?,
+        )
+        .map_err(|error| resume(format!("its position is not understood: {error}")))?;
         if position.fingerprint != plan.fingerprint {
             return Err(resume("belongs to a run with other settings; start a new run, or restore the recipe it was made with".into()));
         }
         let part = |prefix: &str| -> StateDict {
-            state.iter().filter_map(|(name, array)| Some((name.strip_prefix(prefix)?.to_owned(), array.clone()))).collect()
+            state
+                .iter()
+                .filter_map(|(name, array)| {
+                    Some((name.strip_prefix(prefix)?.to_owned(), array.clone()))
+                })
+                .collect()
         };
         let (weights, averages, moments) = (part("model."), part("ema."), part("moments."));
         for parameter in names::<B, M>(&model) {
             for part in [&weights, &averages] {
-                if part.get(&parameter.name).is_some_and(|array| array.shape != parameter.shape) {
-                    return Err(resume(format!("`{}` does not have the shape {:?}", parameter.name, parameter.shape)));
+                if part
+                    .get(&parameter.name)
+                    .is_some_and(|array| array.shape != parameter.shape)
+                {
+                    return Err(resume(format!(
+                        "`{}` does not have the shape {:?}",
+                        parameter.name, parameter.shape
+                    )));
                 }
             }
         }
         let expected = learning_names::<B, M>(&model);
-        if let Some(missing) = expected.iter().find(|name| !weights.contains_key(*name) || !averages.contains_key(*name)) {
+        if let Some(missing) = expected
+            .iter()
+            .find(|name| !weights.contains_key(*name) || !averages.contains_key(*name))
+        {
             return Err(resume(format!("`{missing}` is missing")));
         }
         let model = overlay::<B, M>(model, &weights);
-        ema.restore(&overlay::<B::InnerBackend, M::InnerModule>(model.valid(), &averages));
+        ema.restore(&overlay::<B::InnerBackend, M::InnerModule>(
+            model.valid(),
+            &averages,
+        ));
         restore_moments::<B, M>(&model, optimizer, &moments);
         Ok((model, Some(position)))
     }
@@ -141,19 +198,26 @@ impl<B: AutodiffBackend, F: Each<B>> ModuleVisitor<B> for Learning<F> {
     }
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         if param.val().is_require_grad() {
-            self.each.each(crate::weights::reference_name(&self.path.join(".")), param);
+            self.each
+                .each(crate::weights::reference_name(&self.path.join(".")), param);
         }
     }
 }
 
 fn visit<B: AutodiffBackend, M: AutodiffModule<B>, F: Each<B>>(model: &M, each: F) -> F {
-    let mut visitor = Learning { path: Vec::new(), each };
+    let mut visitor = Learning {
+        path: Vec::new(),
+        each,
+    };
     model.visit(&mut visitor);
     visitor.each
 }
 
 fn array<B: burn::tensor::backend::Backend, const D: usize>(tensor: Tensor<B, D>) -> Array {
-    Array { shape: tensor.dims().to_vec(), data: floats(tensor.into_data()) }
+    Array {
+        shape: tensor.dims().to_vec(),
+        data: floats(tensor.into_data()),
+    }
 }
 
 fn learning<B: AutodiffBackend, M: AutodiffModule<B>>(model: &M) -> StateDict {
@@ -181,30 +245,55 @@ fn moments<B: AutodiffBackend, M: AutodiffModule<B>>(model: &M, optimizer: &Adam
     impl<B: AutodiffBackend> Each<B> for Collect<'_, B> {
         fn each<const D: usize>(&mut self, name: String, param: &Param<Tensor<B, D>>) {
             let moments = self.0.moments();
-            if let Some(Moments { first, second, time }) = moments.get(&param.id) {
-                let tensor = |primitive: &_| Tensor::<B::InnerBackend, D>::from_primitive(TensorPrimitive::Float(Clone::clone(primitive)));
+            if let Some(Moments {
+                first,
+                second,
+                time,
+            }) = moments.get(&param.id)
+            {
+                let tensor = |primitive: &_| {
+                    Tensor::<B::InnerBackend, D>::from_primitive(TensorPrimitive::Float(
+                        Clone::clone(primitive),
+                    ))
+                };
                 self.1.insert(format!("first.{name}"), array(tensor(first)));
-                self.1.insert(format!("second.{name}"), array(tensor(second)));
+                self.1
+                    .insert(format!("second.{name}"), array(tensor(second)));
                 // Exact: an f32 counts to 16 million.
-                self.1.insert(format!("time.{name}"), Array::new([1], vec![*time as f32]));
+                self.1
+                    .insert(format!("time.{name}"), Array::new([1], vec![*time as f32]));
             }
         }
     }
     visit(model, Collect(optimizer, StateDict::new())).1
 }
 
-fn restore_moments<B: AutodiffBackend, M: AutodiffModule<B>>(model: &M, optimizer: &AdamW<B>, state: &StateDict) {
+fn restore_moments<B: AutodiffBackend, M: AutodiffModule<B>>(
+    model: &M,
+    optimizer: &AdamW<B>,
+    state: &StateDict,
+) {
     struct Restore<'a, B: AutodiffBackend>(&'a AdamW<B>, &'a StateDict);
     impl<B: AutodiffBackend> Each<B> for Restore<'_, B> {
         fn each<const D: usize>(&mut self, name: String, param: &Param<Tensor<B, D>>) {
             let part = |which: &str| self.1.get(&format!("{which}.{name}"));
-            let (Some(first), Some(second), Some(time)) = (part("first"), part("second"), part("time")) else { return };
+            let (Some(first), Some(second), Some(time)) =
+                (part("first"), part("second"), part("time"))
+            else {
+                return;
+            };
             let device = param.val().device();
             let primitive = |array: &Array| {
                 let data = TensorData::new(array.data.clone(), array.shape.clone());
-                Tensor::<B::InnerBackend, D>::from_data(data, &device).into_primitive().tensor()
+                Tensor::<B::InnerBackend, D>::from_data(data, &device)
+                    .into_primitive()
+                    .tensor()
             };
-            let moments = Moments { first: primitive(first), second: primitive(second), time: time.data.first().map_or(0, |time| *time as i32) };
+            let moments = Moments {
+                first: primitive(first),
+                second: primitive(second),
+                time: time.data.first().map_or(0, |time| *time as i32),
+            };
             self.0.moments().insert(param.id, moments);
         }
     }

@@ -27,14 +27,32 @@ impl<B: TrainingBackend> TrainStep for ClassifierTrainee<B> {
 
     fn step(&self, batch: Batch<B>) -> TrainOutput<StepReport> {
         let images = batch.t.len();
-        let logits = self.classifier.forward(batch.x + batch.noise.mul_scalar(NOISE)).logits;
-        let right = logits.clone().argmax(1).squeeze_dim::<1>(1).equal(batch.y.clone()).float().mean();
+        let logits = self
+            .classifier
+            .forward(batch.x + batch.noise.mul_scalar(NOISE))
+            .logits;
+        let right = logits
+            .clone()
+            .argmax(1)
+            .squeeze_dim::<1>(1)
+            .equal(batch.y.clone())
+            .float()
+            .mean();
         let likelihood = activation::log_softmax(logits, 1).gather(1, batch.y.unsqueeze_dim(1));
         let loss = likelihood.mean().neg();
         let values = Tensor::cat(vec![loss.clone().inner(), right.inner()], 0).into_data();
-        let scalars = ["loss", "accuracy"].into_iter().zip(values.iter::<f64>()).collect();
+        let scalars = ["loss", "accuracy"]
+            .into_iter()
+            .zip(values.iter::<f64>())
+            .collect();
         let gradients = GradientsParams::from_grads(loss.backward(), self);
-        TrainOutput { grads: gradients, item: StepReport { scalars: Scalars(scalars), images } }
+        TrainOutput {
+            grads: gradients,
+            item: StepReport {
+                scalars: Scalars(scalars),
+                images,
+            },
+        }
     }
 }
 

@@ -16,17 +16,29 @@ pub struct Ema<B: Backend> {
 
 impl<B: Backend> Ema<B> {
     /// An average that starts as a copy of the learning parameters of `module`.
-    pub fn new<AB: AutodiffBackend<InnerBackend = B>, M: AutodiffModule<AB>>(module: &M, decay: f64) -> Self {
-        let mut ema = Self { decay, averages: HashMap::new() };
+    pub fn new<AB: AutodiffBackend<InnerBackend = B>, M: AutodiffModule<AB>>(
+        module: &M,
+        decay: f64,
+    ) -> Self {
+        let mut ema = Self {
+            decay,
+            averages: HashMap::new(),
+        };
         ema.visit(module, |_, value| value);
         ema
     }
 
     /// Moves the average towards the current parameters.
-    pub fn update<AB: AutodiffBackend<InnerBackend = B>, M: AutodiffModule<AB>>(&mut self, module: &M) {
+    pub fn update<AB: AutodiffBackend<InnerBackend = B>, M: AutodiffModule<AB>>(
+        &mut self,
+        module: &M,
+    ) {
         let decay = self.decay;
         self.visit(module, |average, value| match average {
-            Some(average) => B::float_add(B::float_mul_scalar(average, decay.into()), B::float_mul_scalar(value, (1.0 - decay).into())),
+            Some(average) => B::float_add(
+                B::float_mul_scalar(average, decay.into()),
+                B::float_mul_scalar(value, (1.0 - decay).into()),
+            ),
             None => value,
         });
     }
@@ -43,7 +55,10 @@ impl<B: Backend> Ema<B> {
         impl<AB, F> ModuleVisitor<AB> for Visit<'_, AB::InnerBackend, F>
         where
             AB: AutodiffBackend,
-            F: Fn(Option<FloatTensor<AB::InnerBackend>>, FloatTensor<AB::InnerBackend>) -> FloatTensor<AB::InnerBackend>,
+            F: Fn(
+                Option<FloatTensor<AB::InnerBackend>>,
+                FloatTensor<AB::InnerBackend>,
+            ) -> FloatTensor<AB::InnerBackend>,
         {
             fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<AB, D>>) {
                 let tensor = param.val();
@@ -54,17 +69,25 @@ impl<B: Backend> Ema<B> {
                 }
             }
         }
-        module.visit(&mut Visit::<B, _> { averages: &mut self.averages, rule });
+        module.visit(&mut Visit::<B, _> {
+            averages: &mut self.averages,
+            rule,
+        });
     }
 
     /// `module` with its learning parameters replaced by their averages.
     pub fn apply<M: Module<B>>(&self, module: M) -> M {
         struct Apply<'a, B: Backend>(&'a HashMap<ParamId, FloatTensor<B>>);
         impl<B: Backend> ModuleMapper<B> for Apply<'_, B> {
-            fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            fn map_float<const D: usize>(
+                &mut self,
+                param: Param<Tensor<B, D>>,
+            ) -> Param<Tensor<B, D>> {
                 let (id, tensor, mapper) = param.consume();
                 let tensor = match self.0.get(&id) {
-                    Some(average) => Tensor::from_primitive(TensorPrimitive::Float(average.clone())),
+                    Some(average) => {
+                        Tensor::from_primitive(TensorPrimitive::Float(average.clone()))
+                    }
                     None => tensor,
                 };
                 Param::from_mapped_value(id, tensor, mapper)

@@ -17,7 +17,10 @@ use super::strategy::{Ended, Plan, Steps, lock};
 use super::{Ema, TrainingError};
 
 /// Called after every step with its number, the model and the average.
-pub type OnStep<B, M> = Box<dyn FnMut(usize, &M, &Ema<<B as AutodiffBackend>::InnerBackend>) -> Result<(), TrainingError> + Send>;
+pub type OnStep<B, M> = Box<
+    dyn FnMut(usize, &M, &Ema<<B as AutodiffBackend>::InnerBackend>) -> Result<(), TrainingError>
+        + Send,
+>;
 
 /// Makes an observer, given the first step.
 pub type Observe<B, M> = Box<dyn FnOnce(usize) -> Result<OnStep<B, M>, TrainingError>>;
@@ -67,10 +70,24 @@ where
     M: TrainStep<Output = StepReport> + AutodiffModule<B> + core::fmt::Display + 'static,
     M::InnerModule: InferenceStep<Input = (), Output = ()>,
 {
-    let Fit { plan, resume, groups, batches, curves, observe, plain } = fit;
+    let Fit {
+        plan,
+        resume,
+        groups,
+        batches,
+        curves,
+        observe,
+        plain,
+    } = fit;
     let optimizer = AdamW::new(plan.weight_decay, groups);
     let mut ema = Ema::new(&model, plan.ema);
-    let fresh = Position { step: 0, skipped: 0, mean_loss: f64::NAN, best: None, fingerprint: plan.fingerprint.clone() };
+    let fresh = Position {
+        step: 0,
+        skipped: 0,
+        mean_loss: f64::NAN,
+        best: None,
+        fingerprint: plan.fingerprint.clone(),
+    };
     let (model, start) = match resume {
         true => Store::new(&plan.directory).restore(&plan, model, &mut ema, &optimizer)?,
         false => (model, None),
@@ -101,7 +118,10 @@ where
         .with_application_logger(None)
         .with_metric_logger(Quiet)
         .num_epochs(1);
-    for key in ["loss", "lr", "grad norm", "images/s"].into_iter().chain(curves) {
+    for key in ["loss", "lr", "grad norm", "images/s"]
+        .into_iter()
+        .chain(curves)
+    {
         training = training.metric_train_numeric(Curve::new(key));
     }
     if !dashboard {
@@ -109,10 +129,19 @@ where
     }
     let result = training.launch(Learner::new(model, optimizer, schedule));
     drop(result.renderer);
-    let Ended { ema, position, error } = lock(&ended).take().expect("the strategy says how it ended");
+    let Ended {
+        ema,
+        position,
+        error,
+    } = lock(&ended).take().expect("the strategy says how it ended");
     match error {
         Some(error) => Err(error),
-        None => Ok(Fitted { ema: ema.apply(result.model.clone()), model: result.model, skipped: position.skipped, steps: position.step }),
+        None => Ok(Fitted {
+            ema: ema.apply(result.model.clone()),
+            model: result.model,
+            skipped: position.skipped,
+            steps: position.step,
+        }),
     }
 }
 

@@ -6,7 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::train::ItemLazy;
-use burn::train::metric::{Adaptor, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes, NumericEntry, SerializedEntry};
+use burn::train::metric::{
+    Adaptor, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes,
+    NumericEntry, SerializedEntry,
+};
 
 use super::TrainingError;
 
@@ -17,7 +20,10 @@ pub struct Scalars(pub Vec<(&'static str, f64)>);
 impl Scalars {
     /// The number of that name.
     pub fn get(&self, name: &str) -> Option<f64> {
-        self.0.iter().find(|(key, _)| *key == name).map(|(_, value)| *value)
+        self.0
+            .iter()
+            .find(|(key, _)| *key == name)
+            .map(|(_, value)| *value)
     }
 }
 
@@ -56,7 +62,13 @@ pub(super) struct Curve {
 
 impl Curve {
     pub(super) fn new(key: &'static str) -> Self {
-        Self { key, name: Arc::new(key.to_owned()), current: f64::NAN, sum: 0.0, count: 0 }
+        Self {
+            key,
+            name: Arc::new(key.to_owned()),
+            current: f64::NAN,
+            sum: 0.0,
+            count: 0,
+        }
     }
 }
 
@@ -68,7 +80,11 @@ impl Metric for Curve {
     }
 
     fn attributes(&self) -> MetricAttributes {
-        NumericAttributes { unit: None, higher_is_better: matches!(self.key, "images/s" | "confidence" | "accuracy") }.into()
+        NumericAttributes {
+            unit: None,
+            higher_is_better: matches!(self.key, "images/s" | "confidence" | "accuracy"),
+        }
+        .into()
     }
 
     fn update(&mut self, scalars: &Scalars, _: &MetricMetadata) -> SerializedEntry {
@@ -91,7 +107,10 @@ impl Numeric for Curve {
     }
 
     fn running_value(&self) -> NumericEntry {
-        NumericEntry::Aggregated { aggregated_value: self.sum / self.count.max(1) as f64, count: self.count }
+        NumericEntry::Aggregated {
+            aggregated_value: self.sum / self.count.max(1) as f64,
+            count: self.count,
+        }
     }
 }
 
@@ -109,14 +128,24 @@ impl JsonLines {
     /// # Errors
     /// When the file can't be read or written.
     pub fn open(path: &Path, start: usize) -> Result<Self, TrainingError> {
-        let io = |source| TrainingError::Io { path: path.to_owned(), source };
+        let io = |source| TrainingError::Io {
+            path: path.to_owned(),
+            source,
+        };
         let kept: String = match std::fs::read_to_string(path) {
-            Ok(text) if start > 0 => text.lines().filter(|line| step_of(line).is_some_and(|step| step < start)).map(|line| format!("{line}\n")).collect(),
+            Ok(text) if start > 0 => text
+                .lines()
+                .filter(|line| step_of(line).is_some_and(|step| step < start))
+                .map(|line| format!("{line}\n"))
+                .collect(),
             _ => String::new(),
         };
         crate::atomic::write_atomic(path, |file| file.write_all(kept.as_bytes())).map_err(io)?;
         let file = OpenOptions::new().append(true).open(path).map_err(io)?;
-        Ok(Self { path: path.to_owned(), file })
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+        })
     }
 
     /// Appends one object.
@@ -124,7 +153,10 @@ impl JsonLines {
     /// # Errors
     /// When it can't be written.
     pub fn write(&mut self, value: &impl serde::Serialize) -> Result<(), TrainingError> {
-        let io = |source| TrainingError::Io { path: self.path.clone(), source };
+        let io = |source| TrainingError::Io {
+            path: self.path.clone(),
+            source,
+        };
         let mut line = serde_json::to_string(value).map_err(|error| io(error.into()))?;
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(io)

@@ -43,7 +43,13 @@ pub struct AdamW<B: AutodiffBackend> {
 impl<B: AutodiffBackend> AdamW<B> {
     /// An optimizer with betas (0.9, 0.999) and epsilon 1e-8.
     pub fn new(weight_decay: f64, groups: Vec<ParameterGroup>) -> Self {
-        Self { betas: (0.9, 0.999), epsilon: 1e-8, weight_decay, groups, moments: Arc::default() }
+        Self {
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            weight_decay,
+            groups,
+            moments: Arc::default(),
+        }
     }
 
     pub(super) fn moments(&self) -> MutexGuard<'_, HashMap<ParamId, Moments<B::InnerBackend>>> {
@@ -51,29 +57,56 @@ impl<B: AutodiffBackend> AdamW<B> {
     }
 
     fn lr_factor(&self, id: ParamId) -> f64 {
-        self.groups.iter().find(|group| group.parameters.contains(&id)).map_or(1.0, |group| group.lr_factor)
+        self.groups
+            .iter()
+            .find(|group| group.parameters.contains(&id))
+            .map_or(1.0, |group| group.lr_factor)
     }
 
     /// The updated values of one parameter.
-    fn update<const D: usize>(&self, id: ParamId, lr: f64, value: Tensor<B::InnerBackend, D>, gradient: Tensor<B::InnerBackend, D>) -> Tensor<B::InnerBackend, D> {
+    fn update<const D: usize>(
+        &self,
+        id: ParamId,
+        lr: f64,
+        value: Tensor<B::InnerBackend, D>,
+        gradient: Tensor<B::InnerBackend, D>,
+    ) -> Tensor<B::InnerBackend, D> {
         let mut moments = self.moments();
         let (beta1, beta2) = self.betas;
-        let wrap = |primitive| Tensor::<B::InnerBackend, D>::from_primitive(TensorPrimitive::Float(primitive));
+        let wrap = |primitive| {
+            Tensor::<B::InnerBackend, D>::from_primitive(TensorPrimitive::Float(primitive))
+        };
         let square = gradient.clone() * gradient.clone();
         let (first, second, time) = match moments.remove(&id) {
-            Some(Moments { first, second, time }) => (
+            Some(Moments {
+                first,
+                second,
+                time,
+            }) => (
                 wrap(first).mul_scalar(beta1) + gradient.mul_scalar(1.0 - beta1),
                 wrap(second).mul_scalar(beta2) + square.mul_scalar(1.0 - beta2),
                 time + 1,
             ),
-            None => (gradient.mul_scalar(1.0 - beta1), square.mul_scalar(1.0 - beta2), 1),
+            None => (
+                gradient.mul_scalar(1.0 - beta1),
+                square.mul_scalar(1.0 - beta2),
+                1,
+            ),
         };
         let correction1 = 1.0 - beta1.powi(time);
         let correction2 = 1.0 - beta2.powi(time);
         let scale = second.clone().sqrt().div_scalar(correction2.sqrt()) + self.epsilon;
-        let value = if self.weight_decay == 0.0 { value } else { value.mul_scalar(1.0 - lr * self.weight_decay) };
+        let value = if self.weight_decay == 0.0 {
+            value
+        } else {
+            value.mul_scalar(1.0 - lr * self.weight_decay)
+        };
         let value = value - (first.clone() / scale).mul_scalar(lr / correction1);
-        let state = Moments { first: first.into_primitive().tensor(), second: second.into_primitive().tensor(), time };
+        let state = Moments {
+            first: first.into_primitive().tensor(),
+            second: second.into_primitive().tensor(),
+            time,
+        };
         moments.insert(id, state);
         value
     }
@@ -90,7 +123,10 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
             gradients: GradientsParams,
         }
         impl<B: AutodiffBackend> ModuleMapper<B> for Step<'_, B> {
-            fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            fn map_float<const D: usize>(
+                &mut self,
+                param: Param<Tensor<B, D>>,
+            ) -> Param<Tensor<B, D>> {
                 let (id, tensor, mapper) = param.consume();
                 let Some(gradient) = self.gradients.remove::<B::InnerBackend, D>(id) else {
                     return Param::from_mapped_value(id, tensor, mapper);
@@ -98,10 +134,18 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
                 let learns = tensor.is_require_grad();
                 let lr = self.lr * self.optimizer.lr_factor(id);
                 let value = self.optimizer.update(id, lr, tensor.inner(), gradient);
-                Param::from_mapped_value(id, Tensor::from_inner(value).set_require_grad(learns), mapper)
+                Param::from_mapped_value(
+                    id,
+                    Tensor::from_inner(value).set_require_grad(learns),
+                    mapper,
+                )
             }
         }
-        module.map(&mut Step { optimizer: self, lr, gradients })
+        module.map(&mut Step {
+            optimizer: self,
+            lr,
+            gradients,
+        })
     }
 
     fn step_multi(&mut self, lr: f64, module: M, mut gradients: MultiGradientsParams) -> M {
@@ -121,7 +165,11 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
 
 /// Scales gradients so that their norm over all parameters of `module` together is at most `bound`; returns the
 /// norm before.
-pub fn clip_global_norm<B: AutodiffBackend, M: AutodiffModule<B>>(module: &M, gradients: GradientsParams, bound: f64) -> (GradientsParams, f64) {
+pub fn clip_global_norm<B: AutodiffBackend, M: AutodiffModule<B>>(
+    module: &M,
+    gradients: GradientsParams,
+    bound: f64,
+) -> (GradientsParams, f64) {
     struct Norm<'a, B: AutodiffBackend> {
         gradients: &'a GradientsParams,
         squares: Vec<Tensor<B::InnerBackend, 1>>,
@@ -141,11 +189,15 @@ pub fn clip_global_norm<B: AutodiffBackend, M: AutodiffModule<B>>(module: &M, gr
     impl<B: AutodiffBackend> ModuleVisitor<B> for Scale {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
             if let Some(gradient) = self.from.remove::<B::InnerBackend, D>(param.id) {
-                self.into.register::<B::InnerBackend, D>(param.id, gradient.mul_scalar(self.by));
+                self.into
+                    .register::<B::InnerBackend, D>(param.id, gradient.mul_scalar(self.by));
             }
         }
     }
-    let mut norm = Norm::<B> { gradients: &gradients, squares: Vec::new() };
+    let mut norm = Norm::<B> {
+        gradients: &gradients,
+        squares: Vec::new(),
+    };
     module.visit(&mut norm);
     if norm.squares.is_empty() {
         return (gradients, 0.0);
@@ -158,7 +210,11 @@ pub fn clip_global_norm<B: AutodiffBackend, M: AutodiffModule<B>>(module: &M, gr
     if by >= 1.0 || !norm.is_finite() {
         return (gradients, norm);
     }
-    let mut scale = Scale { from: gradients, into: GradientsParams::new(), by };
+    let mut scale = Scale {
+        from: gradients,
+        into: GradientsParams::new(),
+        by,
+    };
     module.visit(&mut scale);
     (scale.into, norm)
 }

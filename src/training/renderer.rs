@@ -2,9 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use burn::train::metric::{MetricDefinition, MetricId, NumericEntry, store::{EpochSummary, MetricsUpdate, Split}};
 use burn::train::logger::MetricLogger;
-use burn::train::renderer::{EvaluationName, EvaluationProgress, MetricState, MetricsRenderer, MetricsRendererEvaluation, MetricsRendererTraining, ProgressType, TrainingProgress};
+use burn::train::metric::{
+    MetricDefinition, MetricId, NumericEntry,
+    store::{EpochSummary, MetricsUpdate, Split},
+};
+use burn::train::renderer::{
+    EvaluationName, EvaluationProgress, MetricState, MetricsRenderer, MetricsRendererEvaluation,
+    MetricsRendererTraining, ProgressType, TrainingProgress,
+};
 
 use super::metrics::Scalars;
 
@@ -50,7 +56,12 @@ pub(super) struct Lines {
 
 impl Lines {
     pub(super) fn new(name: &str, first: usize, steps: usize) -> Self {
-        Self { name: name.to_owned(), started: Instant::now(), first, steps }
+        Self {
+            name: name.to_owned(),
+            started: Instant::now(),
+            first,
+            steps,
+        }
     }
 
     /// The line for a finished step (counted from 1).
@@ -58,9 +69,16 @@ impl Lines {
         use std::fmt::Write;
         let elapsed = self.started.elapsed();
         let left = elapsed.mul_f64((self.steps - done) as f64 / (done - self.first).max(1) as f64);
-        let mut line = format!("{:<12} step {done:>6}/{} ({images} images)", self.name, self.steps);
+        let mut line = format!(
+            "{:<12} step {done:>6}/{} ({images} images)",
+            self.name, self.steps
+        );
         for (name, value) in &scalars.0 {
-            let value = if *value != 0.0 && value.abs() < 0.001 { format!("{value:.1e}") } else { format!("{value:.4}") };
+            let value = if *value != 0.0 && value.abs() < 0.001 {
+                format!("{value:.1e}")
+            } else {
+                format!("{value:.4}")
+            };
             // Writing to a String can't fail.
             let _ = write!(line, "  {name} {value}");
         }

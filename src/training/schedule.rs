@@ -24,7 +24,13 @@ pub struct Schedule {
 impl Schedule {
     /// A schedule at its start.
     pub fn new(lr: f64, final_lr: f64, warmup: usize, steps: usize) -> Self {
-        Self { lr, final_lr, warmup, steps, next: 0 }
+        Self {
+            lr,
+            final_lr,
+            warmup,
+            steps,
+            next: 0,
+        }
     }
 
     /// The rate of a step.
@@ -32,8 +38,10 @@ impl Schedule {
         if step < self.warmup {
             return self.lr * (step + 1) as f64 / self.warmup as f64;
         }
-        let done = (step - self.warmup) as f64 / (self.steps.saturating_sub(self.warmup)).max(1) as f64;
-        self.final_lr + (self.lr - self.final_lr) * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos()) / 2.0
+        let done =
+            (step - self.warmup) as f64 / (self.steps.saturating_sub(self.warmup)).max(1) as f64;
+        self.final_lr
+            + (self.lr - self.final_lr) * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos()) / 2.0
     }
 }
 

@@ -8,11 +8,13 @@ use burn::data::dataloader::Progress;
 use burn::module::AutodiffModule;
 use burn::tensor::backend::AutodiffBackend;
 use burn::train::{
-    EventProcessorTraining, InferenceStep, Learner, LearnerEvent, LearningComponentsMarker, SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader,
-    TrainStep, TrainingComponents, TrainingItem, ValidLoader,
+    EventProcessorTraining, InferenceStep, Learner, LearnerEvent, LearningComponentsMarker,
+    SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainStep,
+    TrainingComponents, TrainingItem, ValidLoader,
 };
 use serde::Serialize;
 
+use super::TrainingError;
 use super::checkpoint::{Position, Store};
 use super::ema::Ema;
 use super::fit::Observer;
@@ -20,7 +22,6 @@ use super::metrics::{JsonLines, StepReport};
 use super::optimizer::{AdamW, clip_global_norm};
 use super::renderer::Lines;
 use super::schedule::Schedule;
-use super::TrainingError;
 use crate::interrupt;
 
 /// How long to train, and what to keep.
@@ -103,9 +104,22 @@ where
         let mut position = self.start.clone();
         let mut ema = lock(&self.ema).take().expect("a strategy is run once");
         let stop = || interrupt::requested() || components.interrupter.should_stop();
-        let error = self.run(&mut learner, &mut ema, &mut position, &train, &mut processor, &stop).err();
+        let error = self
+            .run(
+                &mut learner,
+                &mut ema,
+                &mut position,
+                &train,
+                &mut processor,
+                &stop,
+            )
+            .err();
         processor.process_train(LearnerEvent::EndEpoch(1));
-        *lock(&self.ended) = Some(Ended { ema, position, error });
+        *lock(&self.ended) = Some(Ended {
+            ema,
+            position,
+            error,
+        });
         (learner.model(), processor)
     }
 }
@@ -139,7 +153,8 @@ where
             let output = learner.train_step(batch);
             let mut report = output.item;
             let loss = report.scalars.get("loss").unwrap_or(f64::NAN);
-            let (gradients, norm) = clip_global_norm::<B, M>(&learner.model(), output.grads, plan.clip);
+            let (gradients, norm) =
+                clip_global_norm::<B, M>(&learner.model(), output.grads, plan.clip);
             if loss.is_finite() && norm.is_finite() {
                 learner.optimizer_step(gradients);
                 losses.push(loss);
@@ -153,15 +168,29 @@ where
             position.step += 1;
             let images = position.step * plan.batch;
             let done = position.step == plan.steps;
-            let log_now = position.step.is_multiple_of(plan.log_every) || done || position.step == 1;
-            report.scalars.0.extend([("lr", learner.lr_current()), ("grad norm", norm)]);
+            let log_now =
+                position.step.is_multiple_of(plan.log_every) || done || position.step == 1;
+            report
+                .scalars
+                .0
+                .extend([("lr", learner.lr_current()), ("grad norm", norm)]);
             if log_now {
                 let seconds = since.elapsed().as_secs_f64();
                 let rate = ((position.step - logged) * plan.batch) as f64 / seconds.max(1e-9);
                 report.scalars.0.push(("images/s", rate));
                 (since, logged) = (Instant::now(), position.step);
-                let mut record = serde_json::Map::from_iter([("step".to_owned(), (position.step - 1).into()), ("images".to_owned(), images.into()), ("skipped".to_owned(), position.skipped.into())]);
-                record.extend(report.scalars.0.iter().map(|(name, value)| ((*name).to_owned(), (*value).into())));
+                let mut record = serde_json::Map::from_iter([
+                    ("step".to_owned(), (position.step - 1).into()),
+                    ("images".to_owned(), images.into()),
+                    ("skipped".to_owned(), position.skipped.into()),
+                ]);
+                record.extend(
+                    report
+                        .scalars
+                        .0
+                        .iter()
+                        .map(|(name, value)| ((*name).to_owned(), (*value).into())),
+                );
                 log.write(&record)?;
                 if self.plain {
                     eprintln!("{}", lines.line(position.step, images, &report.scalars));
@@ -169,19 +198,39 @@ where
             }
             (observer.step)(position.step - 1, &learner.model(), ema)?;
             let progress = Progress::new(position.step, plan.steps);
-            let item = TrainingItem::new(report, progress, Progress::new(1, 1), Some(position.step), Some(learner.lr_current()));
+            let item = TrainingItem::new(
+                report,
+                progress,
+                Progress::new(1, 1),
+                Some(position.step),
+                Some(learner.lr_current()),
+            );
             processor.process_train(LearnerEvent::ProcessedItem(item));
             if bad >= plan.max_bad_steps {
-                return Err(TrainingError::Diverged { count: bad, step: position.step - 1, directory: plan.directory.join("checkpoints") });
+                return Err(TrainingError::Diverged {
+                    count: bad,
+                    step: position.step - 1,
+                    directory: plan.directory.join("checkpoints"),
+                });
             }
             let stopping = stop();
             if !done && (stopping || position.step.is_multiple_of(plan.checkpoint_every)) {
                 position.mean_loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
-                if !losses.is_empty() && position.best.is_none_or(|(_, best)| position.mean_loss < best) {
+                if !losses.is_empty()
+                    && position
+                        .best
+                        .is_none_or(|(_, best)| position.mean_loss < best)
+                {
                     position.best = Some((position.step, position.mean_loss));
                 }
                 losses.clear();
-                store.save(position, &learner.model(), ema, &self.optimizer, plan.keep_last)?;
+                store.save(
+                    position,
+                    &learner.model(),
+                    ema,
+                    &self.optimizer,
+                    plan.keep_last,
+                )?;
             }
             if stopping {
                 break;

@@ -68,9 +68,14 @@ impl Checkpoint {
     /// When the file can't be read, is damaged, or holds no model this crate knows.
     pub fn read(path: &Path) -> Result<Self, WeightsError> {
         match path.extension().and_then(|extension| extension.to_str()) {
-            Some("safetensors") => Self::decode(&std::fs::read(path).map_err(WeightsError::io(path))?, path),
+            Some("safetensors") => {
+                Self::decode(&std::fs::read(path).map_err(WeightsError::io(path))?, path)
+            }
             Some("pt" | "pth") => Self::from_state(read_pickle(path, None)?, BTreeMap::new(), path),
-            _ => Err(WeightsError::Model { path: path.to_owned(), problem: "expected a file ending in .safetensors, .pt or .pth".into() }),
+            _ => Err(WeightsError::Model {
+                path: path.to_owned(),
+                problem: "expected a file ending in .safetensors, .pt or .pth".into(),
+            }),
         }
     }
 
@@ -83,27 +88,54 @@ impl Checkpoint {
         Self::from_state(state, metadata, path)
     }
 
-    fn from_state(state: StateDict, metadata: BTreeMap<String, String>, path: &Path) -> Result<Self, WeightsError> {
-        let problem = |problem: String| WeightsError::Model { path: path.to_owned(), problem };
+    fn from_state(
+        state: StateDict,
+        metadata: BTreeMap<String, String>,
+        path: &Path,
+    ) -> Result<Self, WeightsError> {
+        let problem = |problem: String| WeightsError::Model {
+            path: path.to_owned(),
+            problem,
+        };
         let architecture = match metadata.get(ARCHITECTURE) {
-            Some(text) => serde_json::from_str(text).map_err(|error| problem(format!("metadata `{ARCHITECTURE}` is not understood: {error}")))?,
+            Some(text) => serde_json::from_str(text).map_err(|error| {
+                problem(format!(
+                    "metadata `{ARCHITECTURE}` is not understood: {error}"
+                ))
+            })?,
             None => Architecture::Dit(infer(&state).map_err(problem)?),
         };
         if let Architecture::Dit(config) = &architecture
             && let Some(why) = config.problem()
         {
-            return Err(problem(format!("the architecture it describes can't be built: {why}")));
+            return Err(problem(format!(
+                "the architecture it describes can't be built: {why}"
+            )));
         }
         let provenance = match metadata.get(PROVENANCE) {
-            Some(text) => serde_json::from_str(text).map_err(|error| problem(format!("metadata `{PROVENANCE}` is not understood: {error}")))?,
+            Some(text) => serde_json::from_str(text).map_err(|error| {
+                problem(format!(
+                    "metadata `{PROVENANCE}` is not understood: {error}"
+                ))
+            })?,
             None => Provenance::default(),
         };
-        Ok(Self { architecture, state, provenance, path: path.to_owned() })
+        Ok(Self {
+            architecture,
+            state,
+            provenance,
+            path: path.to_owned(),
+        })
     }
 
     /// A checkpoint of a network.
     pub fn of<B: Backend>(network: &Network<B>, provenance: Provenance, path: &Path) -> Self {
-        Self { architecture: Architecture::Dit(network.config()), state: collect::<B, _>(network), provenance, path: path.to_owned() }
+        Self {
+            architecture: Architecture::Dit(network.config()),
+            state: collect::<B, _>(network),
+            provenance,
+            path: path.to_owned(),
+        }
     }
 
     /// Writes the checkpoint to its path, atomically.
@@ -111,10 +143,19 @@ impl Checkpoint {
     /// # Errors
     /// When the file can't be written.
     pub fn write(&self) -> Result<(), WeightsError> {
-        let encode = |problem: serde_json::Error| WeightsError::Model { path: self.path.clone(), problem: problem.to_string() };
+        let encode = |problem: serde_json::Error| WeightsError::Model {
+            path: self.path.clone(),
+            problem: problem.to_string(),
+        };
         let metadata = BTreeMap::from([
-            (ARCHITECTURE.to_owned(), serde_json::to_string(&self.architecture).map_err(encode)?),
-            (PROVENANCE.to_owned(), serde_json::to_string(&self.provenance).map_err(encode)?),
+            (
+                ARCHITECTURE.to_owned(),
+                serde_json::to_string(&self.architecture).map_err(encode)?,
+            ),
+            (
+                PROVENANCE.to_owned(),
+                serde_json::to_string(&self.provenance).map_err(encode)?,
+            ),
         ]);
         write_safetensors(&self.path, &self.state, metadata)
     }
@@ -146,24 +187,42 @@ impl Checkpoint {
                 problems: format!("  expected {expected} parameters, found {stored}"),
             });
         }
-        assign(Network::zeros(config, device), &self.state, &self.path, &config.to_string())
+        assign(
+            Network::zeros(config, device),
+            &self.state,
+            &self.path,
+            &config.to_string(),
+        )
     }
 
     /// Builds the digit classifier.
     ///
     /// # Errors
     /// As [`network`](Self::network).
-    pub fn digits_classifier<B: Backend>(&self, device: &B::Device) -> Result<DigitsClassifier<B>, WeightsError> {
+    pub fn digits_classifier<B: Backend>(
+        &self,
+        device: &B::Device,
+    ) -> Result<DigitsClassifier<B>, WeightsError> {
         match &self.architecture {
-            Architecture::DigitsClassifier(config) if (4..=4096).contains(&config.width) && config.width % 4 == 0 => {
-                assign(DigitsClassifier::zeros(config, device), &self.state, &self.path, &self.architecture.to_string())
+            Architecture::DigitsClassifier(config)
+                if (4..=4096).contains(&config.width) && config.width % 4 == 0 =>
+            {
+                assign(
+                    DigitsClassifier::zeros(config, device),
+                    &self.state,
+                    &self.path,
+                    &self.architecture.to_string(),
+                )
             }
             other => Err(self.wrong("a digit classifier whose width is a multiple of 4", other)),
         }
     }
 
     fn wrong(&self, expected: &str, found: &Architecture) -> WeightsError {
-        WeightsError::Model { path: self.path.clone(), problem: format!("expected {expected}, found {found}") }
+        WeightsError::Model {
+            path: self.path.clone(),
+            problem: format!("expected {expected}, found {found}"),
+        }
     }
 
     /// SHA-256 of the weights: names, shapes and values.
@@ -176,7 +235,10 @@ impl Checkpoint {
                 hash.update(value.to_le_bytes());
             }
         }
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hash.finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 
@@ -184,7 +246,10 @@ impl Checkpoint {
 fn infer(state: &StateDict) -> Result<DitConfig, String> {
     let shape = |name: &str, rank: usize| match state.get(name) {
         Some(array) if array.shape.len() == rank => Ok(array.shape.clone()),
-        Some(array) => Err(format!("`{name}` has shape {:?}, expected {rank} dimensions", array.shape)),
+        Some(array) => Err(format!(
+            "`{name}` has shape {:?}, expected {rank} dimensions",
+            array.shape
+        )),
         None => Err(format!("it is no DiT: `{name}` is missing")),
     };
     let patches = shape("x_embedder.proj.weight", 4)?;
@@ -193,8 +258,12 @@ fn infer(state: &StateDict) -> Result<DitConfig, String> {
     let rows = shape("y_embedder.embedding_table.weight", 2)?[0];
     let hidden = shape("blocks.0.mlp.fc1.weight", 2)?[0];
     let output = shape("final_layer.linear.weight", 2)?[0];
-    let depth = (0..).take_while(|layer| state.contains_key(&format!("blocks.{layer}.attn.qkv.weight"))).count();
-    let heads = zoo::heads_of_width(width).ok_or_else(|| format!("the number of heads is not stored, and no published model is {width} wide"))?;
+    let depth = (0..)
+        .take_while(|layer| state.contains_key(&format!("blocks.{layer}.attn.qkv.weight")))
+        .count();
+    let heads = zoo::heads_of_width(width).ok_or_else(|| {
+        format!("the number of heads is not stored, and no published model is {width} wide")
+    })?;
     if rows == 0 || width == 0 || patch_size == 0 {
         return Err("a dimension of its embedders is 0".into());
     }

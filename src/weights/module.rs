@@ -34,7 +34,9 @@ pub fn reference_name(path: &str) -> String {
         (".lora.b", ".lora_b.weight"),
         ("gates.", "gumbel_gates."),
     ];
-    RENAMED.iter().fold(path.to_owned(), |name, (from, to)| name.replace(from, to))
+    RENAMED
+        .iter()
+        .fold(path.to_owned(), |name, (from, to)| name.replace(from, to))
 }
 
 /// The path of a walk through a module, joined by dots.
@@ -61,10 +63,17 @@ pub fn names<B: Backend, M: Module<B>>(module: &M) -> Vec<ParameterName> {
             self.walk.0.pop();
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            self.found.push(ParameterName { id: param.id, name: self.walk.name(), shape: param.lazy_shape().to_vec() });
+            self.found.push(ParameterName {
+                id: param.id,
+                name: self.walk.name(),
+                shape: param.lazy_shape().to_vec(),
+            });
         }
     }
-    let mut visitor = Names { walk: Walk::default(), found: Vec::new() };
+    let mut visitor = Names {
+        walk: Walk::default(),
+        found: Vec::new(),
+    };
     module.visit(&mut visitor);
     visitor.found
 }
@@ -89,7 +98,10 @@ pub fn collect<B: Backend, M: Module<B>>(module: &M) -> StateDict {
             self.state.insert(self.walk.name(), Array { shape, data });
         }
     }
-    let mut visitor = Collect { walk: Walk::default(), state: StateDict::new() };
+    let mut visitor = Collect {
+        walk: Walk::default(),
+        state: StateDict::new(),
+    };
     module.visit(&mut visitor);
     visitor.state
 }
@@ -104,22 +116,45 @@ pub(crate) fn floats(data: TensorData) -> Vec<f32> {
 /// # Errors
 /// [`WeightsError::Mismatch`], listing every parameter that is missing from `state`, that the module does not
 /// have, or whose shape differs. `path` and `model` are for that message.
-pub fn assign<B: Backend, M: Module<B>>(module: M, state: &StateDict, path: &Path, model: &str) -> Result<M, WeightsError> {
+pub fn assign<B: Backend, M: Module<B>>(
+    module: M,
+    state: &StateDict,
+    path: &Path,
+    model: &str,
+) -> Result<M, WeightsError> {
     let wanted = names::<B, M>(&module);
     let mut problems = Vec::new();
     for parameter in &wanted {
         match state.get(&parameter.name) {
-            None => problems.push(format!("  missing   {} {:?}", parameter.name, parameter.shape)),
+            None => problems.push(format!(
+                "  missing   {} {:?}",
+                parameter.name, parameter.shape
+            )),
             Some(array) if array.shape != parameter.shape => {
-                problems.push(format!("  misshapen {}: expected {:?}, found {:?}", parameter.name, parameter.shape, array.shape));
+                problems.push(format!(
+                    "  misshapen {}: expected {:?}, found {:?}",
+                    parameter.name, parameter.shape, array.shape
+                ));
             }
             Some(_) => {}
         }
     }
-    let known: std::collections::BTreeSet<&str> = wanted.iter().map(|parameter| parameter.name.as_str()).collect();
-    problems.extend(state.iter().filter(|(name, _)| !known.contains(name.as_str())).map(|(name, array)| format!("  surplus   {name} {:?}", array.shape)));
+    let known: std::collections::BTreeSet<&str> = wanted
+        .iter()
+        .map(|parameter| parameter.name.as_str())
+        .collect();
+    problems.extend(
+        state
+            .iter()
+            .filter(|(name, _)| !known.contains(name.as_str()))
+            .map(|(name, array)| format!("  surplus   {name} {:?}", array.shape)),
+    );
     if !problems.is_empty() {
-        return Err(WeightsError::Mismatch { path: path.to_owned(), model: model.to_owned(), problems: problems.join("\n") });
+        return Err(WeightsError::Mismatch {
+            path: path.to_owned(),
+            model: model.to_owned(),
+            problems: problems.join("\n"),
+        });
     }
 
     Ok(overlay(module, state))
@@ -150,5 +185,8 @@ pub(crate) fn overlay<B: Backend, M: Module<B>>(module: M, state: &StateDict) ->
             Param::from_mapped_value(id, tensor, mapper)
         }
     }
-    module.map(&mut Overlay { walk: Walk::default(), state })
+    module.map(&mut Overlay {
+        walk: Walk::default(),
+        state,
+    })
 }

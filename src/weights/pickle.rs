@@ -15,7 +15,11 @@ const PRECEDENCE: [&str; 2] = ["ema", "model"];
 /// # Errors
 /// When the file can't be read, is no PyTorch file, or lacks `key`.
 pub fn read_pickle(path: &Path, key: Option<&str>) -> Result<StateDict, WeightsError> {
-    let broken = |found: String| WeightsError::Format { path: path.to_owned(), expected: "PyTorch", found };
+    let broken = |found: String| WeightsError::Format {
+        path: path.to_owned(),
+        expected: "PyTorch",
+        found,
+    };
     let advice = "; if it holds objects besides tensors, save the state dict alone (`torch.save(checkpoint[\"ema\"], …)`) or as safetensors";
     // The reader indexes into untrusted data; what a broken file makes it do must not take the program down.
     let open = |key: Option<&str>| {
@@ -42,14 +46,24 @@ pub fn read_pickle(path: &Path, key: Option<&str>) -> Result<StateDict, WeightsE
 }
 
 fn tensors(reader: PytorchReader, path: &Path) -> Result<StateDict, WeightsError> {
-    let broken = |found: String| WeightsError::Format { path: path.to_owned(), expected: "PyTorch", found };
+    let broken = |found: String| WeightsError::Format {
+        path: path.to_owned(),
+        expected: "PyTorch",
+        found,
+    };
     let mut state = StateDict::new();
     for (name, snapshot) in reader.into_tensors() {
         let data = catch_unwind(AssertUnwindSafe(|| snapshot.to_data()))
             .map_err(|_| broken(format!("tensor `{name}` is damaged")))?
             .map_err(|error| broken(format!("tensor `{name}`: {error:?}")))?;
         let shape = data.shape.to_vec();
-        state.insert(name, Array { shape, data: super::module::floats(data) });
+        state.insert(
+            name,
+            Array {
+                shape,
+                data: super::module::floats(data),
+            },
+        );
     }
     Ok(state)
 }

@@ -24,7 +24,11 @@ impl Array {
     /// When it does not.
     pub fn new(shape: impl Into<Vec<usize>>, data: Vec<f32>) -> Self {
         let shape = shape.into();
-        assert_eq!(shape.iter().product::<usize>(), data.len(), "data must fill the shape {shape:?}");
+        assert_eq!(
+            shape.iter().product::<usize>(),
+            data.len(),
+            "data must fill the shape {shape:?}"
+        );
         Self { shape, data }
     }
 }
@@ -36,20 +40,40 @@ pub type StateDict = BTreeMap<String, Array>;
 ///
 /// # Errors
 /// When the file can't be read, is not safetensors, or holds a tensor that is not of a float type.
-pub fn read_safetensors(path: &Path) -> Result<(StateDict, BTreeMap<String, String>), WeightsError> {
+pub fn read_safetensors(
+    path: &Path,
+) -> Result<(StateDict, BTreeMap<String, String>), WeightsError> {
     let bytes = std::fs::read(path).map_err(WeightsError::io(path))?;
     decode(&bytes, path)
 }
 
 /// Decodes the bytes of a safetensors file; `path` is for messages.
-pub(super) fn decode(bytes: &[u8], path: &Path) -> Result<(StateDict, BTreeMap<String, String>), WeightsError> {
-    let broken = |found: String| WeightsError::Format { path: path.to_owned(), expected: "safetensors", found };
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| broken(error.to_string()))?;
-    let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
+pub(super) fn decode(
+    bytes: &[u8],
+    path: &Path,
+) -> Result<(StateDict, BTreeMap<String, String>), WeightsError> {
+    let broken = |found: String| WeightsError::Format {
+        path: path.to_owned(),
+        expected: "safetensors",
+        found,
+    };
+    let (_, header) =
+        SafeTensors::read_metadata(bytes).map_err(|error| broken(error.to_string()))?;
+    let metadata = header
+        .metadata()
+        .clone()
+        .unwrap_or_default()
+        .into_iter()
+        .collect();
     let file = SafeTensors::deserialize(bytes).map_err(|error| broken(error.to_string()))?;
     let mut state = StateDict::new();
     for (name, view) in file.tensors() {
-        let data = floats(&view).ok_or_else(|| broken(format!("tensor `{name}` is {:?}, expected F32, F16, BF16 or F64", view.dtype())))?;
+        let data = floats(&view).ok_or_else(|| {
+            broken(format!(
+                "tensor `{name}` is {:?}, expected F32, F16, BF16 or F64",
+                view.dtype()
+            ))
+        })?;
         state.insert(name, Array::new(view.shape(), data));
     }
     Ok((state, metadata))
@@ -59,10 +83,30 @@ pub(super) fn decode(bytes: &[u8], path: &Path) -> Result<(StateDict, BTreeMap<S
 fn floats(view: &TensorView<'_>) -> Option<Vec<f32>> {
     let bytes = view.data();
     Some(match view.dtype() {
-        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-        Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
-        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::F32 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect(),
+        Dtype::F64 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f64::from_le_bytes(*b) as f32)
+            .collect(),
+        Dtype::F16 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| half::f16::from_le_bytes(*b).to_f32())
+            .collect(),
+        Dtype::BF16 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| half::bf16::from_le_bytes(*b).to_f32())
+            .collect(),
         _ => return None,
     })
 }
@@ -71,17 +115,38 @@ fn floats(view: &TensorView<'_>) -> Option<Vec<f32>> {
 ///
 /// # Errors
 /// When the file can't be written.
-pub fn write_safetensors(path: &Path, state: &StateDict, metadata: BTreeMap<String, String>) -> Result<(), WeightsError> {
-    let broken = |found: String| WeightsError::Format { path: path.to_owned(), expected: "safetensors", found };
+pub fn write_safetensors(
+    path: &Path,
+    state: &StateDict,
+    metadata: BTreeMap<String, String>,
+) -> Result<(), WeightsError> {
+    let broken = |found: String| WeightsError::Format {
+        path: path.to_owned(),
+        expected: "safetensors",
+        found,
+    };
     let bytes: Vec<(&String, Vec<u8>, &Array)> = state
         .iter()
-        .map(|(name, array)| (name, array.data.iter().flat_map(|value| value.to_le_bytes()).collect(), array))
+        .map(|(name, array)| {
+            (
+                name,
+                array
+                    .data
+                    .iter()
+                    .flat_map(|value| value.to_le_bytes())
+                    .collect(),
+                array,
+            )
+        })
         .collect();
     let mut views = Vec::with_capacity(bytes.len());
     for (name, data, array) in &bytes {
-        let view = TensorView::new(Dtype::F32, array.shape.clone(), data).map_err(|error| broken(error.to_string()))?;
+        let view = TensorView::new(Dtype::F32, array.shape.clone(), data)
+            .map_err(|error| broken(error.to_string()))?;
         views.push((name.as_str(), view));
     }
-    let encoded = safetensors::serialize(views, Some(metadata.into_iter().collect())).map_err(|error| broken(error.to_string()))?;
-    write_atomic(path, |file| std::io::Write::write_all(file, &encoded)).map_err(WeightsError::io(path))
+    let encoded = safetensors::serialize(views, Some(metadata.into_iter().collect()))
+        .map_err(|error| broken(error.to_string()))?;
+    write_atomic(path, |file| std::io::Write::write_all(file, &encoded))
+        .map_err(WeightsError::io(path))
 }

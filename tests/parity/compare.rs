@@ -14,17 +14,33 @@ pub struct Rule<'a> {
 impl<'a> Rule<'a> {
     /// The rule of a `case.json`, widened by `slack` on backends with looser arithmetic.
     pub fn new(case: &'a Value, slack: f64) -> Self {
-        Self { tolerance: &case["tolerance"], slack }
+        Self {
+            tolerance: &case["tolerance"],
+            slack,
+        }
     }
 
     /// (rel, floor) for a key of a file; `(0, 0)` where equality is asked for.
     fn of(&self, file: &str, key: &str) -> (f64, f64) {
-        let numbers = |value: &Value| (value["rel"].as_f64().unwrap() * self.slack, value["floor"].as_f64().unwrap() * self.slack);
+        let numbers = |value: &Value| {
+            (
+                value["rel"].as_f64().unwrap() * self.slack,
+                value["floor"].as_f64().unwrap() * self.slack,
+            )
+        };
         let overrides = self.tolerance["overrides"].as_object();
         for (glob, value) in overrides.into_iter().flatten() {
-            let name = if glob.contains('/') { format!("{file}/{key}") } else { key.to_owned() };
+            let name = if glob.contains('/') {
+                format!("{file}/{key}")
+            } else {
+                key.to_owned()
+            };
             if matches(glob, &name) {
-                return if value == "exact" { (0.0, 0.0) } else { numbers(value) };
+                return if value == "exact" {
+                    (0.0, 0.0)
+                } else {
+                    numbers(value)
+                };
             }
         }
         numbers(self.tolerance)
@@ -33,18 +49,37 @@ impl<'a> Rule<'a> {
     /// `|actual - expected| <= rel (|expected| + rms(expected)) + floor`, element by element.
     pub fn check(&self, file: &str, key: &str, actual: &[f64], expected: &Values) {
         let (rel, floor) = self.of(file, key);
-        assert_eq!(actual.len(), expected.data.len(), "{file}/{key}: number of values");
-        let rms = (expected.data.iter().map(|value| value * value).sum::<f64>() / expected.data.len().max(1) as f64).sqrt();
+        assert_eq!(
+            actual.len(),
+            expected.data.len(),
+            "{file}/{key}: number of values"
+        );
+        let rms = (expected.data.iter().map(|value| value * value).sum::<f64>()
+            / expected.data.len().max(1) as f64)
+            .sqrt();
         for (index, (actual, expected)) in actual.iter().zip(&expected.data).enumerate() {
             let allowed = rel * (expected.abs() + rms) + floor;
             // Written so that a NaN fails.
-            assert!((actual - expected).abs() <= allowed, "{file}/{key}[{index}]: {actual} is not {expected} (allowed difference {allowed:e})");
+            assert!(
+                (actual - expected).abs() <= allowed,
+                "{file}/{key}[{index}]: {actual} is not {expected} (allowed difference {allowed:e})"
+            );
         }
     }
 
     /// The same for a tensor, shape included.
-    pub fn tensor<B: Backend, const D: usize>(&self, file: &str, key: &str, actual: Tensor<B, D>, expected: &Values) {
-        assert_eq!(actual.dims().to_vec(), expected.shape, "{file}/{key}: shape");
+    pub fn tensor<B: Backend, const D: usize>(
+        &self,
+        file: &str,
+        key: &str,
+        actual: Tensor<B, D>,
+        expected: &Values,
+    ) {
+        assert_eq!(
+            actual.dims().to_vec(),
+            expected.shape,
+            "{file}/{key}: shape"
+        );
         self.check(file, key, &values(actual), expected);
     }
 }
@@ -61,7 +96,10 @@ fn matches(glob: &str, name: &str) -> bool {
         (Some('*'), _) => {
             let rest = glob.as_str();
             let name = name.as_str();
-            name.char_indices().map(|(at, _)| at).chain([name.len()]).any(|at| matches(rest, &name[at..]))
+            name.char_indices()
+                .map(|(at, _)| at)
+                .chain([name.len()])
+                .any(|at| matches(rest, &name[at..]))
         }
         (Some(wanted), Some(found)) if wanted == '?' || wanted == found => {
             name.next();
@@ -74,7 +112,10 @@ fn matches(glob: &str, name: &str) -> bool {
 #[test]
 fn globs() {
     assert!(matches("*.ddim_sample.*", "0.noclip.ddim_sample.1"));
-    assert!(matches("?_grads.safetensors/*", "a_grads.safetensors/blocks.0"));
+    assert!(matches(
+        "?_grads.safetensors/*",
+        "a_grads.safetensors/blocks.0"
+    ));
     assert!(!matches("?_grads.safetensors/*", "a_io.safetensors/x"));
     assert!(!matches("lr", "lrs"));
 }

@@ -1,8 +1,4 @@
 //! Golden vectors of the reference evaluator: fixture groups `evaluator` and `npz`.
-//!
-//! The folder is taken from `TINYFUSION_FIXTURES`, else `/work/shared/fixtures`.
-
-#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,9 +11,7 @@ use tinyfusion::evaluation::{
 };
 
 fn group(name: &str) -> PathBuf {
-    let root = std::env::var_os("TINYFUSION_FIXTURES");
-    root.map_or_else(|| "/work/shared/fixtures".into(), PathBuf::from)
-        .join(name)
+    crate::fixture::Group::open(name).path
 }
 
 fn json(group_name: &str, file: &str) -> Value {

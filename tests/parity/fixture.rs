@@ -32,17 +32,40 @@ pub struct Group {
 
 impl Group {
     pub fn open(name: &str) -> Self {
-        let root = std::env::var_os("TINYFUSION_FIXTURES").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"), PathBuf::from);
+        let root = std::env::var_os("TINYFUSION_FIXTURES").map_or_else(
+            || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"),
+            PathBuf::from,
+        );
         let path = root.join(name);
-        let text = std::fs::read_to_string(path.join("case.json")).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        Self { case: serde_json::from_str(&text).unwrap(), path }
+        let text = std::fs::read_to_string(path.join("case.json"))
+            .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Self {
+            case: serde_json::from_str(&text).unwrap(),
+            path,
+        }
     }
 
     pub fn file(&self, name: &str) -> File {
-        let bytes = std::fs::read(self.path.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let bytes =
+            std::fs::read(self.path.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
-        let tensors = tensors.tensors().into_iter().map(|(name, view)| (name, Values { shape: view.shape().to_vec(), data: decode(view.dtype(), view.data()) })).collect();
-        File { name: name.to_owned(), tensors }
+        let tensors = tensors
+            .tensors()
+            .into_iter()
+            .map(|(name, view)| {
+                (
+                    name,
+                    Values {
+                        shape: view.shape().to_vec(),
+                        data: decode(view.dtype(), view.data()),
+                    },
+                )
+            })
+            .collect();
+        File {
+            name: name.to_owned(),
+            tensors,
+        }
     }
 
     /// A state dict in any format.
@@ -61,16 +84,33 @@ impl Group {
 
 fn decode(dtype: Dtype, bytes: &[u8]) -> Vec<f64> {
     match dtype {
-        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
-        Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
-        Dtype::I64 => bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as f64).collect(),
+        Dtype::F32 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f64::from(f32::from_le_bytes(*b)))
+            .collect(),
+        Dtype::F64 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f64::from_le_bytes(*b))
+            .collect(),
+        Dtype::I64 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| i64::from_le_bytes(*b) as f64)
+            .collect(),
         other => panic!("unexpected type {other:?}"),
     }
 }
 
 impl File {
     pub fn get(&self, name: &str) -> &Values {
-        self.tensors.get(name).unwrap_or_else(|| panic!("{} has no `{name}`", self.name))
+        self.tensors
+            .get(name)
+            .unwrap_or_else(|| panic!("{} has no `{name}`", self.name))
     }
 
     pub fn names(&self) -> impl Iterator<Item = &str> {
@@ -79,20 +119,34 @@ impl File {
 
     /// The tensors under a prefix, as a state dict.
     pub fn state(&self, prefix: &str) -> StateDict {
-        let array = |values: &Values| Array { shape: values.shape.clone(), data: values.data.iter().map(|v| *v as f32).collect() };
-        self.tensors.iter().filter_map(|(name, values)| Some((name.strip_prefix(prefix)?.to_owned(), array(values)))).collect()
+        let array = |values: &Values| Array {
+            shape: values.shape.clone(),
+            data: values.data.iter().map(|v| *v as f32).collect(),
+        };
+        self.tensors
+            .iter()
+            .filter_map(|(name, values)| {
+                Some((name.strip_prefix(prefix)?.to_owned(), array(values)))
+            })
+            .collect()
     }
 }
 
 impl Values {
     pub fn tensor<B: Backend, const D: usize>(&self) -> Tensor<B, D> {
         let data: Vec<f32> = self.data.iter().map(|value| *value as f32).collect();
-        Tensor::from_data(TensorData::new(data, self.shape.clone()), &B::Device::default())
+        Tensor::from_data(
+            TensorData::new(data, self.shape.clone()),
+            &B::Device::default(),
+        )
     }
 
     pub fn labels<B: Backend>(&self) -> Tensor<B, 1, Int> {
         let data: Vec<i64> = self.data.iter().map(|value| *value as i64).collect();
-        Tensor::from_data(TensorData::new(data, self.shape.clone()), &B::Device::default())
+        Tensor::from_data(
+            TensorData::new(data, self.shape.clone()),
+            &B::Device::default(),
+        )
     }
 
     pub fn indices(&self) -> Vec<usize> {
@@ -102,31 +156,52 @@ impl Values {
     /// Entry `index` of the first dimension.
     pub fn row(&self, index: usize) -> Values {
         let size: usize = self.shape[1..].iter().product();
-        Values { shape: self.shape[1..].to_vec(), data: self.data[index * size..(index + 1) * size].to_vec() }
+        Values {
+            shape: self.shape[1..].to_vec(),
+            data: self.data[index * size..(index + 1) * size].to_vec(),
+        }
     }
 
     /// A scalar, as one value.
     pub fn scalar(self) -> Values {
         assert_eq!(self.data.len(), 1);
-        Values { shape: vec![1], data: self.data }
+        Values {
+            shape: vec![1],
+            data: self.data,
+        }
     }
 
     /// The first `count` entries of the first dimension.
     pub fn first(&self, count: usize) -> Values {
         let size: usize = self.shape[1..].iter().product();
-        let shape = std::iter::once(count).chain(self.shape[1..].iter().copied()).collect();
-        Values { shape, data: self.data[..count * size].to_vec() }
+        let shape = std::iter::once(count)
+            .chain(self.shape[1..].iter().copied())
+            .collect();
+        Values {
+            shape,
+            data: self.data[..count * size].to_vec(),
+        }
     }
 }
 
 /// Labels with dropped ones replaced by the null class.
 pub fn dropped(y: &Values, drop: &Values, classes: usize) -> Values {
-    let data = y.data.iter().zip(&drop.data).map(|(y, drop)| if *drop == 1.0 { classes as f64 } else { *y }).collect();
-    Values { shape: y.shape.clone(), data }
+    let data = y
+        .data
+        .iter()
+        .zip(&drop.data)
+        .map(|(y, drop)| if *drop == 1.0 { classes as f64 } else { *y })
+        .collect();
+    Values {
+        shape: y.shape.clone(),
+        data,
+    }
 }
 
 pub fn usize_of(value: &Value) -> usize {
-    value.as_u64().unwrap_or_else(|| panic!("{value} is not a size")) as usize
+    value
+        .as_u64()
+        .unwrap_or_else(|| panic!("{value} is not a size")) as usize
 }
 
 pub fn usizes_of(value: &Value) -> Vec<usize> {
@@ -134,7 +209,9 @@ pub fn usizes_of(value: &Value) -> Vec<usize> {
 }
 
 pub fn f64_of(value: &Value) -> f64 {
-    value.as_f64().unwrap_or_else(|| panic!("{value} is not a number"))
+    value
+        .as_f64()
+        .unwrap_or_else(|| panic!("{value} is not a number"))
 }
 
 pub fn config(value: &Value) -> DitConfig {
@@ -152,11 +229,20 @@ pub fn config(value: &Value) -> DitConfig {
 }
 
 pub fn network<B: Backend>(config: &DitConfig, state: &StateDict) -> Network<B> {
-    assign(Network::zeros(config, &B::Device::default()), state, Path::new("fixture"), "the fixture's model").unwrap()
+    assign(
+        Network::zeros(config, &B::Device::default()),
+        state,
+        Path::new("fixture"),
+        "the fixture's model",
+    )
+    .unwrap()
 }
 
 /// Gradients by parameter name.
-pub fn gradients<B: AutodiffBackend, M: AutodiffModule<B>>(module: &M, gradients: &B::Gradients) -> BTreeMap<String, Values> {
+pub fn gradients<B: AutodiffBackend, M: AutodiffModule<B>>(
+    module: &M,
+    gradients: &B::Gradients,
+) -> BTreeMap<String, Values> {
     struct Collect<'a, B: AutodiffBackend> {
         gradients: &'a B::Gradients,
         found: BTreeMap<ParamId, Values>,
@@ -165,11 +251,23 @@ pub fn gradients<B: AutodiffBackend, M: AutodiffModule<B>>(module: &M, gradients
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
             if let Some(gradient) = param.val().grad(self.gradients) {
                 let shape = gradient.dims().to_vec();
-                self.found.insert(param.id, Values { shape, data: gradient.into_data().iter::<f64>().collect() });
+                self.found.insert(
+                    param.id,
+                    Values {
+                        shape,
+                        data: gradient.into_data().iter::<f64>().collect(),
+                    },
+                );
             }
         }
     }
-    let mut visitor = Collect::<B> { gradients, found: BTreeMap::new() };
+    let mut visitor = Collect::<B> {
+        gradients,
+        found: BTreeMap::new(),
+    };
     module.visit(&mut visitor);
-    names::<B, M>(module).into_iter().filter_map(|parameter| Some((parameter.name, visitor.found.remove(&parameter.id)?))).collect()
+    names::<B, M>(module)
+        .into_iter()
+        .filter_map(|parameter| Some((parameter.name, visitor.found.remove(&parameter.id)?)))
+        .collect()
 }

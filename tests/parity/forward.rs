@@ -19,7 +19,12 @@ pub struct Record<'a, B: Backend> {
 }
 
 impl<B: Backend> BlockHook<B> for Record<'_, B> {
-    fn around(&mut self, site: Site, x: Tensor<B, 3>, block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>) -> Tensor<B, 3> {
+    fn around(
+        &mut self,
+        site: Site,
+        x: Tensor<B, 3>,
+        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
+    ) -> Tensor<B, 3> {
         if site.layer == 0 {
             self.hidden.push(x.clone());
         }
@@ -34,34 +39,82 @@ pub fn dit_forward<B: TrainingBackend>(slack: f64) {
     let rule = Rule::new(&group.case, slack);
     for (name, model) in group.case["models"].as_object().unwrap() {
         let config = config(&model["config"]);
-        let (file, grads) = (group.file(&format!("{name}_io.safetensors")), group.file(&format!("{name}_grads.safetensors")));
+        let (file, grads) = (
+            group.file(&format!("{name}_io.safetensors")),
+            group.file(&format!("{name}_grads.safetensors")),
+        );
         let state = group.state(model["checkpoint"].as_str().unwrap());
         let network = network::<B>(&config, &state);
         let Network::Dit(dit) = &network;
-        let (x, t, y) = (file.get("x").tensor::<B, 4>(), file.get("t").tensor::<B, 1>(), file.get("y").labels::<B>());
+        let (x, t, y) = (
+            file.get("x").tensor::<B, 4>(),
+            file.get("t").tensor::<B, 1>(),
+            file.get("y").labels::<B>(),
+        );
 
         // A cosine of an angle near 1,000 is where a backend's own sine shows; its slack is the key's own.
-        rule.tensor(&file.name, "t_freq", timestep_features(t.clone(), file.get("t_freq").shape[1]), file.get("t_freq"));
-        rule.tensor(&file.name, "t_emb", dit.t_embedder.forward(t.clone()), file.get("t_emb"));
-        rule.tensor(&file.name, "y_emb", dit.y_embedder.forward(y.clone()), file.get("y_emb"));
-        let mut record = Record { hook: &mut Plain, hidden: Vec::new() };
+        rule.tensor(
+            &file.name,
+            "t_freq",
+            timestep_features(t.clone(), file.get("t_freq").shape[1]),
+            file.get("t_freq"),
+        );
+        rule.tensor(
+            &file.name,
+            "t_emb",
+            dit.t_embedder.forward(t.clone()),
+            file.get("t_emb"),
+        );
+        rule.tensor(
+            &file.name,
+            "y_emb",
+            dit.y_embedder.forward(y.clone()),
+            file.get("y_emb"),
+        );
+        let mut record = Record {
+            hook: &mut Plain,
+            hidden: Vec::new(),
+        };
         let out = network.forward(x.clone(), t.clone(), y.clone(), &mut record);
-        rule.tensor(&file.name, "hidden", Tensor::stack::<4>(record.hidden, 0), file.get("hidden"));
+        rule.tensor(
+            &file.name,
+            "hidden",
+            Tensor::stack::<4>(record.hidden, 0),
+            file.get("hidden"),
+        );
         rule.tensor(&file.name, "out", out.clone(), file.get("out"));
         let y_dropped = dropped(file.get("y"), file.get("drop_ids"), config.classes).labels::<B>();
-        rule.tensor(&file.name, "out_drop", network.forward(x.clone(), t.clone(), y_dropped, &mut Plain), file.get("out_drop"));
+        rule.tensor(
+            &file.name,
+            "out_drop",
+            network.forward(x.clone(), t.clone(), y_dropped, &mut Plain),
+            file.get("out_drop"),
+        );
 
         // The second half of a guided batch is the null class's; only the first is ever used.
         let batch = file.get("cfg.x").shape[0] / 2;
-        let guidance = Guidance { scale: f64_of(&model["cfg_scale"]), channels: 3 };
+        let guidance = Guidance {
+            scale: f64_of(&model["cfg_scale"]),
+            channels: 3,
+        };
         let part = |key: &str| file.get(key).first(batch);
-        let actual = guided(&network, part("cfg.x").tensor::<B, 4>(), part("cfg.t").tensor(), part("cfg.y").labels(), guidance);
+        let actual = guided(
+            &network,
+            part("cfg.x").tensor::<B, 4>(),
+            part("cfg.t").tensor(),
+            part("cfg.y").labels(),
+            guidance,
+        );
         rule.tensor(&file.name, "cfg.out", actual, &part("cfg.out"));
 
         let loss = (out.clone() * out).mean();
         let actual = gradients::<B, _>(&network, &loss.backward());
         let expected: Vec<&str> = grads.names().collect();
-        assert_eq!(actual.keys().map(String::as_str).collect::<Vec<_>>(), expected, "parameters with a gradient");
+        assert_eq!(
+            actual.keys().map(String::as_str).collect::<Vec<_>>(),
+            expected,
+            "parameters with a gradient"
+        );
         for (name, gradient) in &actual {
             rule.check(&grads.name, name, &gradient.data, grads.get(name));
         }
@@ -77,37 +130,83 @@ pub fn dit_weights<B: TrainingBackend>(slack: f64) {
         let file = group.file(&format!("{name}_io.safetensors"));
         let ema = group.state(model["checkpoint"].as_str().unwrap());
         if let Some(plain) = model["plain"].as_str() {
-            assert_eq!(group.state(plain), ema, "the EMA is what a checkpoint stands for");
+            assert_eq!(
+                group.state(plain),
+                ema,
+                "the EMA is what a checkpoint stands for"
+            );
         }
         let only = model["model_only"].as_str().map(|name| group.state(name));
-        let raw = only.unwrap_or_else(|| read_pickle(&group.path.join(model["checkpoint"].as_str().unwrap()), Some("model")).unwrap());
-        let out = network::<B>(&config, &raw).forward(file.get("x").tensor(), file.get("t").tensor(), file.get("y").labels(), &mut Plain);
+        let raw = only.unwrap_or_else(|| {
+            read_pickle(
+                &group.path.join(model["checkpoint"].as_str().unwrap()),
+                Some("model"),
+            )
+            .unwrap()
+        });
+        let out = network::<B>(&config, &raw).forward(
+            file.get("x").tensor(),
+            file.get("t").tensor(),
+            file.get("y").labels(),
+            &mut Plain,
+        );
         rule.tensor(&file.name, "out_model", out, file.get("out_model"));
     }
 
-    let zoo: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(group.path.join("dit_zoo.json")).unwrap()).unwrap();
+    let zoo: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(group.path.join("dit_zoo.json")).unwrap())
+            .unwrap();
     let size = |key: &str| usize_of(&zoo[key]);
     for (name, expected) in zoo["models"].as_object().unwrap() {
         // Models with gates are a trunk and groups here, not models of their own.
         if !expected["num_gate_params"].is_null() {
             continue;
         }
-        let config = zoo::config(name, size("input_size"), size("in_channels"), size("num_classes")).unwrap_or_else(|| panic!("{name} is not in the zoo"));
+        let config = zoo::config(
+            name,
+            size("input_size"),
+            size("in_channels"),
+            size("num_classes"),
+        )
+        .unwrap_or_else(|| panic!("{name} is not in the zoo"));
         assert_eq!(config.depth, usize_of(&expected["depth"]), "{name}");
         assert_eq!(config.width, usize_of(&expected["hidden_size"]), "{name}");
         assert_eq!(config.heads, usize_of(&expected["num_heads"]), "{name}");
-        assert_eq!(config.patch_size, usize_of(&expected["patch_size"]), "{name}");
-        assert_eq!(config.parameters(), usize_of(&expected["num_params"]), "{name}");
+        assert_eq!(
+            config.patch_size,
+            usize_of(&expected["patch_size"]),
+            "{name}"
+        );
+        assert_eq!(
+            config.parameters(),
+            usize_of(&expected["num_params"]),
+            "{name}"
+        );
     }
     for (name, entries) in zoo["state_dict"].as_object().unwrap() {
         // One block is as good as all: names and shapes are compared through a model of the same width.
-        let config = zoo::config(name, size("input_size"), size("in_channels"), size("num_classes")).unwrap();
-        let small = tinyfusion::models::DitConfig { depth: 1, ..config.clone() };
+        let config = zoo::config(
+            name,
+            size("input_size"),
+            size("in_channels"),
+            size("num_classes"),
+        )
+        .unwrap();
+        let small = tinyfusion::models::DitConfig {
+            depth: 1,
+            ..config.clone()
+        };
         let network = Network::<B>::zeros(&small, &B::Device::default());
-        let actual: std::collections::BTreeMap<String, Vec<usize>> = names::<B, _>(&network).into_iter().map(|parameter| (parameter.name, parameter.shape)).collect();
+        let actual: std::collections::BTreeMap<String, Vec<usize>> = names::<B, _>(&network)
+            .into_iter()
+            .map(|parameter| (parameter.name, parameter.shape))
+            .collect();
         let mut blocks = 0;
         for entry in entries.as_array().unwrap() {
-            let (key, shape) = (entry[0].as_str().unwrap(), crate::fixture::usizes_of(&entry[1]));
+            let (key, shape) = (
+                entry[0].as_str().unwrap(),
+                crate::fixture::usizes_of(&entry[1]),
+            );
             let key = match key.strip_prefix("blocks.") {
                 Some(rest) => {
                     let (layer, rest) = rest.split_once('.').unwrap();
@@ -131,13 +230,31 @@ pub fn prune_forward<B: TrainingBackend>(slack: f64) {
     let groups = Groups::from_pairs(&pairs, config.depth).unwrap();
     let file = group.file("io.safetensors");
     let (tau, scaling) = (f64_of(&case["tau"]), f64_of(&case["scaling"]));
-    let annealing = Annealing { tau: (tau, tau), scaling: (scaling, scaling), steps: 1 };
+    let annealing = Annealing {
+        tau: (tau, tau),
+        scaling: (scaling, scaling),
+        steps: 1,
+    };
     let mut base = group.state("weights.safetensors");
-    let gates = base.extract_if(.., |name, _| name.starts_with("gumbel_gates.")).collect::<Vec<_>>();
-    let diffusion = Arc::new(GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap());
-    let lora = Update::Lora { rank: usize_of(&case["lora_rank"]), alpha: f64_of(&case["lora_alpha"]) };
+    let gates = base
+        .extract_if(.., |name, _| name.starts_with("gumbel_gates."))
+        .collect::<Vec<_>>();
+    let diffusion =
+        Arc::new(GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap());
+    let lora = Update::Lora {
+        rank: usize_of(&case["lora_rank"]),
+        alpha: f64_of(&case["lora_alpha"]),
+    };
     for (mode, update) in [("full", Update::Full), ("lora", lora)] {
-        let pruner = LearnedPruner::new(network::<B>(&config, &base), groups.clone(), update, 0.0, annealing.clone(), diffusion.clone(), 0);
+        let pruner = LearnedPruner::new(
+            network::<B>(&config, &base),
+            groups.clone(),
+            update,
+            0.0,
+            annealing.clone(),
+            diffusion.clone(),
+            0,
+        );
         let mut state = base.clone();
         state.extend(gates.clone());
         if mode == "lora" {
@@ -148,19 +265,51 @@ pub fn prune_forward<B: TrainingBackend>(slack: f64) {
         let mask = pruner.masks(&batch.gumbel, 0);
         rule.tensor(&file.name, "masks", mask.clone(), file.get("masks"));
         let mut gated = Gated { mask };
-        let mut record = Record { hook: &mut gated, hidden: Vec::new() };
-        let out = pruner.network.forward(batch.x.clone(), file.get("t").tensor(), file.get("y").labels(), &mut record);
+        let mut record = Record {
+            hook: &mut gated,
+            hidden: Vec::new(),
+        };
+        let out = pruner.network.forward(
+            batch.x.clone(),
+            file.get("t").tensor(),
+            file.get("y").labels(),
+            &mut record,
+        );
         let key = |name: &str| format!("{mode}.{name}");
-        rule.tensor(&file.name, &key("hidden"), Tensor::stack::<4>(record.hidden, 0), file.get(&key("hidden")));
+        rule.tensor(
+            &file.name,
+            &key("hidden"),
+            Tensor::stack::<4>(record.hidden, 0),
+            file.get(&key("hidden")),
+        );
         rule.tensor(&file.name, &key("out"), out, file.get(&key("out")));
 
         let (terms, _) = pruner.terms(&batch);
-        rule.tensor(&file.name, &key("loss.mse"), terms.mse.clone(), file.get(&key("loss.mse")));
-        rule.tensor(&file.name, &key("loss.vb"), terms.vb.clone().unwrap(), file.get(&key("loss.vb")));
-        rule.tensor(&file.name, &key("loss.loss"), terms.total.clone(), file.get(&key("loss.loss")));
+        rule.tensor(
+            &file.name,
+            &key("loss.mse"),
+            terms.mse.clone(),
+            file.get(&key("loss.mse")),
+        );
+        rule.tensor(
+            &file.name,
+            &key("loss.vb"),
+            terms.vb.clone().unwrap(),
+            file.get(&key("loss.vb")),
+        );
+        rule.tensor(
+            &file.name,
+            &key("loss.loss"),
+            terms.total.clone(),
+            file.get(&key("loss.loss")),
+        );
         let expected = group.file(&format!("grads_{mode}.safetensors"));
         let actual = gradients::<B, _>(&pruner, &terms.total.mean().backward());
-        assert_eq!(actual.keys().map(String::as_str).collect::<Vec<_>>(), expected.names().collect::<Vec<_>>(), "parameters with a gradient");
+        assert_eq!(
+            actual.keys().map(String::as_str).collect::<Vec<_>>(),
+            expected.names().collect::<Vec<_>>(),
+            "parameters with a gradient"
+        );
         for (name, gradient) in &actual {
             rule.check(&expected.name, name, &gradient.data, expected.get(name));
         }
@@ -175,7 +324,9 @@ fn batch<B: Backend>(file: &File, groups: usize, classes: usize) -> Batch<B> {
         noise: file.get("noise").tensor(),
         t: file.get("t").indices(),
         y: dropped(file.get("y"), file.get("drop_ids"), classes).labels(),
-        gumbel: (0..groups).map(|group| file.get(&format!("gumbel.{group}")).tensor()).collect(),
+        gumbel: (0..groups)
+            .map(|group| file.get(&format!("gumbel.{group}")).tensor())
+            .collect(),
         teacher: None,
     }
 }

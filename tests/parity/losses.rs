@@ -1,6 +1,8 @@
 use burn::tensor::Tensor;
 use tinyfusion::ops::TrainingBackend;
-use tinyfusion::process::{Distillation, GaussianDiffusion, MaskedFeatures, Objective, TeacherOutput, typical};
+use tinyfusion::process::{
+    Distillation, GaussianDiffusion, MaskedFeatures, Objective, TeacherOutput, typical,
+};
 use tinyfusion::trunk::Tap;
 
 use crate::compare::{Rule, values};
@@ -10,41 +12,87 @@ pub fn distill_losses<B: TrainingBackend>(slack: f64) {
     let group = Group::open("distill_losses");
     let case = &group.case;
     let rule = Rule::new(case, slack);
-    let (file, grads) = (group.file("io.safetensors"), group.file("grads.safetensors"));
+    let (file, grads) = (
+        group.file("io.safetensors"),
+        group.file("grads.safetensors"),
+    );
     let massive = group.file("massive.safetensors");
-    let (student_config, teacher_config) = (config(&case["student_config"]), config(&case["teacher_config"]));
+    let (student_config, teacher_config) = (
+        config(&case["student_config"]),
+        config(&case["teacher_config"]),
+    );
     let diffusion = GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap();
     let t = file.get("t").indices();
     for case in group.case["cases"].as_array().unwrap() {
         let name = case["name"].as_str().unwrap();
-        let mut states = [group.state("student.safetensors"), group.state("teacher.safetensors")];
+        let mut states = [
+            group.state("student.safetensors"),
+            group.state("teacher.safetensors"),
+        ];
         if case["massive"].as_bool() == Some(true) {
             states[0].extend(massive.state("student."));
             states[1].extend(massive.state("teacher."));
         }
-        let (student, teacher) = (network::<B>(&student_config, &states[0]), network::<B::InnerBackend>(&teacher_config, &states[1]));
+        let (student, teacher) = (
+            network::<B>(&student_config, &states[0]),
+            network::<B::InnerBackend>(&teacher_config, &states[1]),
+        );
         let taps: Vec<(usize, usize)> = match case["student_layers"].is_null() {
             true => Vec::new(),
-            false => usizes_of(&case["student_layers"]).into_iter().zip(usizes_of(&case["teacher_layers"])).collect(),
+            false => usizes_of(&case["student_layers"])
+                .into_iter()
+                .zip(usizes_of(&case["teacher_layers"]))
+                .collect(),
         };
         let features = (!taps.is_empty()).then(|| {
             let beta = f64_of(&group.case["beta_feat"]);
-            MaskedFeatures { taps: taps.clone(), k: Some(f64_of(&case["k"])), beta: (beta, beta) }
+            MaskedFeatures {
+                taps: taps.clone(),
+                k: Some(f64_of(&case["k"])),
+                beta: (beta, beta),
+            }
         });
-        let distillation = Distillation { alpha: f64_of(&group.case["alpha_kd"]), features };
+        let distillation = Distillation {
+            alpha: f64_of(&group.case["alpha_kd"]),
+            features,
+        };
 
         let y = dropped(file.get("y"), file.get("drop_ids"), student_config.classes);
-        let y_teacher = if case["teacher_sees_dropped_labels"].as_bool().unwrap() { &y } else { file.get("y") };
+        let y_teacher = if case["teacher_sees_dropped_labels"].as_bool().unwrap() {
+            &y
+        } else {
+            file.get("y")
+        };
         let teacher_layers: Vec<usize> = taps.iter().map(|tap| tap.1).collect();
-        let said = Objective { diffusion: &diffusion, x_start: file.get("x").tensor(), noise: file.get("noise").tensor(), t: &t, y: y_teacher.labels() }.teach(&teacher, &teacher_layers);
-        let said = TeacherOutput { output: Tensor::from_inner(said.output), features: said.features.into_iter().map(Tensor::from_inner).collect() };
+        let said = Objective {
+            diffusion: &diffusion,
+            x_start: file.get("x").tensor(),
+            noise: file.get("noise").tensor(),
+            t: &t,
+            y: y_teacher.labels(),
+        }
+        .teach(&teacher, &teacher_layers);
+        let said = TeacherOutput {
+            output: Tensor::from_inner(said.output),
+            features: said.features.into_iter().map(Tensor::from_inner).collect(),
+        };
 
-        let objective = Objective { diffusion: &diffusion, x_start: file.get("x").tensor::<B, 4>(), noise: file.get("noise").tensor(), t: &t, y: y.labels() };
+        let objective = Objective {
+            diffusion: &diffusion,
+            x_start: file.get("x").tensor::<B, 4>(),
+            noise: file.get("noise").tensor(),
+            t: &t,
+            y: y.labels(),
+        };
         let x_t = objective.x_t();
         let mut tap = Tap::new(taps.iter().map(|tap| tap.0));
         let output = objective.run(&student, x_t.clone(), &mut tap);
-        let weight = distillation.features.as_ref().map_or(0.0, |features| features.weight(0, 1));
-        let terms = objective.distillation_terms(x_t, output, &tap.outputs, &said, &distillation, weight);
+        let weight = distillation
+            .features
+            .as_ref()
+            .map_or(0.0, |features| features.weight(0, 1));
+        let terms =
+            objective.distillation_terms(x_t, output, &tap.outputs, &said, &distillation, weight);
 
         let check = |key: &str, actual: Tensor<B, 1>| {
             let key = format!("{name}.{key}");
@@ -54,22 +102,50 @@ pub fn distill_losses<B: TrainingBackend>(slack: f64) {
         check("vb", terms.vb.clone().unwrap());
         check("gt", terms.mse.clone() + terms.vb.clone().unwrap());
         check("vb_kd", terms.vb_kd.clone().unwrap());
-        check("kd_loss", terms.kd.clone().unwrap() + terms.vb_kd.clone().unwrap());
+        check(
+            "kd_loss",
+            terms.kd.clone().unwrap() + terms.vb_kd.clone().unwrap(),
+        );
         check("loss", terms.total.clone());
         if let Some(features) = &terms.features {
             check("feat_loss", features.clone());
             let masked = |hidden: &[Tensor<B, 3>]| -> Vec<f64> {
                 let k = f64_of(&case["k"]);
-                hidden.iter().flat_map(|x| values((typical(x, k).neg() + 1.0).sum_dim(1).sum_dim(2))).collect()
+                hidden
+                    .iter()
+                    .flat_map(|x| values((typical(x, k).neg() + 1.0).sum_dim(1).sum_dim(2)))
+                    .collect()
             };
-            rule.check(&file.name, &format!("{name}.masked_student"), &masked(&tap.outputs), file.get(&format!("{name}.masked_student")));
-            rule.check(&file.name, &format!("{name}.masked_teacher"), &masked(&said.features), file.get(&format!("{name}.masked_teacher")));
+            rule.check(
+                &file.name,
+                &format!("{name}.masked_student"),
+                &masked(&tap.outputs),
+                file.get(&format!("{name}.masked_student")),
+            );
+            rule.check(
+                &file.name,
+                &format!("{name}.masked_teacher"),
+                &masked(&said.features),
+                file.get(&format!("{name}.masked_teacher")),
+            );
         }
         let actual = gradients::<B, _>(&student, &terms.total.mean().backward());
-        let expected: Vec<&str> = grads.names().filter_map(|key| key.strip_prefix(&format!("{name}."))).collect();
-        assert_eq!(actual.keys().map(String::as_str).collect::<Vec<_>>(), expected, "parameters with a gradient");
+        let expected: Vec<&str> = grads
+            .names()
+            .filter_map(|key| key.strip_prefix(&format!("{name}.")))
+            .collect();
+        assert_eq!(
+            actual.keys().map(String::as_str).collect::<Vec<_>>(),
+            expected,
+            "parameters with a gradient"
+        );
         for (parameter, gradient) in &actual {
-            rule.check(&grads.name, &format!("{name}.{parameter}"), &gradient.data, grads.get(&format!("{name}.{parameter}")));
+            rule.check(
+                &grads.name,
+                &format!("{name}.{parameter}"),
+                &gradient.data,
+                grads.get(&format!("{name}.{parameter}")),
+            );
         }
     }
 }

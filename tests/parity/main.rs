@@ -6,6 +6,7 @@
 //! found.
 
 mod compare;
+mod evaluator;
 mod fixture;
 mod forward;
 mod losses;

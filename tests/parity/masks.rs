@@ -35,7 +35,9 @@ fn prune_masks() {
         assert_eq!(groups.kept_depth(), usize_of(&hybrid["num_kept"]));
         let kept = groups.kept(&usizes_of(&hybrid["choice"]));
         assert_eq!(kept, usizes_of(&hybrid["kept"]));
-        let mask: Vec<usize> = (0..depth).map(|layer| usize::from(kept.contains(&layer))).collect();
+        let mask: Vec<usize> = (0..depth)
+            .map(|layer| usize::from(kept.contains(&layer)))
+            .collect();
         assert_eq!(mask, usizes_of(&hybrid["mask"]));
     }
 }
@@ -48,37 +50,95 @@ pub fn prune_gate<B: TrainingBackend>(slack: f64) {
         let key = |name: &str| format!("{}.{name}", case["index"]);
         let input = |name: &str| file.get(&key(name)).tensor::<B, 2>();
         let pruning = PruningGroup::new(usize_of(&case["n"]), usize_of(&case["m"])).unwrap();
-        let options: Vec<f64> = pruning.masks().concat().into_iter().map(f64::from).collect();
-        rule.check(&file.name, &key("options"), &options, file.get(&key("options")));
+        let options: Vec<f64> = pruning
+            .masks()
+            .concat()
+            .into_iter()
+            .map(f64::from)
+            .collect();
+        rule.check(
+            &file.name,
+            &key("options"),
+            &options,
+            file.get(&key("options")),
+        );
         let logits = input("logits").require_grad();
-        let drawn = draw(pruning, logits.clone(), input("gumbel"), f64_of(&case["tau"]), f64_of(&case["scaling"]));
+        let drawn = draw(
+            pruning,
+            logits.clone(),
+            input("gumbel"),
+            f64_of(&case["tau"]),
+            f64_of(&case["scaling"]),
+        );
         rule.tensor(&file.name, &key("soft"), drawn.soft, file.get(&key("soft")));
         rule.tensor(&file.name, &key("hard"), drawn.hard, file.get(&key("hard")));
-        rule.tensor(&file.name, &key("mask"), drawn.mask.clone(), file.get(&key("mask")));
+        rule.tensor(
+            &file.name,
+            &key("mask"),
+            drawn.mask.clone(),
+            file.get(&key("mask")),
+        );
         let gradients = (drawn.mask * input("upstream")).sum().backward();
-        rule.tensor(&file.name, &key("grad_logits"), logits.grad(&gradients).unwrap(), file.get(&key("grad_logits")));
+        rule.tensor(
+            &file.name,
+            &key("grad_logits"),
+            logits.grad(&gradients).unwrap(),
+            file.get(&key("grad_logits")),
+        );
     }
     for case in group.case["decisions"].as_array().unwrap() {
         let pairs: Vec<[usize; 2]> = serde_json::from_value(case["groups"].clone()).unwrap();
         let groups = Groups::from_pairs(&pairs, pairs.iter().map(|pair| pair[1]).sum()).unwrap();
         let gates: Vec<Vec<f32>> = serde_json::from_value(case["gates"].clone()).unwrap();
         let decision = decide(&groups, &gates, f64_of(&case["scaling"]));
-        let choices: Vec<usize> = decision.choices.iter().map(|choice| choice.candidate).collect();
+        let choices: Vec<usize> = decision
+            .choices
+            .iter()
+            .map(|choice| choice.candidate)
+            .collect();
         assert_eq!(choices, usizes_of(&case["argmax"]));
         assert_eq!(decision.kept, usizes_of(&case["kept"]));
-        let confidence: Vec<f64> = decision.choices.iter().map(|choice| choice.confidence).collect();
+        let confidence: Vec<f64> = decision
+            .choices
+            .iter()
+            .map(|choice| choice.confidence)
+            .collect();
         let expected: Vec<f64> = serde_json::from_value(case["confidence"].clone()).unwrap();
-        rule.check("case.json", "confidence", &confidence, &Values { shape: vec![expected.len()], data: expected });
+        rule.check(
+            "case.json",
+            "confidence",
+            &confidence,
+            &Values {
+                shape: vec![expected.len()],
+                data: expected,
+            },
+        );
     }
     let schedule = &group.case["schedule"];
     let pair = |name: &str| (f64_of(&schedule[name][0]), f64_of(&schedule[name][1]));
     let steps = usize_of(&schedule["total_steps"]);
-    for (first, second, names) in [("tau_range", "scaling_range", ("tau", "scaling")), ("tau_range", "other_range", ("tau", "other"))] {
-        let annealing = Annealing { tau: pair(first), scaling: pair(second), steps };
-        let (tau, scaling): (Vec<f64>, Vec<f64>) = (0..steps).map(|step| annealing.at(step)).unzip();
+    for (first, second, names) in [
+        ("tau_range", "scaling_range", ("tau", "scaling")),
+        ("tau_range", "other_range", ("tau", "other")),
+    ] {
+        let annealing = Annealing {
+            tau: pair(first),
+            scaling: pair(second),
+            steps,
+        };
+        let (tau, scaling): (Vec<f64>, Vec<f64>) =
+            (0..steps).map(|step| annealing.at(step)).unzip();
         for (name, actual) in [(names.0, tau), (names.1, scaling)] {
             let expected: Vec<f64> = serde_json::from_value(schedule[name].clone()).unwrap();
-            rule.check("case.json", name, &actual, &Values { shape: vec![steps], data: expected });
+            rule.check(
+                "case.json",
+                name,
+                &actual,
+                &Values {
+                    shape: vec![steps],
+                    data: expected,
+                },
+            );
         }
     }
 }

@@ -25,16 +25,27 @@ fn batch<B: Backend>(file: &File, config: &DitConfig, groups: usize, step: usize
         noise: row("noise").tensor(),
         t: row("t").indices(),
         y: dropped(&row("y"), &row("drop_ids"), config.classes).labels(),
-        gumbel: (0..groups).map(|group| row(&format!("gumbel.{group}")).tensor()).collect(),
+        gumbel: (0..groups)
+            .map(|group| row(&format!("gumbel.{group}")).tensor())
+            .collect(),
         teacher: None,
     }
 }
 
 /// One optimisation step, as the training strategy makes it; returns the norm before clipping.
-fn optimise<B: AutodiffBackend, M: AutodiffModule<B>>(model: M, optimizer: &mut AdamW<B>, lr: f64, loss: burn::tensor::Tensor<B, 1>, clip: f64) -> (M, f64) {
+fn optimise<B: AutodiffBackend, M: AutodiffModule<B>>(
+    model: M,
+    optimizer: &mut AdamW<B>,
+    lr: f64,
+    loss: burn::tensor::Tensor<B, 1>,
+    clip: f64,
+) -> (M, f64) {
     let gradients = GradientsParams::from_grads(loss.backward(), &model);
     let (gradients, norm) = clip_global_norm::<B, M>(&model, gradients, clip);
-    (Optimizer::<M, B>::step(optimizer, lr, model, gradients), norm)
+    (
+        Optimizer::<M, B>::step(optimizer, lr, model, gradients),
+        norm,
+    )
 }
 
 /// The rule the optimizer's arithmetic was written for.
@@ -53,15 +64,36 @@ pub fn train_steps<B: TrainingBackend>(slack: f64, steps: usize) {
     let case = &group.case;
     let rule = Rule::new(case, slack);
     let config = config(&case["config"]);
-    let (inputs, expected) = (group.file("inputs.safetensors"), group.file("expected.safetensors"));
+    let (inputs, expected) = (
+        group.file("inputs.safetensors"),
+        group.file("expected.safetensors"),
+    );
     let initial = group.state("init.safetensors");
-    let diffusion = Arc::new(GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap());
-    let mut student = Student::new(network::<B>(&config, &initial), None, diffusion, group.steps());
+    let diffusion =
+        Arc::new(GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap());
+    let mut student = Student::new(
+        network::<B>(&config, &initial),
+        None,
+        diffusion,
+        group.steps(),
+    );
     assert_adamw(&case["optimizer"]);
     let mut optimizer = AdamW::<B>::new(f64_of(&case["optimizer"]["weight_decay"]), Vec::new());
-    let schedule = Schedule::new(f64_of(&case["optimizer"]["lr"]), f64_of(&case["schedule"]["eta_min"]), 0, usize_of(&case["schedule"]["t_max"]));
+    let schedule = Schedule::new(
+        f64_of(&case["optimizer"]["lr"]),
+        f64_of(&case["schedule"]["eta_min"]),
+        0,
+        usize_of(&case["schedule"]["t_max"]),
+    );
     let mut ema = Ema::new(&student, f64_of(&case["ema_decay"]));
-    let check = |step: usize, key: &str, actual: f64| rule.check(&expected.name, key, &[actual], &expected.get(key).row(step).scalar());
+    let check = |step: usize, key: &str, actual: f64| {
+        rule.check(
+            &expected.name,
+            key,
+            &[actual],
+            &expected.get(key).row(step).scalar(),
+        )
+    };
     for step in 0..steps {
         let terms = student.terms(&batch(&inputs, &config, 0, step));
         let mean = |term: burn::tensor::Tensor<B, 1>| values(term.mean())[0];
@@ -69,7 +101,13 @@ pub fn train_steps<B: TrainingBackend>(slack: f64, steps: usize) {
         check(step, "mse", mean(terms.mse.clone()));
         check(step, "vb", mean(terms.vb.clone().unwrap()));
         check(step, "lr", schedule.at(step));
-        let (updated, norm) = optimise(student, &mut optimizer, schedule.at(step), terms.total.mean(), f64_of(&case["clip_grad_norm"]));
+        let (updated, norm) = optimise(
+            student,
+            &mut optimizer,
+            schedule.at(step),
+            terms.total.mean(),
+            f64_of(&case["clip_grad_norm"]),
+        );
         student = updated;
         check(step, "grad_norm", norm);
         ema.update(&student);
@@ -82,13 +120,20 @@ pub fn train_steps<B: TrainingBackend>(slack: f64, steps: usize) {
     weights_by_distance(&group, &initial, &last, "final.safetensors");
     weights_by_distance(&group, &initial, &average, "ema.safetensors");
     let untouched = &case["untouched"];
-    let (name, row) = (untouched["name"].as_str().unwrap(), usize_of(&untouched["row"]));
+    let (name, row) = (
+        untouched["name"].as_str().unwrap(),
+        usize_of(&untouched["row"]),
+    );
     let row = |state: &StateDict| {
         let array = &state[name];
         let width = array.shape[1];
         array.data[row * width..(row + 1) * width].to_vec()
     };
-    assert_eq!(row(&last), row(&initial), "a class that never occurs must not move");
+    assert_eq!(
+        row(&last),
+        row(&initial),
+        "a class that never occurs must not move"
+    );
 }
 
 /// `l2_rule`: the distance to the expected weights against the distance travelled.
@@ -99,11 +144,21 @@ fn weights_by_distance(group: &Group, initial: &StateDict, actual: &StateDict, f
     for (name, expected) in group.state(file) {
         let skip = name.ends_with("attn.qkv.bias");
         let used = |index: &usize| !skip || !(excluded[0]..excluded[1]).contains(index);
-        let norm = |f: &dyn Fn(usize) -> f32| (0..expected.data.len()).filter(used).map(|index| f64::from(f(index)).powi(2)).sum::<f64>().sqrt();
+        let norm = |f: &dyn Fn(usize) -> f32| {
+            (0..expected.data.len())
+                .filter(used)
+                .map(|index| f64::from(f(index)).powi(2))
+                .sum::<f64>()
+                .sqrt()
+        };
         let off = norm(&|index| actual[&name].data[index] - expected.data[index]);
         let travelled = norm(&|index| expected.data[index] - initial[&name].data[index]);
-        let allowed = f64_of(&tolerance["l2_update"]) * travelled + f64_of(&tolerance["l2"]) * norm(&|index| expected.data[index]);
-        assert!(off <= allowed, "{file}/{name}: {off:e} off, {allowed:e} allowed");
+        let allowed = f64_of(&tolerance["l2_update"]) * travelled
+            + f64_of(&tolerance["l2"]) * norm(&|index| expected.data[index]);
+        assert!(
+            off <= allowed,
+            "{file}/{name}: {off:e} off, {allowed:e} allowed"
+        );
     }
 }
 
@@ -112,27 +167,61 @@ pub fn prune_trajectory<B: TrainingBackend>(slack: f64) {
     let case = &group.case;
     let rule = Rule::new(case, slack);
     let config = config(&case["config"]);
-    let (inputs, expected) = (group.file("inputs.safetensors"), group.file("expected.safetensors"));
+    let (inputs, expected) = (
+        group.file("inputs.safetensors"),
+        group.file("expected.safetensors"),
+    );
     let pairs: Vec<[usize; 2]> = serde_json::from_value(case["config"]["groups"].clone()).unwrap();
     let groups = Groups::from_pairs(&pairs, config.depth).unwrap();
     let range = |name: &str| (f64_of(&case[name][0]), f64_of(&case[name][1]));
-    let annealing = Annealing { tau: range("tau_range"), scaling: range("scaling_range"), steps: group.steps() };
-    let update = Update::Lora { rank: usize_of(&case["lora_rank"]), alpha: f64_of(&case["lora_alpha"]) };
+    let annealing = Annealing {
+        tau: range("tau_range"),
+        scaling: range("scaling_range"),
+        steps: group.steps(),
+    };
+    let update = Update::Lora {
+        rank: usize_of(&case["lora_rank"]),
+        alpha: f64_of(&case["lora_alpha"]),
+    };
     let pretrained = group.state("weights.safetensors");
-    let diffusion = Arc::new(GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap());
-    let pruner = LearnedPruner::new(network::<B>(&config, &pretrained), groups.clone(), update, f64_of(&case["gate_init"]), annealing, diffusion, 0);
+    let diffusion =
+        Arc::new(GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap());
+    let pruner = LearnedPruner::new(
+        network::<B>(&config, &pretrained),
+        groups.clone(),
+        update,
+        f64_of(&case["gate_init"]),
+        annealing,
+        diffusion,
+        0,
+    );
     let mut state = collect::<B, _>(&pruner);
     state.extend(group.state("lora_init.safetensors"));
     let mut pruner = assign::<B, _>(pruner, &state, &group.path, "the gated model").unwrap();
 
     let optimizer = &case["optimizer"];
     assert_adamw(optimizer);
-    let gates = names::<B, _>(&pruner).into_iter().filter(|parameter| parameter.name.starts_with("gumbel_gates.")).map(|parameter| parameter.id).collect();
-    let (lr, lr_gates) = (f64_of(&optimizer["lr_lora"]), f64_of(&optimizer["lr_gates"]));
-    let mut optimizer = AdamW::<B>::new(f64_of(&optimizer["weight_decay"]), vec![ParameterGroup { parameters: gates, lr_factor: lr_gates / lr }]);
+    let gates = names::<B, _>(&pruner)
+        .into_iter()
+        .filter(|parameter| parameter.name.starts_with("gumbel_gates."))
+        .map(|parameter| parameter.id)
+        .collect();
+    let (lr, lr_gates) = (
+        f64_of(&optimizer["lr_lora"]),
+        f64_of(&optimizer["lr_gates"]),
+    );
+    let mut optimizer = AdamW::<B>::new(
+        f64_of(&optimizer["weight_decay"]),
+        vec![ParameterGroup {
+            parameters: gates,
+            lr_factor: lr_gates / lr,
+        }],
+    );
     let mut ema = Ema::new(&pruner, f64_of(&case["ema_decay"]));
     for step in 0..group.steps() {
-        let check = |key: &str, actual: &[f64], values: &crate::fixture::Values| rule.check(&expected.name, key, actual, values);
+        let check = |key: &str, actual: &[f64], values: &crate::fixture::Values| {
+            rule.check(&expected.name, key, actual, values)
+        };
         let row = |key: &str| expected.get(key).row(step);
         check("tau", &[pruner.annealed(step).0], &row("tau").scalar());
         let batch = batch::<B>(&inputs, &config, groups.len(), step);
@@ -140,14 +229,34 @@ pub fn prune_trajectory<B: TrainingBackend>(slack: f64) {
         for (index, (group, offset)) in groups.iter().zip(groups.offsets()).enumerate() {
             let key = format!("choice.{index}");
             let mask = values(mask.clone().narrow(1, offset, group.of()));
-            let chosen: Vec<f64> = mask.chunks(group.of()).map(|row| group.masks().iter().position(|candidate| candidate.iter().map(|v| f64::from(*v)).eq(row.iter().copied())).unwrap() as f64).collect();
+            let chosen: Vec<f64> = mask
+                .chunks(group.of())
+                .map(|row| {
+                    group
+                        .masks()
+                        .iter()
+                        .position(|candidate| {
+                            candidate
+                                .iter()
+                                .map(|v| f64::from(*v))
+                                .eq(row.iter().copied())
+                        })
+                        .unwrap() as f64
+                })
+                .collect();
             check(&key, &chosen, &row(&key));
         }
         let mean = |term: &burn::tensor::Tensor<B, 1>| values(term.clone().mean());
         check("loss", &mean(&terms.total), &row("loss").scalar());
         check("mse", &mean(&terms.mse), &row("mse").scalar());
         check("vb", &mean(terms.vb.as_ref().unwrap()), &row("vb").scalar());
-        let (updated, norm) = optimise(pruner, &mut optimizer, lr, terms.total.mean(), f64_of(&case["clip_grad_norm"]));
+        let (updated, norm) = optimise(
+            pruner,
+            &mut optimizer,
+            lr,
+            terms.total.mean(),
+            f64_of(&case["clip_grad_norm"]),
+        );
         pruner = updated;
         check("grad_norm", &[norm], &row("grad_norm").scalar());
         ema.update(&pruner);
@@ -155,17 +264,34 @@ pub fn prune_trajectory<B: TrainingBackend>(slack: f64) {
         for index in 0..groups.len() {
             let (gates, averages) = (format!("gates.{index}"), format!("ema_gates.{index}"));
             check(&gates, &values(pruner.gates[index].val()), &row(&gates));
-            check(&averages, &values(averaged.gates[index].val()), &row(&averages));
+            check(
+                &averages,
+                &values(averaged.gates[index].val()),
+                &row(&averages),
+            );
         }
     }
     let wanted = &case["decision"];
     let last = group.steps() - 1;
     let decision = ema.apply(pruner.valid()).decision(last);
     let raw = pruner.valid().decision(last);
-    let candidates = |decision: &tinyfusion::pruning::Decision| decision.choices.iter().map(|choice| choice.candidate).collect::<Vec<_>>();
+    let candidates = |decision: &tinyfusion::pruning::Decision| {
+        decision
+            .choices
+            .iter()
+            .map(|choice| choice.candidate)
+            .collect::<Vec<_>>()
+    };
     assert_eq!(candidates(&decision), usizes_of(&wanted["argmax"]));
-    assert_eq!(candidates(&raw), usizes_of(&wanted["argmax_of_raw_gates"]), "the raw gates decide as the reference's do");
+    assert_eq!(
+        candidates(&raw),
+        usizes_of(&wanted["argmax_of_raw_gates"]),
+        "the raw gates decide as the reference's do"
+    );
     assert_eq!(decision.kept, usizes_of(&wanted["kept"]));
     let kept = network::<B::InnerBackend>(&config, &pretrained).keep(&decision.kept);
-    assert_eq!(collect::<B::InnerBackend, _>(&kept), group.state("pruned.pt"));
+    assert_eq!(
+        collect::<B::InnerBackend, _>(&kept),
+        group.state("pruned.pt")
+    );
 }

@@ -1,7 +1,7 @@
 //! Whole recipes, and what the tests of the single stages share.
 
 use super::*;
-use crate::pruning::groups::Group;
+use crate::pruning::Group;
 use crate::recipe::prune::{GroupsSpec, PruneMethod};
 use crate::recipe::source::{EmbeddedName, Source};
 
@@ -86,7 +86,7 @@ pub(in crate::recipe) fn second(lines: &str) -> StageKind {
 fn quickstart_reads_with_its_defaults() {
     let recipe = read(QUICKSTART);
     assert_eq!((recipe.name.as_str(), recipe.seed), ("quickstart", 1));
-    assert_eq!(recipe.backend, Some(Backend::Ndarray));
+    assert_eq!(recipe.backend, Some(crate::backend::BackendKind::Ndarray));
     let names: Vec<_> = recipe
         .stages
         .iter()

@@ -1,0 +1,337 @@
+//! `tinyfusion bench`: whole workloads, timed. Random weights and data, no files, so that it runs where there is no
+//! cargo.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use burn::module::AutodiffModule;
+use burn::tensor::backend::Backend;
+use burn::tensor::{Int, Tensor};
+use burn::train::TrainStep;
+use burn_dataset::Dataset;
+use serde::Serialize;
+
+use crate::data::{Batch, BatchPlan, BatchSource, Image};
+use crate::models::{DitConfig, Network, initialise, zoo};
+use crate::ops::TrainingBackend;
+use crate::process::{
+    Distillation, GaussianDiffusion, Guidance, MaskedFeatures, Objective, Sampler, Solver,
+    TeacherOutput,
+};
+use crate::pruning::{Annealing, Groups, LearnedPruner, Update};
+use crate::random::{self, Stream};
+use crate::recovery::Student;
+use crate::training::{AdamW, Ema, StepReport, clip_global_norm};
+use crate::trunk::Plain;
+use crate::weights::{collect, overlay};
+
+/// What is timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Workload {
+    /// One forward pass of a batch.
+    Infer,
+    /// One fine-tuning step: forward, backward, clip, AdamW, EMA.
+    Finetune,
+    /// One step of learned pruning with low-rank updates, groups 1:2.
+    Prune,
+    /// One step of masked distillation of half the layers, the teacher's forward pass included.
+    MaskedKd,
+    /// One guided sampling step of a batch.
+    Sample,
+}
+
+/// What to time, and how often.
+#[derive(Debug, Clone)]
+pub struct BenchPlan {
+    /// The workload.
+    pub workload: Workload,
+    /// Sizes.
+    pub model: DitConfig,
+    /// Samples of a batch.
+    pub batch: usize,
+    /// Runs before timing.
+    pub warmup: usize,
+    /// Timed runs.
+    pub repeats: usize,
+}
+
+/// A measurement.
+#[derive(Debug, Clone, Serialize)]
+pub struct Measurement {
+    /// The workload.
+    pub workload: Workload,
+    /// Backend and device.
+    pub backend: String,
+    /// Sizes.
+    pub model: DitConfig,
+    /// Parameters.
+    pub parameters: usize,
+    /// Samples of a batch.
+    pub batch: usize,
+    /// Threads of the CPU backend.
+    pub threads: usize,
+    /// Milliseconds of each timed run.
+    pub runs_ms: Vec<f64>,
+    /// Their median.
+    pub median_ms: f64,
+    /// Half the distance between their quartiles.
+    pub spread_ms: f64,
+    /// Images a second at the median.
+    pub images_per_second: f64,
+    /// Peak resident memory of the process in MiB, where the system tells.
+    pub peak_memory_mib: Option<f64>,
+}
+
+/// The model of that name, sizes overridden: `digits` or a preset.
+pub fn model(name: &str) -> Option<DitConfig> {
+    if name == "digits" {
+        return Some(DitConfig {
+            input_size: 8,
+            patch_size: 2,
+            channels: 1,
+            width: 64,
+            depth: 12,
+            heads: 4,
+            mlp_ratio: 4.0,
+            classes: 10,
+            learn_sigma: true,
+        });
+    }
+    zoo::config(name, 32, 4, 1000)
+}
+
+/// Random images.
+struct Random {
+    pixels: usize,
+    classes: usize,
+    count: usize,
+}
+
+impl Dataset<Image> for Random {
+    fn get(&self, index: usize) -> Option<Image> {
+        (index < self.count).then(|| Image {
+            pixels: random::normal(0, Stream::Bench, 1, index as u64, self.pixels),
+            label: index % self.classes,
+        })
+    }
+
+    fn len(&self) -> usize {
+        self.count
+    }
+}
+
+/// Times a workload.
+pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measurement {
+    let config = &plan.model;
+    let data = Random {
+        pixels: config.channels * config.input_size.pow(2),
+        classes: config.classes,
+        count: plan.batch.max(256),
+    };
+    let groups = Groups::parse_ratio("1:2", config.depth).ok();
+    let candidates = match plan.workload {
+        Workload::Prune => groups
+            .iter()
+            .flat_map(|groups| groups.iter().map(|group| group.num_candidates()))
+            .collect(),
+        _ => Vec::new(),
+    };
+    let shape = BatchPlan {
+        batch: plan.batch,
+        seed: 0,
+        channels: config.channels,
+        size: config.input_size,
+        classes: config.classes,
+        label_drop: 0.1,
+        diffusion_steps: 1000,
+        candidates,
+    };
+    let source = BatchSource {
+        plan: shape,
+        data: Arc::new(data),
+    };
+    let batch = source.draw::<B>(0, device);
+    let diffusion = Arc::new(GaussianDiffusion::full());
+    let runs = match plan.workload {
+        Workload::Infer => {
+            let network = network::<B::InnerBackend>(config, device);
+            let (x, y) = (batch.x.inner(), batch.y.inner());
+            let t = diffusion.model_timesteps::<B::InnerBackend>(&batch.t, device);
+            time::<B>(plan, device, || {
+                let _ = network.forward(x.clone(), t.clone(), y.clone(), &mut Plain);
+            })
+        }
+        Workload::Sample => {
+            let network = network::<B::InnerBackend>(config, device);
+            let one_step =
+                GaussianDiffusion::new("1").unwrap_or_else(|_| GaussianDiffusion::full());
+            let sampler = Sampler {
+                diffusion: one_step,
+                solver: Solver::Ddpm,
+                guidance: Guidance {
+                    scale: 1.5,
+                    channels: 3,
+                },
+            };
+            let (x, y): (_, Tensor<B::InnerBackend, 1, Int>) = (batch.x.inner(), batch.y.inner());
+            let noise = batch.noise.inner();
+            time::<B>(plan, device, || {
+                let _ = sampler.denoise(
+                    &network,
+                    x.clone(),
+                    y.clone(),
+                    &mut |_| noise.clone(),
+                    |_, _, _| (),
+                );
+            })
+        }
+        Workload::Finetune => train(
+            plan,
+            device,
+            Student::new(network::<B>(config, device), None, diffusion, 1),
+            || batch.clone(),
+        ),
+        Workload::Prune => {
+            // Checked by the caller: an odd depth has no pairs.
+            let groups = groups.unwrap_or_else(|| unreachable!("the command refuses an odd depth"));
+            let annealing = Annealing {
+                tau: (4.0, 0.1),
+                scaling: (100.0, 100.0),
+                steps: 1,
+            };
+            let pruner = LearnedPruner::new(
+                network::<B>(config, device),
+                groups,
+                Update::Lora {
+                    rank: 8,
+                    alpha: 16.0,
+                },
+                0.02,
+                annealing,
+                diffusion,
+                0,
+            );
+            train(plan, device, pruner, || batch.clone())
+        }
+        Workload::MaskedKd => {
+            let teacher = network::<B::InnerBackend>(config, device);
+            let kept: Vec<usize> = (0..config.depth).step_by(2).collect();
+            let student = network::<B>(config, device).keep(&kept);
+            let taps: Vec<(usize, usize)> = (0..kept.len())
+                .map(|layer| (layer, 2 * layer + 1))
+                .filter(|(_, layer)| *layer < config.depth)
+                .collect();
+            let layers: Vec<usize> = taps.iter().map(|tap| tap.1).collect();
+            let distillation = Distillation {
+                alpha: 0.9,
+                features: Some(MaskedFeatures {
+                    taps,
+                    k: Some(2.0),
+                    beta: (0.01, 0.0),
+                }),
+            };
+            let inner = source.draw::<B::InnerBackend>(0, device);
+            let student = Student::new(student, Some(distillation), diffusion.clone(), 1);
+            train(plan, device, student, || {
+                let objective = Objective {
+                    diffusion: &diffusion,
+                    x_start: inner.x.clone(),
+                    noise: inner.noise.clone(),
+                    t: &inner.t,
+                    y: inner.y.clone(),
+                };
+                let said = objective.teach(&teacher, &layers);
+                let teacher = TeacherOutput {
+                    output: Tensor::from_inner(said.output),
+                    features: said.features.into_iter().map(Tensor::from_inner).collect(),
+                };
+                Batch {
+                    teacher: Some(teacher),
+                    ..batch.clone()
+                }
+            })
+        }
+    };
+    let mut sorted = runs.clone();
+    sorted.sort_by(f64::total_cmp);
+    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
+    Measurement {
+        workload: plan.workload,
+        backend: <B::InnerBackend as Backend>::name(device),
+        model: config.clone(),
+        parameters: config.parameters(),
+        batch: plan.batch,
+        threads: rayon::current_num_threads(),
+        median_ms: at(0.5),
+        spread_ms: (at(0.75) - at(0.25)) / 2.0,
+        images_per_second: plan.batch as f64 * 1000.0 / at(0.5),
+        runs_ms: runs,
+        peak_memory_mib: peak_memory(),
+    }
+}
+
+/// A network of initial weights; its zero layers are given small random ones, so that no product is of zeros.
+fn network<B: Backend>(config: &DitConfig, device: &B::Device) -> Network<B> {
+    let network = Network::<B>::zeros(config, device);
+    let mut state = collect::<B, _>(&network);
+    initialise(&mut state, 0);
+    for (index, array) in state.values_mut().enumerate() {
+        if array.data.iter().all(|value| *value == 0.0) {
+            array.data = random::normal(0, Stream::Bench, 2, index as u64, array.data.len())
+                .into_iter()
+                .map(|z| 0.02 * z)
+                .collect();
+        }
+    }
+    overlay(network, &state)
+}
+
+fn train<B, M>(
+    plan: &BenchPlan,
+    device: &B::Device,
+    model: M,
+    mut batch: impl FnMut() -> Batch<B>,
+) -> Vec<f64>
+where
+    B: TrainingBackend,
+    M: TrainStep<Input = Batch<B>, Output = StepReport> + AutodiffModule<B>,
+{
+    let mut optimizer = AdamW::<B>::new(0.0, Vec::new());
+    let mut ema = Ema::new(&model, 0.999);
+    let mut model = Some(model);
+    time::<B>(plan, device, || {
+        // Taken and put back around the step that consumes it.
+        if let Some(current) = model.take() {
+            let output = TrainStep::step(&current, batch());
+            let (gradients, _) = clip_global_norm::<B, M>(&current, output.grads, 1.0);
+            let updated =
+                burn::optim::Optimizer::<M, B>::step(&mut optimizer, 1e-4, current, gradients);
+            ema.update(&updated);
+            model = Some(updated);
+        }
+    })
+}
+
+/// Milliseconds of each timed run; the device is waited for.
+fn time<B: Backend>(plan: &BenchPlan, device: &B::Device, mut run: impl FnMut()) -> Vec<f64> {
+    let mut once = || {
+        let started = Instant::now();
+        run();
+        // A device that can't be waited for has failed, and what it ran will say so.
+        let _ = B::sync(device);
+        started.elapsed().as_secs_f64() * 1000.0
+    };
+    for _ in 0..plan.warmup {
+        once();
+    }
+    (0..plan.repeats).map(|_| once()).collect()
+}
+
+/// Peak resident memory in MiB, from Linux's own count.
+fn peak_memory() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kib: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib / 1024.0)
+}

@@ -1,0 +1,235 @@
+use crate::program::{Place, root, short_quickstart};
+
+#[test]
+fn a_dry_run_prints_the_plan_and_writes_nothing() {
+    let place = Place::new();
+    for recipe in std::fs::read_dir(root().join("recipes")).unwrap() {
+        let recipe = recipe.unwrap().path();
+        let finished = place
+            .run(&["recipe", recipe.to_str().unwrap(), "--dry-run"])
+            .succeeded();
+        assert!(
+            finished.stdout.contains("parameters") || finished.stdout.contains("classifier"),
+            "{}",
+            finished.stdout
+        );
+    }
+    let arguments = short_quickstart("runs");
+    let arguments: Vec<&str> = arguments
+        .iter()
+        .map(String::as_str)
+        .chain(["--dry-run"])
+        .collect();
+    let plan = place.run(&arguments).succeeded().stdout;
+    for part in [
+        "prune, learned",
+        "12 layers",
+        "6 layers",
+        "8 steps, 64 images",
+        "recover, masked-kd",
+        "prune, oracle",
+        "MiB",
+    ] {
+        assert!(plan.contains(part), "`{part}` is missing:\n{plan}");
+    }
+    assert_eq!(place.files(), []);
+}
+
+#[test]
+fn inspect_tells_what_a_checkpoint_holds() {
+    let place = Place::new();
+    let text = place
+        .run(&["inspect", "embedded:digits-teacher"])
+        .succeeded()
+        .stdout;
+    assert!(
+        text.contains("DiT, 12 layers, width 64") && text.contains("recipe digits_teacher"),
+        "{text}"
+    );
+    let json = place
+        .run(&["inspect", "embedded:digits-features", "--json"])
+        .succeeded()
+        .stdout;
+    let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(value["architecture"]["family"], "digits-classifier");
+}
+
+#[test]
+fn samples_do_not_depend_on_the_batch_they_are_made_in() {
+    let place = Place::new();
+    let sample = |runs: &str, batch: &str, solver: &str| {
+        place
+            .run(&[
+                "sample",
+                "embedded:digits-teacher",
+                "--count",
+                "7",
+                "--steps",
+                "3",
+                "--batch",
+                batch,
+                "--solver",
+                solver,
+                "--runs",
+                runs,
+            ])
+            .succeeded();
+        let folder = place.path(&format!("{runs}/sample/001/01-sample"));
+        let samples = tinyfusion::evaluation::read_samples(&folder.join("samples.npz")).unwrap();
+        assert_eq!(samples.images.shape(), [7, 8, 8, 1]);
+        assert_eq!(samples.labels.unwrap(), [0, 1, 2, 3, 4, 5, 6]);
+        samples.images.pixels().to_vec()
+    };
+    for solver in ["ddpm", "ddim"] {
+        let together = sample(&format!("{solver}-7"), "7", solver);
+        for batch in ["1", "3"] {
+            // Not exact: the order of a matrix product's sums depends on its number of rows, and a sum that lies
+            // on the border of two bytes may round to either.
+            let apart = sample(&format!("{solver}-{batch}"), batch, solver);
+            assert!(
+                together
+                    .iter()
+                    .zip(&apart)
+                    .all(|(a, b)| a.abs_diff(*b) <= 1),
+                "{solver}, batch {batch}"
+            );
+        }
+    }
+}
+
+#[test]
+fn every_method_of_pruning_and_recovery_runs() {
+    let place = Place::new();
+    let mut stages = String::new();
+    for (name, lines) in [
+        (
+            "shortgpt",
+            "method = 'shortgpt'\nkeep = 6\nbatches = 1\nbatch = 4",
+        ),
+        (
+            "flux-lite",
+            "method = 'flux-lite'\nkeep = 7\nbatches = 1\nbatch = 4",
+        ),
+        (
+            "sensitivity",
+            "method = 'sensitivity'\nkeep = 8\nbatches = 1\nbatch = 4",
+        ),
+        ("kept", "method = 'kept'\nkept = [0, 3, 4, 7, 9, 11]"),
+        (
+            "hybrid",
+            "groups = [[2, 4], [3, 4], [1, 2], [1, 2]]\nupdate = 'full'\nsteps = 2\nbatch = 4",
+        ),
+        (
+            "frozen",
+            "groups = '2:4'\nupdate = 'frozen'\nsteps = 2\nbatch = 4",
+        ),
+    ] {
+        stages += &format!(
+            "[[stage]]\nkind = 'prune'\nname = '{name}'\nfrom = 'embedded:digits-teacher'\n{lines}\n"
+        );
+    }
+    for (name, from, lines) in [
+        ("tune", "shortgpt", "method = 'fine-tune'"),
+        (
+            "kd",
+            "flux-lite",
+            "method = 'kd'\nteacher = 'embedded:digits-teacher'",
+        ),
+        (
+            "rep",
+            "kept",
+            "method = 'rep-kd'\nteacher = 'embedded:digits-teacher'",
+        ),
+        (
+            "masked",
+            "hybrid",
+            "method = 'masked-kd'\nteacher = 'embedded:digits-teacher'\ntaps = [[0, 1], [6, 11]]",
+        ),
+    ] {
+        stages += &format!(
+            "[[stage]]\nkind = 'recover'\nname = '{name}'\nfrom = '{from}'\nsteps = 2\nbatch = 4\n{lines}\n"
+        );
+    }
+    place.write("all.toml", format!("data = 'digits'\n{stages}"));
+    place.run(&["recipe", "all.toml"]).succeeded();
+    let inspected = place
+        .run(&[
+            "inspect",
+            "artifacts/runs/all/001/10-masked/model.safetensors",
+        ])
+        .succeeded()
+        .stdout;
+    assert!(
+        inspected.contains("7 layers") && inspected.contains("of 12 layers"),
+        "{inspected}"
+    );
+}
+
+#[test]
+fn every_workload_is_timed() {
+    let place = Place::new();
+    for workload in ["infer", "finetune", "prune", "masked-kd", "sample"] {
+        let arguments = [
+            "bench",
+            "--workload",
+            workload,
+            "--depth",
+            "2",
+            "--width",
+            "16",
+            "--heads",
+            "2",
+            "--tokens",
+            "4",
+            "--batch",
+            "2",
+            "--repeats",
+            "2",
+            "--warmup",
+            "0",
+            "--json",
+        ];
+        let text = place.run(&arguments).succeeded().stdout;
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(value["workload"], workload);
+        assert!(value["median_ms"].as_f64().unwrap() > 0.0, "{value}");
+        assert_eq!(value["runs_ms"].as_array().unwrap().len(), 2);
+    }
+}
+
+#[test]
+fn seeds_are_summed_up() {
+    let place = Place::new();
+    let arguments = short_quickstart("runs");
+    let arguments: Vec<&str> = arguments
+        .iter()
+        .map(String::as_str)
+        .chain([
+            "--seeds",
+            "2",
+            "--set",
+            "stage.prune.steps=1",
+            "--set",
+            "stage.recover.steps=1",
+            "--set",
+            "stage.recover-oracle.steps=1",
+        ])
+        .collect();
+    let text = place.run(&arguments).succeeded().stdout;
+    assert!(
+        text.contains("2 seeds, mean ± standard deviation") && text.contains("seeds-001-002.json"),
+        "{text}"
+    );
+}
+
+#[test]
+fn help_has_examples_and_completions_are_written() {
+    let place = Place::new();
+    let help = place.run(&["recipe", "--help"]).succeeded().stdout;
+    assert!(
+        help.contains("Examples:") && help.contains("--resume"),
+        "{help}"
+    );
+    let completions = place.run(&["completions", "bash"]).succeeded().stdout;
+    assert!(completions.contains("_tinyfusion"));
+}

@@ -1,0 +1,160 @@
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::Child;
+
+use tinyfusion::weights::Checkpoint;
+
+use crate::program::{Finished, Place, short_quickstart};
+
+/// Stages of the quickstart that leave a model.
+const MODELS: [&str; 4] = ["01-prune", "02-recover", "03-oracle", "04-recover-oracle"];
+
+/// Waits until the program says it has done a step of a stage.
+fn wait_for(child: &mut Child, stage: &str, step: &str) {
+    let stderr = child.stderr.take().unwrap();
+    let mut lines = BufReader::new(stderr).lines();
+    let found = lines
+        .by_ref()
+        .map_while(Result::ok)
+        .any(|line| line.starts_with(&format!("{stage} ")) && line.contains(&format!("{step}/")));
+    assert!(found, "the program ended before step {step} of {stage}");
+    // Kept open and drained: a program must not die of a closed pipe.
+    std::thread::spawn(move || lines.for_each(drop));
+}
+
+fn models(run: &Path) -> Vec<Checkpoint> {
+    MODELS
+        .iter()
+        .map(|stage| Checkpoint::read(&run.join(stage).join("model.safetensors")).unwrap())
+        .collect()
+}
+
+fn assert_same(actual: &Path, expected: &Path) {
+    for ((name, actual), expected) in MODELS.iter().zip(models(actual)).zip(models(expected)) {
+        assert_eq!(
+            actual.state, expected.state,
+            "{name}: weights must be bit-identical"
+        );
+        assert_eq!(actual.provenance, expected.provenance, "{name}");
+    }
+    for log in [
+        "01-prune/metrics.jsonl",
+        "01-prune/decisions.jsonl",
+        "02-recover/metrics.jsonl",
+    ] {
+        let steps = |run: &Path| -> Vec<u64> {
+            let text = std::fs::read_to_string(run.join(log)).unwrap();
+            text.lines()
+                .map(|line| {
+                    serde_json::from_str::<serde_json::Value>(line).unwrap()["step"]
+                        .as_u64()
+                        .unwrap()
+                })
+                .collect()
+        };
+        assert_eq!(steps(actual), steps(expected), "{log}: every step once");
+    }
+}
+
+#[test]
+fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
+    let place = Place::new();
+    let arguments = |runs: &str| short_quickstart(runs);
+    let run = |runs: &str, more: &[&str]| {
+        let arguments = arguments(runs);
+        let arguments: Vec<&str> = arguments
+            .iter()
+            .map(String::as_str)
+            .chain(more.iter().copied())
+            .collect();
+        place.run(&arguments)
+    };
+    let finished = run("whole", &[]).succeeded();
+    for word in [
+        "model",
+        "train images",
+        "embedded:digits-teacher",
+        "prune",
+        "recover",
+        "recover-oracle",
+        "FID",
+    ] {
+        assert!(
+            finished.stdout.contains(word),
+            "the verdict must have `{word}`:\n{}",
+            finished.stdout
+        );
+    }
+    let whole = place.path("whole/quickstart/001");
+    for file in [
+        "resolved.toml",
+        "environment.json",
+        "status.json",
+        "01-prune/decisions.svg",
+        "05-sample/samples.png",
+        "05-sample/samples.npz",
+        "06-evaluate/eval.json",
+        "06-evaluate/comparison.png",
+    ] {
+        assert!(whole.join(file).is_file(), "{file}");
+    }
+
+    let start = |runs: &str| {
+        let arguments = arguments(runs);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        place.start(&arguments)
+    };
+    // Killed outright in the middle of pruning, then interrupted politely in the middle of recovery.
+    let mut child = start("broken");
+    wait_for(&mut child, "prune", "4");
+    child.kill().unwrap();
+    child.wait().unwrap();
+
+    let resumed = arguments("broken");
+    let resumed: Vec<&str> = resumed
+        .iter()
+        .map(String::as_str)
+        .chain(["--resume"])
+        .collect();
+    let mut child = place.start(&resumed);
+    wait_for(&mut child, "recover", "2");
+    let id = child.id().to_string();
+    assert!(
+        std::process::Command::new("kill")
+            .args(["-TERM", &id])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert_eq!(
+        child.wait().unwrap().code(),
+        Some(130),
+        "an interrupted run says so by its exit status"
+    );
+    let status = std::fs::read_to_string(place.path("broken/quickstart/001/status.json")).unwrap();
+    assert!(status.contains("interrupted"), "{status}");
+
+    let Finished { stderr, .. } = run("broken", &["--resume"]).succeeded();
+    assert!(stderr.contains("prune: already done"), "{stderr}");
+    assert_same(&place.path("broken/quickstart/001"), &whole);
+
+    // A finished run is never touched again, and a changed recipe never continues another's checkpoints.
+    let nothing = run("broken", &["--resume"]);
+    assert_eq!(nothing.status, Some(2));
+    assert!(
+        nothing.stderr.contains("no unfinished run"),
+        "{}",
+        nothing.stderr
+    );
+    let mut child = start("changed");
+    wait_for(&mut child, "prune", "4");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let changed = run("changed", &["--resume", "--set", "stage.prune.lr=1e-2"]);
+    assert_eq!(changed.status, Some(2));
+    assert!(
+        changed.stderr.contains("has changed since"),
+        "{}",
+        changed.stderr
+    );
+}

@@ -1,4 +1,34 @@
-//! TinyFusion.
+//! TinyFusion learns which layers of a diffusion transformer to drop, heals what is left, and proves how good the
+//! result is (Fang et al., "TinyFusion: Diffusion Transformers Learned Shallow", arXiv 2412.01199).
+//!
+//! # The rooms
+//!
+//! | Room | What it is for |
+//! |---|---|
+//! | [`models`] | networks made of residual blocks; [`models::Network`] is the family that can be pruned |
+//! | [`trunk`] | the seam: a stack of blocks, and what may happen around each |
+//! | [`ops`] | tensor operators the models share; [`ops::FusedOps`] is where a backend's kernels go |
+//! | [`process`] | what is learned: Gaussian diffusion, its losses and samplers |
+//! | [`pruning`] | which layers stay: groups and masks, the gate, learned pruning, scores, the oracle rule |
+//! | [`recovery`] | healing: fine-tuning and distillation |
+//! | [`training`] | burn-train's `Learner` under a strategy of our own; optimizer, EMA, checkpoints |
+//! | [`data`] | the embedded digits, and batches by step number |
+//! | [`weights`] | safetensors and `.pt` in, safetensors out, under PyTorch's names |
+//! | [`evaluation`] | FID, Inception Score, precision and recall, npz |
+//! | [`recipe`] | TOML → plan → run directory |
+//! | [`report`] | pictures and tables |
+//! | [`random`] | randomness keyed by (seed, stream, step, index) |
+//! | [`backend`], [`cli`], [`bench`], [`interrupt`], [`atomic`], [`images`] | the program around it |
+//!
+//! # How data flows
+//!
+//! A recipe is read into a typed [`recipe::schema::Recipe`], which becomes a [`recipe::plan::Plan`] once every
+//! stage's model is known. Each stage takes a [`weights::Checkpoint`] and leaves one in the run directory; nothing
+//! else passes between stages, so any of them can be run alone, repeated or resumed.
+//!
+//! Everything that computes is generic over Burn's `Backend`. [`with_backend!`] turns the choice made on the command
+//! line into a type, once. All randomness is drawn on the host and keyed, so the same recipe gives the same masks,
+//! noise and order everywhere.
 #![recursion_limit = "256"]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

@@ -158,3 +158,22 @@ fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
         changed.stderr
     );
 }
+
+#[test]
+fn a_training_whose_losses_stay_non_finite_gives_up() {
+    let place = Place::new();
+    let arguments = short_quickstart("runs");
+    let arguments: Vec<&str> = arguments
+        .iter()
+        .map(String::as_str)
+        .chain(["--set", "stage.prune.update=full", "--set", "stage.prune.lr=1.0", "--set", "stage.prune.clip=1e30", "--set", "stage.prune.steps=60", "--set", "stage.prune.max_bad_steps=3"])
+        .collect();
+    let finished = place.run(&arguments);
+    assert_eq!(finished.status, Some(2), "{}", finished.stderr);
+    assert!(finished.stderr.contains("3 losses in a row were not finite") && finished.stderr.contains("lower `lr`"), "{}", finished.stderr);
+    assert!(!finished.stderr.contains("panicked"), "{}", finished.stderr);
+    let status = std::fs::read_to_string(place.path("runs/quickstart/001/status.json")).unwrap();
+    assert!(status.contains("failed") && status.contains("not finite"), "{status}");
+    let log = std::fs::read_to_string(place.path("runs/quickstart/001/01-prune/metrics.jsonl")).unwrap();
+    assert!(log.lines().last().unwrap().contains("skipped"), "{log}");
+}

@@ -29,26 +29,58 @@ const WIDTH: usize = 64;
 const HEADS: usize = 4;
 
 fn noise<const D: usize>(shape: [usize; D]) -> Tensor<Inner, D> {
-    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &NdArrayDevice::default())
+    Tensor::random(
+        shape,
+        Distribution::Normal(0.0, 1.0),
+        &NdArrayDevice::default(),
+    )
 }
 
 fn operators(criterion: &mut Criterion) {
     let hidden = noise([BATCH, TOKENS, 4 * WIDTH]);
-    criterion.bench_function("gelu", |b| b.iter(|| black_box(Inner::gelu_tanh(hidden.clone()))));
-    let (x, shift, scale) = (noise([BATCH, TOKENS, WIDTH]), noise([BATCH, WIDTH]), noise([BATCH, WIDTH]));
-    criterion.bench_function("modulated norm", |b| b.iter(|| black_box(Inner::modulated_norm(x.clone(), shift.clone(), scale.clone(), 1e-6))));
+    criterion.bench_function("gelu", |b| {
+        b.iter(|| black_box(Inner::gelu_tanh(hidden.clone())))
+    });
+    let (x, shift, scale) = (
+        noise([BATCH, TOKENS, WIDTH]),
+        noise([BATCH, WIDTH]),
+        noise([BATCH, WIDTH]),
+    );
+    criterion.bench_function("modulated norm", |b| {
+        b.iter(|| {
+            black_box(Inner::modulated_norm(
+                x.clone(),
+                shift.clone(),
+                scale.clone(),
+                1e-6,
+            ))
+        })
+    });
     let qkv = noise([BATCH, TOKENS, 3 * WIDTH]);
-    criterion.bench_function("attention", |b| b.iter(|| black_box(Inner::qkv_attention(qkv.clone(), HEADS))));
+    criterion.bench_function("attention", |b| {
+        b.iter(|| black_box(Inner::qkv_attention(qkv.clone(), HEADS)))
+    });
     let group = Group::new(2, 4).expect("2:4 is a group");
     let (logits, gumbel) = (noise([1, 6]), noise([BATCH, 6]));
-    criterion.bench_function("gate", |b| b.iter(|| black_box(draw(group, logits.clone(), gumbel.clone(), 1.0, 100.0))));
+    criterion.bench_function("gate", |b| {
+        b.iter(|| black_box(draw(group, logits.clone(), gumbel.clone(), 1.0, 100.0)))
+    });
 }
 
 fn training(criterion: &mut Criterion) {
     let device = NdArrayDevice::default();
     let config = bench::model("digits").expect("the digit model is there");
-    let plan = BatchPlan { batch: BATCH, seed: 0, channels: 1, size: 8, classes: 10, label_drop: 0.1, diffusion_steps: 1000, candidates: vec![2; 6] };
-    let source = BatchSource { plan, data: Arc::new(Digits::new(Split::Train)) };
+    let plan = BatchPlan {
+        batch: BATCH,
+        seed: 0,
+        channels: 1,
+        size: 8,
+        classes: 10,
+        label_drop: 0.1,
+        diffusion_steps: 1000,
+        candidates: vec![2; 6],
+    };
+    let source = BatchSource::new(plan, Arc::new(Digits::new(Split::Train)));
     let mut step = 0;
     criterion.bench_function("batch", |b| {
         b.iter(|| {
@@ -59,7 +91,13 @@ fn training(criterion: &mut Criterion) {
     let network = Network::<Training>::zeros(&config, &device);
     let mut state = collect::<Training, _>(&network);
     initialise(&mut state, 0);
-    let network = assign(network, &state, std::path::Path::new("bench"), "the digit model").expect("the state is the network's own");
+    let network = assign(
+        network,
+        &state,
+        std::path::Path::new("bench"),
+        "the digit model",
+    )
+    .expect("the state is the network's own");
     let student = Student::new(network, None, Arc::new(GaussianDiffusion::full()), 1);
     let mut ema = Ema::new(&student, 0.999);
     criterion.bench_function("ema", |b| b.iter(|| ema.update(&student)));
@@ -69,15 +107,25 @@ fn training(criterion: &mut Criterion) {
 }
 
 fn evaluation(criterion: &mut Criterion) {
-    let features = |index: u64| Features::new(64, random::normal(0, Stream::Bench, 0, index, 1000 * 64)).expect("normal numbers are finite");
+    let features = |index: u64| {
+        Features::new(64, random::normal(0, Stream::Bench, 0, index, 1000 * 64))
+            .expect("normal numbers are finite")
+    };
     let (a, b) = (features(0), features(1));
     let statistics = |features: &Features| {
         let mut accumulator = StatisticsAccumulator::new(features.dim());
-        accumulator.push(features).and_then(|()| accumulator.finish()).expect("a thousand rows are enough")
+        accumulator
+            .push(features)
+            .and_then(|()| accumulator.finish())
+            .expect("a thousand rows are enough")
     };
     let (of_a, of_b) = (statistics(&a), statistics(&b));
-    criterion.bench_function("frechet distance, 64 wide", |bencher| bencher.iter(|| black_box(frechet_distance(&of_a, &of_b))));
-    criterion.bench_function("precision and recall, 1,000 x 1,000", |bencher| bencher.iter(|| black_box(precision_recall(&a, &b, 3))));
+    criterion.bench_function("frechet distance, 64 wide", |bencher| {
+        bencher.iter(|| black_box(frechet_distance(&of_a, &of_b)))
+    });
+    criterion.bench_function("precision and recall, 1,000 x 1,000", |bencher| {
+        bencher.iter(|| black_box(precision_recall(&a, &b, 3)))
+    });
 }
 
 criterion_group!(parts, operators, training, evaluation);

@@ -147,10 +147,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
         diffusion_steps: 1000,
         candidates,
     };
-    let source = BatchSource {
-        plan: shape,
-        data: Arc::new(data),
-    };
+    let source = BatchSource::new(shape, Arc::new(data));
     let batch = source.draw::<B>(0, device);
     let diffusion = Arc::new(GaussianDiffusion::full());
     let runs = match plan.workload {

@@ -28,7 +28,7 @@ use crate::weights::{Checkpoint, Provenance};
     name = "tinyfusion",
     version,
     max_term_width = 110,
-    after_help = "Exit status: 0 done, 1 a negative verdict, 2 an error, 130 interrupted after a checkpoint."
+    after_help = "Exit status: 0 done, 2 an error, 130 interrupted (a training saves a checkpoint first)."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -137,8 +137,8 @@ struct RunArguments {
     #[arg(long, default_value_t = 1.5)]
     guidance: f64,
     /// Channels that are guided, from the first
-    #[arg(long, default_value_t = 3)]
-    guidance_channels: usize,
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    guidance_channels: u32,
     /// Classes to draw, in turn; by default all
     #[arg(long, value_delimiter = ',')]
     classes: Option<Vec<usize>>,
@@ -193,7 +193,7 @@ struct BenchArguments {
     /// Type of matrix products
     #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
     compute: String,
-    /// Threads of the CPU backend; by default all cores
+    /// Threads of rayon's pool; matrix products obey MATMUL_NUM_THREADS
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     threads: Option<u32>,
     /// Runs before timing
@@ -209,6 +209,7 @@ struct BenchArguments {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
+    interrupt::watch_panics();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Recipe(arguments) => recipe(&arguments),
@@ -224,7 +225,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(RecipeError::Interrupted) => {
-            eprintln!("{}", RecipeError::Interrupted);
+            crate::say!("{}", RecipeError::Interrupted);
             ExitCode::from(130)
         }
         Err(error) => {
@@ -237,12 +238,12 @@ pub fn main() -> ExitCode {
 /// Prints an error with its causes, each once.
 fn report(error: &dyn std::error::Error) {
     let mut text = error.to_string();
-    eprintln!("error: {text}");
+    crate::say!("error: {text}");
     let mut cause = error.source();
     while let Some(error) = cause {
         let next = error.to_string();
         if !text.contains(&next) {
-            eprintln!("  because: {next}");
+            crate::say!("  because: {next}");
         }
         text = next;
         cause = error.source();
@@ -265,7 +266,7 @@ fn recipe(arguments: &RecipeArguments) -> Result<(), RecipeError> {
     recipe.backend = Some(backend);
     let plan = Plan::new(&recipe)?;
     if arguments.dry_run {
-        print!("{plan}");
+        crate::tell!("{plan}");
         return Ok(());
     }
     listen()?;
@@ -275,14 +276,25 @@ fn recipe(arguments: &RecipeArguments) -> Result<(), RecipeError> {
         backend,
         plain: arguments.plain,
     };
+    if arguments.seeds.is_some()
+        && !recipe
+            .stages
+            .iter()
+            .any(|stage| matches!(stage.kind, StageKind::Evaluate(_)))
+    {
+        return Err(RecipeError::Run(format!(
+            "{}: --seeds compares verdicts, but the recipe has no evaluate stage",
+            path.display()
+        )));
+    }
     let Some(seeds) = arguments.seeds else {
         let directory = run(&plan, &options)?;
-        println!("{}", directory.display());
+        crate::tell!("{}", directory.display());
         return Ok(());
     };
     let mut verdicts = Verdicts::default();
     for seed in recipe.seed..recipe.seed.saturating_add(seeds) {
-        eprintln!("seed {seed}");
+        crate::say!("seed {seed}");
         let plan = Plan::new(&Recipe {
             seed,
             ..recipe.clone()
@@ -290,7 +302,7 @@ fn recipe(arguments: &RecipeArguments) -> Result<(), RecipeError> {
         verdicts.add(seed, &run(&plan, &options)?)?;
     }
     let path = verdicts.write(&options.runs.join(&recipe.name))?;
-    println!(
+    crate::tell!(
         "\n{seeds} seeds, mean ± standard deviation\n\n{verdicts}\n{}",
         path.display()
     );
@@ -338,7 +350,7 @@ impl RunArguments {
             batch: self.batch as usize,
             classes: self.classes.clone(),
             guidance: self.guidance,
-            guidance_channels: self.guidance_channels,
+            guidance_channels: self.guidance_channels as usize,
             solver: if self.solver == "ddim" {
                 Solver::Ddim { eta: self.eta }
             } else {
@@ -371,7 +383,7 @@ impl RunArguments {
                 plain: false,
             },
         )?;
-        println!("{}", directory.display());
+        crate::tell!("{}", directory.display());
         Ok(())
     }
 }
@@ -417,20 +429,20 @@ fn inspect(name: &str, json: bool) -> Result<(), RecipeError> {
     } = &checkpoint;
     if json {
         let value = serde_json::json!({ "file": name, "architecture": architecture, "parameters": parameters, "weights_sha256": checkpoint.fingerprint(), "provenance": provenance });
-        println!("{value:#}");
+        crate::tell!("{value:#}");
         return Ok(());
     }
-    println!(
+    crate::tell!(
         "{name}\n  model       {architecture}\n  parameters  {} in {} tensors\n  sha-256     {}",
         thousands(parameters),
         checkpoint.state.len(),
         checkpoint.fingerprint()
     );
     if *provenance == Provenance::default() {
-        println!("  provenance  not stated (a file of another program)");
+        crate::tell!("  provenance  not stated (a file of another program)");
         return Ok(());
     }
-    println!(
+    crate::tell!(
         "  made by     recipe {}, stage {}, seed {}, {} steps, {} images",
         provenance.recipe,
         provenance.stage,
@@ -439,13 +451,13 @@ fn inspect(name: &str, json: bool) -> Result<(), RecipeError> {
         thousands(provenance.images)
     );
     if let (Some(kept), Some(depth)) = (&provenance.kept, provenance.parent_depth) {
-        println!("  kept        {kept:?} of {depth} layers");
+        crate::tell!("  kept        {kept:?} of {depth} layers");
     }
     if let Some(parent) = &provenance.parent {
-        println!("  parent      {parent}");
+        crate::tell!("  parent      {parent}");
     }
     if !provenance.note.is_empty() {
-        println!("  note        {}", provenance.note);
+        crate::tell!("  note        {}", provenance.note);
     }
     Ok(())
 }
@@ -491,6 +503,11 @@ fn benchmark(arguments: &BenchArguments) -> Result<(), RecipeError> {
             model.depth
         )));
     }
+    if arguments.workload == Workload::MaskedKd && model.depth < 2 {
+        return Err(usage(
+            "the masked-kd workload keeps every other layer of at least 2".into(),
+        ));
+    }
     if let Some(threads) = arguments.threads {
         // Fails only if the pool is already there, and nothing has run yet.
         let _ = rayon::ThreadPoolBuilder::new()
@@ -509,7 +526,7 @@ fn benchmark(arguments: &BenchArguments) -> Result<(), RecipeError> {
         return Ok(());
     };
     if arguments.json {
-        println!(
+        crate::tell!(
             "{}",
             serde_json::to_string(&measured).map_err(|error| usage(error.to_string()))?
         );
@@ -518,11 +535,14 @@ fn benchmark(arguments: &BenchArguments) -> Result<(), RecipeError> {
     let memory = measured
         .peak_memory_mib
         .map_or("unknown".into(), |mib| format!("{mib:.0} MiB"));
-    println!(
+    crate::tell!(
         "{}\nbatch {}, backend {}, {} threads",
-        measured.model, measured.batch, measured.backend, measured.threads
+        measured.model,
+        measured.batch,
+        measured.backend,
+        measured.threads
     );
-    println!(
+    crate::tell!(
         "{:?}: median {:.2} ms (± {:.2}) of {}, {:.1} images/s, peak memory {memory}",
         measured.workload,
         measured.median_ms,

@@ -1,4 +1,4 @@
-//! A person's wish to stop: Ctrl-C and SIGTERM.
+//! Reasons to stop: a person's wish (Ctrl-C, SIGTERM), and a thread that panicked.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,8 +14,40 @@ pub fn listen() -> Result<(), ctrlc::Error> {
         if REQUESTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        eprintln!("stopping after this step; once more to stop at once");
+        crate::say!("stopping after this step; once more to stop at once");
     })
+}
+
+static PANICKED: AtomicBool = AtomicBool::new(false);
+
+/// Remembers any thread's panic: a device's own thread only logs it, and what is computed afterwards is worthless.
+pub fn watch_panics() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        // The weights reader tries untrusted pickles under a guard and reports their failure itself.
+        if GUARDED.with(|guarded| guarded.load(Ordering::SeqCst)) {
+            return;
+        }
+        PANICKED.store(true, Ordering::SeqCst);
+        report(panic);
+    }));
+}
+
+/// Whether a thread has panicked, outside [`guarded`].
+pub fn panicked() -> bool {
+    PANICKED.load(Ordering::SeqCst)
+}
+
+thread_local! {
+    static GUARDED: AtomicBool = const { AtomicBool::new(false) };
+}
+
+/// Runs code whose panics are an answer about its input; `None` when it panics.
+pub fn guarded<T>(run: impl FnOnce() -> T) -> Option<T> {
+    GUARDED.with(|guarded| guarded.store(true, Ordering::SeqCst));
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+    GUARDED.with(|guarded| guarded.store(false, Ordering::SeqCst));
+    result.ok()
 }
 
 /// Whether a stop was requested.

@@ -18,7 +18,7 @@
 //! | [`recipe`] | TOML → plan → run directory |
 //! | [`report`] | pictures and tables |
 //! | [`random`] | randomness keyed by (seed, stream, step, index) |
-//! | [`backend`], [`cli`], [`bench`], [`interrupt`], [`atomic`], [`images`] | the program around it |
+//! | [`backend`], [`cli`], [`bench`], [`interrupt`], [`atomic`], [`images`], [`terminal`] | the program around it |
 //!
 //! # How data flows
 //!
@@ -48,6 +48,7 @@ pub mod random;
 pub mod recipe;
 pub mod recovery;
 pub mod report;
+pub mod terminal;
 pub mod training;
 pub mod trunk;
 pub mod weights;

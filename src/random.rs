@@ -30,14 +30,8 @@ pub enum Stream {
     SampleStep = 8,
     /// Train / test split.
     Split = 9,
-    /// Augmentation of a training sample.
-    Augment = 10,
-    /// Batches for layer scores.
-    Calibration = 11,
     /// Benchmark inputs.
-    Bench = 12,
-    /// A random choice of layers.
-    Layers = 13,
+    Bench = 10,
 }
 
 /// A generator for one address.

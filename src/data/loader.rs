@@ -1,7 +1,7 @@
 //! Batches by step number: deterministic, resumable, the same on every backend.
 
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::tensor::backend::{AutodiffBackend, Backend};
@@ -61,22 +61,44 @@ pub struct BatchSource {
     pub plan: BatchPlan,
     /// The data.
     pub data: Arc<dyn Dataset<Image>>,
+    /// The epoch last used, and its order: shuffled once an epoch, not once a step.
+    order: Arc<Mutex<Option<(usize, Arc<[usize]>)>>>,
 }
 
 impl BatchSource {
+    /// A source of a plan's batches.
+    pub fn new(plan: BatchPlan, data: Arc<dyn Dataset<Image>>) -> Self {
+        Self {
+            plan,
+            data,
+            order: Arc::default(),
+        }
+    }
+
     /// Indices of a step's samples: epochs are permutations, and batches run across their borders.
     pub fn indices(&self, step: usize) -> Vec<usize> {
         let (count, batch) = (self.data.len(), self.plan.batch);
-        let (mut epoch, mut order) = (usize::MAX, Vec::new());
         (step * batch..(step + 1) * batch)
-            .map(|position| {
-                if position / count != epoch {
-                    epoch = position / count;
-                    order = random::permutation(self.plan.seed, Stream::Order, epoch as u64, count);
-                }
-                order[position % count]
-            })
+            .map(|position| self.order(position / count)[position % count])
             .collect()
+    }
+
+    fn order(&self, epoch: usize) -> Arc<[usize]> {
+        let mut last = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*last {
+            Some((known, order)) if *known == epoch => order.clone(),
+            _ => {
+                let order: Arc<[usize]> = random::permutation(
+                    self.plan.seed,
+                    Stream::Order,
+                    epoch as u64,
+                    self.data.len(),
+                )
+                .into();
+                *last = Some((epoch, order.clone()));
+                order
+            }
+        }
     }
 
     /// The batch of a step, without a teacher.

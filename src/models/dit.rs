@@ -66,8 +66,10 @@ impl DitConfig {
         (self.input_size / self.patch_size).pow(2)
     }
 
-    fn hidden(&self) -> usize {
-        (self.width as f64 * self.mlp_ratio) as usize
+    /// Hidden width of the MLP.
+    pub fn hidden(&self) -> usize {
+        // A ratio that was read off sizes may fall a rounding short of the whole number it stands for.
+        (self.width as f64 * self.mlp_ratio + 1e-6) as usize
     }
 
     /// Parameters, the fixed position table counted.
@@ -111,17 +113,20 @@ impl DitConfig {
             heads,
             ..
         } = self;
-        let positive = [
-            ("input_size", *input_size),
-            ("patch_size", *patch_size),
-            ("channels", self.channels),
-            ("width", *width),
-            ("depth", self.depth),
-            ("heads", *heads),
-            ("classes", self.classes),
+        // The ranges of a recipe; a checkpoint's configuration is no more to be trusted.
+        let bounded = [
+            ("input_size", *input_size, 4096),
+            ("patch_size", *patch_size, 4096),
+            ("channels", self.channels, 1024),
+            ("width", *width, 65_536),
+            ("depth", self.depth, 4096),
+            ("heads", *heads, 1024),
+            ("classes", self.classes, 1_000_000),
         ];
-        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Some(format!("{name} is 0"));
+        for (name, value, most) in bounded {
+            if value == 0 || value > most {
+                return Some(format!("{name} is {value}, which must lie in 1..={most}"));
+            }
         }
         if input_size % patch_size != 0 {
             return Some(format!(
@@ -136,7 +141,13 @@ impl DitConfig {
                 "width {width} is not a multiple of 4, which the position table needs"
             ));
         }
-        (!(self.mlp_ratio > 0.0)).then(|| format!("mlp_ratio {} is not positive", self.mlp_ratio))
+        if !(self.mlp_ratio > 0.0 && self.mlp_ratio <= 64.0) || self.hidden() == 0 {
+            return Some(format!(
+                "mlp_ratio {} leaves no hidden width, or one above 64 times the width",
+                self.mlp_ratio
+            ));
+        }
+        None
     }
 }
 

@@ -37,10 +37,15 @@ pub trait FusedOps: Backend {
         reference::modulated_norm(x, shift, scale, epsilon)
     }
 
+    /// What the head dimension is padded to a multiple of; 1 is no padding.
+    fn head_multiple() -> usize {
+        1
+    }
+
     /// Self-attention of all heads from the fused projection `[batch, tokens, 3 width]` (queries, keys, values in
     /// that order, each split into `heads`), giving `[batch, tokens, width]`.
     fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize) -> Tensor<Self, 3> {
-        reference::qkv_attention(qkv, heads)
+        reference::padded_qkv_attention(qkv, heads, Self::head_multiple())
     }
 }
 
@@ -49,18 +54,38 @@ pub trait TrainingBackend: AutodiffBackend<InnerBackend: FusedOps> + FusedOps {}
 
 impl<B: AutodiffBackend<InnerBackend: FusedOps> + FusedOps> TrainingBackend for B {}
 
-impl<B: FusedOps> FusedOps for burn::backend::Autodiff<B> {}
+impl<B: FusedOps> FusedOps for burn::backend::Autodiff<B> {
+    fn workers() -> usize {
+        B::workers()
+    }
+
+    fn head_multiple() -> usize {
+        B::head_multiple()
+    }
+}
 
 #[cfg(feature = "ndarray")]
 impl FusedOps for burn_ndarray::NdArray {
-    // Its operators run on one core, whole batches in parallel on all.
+    // Most of its operators use one core; whole batches in parallel use all.
     fn workers() -> usize {
         std::thread::available_parallelism().map_or(1, usize::from)
     }
 }
 
+/// Head dimensions that CubeCL's matrix products are safe with.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+const CUBE_HEAD_MULTIPLE: usize = 64;
+
 #[cfg(feature = "wgpu")]
-impl FusedOps for burn_wgpu::Wgpu {}
+impl FusedOps for burn_wgpu::Wgpu {
+    fn head_multiple() -> usize {
+        CUBE_HEAD_MULTIPLE
+    }
+}
 
 #[cfg(feature = "cuda")]
-impl FusedOps for burn_cuda::Cuda {}
+impl FusedOps for burn_cuda::Cuda {
+    fn head_multiple() -> usize {
+        CUBE_HEAD_MULTIPLE
+    }
+}

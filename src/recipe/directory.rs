@@ -1,5 +1,6 @@
 //! The run directory: `artifacts/runs/<recipe>/<run>/`, one folder per stage. Runs are numbered and never reused.
 
+use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -23,9 +24,11 @@ pub struct Status {
 }
 
 /// A run's folder.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct RunDirectory {
     path: PathBuf,
+    /// Locked as long as this process works in the folder; the system lets go of it however the process ends.
+    _lock: File,
 }
 
 impl RunDirectory {
@@ -41,7 +44,7 @@ impl RunDirectory {
             let path = folder.join(format!("{number:03}"));
             // Taken by the file system's own rule: two processes never get one folder.
             match std::fs::create_dir(&path) {
-                Ok(()) => return Ok(Self { path }),
+                Ok(()) => return Self::open(path),
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => number += 1,
                 Err(error) => return Err(RecipeError::io(&path)(error)),
             }
@@ -54,19 +57,33 @@ impl RunDirectory {
     /// When there is none.
     pub fn unfinished(runs: &Path, recipe: &str) -> Result<Self, RecipeError> {
         let folder = runs.join(recipe);
+        let unfinished =
+            |path: &PathBuf| read_status(path).is_none_or(|status| status.state != "finished");
         let run = numbers(&folder)
             .into_iter()
             .rev()
-            .map(|number| Self {
-                path: folder.join(format!("{number:03}")),
-            })
-            .find(|run| run.status().is_none_or(|status| status.state != "finished"));
-        run.ok_or_else(|| {
+            .map(|number| folder.join(format!("{number:03}")))
+            .find(unfinished);
+        Self::open(run.ok_or_else(|| {
             RecipeError::Run(format!(
                 "{}: no unfinished run to resume; leave out `--resume` to start one",
                 folder.display()
             ))
-        })
+        })?)
+    }
+
+    /// Takes a run's folder for this process.
+    fn open(path: PathBuf) -> Result<Self, RecipeError> {
+        let lock_path = path.join("run.lock");
+        let lock = File::create(&lock_path).map_err(RecipeError::io(&lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path, _lock: lock }),
+            Err(TryLockError::WouldBlock) => Err(RecipeError::Run(format!(
+                "{}: another process is running it",
+                path.display()
+            ))),
+            Err(TryLockError::Error(error)) => Err(RecipeError::io(&lock_path)(error)),
+        }
     }
 
     /// The folder.
@@ -107,8 +124,13 @@ impl RunDirectory {
 
     /// The status, if there is one.
     pub fn status(&self) -> Option<Status> {
-        serde_json::from_str(&self.read("status.json").ok()?).ok()
+        read_status(&self.path)
     }
+}
+
+fn read_status(run: &Path) -> Option<Status> {
+    let text = std::fs::read_to_string(run.join("status.json")).ok()?;
+    serde_json::from_str(&text).ok()
 }
 
 /// Numbers of a recipe's runs, ascending.
@@ -148,10 +170,12 @@ mod tests {
             error: None,
         };
         second.set_status(&finished).unwrap();
-        assert_eq!(
-            RunDirectory::unfinished(folder.path(), "a").unwrap().path(),
-            first.path()
-        );
+        let taken = RunDirectory::unfinished(folder.path(), "a").unwrap_err();
+        assert!(taken.to_string().contains("another process"), "{taken}");
+        let path = first.path().to_owned();
+        drop(first);
+        let first = RunDirectory::unfinished(folder.path(), "a").unwrap();
+        assert_eq!(first.path(), path);
         first.set_status(&finished).unwrap();
         assert!(RunDirectory::unfinished(folder.path(), "a").is_err());
     }

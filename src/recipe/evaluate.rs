@@ -21,7 +21,7 @@ use crate::evaluation::{
 use crate::images::Images;
 use crate::models::{DigitsClassifier, Network, digits};
 use crate::ops::{FusedOps, TrainingBackend};
-use crate::process::{GaussianDiffusion, Guidance, Sampler};
+use crate::process::{GaussianDiffusion, Guidance, Sampler, Variance};
 use crate::report::{Table, comparison_png, grid_png};
 
 /// Images a classifier reads at once.
@@ -55,7 +55,12 @@ pub(crate) fn generate<B: FusedOps>(
     } else {
         sampling.steps.to_string()
     };
-    let diffusion = GaussianDiffusion::new(&spacing).map_err(|error| problem(error.to_string()))?;
+    let mut diffusion =
+        GaussianDiffusion::new(&spacing).map_err(|error| problem(error.to_string()))?;
+    if !config.learn_sigma {
+        // What the reference samples such models with.
+        diffusion = diffusion.with_variance(Variance::FixedLarge);
+    }
     let sampler = Sampler {
         diffusion,
         solver: sampling.solver,
@@ -309,7 +314,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             self.device,
         )?;
         save(&made, folder)?;
-        eprintln!(
+        crate::say!(
             "{stage}: {} samples in {}",
             sample.sampling.count,
             folder.display()
@@ -337,7 +342,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         // The floor: even real images are this far from other real images.
         let mut verdicts = vec![judge.verdict("train images", &real, &real_labels)?];
         let mut rows = Vec::new();
-        for source in &evaluate.compare {
+        for (index, source) in evaluate.compare.iter().enumerate() {
             let (name, checkpoint) = (source.to_string(), self.load(source)?);
             let network = checkpoint.network::<B::InnerBackend>(self.device)?;
             let made = generate(
@@ -355,7 +360,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 Some(evaluate.sampling.count as f64 / made.took.as_secs_f64());
             save(
                 &made,
-                &folder.join(name.replace(':', "-").replace(['/', '\\'], "_")),
+                &folder.join(format!("{}-{}", index + 1, file_name(&name))),
             )?;
             verdicts.push(verdict);
             rows.push((name, first_images(&made.images, 2 * COLUMNS)?));
@@ -380,7 +385,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         crate::atomic::write_atomic(&path, |file| file.write_all(text.as_bytes()))
             .map_err(RecipeError::io(&path))?;
         let sampling = &evaluate.sampling;
-        println!(
+        crate::tell!(
             "\n{stage}: {} samples, {} steps, guidance {}, against {} test images (FID in the digit classifier's features)\n\n{table}",
             sampling.count,
             sampling.steps,
@@ -443,6 +448,12 @@ pub(crate) fn save(made: &Generated, folder: &Path) -> Result<(), RecipeError> {
         COLUMNS,
         SCALE,
     )?)
+}
+
+/// A model's name as a folder: the last part of a path, without what file systems dislike.
+fn file_name(name: &str) -> String {
+    let last = name.rsplit(['/', '\\']).next().unwrap_or(name);
+    last.replace(':', "-")
 }
 
 /// At most `count` images, from the first.

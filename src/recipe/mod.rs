@@ -66,8 +66,8 @@ pub enum RecipeError {
     /// Pictures.
     #[error(transparent)]
     Report(#[from] crate::report::ReportError),
-    /// A person interrupted; the checkpoint is written.
-    #[error("interrupted; continue with `--resume`")]
+    /// A person interrupted; a training has saved a checkpoint.
+    #[error("interrupted; a recipe continues with `--resume`")]
     Interrupted,
 }
 

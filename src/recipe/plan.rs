@@ -15,6 +15,7 @@ use super::sampling::Sampling;
 use super::schema::{Recipe, Stage, StageKind};
 use super::source::Source;
 use super::train::{Architecture as Wanted, Dit, Train};
+use crate::data::{Digits, Split};
 use crate::models::{Architecture, DigitsClassifierConfig, DitConfig, digits, zoo};
 use crate::pruning::{Update, oracle};
 use crate::weights::Checkpoint;
@@ -206,6 +207,20 @@ fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
                         "student and teacher differ in more than depth: {config}; {teacher}"
                     )));
                 }
+                let representation = match &recover.method {
+                    RecoverMethod::RepKd { representation, .. }
+                    | RecoverMethod::MaskedKd { representation, .. } => Some(representation),
+                    RecoverMethod::FineTune | RecoverMethod::Kd { .. } => None,
+                };
+                if let Some(taps) =
+                    representation.and_then(|representation| representation.taps.as_ref())
+                {
+                    let taps: Vec<(usize, usize)> = taps
+                        .iter()
+                        .map(|[student, teacher]| (*student, *teacher))
+                        .collect();
+                    check_taps(&taps, config.depth, teacher.depth).map_err(Problem::Said)?;
+                }
                 memory += inference_memory(&teacher, recover.optimisation.batch);
             }
             let before = Architecture::Dit(config);
@@ -231,6 +246,16 @@ fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
             ))
         }
         StageKind::Evaluate(evaluate) => {
+            let most = evaluate
+                .sampling
+                .count
+                .min(Digits::new(Split::Test).count());
+            if evaluate.neighbours >= most {
+                return Err(Problem::Said(format!(
+                    "{} neighbours can't be found among {most} images",
+                    evaluate.neighbours
+                )));
+            }
             let mut memory = 0;
             for source in &evaluate.compare {
                 let config = dit(source, made)?;
@@ -401,10 +426,34 @@ pub(super) fn recover_method(method: &RecoverMethod) -> &'static str {
     }
 }
 
+/// Refuses (student, teacher) taps outside the models or out of order; features are compared in the order of the
+/// trunk.
+pub(super) fn check_taps(
+    taps: &[(usize, usize)],
+    depth: usize,
+    teacher_depth: usize,
+) -> Result<(), String> {
+    if let Some((student, teacher)) = taps
+        .iter()
+        .find(|(student, teacher)| *student >= depth || *teacher >= teacher_depth)
+    {
+        return Err(format!(
+            "tap [{student}, {teacher}] lies outside a student of {depth} and a teacher of {teacher_depth} layers"
+        ));
+    }
+    let rising = taps
+        .windows(2)
+        .all(|pair| pair[0].0 < pair[1].0 && pair[0].1 < pair[1].1);
+    if taps.is_empty() || !rising {
+        return Err("there must be at least one tap, and taps must rise on both sides".into());
+    }
+    Ok(())
+}
+
 /// Parameters of a low-rank update of every linear layer.
 fn lora_parameters(config: &DitConfig, rank: usize) -> usize {
     let width = config.width;
-    let hidden = (width as f64 * config.mlp_ratio) as usize;
+    let hidden = config.hidden();
     let block = (width + 3 * width) + (width + width) + 2 * (width + hidden) + (width + 6 * width);
     let ends = (256 + width)
         + (width + width)
@@ -417,7 +466,7 @@ fn lora_parameters(config: &DitConfig, rank: usize) -> usize {
 /// qkv, attention output, MLP (with its nonlinearity's intermediates), and the attention weights.
 fn block_activations(config: &DitConfig, batch: usize) -> usize {
     let tokens = config.tokens();
-    let hidden = (config.width as f64 * config.mlp_ratio) as usize;
+    let hidden = config.hidden();
     4 * batch * tokens * (16 * config.width + 5 * hidden + 3 * config.heads * tokens)
 }
 
@@ -439,8 +488,9 @@ impl fmt::Display for Plan {
             let model = |label: &str, architecture: &Architecture| -> String {
                 match architecture {
                     Architecture::Dit(config) => format!(
-                        "   {label} {config}, {} parameters",
-                        thousands(config.parameters())
+                        "   {label} {config}, {} parameters, {} MACs an image",
+                        thousands(config.parameters()),
+                        thousands(config.macs())
                     ),
                     other => format!("   {label} {other}"),
                 }

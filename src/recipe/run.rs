@@ -70,7 +70,7 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
     } else {
         directory.write("resolved.toml", &resolved)?;
     }
-    eprintln!("run directory {}", directory.path().display());
+    crate::say!("run directory {}", directory.path().display());
     let started = Instant::now();
     let result = crate::with_backend!(options.backend, B, device => {
         let environment = Environment {
@@ -82,7 +82,9 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             arguments: std::env::args().skip(1).collect(),
         };
-        directory.write("environment.json", &json(&environment)?)?;
+        // A resumed run is still the one its first environment describes; each later one is a record of its own.
+        let name = if options.resume { format!("environment-{}.json", std::process::id()) } else { "environment.json".to_owned() };
+        directory.write(&name, &json(&environment)?)?;
         let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: options.resume, plain: options.plain };
         stages(plan, &context, started)
     }, else Ok(()));
@@ -96,13 +98,14 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
         Err(_) => "failed",
     };
     let error = result.as_ref().err().map(ToString::to_string);
-    directory.set_status(&Status {
+    let told = directory.set_status(&Status {
         state: state.into(),
         stage,
         seconds: started.elapsed().as_secs_f64(),
         error,
-    })?;
-    result.map(|()| directory.path().to_owned())
+    });
+    // The stage's own error is the one to tell.
+    result.and(told).map(|()| directory.path().to_owned())
 }
 
 fn stages<B: TrainingBackend>(
@@ -113,7 +116,7 @@ fn stages<B: TrainingBackend>(
     for (index, (stage, planned)) in plan.recipe.stages.iter().zip(&plan.stages).enumerate() {
         let folder = context.directory.stage(index, &stage.name);
         if folder.join(DONE).exists() {
-            eprintln!("{}: already done", stage.name);
+            crate::say!("{}: already done", stage.name);
             continue;
         }
         if crate::interrupt::requested() {
@@ -143,7 +146,7 @@ fn stages<B: TrainingBackend>(
             std::io::Write::write_all(file, done.as_bytes())
         })
         .map_err(RecipeError::io(&path))?;
-        eprintln!(
+        crate::say!(
             "{}: done in {}",
             stage.name,
             crate::training::renderer::brief(begun.elapsed())

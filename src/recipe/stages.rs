@@ -12,7 +12,7 @@ use super::RecipeError;
 use super::directory::RunDirectory;
 use super::models::{MODEL, checkpoint};
 use super::optimisation::Optimisation;
-use super::plan::{PlannedStage, prune_method, recover_method};
+use super::plan::{PlannedStage, check_taps, prune_method, recover_method};
 use super::prune::{Learned, Prune, PruneMethod, Scored};
 use super::recover::{Recover, RecoverMethod, Representation};
 use super::schema::{Recipe, Stage};
@@ -60,7 +60,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             .map(|source| self.load(source))
             .transpose()?;
         let seed = self.recipe.seed;
-        let plan = self.plan(stage, &train.optimisation, folder, parent.as_ref())?;
+        let plan = self.plan(stage, &train.optimisation, folder, &[parent.as_ref()])?;
         let provenance = self.provenance(
             &stage.name,
             "train",
@@ -135,7 +135,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                     "test accuracy {accuracy:.4} on {} images",
                     Digits::new(Split::Test).count()
                 );
-                eprintln!("{}: {}", stage.name, provenance.note);
+                crate::say!("{}: {}", stage.name, provenance.note);
                 let state = collect::<B::InnerBackend, _>(&model);
                 Checkpoint {
                     architecture: architecture.clone(),
@@ -215,10 +215,13 @@ impl<B: TrainingBackend> Context<'_, B> {
                 .collect()
         });
         provenance.parent_depth = Some(config.depth);
-        provenance.note = "the kept layers have their original weights; what was learned beside the choice is thrown away".into();
-        eprintln!(
-            "{}: keeps layers {kept:?} of {} ({})",
-            stage.name, config.depth, provenance.note
+        if learned.is_some() {
+            provenance.note = "the kept layers have their original weights; what was learned beside the choice is thrown away".into();
+        }
+        crate::say!(
+            "{}: keeps layers {kept:?} of {}, with their original weights",
+            stage.name,
+            config.depth
         );
         provenance.kept = Some(kept);
         Ok(Checkpoint::of(&pruned, provenance, &folder.join(MODEL)).write()?)
@@ -261,7 +264,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         let candidates = groups.iter().map(|group| group.num_candidates()).collect();
         let source = self.source(config, optimisation, learned.label_drop, candidates);
-        let plan = self.plan(stage, optimisation, folder, Some(parent))?;
+        let plan = self.plan(stage, optimisation, folder, &[Some(parent)])?;
         let (every, steps) = (plan.log_every, plan.steps);
         let log_path = folder.join("decisions.jsonl");
         let observe_path = log_path.clone();
@@ -294,9 +297,11 @@ impl<B: TrainingBackend> Context<'_, B> {
         draw_decisions(&log_path, groups, &folder.join("decisions.svg"))?;
         let decision = fitted.ema.decision(steps.saturating_sub(1));
         for (group, choice) in decision.choices.iter().enumerate() {
-            eprintln!(
+            crate::say!(
                 "{}: group {group} keeps {:?} with probability {:.2}",
-                stage.name, choice.layers, choice.confidence
+                stage.name,
+                choice.layers,
+                choice.confidence
             );
         }
         Ok(decision)
@@ -327,12 +332,12 @@ impl<B: TrainingBackend> Context<'_, B> {
             diffusion_steps: steps,
             candidates: Vec::new(),
         };
-        let source = BatchSource {
-            plan,
-            data: Arc::new(Digits::new(Split::Train)),
-        };
+        let source = BatchSource::new(plan, Arc::new(Digits::new(Split::Train)));
         let mut scores = vec![0.0; config.depth];
         for step in 0..scored.batches {
+            if crate::interrupt::requested() {
+                return Err(RecipeError::Interrupted);
+            }
             let batch = source.draw::<B::InnerBackend>(step, self.device);
             let batch = ScoreBatch {
                 x: batch.x,
@@ -366,13 +371,13 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<(), RecipeError> {
         let parent = self.load(&recover.from)?;
         let config = parent.dit()?.clone();
-        let teacher = super::plan::teacher(recover)
+        let teacher_checkpoint = super::plan::teacher(recover)
             .map(|source| self.load(source))
             .transpose()?;
         let features = |representation: &Representation,
                         k: Option<f64>|
          -> Result<Option<MaskedFeatures>, RecipeError> {
-            let depth = teacher
+            let depth = teacher_checkpoint
                 .as_ref()
                 .map_or(Ok(0), |teacher| teacher.dit().map(|config| config.depth))?;
             let taps = taps(representation, &parent, config.depth, depth).map_err(|problem| {
@@ -414,14 +419,19 @@ impl<B: TrainingBackend> Context<'_, B> {
             .flat_map(|distillation| &distillation.features)
             .flat_map(|features| features.taps.iter().map(|tap| tap.1))
             .collect();
-        let teacher = match &teacher {
+        let teacher = match &teacher_checkpoint {
             Some(teacher) => Some((
                 Arc::new(teacher.network::<B::InnerBackend>(self.device)?),
                 layers,
             )),
             None => None,
         };
-        let plan = self.plan(stage, &recover.optimisation, folder, Some(&parent))?;
+        let plan = self.plan(
+            stage,
+            &recover.optimisation,
+            folder,
+            &[Some(&parent), teacher_checkpoint.as_ref()],
+        )?;
         let student = Student::new(
             parent.network::<B>(self.device)?,
             distillation,
@@ -456,6 +466,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             groups,
             ..
         } = parent.provenance;
+        provenance.teacher = teacher_checkpoint.as_ref().map(Checkpoint::fingerprint);
         (provenance.kept, provenance.parent_depth, provenance.groups) =
             (kept, parent_depth, groups);
         Ok(Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL)).write()?)
@@ -510,7 +521,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             },
         )?;
         if fitted.skipped > 0 {
-            eprintln!(
+            crate::say!(
                 "{} steps were skipped for a loss that was not finite",
                 fitted.skipped
             );
@@ -539,10 +550,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             diffusion_steps: GaussianDiffusion::full().steps(),
             candidates,
         };
-        BatchSource {
-            plan,
-            data: Arc::new(Digits::new(Split::Train)),
-        }
+        BatchSource::new(plan, Arc::new(Digits::new(Split::Train)))
     }
 
     fn plan(
@@ -550,12 +558,14 @@ impl<B: TrainingBackend> Context<'_, B> {
         stage: &Stage,
         optimisation: &Optimisation,
         folder: &Path,
-        parent: Option<&Checkpoint>,
+        parents: &[Option<&Checkpoint>],
     ) -> Result<Plan, RecipeError> {
         let mut hash = Sha256::new();
         hash.update(super::directory::json(stage)?);
         hash.update(self.recipe.seed.to_le_bytes());
-        hash.update(parent.map(Checkpoint::fingerprint).unwrap_or_default());
+        for parent in parents.iter().flatten() {
+            hash.update(parent.fingerprint());
+        }
         let o = optimisation.clone();
         Ok(Plan {
             name: stage.name.clone(),
@@ -656,35 +666,30 @@ fn taps(
         groups,
         ..
     } = &student.provenance;
-    if let Some(taps) = &representation.taps {
-        let outside = taps
-            .iter()
-            .find(|[student, teacher]| *student >= depth || *teacher >= teacher_depth);
-        return match outside {
-            Some([student, teacher]) => Err(format!(
-                "tap [{student}, {teacher}] lies outside a student of {depth} and a teacher of {teacher_depth} layers"
-            )),
-            None => Ok(taps
-                .iter()
-                .map(|[student, teacher]| (*student, *teacher))
-                .collect()),
+    let taps: Vec<(usize, usize)> = if let Some(taps) = &representation.taps {
+        taps.iter()
+            .map(|[student, teacher]| (*student, *teacher))
+            .collect()
+    } else {
+        let Some(kept) = kept else {
+            return Err("the checkpoint does not say which layers were kept; give `taps`".into());
         };
-    }
-    let Some(kept) = kept else {
-        return Err("the checkpoint does not say which layers were kept; give `taps`".into());
+        if *parent_depth != Some(teacher_depth) || kept.len() != depth {
+            return Err(format!(
+                "the student has {depth} of {} layers, the teacher {teacher_depth}; give `taps`",
+                parent_depth.unwrap_or(0)
+            ));
+        }
+        match groups {
+            Some(groups) => Groups::from_pairs(groups, teacher_depth)
+                .map(|groups| groups.taps(kept))
+                .map_err(|error| error.to_string())?,
+            None => {
+                pruning::taps_from_kept(kept, teacher_depth).map_err(|error| error.to_string())?
+            }
+        }
     };
-    if *parent_depth != Some(teacher_depth) || kept.len() != depth {
-        return Err(format!(
-            "the student has {depth} of {} layers, the teacher {teacher_depth}; give `taps`",
-            parent_depth.unwrap_or(0)
-        ));
-    }
-    match groups {
-        Some(groups) => Groups::from_pairs(groups, teacher_depth)
-            .map(|groups| groups.taps(kept))
-            .map_err(|error| error.to_string()),
-        None => pruning::taps_from_kept(kept, teacher_depth).map_err(|error| error.to_string()),
-    }
+    check_taps(&taps, depth, teacher_depth).map(|()| taps)
 }
 
 /// A tensor of images.

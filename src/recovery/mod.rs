@@ -7,7 +7,7 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
-use burn::tensor::backend::Backend;
+use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
 
 use crate::data::Batch;
@@ -101,8 +101,8 @@ impl<B: Backend> InferenceStep for Student<B> {
     fn step(&self, (): ()) {}
 }
 
-/// Batch means of a loss's terms, in one transfer.
-pub(crate) fn scalars<B: Backend>(terms: &Terms<B>) -> Scalars {
+/// Batch means of a loss's terms, in one transfer and outside the graph.
+pub(crate) fn scalars<B: AutodiffBackend>(terms: &Terms<B>) -> Scalars {
     let named = [
         ("loss", Some(&terms.total)),
         ("mse", Some(&terms.mse)),
@@ -113,7 +113,7 @@ pub(crate) fn scalars<B: Backend>(terms: &Terms<B>) -> Scalars {
     ];
     let (names, means): (Vec<_>, Vec<_>) = named
         .into_iter()
-        .filter_map(|(name, term)| Some((name, term?.clone().mean())))
+        .filter_map(|(name, term)| Some((name, term?.clone().inner().mean())))
         .unzip();
     let values = Tensor::cat(means, 0).into_data();
     Scalars(names.into_iter().zip(values.iter::<f64>()).collect())

@@ -30,6 +30,8 @@ pub(super) struct Position {
     pub mean_loss: f64,
     /// The best checkpoint so far, by that loss.
     pub best: Option<(usize, f64)>,
+    /// How many arrays of the optimizer's state belong to it.
+    pub moments: usize,
     /// Hash of what defines the training: configuration, data, parent.
     pub fingerprint: String,
 }
@@ -92,9 +94,14 @@ impl Store {
         averages.retain(|name, _| weights.contains_key(name));
         put("ema", averages);
         put("model", weights);
-        put("moments", moments::<B, M>(model, optimizer));
+        let moments = moments::<B, M>(model, optimizer);
+        let position = Position {
+            moments: moments.len(),
+            ..position.clone()
+        };
+        put("moments", moments);
         let position_text =
-            serde_json::to_string(position).map_err(|error| TrainingError::Resume {
+            serde_json::to_string(&position).map_err(|error| TrainingError::Resume {
                 path: self.directory.clone(),
                 problem: error.to_string(),
             })?;
@@ -167,6 +174,32 @@ impl Store {
             .find(|name| !weights.contains_key(*name) || !averages.contains_key(*name))
         {
             return Err(resume(format!("`{missing}` is missing")));
+        }
+        // Adam starts a parameter's moments with its first gradient, so either all three are there or none.
+        for parameter in names::<B, M>(&model) {
+            let part = |which: &str| moments.get(&format!("{which}.{}", parameter.name));
+            let whole = match (part("first"), part("second"), part("time")) {
+                (Some(first), Some(second), Some(time)) => {
+                    first.shape == parameter.shape
+                        && second.shape == parameter.shape
+                        && time.data.len() == 1
+                }
+                (None, None, None) => true,
+                _ => false,
+            };
+            if !whole {
+                return Err(resume(format!(
+                    "the moments of `{}` are damaged",
+                    parameter.name
+                )));
+            }
+        }
+        if position.moments != moments.len() {
+            return Err(resume(format!(
+                "it holds {} moments, expected {}",
+                moments.len(),
+                position.moments
+            )));
         }
         let model = overlay::<B, M>(model, &weights);
         ema.restore(&overlay::<B::InnerBackend, M::InnerModule>(
@@ -259,7 +292,7 @@ fn moments<B: AutodiffBackend, M: AutodiffModule<B>>(model: &M, optimizer: &Adam
                 self.1.insert(format!("first.{name}"), array(tensor(first)));
                 self.1
                     .insert(format!("second.{name}"), array(tensor(second)));
-                // Exact: an f32 counts to 16 million.
+                // Exact below 2^24 updates; beyond, Adam's corrections are 1 to the last bit.
                 self.1
                     .insert(format!("time.{name}"), Array::new([1], vec![*time as f32]));
             }

@@ -86,6 +86,7 @@ where
         skipped: 0,
         mean_loss: f64::NAN,
         best: None,
+        moments: 0,
         fingerprint: plan.fingerprint.clone(),
     };
     let (model, start) = match resume {

@@ -132,14 +132,15 @@ impl JsonLines {
             path: path.to_owned(),
             source,
         };
-        let kept: String = match std::fs::read_to_string(path) {
-            Ok(text) if start > 0 => text
-                .lines()
-                .filter(|line| step_of(line).is_some_and(|step| step < start))
-                .map(|line| format!("{line}\n"))
-                .collect(),
-            _ => String::new(),
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(io(error)),
         };
+        let earlier = text
+            .lines()
+            .filter(|line| step_of(line).is_some_and(|step| step < start));
+        let kept: String = earlier.flat_map(|line| [line, "\n"]).collect();
         crate::atomic::write_atomic(path, |file| file.write_all(kept.as_bytes())).map_err(io)?;
         let file = OpenOptions::new().append(true).open(path).map_err(io)?;
         Ok(Self {

@@ -42,6 +42,11 @@ pub enum TrainingError {
         /// Where checkpoints are.
         directory: PathBuf,
     },
+    /// A thread panicked.
+    #[error(
+        "a computing thread failed (its message stands above); nothing computed since is kept. Continue from the last checkpoint with `--resume`"
+    )]
+    Device,
     /// A checkpoint can't be written, read, or does not belong to this run.
     #[error(transparent)]
     Weights(#[from] WeightsError),

@@ -151,6 +151,9 @@ where
             let Some(batch) = batches.next() else { break };
             learner.lr_step();
             let output = learner.train_step(batch);
+            if interrupt::panicked() {
+                return Err(TrainingError::Device);
+            }
             let mut report = output.item;
             let loss = report.scalars.get("loss").unwrap_or(f64::NAN);
             let (gradients, norm) =
@@ -193,7 +196,7 @@ where
                 );
                 log.write(&record)?;
                 if self.plain {
-                    eprintln!("{}", lines.line(position.step, images, &report.scalars));
+                    crate::say!("{}", lines.line(position.step, images, &report.scalars));
                 }
             }
             (observer.step)(position.step - 1, &learner.model(), ema)?;

@@ -33,6 +33,9 @@ pub struct Provenance {
     /// SHA-256 of the parent checkpoint's weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
+    /// SHA-256 of the weights of the teacher it was healed under.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<String>,
     /// Layers of the parent that were kept, when the stage pruned.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kept: Option<Vec<usize>>,
@@ -67,7 +70,12 @@ impl Checkpoint {
     /// # Errors
     /// When the file can't be read, is damaged, or holds no model this crate knows.
     pub fn read(path: &Path) -> Result<Self, WeightsError> {
-        match path.extension().and_then(|extension| extension.to_str()) {
+        match path
+            .extension()
+            .and_then(|extension| extension.to_str())
+            .map(str::to_ascii_lowercase)
+            .as_deref()
+        {
             Some("safetensors") => {
                 Self::decode(&std::fs::read(path).map_err(WeightsError::io(path))?, path)
             }
@@ -264,8 +272,8 @@ fn infer(state: &StateDict) -> Result<DitConfig, String> {
     let heads = zoo::heads_of_width(width).ok_or_else(|| {
         format!("the number of heads is not stored, and no published model is {width} wide")
     })?;
-    if rows == 0 || width == 0 || patch_size == 0 {
-        return Err("a dimension of its embedders is 0".into());
+    if rows == 0 || width == 0 || patch_size == 0 || patch_size > 4096 || channels > 1024 {
+        return Err("a dimension of its embedders is 0, or beyond any model".into());
     }
     Ok(DitConfig {
         input_size: tokens.isqrt() * patch_size,

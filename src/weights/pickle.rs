@@ -1,11 +1,11 @@
 //! PyTorch's `.pt` and `.pth` files.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use burn_store::pytorch::{PytorchError, PytorchReader};
 
 use super::{Array, StateDict, WeightsError};
+use crate::interrupt::guarded;
 
 /// Where a training checkpoint keeps its weights, best first: published samples come from the EMA.
 const PRECEDENCE: [&str; 2] = ["ema", "model"];
@@ -23,11 +23,11 @@ pub fn read_pickle(path: &Path, key: Option<&str>) -> Result<StateDict, WeightsE
     let advice = "; if it holds objects besides tensors, save the state dict alone (`torch.save(checkpoint[\"ema\"], …)`) or as safetensors";
     // The reader indexes into untrusted data; what a broken file makes it do must not take the program down.
     let open = |key: Option<&str>| {
-        catch_unwind(AssertUnwindSafe(|| match key {
+        guarded(|| match key {
             Some(key) => PytorchReader::with_top_level_key(path, key),
             None => PytorchReader::new(path),
-        }))
-        .unwrap_or_else(|_| Err(PytorchError::InvalidFormat("the pickle is damaged".into())))
+        })
+        .unwrap_or_else(|| Err(PytorchError::InvalidFormat("the pickle is damaged".into())))
     };
     std::fs::metadata(path).map_err(WeightsError::io(path))?;
     let keys: Vec<Option<&str>> = match key {
@@ -39,7 +39,9 @@ pub fn read_pickle(path: &Path, key: Option<&str>) -> Result<StateDict, WeightsE
         match open(key) {
             Ok(reader) if !reader.is_empty() => return tensors(reader, path),
             Ok(_) => last = "it holds no tensors".into(),
-            Err(error) => last = error.to_string(),
+            // Only its absence leads on: an average that is there but damaged must not be passed over.
+            Err(PytorchError::KeyNotFound(key)) => last = format!("it has no `{key}`"),
+            Err(error) => return Err(broken(format!("{error}{advice}"))),
         }
     }
     Err(broken(format!("{last}{advice}")))
@@ -51,10 +53,35 @@ fn tensors(reader: PytorchReader, path: &Path) -> Result<StateDict, WeightsError
         expected: "PyTorch",
         found,
     };
+    let available = std::fs::metadata(path)
+        .map_err(WeightsError::io(path))?
+        .len() as usize;
+    let mut stated = 0usize;
     let mut state = StateDict::new();
     for (name, snapshot) in reader.into_tensors() {
-        let data = catch_unwind(AssertUnwindSafe(|| snapshot.to_data()))
-            .map_err(|_| broken(format!("tensor `{name}` is damaged")))?
+        if !snapshot.dtype.is_float() {
+            return Err(broken(format!(
+                "tensor `{name}` is {:?}, expected a float type",
+                snapshot.dtype
+            )));
+        }
+        // Sizes first: the reader allocates what a file states, and fills what it lacks with zeros.
+        let bytes = snapshot
+            .shape
+            .iter()
+            .try_fold(snapshot.dtype.size(), |bytes, size| {
+                bytes.checked_mul(*size)
+            });
+        stated = bytes
+            .and_then(|bytes| stated.checked_add(bytes))
+            .filter(|stated| *stated <= available)
+            .ok_or_else(|| {
+                broken(format!(
+                    "with tensor `{name}` it states more data than the file holds"
+                ))
+            })?;
+        let data = guarded(|| snapshot.to_data())
+            .ok_or_else(|| broken(format!("tensor `{name}` is damaged")))?
             .map_err(|error| broken(format!("tensor `{name}`: {error:?}")))?;
         let shape = data.shape.to_vec();
         state.insert(

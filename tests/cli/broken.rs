@@ -86,12 +86,10 @@ fn broken_recipes() {
         ("seed too large", format!("seed = 9223372036854775808\n{}", sample("")), vec!["broken.toml:1:"]),
         ("all at once", format!("sed = 1\n{}", prune("gruops = \"1:2\"\nsteps = 0\nlr = \"x\"")), vec!["`sed`", "`gruops`", "steps", "expected a number"]),
     ];
-    let count = cases.len();
     for (name, text, expected) in cases {
         place.write("broken.toml", text);
         refuse(&place, name, &["recipe", "broken.toml"], &expected);
     }
-    assert!(count >= 40, "{count} cases");
     place.write("broken.toml", [0xff, 0xfe, 0x00]);
     refuse(
         &place,
@@ -278,7 +276,6 @@ fn broken_checkpoints() {
             vec![".safetensors"],
         ),
     ];
-    let count = cases.len();
     for (name, file, bytes, expected) in cases {
         place.write(file, bytes);
         let arguments = ["sample", file, "--count", "1", "--steps", "1"];
@@ -303,7 +300,6 @@ fn broken_checkpoints() {
         }
         std::fs::remove_file(place.path(file)).unwrap();
     }
-    assert!(count >= 20, "{count} cases");
     refuse(
         &place,
         "no such checkpoint",

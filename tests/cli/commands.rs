@@ -233,3 +233,22 @@ fn help_has_examples_and_completions_are_written() {
     let completions = place.run(&["completions", "bash"]).succeeded().stdout;
     assert!(completions.contains("_tinyfusion"));
 }
+
+#[test]
+fn a_model_without_a_learned_variance_is_trained_and_sampled() {
+    let place = Place::new();
+    let train = "[[stage]]\nkind = 'train'\nsteps = 2\nbatch = 4\n[stage.architecture]\nfamily = 'dit'\ndepth = 1\nwidth = 16\nheads = 2\nmlp_ratio = 1.3\nlearn_sigma = false\n";
+    place.write(
+        "plain.toml",
+        format!("{train}[[stage]]\nkind = 'sample'\ncount = 3\nsteps = 3\n"),
+    );
+    place.run(&["recipe", "plain.toml"]).succeeded();
+    let inspected = place
+        .run(&[
+            "inspect",
+            "artifacts/runs/plain/001/01-train/model.safetensors",
+        ])
+        .succeeded()
+        .stdout;
+    assert!(inspected.contains("DiT, 1 layers, width 16"), "{inspected}");
+}

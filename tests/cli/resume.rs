@@ -9,17 +9,33 @@ use crate::program::{Finished, Place, short_quickstart};
 /// Stages of the quickstart that leave a model.
 const MODELS: [&str; 4] = ["01-prune", "02-recover", "03-oracle", "04-recover-oracle"];
 
-/// Waits until the program says it has done a step of a stage.
-fn wait_for(child: &mut Child, stage: &str, step: &str) {
+/// Waits until the program says it has done a step of a stage; returns what it said until then.
+fn wait_for(child: &mut Child, stage: &str, step: &str) -> Vec<String> {
     let stderr = child.stderr.take().unwrap();
-    let mut lines = BufReader::new(stderr).lines();
-    let found = lines
-        .by_ref()
-        .map_while(Result::ok)
-        .any(|line| line.starts_with(&format!("{stage} ")) && line.contains(&format!("{step}/")));
-    assert!(found, "the program ended before step {step} of {stage}");
-    // Kept open and drained: a program must not die of a closed pipe.
+    let mut lines = BufReader::new(stderr).lines().map_while(Result::ok);
+    let mut said: Vec<String> = Vec::new();
+    while !said.last().is_some_and(|line| is_step(line, stage, step)) {
+        let line = lines.next();
+        said.push(line.unwrap_or_else(|| {
+            panic!("the program ended before step {step} of {stage}: {said:#?}")
+        }));
+    }
+    // Kept open and drained: a full pipe would block the program.
     std::thread::spawn(move || lines.for_each(drop));
+    said
+}
+
+fn is_step(line: &str, stage: &str, step: &str) -> bool {
+    line.starts_with(&format!("{stage} ")) && line.contains(&format!(" {step}/8"))
+}
+
+/// Keyed randomness would make a fresh start look the same: a resumed stage must go on from its checkpoint.
+fn assert_went_on<'a>(said: impl IntoIterator<Item = &'a str>, stage: &str) {
+    let mut said = said.into_iter();
+    assert!(
+        !said.any(|line| is_step(line, stage, "1")),
+        "{stage} started over"
+    );
 }
 
 fn models(run: &Path) -> Vec<Checkpoint> {
@@ -117,7 +133,8 @@ fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
         .chain(["--resume"])
         .collect();
     let mut child = place.start(&resumed);
-    wait_for(&mut child, "recover", "2");
+    let said = wait_for(&mut child, "recover", "2");
+    assert_went_on(said.iter().map(String::as_str), "prune");
     let id = child.id().to_string();
     assert!(
         std::process::Command::new("kill")
@@ -135,6 +152,7 @@ fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
     assert!(status.contains("interrupted"), "{status}");
 
     let Finished { stderr, .. } = run("broken", &["--resume"]).succeeded();
+    assert_went_on(stderr.lines(), "recover");
     assert!(stderr.contains("prune: already done"), "{stderr}");
     assert_same(&place.path("broken/quickstart/001"), &whole);
 
@@ -166,14 +184,36 @@ fn a_training_whose_losses_stay_non_finite_gives_up() {
     let arguments: Vec<&str> = arguments
         .iter()
         .map(String::as_str)
-        .chain(["--set", "stage.prune.update=full", "--set", "stage.prune.lr=1.0", "--set", "stage.prune.clip=1e30", "--set", "stage.prune.steps=60", "--set", "stage.prune.max_bad_steps=3"])
+        .chain([
+            "--set",
+            "stage.prune.update=full",
+            "--set",
+            "stage.prune.lr=1.0",
+            "--set",
+            "stage.prune.clip=1e30",
+            "--set",
+            "stage.prune.steps=60",
+            "--set",
+            "stage.prune.max_bad_steps=3",
+        ])
         .collect();
     let finished = place.run(&arguments);
     assert_eq!(finished.status, Some(2), "{}", finished.stderr);
-    assert!(finished.stderr.contains("3 losses in a row were not finite") && finished.stderr.contains("lower `lr`"), "{}", finished.stderr);
+    assert!(
+        finished
+            .stderr
+            .contains("3 losses in a row were not finite")
+            && finished.stderr.contains("lower `lr`"),
+        "{}",
+        finished.stderr
+    );
     assert!(!finished.stderr.contains("panicked"), "{}", finished.stderr);
     let status = std::fs::read_to_string(place.path("runs/quickstart/001/status.json")).unwrap();
-    assert!(status.contains("failed") && status.contains("not finite"), "{status}");
-    let log = std::fs::read_to_string(place.path("runs/quickstart/001/01-prune/metrics.jsonl")).unwrap();
+    assert!(
+        status.contains("failed") && status.contains("not finite"),
+        "{status}"
+    );
+    let log =
+        std::fs::read_to_string(place.path("runs/quickstart/001/01-prune/metrics.jsonl")).unwrap();
     assert!(log.lines().last().unwrap().contains("skipped"), "{log}");
 }

@@ -12,6 +12,8 @@ static REQUESTED: AtomicBool = AtomicBool::new(false);
 pub fn listen() -> Result<(), ctrlc::Error> {
     ctrlc::set_handler(|| {
         if REQUESTED.swap(true, Ordering::SeqCst) {
+            // The one way out that does not wait for the step.
+            #[allow(clippy::exit)]
             std::process::exit(130);
         }
         crate::say!("stopping after this step; once more to stop at once");

@@ -54,6 +54,9 @@ pub struct BatchPlan {
     pub candidates: Vec<usize>,
 }
 
+/// An epoch's number, and its order.
+type Epoch = (usize, Arc<[usize]>);
+
 /// Draws batches from a data set.
 #[derive(Clone)]
 pub struct BatchSource {
@@ -62,7 +65,7 @@ pub struct BatchSource {
     /// The data.
     pub data: Arc<dyn Dataset<Image>>,
     /// The epoch last used, and its order: shuffled once an epoch, not once a step.
-    order: Arc<Mutex<Option<(usize, Arc<[usize]>)>>>,
+    order: Arc<Mutex<Option<Epoch>>>,
 }
 
 impl BatchSource {
@@ -181,8 +184,8 @@ impl BatchSource {
     }
 }
 
-/// A teacher, and the layers whose features it shows.
-type Teacher<B> = (
+/// A teacher on the inner backend, and the layers whose features it shows.
+pub type Teacher<B> = (
     Arc<Network<<B as AutodiffBackend>::InnerBackend>>,
     Vec<usize>,
 );

@@ -4,4 +4,4 @@ mod digits;
 mod loader;
 
 pub use digits::{Digits, Image, Split};
-pub use loader::{Batch, BatchPlan, BatchSource, Batches};
+pub use loader::{Batch, BatchPlan, BatchSource, Batches, Teacher};

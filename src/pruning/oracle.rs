@@ -4,7 +4,7 @@
 /// layers 0 2 4 6 8 10 12 15 17 19 21 23 25 27. `None` for an odd depth, which has no pairs.
 pub fn oracle(depth: usize) -> Option<Vec<usize>> {
     let pairs = depth / 2;
-    (depth > 0 && depth % 2 == 0).then(|| {
+    (depth > 0 && depth.is_multiple_of(2)).then(|| {
         (0..pairs)
             .map(|pair| 2 * pair + usize::from(pair >= pairs.div_ceil(2)))
             .collect()

@@ -17,7 +17,7 @@ use super::prune::{Learned, Prune, PruneMethod, Scored};
 use super::recover::{Recover, RecoverMethod, Representation};
 use super::schema::{Recipe, Stage};
 use super::train::Train;
-use crate::data::{BatchPlan, BatchSource, Batches, Digits, Split};
+use crate::data::{BatchPlan, BatchSource, Batches, Digits, Split, Teacher};
 use crate::models::{Architecture, DigitsClassifier, DitConfig, Network, digits, initialise};
 use crate::ops::TrainingBackend;
 use crate::process::{Distillation, GaussianDiffusion, MaskedFeatures};
@@ -479,7 +479,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         plan: Plan,
         groups: Vec<ParameterGroup>,
         source: BatchSource,
-        teacher: Option<(Arc<Network<B::InnerBackend>>, Vec<usize>)>,
+        teacher: Option<Teacher<B>>,
         curves: Vec<&'static str>,
         observe: Option<Observe<B, M>>,
     ) -> Result<Fitted<B, M>, RecipeError>

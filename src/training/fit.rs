@@ -30,6 +30,9 @@ pub(super) struct Observer<B: AutodiffBackend, M> {
     pub(super) step: OnStep<B, M>,
 }
 
+/// Makes the loader of a training's batches, given the first step.
+pub type BatchesFrom<B, I> = Box<dyn FnOnce(usize) -> Arc<dyn DataLoader<B, I>>>;
+
 /// A training to be run.
 pub struct Fit<B: AutodiffBackend, M: TrainStep> {
     /// Budget and bookkeeping.
@@ -39,7 +42,7 @@ pub struct Fit<B: AutodiffBackend, M: TrainStep> {
     /// Parameters with their own learning rate.
     pub groups: Vec<ParameterGroup>,
     /// The batches from a given step on.
-    pub batches: Box<dyn FnOnce(usize) -> Arc<dyn DataLoader<B, M::Input>>>,
+    pub batches: BatchesFrom<B, <M as TrainStep>::Input>,
     /// Names of scalars the steps report, plotted on the dashboard.
     pub curves: Vec<&'static str>,
     /// Called after every step, given the first step, once it is known.

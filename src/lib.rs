@@ -18,7 +18,7 @@
 //! | [`recipe`] | TOML → plan → run directory |
 //! | [`report`] | pictures and tables |
 //! | [`random`] | randomness keyed by (seed, stream, step, index) |
-//! | [`backend`], [`cli`], [`bench`], [`interrupt`], [`atomic`], [`images`], [`terminal`] | the program around it |
+//! | [`backend`], [`cli`], [`mod@bench`], [`interrupt`], [`atomic`], [`images`], [`terminal`] | the program around it |
 //!
 //! # How data flows
 //!

@@ -1,7 +1,7 @@
 //! Tensor operators the models share.
 //!
 //! [`FusedOps`] is the place for kernels: each method's default is composed of Burn's operators (the slow, exact
-//! reference, in [`reference`]), and a backend may override it. Models call the trait and never know.
+//! reference, in [`mod@reference`]), and a backend may override it. Models call the trait and never know.
 
 mod linear;
 pub mod reference;
@@ -13,7 +13,7 @@ pub use linear::{Linear, LinearLayout, Lora};
 
 /// Operators a diffusion transformer spends its time on.
 ///
-/// The defaults are the reference; an override must agree with [`reference`] to the last few bits, forward and
+/// The defaults are the reference; an override must agree with [`mod@reference`] to the last few bits, forward and
 /// backward.
 pub trait FusedOps: Backend {
     /// How many independent batches are best computed at once, each on a host thread of its own.

@@ -15,8 +15,7 @@ use crate::data::{Batch, BatchPlan, BatchSource, Image};
 use crate::models::{DitConfig, Network, initialise, zoo};
 use crate::ops::TrainingBackend;
 use crate::process::{
-    Distillation, GaussianDiffusion, Guidance, MaskedFeatures, Objective, Sampler, Solver,
-    TeacherOutput,
+    Distillation, GaussianDiffusion, Guidance, MaskedFeatures, Sampler, Solver, TeacherOutput,
 };
 use crate::pruning::{Annealing, Groups, LearnedPruner, Update};
 use crate::random::{self, Stream};
@@ -231,14 +230,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             let inner = source.draw::<B::InnerBackend>(0, device);
             let student = Student::new(student, Some(distillation), diffusion.clone(), 1);
             train(plan, device, student, || {
-                let objective = Objective {
-                    diffusion: &diffusion,
-                    x_start: inner.x.clone(),
-                    noise: inner.noise.clone(),
-                    t: &inner.t,
-                    y: inner.y.clone(),
-                };
-                let said = objective.teach(&teacher, &layers);
+                let said = inner.objective(&diffusion).teach(&teacher, &layers);
                 let teacher = TeacherOutput {
                     output: Tensor::from_inner(said.output),
                     features: said.features.into_iter().map(Tensor::from_inner).collect(),

@@ -15,15 +15,13 @@ pub struct Site {
     pub depth: usize,
 }
 
+/// Runs a block on its input, `[batch, tokens, width]` both.
+pub type Block<'a, B> = &'a dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>;
+
 /// What happens around each block of a trunk.
 pub trait BlockHook<B: Backend> {
     /// `block` runs the block on its input; tensors are `[batch, tokens, width]`. Returns what the next block sees.
-    fn around(
-        &mut self,
-        site: Site,
-        x: Tensor<B, 3>,
-        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
-    ) -> Tensor<B, 3>;
+    fn around(&mut self, site: Site, x: Tensor<B, 3>, block: Block<'_, B>) -> Tensor<B, 3>;
 }
 
 /// Sends `x` through `depth` blocks, each wrapped by `hook`.
@@ -44,12 +42,7 @@ pub fn run<B: Backend>(
 pub struct Plain;
 
 impl<B: Backend> BlockHook<B> for Plain {
-    fn around(
-        &mut self,
-        _: Site,
-        x: Tensor<B, 3>,
-        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
-    ) -> Tensor<B, 3> {
+    fn around(&mut self, _: Site, x: Tensor<B, 3>, block: Block<'_, B>) -> Tensor<B, 3> {
         block(x)
     }
 }
@@ -62,12 +55,7 @@ pub struct Skip {
 }
 
 impl<B: Backend> BlockHook<B> for Skip {
-    fn around(
-        &mut self,
-        site: Site,
-        x: Tensor<B, 3>,
-        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
-    ) -> Tensor<B, 3> {
+    fn around(&mut self, site: Site, x: Tensor<B, 3>, block: Block<'_, B>) -> Tensor<B, 3> {
         if site.layer == self.layer {
             x
         } else {
@@ -86,12 +74,7 @@ pub struct Gated<B: Backend> {
 }
 
 impl<B: Backend> BlockHook<B> for Gated<B> {
-    fn around(
-        &mut self,
-        site: Site,
-        x: Tensor<B, 3>,
-        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
-    ) -> Tensor<B, 3> {
+    fn around(&mut self, site: Site, x: Tensor<B, 3>, block: Block<'_, B>) -> Tensor<B, 3> {
         let gate = self
             .mask
             .clone()
@@ -121,12 +104,7 @@ impl<B: Backend> Tap<B> {
 }
 
 impl<B: Backend> BlockHook<B> for Tap<B> {
-    fn around(
-        &mut self,
-        site: Site,
-        x: Tensor<B, 3>,
-        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
-    ) -> Tensor<B, 3> {
+    fn around(&mut self, site: Site, x: Tensor<B, 3>, block: Block<'_, B>) -> Tensor<B, 3> {
         let x = block(x);
         if self.layers.contains(&site.layer) {
             self.outputs.push(x.clone());

@@ -33,6 +33,19 @@ pub struct Batch<B: Backend> {
     pub teacher: Option<TeacherOutput<B>>,
 }
 
+impl<B: Backend> Batch<B> {
+    /// The batch as an objective of a process.
+    pub fn objective<'a>(&'a self, diffusion: &'a GaussianDiffusion) -> Objective<'a, B> {
+        Objective {
+            diffusion,
+            x_start: self.x.clone(),
+            noise: self.noise.clone(),
+            t: &self.t,
+            y: self.y.clone(),
+        }
+    }
+}
+
 /// Shape of the batches.
 #[derive(Debug, Clone)]
 pub struct BatchPlan {
@@ -303,14 +316,7 @@ where
         let plain: Batch<B::InnerBackend> = source.draw(self.step, device);
         self.step += 1;
         let teacher = teacher.as_ref().map(|(network, layers)| {
-            let objective = Objective {
-                diffusion,
-                x_start: plain.x.clone(),
-                noise: plain.noise.clone(),
-                t: &plain.t,
-                y: plain.y.clone(),
-            };
-            let said = objective.teach(network, layers);
+            let said = plain.objective(diffusion).teach(network, layers);
             TeacherOutput {
                 output: Tensor::from_inner(said.output),
                 features: said.features.into_iter().map(Tensor::from_inner).collect(),

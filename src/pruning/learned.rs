@@ -14,7 +14,7 @@ use super::groups::Groups;
 use crate::data::Batch;
 use crate::models::{Network, initialise_lora};
 use crate::ops::{FusedOps, TrainingBackend};
-use crate::process::{GaussianDiffusion, Objective, Terms};
+use crate::process::{GaussianDiffusion, Terms};
 use crate::training::{Scalars, StepReport};
 use crate::trunk::Gated;
 use crate::weights::{collect, overlay};
@@ -126,13 +126,7 @@ impl<B: Backend> LearnedPruner<B> {
 impl<B: FusedOps> LearnedPruner<B> {
     /// The loss's terms for a batch, and the masks it was computed under.
     pub fn terms(&self, batch: &Batch<B>) -> (Terms<B>, Tensor<B, 2>) {
-        let objective = Objective {
-            diffusion: &self.diffusion,
-            x_start: batch.x.clone(),
-            noise: batch.noise.clone(),
-            t: &batch.t,
-            y: batch.y.clone(),
-        };
+        let objective = batch.objective(&self.diffusion);
         let mask = self.masks(&batch.gumbel, batch.step);
         let x_t = objective.x_t();
         let output = objective.run(

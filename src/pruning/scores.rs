@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::models::Network;
 use crate::ops::FusedOps;
 use crate::process::GaussianDiffusion;
-use crate::trunk::{BlockHook, Plain, Site, Skip};
+use crate::trunk::{Block, BlockHook, Plain, Site, Skip};
 
 /// How a layer's importance is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,12 +73,7 @@ struct Change {
 }
 
 impl<B: Backend> BlockHook<B> for Change {
-    fn around(
-        &mut self,
-        _: Site,
-        x: Tensor<B, 3>,
-        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
-    ) -> Tensor<B, 3> {
+    fn around(&mut self, _: Site, x: Tensor<B, 3>, block: Block<'_, B>) -> Tensor<B, 3> {
         let y = block(x.clone());
         let score = if self.method == Score::Shortgpt {
             let norm = |x: &Tensor<B, 3>| (x.clone() * x.clone()).sum_dim(2).sqrt();

@@ -26,9 +26,9 @@ pub struct Optimisation {
     pub batch: usize,
     /// Learning rate after the warm-up.
     pub lr: f64,
-    /// Learning rate at the last step, reached along a cosine.
+    /// Learning rate that a cosine falls towards; the step after the last would have it.
     pub final_lr: f64,
-    /// Steps over which the learning rate rises from zero.
+    /// Steps over which the learning rate rises linearly to `lr`.
     pub warmup: usize,
     /// Decoupled weight decay.
     pub weight_decay: f64,

@@ -13,7 +13,7 @@ use burn::train::{InferenceStep, TrainOutput, TrainStep};
 use crate::data::Batch;
 use crate::models::Network;
 use crate::ops::{FusedOps, TrainingBackend};
-use crate::process::{Distillation, GaussianDiffusion, Objective, Terms};
+use crate::process::{Distillation, GaussianDiffusion, Terms};
 use crate::training::{Scalars, StepReport};
 use crate::trunk::{Plain, Tap};
 
@@ -49,13 +49,7 @@ impl<B: Backend> Student<B> {
 impl<B: FusedOps> Student<B> {
     /// The loss's terms for a batch; under distillation the batch carries what the teacher said of it.
     pub fn terms(&self, batch: &Batch<B>) -> Terms<B> {
-        let objective = Objective {
-            diffusion: &self.diffusion,
-            x_start: batch.x.clone(),
-            noise: batch.noise.clone(),
-            t: &batch.t,
-            y: batch.y.clone(),
-        };
+        let objective = batch.objective(&self.diffusion);
         let x_t = objective.x_t();
         match (&self.distillation, &batch.teacher) {
             (Some(distillation), Some(teacher)) => {

@@ -35,7 +35,7 @@ pub struct Plan {
     pub batch: usize,
     /// Highest learning rate.
     pub lr: f64,
-    /// Last learning rate.
+    /// What the learning rate falls towards.
     pub final_lr: f64,
     /// Steps of linear warm-up.
     pub warmup: usize,

@@ -6,7 +6,7 @@ use tinyfusion::models::{Network, timestep_features, zoo};
 use tinyfusion::ops::TrainingBackend;
 use tinyfusion::process::{GaussianDiffusion, Guidance, guided};
 use tinyfusion::pruning::{Annealing, Groups, LearnedPruner, Update};
-use tinyfusion::trunk::{BlockHook, Gated, Plain, Site};
+use tinyfusion::trunk::{Block, BlockHook, Gated, Plain, Site};
 use tinyfusion::weights::{assign, names, read_pickle};
 
 use crate::compare::Rule;
@@ -19,12 +19,7 @@ pub struct Record<'a, B: Backend> {
 }
 
 impl<B: Backend> BlockHook<B> for Record<'_, B> {
-    fn around(
-        &mut self,
-        site: Site,
-        x: Tensor<B, 3>,
-        block: &dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>,
-    ) -> Tensor<B, 3> {
+    fn around(&mut self, site: Site, x: Tensor<B, 3>, block: Block<'_, B>) -> Tensor<B, 3> {
         if site.layer == 0 {
             self.hidden.push(x.clone());
         }

@@ -2,8 +2,8 @@
 //!
 //! Vectors are read from the folder `TINYFUSION_FIXTURES` names, by default `tests/fixtures`; every size, list of
 //! cases and tolerance comes from the group's `case.json`. Each check is generic over the backend: all run on
-//! ndarray, and the model, its gradients and an optimisation step on wgpu where the feature is on and an adapter is
-//! found.
+//! ndarray, and with the feature `wgpu` the model, its gradients and optimisation steps on wgpu too, which needs an
+//! adapter (Mesa's software Vulkan serves).
 
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]

@@ -1,0 +1,281 @@
+//! The stage that removes layers.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::RecipeError;
+use super::models::MODEL;
+use super::plan::prune_method;
+use super::prune::{Learned, Prune, PruneMethod, Scored};
+use super::schema::Stage;
+use super::stages::Context;
+use crate::data::{BatchPlan, BatchSource, Digits, Split};
+use crate::models::DitConfig;
+use crate::ops::TrainingBackend;
+use crate::process::GaussianDiffusion;
+use crate::pruning::{
+    Annealing, Decision, Groups, LearnedPruner, Score, ScoreBatch, keep_by_scores, oracle, score,
+};
+use crate::report::{self, DecisionGroup, DecisionHistory, decision_svg};
+use crate::training::{JsonLines, OnStep, ParameterGroup, TrainingError};
+use crate::weights::{Checkpoint, names};
+
+impl<B: TrainingBackend> Context<'_, B> {
+    pub(super) fn prune(
+        &self,
+        stage: &Stage,
+        prune: &Prune,
+        folder: &Path,
+    ) -> Result<(), RecipeError> {
+        let parent = self.load(&prune.from)?;
+        let config = parent.dit()?.clone();
+        let problem = |problem: String| RecipeError::Stage {
+            stage: stage.name.clone(),
+            problem,
+        };
+        let mut groups = None;
+        let kept = match &prune.method {
+            PruneMethod::Learned(learned) => {
+                let resolved = learned
+                    .groups
+                    .resolve(config.depth)
+                    .map_err(|error| problem(error.to_string()))?;
+                let decision = self.learn(stage, learned, &parent, &config, &resolved, folder)?;
+                groups = Some(resolved);
+                decision.kept
+            }
+            PruneMethod::Oracle { .. } => oracle(config.depth)
+                .ok_or_else(|| problem(format!("{} layers are no pairs", config.depth)))?,
+            PruneMethod::ShortGpt(scored) => {
+                self.score(Score::Shortgpt, scored, &parent, &config, folder)?
+            }
+            PruneMethod::FluxLite(scored) => {
+                self.score(Score::FluxLite, scored, &parent, &config, folder)?
+            }
+            PruneMethod::Sensitivity(scored) => {
+                self.score(Score::Sensitivity, scored, &parent, &config, folder)?
+            }
+            PruneMethod::Kept { kept } => {
+                let mut kept = kept.clone();
+                kept.sort_unstable();
+                kept
+            }
+        };
+        // The oracle keeps one layer of each pair, so its taps are those of 1:2 groups.
+        if matches!(prune.method, PruneMethod::Oracle { .. }) {
+            groups = Some(
+                Groups::parse_ratio("1:2", config.depth)
+                    .map_err(|error| problem(error.to_string()))?,
+            );
+        }
+        let pruned = parent.network::<B::InnerBackend>(self.device)?.keep(&kept);
+        let learned = match &prune.method {
+            PruneMethod::Learned(learned) => Some(&learned.optimisation),
+            _ => None,
+        };
+        let mut provenance = self.provenance(
+            &stage.name,
+            prune_method(&prune.method),
+            learned,
+            Some(&parent),
+        );
+        provenance.groups = groups.map(|groups| {
+            groups
+                .iter()
+                .map(|group| [group.keep(), group.of()])
+                .collect()
+        });
+        provenance.parent_depth = Some(config.depth);
+        if learned.is_some() {
+            provenance.note = "the kept layers have their original weights; what was learned beside the choice is thrown away".into();
+        }
+        crate::say!(
+            "{}: keeps layers {kept:?} of {}, with their original weights",
+            stage.name,
+            config.depth
+        );
+        provenance.kept = Some(kept);
+        Ok(Checkpoint::of(&pruned, provenance, &folder.join(MODEL)).write()?)
+    }
+
+    /// Learns which layers to keep.
+    fn learn(
+        &self,
+        stage: &Stage,
+        learned: &Learned,
+        parent: &Checkpoint,
+        config: &DitConfig,
+        groups: &Groups,
+        folder: &Path,
+    ) -> Result<Decision, RecipeError> {
+        let optimisation = &learned.optimisation;
+        let annealing = Annealing {
+            tau: learned.tau.into(),
+            scaling: learned.scaling.into(),
+            steps: optimisation.steps,
+        };
+        let diffusion = Arc::new(GaussianDiffusion::full());
+        let pruner = LearnedPruner::new(
+            parent.network::<B>(self.device)?,
+            groups.clone(),
+            learned.update,
+            learned.gate_init,
+            annealing,
+            diffusion,
+            self.recipe.seed,
+        );
+        let gates = names::<B, _>(&pruner)
+            .into_iter()
+            .filter(|parameter| parameter.name.starts_with("gumbel_gates."))
+            .map(|parameter| parameter.id)
+            .collect();
+        let group = ParameterGroup {
+            parameters: gates,
+            lr_factor: learned.gate_lr / optimisation.lr,
+        };
+        let candidates = groups.iter().map(|group| group.num_candidates()).collect();
+        let source = self.source(config, optimisation, learned.label_drop, candidates);
+        let plan = self.plan(stage, optimisation, folder, &[Some(parent)])?;
+        let (every, steps) = (plan.log_every, plan.steps);
+        let log_path = folder.join("decisions.jsonl");
+        let observe_path = log_path.clone();
+        let observe = move |start: usize| -> Result<OnStep<B, LearnedPruner<B>>, TrainingError> {
+            let mut log = JsonLines::open(&observe_path, start)?;
+            Ok(Box::new(move |step, model: &LearnedPruner<B>, ema| {
+                if step % every != 0 && step + 1 != steps {
+                    return Ok(());
+                }
+                use burn::module::AutodiffModule;
+                let averaged = ema.apply(model.valid());
+                let (tau, scaling) = averaged.annealed(step);
+                log.write(&DecisionLine {
+                    step,
+                    tau,
+                    scaling,
+                    decision: averaged.decision(step),
+                })
+            }))
+        };
+        let fitted = self.fit(
+            pruner,
+            plan,
+            vec![group],
+            source,
+            None,
+            vec!["mse", "vb", "tau", "confidence"],
+            Some(Box::new(observe)),
+        )?;
+        draw_decisions(&log_path, groups, &folder.join("decisions.svg"))?;
+        let decision = fitted.ema.decision(steps.saturating_sub(1));
+        for (group, choice) in decision.choices.iter().enumerate() {
+            crate::say!(
+                "{}: group {group} keeps {:?} with probability {:.2}",
+                stage.name,
+                choice.layers,
+                choice.confidence
+            );
+        }
+        Ok(decision)
+    }
+
+    fn score(
+        &self,
+        method: Score,
+        scored: &Scored,
+        parent: &Checkpoint,
+        config: &DitConfig,
+        folder: &Path,
+    ) -> Result<Vec<usize>, RecipeError> {
+        let network = parent.network::<B::InnerBackend>(self.device)?;
+        // Feature scores read timesteps of a process respaced to 250 steps, not mapped back, as the reference does.
+        let steps = if method == Score::Sensitivity {
+            1000
+        } else {
+            250
+        };
+        let plan = BatchPlan {
+            batch: scored.batch,
+            seed: self.recipe.seed,
+            channels: config.channels,
+            size: config.input_size,
+            classes: config.classes,
+            label_drop: 0.0,
+            diffusion_steps: steps,
+            candidates: Vec::new(),
+        };
+        let source = BatchSource::new(plan, Arc::new(Digits::new(Split::Train)));
+        let mut scores = vec![0.0; config.depth];
+        for step in 0..scored.batches {
+            if crate::interrupt::requested() {
+                return Err(RecipeError::Interrupted);
+            }
+            let batch = source.draw::<B::InnerBackend>(step, self.device);
+            let batch = ScoreBatch {
+                x: batch.x,
+                noise: batch.noise,
+                y: batch.y,
+                t: batch.t,
+            };
+            let measured = score(&network, method, &batch).scores;
+            scores
+                .iter_mut()
+                .zip(measured)
+                .for_each(|(sum, score)| *sum += score / scored.batches as f64);
+        }
+        let kept = keep_by_scores(method, &scores, scored.keep);
+        let path = folder.join("scores.json");
+        let text = super::directory::json(
+            &serde_json::json!({ "method": method, "scores": scores, "kept": kept }),
+        )?;
+        crate::atomic::write_atomic(&path, |file| {
+            std::io::Write::write_all(file, text.as_bytes())
+        })
+        .map_err(RecipeError::io(&path))?;
+        Ok(kept)
+    }
+}
+
+/// One line of `decisions.jsonl`.
+#[derive(Serialize, Deserialize)]
+struct DecisionLine {
+    step: usize,
+    tau: f64,
+    scaling: f64,
+    #[serde(flatten)]
+    decision: Decision,
+}
+
+fn draw_decisions(log: &PathBuf, groups: &Groups, picture: &Path) -> Result<(), RecipeError> {
+    let text = std::fs::read_to_string(log).map_err(RecipeError::io(log))?;
+    let lines: Vec<DecisionLine> = text
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    let history = DecisionHistory {
+        depth: groups.depth(),
+        groups: groups
+            .iter()
+            .map(|group| DecisionGroup {
+                keep: group.keep(),
+                of: group.of(),
+            })
+            .collect(),
+        steps: lines.iter().map(|line| line.step).collect(),
+        choices: lines
+            .iter()
+            .map(|line| {
+                line.decision
+                    .choices
+                    .iter()
+                    .map(|choice| report::Decision {
+                        kept: choice.layers.clone(),
+                        probability: choice.confidence,
+                    })
+                    .collect()
+            })
+            .collect(),
+    };
+    Ok(decision_svg(picture, &history)?)
+}

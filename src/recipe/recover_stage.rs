@@ -1,0 +1,167 @@
+//! The stage that heals what is left.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::RecipeError;
+use super::models::MODEL;
+use super::plan::{check_taps, recover_method};
+use super::recover::{Recover, RecoverMethod, Representation};
+use super::schema::Stage;
+use super::stages::Context;
+use crate::ops::TrainingBackend;
+use crate::process::{Distillation, GaussianDiffusion, MaskedFeatures};
+use crate::pruning::{self, Groups};
+use crate::recovery::Student;
+use crate::weights::{Checkpoint, Provenance};
+
+impl<B: TrainingBackend> Context<'_, B> {
+    pub(super) fn recover(
+        &self,
+        stage: &Stage,
+        recover: &Recover,
+        folder: &Path,
+    ) -> Result<(), RecipeError> {
+        let parent = self.load(&recover.from)?;
+        let config = parent.dit()?.clone();
+        let teacher_checkpoint = super::plan::teacher(recover)
+            .map(|source| self.load(source))
+            .transpose()?;
+        let features = |representation: &Representation,
+                        k: Option<f64>|
+         -> Result<Option<MaskedFeatures>, RecipeError> {
+            let depth = teacher_checkpoint
+                .as_ref()
+                .map_or(Ok(0), |teacher| teacher.dit().map(|config| config.depth))?;
+            let taps = taps(representation, &parent, config.depth, depth).map_err(|problem| {
+                RecipeError::Stage {
+                    stage: stage.name.clone(),
+                    problem,
+                }
+            })?;
+            Ok(Some(MaskedFeatures {
+                taps,
+                k,
+                beta: representation.beta.into(),
+            }))
+        };
+        let distillation = match &recover.method {
+            RecoverMethod::FineTune => None,
+            RecoverMethod::Kd { distillation } => Some(Distillation {
+                alpha: distillation.alpha,
+                features: None,
+            }),
+            RecoverMethod::RepKd {
+                distillation,
+                representation,
+            } => Some(Distillation {
+                alpha: distillation.alpha,
+                features: features(representation, None)?,
+            }),
+            RecoverMethod::MaskedKd {
+                distillation,
+                representation,
+                k,
+            } => Some(Distillation {
+                alpha: distillation.alpha,
+                features: features(representation, Some(*k))?,
+            }),
+        };
+        let layers = distillation
+            .iter()
+            .flat_map(|distillation| &distillation.features)
+            .flat_map(|features| features.taps.iter().map(|tap| tap.1))
+            .collect();
+        let teacher = match &teacher_checkpoint {
+            Some(teacher) => Some((
+                Arc::new(teacher.network::<B::InnerBackend>(self.device)?),
+                layers,
+            )),
+            None => None,
+        };
+        let plan = self.plan(
+            stage,
+            &recover.optimisation,
+            folder,
+            &[Some(&parent), teacher_checkpoint.as_ref()],
+        )?;
+        let student = Student::new(
+            parent.network::<B>(self.device)?,
+            distillation,
+            Arc::new(GaussianDiffusion::full()),
+            plan.steps,
+        );
+        let source = self.source(
+            &config,
+            &recover.optimisation,
+            recover.label_drop,
+            Vec::new(),
+        );
+        let fitted = self.fit(
+            student,
+            plan,
+            Vec::new(),
+            source,
+            teacher,
+            vec!["mse", "vb", "kd", "vb kd", "features"],
+            None,
+        )?;
+        let mut provenance = self.provenance(
+            &stage.name,
+            recover_method(&recover.method),
+            Some(&recover.optimisation),
+            Some(&parent),
+        );
+        // A healed model still is the one whose layers were kept.
+        let Provenance {
+            kept,
+            parent_depth,
+            groups,
+            ..
+        } = parent.provenance;
+        provenance.teacher = teacher_checkpoint.as_ref().map(Checkpoint::fingerprint);
+        (provenance.kept, provenance.parent_depth, provenance.groups) =
+            (kept, parent_depth, groups);
+        Ok(Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL)).write()?)
+    }
+}
+
+/// (student, teacher) layers whose features are compared: as the recipe says, else by the groups the student was
+/// pruned in, else by its kept layers.
+fn taps(
+    representation: &Representation,
+    student: &Checkpoint,
+    depth: usize,
+    teacher_depth: usize,
+) -> Result<Vec<(usize, usize)>, String> {
+    let Provenance {
+        kept,
+        parent_depth,
+        groups,
+        ..
+    } = &student.provenance;
+    let taps: Vec<(usize, usize)> = if let Some(taps) = &representation.taps {
+        taps.iter()
+            .map(|[student, teacher]| (*student, *teacher))
+            .collect()
+    } else {
+        let Some(kept) = kept else {
+            return Err("the checkpoint does not say which layers were kept; give `taps`".into());
+        };
+        if *parent_depth != Some(teacher_depth) || kept.len() != depth {
+            return Err(format!(
+                "the student has {depth} of {} layers, the teacher {teacher_depth}; give `taps`",
+                parent_depth.unwrap_or(0)
+            ));
+        }
+        match groups {
+            Some(groups) => Groups::from_pairs(groups, teacher_depth)
+                .map(|groups| groups.taps(kept))
+                .map_err(|error| error.to_string())?,
+            None => {
+                pruning::taps_from_kept(kept, teacher_depth).map_err(|error| error.to_string())?
+            }
+        }
+    };
+    check_taps(&taps, depth, teacher_depth).map(|()| taps)
+}

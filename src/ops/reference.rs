@@ -34,11 +34,8 @@ pub fn modulated_norm<B: Backend>(
 }
 
 /// See [`FusedOps::qkv_attention`](super::FusedOps::qkv_attention).
-pub fn qkv_attention<B: Backend>(qkv: Tensor<B, 3>, heads: usize) -> Tensor<B, 3> {
-    padded_qkv_attention(qkv, heads, 1)
-}
-
-/// Attention with the head dimension padded by zeros to a multiple of `multiple`, which changes nothing but the
+///
+/// The head dimension is padded by zeros to a multiple of `multiple` (1 is no padding), which changes nothing but the
 /// shapes of the products: some kernels read out of bounds at sizes such as DiT-XL's 72 (tracel-ai/burn #5626).
 pub fn padded_qkv_attention<B: Backend>(
     qkv: Tensor<B, 3>,

@@ -11,13 +11,19 @@ use tinyfusion::bench;
 use tinyfusion::data::{BatchPlan, BatchSource, Digits, Split};
 use tinyfusion::evaluation::{Features, StatisticsAccumulator, frechet_distance, precision_recall};
 use tinyfusion::models::{Network, initialise};
-use tinyfusion::ops::FusedOps;
+use tinyfusion::ops::{
+    Activation, AdamWState, AdamWStep, FusedOps, LinearWants, LinearWeights, LoraWeights,
+};
 use tinyfusion::process::GaussianDiffusion;
 use tinyfusion::pruning::{Group, draw};
 use tinyfusion::random::{self, Stream};
 use tinyfusion::recovery::Student;
 use tinyfusion::training::Ema;
 use tinyfusion::weights::{assign, collect};
+
+// As the program does: memory that a step frees is there for the next.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 type Inner = NdArray;
 type Training = burn::backend::Autodiff<Inner>;
@@ -36,35 +42,196 @@ fn noise<const D: usize>(shape: [usize; D]) -> Tensor<Inner, D> {
     )
 }
 
+/// Every operator, forward and backward, at the digit model's sizes and at DiT-S/2's.
 fn operators(criterion: &mut Criterion) {
-    let hidden = noise([BATCH, TOKENS, 4 * WIDTH]);
-    criterion.bench_function("gelu", |b| {
-        b.iter(|| black_box(Inner::gelu_tanh(hidden.clone())))
-    });
-    let (x, shift, scale) = (
-        noise([BATCH, TOKENS, WIDTH]),
-        noise([BATCH, WIDTH]),
-        noise([BATCH, WIDTH]),
-    );
-    criterion.bench_function("modulated norm", |b| {
-        b.iter(|| {
-            black_box(Inner::modulated_norm(
-                x.clone(),
-                shift.clone(),
-                scale.clone(),
-                1e-6,
-            ))
-        })
-    });
-    let qkv = noise([BATCH, TOKENS, 3 * WIDTH]);
-    criterion.bench_function("attention", |b| {
-        b.iter(|| black_box(Inner::qkv_attention(qkv.clone(), HEADS)))
-    });
+    for [batch, tokens, width, heads] in [[BATCH, TOKENS, WIDTH, HEADS], [4, 256, 384, 6]] {
+        let name = |what: &str| format!("{what}, {batch} x {tokens} x {width}");
+        let [x, y, gradient] = [(); 3].map(|()| noise([batch, tokens, width]));
+        let [shift, scale] = [(); 2].map(|()| noise([batch, width]));
+        for (layer, input, output, activation) in [
+            ("qkv", width, 3 * width, Activation::Identity),
+            ("gelu and fc2", 4 * width, width, Activation::GeluTanh),
+        ] {
+            for rank in [None, Some(8)] {
+                let kind = if rank.is_some() { "low-rank" } else { "full" };
+                let weights = || LinearWeights {
+                    weight: noise([output, input]),
+                    bias: noise([output]),
+                    lora: rank.map(|rank| LoraWeights {
+                        a: noise([rank, input]),
+                        b: noise([output, rank]),
+                        scale: 2.0,
+                    }),
+                };
+                let (weights, x): (_, Tensor<Inner, 2>) =
+                    (weights(), noise([batch * tokens, input]));
+                let gradient = noise([batch * tokens, output]);
+                criterion.bench_function(&name(&format!("{layer}, {kind}")), |b| {
+                    b.iter(|| {
+                        black_box(Inner::linear_layer(x.clone(), weights.clone(), activation))
+                    })
+                });
+                let wants = LinearWants {
+                    x: true,
+                    weight: rank.is_none(),
+                    bias: rank.is_none(),
+                    lora: rank.is_some(),
+                };
+                criterion.bench_function(&name(&format!("{layer}, {kind}, backward")), |b| {
+                    b.iter(|| {
+                        black_box(Inner::linear_layer_backward(
+                            gradient.clone(),
+                            x.clone(),
+                            weights.clone(),
+                            activation,
+                            wants,
+                        ))
+                    })
+                });
+            }
+        }
+        criterion.bench_function(&name("modulated norm"), |b| {
+            b.iter(|| {
+                black_box(Inner::modulated_norm(
+                    x.clone(),
+                    shift.clone(),
+                    scale.clone(),
+                    1e-6,
+                ))
+            })
+        });
+        criterion.bench_function(&name("modulated norm, backward"), |b| {
+            b.iter(|| {
+                let (gradient, x) = (gradient.clone(), x.clone());
+                black_box(Inner::modulated_norm_backward(
+                    gradient,
+                    x,
+                    scale.clone(),
+                    1e-6,
+                    None,
+                ))
+            })
+        });
+        let qkv = noise([batch, tokens, 3 * width]);
+        criterion.bench_function(&name("attention"), |b| {
+            b.iter(|| black_box(Inner::qkv_attention(qkv.clone(), heads)))
+        });
+        criterion.bench_function(&name("attention, backward"), |b| {
+            b.iter(|| {
+                black_box(Inner::qkv_attention_backward(
+                    gradient.clone(),
+                    qkv.clone(),
+                    heads,
+                ))
+            })
+        });
+        criterion.bench_function(&name("gated residual"), |b| {
+            b.iter(|| black_box(Inner::gated_residual(x.clone(), scale.clone(), y.clone())))
+        });
+        criterion.bench_function(&name("gated residual, backward"), |b| {
+            b.iter(|| {
+                black_box(Inner::gated_residual_backward(
+                    gradient.clone(),
+                    scale.clone(),
+                    y.clone(),
+                ))
+            })
+        });
+        let share = noise([batch]);
+        criterion.bench_function(&name("blend"), |b| {
+            b.iter(|| black_box(Inner::blend(x.clone(), y.clone(), share.clone())))
+        });
+        let hidden = noise([batch, tokens, 4 * width]);
+        criterion.bench_function(&name("gelu"), |b| {
+            b.iter(|| black_box(Inner::activate(hidden.clone(), Activation::GeluTanh)))
+        });
+        criterion.bench_function(&name("silu"), |b| {
+            b.iter(|| black_box(Inner::activate(hidden.clone(), Activation::Silu)))
+        });
+        let step = AdamWStep {
+            lr: 1e-4,
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            time: 2,
+            gradient_scale: 1.0,
+        };
+        let gradient = noise([12, width, 4 * width]);
+        let mut state = Some(AdamWState {
+            value: gradient.clone() + 0.0,
+            first: gradient.clone() + 0.0,
+            second: gradient.clone().abs(),
+        });
+        criterion.bench_function(&name("adamw"), |b| {
+            b.iter(|| {
+                // Taken and put back: what nobody else sees is written over.
+                if let Some(before) = state.take() {
+                    state = Some(Inner::adamw(before, gradient.clone(), step));
+                }
+            })
+        });
+    }
     let group = Group::new(2, 4).expect("2:4 is a group");
     let (logits, gumbel) = (noise([1, 6]), noise([BATCH, 6]));
     criterion.bench_function("gate", |b| {
         b.iter(|| black_box(draw(group, logits.clone(), gumbel.clone(), 1.0, 100.0)))
     });
+}
+
+/// The products of a block, by our operator and by the crate `gemm`, both on all cores.
+fn products(criterion: &mut Criterion) {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    for (rows, input, output) in [
+        (2048, 64, 256),
+        (2048, 256, 64),
+        (1024, 384, 1152),
+        (1024, 1536, 384),
+    ] {
+        let x = noise([rows, input]);
+        let weights = LinearWeights {
+            weight: noise([output, input]),
+            bias: noise([output]),
+            lora: None,
+        };
+        let name = format!("product, {rows} x {input} x {output}");
+        criterion.bench_function(&format!("{name}, ours"), |b| {
+            b.iter(|| {
+                black_box(Inner::linear_layer(
+                    x.clone(),
+                    weights.clone(),
+                    Activation::Identity,
+                ))
+            })
+        });
+        let values = |tensor: Tensor<Inner, 2>| tensor.into_data().to_vec::<f32>().expect("f32");
+        let (a, w, mut c) = (values(x), values(weights.weight), vec![0f32; rows * output]);
+        criterion.bench_function(&format!("{name}, gemm"), |b| {
+            // SAFETY: the three slices are as large as the sizes say; strides are those of rows, and of W transposed.
+            b.iter(|| unsafe {
+                gemm::gemm(
+                    rows,
+                    output,
+                    input,
+                    c.as_mut_ptr(),
+                    1,
+                    output as isize,
+                    false,
+                    a.as_ptr(),
+                    1,
+                    input as isize,
+                    w.as_ptr(),
+                    input as isize,
+                    1,
+                    0.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    gemm::Parallelism::Rayon(threads),
+                )
+            })
+        });
+    }
 }
 
 fn training(criterion: &mut Criterion) {
@@ -128,5 +295,5 @@ fn evaluation(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(parts, operators, training, evaluation);
+criterion_group!(parts, operators, products, training, evaluation);
 criterion_main!(parts);

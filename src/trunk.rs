@@ -6,6 +6,8 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::ops::FusedOps;
+
 /// Where in the trunk a hook stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Site {
@@ -73,15 +75,14 @@ pub struct Gated<B: Backend> {
     pub mask: Tensor<B, 2>,
 }
 
-impl<B: Backend> BlockHook<B> for Gated<B> {
+impl<B: FusedOps> BlockHook<B> for Gated<B> {
     fn around(&mut self, site: Site, x: Tensor<B, 3>, block: Block<'_, B>) -> Tensor<B, 3> {
         let gate = self
             .mask
             .clone()
             .narrow(1, site.layer, 1)
-            .unsqueeze_dim::<3>(2); // [batch, 1, 1]
-        let skipped = x.clone() * (gate.clone().neg() + 1.0);
-        block(x) * gate + skipped
+            .squeeze_dim::<1>(1); // [batch]
+        B::blend(x.clone(), block(x), gate)
     }
 }
 

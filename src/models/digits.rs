@@ -6,7 +6,7 @@ use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Tensor, activation, backend::Backend, module};
 use serde::{Deserialize, Serialize};
 
-use crate::ops::Linear;
+use crate::ops::{FusedOps, Linear};
 
 /// Number of digits.
 pub const CLASSES: usize = 10;
@@ -49,7 +49,9 @@ impl<B: Backend> DigitsClassifier<B> {
             head: Linear::zeros(width, CLASSES, device),
         }
     }
+}
 
+impl<B: FusedOps> DigitsClassifier<B> {
     /// Reads a batch of images.
     pub fn forward(&self, x: Tensor<B, 4>) -> Reading<B> {
         let x = activation::relu(self.conv1.forward(x)); // [batch, width/4, 8, 8]

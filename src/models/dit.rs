@@ -1,11 +1,11 @@
 //! DiT: a diffusion transformer with adaptive layer norm, zero-initialised (Peebles and Xie, arXiv 2212.09748).
 
 use burn::module::{Module, Param};
-use burn::tensor::{Int, Tensor, activation, backend::Backend};
+use burn::tensor::{Int, Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
 use super::embeddings::{position_table, timestep_features};
-use crate::ops::{FusedOps, Linear};
+use crate::ops::{Activation, FusedOps, Linear, LinearWeights, split};
 use crate::trunk::{self, BlockHook};
 
 /// Layer norm of every block and of the head; the reference's value, not Burn's default.
@@ -273,7 +273,7 @@ impl<B: FusedOps> Dit<B> {
         let x = self.x_embedder.proj.forward(x, self.patch_size) + self.pos_embed.val(); // [batch, tokens, width]
         let condition = self.t_embedder.forward(t) + self.y_embedder.forward(y); // [batch, width]
         // Every modulation reads the same SiLU of the condition: computed once.
-        let condition = activation::silu(condition);
+        let condition = B::activate(condition, Activation::Silu);
         let x = trunk::run(self.blocks.len(), x, hook, |layer, x| {
             self.blocks[layer].forward(x, condition.clone())
         });
@@ -307,7 +307,9 @@ impl<B: Backend> Patches<B> {
             bias: Param::from_tensor(Tensor::zeros([width], device)),
         }
     }
+}
 
+impl<B: FusedOps> Patches<B> {
     /// `[batch, channels, size, size]` to `[batch, tokens, width]`.
     fn forward(&self, x: Tensor<B, 4>, patch: usize) -> Tensor<B, 3> {
         let [batch, channels, size, _] = x.dims();
@@ -316,13 +318,13 @@ impl<B: Backend> Patches<B> {
         let x = x
             .reshape([batch, channels, side, patch, side, patch])
             .permute([0, 2, 4, 1, 3, 5]) // [batch, h, w, channels, p, p]
-            .reshape([batch * side * side, channels * patch * patch]);
-        let weight = self.weight.val().reshape([width, channels * patch * patch]);
-        (x.matmul(weight.transpose()) + self.bias.val().unsqueeze()).reshape([
-            batch,
-            side * side,
-            width,
-        ])
+            .reshape([batch, side * side, channels * patch * patch]);
+        let weights = LinearWeights {
+            weight: self.weight.val().reshape([width, channels * patch * patch]),
+            bias: self.bias.val(),
+            lora: None,
+        };
+        B::linear_layer(x, weights, Activation::Identity)
     }
 }
 
@@ -345,7 +347,7 @@ impl<B: FusedOps> TimestepEmbedder<B> {
     pub fn forward(&self, t: Tensor<B, 1>) -> Tensor<B, 2> {
         let features = timestep_features(t, TIMESTEP_FEATURES);
         self.out
-            .forward(activation::silu(self.hidden.forward(features)))
+            .forward_activated(self.hidden.forward(features), Activation::Silu)
     }
 }
 
@@ -408,14 +410,14 @@ impl<B: FusedOps> DitBlock<B> {
             scale_attn,
             NORM_EPSILON,
         ));
-        let x = x + gate_attn.unsqueeze_dim::<3>(1) * attended;
+        let x = B::gated_residual(x, gate_attn, attended);
         let transformed = self.mlp.forward(B::modulated_norm(
             x.clone(),
             shift_mlp,
             scale_mlp,
             NORM_EPSILON,
         ));
-        x + gate_mlp.unsqueeze_dim::<3>(1) * transformed
+        B::gated_residual(x, gate_mlp, transformed)
     }
 }
 
@@ -447,7 +449,8 @@ pub struct Mlp<B: Backend> {
 
 impl<B: FusedOps> Mlp<B> {
     fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        self.fc2.forward(B::gelu_tanh(self.fc1.forward(x)))
+        self.fc2
+            .forward_activated(self.fc1.forward(x), Activation::GeluTanh)
     }
 }
 
@@ -464,10 +467,4 @@ impl<B: FusedOps> FinalLayer<B> {
         self.linear
             .forward(B::modulated_norm(x, shift, scale, NORM_EPSILON))
     }
-}
-
-/// `[batch, N width]` to N tensors `[batch, width]`.
-fn split<B: Backend, const N: usize>(x: Tensor<B, 2>) -> [Tensor<B, 2>; N] {
-    let width = x.dims()[1] / N;
-    std::array::from_fn(|part| x.clone().narrow(1, part * width, width))
 }

@@ -3,6 +3,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
+use super::{Activation, FusedOps, LinearWeights, LoraWeights};
+
 /// `y = x W^T + b`, plus `scale (x A^T) B^T` while a [`Lora`] is attached.
 ///
 /// The weight is `[out, in]`, as PyTorch stores it, so checkpoints need no transposition.
@@ -52,24 +54,6 @@ impl<B: Backend> Linear<B> {
         LinearLayout { input, output }
     }
 
-    /// Applies the layer to the last dimension.
-    pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
-        let mut shape = x.dims();
-        let LinearLayout { input, output } = self.layout();
-        // One matrix product over all rows: backends that see a batch of small products run them one at a time.
-        let rows = shape.iter().product::<usize>() / input;
-        let x: Tensor<B, 2> = x.reshape([rows, input]);
-        let mut y = x.clone().matmul(self.weight.val().transpose()) + self.bias.val().unsqueeze();
-        if let Some(lora) = &self.lora {
-            let update = x
-                .matmul(lora.a.val().transpose())
-                .matmul(lora.b.val().transpose());
-            y = y + update.mul_scalar(lora.scale);
-        }
-        shape[D - 1] = output;
-        y.reshape(shape)
-    }
-
     /// Freezes the layer and adds a low-rank update of zeros to it; A and B are filled by the caller.
     pub fn attach_lora(&mut self, rank: usize, alpha: f64) {
         let LinearLayout { input, output } = self.layout();
@@ -79,5 +63,30 @@ impl<B: Backend> Linear<B> {
             b: Param::from_tensor(Tensor::zeros([output, rank], &device)),
             scale: alpha / rank as f64,
         });
+    }
+}
+
+impl<B: FusedOps> Linear<B> {
+    /// Applies the layer to the last dimension.
+    pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
+        self.forward_activated(x, Activation::Identity)
+    }
+
+    /// Applies the layer to the activated `x`.
+    pub fn forward_activated<const D: usize>(
+        &self,
+        x: Tensor<B, D>,
+        activation: Activation,
+    ) -> Tensor<B, D> {
+        let weights = LinearWeights {
+            weight: self.weight.val(),
+            bias: self.bias.val(),
+            lora: self.lora.as_ref().map(|lora| LoraWeights {
+                a: lora.a.val(),
+                b: lora.b.val(),
+                scale: lora.scale,
+            }),
+        };
+        B::linear_layer(x, weights, activation)
     }
 }

@@ -1,8 +1,19 @@
 //! Tensor operators the models share.
 //!
-//! [`FusedOps`] is the place for kernels: each method's default is composed of Burn's operators (the slow, exact
-//! reference, in [`mod@reference`]), and a backend may override it. Models call the trait and never know.
+//! [`FusedOps`] is the place for kernels. Each operator is a pair, forward and backward, and each method's default is
+//! composed of Burn's operators (the slow, exact reference, in [`mod@reference`]); a backend overrides what it can do
+//! faster. `Autodiff<B>` joins the pairs into nodes of the graph (see `autodiff.rs`), so a backend's kernels train
+//! without the backend knowing anything of differentiation. Models call the trait and never know.
+//!
+//! ```text
+//! models ──> FusedOps ──┬─ Autodiff<B>: one graph node an operator, then B's forward and backward
+//!                       ├─ NdArray:     kernels of `cpu/`
+//!                       └─ any other:   `reference`
+//! ```
 
+mod autodiff;
+#[cfg(feature = "ndarray")]
+mod cpu;
 mod linear;
 pub mod reference;
 
@@ -11,19 +22,155 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 
 pub use linear::{Linear, LinearLayout, Lora};
 
+/// A function of one value, applied to every element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x`
+    Identity,
+    /// GELU by its tanh approximation, `x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`.
+    GeluTanh,
+    /// `x / (1 + exp(-x))`
+    Silu,
+}
+
+/// The parameters of a linear layer, as its operator reads them.
+#[derive(Debug, Clone)]
+pub struct LinearWeights<B: Backend> {
+    /// `[out, in]`
+    pub weight: Tensor<B, 2>,
+    /// `[out]`
+    pub bias: Tensor<B, 1>,
+    /// A low-rank update.
+    pub lora: Option<LoraWeights<B>>,
+}
+
+/// The factors of a low-rank update `scale B A`.
+#[derive(Debug, Clone)]
+pub struct LoraWeights<B: Backend> {
+    /// `[rank, in]`
+    pub a: Tensor<B, 2>,
+    /// `[out, rank]`
+    pub b: Tensor<B, 2>,
+    /// alpha / rank
+    pub scale: f64,
+}
+
+/// Which gradients of a linear layer somebody waits for.
+#[derive(Debug, Clone, Copy)]
+pub struct LinearWants {
+    /// The input's.
+    pub x: bool,
+    /// The weight's.
+    pub weight: bool,
+    /// The bias'.
+    pub bias: bool,
+    /// Those of a low-rank update.
+    pub lora: bool,
+}
+
+/// Gradients of a linear layer; what was not asked for may be missing.
+#[derive(Debug, Clone)]
+pub struct LinearGradients<B: Backend> {
+    /// `[rows, in]`
+    pub x: Option<Tensor<B, 2>>,
+    /// `[out, in]`
+    pub weight: Option<Tensor<B, 2>>,
+    /// `[out]`
+    pub bias: Option<Tensor<B, 1>>,
+    /// `[rank, in]` and `[out, rank]`
+    pub lora: Option<(Tensor<B, 2>, Tensor<B, 2>)>,
+}
+
+/// Gradients of [`FusedOps::modulated_norm`].
+#[derive(Debug, Clone)]
+pub struct NormGradients<B: Backend> {
+    /// `[batch, tokens, width]`, with what was there before added.
+    pub x: Tensor<B, 3>,
+    /// `[batch, width]`
+    pub shift: Tensor<B, 2>,
+    /// `[batch, width]`
+    pub scale: Tensor<B, 2>,
+}
+
+/// One step of AdamW for one parameter.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamWStep {
+    /// The parameter's learning rate.
+    pub lr: f64,
+    /// Decay of the first and the second moment.
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Number of this step, from 1.
+    pub time: i32,
+    /// What gradients are multiplied with first (clipping).
+    pub gradient_scale: f64,
+}
+
+/// A parameter and its moments, flat or of any shape, all alike.
+#[derive(Debug, Clone)]
+pub struct AdamWState<B: Backend, const D: usize> {
+    /// The parameter.
+    pub value: Tensor<B, D>,
+    /// Running mean of gradients.
+    pub first: Tensor<B, D>,
+    /// Running mean of their squares.
+    pub second: Tensor<B, D>,
+}
+
 /// Operators a diffusion transformer spends its time on.
 ///
 /// The defaults are the reference; an override must agree with [`mod@reference`] to the last few bits, forward and
-/// backward.
+/// backward. Nothing here is particular to a device: shapes are whole batches, and what is saved for the backward
+/// pass are the operator's own inputs.
 pub trait FusedOps: Backend {
     /// How many independent batches are best computed at once, each on a host thread of its own.
     fn workers() -> usize {
         1
     }
 
-    /// GELU by its tanh approximation, elementwise.
-    fn gelu_tanh<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
-        reference::gelu_tanh(x)
+    /// What the head dimension is padded to a multiple of; 1 is no padding.
+    fn head_multiple() -> usize {
+        1
+    }
+
+    /// An activation, elementwise.
+    fn activate<const D: usize>(x: Tensor<Self, D>, activation: Activation) -> Tensor<Self, D> {
+        reference::activate(x, activation)
+    }
+
+    /// Gradient of [`activate`](Self::activate) at `x`.
+    fn activate_backward<const D: usize>(
+        gradient: Tensor<Self, D>,
+        x: Tensor<Self, D>,
+        activation: Activation,
+    ) -> Tensor<Self, D> {
+        gradient * reference::activate_derivative(x, activation)
+    }
+
+    /// A linear layer on the last dimension of the activated input: `act(x) W^T + b`, and `scale act(x) A^T B^T` if it
+    /// carries a low-rank update.
+    ///
+    /// The activation stands before the product, not after it, because then `x` alone is kept for the backward pass.
+    fn linear_layer<const D: usize>(
+        x: Tensor<Self, D>,
+        weights: LinearWeights<Self>,
+        activation: Activation,
+    ) -> Tensor<Self, D> {
+        reference::linear(x, weights, activation)
+    }
+
+    /// Gradients of [`linear_layer`](Self::linear_layer): `gradient` is `[rows, out]`, `x` `[rows, in]`.
+    fn linear_layer_backward(
+        gradient: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        weights: LinearWeights<Self>,
+        activation: Activation,
+        wants: LinearWants,
+    ) -> LinearGradients<Self> {
+        reference::linear_backward(gradient, x, weights, activation, wants)
     }
 
     /// `(1 + scale) norm(x) + shift`, where norm is layer normalisation over the last dimension without affine
@@ -37,15 +184,91 @@ pub trait FusedOps: Backend {
         reference::modulated_norm(x, shift, scale, epsilon)
     }
 
-    /// What the head dimension is padded to a multiple of; 1 is no padding.
-    fn head_multiple() -> usize {
-        1
+    /// Gradients of [`modulated_norm`](Self::modulated_norm), that of `x` added to `sum` if there is one.
+    fn modulated_norm_backward(
+        gradient: Tensor<Self, 3>,
+        x: Tensor<Self, 3>,
+        scale: Tensor<Self, 2>,
+        epsilon: f64,
+        sum: Option<Tensor<Self, 3>>,
+    ) -> NormGradients<Self> {
+        reference::modulated_norm_backward(gradient, x, scale, epsilon, sum)
     }
 
     /// Self-attention of all heads from the fused projection `[batch, tokens, 3 width]` (queries, keys, values in
     /// that order, each split into `heads`), giving `[batch, tokens, width]`.
     fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize) -> Tensor<Self, 3> {
-        reference::padded_qkv_attention(qkv, heads, Self::head_multiple())
+        reference::qkv_attention(qkv, heads, Self::head_multiple())
+    }
+
+    /// Gradient of [`qkv_attention`](Self::qkv_attention), `[batch, tokens, 3 width]`.
+    fn qkv_attention_backward(
+        gradient: Tensor<Self, 3>,
+        qkv: Tensor<Self, 3>,
+        heads: usize,
+    ) -> Tensor<Self, 3> {
+        reference::qkv_attention_backward(gradient, qkv, heads, Self::head_multiple())
+    }
+
+    /// `x + gate y`; `x` and `y` are `[batch, tokens, width]`, `gate` is `[batch, width]`.
+    fn gated_residual(
+        x: Tensor<Self, 3>,
+        gate: Tensor<Self, 2>,
+        y: Tensor<Self, 3>,
+    ) -> Tensor<Self, 3> {
+        reference::gated_residual(x, gate, y)
+    }
+
+    /// Gradients of [`gated_residual`](Self::gated_residual): of `gate` and of `y`; that of `x` is `gradient` itself.
+    fn gated_residual_backward(
+        gradient: Tensor<Self, 3>,
+        gate: Tensor<Self, 2>,
+        y: Tensor<Self, 3>,
+    ) -> (Tensor<Self, 2>, Tensor<Self, 3>) {
+        reference::gated_residual_backward(gradient, gate, y)
+    }
+
+    /// `x + share (y - x)`; `x` and `y` are `[batch, tokens, width]`, `share` is `[batch]`.
+    fn blend(x: Tensor<Self, 3>, y: Tensor<Self, 3>, share: Tensor<Self, 1>) -> Tensor<Self, 3> {
+        reference::blend(x, y, share)
+    }
+
+    /// Gradients of [`blend`](Self::blend), of `x`, `y` and `share`.
+    fn blend_backward(
+        gradient: Tensor<Self, 3>,
+        x: Tensor<Self, 3>,
+        y: Tensor<Self, 3>,
+        share: Tensor<Self, 1>,
+    ) -> (Tensor<Self, 3>, Tensor<Self, 3>, Tensor<Self, 1>) {
+        reference::blend_backward(gradient, x, y, share)
+    }
+
+    /// Columns `start .. start + width` of `x`.
+    fn columns(x: Tensor<Self, 2>, start: usize, width: usize) -> Tensor<Self, 2> {
+        x.narrow(1, start, width)
+    }
+
+    /// The sum of squares, `[1]`.
+    fn sum_of_squares<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, 1> {
+        (x.clone() * x).sum()
+    }
+
+    /// One step of AdamW (arXiv 1711.05101) in PyTorch's arithmetic.
+    fn adamw<const D: usize>(
+        state: AdamWState<Self, D>,
+        gradient: Tensor<Self, D>,
+        step: AdamWStep,
+    ) -> AdamWState<Self, D> {
+        reference::adamw(state, gradient, step)
+    }
+
+    /// `decay average + (1 - decay) value`
+    fn moving_average<const D: usize>(
+        average: Tensor<Self, D>,
+        value: Tensor<Self, D>,
+        decay: f64,
+    ) -> Tensor<Self, D> {
+        reference::moving_average(average, value, decay)
     }
 }
 
@@ -54,22 +277,10 @@ pub trait TrainingBackend: AutodiffBackend<InnerBackend: FusedOps> + FusedOps {}
 
 impl<B: AutodiffBackend<InnerBackend: FusedOps> + FusedOps> TrainingBackend for B {}
 
-impl<B: FusedOps> FusedOps for burn::backend::Autodiff<B> {
-    fn workers() -> usize {
-        B::workers()
-    }
-
-    fn head_multiple() -> usize {
-        B::head_multiple()
-    }
-}
-
-#[cfg(feature = "ndarray")]
-impl FusedOps for burn_ndarray::NdArray {
-    // Most of its operators use one core; whole batches in parallel use all.
-    fn workers() -> usize {
-        std::thread::available_parallelism().map_or(1, usize::from)
-    }
+/// `[batch, N width]` to N tensors `[batch, width]`.
+pub fn split<B: FusedOps, const N: usize>(x: Tensor<B, 2>) -> [Tensor<B, 2>; N] {
+    let width = x.dims()[1] / N;
+    std::array::from_fn(|part| B::columns(x.clone(), part * width, width))
 }
 
 /// Head dimensions that CubeCL's matrix products are safe with.

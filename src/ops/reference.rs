@@ -1,25 +1,141 @@
-//! The operators of [`FusedOps`](super::FusedOps), composed of Burn's own: exact, differentiable, on any backend.
+//! The operators of [`FusedOps`](super::FusedOps) and their gradients, composed of Burn's own: exact, on any backend.
+//!
+//! The forward halves are differentiable by Burn as well, which is what the backward halves are tested against.
 
 use burn::tensor::{Tensor, activation, backend::Backend};
 
-/// GELU, tanh approximation: `x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`.
-///
-/// Written as `x / (1 + exp(-2 u))`, which is the same function: `(1 + tanh u) / 2 = sigmoid(2 u)`. The exponent is
-/// bounded, so that the gradient meets no infinity times zero; sigmoid(-80) is 2e-35.
-pub fn gelu_tanh<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
-    const TWICE_ROOT_2_OVER_PI: f64 = 1.595_769_121_605_730_8;
+use super::{
+    Activation, AdamWState, AdamWStep, LinearGradients, LinearWants, LinearWeights, NormGradients,
+};
+
+/// `sqrt(2 / pi)`, doubled.
+const TWICE_ROOT_2_OVER_PI: f64 = 1.595_769_121_605_730_8;
+/// GELU's coefficient of the cube.
+const CUBE: f64 = 0.044715;
+/// Bound of exponents, so that a gradient meets no infinity times zero; sigmoid(-80) is 2e-35.
+const EXPONENT: f64 = 80.0;
+
+/// `1 / (1 + exp(-x))`, by a division: on ndarray Burn's `recip` is an approximation of some 14 bits.
+fn sigmoid<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
+    let one = x.ones_like();
+    one / (x.clamp(-EXPONENT, EXPONENT).neg().exp() + 1.0)
+}
+
+/// `2 u` of GELU: `(1 + tanh u) / 2 = sigmoid(2 u)`.
+fn gelu_argument<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     let square = x.clone() * x.clone();
-    let u = (square.mul_scalar(0.044715 * TWICE_ROOT_2_OVER_PI) + TWICE_ROOT_2_OVER_PI) * x.clone();
-    x / (u.clamp(-80.0, 80.0).neg().exp() + 1.0)
+    (square.mul_scalar(CUBE * TWICE_ROOT_2_OVER_PI) + TWICE_ROOT_2_OVER_PI) * x
+}
+
+/// See [`FusedOps::activate`](super::FusedOps::activate).
+pub fn activate<B: Backend, const D: usize>(
+    x: Tensor<B, D>,
+    activation: Activation,
+) -> Tensor<B, D> {
+    match activation {
+        Activation::Identity => x,
+        Activation::GeluTanh => x.clone() * sigmoid(gelu_argument(x)),
+        Activation::Silu => x.clone() * sigmoid(x),
+    }
+}
+
+/// The activation's derivative at `x`.
+pub fn activate_derivative<B: Backend, const D: usize>(
+    x: Tensor<B, D>,
+    activation: Activation,
+) -> Tensor<B, D> {
+    // d(x s(v)) = s + x s (1 - s) v'
+    let product = |v: Tensor<B, D>, slope: Tensor<B, D>| {
+        let s = sigmoid(v);
+        s.clone() + x.clone() * s.clone() * (s.neg() + 1.0) * slope
+    };
+    match activation {
+        Activation::Identity => x.ones_like(),
+        Activation::GeluTanh => {
+            let slope = (x.clone() * x.clone()).mul_scalar(3.0 * CUBE * TWICE_ROOT_2_OVER_PI)
+                + TWICE_ROOT_2_OVER_PI;
+            product(gelu_argument(x.clone()), slope)
+        }
+        Activation::Silu => product(x.clone(), x.ones_like()),
+    }
+}
+
+/// See [`FusedOps::linear_layer`](super::FusedOps::linear_layer).
+pub fn linear<B: Backend, const D: usize>(
+    x: Tensor<B, D>,
+    weights: LinearWeights<B>,
+    activation: Activation,
+) -> Tensor<B, D> {
+    let mut shape = x.dims();
+    let [output, input] = weights.weight.dims();
+    // One matrix product over all rows: backends that see a batch of small products run them one at a time.
+    let rows = shape.iter().product::<usize>() / input;
+    let x = activate(x.reshape([rows, input]), activation);
+    let mut y = x.clone().matmul(weights.weight.transpose()) + weights.bias.unsqueeze();
+    if let Some(lora) = weights.lora {
+        let update = x.matmul(lora.a.transpose()).matmul(lora.b.transpose());
+        y = y + update.mul_scalar(lora.scale);
+    }
+    shape[D - 1] = output;
+    y.reshape(shape)
+}
+
+/// See [`FusedOps::linear_layer_backward`](super::FusedOps::linear_layer_backward).
+pub fn linear_backward<B: Backend>(
+    gradient: Tensor<B, 2>,
+    x: Tensor<B, 2>,
+    weights: LinearWeights<B>,
+    activation: Activation,
+    wants: LinearWants,
+) -> LinearGradients<B> {
+    let activated = activate(x.clone(), activation);
+    let narrow = weights.lora.as_ref().map(|lora| {
+        let scaled = gradient.clone().mul_scalar(lora.scale);
+        let gradient_b = scaled.clone().matmul(lora.b.clone()); // [rows, rank]
+        (lora, scaled, gradient_b)
+    });
+    let lora = narrow.as_ref().filter(|_| wants.lora);
+    let lora = lora.map(|(lora, scaled, narrow)| {
+        let a = narrow.clone().transpose().matmul(activated.clone());
+        let seen = activated.clone().matmul(lora.a.clone().transpose()); // [rows, rank]
+        (a, scaled.clone().transpose().matmul(seen))
+    });
+    let dx = wants.x.then(|| {
+        let mut dx = gradient.clone().matmul(weights.weight);
+        if let Some((lora, _, narrow)) = &narrow {
+            dx = dx + narrow.clone().matmul(lora.a.clone());
+        }
+        match activation {
+            Activation::Identity => dx,
+            _ => dx * activate_derivative(x, activation),
+        }
+    });
+    LinearGradients {
+        x: dx,
+        weight: wants
+            .weight
+            .then(|| gradient.clone().transpose().matmul(activated)),
+        bias: wants.bias.then(|| gradient.sum_dim(0).squeeze_dim(0)),
+        lora,
+    }
+}
+
+/// Centred values over their standard deviation, and that deviation (the last dimension 1).
+fn normalise<B: Backend, const D: usize>(
+    x: Tensor<B, D>,
+    epsilon: f64,
+) -> (Tensor<B, D>, Tensor<B, D>) {
+    let centred = x.clone() - x.mean_dim(D - 1);
+    let variance = (centred.clone() * centred.clone()).mean_dim(D - 1);
+    let deviation = (variance + epsilon).sqrt();
+    (centred / deviation.clone(), deviation)
 }
 
 /// Layer normalisation over the last dimension, without affine parameters.
 ///
 /// The variance is the mean of squares of the centred values, so a large mean costs no precision.
 pub fn layer_norm<B: Backend, const D: usize>(x: Tensor<B, D>, epsilon: f64) -> Tensor<B, D> {
-    let centred = x.clone() - x.mean_dim(D - 1);
-    let variance = (centred.clone() * centred.clone()).mean_dim(D - 1);
-    centred / (variance + epsilon).sqrt()
+    normalise(x, epsilon).0
 }
 
 /// See [`FusedOps::modulated_norm`](super::FusedOps::modulated_norm).
@@ -33,38 +149,192 @@ pub fn modulated_norm<B: Backend>(
     layer_norm(x, epsilon) * scale + shift.unsqueeze_dim::<3>(1)
 }
 
-/// See [`FusedOps::qkv_attention`](super::FusedOps::qkv_attention).
+/// See [`FusedOps::modulated_norm_backward`](super::FusedOps::modulated_norm_backward).
+pub fn modulated_norm_backward<B: Backend>(
+    gradient: Tensor<B, 3>,
+    x: Tensor<B, 3>,
+    scale: Tensor<B, 2>,
+    epsilon: f64,
+    sum: Option<Tensor<B, 3>>,
+) -> NormGradients<B> {
+    let (normal, deviation) = normalise(x, epsilon);
+    let shift = gradient.clone().sum_dim(1).squeeze_dim(1);
+    let dscale = (gradient.clone() * normal.clone())
+        .sum_dim(1)
+        .squeeze_dim(1);
+    let inner = gradient * (scale + 1.0).unsqueeze_dim::<3>(1);
+    let projected = (inner.clone() * normal.clone()).mean_dim(2);
+    let dx = (inner.clone() - inner.mean_dim(2) - normal * projected) / deviation;
+    NormGradients {
+        x: match sum {
+            Some(sum) => sum + dx,
+            None => dx,
+        },
+        shift,
+        scale: dscale,
+    }
+}
+
+/// Queries (scaled), keys and values, `[batch, heads, tokens, head_dim + padding]` each.
 ///
 /// The head dimension is padded by zeros to a multiple of `multiple` (1 is no padding), which changes nothing but the
 /// shapes of the products: some kernels read out of bounds at sizes such as DiT-XL's 72 (tracel-ai/burn #5626).
-pub fn padded_qkv_attention<B: Backend>(
-    qkv: Tensor<B, 3>,
-    heads: usize,
-    multiple: usize,
-) -> Tensor<B, 3> {
+fn heads_of<B: Backend>(qkv: Tensor<B, 3>, heads: usize, multiple: usize) -> [Tensor<B, 4>; 3] {
     let [batch, tokens, triple] = qkv.dims();
-    let width = triple / 3;
-    let head_dim = width / heads;
+    let head_dim = triple / 3 / heads;
     let padding = head_dim.next_multiple_of(multiple) - head_dim;
     let qkv = qkv
         .reshape([batch, tokens, 3, heads, head_dim])
         .permute([2, 0, 3, 1, 4]); // [3, batch, heads, tokens, head_dim]
-    let part = |index: usize| {
+    std::array::from_fn(|index| {
         let part = qkv.clone().narrow(0, index, 1).squeeze_dim::<4>(0);
-        if padding == 0 {
-            return part;
-        }
-        let zeros = Tensor::zeros([batch, heads, tokens, padding], &part.device());
-        Tensor::cat(vec![part, zeros], 3)
-    };
-    let (q, k, v) = (part(0), part(1), part(2));
-    let scores = q
-        .mul_scalar(1.0 / (head_dim as f64).sqrt())
-        .matmul(k.swap_dims(2, 3)); // [batch, heads, tokens, tokens]
+        let part = match index {
+            0 => part.mul_scalar(1.0 / (head_dim as f64).sqrt()),
+            _ => part,
+        };
+        pad(part, padding)
+    })
+}
+
+fn pad<B: Backend>(x: Tensor<B, 4>, padding: usize) -> Tensor<B, 4> {
+    if padding == 0 {
+        return x;
+    }
+    let [batch, heads, tokens, _] = x.dims();
+    let zeros = Tensor::zeros([batch, heads, tokens, padding], &x.device());
+    Tensor::cat(vec![x, zeros], 3)
+}
+
+/// See [`FusedOps::qkv_attention`](super::FusedOps::qkv_attention).
+pub fn qkv_attention<B: Backend>(qkv: Tensor<B, 3>, heads: usize, multiple: usize) -> Tensor<B, 3> {
+    let [batch, tokens, triple] = qkv.dims();
+    let width = triple / 3;
+    let [q, k, v] = heads_of(qkv, heads, multiple);
+    let scores = q.matmul(k.swap_dims(2, 3)); // [batch, heads, tokens, tokens]
     let mixed = activation::softmax(scores, 3)
         .matmul(v)
-        .narrow(3, 0, head_dim); // [batch, heads, tokens, head_dim]
+        .narrow(3, 0, width / heads); // [batch, heads, tokens, head_dim]
     mixed.swap_dims(1, 2).reshape([batch, tokens, width])
+}
+
+/// See [`FusedOps::qkv_attention_backward`](super::FusedOps::qkv_attention_backward).
+pub fn qkv_attention_backward<B: Backend>(
+    gradient: Tensor<B, 3>,
+    qkv: Tensor<B, 3>,
+    heads: usize,
+    multiple: usize,
+) -> Tensor<B, 3> {
+    let [batch, tokens, width] = gradient.dims();
+    let head_dim = width / heads;
+    let padding = head_dim.next_multiple_of(multiple) - head_dim;
+    let [q, k, v] = heads_of(qkv, heads, multiple);
+    let gradient = gradient
+        .reshape([batch, tokens, heads, head_dim])
+        .swap_dims(1, 2); // [batch, heads, tokens, head_dim]
+    let gradient = pad(gradient, padding);
+    let attention = activation::softmax(q.clone().matmul(k.clone().swap_dims(2, 3)), 3);
+    let dv = attention.clone().swap_dims(2, 3).matmul(gradient.clone());
+    let dattention = gradient.matmul(v.swap_dims(2, 3)); // [batch, heads, tokens, tokens]
+    let mean = (dattention.clone() * attention.clone()).sum_dim(3);
+    let dscores = attention * (dattention - mean);
+    // q carries the scale already, so k's gradient does; q's is for the unscaled queries.
+    let dq = dscores
+        .clone()
+        .matmul(k)
+        .mul_scalar(1.0 / (head_dim as f64).sqrt());
+    let dk = dscores.swap_dims(2, 3).matmul(q);
+    let parts = [dq, dk, dv].map(|part| {
+        part.narrow(3, 0, head_dim)
+            .swap_dims(1, 2)
+            .reshape([batch, tokens, width])
+    });
+    Tensor::cat(parts.into(), 2)
+}
+
+/// See [`FusedOps::gated_residual`](super::FusedOps::gated_residual).
+pub fn gated_residual<B: Backend>(
+    x: Tensor<B, 3>,
+    gate: Tensor<B, 2>,
+    y: Tensor<B, 3>,
+) -> Tensor<B, 3> {
+    x + gate.unsqueeze_dim::<3>(1) * y
+}
+
+/// See [`FusedOps::gated_residual_backward`](super::FusedOps::gated_residual_backward).
+pub fn gated_residual_backward<B: Backend>(
+    gradient: Tensor<B, 3>,
+    gate: Tensor<B, 2>,
+    y: Tensor<B, 3>,
+) -> (Tensor<B, 2>, Tensor<B, 3>) {
+    let dgate = (gradient.clone() * y).sum_dim(1).squeeze_dim(1);
+    (dgate, gradient * gate.unsqueeze_dim::<3>(1))
+}
+
+/// See [`FusedOps::blend`](super::FusedOps::blend).
+pub fn blend<B: Backend>(x: Tensor<B, 3>, y: Tensor<B, 3>, share: Tensor<B, 1>) -> Tensor<B, 3> {
+    let share = spread(share);
+    y * share.clone() + x * (share.neg() + 1.0)
+}
+
+/// See [`FusedOps::blend_backward`](super::FusedOps::blend_backward).
+pub fn blend_backward<B: Backend>(
+    gradient: Tensor<B, 3>,
+    x: Tensor<B, 3>,
+    y: Tensor<B, 3>,
+    share: Tensor<B, 1>,
+) -> (Tensor<B, 3>, Tensor<B, 3>, Tensor<B, 1>) {
+    let batch = x.dims()[0];
+    let dshare = (gradient.clone() * (y - x))
+        .sum_dim(2)
+        .sum_dim(1)
+        .reshape([batch]);
+    let share = spread(share);
+    (
+        gradient.clone() * (share.clone().neg() + 1.0),
+        gradient * share,
+        dshare,
+    )
+}
+
+/// `[batch]` to `[batch, 1, 1]`.
+fn spread<B: Backend>(share: Tensor<B, 1>) -> Tensor<B, 3> {
+    let [batch] = share.dims();
+    share.reshape([batch, 1, 1])
+}
+
+/// See [`FusedOps::adamw`](super::FusedOps::adamw).
+pub fn adamw<B: Backend, const D: usize>(
+    state: AdamWState<B, D>,
+    gradient: Tensor<B, D>,
+    step: AdamWStep,
+) -> AdamWState<B, D> {
+    let (beta1, beta2) = step.betas;
+    let gradient = gradient.mul_scalar(step.gradient_scale);
+    let square = gradient.clone() * gradient.clone();
+    let first = state.first.mul_scalar(beta1) + gradient.mul_scalar(1.0 - beta1);
+    let second = state.second.mul_scalar(beta2) + square.mul_scalar(1.0 - beta2);
+    let correction1 = 1.0 - beta1.powi(step.time);
+    let correction2 = 1.0 - beta2.powi(step.time);
+    let scale = second.clone().sqrt().div_scalar(correction2.sqrt()) + step.epsilon;
+    let value = if step.weight_decay == 0.0 {
+        state.value
+    } else {
+        state.value.mul_scalar(1.0 - step.lr * step.weight_decay)
+    };
+    AdamWState {
+        value: value - (first.clone() / scale).mul_scalar(step.lr / correction1),
+        first,
+        second,
+    }
+}
+
+/// See [`FusedOps::moving_average`](super::FusedOps::moving_average).
+pub fn moving_average<B: Backend, const D: usize>(
+    average: Tensor<B, D>,
+    value: Tensor<B, D>,
+    decay: f64,
+) -> Tensor<B, D> {
+    average.mul_scalar(decay) + value.mul_scalar(1.0 - decay)
 }
 
 #[cfg(all(test, feature = "ndarray"))]
@@ -91,7 +361,7 @@ mod tests {
         let qkv = noise(0, [2, 5, 3 * 144]);
         let run = |multiple: usize| {
             let qkv = qkv.clone().require_grad();
-            let out = padded_qkv_attention(qkv.clone(), 2, multiple);
+            let out = qkv_attention(qkv.clone(), 2, multiple);
             let gradients = (out.clone() * noise(1, [2, 5, 144])).sum().backward();
             let gradient = qkv.grad(&gradients).unwrap();
             (
@@ -108,7 +378,7 @@ mod tests {
     fn gelu_is_its_definition_and_has_a_gradient_everywhere() {
         let values = [-60.0f32, -10.0, -1.0, 0.0, 0.5, 3.0, 60.0];
         let x = Tensor::<B, 1>::from_floats(values, &Default::default()).require_grad();
-        let y = gelu_tanh(x.clone());
+        let y = activate(x.clone(), Activation::GeluTanh);
         let gradients = y.clone().sum().backward();
         for (x, y) in values.iter().zip(y.into_data().to_vec::<f32>().unwrap()) {
             let x = f64::from(*x);

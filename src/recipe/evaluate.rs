@@ -174,7 +174,7 @@ struct Reading {
     classes: Vec<usize>,
 }
 
-fn read<B: Backend>(
+fn read<B: FusedOps>(
     classifier: &DigitsClassifier<B>,
     pixels: &[u8],
     device: &B::Device,
@@ -216,7 +216,7 @@ fn read<B: Backend>(
 }
 
 /// Share of a split that a classifier reads right.
-pub(super) fn accuracy<B: Backend>(
+pub(super) fn accuracy<B: FusedOps>(
     classifier: &DigitsClassifier<B>,
     split: &Digits,
     device: &B::Device,

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use crate::ops::TrainingBackend;
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
-use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::{Tensor, TensorData, TensorPrimitive};
 use serde::{Deserialize, Serialize};
 
@@ -73,7 +73,7 @@ impl Store {
     }
 
     /// Saves, then deletes all but the last `keep` and the best.
-    pub(super) fn save<B: AutodiffBackend, M: AutodiffModule<B>>(
+    pub(super) fn save<B: TrainingBackend, M: AutodiffModule<B>>(
         &self,
         position: &Position,
         model: &M,
@@ -121,7 +121,7 @@ impl Store {
     }
 
     /// Continues from the last checkpoint, if there is one.
-    pub(super) fn restore<B: AutodiffBackend, M: AutodiffModule<B>>(
+    pub(super) fn restore<B: TrainingBackend, M: AutodiffModule<B>>(
         &self,
         plan: &Plan,
         model: M,
@@ -218,11 +218,11 @@ struct Learning<F> {
 }
 
 /// What is done to each learning parameter.
-trait Each<B: AutodiffBackend> {
+trait Each<B: TrainingBackend> {
     fn each<const D: usize>(&mut self, name: String, param: &Param<Tensor<B, D>>);
 }
 
-impl<B: AutodiffBackend, F: Each<B>> ModuleVisitor<B> for Learning<F> {
+impl<B: TrainingBackend, F: Each<B>> ModuleVisitor<B> for Learning<F> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_owned());
     }
@@ -237,7 +237,7 @@ impl<B: AutodiffBackend, F: Each<B>> ModuleVisitor<B> for Learning<F> {
     }
 }
 
-fn visit<B: AutodiffBackend, M: AutodiffModule<B>, F: Each<B>>(model: &M, each: F) -> F {
+fn visit<B: TrainingBackend, M: AutodiffModule<B>, F: Each<B>>(model: &M, each: F) -> F {
     let mut visitor = Learning {
         path: Vec::new(),
         each,
@@ -253,9 +253,9 @@ fn array<B: burn::tensor::backend::Backend, const D: usize>(tensor: Tensor<B, D>
     }
 }
 
-fn learning<B: AutodiffBackend, M: AutodiffModule<B>>(model: &M) -> StateDict {
+fn learning<B: TrainingBackend, M: AutodiffModule<B>>(model: &M) -> StateDict {
     struct Collect(StateDict);
-    impl<B: AutodiffBackend> Each<B> for Collect {
+    impl<B: TrainingBackend> Each<B> for Collect {
         fn each<const D: usize>(&mut self, name: String, param: &Param<Tensor<B, D>>) {
             self.0.insert(name, array(param.val().inner()));
         }
@@ -263,9 +263,9 @@ fn learning<B: AutodiffBackend, M: AutodiffModule<B>>(model: &M) -> StateDict {
     visit(model, Collect(StateDict::new())).0
 }
 
-fn learning_names<B: AutodiffBackend, M: AutodiffModule<B>>(model: &M) -> Vec<String> {
+fn learning_names<B: TrainingBackend, M: AutodiffModule<B>>(model: &M) -> Vec<String> {
     struct Names(Vec<String>);
-    impl<B: AutodiffBackend> Each<B> for Names {
+    impl<B: TrainingBackend> Each<B> for Names {
         fn each<const D: usize>(&mut self, name: String, _: &Param<Tensor<B, D>>) {
             self.0.push(name);
         }
@@ -273,9 +273,9 @@ fn learning_names<B: AutodiffBackend, M: AutodiffModule<B>>(model: &M) -> Vec<St
     visit(model, Names(Vec::new())).0
 }
 
-fn moments<B: AutodiffBackend, M: AutodiffModule<B>>(model: &M, optimizer: &AdamW<B>) -> StateDict {
-    struct Collect<'a, B: AutodiffBackend>(&'a AdamW<B>, StateDict);
-    impl<B: AutodiffBackend> Each<B> for Collect<'_, B> {
+fn moments<B: TrainingBackend, M: AutodiffModule<B>>(model: &M, optimizer: &AdamW<B>) -> StateDict {
+    struct Collect<'a, B: TrainingBackend>(&'a AdamW<B>, StateDict);
+    impl<B: TrainingBackend> Each<B> for Collect<'_, B> {
         fn each<const D: usize>(&mut self, name: String, param: &Param<Tensor<B, D>>) {
             let moments = self.0.moments();
             if let Some(Moments {
@@ -301,13 +301,13 @@ fn moments<B: AutodiffBackend, M: AutodiffModule<B>>(model: &M, optimizer: &Adam
     visit(model, Collect(optimizer, StateDict::new())).1
 }
 
-fn restore_moments<B: AutodiffBackend, M: AutodiffModule<B>>(
+fn restore_moments<B: TrainingBackend, M: AutodiffModule<B>>(
     model: &M,
     optimizer: &AdamW<B>,
     state: &StateDict,
 ) {
-    struct Restore<'a, B: AutodiffBackend>(&'a AdamW<B>, &'a StateDict);
-    impl<B: AutodiffBackend> Each<B> for Restore<'_, B> {
+    struct Restore<'a, B: TrainingBackend>(&'a AdamW<B>, &'a StateDict);
+    impl<B: TrainingBackend> Each<B> for Restore<'_, B> {
         fn each<const D: usize>(&mut self, name: String, param: &Param<Tensor<B, D>>) {
             let part = |which: &str| self.1.get(&format!("{which}.{name}"));
             let (Some(first), Some(second), Some(time)) =

@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use burn::module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{Tensor, TensorPrimitive};
+use burn::tensor::{Tensor, TensorMetadata, TensorPrimitive};
+
+use crate::ops::FusedOps;
 
 /// `average <- decay average + (1 - decay) parameter`, kept as a copy from the start, on the inner backend.
 #[derive(Debug, Clone)]
@@ -14,7 +16,7 @@ pub struct Ema<B: Backend> {
     averages: HashMap<ParamId, FloatTensor<B>>,
 }
 
-impl<B: Backend> Ema<B> {
+impl<B: FusedOps> Ema<B> {
     /// An average that starts as a copy of the learning parameters of `module`.
     pub fn new<AB: AutodiffBackend<InnerBackend = B>, M: AutodiffModule<AB>>(
         module: &M,
@@ -34,11 +36,20 @@ impl<B: Backend> Ema<B> {
         module: &M,
     ) {
         let decay = self.decay;
+        // The rank of a parameter says nothing to an average: all are passed over as vectors.
+        let flat = |x: FloatTensor<B>| {
+            let count = x.shape().num_elements();
+            Tensor::<B, 1>::from_primitive(TensorPrimitive::Float(B::float_reshape(
+                x,
+                [count].into(),
+            )))
+        };
         self.visit(module, |average, value| match average {
-            Some(average) => B::float_add(
-                B::float_mul_scalar(average, decay.into()),
-                B::float_mul_scalar(value, (1.0 - decay).into()),
-            ),
+            Some(average) => {
+                let shape = value.shape();
+                let moved = B::moving_average(flat(average), flat(value), decay);
+                B::float_reshape(moved.into_primitive().tensor(), shape)
+            }
             None => value,
         });
     }

@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex};
 
+use crate::ops::TrainingBackend;
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::lr_scheduler::LrScheduler;
 use burn::module::AutodiffModule;
@@ -26,7 +27,7 @@ pub type OnStep<B, M> = Box<
 pub type Observe<B, M> = Box<dyn FnOnce(usize) -> Result<OnStep<B, M>, TrainingError>>;
 
 /// Watches a training.
-pub(super) struct Observer<B: AutodiffBackend, M> {
+pub(super) struct Observer<B: TrainingBackend, M> {
     pub(super) step: OnStep<B, M>,
 }
 
@@ -34,7 +35,7 @@ pub(super) struct Observer<B: AutodiffBackend, M> {
 pub type BatchesFrom<B, I> = Box<dyn FnOnce(usize) -> Arc<dyn DataLoader<B, I>>>;
 
 /// A training to be run.
-pub struct Fit<B: AutodiffBackend, M: TrainStep> {
+pub struct Fit<B: TrainingBackend, M: TrainStep> {
     /// Budget and bookkeeping.
     pub plan: Plan,
     /// Whether to go on from the last checkpoint in the plan's directory.
@@ -52,7 +53,7 @@ pub struct Fit<B: AutodiffBackend, M: TrainStep> {
 }
 
 /// A finished training.
-pub struct Fitted<B: AutodiffBackend, M: AutodiffModule<B>> {
+pub struct Fitted<B: TrainingBackend, M: AutodiffModule<B>> {
     /// The model after the last step.
     pub model: M::InnerModule,
     /// Its moving average.
@@ -69,7 +70,7 @@ pub struct Fitted<B: AutodiffBackend, M: AutodiffModule<B>> {
 /// When training diverges, or a checkpoint or log can't be read or written.
 pub fn fit<B, M>(model: M, fit: Fit<B, M>) -> Result<Fitted<B, M>, TrainingError>
 where
-    B: AutodiffBackend,
+    B: TrainingBackend,
     M: TrainStep<Output = StepReport> + AutodiffModule<B> + core::fmt::Display + 'static,
     M::InnerModule: InferenceStep<Input = (), Output = ()>,
 {

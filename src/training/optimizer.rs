@@ -9,6 +9,8 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, TensorPrimitive};
 
+use crate::ops::{AdamWState, AdamWStep, FusedOps, TrainingBackend};
+
 /// Parameters that learn at their own rate.
 #[derive(Debug, Clone)]
 pub struct ParameterGroup {
@@ -40,7 +42,7 @@ pub struct AdamW<B: AutodiffBackend> {
     moments: Arc<Mutex<HashMap<ParamId, Moments<B::InnerBackend>>>>,
 }
 
-impl<B: AutodiffBackend> AdamW<B> {
+impl<B: TrainingBackend> AdamW<B> {
     /// An optimizer with betas (0.9, 0.999) and epsilon 1e-8.
     pub fn new(weight_decay: f64, groups: Vec<ParameterGroup>) -> Self {
         Self {
@@ -72,57 +74,52 @@ impl<B: AutodiffBackend> AdamW<B> {
         gradient: Tensor<B::InnerBackend, D>,
     ) -> Tensor<B::InnerBackend, D> {
         let mut moments = self.moments();
-        let (beta1, beta2) = self.betas;
         let wrap = |primitive| {
             Tensor::<B::InnerBackend, D>::from_primitive(TensorPrimitive::Float(primitive))
         };
-        let square = gradient.clone() * gradient.clone();
         let (first, second, time) = match moments.remove(&id) {
             Some(Moments {
                 first,
                 second,
                 time,
-            }) => (
-                wrap(first).mul_scalar(beta1) + gradient.mul_scalar(1.0 - beta1),
-                wrap(second).mul_scalar(beta2) + square.mul_scalar(1.0 - beta2),
-                time + 1,
-            ),
-            None => (
-                gradient.mul_scalar(1.0 - beta1),
-                square.mul_scalar(1.0 - beta2),
-                1,
-            ),
+            }) => (wrap(first), wrap(second), time),
+            None => (gradient.zeros_like(), gradient.zeros_like(), 0),
         };
-        let correction1 = 1.0 - beta1.powi(time);
-        let correction2 = 1.0 - beta2.powi(time);
-        let scale = second.clone().sqrt().div_scalar(correction2.sqrt()) + self.epsilon;
-        let value = if self.weight_decay == 0.0 {
-            value
-        } else {
-            value.mul_scalar(1.0 - lr * self.weight_decay)
+        let step = AdamWStep {
+            lr,
+            betas: self.betas,
+            epsilon: self.epsilon,
+            weight_decay: self.weight_decay,
+            time: time + 1,
+            gradient_scale: 1.0,
         };
-        let value = value - (first.clone() / scale).mul_scalar(lr / correction1);
-        let state = Moments {
-            first: first.into_primitive().tensor(),
-            second: second.into_primitive().tensor(),
-            time,
+        let state = AdamWState {
+            value,
+            first,
+            second,
         };
-        moments.insert(id, state);
-        value
+        let state = B::InnerBackend::adamw(state, gradient, step);
+        let after = Moments {
+            first: state.first.into_primitive().tensor(),
+            second: state.second.into_primitive().tensor(),
+            time: step.time,
+        };
+        moments.insert(id, after);
+        state.value
     }
 }
 
-impl<B: AutodiffBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
+impl<B: TrainingBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
     // State is saved by the strategy, under parameter names; Burn's record of it is empty.
     type Record = ();
 
     fn step(&mut self, lr: f64, module: M, gradients: GradientsParams) -> M {
-        struct Step<'a, B: AutodiffBackend> {
+        struct Step<'a, B: TrainingBackend> {
             optimizer: &'a AdamW<B>,
             lr: f64,
             gradients: GradientsParams,
         }
-        impl<B: AutodiffBackend> ModuleMapper<B> for Step<'_, B> {
+        impl<B: TrainingBackend> ModuleMapper<B> for Step<'_, B> {
             fn map_float<const D: usize>(
                 &mut self,
                 param: Param<Tensor<B, D>>,
@@ -165,19 +162,19 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
 
 /// Scales gradients so that their norm over all parameters of `module` together is at most `bound`; returns the
 /// norm before.
-pub fn clip_global_norm<B: AutodiffBackend, M: AutodiffModule<B>>(
+pub fn clip_global_norm<B: TrainingBackend, M: AutodiffModule<B>>(
     module: &M,
     gradients: GradientsParams,
     bound: f64,
 ) -> (GradientsParams, f64) {
-    struct Norm<'a, B: AutodiffBackend> {
+    struct Norm<'a, B: TrainingBackend> {
         gradients: &'a GradientsParams,
         squares: Vec<Tensor<B::InnerBackend, 1>>,
     }
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Norm<'_, B> {
+    impl<B: TrainingBackend> ModuleVisitor<B> for Norm<'_, B> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
             if let Some(gradient) = self.gradients.get::<B::InnerBackend, D>(param.id) {
-                self.squares.push((gradient.clone() * gradient).sum());
+                self.squares.push(B::InnerBackend::sum_of_squares(gradient));
             }
         }
     }

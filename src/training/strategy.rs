@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use crate::ops::TrainingBackend;
 use burn::data::dataloader::Progress;
 use burn::module::AutodiffModule;
-use burn::tensor::backend::AutodiffBackend;
 use burn::train::{
     EventProcessorTraining, InferenceStep, Learner, LearnerEvent, LearningComponentsMarker,
     SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainStep,
@@ -67,14 +67,14 @@ impl Plan {
 }
 
 /// How a loop ended; shared with [`fit`](super::fit).
-pub(super) struct Ended<B: AutodiffBackend> {
+pub(super) struct Ended<B: TrainingBackend> {
     pub(super) ema: Ema<B::InnerBackend>,
     pub(super) position: Position,
     pub(super) error: Option<TrainingError>,
 }
 
 /// Steps until the budget is spent, a person interrupts, or losses stay non-finite.
-pub(super) struct Steps<B: AutodiffBackend, M> {
+pub(super) struct Steps<B: TrainingBackend, M> {
     pub(super) plan: Plan,
     pub(super) optimizer: AdamW<B>,
     pub(super) start: Position,
@@ -88,7 +88,7 @@ type Components<B, M> = LearningComponentsMarker<B, Schedule, M, AdamW<B>>;
 
 impl<B, M> SupervisedLearningStrategy<Components<B, M>> for Steps<B, M>
 where
-    B: AutodiffBackend,
+    B: TrainingBackend,
     M: TrainStep<Output = StepReport> + AutodiffModule<B> + core::fmt::Display + 'static,
     M::InnerModule: InferenceStep,
 {
@@ -126,7 +126,7 @@ where
 
 impl<B, M> Steps<B, M>
 where
-    B: AutodiffBackend,
+    B: TrainingBackend,
     M: TrainStep<Output = StepReport> + AutodiffModule<B> + core::fmt::Display + 'static,
     M::InnerModule: InferenceStep,
 {

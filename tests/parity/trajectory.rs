@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use burn::module::AutodiffModule;
 use burn::optim::{GradientsParams, Optimizer};
-use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::backend::Backend;
 use serde_json::Value;
 use tinyfusion::data::Batch;
 use tinyfusion::models::DitConfig;
@@ -33,7 +33,7 @@ fn batch<B: Backend>(file: &File, config: &DitConfig, groups: usize, step: usize
 }
 
 /// One optimisation step, as the training strategy makes it; returns the norm before clipping.
-fn optimise<B: AutodiffBackend, M: AutodiffModule<B>>(
+fn optimise<B: TrainingBackend, M: AutodiffModule<B>>(
     model: M,
     optimizer: &mut AdamW<B>,
     lr: f64,

@@ -1,0 +1,346 @@
+//! The operators as nodes of the autodiff graph.
+//!
+//! Each node keeps the operator's inputs and calls the backend's own backward half. Two things Burn's composed
+//! operators do that cost a pass over memory each are avoided: a sum of gradients is formed inside the operator that
+//! computes the second of them ([`earlier`]), and a slice's gradient is written into the whole once.
+
+use burn::backend::Autodiff;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{Tensor, TensorPrimitive};
+
+use super::{Activation, FusedOps, LinearWants, LinearWeights, LoraWeights};
+
+/// A tensor of the graph.
+type Tracked<B> = FloatTensor<Autodiff<B>>;
+
+fn tracked<B: FusedOps, const D: usize>(x: Tensor<Autodiff<B>, D>) -> Tracked<B> {
+    x.into_primitive().tensor()
+}
+
+fn tensor<B: FusedOps, const D: usize>(primitive: FloatTensor<B>) -> Tensor<B, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(primitive))
+}
+
+fn primitive<B: FusedOps, const D: usize>(x: Tensor<B, D>) -> FloatTensor<B> {
+    x.into_primitive().tensor()
+}
+
+fn inner<B: FusedOps, const D: usize>(x: &Tracked<B>) -> Tensor<B, D> {
+    tensor(x.primitive.clone())
+}
+
+/// Makes a node of `inputs`, computed by `$forward`, whose backward step is `$operator` with `$state`.
+macro_rules! node {
+    ($operator:expr, [$($input:ident),+], $output:expr, $state:expr) => {{
+        let output = primitive($output);
+        let prepared = $operator.prepare::<NoCheckpointing>([$($input.node.clone()),+]);
+        let node = match prepared.compute_bound().stateful() {
+            OpsKind::Tracked(prepared) => prepared.finish($state, output),
+            OpsKind::UnTracked(prepared) => prepared.finish(output),
+        };
+        Tensor::from_primitive(TensorPrimitive::Float(node))
+    }};
+}
+
+/// Registers a gradient for a parent that waits for one.
+macro_rules! give {
+    ($grads:expr, $parent:expr, $gradient:expr) => {
+        if let (Some(parent), Some(gradient)) = (&$parent, $gradient) {
+            $grads.register::<B>(parent.id, primitive(gradient));
+        }
+    };
+}
+
+/// Takes the gradient that parent `index` has received so far, for the operator to add its own to.
+fn earlier<B: FusedOps, S, const N: usize>(
+    ops: &Ops<S, N>,
+    index: usize,
+    grads: &mut Gradients,
+    any: &FloatTensor<B>,
+) -> Option<FloatTensor<B>> {
+    let node = ops.parents[index].clone()?;
+    // The container looks at the node alone; the tensor is there because its signature asks for one.
+    grads.remove::<B>(&Tracked::<B> {
+        rc: std::sync::Arc::new(node.id),
+        primitive: any.clone(),
+        node,
+    })
+}
+
+#[derive(Debug)]
+struct Activate;
+
+impl<B: FusedOps> Backward<B, 1> for Activate {
+    /// x, its rank flattened, and the activation.
+    type State = (FloatTensor<B>, Activation);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = grads.consume::<B>(&ops.node);
+        let (x, activation) = ops.state;
+        let [parent] = ops.parents;
+        if let Some(parent) = parent {
+            let shape = burn::tensor::TensorMetadata::shape(&x);
+            let flat = |x: FloatTensor<B>| {
+                tensor::<B, 1>(B::float_reshape(x, [shape.num_elements()].into()))
+            };
+            let gradient = primitive(B::activate_backward(
+                flat(gradient),
+                flat(x.clone()),
+                activation,
+            ));
+            grads.register::<B>(parent.id, B::float_reshape(gradient, shape.clone()));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct LinearNode;
+
+#[derive(Debug, Clone)]
+struct LinearState<B: FusedOps> {
+    /// [rows, in]
+    x: Tensor<B, 2>,
+    /// The input's own shape.
+    shape: Vec<usize>,
+    weights: LinearWeights<B>,
+    activation: Activation,
+}
+
+impl LinearNode {
+    /// The backward step for the parents x, weight, bias and perhaps A, B.
+    fn run<B: FusedOps, const N: usize>(ops: Ops<LinearState<B>, N>, grads: &mut Gradients) {
+        let gradient = grads.consume::<B>(&ops.node);
+        let LinearState {
+            x,
+            shape,
+            weights,
+            activation,
+        } = ops.state;
+        let output = weights.weight.dims()[0];
+        let gradient = tensor(B::float_reshape(gradient, [x.dims()[0], output].into()));
+        let wants = LinearWants {
+            x: ops.parents[0].is_some(),
+            weight: ops.parents[1].is_some(),
+            bias: ops.parents[2].is_some(),
+            lora: ops.parents[3..].iter().any(Option::is_some),
+        };
+        let gradients = B::linear_layer_backward(gradient, x, weights, activation, wants);
+        if let (Some(parent), Some(gradient)) = (&ops.parents[0], gradients.x) {
+            let gradient = B::float_reshape(primitive(gradient), shape.into());
+            grads.register::<B>(parent.id, gradient);
+        }
+        give!(grads, ops.parents[1], gradients.weight);
+        give!(grads, ops.parents[2], gradients.bias);
+        if let (Some((a, b)), [parent_a, parent_b]) = (gradients.lora, &ops.parents[3..]) {
+            give!(grads, parent_a, Some(a));
+            give!(grads, parent_b, Some(b));
+        }
+    }
+}
+
+impl<B: FusedOps> Backward<B, 3> for LinearNode {
+    type State = LinearState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        Self::run(ops, grads);
+    }
+}
+
+impl<B: FusedOps> Backward<B, 5> for LinearNode {
+    type State = LinearState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 5>, grads: &mut Gradients, _: &mut Checkpointer) {
+        Self::run(ops, grads);
+    }
+}
+
+#[derive(Debug)]
+struct ModulatedNorm;
+
+impl<B: FusedOps> Backward<B, 3> for ModulatedNorm {
+    /// x, scale, epsilon
+    type State = (Tensor<B, 3>, Tensor<B, 2>, f64);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = grads.consume::<B>(&ops.node);
+        // The residual branch has left its gradient of x by now.
+        let sum = earlier::<B, _, 3>(&ops, 0, grads, &gradient).map(tensor);
+        let (x, scale, epsilon) = ops.state;
+        let gradients = B::modulated_norm_backward(tensor(gradient), x, scale, epsilon, sum);
+        give!(grads, ops.parents[0], Some(gradients.x));
+        give!(grads, ops.parents[1], Some(gradients.shift));
+        give!(grads, ops.parents[2], Some(gradients.scale));
+    }
+}
+
+#[derive(Debug)]
+struct QkvAttention;
+
+impl<B: FusedOps> Backward<B, 1> for QkvAttention {
+    /// qkv, heads
+    type State = (Tensor<B, 3>, usize);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = grads.consume::<B>(&ops.node);
+        let (qkv, heads) = ops.state;
+        let gradient = B::qkv_attention_backward(tensor(gradient), qkv, heads);
+        give!(grads, ops.parents[0], Some(gradient));
+    }
+}
+
+#[derive(Debug)]
+struct GatedResidual;
+
+impl<B: FusedOps> Backward<B, 3> for GatedResidual {
+    /// gate, y
+    type State = (Tensor<B, 2>, Tensor<B, 3>);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let gradient: Tensor<B, 3> = tensor(grads.consume::<B>(&ops.node));
+        let (gate, y) = ops.state;
+        if ops.parents[1].is_some() || ops.parents[2].is_some() {
+            let (dgate, dy) = B::gated_residual_backward(gradient.clone(), gate, y);
+            give!(grads, ops.parents[1], Some(dgate));
+            give!(grads, ops.parents[2], Some(dy));
+        }
+        give!(grads, ops.parents[0], Some(gradient));
+    }
+}
+
+#[derive(Debug)]
+struct Blend;
+
+impl<B: FusedOps> Backward<B, 3> for Blend {
+    /// x, y, share
+    type State = (Tensor<B, 3>, Tensor<B, 3>, Tensor<B, 1>);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = tensor(grads.consume::<B>(&ops.node));
+        let (x, y, share) = ops.state;
+        let (dx, dy, dshare) = B::blend_backward(gradient, x, y, share);
+        give!(grads, ops.parents[0], Some(dx));
+        give!(grads, ops.parents[1], Some(dy));
+        give!(grads, ops.parents[2], Some(dshare));
+    }
+}
+
+#[derive(Debug)]
+struct Columns;
+
+impl<B: FusedOps> Backward<B, 1> for Columns {
+    /// Shape of the whole, and the first column.
+    type State = ([usize; 2], usize);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = grads.consume::<B>(&ops.node);
+        let sum = earlier::<B, _, 1>(&ops, 0, grads, &gradient).map(tensor::<B, 2>);
+        let (shape, start) = ops.state;
+        let gradient: Tensor<B, 2> = tensor(gradient);
+        let part = [0..shape[0], start..start + gradient.dims()[1]];
+        let whole = match sum {
+            Some(sum) => {
+                let there = sum.clone().slice(part.clone());
+                sum.slice_assign(part, there + gradient)
+            }
+            None => Tensor::zeros(shape, &gradient.device()).slice_assign(part, gradient),
+        };
+        give!(grads, ops.parents[0], Some(whole));
+    }
+}
+
+impl<B: FusedOps> FusedOps for Autodiff<B> {
+    fn workers() -> usize {
+        B::workers()
+    }
+
+    fn head_multiple() -> usize {
+        B::head_multiple()
+    }
+
+    fn activate<const D: usize>(x: Tensor<Self, D>, activation: Activation) -> Tensor<Self, D> {
+        let x = tracked(x);
+        let output = B::activate(inner::<B, D>(&x), activation);
+        node!(Activate, [x], output, (x.primitive.clone(), activation))
+    }
+
+    fn linear_layer<const D: usize>(
+        x: Tensor<Self, D>,
+        weights: LinearWeights<Self>,
+        activation: Activation,
+    ) -> Tensor<Self, D> {
+        let shape = x.dims();
+        let x = tracked(x);
+        let (weight, bias) = (tracked(weights.weight), tracked(weights.bias));
+        let lora = weights
+            .lora
+            .map(|lora| (tracked(lora.a), tracked(lora.b), lora.scale));
+        let weights = LinearWeights {
+            weight: inner(&weight),
+            bias: inner(&bias),
+            lora: lora.as_ref().map(|(a, b, scale)| LoraWeights {
+                a: inner(a),
+                b: inner(b),
+                scale: *scale,
+            }),
+        };
+        let output = B::linear_layer(inner::<B, D>(&x), weights.clone(), activation);
+        let rows = shape[..D - 1].iter().product();
+        let state = LinearState {
+            x: inner::<B, D>(&x).reshape([rows, shape[D - 1]]),
+            shape: shape.to_vec(),
+            weights,
+            activation,
+        };
+        match lora {
+            None => node!(LinearNode, [x, weight, bias], output, state),
+            Some((a, b, _)) => node!(LinearNode, [x, weight, bias, a, b], output, state),
+        }
+    }
+
+    fn modulated_norm(
+        x: Tensor<Self, 3>,
+        shift: Tensor<Self, 2>,
+        scale: Tensor<Self, 2>,
+        epsilon: f64,
+    ) -> Tensor<Self, 3> {
+        let (x, shift, scale) = (tracked(x), tracked(shift), tracked(scale));
+        let output = B::modulated_norm(inner(&x), inner(&shift), inner(&scale), epsilon);
+        let state = (inner(&x), inner(&scale), epsilon);
+        node!(ModulatedNorm, [x, shift, scale], output, state)
+    }
+
+    fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize) -> Tensor<Self, 3> {
+        let qkv = tracked(qkv);
+        let output = B::qkv_attention(inner(&qkv), heads);
+        node!(QkvAttention, [qkv], output, (inner(&qkv), heads))
+    }
+
+    fn gated_residual(
+        x: Tensor<Self, 3>,
+        gate: Tensor<Self, 2>,
+        y: Tensor<Self, 3>,
+    ) -> Tensor<Self, 3> {
+        let (x, gate, y) = (tracked(x), tracked(gate), tracked(y));
+        let output = B::gated_residual(inner(&x), inner(&gate), inner(&y));
+        let state = (inner(&gate), inner(&y));
+        node!(GatedResidual, [x, gate, y], output, state)
+    }
+
+    fn blend(x: Tensor<Self, 3>, y: Tensor<Self, 3>, share: Tensor<Self, 1>) -> Tensor<Self, 3> {
+        let (x, y, share) = (tracked(x), tracked(y), tracked(share));
+        let state = (inner(&x), inner(&y), inner(&share));
+        let output = B::blend(state.0.clone(), state.1.clone(), state.2.clone());
+        node!(Blend, [x, y, share], output, state)
+    }
+
+    fn columns(x: Tensor<Self, 2>, start: usize, width: usize) -> Tensor<Self, 2> {
+        let shape = x.dims();
+        let x = tracked(x);
+        let output = B::columns(inner(&x), start, width);
+        node!(Columns, [x], output, (shape, start))
+    }
+}

@@ -1,0 +1,525 @@
+//! Self-attention, straight from the fused projection and back into its layout: nothing is permuted.
+//!
+//! One head of one sample is a task. A block of queries meets all keys at once, so its scores are whole rows and the
+//! softmax is the plain one; what a task holds grows with queries of a block times tokens, not with tokens squared.
+//! The backward pass computes the scores again: kept is only the projection, which the graph has anyway.
+
+use burn::tensor::Tensor;
+use burn_ndarray::NdArray;
+use pulp::{Arch, Simd, WithSimd};
+
+use super::memory::{Out, Rows, Scratch, tensor};
+use super::product::{Block, DEPTH, PanelView, STRIDE, Start};
+use super::simd::{copy, dot, exp, fold, scaled};
+use super::threads;
+
+/// Queries of a block: a multiple of a tile's height.
+const QUERIES: usize = 84;
+/// Queries of a block where rows of scores are long.
+const QUERIES_OF_LONG: usize = 42;
+
+/// Values of a line.
+const LINE: usize = 16;
+
+/// Sizes of an attention.
+#[derive(Clone, Copy)]
+struct Sizes {
+    tokens: usize,
+    heads: usize,
+    /// Of one head.
+    dim: usize,
+}
+
+impl Sizes {
+    fn of(qkv: &Rows, heads: usize, tokens: usize) -> Self {
+        let dim = qkv.width / 3 / heads;
+        Self { tokens, heads, dim }
+    }
+
+    fn queries(self) -> usize {
+        let most = if self.tokens <= 2 * DEPTH {
+            QUERIES
+        } else {
+            QUERIES_OF_LONG
+        };
+        // Blocks of one size, rather than full ones and a low last one.
+        self.tokens.div_ceil(self.tokens.div_ceil(most))
+    }
+
+    /// Keys are divided into groups of a block's depth: this is how many there are.
+    fn groups(self) -> usize {
+        self.tokens.div_ceil(DEPTH)
+    }
+
+    /// Values of a block of scores, `[groups][queries][STRIDE]`.
+    fn scores(self) -> usize {
+        self.groups() * self.queries() * STRIDE
+    }
+
+    fn task(self, index: usize) -> Task {
+        Task {
+            sizes: self,
+            sample: index / self.heads,
+            head: index % self.heads,
+        }
+    }
+
+    /// Basic operations of `tasks` heads, with so many products each.
+    fn cost(self, tasks: usize, products: usize) -> usize {
+        tasks * self.tokens * self.tokens * (products * self.dim / 8 + 16)
+    }
+}
+
+/// One head of one sample.
+#[derive(Clone, Copy)]
+struct Task {
+    sizes: Sizes,
+    sample: usize,
+    head: usize,
+}
+
+impl Task {
+    /// Row `token` of the queries (0), keys (1) or values (2).
+    #[inline(always)]
+    fn row<'a>(&self, qkv: &'a Rows, part: usize, token: usize) -> &'a [f32] {
+        let Sizes { tokens, heads, dim } = self.sizes;
+        let row = qkv.row(self.sample * tokens + token);
+        &row[(part * heads + self.head) * dim..][..dim]
+    }
+}
+
+/// Panels of a matrix whose rows are `row(p)`. What stands beyond the last column takes part in no sum that is kept.
+#[inline(always)]
+fn pack_rows<'a, S: Simd>(
+    _: S,
+    depth: usize,
+    columns: usize,
+    row: impl Fn(usize) -> &'a [f32],
+    panels: &mut [f32],
+) -> PanelView {
+    let width = 2 * S::F32_LANES;
+    for p in 0..depth {
+        let row = row(p);
+        for first in (0..columns).step_by(width) {
+            let values = &row[first..columns.min(first + width)];
+            copy(values, &mut panels[first * depth + p * width..]);
+        }
+    }
+    PanelView {
+        start: panels.as_ptr(),
+        depth,
+        columns,
+    }
+}
+
+/// Panels of a matrix whose columns are `column(j)`.
+#[inline(always)]
+fn pack_columns<'a, S: Simd>(
+    _: S,
+    depth: usize,
+    columns: usize,
+    column: impl Fn(usize) -> &'a [f32],
+    panels: &mut [f32],
+) -> PanelView {
+    let width = 2 * S::F32_LANES;
+    for j in 0..columns {
+        let first = j / width * width;
+        let place = panels[first * depth + j - first..]
+            .iter_mut()
+            .step_by(width);
+        for (place, value) in place.zip(column(j)) {
+            *place = *value;
+        }
+    }
+    PanelView {
+        start: panels.as_ptr(),
+        depth,
+        columns,
+    }
+}
+
+/// Room for panels of `depth` x `columns`, whatever their width (at most 32).
+fn room(depth: usize, columns: usize) -> usize {
+    depth * columns.next_multiple_of(32)
+}
+
+/// `scores[group][query][key] = row(query) . panels`, for the queries of a block.
+#[inline(always)]
+fn dot_all<'a, S: Simd>(
+    simd: S,
+    queries: usize,
+    row: impl Fn(usize) -> &'a [f32],
+    factor: f32,
+    panels: PanelView,
+    block: &mut [f32],
+    scores: &mut [f32],
+    most: usize,
+) {
+    for from in (0..panels.depth).step_by(DEPTH) {
+        let deep = DEPTH.min(panels.depth - from);
+        for (query, place) in block.chunks_exact_mut(STRIDE).take(queries).enumerate() {
+            scaled(factor, &row(query)[from..from + deep], place);
+        }
+        for (group, scores) in scores.chunks_exact_mut(most * STRIDE).enumerate() {
+            let keys = group * DEPTH..panels.columns.min((group + 1) * DEPTH);
+            let start = if from == 0 { Start::Zero } else { Start::Sum };
+            // SAFETY: the block was filled, and a group's scores are `most` >= `queries` rows.
+            unsafe {
+                Block::<false> {
+                    rows: queries,
+                    deep,
+                    scratch: block.as_ptr(),
+                    panels,
+                    from,
+                    columns: keys,
+                    c: scores.as_mut_ptr(),
+                    stride: STRIDE,
+                    start,
+                }
+                .multiply(simd);
+            }
+        }
+    }
+}
+
+/// `out = scores panels`, for the queries of a block.
+///
+/// # Safety
+///
+/// `out` points at `queries` rows of as many columns as the panels have, `stride` apart.
+#[inline(always)]
+unsafe fn mix<S: Simd>(
+    simd: S,
+    queries: usize,
+    scores: &[f32],
+    panels: PanelView,
+    most: usize,
+    out: *mut f32,
+    stride: usize,
+) {
+    for (group, scores) in scores.chunks_exact(most * STRIDE).enumerate() {
+        let from = group * DEPTH;
+        let deep = DEPTH.min(panels.depth - from);
+        let start = if group == 0 { Start::Zero } else { Start::Sum };
+        // SAFETY: a group's scores are `most` >= `queries` rows, and the caller's promise.
+        unsafe {
+            Block::<false> {
+                rows: queries,
+                deep,
+                scratch: scores.as_ptr(),
+                panels,
+                from,
+                columns: 0..panels.columns,
+                c: out,
+                stride,
+                start,
+            }
+            .multiply(simd);
+        }
+    }
+}
+
+/// `out += scores^T panels`: what the keys of all groups get from the queries of a block.
+///
+/// # Safety
+///
+/// `out` points at as many rows as there are keys, of as many columns as the panels have, `stride` apart.
+#[inline(always)]
+unsafe fn mix_turned<S: Simd>(
+    simd: S,
+    tokens: usize,
+    scores: &[f32],
+    panels: PanelView,
+    most: usize,
+    out: *mut f32,
+    stride: usize,
+    start: Start<'_>,
+) {
+    for (group, scores) in scores.chunks_exact(most * STRIDE).enumerate() {
+        let first = group * DEPTH;
+        let keys = DEPTH.min(tokens - first);
+        // SAFETY: a group's scores are panels.depth rows of `keys` columns, and the caller's promise.
+        unsafe {
+            Block::<true> {
+                rows: keys,
+                deep: panels.depth,
+                scratch: scores.as_ptr(),
+                panels,
+                from: 0,
+                columns: 0..panels.columns,
+                c: out.add(first * stride),
+                stride,
+                start,
+            }
+            .multiply(simd);
+        }
+    }
+}
+
+/// The parts of a row of scores, one a group.
+#[inline(always)]
+fn parts(query: usize, most: usize, tokens: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
+    (0..tokens.div_ceil(DEPTH)).map(move |group| {
+        let start = (group * most + query) * STRIDE;
+        (start, DEPTH.min(tokens - group * DEPTH))
+    })
+}
+
+/// Turns a block's scores into shares that sum to one.
+///
+/// Rows are worked on in whole lines of sixteen: those of a short sequence would be done one by one otherwise. What
+/// stands beyond the last key is never read by a product.
+#[inline(always)]
+fn softmax(queries: usize, most: usize, tokens: usize, scores: &mut [f32]) {
+    for query in 0..queries {
+        let parts = parts(query, most, tokens);
+        let mut highest = [f32::MIN; LINE];
+        for (start, length) in parts.clone() {
+            let padded = length.next_multiple_of(LINE);
+            scores[start + length..start + padded].fill(f32::MIN);
+            for line in scores[start..start + padded].as_chunks::<LINE>().0 {
+                for (highest, score) in highest.iter_mut().zip(line) {
+                    *highest = if *score > *highest { *score } else { *highest };
+                }
+            }
+        }
+        let highest = fold(highest, |a, b| if b > a { b } else { a });
+        let mut total = [0.0f32; LINE];
+        for (start, length) in parts.clone() {
+            let padded = length.next_multiple_of(LINE);
+            for line in scores[start..start + padded].as_chunks_mut::<LINE>().0 {
+                for (score, total) in line.iter_mut().zip(&mut total) {
+                    *score = exp(*score - highest);
+                    *total += *score;
+                }
+            }
+        }
+        let inverse = 1.0 / fold(total, |a, b| a + b);
+        for (start, length) in parts {
+            let padded = length.next_multiple_of(LINE);
+            for line in scores[start..start + padded].as_chunks_mut::<LINE>().0 {
+                for score in line {
+                    *score *= inverse;
+                }
+            }
+        }
+    }
+}
+
+struct Forward<'a> {
+    qkv: &'a Rows,
+    sizes: Sizes,
+    tasks: std::ops::Range<usize>,
+    out: Out,
+}
+
+impl WithSimd for Forward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { qkv, sizes, .. } = self;
+        let Sizes { tokens, heads, dim } = sizes;
+        let most = sizes.queries();
+        let width = heads * dim;
+        let mut keys = Scratch::new(room(dim, tokens));
+        let mut values = Scratch::new(room(tokens, dim));
+        let mut block = Scratch::new(most * STRIDE);
+        let mut scores = Scratch::new(sizes.scores());
+        let scores = scores.values();
+        let factor = 1.0 / (dim as f32).sqrt();
+        for index in self.tasks {
+            let task = sizes.task(index);
+            let keys = pack_columns(simd, dim, tokens, |j| task.row(qkv, 1, j), keys.values());
+            let values = pack_rows(simd, tokens, dim, |p| task.row(qkv, 2, p), values.values());
+            for first in (0..tokens).step_by(most) {
+                let queries = most.min(tokens - first);
+                let row = |query| task.row(qkv, 0, first + query);
+                dot_all(
+                    simd,
+                    queries,
+                    row,
+                    factor,
+                    keys,
+                    block.values(),
+                    scores,
+                    most,
+                );
+                softmax(queries, most, tokens, scores);
+                let start = (task.sample * tokens + first) * width + task.head * dim;
+                // SAFETY: these rows of this head are this task's alone.
+                unsafe {
+                    let out = self.out.pointer().add(start);
+                    mix(simd, queries, scores, values, most, out, width);
+                }
+            }
+        }
+    }
+}
+
+/// See [`FusedOps::qkv_attention`](crate::ops::FusedOps::qkv_attention).
+pub(super) fn forward(qkv: &Rows, heads: usize, [batch, tokens]: [usize; 2]) -> Tensor<NdArray, 3> {
+    let sizes = Sizes::of(qkv, heads, tokens);
+    let tasks = batch * heads;
+    // SAFETY: each task writes its head of its sample, and together they are all.
+    unsafe {
+        tensor([batch, tokens, heads * sizes.dim], |out| {
+            threads::over(tasks, 1, sizes.cost(tasks, 2), |tasks| {
+                Arch::new().dispatch(Forward {
+                    qkv,
+                    sizes,
+                    tasks,
+                    out,
+                });
+            });
+        })
+    }
+}
+
+struct Backward<'a> {
+    gradient: &'a Rows,
+    qkv: &'a Rows,
+    sizes: Sizes,
+    tasks: std::ops::Range<usize>,
+    out: Out,
+}
+
+impl WithSimd for Backward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self {
+            gradient,
+            qkv,
+            sizes,
+            ..
+        } = self;
+        let Sizes { tokens, heads, dim } = sizes;
+        let most = sizes.queries();
+        let width = heads * dim;
+        let mut keys = Scratch::new(room(dim, tokens));
+        let mut values = Scratch::new(room(dim, tokens));
+        let mut key_rows = Scratch::new(room(tokens, dim));
+        let mut some_gradients = Scratch::new(room(most, dim));
+        let mut some_queries = Scratch::new(room(most, dim));
+        let mut block = Scratch::new(most * STRIDE);
+        let block = block.values();
+        let (mut scores, mut changes) =
+            (Scratch::new(sizes.scores()), Scratch::new(sizes.scores()));
+        let (scores, changes) = (scores.values(), changes.values());
+        let factor = 1.0 / (dim as f32).sqrt();
+        for index in self.tasks {
+            let task = sizes.task(index);
+            let part = |part: usize, token: usize| {
+                (task.sample * tokens + token) * 3 * width + (part * heads + task.head) * dim
+            };
+            let keys = pack_columns(simd, dim, tokens, |j| task.row(qkv, 1, j), keys.values());
+            let values = pack_columns(simd, dim, tokens, |j| task.row(qkv, 2, j), values.values());
+            let key_rows = pack_rows(
+                simd,
+                tokens,
+                dim,
+                |p| task.row(qkv, 1, p),
+                key_rows.values(),
+            );
+            for first in (0..tokens).step_by(most) {
+                let queries = most.min(tokens - first);
+                let query = |query| task.row(qkv, 0, first + query);
+                let gradient = |query: usize| {
+                    &gradient.row(task.sample * tokens + first + query)[task.head * dim..][..dim]
+                };
+                // P = softmax(s Q K^T), dP = dO V^T
+                dot_all(simd, queries, query, factor, keys, block, scores, most);
+                softmax(queries, most, tokens, scores);
+                dot_all(simd, queries, gradient, 1.0, values, block, changes, most);
+                let some_gradients =
+                    pack_rows(simd, queries, dim, gradient, some_gradients.values());
+                let some_queries = pack_rows(simd, queries, dim, query, some_queries.values());
+                let start = if first == 0 { Start::Zero } else { Start::Sum };
+                // SAFETY: these parts of this sample's rows are this task's alone.
+                unsafe {
+                    let out = self.out.pointer();
+                    // dV = P^T dO
+                    let dv = out.add(part(2, 0));
+                    mix_turned(
+                        simd,
+                        tokens,
+                        scores,
+                        some_gradients,
+                        most,
+                        dv,
+                        3 * width,
+                        start,
+                    );
+                    // dS = s P (dP - sum P dP)
+                    for query in 0..queries {
+                        let parts = parts(query, most, tokens);
+                        let mean: f32 = parts
+                            .clone()
+                            .map(|(start, length)| {
+                                let (p, d) =
+                                    (&scores[start..][..length], &changes[start..][..length]);
+                                dot(p, d)
+                            })
+                            .sum();
+                        for (start, length) in parts {
+                            let rows = changes[start..][..length]
+                                .iter_mut()
+                                .zip(&scores[start..][..length]);
+                            for (change, share) in rows {
+                                *change = factor * share * (*change - mean);
+                            }
+                        }
+                    }
+                    // dQ = dS K, dK = dS^T Q
+                    mix(
+                        simd,
+                        queries,
+                        changes,
+                        key_rows,
+                        most,
+                        out.add(part(0, first)),
+                        3 * width,
+                    );
+                    let dk = out.add(part(1, 0));
+                    mix_turned(
+                        simd,
+                        tokens,
+                        changes,
+                        some_queries,
+                        most,
+                        dk,
+                        3 * width,
+                        start,
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// See [`FusedOps::qkv_attention_backward`](crate::ops::FusedOps::qkv_attention_backward).
+pub(super) fn backward(
+    gradient: &Rows,
+    qkv: &Rows,
+    heads: usize,
+    [batch, tokens]: [usize; 2],
+) -> Tensor<NdArray, 3> {
+    let sizes = Sizes::of(qkv, heads, tokens);
+    let tasks = batch * heads;
+    // SAFETY: each task writes its head's three parts of its sample's rows, and together they are all.
+    unsafe {
+        tensor([batch, tokens, qkv.width], |out| {
+            threads::over(tasks, 1, sizes.cost(tasks, 5), |tasks| {
+                Arch::new().dispatch(Backward {
+                    gradient,
+                    qkv,
+                    sizes,
+                    tasks,
+                    out,
+                });
+            });
+        })
+    }
+}

@@ -1,0 +1,440 @@
+//! Operators that pass over their inputs once: activations, norms, residuals, the optimizer.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use burn_ndarray::NdArray;
+
+use super::memory::{Out, Rows, Scratch, Values, matrix, tensor};
+use super::simd::{
+    dot, gelu_tanh, gelu_tanh_derivative, silu, silu_derivative, sum, sum2, vectorised,
+};
+use super::threads;
+use crate::ops::{Activation, AdamWStep, NormGradients};
+
+/// Writes the activation of a row.
+#[inline(always)]
+pub(super) fn activate_row(values: &[f32], out: &mut [f32], activation: Activation) {
+    match activation {
+        Activation::Identity => out.copy_from_slice(values),
+        Activation::GeluTanh => {
+            for (out, value) in out.iter_mut().zip(values) {
+                *out = gelu_tanh(*value);
+            }
+        }
+        Activation::Silu => {
+            for (out, value) in out.iter_mut().zip(values) {
+                *out = silu(*value);
+            }
+        }
+    }
+}
+
+/// Multiplies a row of gradients by the activation's derivative at `x`.
+#[inline(always)]
+pub(super) fn times_derivative(gradient: &mut [f32], x: &[f32], activation: Activation) {
+    let pairs = gradient.iter_mut().zip(x);
+    match activation {
+        Activation::Identity => {}
+        Activation::GeluTanh => {
+            for (gradient, x) in pairs {
+                *gradient *= gelu_tanh_derivative(*x);
+            }
+        }
+        Activation::Silu => {
+            for (gradient, x) in pairs {
+                *gradient *= silu_derivative(*x);
+            }
+        }
+    }
+}
+
+/// A new tensor, row by row: `row(index, values)`.
+fn by_row<const D: usize>(
+    shape: [usize; D],
+    cost: usize,
+    row: impl Fn(usize, &mut [f32]) + Sync,
+) -> Tensor<NdArray, D> {
+    let width = shape[D - 1];
+    let rows = shape[..D - 1].iter().product::<usize>();
+    // SAFETY: every row is written, by one task.
+    unsafe {
+        tensor(shape, |out| {
+            threads::over(rows, 1, cost * rows * width, |range| {
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for index in range.clone() {
+                            row(index, out.part(index * width, width));
+                        }
+                    },
+                );
+            });
+        })
+    }
+}
+
+/// See [`FusedOps::activate`](crate::ops::FusedOps::activate).
+pub(super) fn activate(x: &Rows, activation: Activation) -> Tensor<NdArray, 2> {
+    by_row(
+        [x.count, x.width],
+        8,
+        #[inline(always)]
+        |row, out| activate_row(x.row(row), out, activation),
+    )
+}
+
+/// See [`FusedOps::activate_backward`](crate::ops::FusedOps::activate_backward).
+pub(super) fn activate_backward(
+    gradient: &Rows,
+    x: &Rows,
+    activation: Activation,
+) -> Tensor<NdArray, 2> {
+    by_row(
+        [x.count, x.width],
+        16,
+        #[inline(always)]
+        |row, out| {
+            out.copy_from_slice(gradient.row(row));
+            times_derivative(out, x.row(row), activation);
+        },
+    )
+}
+
+/// Mean, and one over the standard deviation.
+#[inline(always)]
+fn moments(x: &[f32], epsilon: f32) -> (f32, f32) {
+    let count = x.len() as f32;
+    let mean = sum(x, |sum, x| sum + x) / count;
+    // The mean of squares of the centred values, so a large mean costs no precision.
+    let variance = sum(x, |sum, x| (x - mean).mul_add(x - mean, sum)) / count;
+    (mean, 1.0 / (variance + epsilon).sqrt())
+}
+
+/// See [`FusedOps::modulated_norm`](crate::ops::FusedOps::modulated_norm).
+pub(super) fn modulated_norm(
+    x: &Rows,
+    shift: &Rows,
+    scale: &Rows,
+    shape: [usize; 3],
+    epsilon: f32,
+) -> Tensor<NdArray, 3> {
+    let tokens = shape[1];
+    by_row(
+        shape,
+        3,
+        #[inline(always)]
+        |row, out| {
+            let x = x.row(row);
+            let (shift, scale) = (shift.row(row / tokens), scale.row(row / tokens));
+            let (mean, inverse) = moments(x, epsilon);
+            for (((out, x), shift), scale) in out.iter_mut().zip(x).zip(shift).zip(scale) {
+                *out = ((x - mean) * inverse).mul_add(1.0 + scale, *shift);
+            }
+        },
+    )
+}
+
+/// Runs `work(rows, sums)` over rows `[batch tokens]`, and returns the sums over each sample's tokens: `[batch, width]`.
+///
+/// Where there are fewer samples than cores could use, a sample's tokens are summed in parts.
+fn over_tokens(
+    [batch, tokens]: [usize; 2],
+    width: usize,
+    cost: usize,
+    work: impl Fn(Range<usize>, &mut [f32]) + Sync,
+) -> Vec<f32> {
+    let parts = (4 * rayon::current_num_threads())
+        .div_ceil(batch.max(1))
+        .min(tokens.div_ceil(16))
+        .max(1);
+    let mut sums = vec![0.0; batch * parts * width];
+    let out = Out::of(&mut sums);
+    threads::over(batch * parts, 1, cost, |range| {
+        vectorised(
+            #[inline(always)]
+            || {
+                for index in range.clone() {
+                    let (sample, part) = (index / parts, index % parts);
+                    let bound = |part: usize| sample * tokens + part * tokens / parts;
+                    // SAFETY: the sums of this part are this task's alone.
+                    let sums = unsafe { out.part(index * width, width) };
+                    work(bound(part)..bound(part + 1), sums);
+                }
+            },
+        );
+    });
+    for sample in 0..batch {
+        let from = sample * parts * width;
+        for part in 0..parts {
+            for column in 0..width {
+                let value = sums[from + part * width + column];
+                match part {
+                    0 => sums[sample * width + column] = value,
+                    _ => sums[sample * width + column] += value,
+                }
+            }
+        }
+    }
+    sums.truncate(batch * width);
+    sums
+}
+
+/// See [`FusedOps::modulated_norm_backward`](crate::ops::FusedOps::modulated_norm_backward).
+pub(super) fn modulated_norm_backward(
+    gradient: &Rows,
+    x: &Rows,
+    scale: &Rows,
+    shape: [usize; 3],
+    epsilon: f32,
+    before: Option<Values>,
+) -> NormGradients<NdArray> {
+    let [batch, tokens, width] = shape;
+    let (mut before, adds) = match before {
+        Some(before) => (before, true),
+        // SAFETY: all rows are written below, and none is read: nothing is added to.
+        None => (unsafe { Values::unwritten(shape) }, false),
+    };
+    let out = Out::of(before.write());
+    let sums = over_tokens(
+        [batch, tokens],
+        2 * width,
+        8 * batch * tokens * width,
+        #[inline(always)]
+        |rows, sums| {
+            let (shifts, scales) = sums.split_at_mut(width);
+            let mut lines = Scratch::new(2 * width);
+            let (normal, inner) = lines.values().split_at_mut(width);
+            let count = width as f32;
+            for row in rows {
+                let (x, gradient, scale) = (x.row(row), gradient.row(row), scale.row(row / tokens));
+                let (mean, inverse) = moments(x, epsilon);
+                for at in 0..width {
+                    normal[at] = (x[at] - mean) * inverse;
+                    inner[at] = gradient[at] * (1.0 + scale[at]);
+                    shifts[at] += gradient[at];
+                    scales[at] += gradient[at] * normal[at];
+                }
+                let total = sum(inner, |sum, inner| sum + inner) / count;
+                let projected = dot(inner, normal) / count;
+                // SAFETY: the row is this task's alone.
+                let out = unsafe { out.part(row * width, width) };
+                for ((out, inner), normal) in out.iter_mut().zip(&*inner).zip(&*normal) {
+                    let before = if adds { *out } else { 0.0 };
+                    *out = before + (inner - total - normal * projected) * inverse;
+                }
+            }
+        },
+    );
+    let (mut shift, mut scale) = (
+        Vec::with_capacity(batch * width),
+        Vec::with_capacity(batch * width),
+    );
+    for sums in sums.chunks_exact(2 * width) {
+        shift.extend_from_slice(&sums[..width]);
+        scale.extend_from_slice(&sums[width..]);
+    }
+    NormGradients {
+        x: before.into_tensor(),
+        shift: matrix(shift, [batch, width]),
+        scale: matrix(scale, [batch, width]),
+    }
+}
+
+/// See [`FusedOps::gated_residual`](crate::ops::FusedOps::gated_residual).
+pub(super) fn gated_residual(
+    x: &Rows,
+    gate: &Rows,
+    y: &Rows,
+    shape: [usize; 3],
+) -> Tensor<NdArray, 3> {
+    let tokens = shape[1];
+    by_row(
+        shape,
+        1,
+        #[inline(always)]
+        |row, out| {
+            let (x, y, gate) = (x.row(row), y.row(row), gate.row(row / tokens));
+            for (((out, x), y), gate) in out.iter_mut().zip(x).zip(y).zip(gate) {
+                *out = gate.mul_add(*y, *x);
+            }
+        },
+    )
+}
+
+/// See [`FusedOps::gated_residual_backward`](crate::ops::FusedOps::gated_residual_backward).
+pub(super) fn gated_residual_backward(
+    gradient: &Rows,
+    gate: &Rows,
+    y: &Rows,
+    shape: [usize; 3],
+) -> (Tensor<NdArray, 2>, Tensor<NdArray, 3>) {
+    let [batch, tokens, width] = shape;
+    let mut sums = Vec::new();
+    // SAFETY: every row is written, by one task.
+    let dy = unsafe {
+        tensor(shape, |out| {
+            sums = over_tokens(
+                [batch, tokens],
+                width,
+                2 * batch * tokens * width,
+                #[inline(always)]
+                |rows, sums| {
+                    for row in rows {
+                        let (gradient, y) = (gradient.row(row), y.row(row));
+                        let gate = gate.row(row / tokens);
+                        let out = out.part(row * width, width);
+                        for at in 0..width {
+                            sums[at] = gradient[at].mul_add(y[at], sums[at]);
+                            out[at] = gradient[at] * gate[at];
+                        }
+                    }
+                },
+            );
+        })
+    };
+    (matrix(sums, [batch, width]), dy)
+}
+
+/// See [`FusedOps::blend`](crate::ops::FusedOps::blend).
+pub(super) fn blend(x: &Rows, y: &Rows, share: &Rows, shape: [usize; 3]) -> Tensor<NdArray, 3> {
+    let (tokens, share) = (shape[1], share.row(0));
+    by_row(
+        shape,
+        1,
+        #[inline(always)]
+        |row, out| {
+            let share = share[row / tokens];
+            for ((out, x), y) in out.iter_mut().zip(x.row(row)).zip(y.row(row)) {
+                *out = share.mul_add(*y, (1.0 - share) * x);
+            }
+        },
+    )
+}
+
+/// See [`FusedOps::blend_backward`](crate::ops::FusedOps::blend_backward).
+pub(super) fn blend_backward(
+    gradient: &Rows,
+    x: &Rows,
+    y: &Rows,
+    share: &Rows,
+    shape: [usize; 3],
+) -> (Tensor<NdArray, 3>, Tensor<NdArray, 3>, Tensor<NdArray, 1>) {
+    let [batch, tokens, width] = shape;
+    let share = share.row(0);
+    let (mut sums, mut dy) = (Vec::new(), None);
+    // SAFETY: every row of both is written, by one task.
+    let dx = unsafe {
+        tensor(shape, |dx| {
+            dy = Some(tensor(shape, |dy| {
+                sums = over_tokens(
+                    [batch, tokens],
+                    1,
+                    4 * batch * tokens * width,
+                    #[inline(always)]
+                    |rows, sums| {
+                        for row in rows {
+                            let (gradient, x, y) = (gradient.row(row), x.row(row), y.row(row));
+                            let share = share[row / tokens];
+                            let dx = dx.part(row * width, width);
+                            let dy = dy.part(row * width, width);
+                            for at in 0..width {
+                                dx[at] = gradient[at] * (1.0 - share);
+                                dy[at] = gradient[at] * share;
+                            }
+                            sums[0] += dot(gradient, y) - dot(gradient, x);
+                        }
+                    },
+                );
+            }));
+        })
+    };
+    let dy = dy.unwrap_or_else(|| dx.clone());
+    (dx, dy, matrix(sums, [batch]))
+}
+
+/// Passes over flat values of one length, in parts: `work(start, length)`.
+fn over_values(count: usize, cost: usize, work: impl Fn(usize, usize) + Sync) {
+    threads::over(count, 1024, cost * count, |range| {
+        vectorised(
+            #[inline(always)]
+            || work(range.start, range.len()),
+        );
+    });
+}
+
+/// See [`FusedOps::adamw`](crate::ops::FusedOps::adamw).
+pub(super) fn adamw([value, first, second]: [&mut [f32]; 3], gradient: &[f32], step: AdamWStep) {
+    let (beta1, beta2) = (step.betas.0 as f32, step.betas.1 as f32);
+    let (rest1, rest2) = ((1.0 - step.betas.0) as f32, (1.0 - step.betas.1) as f32);
+    let root = (1.0 - step.betas.1.powi(step.time)).sqrt();
+    let root = (1.0 / root) as f32;
+    let rate = (step.lr / (1.0 - step.betas.0.powi(step.time))) as f32;
+    let kept = (1.0 - step.lr * step.weight_decay) as f32;
+    let epsilon = step.epsilon as f32;
+    let by = step.gradient_scale as f32;
+    let places = [value, first, second].map(Out::of);
+    over_values(
+        gradient.len(),
+        6,
+        #[inline(always)]
+        |start, length| {
+            // SAFETY: this part is this task's alone.
+            let [values, firsts, seconds] =
+                places.map(|place| unsafe { place.part(start, length) });
+            let gradient = &gradient[start..][..length];
+            for (((value, first), second), gradient) in
+                values.iter_mut().zip(firsts).zip(seconds).zip(gradient)
+            {
+                let gradient = gradient * by;
+                *first = beta1 * *first + rest1 * gradient;
+                *second = beta2 * *second + rest2 * (gradient * gradient);
+                let scale = second.sqrt() * root + epsilon;
+                *value = kept * *value - rate * (*first / scale);
+            }
+        },
+    );
+}
+
+/// See [`FusedOps::moving_average`](crate::ops::FusedOps::moving_average).
+pub(super) fn moving_average(average: &mut [f32], value: &[f32], decay: f64) {
+    let (kept, rest) = (decay as f32, (1.0 - decay) as f32);
+    let place = Out::of(average);
+    over_values(
+        value.len(),
+        3,
+        #[inline(always)]
+        |start, length| {
+            // SAFETY: this part is this task's alone.
+            let averages = unsafe { place.part(start, length) };
+            for (average, value) in averages.iter_mut().zip(&value[start..][..length]) {
+                *average = kept * *average + rest * value;
+            }
+        },
+    );
+}
+
+/// See [`FusedOps::sum_of_squares`](crate::ops::FusedOps::sum_of_squares).
+pub(super) fn sum_of_squares(x: &[f32]) -> Tensor<NdArray, 1> {
+    /// Values of a partial sum, which is f32; the sum of partial sums is f64.
+    const PART: usize = 1 << 14;
+    let mut parts = Scratch::new(x.len().div_ceil(PART));
+    let parts = parts.values();
+    let out = Out::of(parts);
+    threads::over(parts.len(), 1, x.len(), |range| {
+        vectorised(
+            #[inline(always)]
+            || {
+                for index in range.clone() {
+                    let part = &x[index * PART..x.len().min((index + 1) * PART)];
+                    // SAFETY: this sum is this task's alone.
+                    unsafe {
+                        out.part(index, 1)[0] = sum2(part, part, |sum, a, b| a.mul_add(b, sum))
+                    };
+                }
+            },
+        );
+    });
+    let total: f64 = parts.iter().map(|part| f64::from(*part)).sum();
+    matrix(vec![total as f32], [1])
+}

@@ -1,0 +1,581 @@
+//! Linear layers.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use burn_ndarray::NdArray;
+use pulp::{Arch, Simd, WithSimd};
+
+use super::elementwise::activate_row;
+use super::memory::{Out, Rows, Scratch, matrix, tensor};
+use super::product::{Block, DEPTH, PanelView, Panels, STRIDE, Start, Target, multiply};
+use super::simd::{copy, dot, vectorised};
+use super::threads;
+use crate::ops::{Activation, LinearGradients, LinearWants, LinearWeights};
+
+/// Up to so many rows, packing a weight costs more than the product.
+const FEW: usize = 8;
+
+/// Values of a weight whose gradient each core can hold for itself.
+const SMALL: usize = 1 << 16;
+
+/// A low-rank update.
+struct LoraRows {
+    a: Rows,
+    b: Rows,
+    scale: f32,
+}
+
+/// The parameters as rows.
+pub(super) struct Weights {
+    weight: Rows,
+    bias: Rows,
+    lora: Option<LoraRows>,
+}
+
+impl Weights {
+    /// None if one of them isn't f32.
+    pub(super) fn of(weights: LinearWeights<NdArray>) -> Option<Self> {
+        let lora = match weights.lora {
+            None => None,
+            Some(lora) => Some(LoraRows {
+                a: Rows::of(lora.a)?,
+                b: Rows::of(lora.b)?,
+                scale: lora.scale as f32,
+            }),
+        };
+        Some(Self {
+            weight: Rows::of(weights.weight)?,
+            bias: Rows::of(weights.bias)?,
+            lora,
+        })
+    }
+
+    /// Row `index` of the weight, the update merged: the merged matrix is never stored.
+    #[inline(always)]
+    fn merged(&self, index: usize, row: &mut [f32]) {
+        row.copy_from_slice(self.weight.row(index));
+        if let Some(lora) = &self.lora {
+            for (factor, a) in lora.b.row(index).iter().zip(0..) {
+                let factor = factor * lora.scale;
+                for (value, a) in row.iter_mut().zip(lora.a.row(a)) {
+                    *value = factor.mul_add(*a, *value);
+                }
+            }
+        }
+    }
+}
+
+/// A block of rows as it lies in memory, activated.
+#[inline(always)]
+fn rows_of(
+    x: &Rows,
+    activation: Activation,
+) -> impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync {
+    #[inline(always)]
+    move |rows, depths, scratch| {
+        for (place, row) in scratch.chunks_exact_mut(STRIDE).zip(rows) {
+            let values = &x.row(row)[depths.clone()];
+            activate_row(values, &mut place[..depths.len()], activation);
+        }
+    }
+}
+
+/// A block of columns: what is summed over are the rows.
+#[inline(always)]
+fn columns_of(
+    x: &Rows,
+    activation: Activation,
+) -> impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync {
+    #[inline(always)]
+    move |columns, depths, scratch| {
+        for (place, row) in scratch.chunks_exact_mut(STRIDE).zip(depths) {
+            let values = &x.row(row)[columns.clone()];
+            activate_row(values, &mut place[..columns.len()], activation);
+        }
+    }
+}
+
+/// `act(x) W^T + b`, `[rows, out]`.
+pub(super) fn forward(x: &Rows, weights: &Weights, activation: Activation) -> Tensor<NdArray, 2> {
+    let outputs = weights.weight.count;
+    let shape = [x.count, outputs];
+    let inputs = weights.weight.width;
+    if x.count <= FEW {
+        // SAFETY: `few` writes all of it.
+        return unsafe { tensor(shape, |out| few(x, weights, activation, out)) };
+    }
+    let panels = Panels::of_columns(
+        inputs,
+        outputs,
+        #[inline(always)]
+        |j, line| weights.merged(j, line),
+    );
+    // SAFETY: the target is as large as the product, which writes all of it.
+    unsafe {
+        tensor(shape, |out| {
+            multiply::<false>(
+                x.count,
+                panels.view(),
+                Target {
+                    out,
+                    stride: outputs,
+                },
+                Start::Row(weights.bias.row(0)),
+                rows_of(x, activation),
+                |_| (),
+            );
+        })
+    }
+}
+
+/// The forward pass of few rows: each weight is read once, where it is.
+fn few(x: &Rows, weights: &Weights, activation: Activation, out: Out) {
+    let (inputs, outputs) = (weights.weight.width, weights.weight.count);
+    let mut activated = Scratch::new(x.count * inputs);
+    let activated = activated.values();
+    vectorised(
+        #[inline(always)]
+        || {
+            for (place, row) in activated.chunks_exact_mut(inputs).zip(0..) {
+                activate_row(x.row(row), place, activation);
+            }
+        },
+    );
+    let activated = &*activated;
+    // x A^T, scaled.
+    let narrow: Option<Vec<Vec<f32>>> = weights.lora.as_ref().map(|lora| {
+        let rows = activated.chunks_exact(inputs);
+        rows.map(|x| {
+            (0..lora.a.count)
+                .map(|q| lora.scale * dot(x, lora.a.row(q)))
+                .collect()
+        })
+        .collect()
+    });
+    threads::over(outputs, 16, x.count * inputs * outputs, |range| {
+        vectorised(
+            #[inline(always)]
+            || {
+                for j in range.clone() {
+                    let (weight, bias) = (weights.weight.row(j), weights.bias.row(0)[j]);
+                    for (row, x) in activated.chunks_exact(inputs).enumerate() {
+                        let mut y = bias + dot(x, weight);
+                        if let (Some(narrow), Some(lora)) = (&narrow, &weights.lora) {
+                            y += dot(&narrow[row], lora.b.row(j));
+                        }
+                        // SAFETY: column j is this task's alone.
+                        unsafe { out.part(row * outputs + j, 1)[0] = y };
+                    }
+                }
+            },
+        );
+    });
+}
+
+/// The gradients that are wanted.
+pub(super) fn backward(
+    gradient: &Rows,
+    x: &Rows,
+    weights: &Weights,
+    activation: Activation,
+    wants: LinearWants,
+) -> LinearGradients<NdArray> {
+    let lora = weights.lora.as_ref().filter(|_| wants.lora);
+    // Products with the factors are this much less efficient than products with the weight.
+    let (inputs, outputs) = (x.width, gradient.width);
+    let narrow = inputs * outputs < 8 * lora.map_or(0, |lora| lora.a.count) * (inputs + outputs);
+    let (weight, bias) = if wants.weight || (lora.is_some() && narrow) {
+        let (weight, bias) = of_weight(gradient, x, activation);
+        (Some(weight), Some(bias))
+    } else {
+        (None, wants.bias.then(|| column_sums(gradient)))
+    };
+    let lora = lora.map(|lora| match weight.clone().and_then(Rows::of) {
+        Some(dw) => low_rank_of_weight(lora, &dw),
+        None => low_rank(gradient, x, lora, activation),
+    });
+    let weight = weight.filter(|_| wants.weight);
+    let bias = bias.filter(|_| wants.bias);
+    LinearGradients {
+        x: wants.x.then(|| of_input(gradient, x, weights, activation)),
+        weight,
+        bias,
+        lora,
+    }
+}
+
+/// `(dy W) act'(x)`
+fn of_input(
+    gradient: &Rows,
+    x: &Rows,
+    weights: &Weights,
+    activation: Activation,
+) -> Tensor<NdArray, 2> {
+    let (rows, inputs, outputs) = (x.count, x.width, gradient.width);
+    let finish = |out: Out| {
+        #[inline(always)]
+        move |rows: Range<usize>| {
+            if activation == Activation::Identity {
+                return;
+            }
+            for row in rows {
+                // SAFETY: these rows are the calling task's.
+                let values = unsafe { out.part(row * inputs, inputs) };
+                super::elementwise::times_derivative(values, x.row(row), activation);
+            }
+        }
+    };
+    if rows <= FEW {
+        // SAFETY: all columns of all rows are written.
+        return unsafe {
+            tensor([rows, inputs], |out| {
+                few_backward(gradient, weights, out);
+                vectorised(
+                    #[inline(always)]
+                    || finish(out)(0..rows),
+                );
+            })
+        };
+    }
+    let panels = Panels::of_rows(
+        outputs,
+        inputs,
+        #[inline(always)]
+        |p, line| weights.merged(p, line),
+    );
+    // SAFETY: the target is as large as the product, which writes all of it.
+    unsafe {
+        tensor([rows, inputs], |out| {
+            multiply::<false>(
+                rows,
+                panels.view(),
+                Target {
+                    out,
+                    stride: inputs,
+                },
+                Start::Zero,
+                rows_of(gradient, Activation::Identity),
+                finish(out),
+            );
+        })
+    }
+}
+
+/// `dy W` of few rows: each weight is read once, where it is.
+fn few_backward(gradient: &Rows, weights: &Weights, out: Out) {
+    let (rows, inputs, outputs) = (gradient.count, weights.weight.width, gradient.width);
+    threads::over(inputs, 16, rows * inputs * outputs, |columns| {
+        vectorised(
+            #[inline(always)]
+            || {
+                let (start, width) = (columns.start, columns.len());
+                let mut merged = Scratch::new(inputs);
+                let merged = merged.values();
+                for row in 0..rows {
+                    // SAFETY: these columns are this task's alone.
+                    unsafe { out.part(row * inputs + start, width) }.fill(0.0);
+                }
+                for p in 0..outputs {
+                    let weight = match &weights.lora {
+                        None => &weights.weight.row(p)[columns.clone()],
+                        Some(_) => {
+                            weights.merged(p, merged);
+                            &merged[columns.clone()]
+                        }
+                    };
+                    for row in 0..rows {
+                        let factor = gradient.row(row)[p];
+                        // SAFETY: as above.
+                        let sums = unsafe { out.part(row * inputs + start, width) };
+                        for (sum, value) in sums.iter_mut().zip(weight) {
+                            *sum = factor.mul_add(*value, *sum);
+                        }
+                    }
+                }
+            },
+        );
+    });
+}
+
+/// `dy^T act(x)`, and the sums of dy's columns.
+fn of_weight(
+    gradient: &Rows,
+    x: &Rows,
+    activation: Activation,
+) -> (Tensor<NdArray, 2>, Tensor<NdArray, 1>) {
+    let (rows, inputs, outputs) = (x.count, x.width, gradient.width);
+    if inputs * outputs <= SMALL && rows > DEPTH {
+        return of_small_weight(gradient, x, activation);
+    }
+    let panels = Panels::of_rows(
+        rows,
+        inputs,
+        #[inline(always)]
+        |p, line| activate_row(x.row(p), line, activation),
+    );
+    let mut bias = None;
+    // SAFETY: the targets are as large as the product, which writes all of them.
+    let weight = unsafe {
+        tensor([outputs, inputs], |out| {
+            bias = Some(tensor([outputs], |sums| {
+                let columns = columns_of(gradient, Activation::Identity);
+                multiply::<true>(
+                    outputs,
+                    panels.view(),
+                    Target {
+                        out,
+                        stride: inputs,
+                    },
+                    Start::Zero,
+                    #[inline(always)]
+                    |block: Range<usize>, depths: Range<usize>, scratch: &mut [f32]| {
+                        columns(block.clone(), depths.clone(), scratch);
+                        // The columns that this task alone copies are summed while they are near.
+                        let sums = sums.part(block.start, block.len());
+                        add_rows(scratch, depths.len(), sums, depths.start == 0);
+                    },
+                    |_| (),
+                );
+            }));
+        })
+    };
+    (weight, bias.unwrap_or_else(|| column_sums(gradient)))
+}
+
+/// Adds the first rows of a scratch to sums, which start anew where `anew`.
+#[inline(always)]
+fn add_rows(scratch: &[f32], rows: usize, sums: &mut [f32], anew: bool) {
+    if anew {
+        sums.fill(0.0);
+    }
+    for row in scratch.chunks_exact(STRIDE).take(rows) {
+        for (sum, value) in sums.iter_mut().zip(row) {
+            *sum += value;
+        }
+    }
+}
+
+/// Part of the sum over rows: the product of those rows, and the sums of their columns.
+struct PartOfWeight<'a> {
+    gradient: &'a Rows,
+    x: &'a Rows,
+    activation: Activation,
+    rows: Range<usize>,
+    /// `[out, in]`, then `[out]`
+    place: &'a mut [f32],
+}
+
+impl WithSimd for PartOfWeight<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (inputs, outputs) = (self.x.width, self.gradient.width);
+        let width = 2 * S::F32_LANES;
+        let (product, sums) = self.place.split_at_mut(outputs * inputs);
+        let mut panels = Scratch::new(DEPTH * inputs.next_multiple_of(width));
+        let mut scratch = Scratch::new(DEPTH * STRIDE);
+        let mut line = Scratch::new(inputs);
+        let (panels, scratch, line) = (panels.values(), scratch.values(), line.values());
+        for from in self.rows.clone().step_by(DEPTH) {
+            let deep = DEPTH.min(self.rows.end - from);
+            let anew = from == self.rows.start;
+            for p in 0..deep {
+                activate_row(self.x.row(from + p), line, self.activation);
+                for first in (0..inputs).step_by(width) {
+                    let values = &line[first..inputs.min(first + width)];
+                    copy(values, &mut panels[first * deep + p * width..]);
+                }
+            }
+            let view = PanelView {
+                start: panels.as_ptr(),
+                depth: deep,
+                columns: inputs,
+            };
+            for first in (0..outputs).step_by(DEPTH) {
+                let columns = first..outputs.min(first + DEPTH);
+                columns_of(self.gradient, Activation::Identity)(
+                    columns.clone(),
+                    from..from + deep,
+                    scratch,
+                );
+                add_rows(scratch, deep, &mut sums[columns.clone()], anew);
+                // SAFETY: scratch and panels were filled as far as they are read; the product has `outputs` rows.
+                unsafe {
+                    Block::<true> {
+                        rows: columns.len(),
+                        deep,
+                        scratch: scratch.as_ptr(),
+                        panels: view,
+                        from: 0,
+                        columns: 0..inputs,
+                        c: product.as_mut_ptr().add(first * inputs),
+                        stride: inputs,
+                        start: if anew { Start::Zero } else { Start::Sum },
+                    }
+                    .multiply(simd);
+                }
+            }
+        }
+    }
+}
+
+/// [`of_weight`] where rows are many and the weight is small: cores share the rows, and their products are added.
+fn of_small_weight(
+    gradient: &Rows,
+    x: &Rows,
+    activation: Activation,
+) -> (Tensor<NdArray, 2>, Tensor<NdArray, 1>) {
+    let (rows, inputs, outputs) = (x.count, x.width, gradient.width);
+    let parts = rayon::current_num_threads().min(rows.div_ceil(DEPTH));
+    let size = outputs * inputs + outputs;
+    let mut places = Scratch::new(parts * size);
+    let places = places.values();
+    let out = Out::of(places);
+    threads::over(parts, 1, rows * inputs * outputs / 8, |range| {
+        for part in range {
+            let bound = |part: usize| part * rows / parts;
+            Arch::new().dispatch(PartOfWeight {
+                gradient,
+                x,
+                activation,
+                rows: bound(part)..bound(part + 1),
+                // SAFETY: this part is this task's alone.
+                place: unsafe { out.part(part * size, size) },
+            });
+        }
+    });
+    let (first, others) = places.split_at_mut(size);
+    for other in others.chunks_exact(size) {
+        for (sum, value) in first.iter_mut().zip(other) {
+            *sum += value;
+        }
+    }
+    let (product, sums) = first.split_at(outputs * inputs);
+    (
+        matrix(product.to_vec(), [outputs, inputs]),
+        matrix(sums.to_vec(), [outputs]),
+    )
+}
+
+fn column_sums(gradient: &Rows) -> Tensor<NdArray, 1> {
+    // SAFETY: all sums are written.
+    unsafe {
+        tensor([gradient.width], |out| {
+            let sums = out.part(0, gradient.width);
+            sums.fill(0.0);
+            for row in 0..gradient.count {
+                for (sum, value) in sums.iter_mut().zip(gradient.row(row)) {
+                    *sum += value;
+                }
+            }
+        })
+    }
+}
+
+/// [`low_rank`] by way of the whole weight's gradient, `dA = s B^T dW` and `dB = s dW A^T`: where a weight is so narrow
+/// that products with it cost no more than products with the factors.
+fn low_rank_of_weight(lora: &LoraRows, dw: &Rows) -> (Tensor<NdArray, 2>, Tensor<NdArray, 2>) {
+    let (outputs, inputs, rank) = (dw.count, dw.width, lora.a.count);
+    let (mut da, mut db) = (vec![0.0; rank * inputs], vec![0.0; outputs * rank]);
+    vectorised(
+        #[inline(always)]
+        || {
+            for j in 0..outputs {
+                let dw = dw.row(j);
+                for (q, b) in lora.b.row(j).iter().enumerate() {
+                    let factor = b * lora.scale;
+                    for (sum, value) in da[q * inputs..][..inputs].iter_mut().zip(dw) {
+                        *sum += factor * value;
+                    }
+                    db[j * rank + q] = lora.scale * dot(dw, lora.a.row(q));
+                }
+            }
+        },
+    );
+    (matrix(da, [rank, inputs]), matrix(db, [outputs, rank]))
+}
+
+/// Gradients of A, `s (dy B)^T act(x)`, and of B, `s dy^T (act(x) A^T)`.
+fn low_rank(
+    gradient: &Rows,
+    x: &Rows,
+    lora: &LoraRows,
+    activation: Activation,
+) -> (Tensor<NdArray, 2>, Tensor<NdArray, 2>) {
+    let (rows, inputs, outputs, rank) = (x.count, x.width, gradient.width, lora.a.count);
+    let target = |out| Target { out, stride: rank };
+    let scaled = |values: &[f32], line: &mut [f32]| {
+        for (place, value) in line.iter_mut().zip(values) {
+            *place = lora.scale * value;
+        }
+    };
+    let b = Panels::of_rows(
+        outputs,
+        rank,
+        #[inline(always)]
+        |p, line| scaled(lora.b.row(p), line),
+    );
+    let a = Panels::of_columns(
+        inputs,
+        rank,
+        #[inline(always)]
+        |q, line| scaled(lora.a.row(q), line),
+    );
+    let (mut narrow, mut seen) = (Scratch::new(rows * rank), Scratch::new(rows * rank));
+    let (narrow, seen) = (narrow.values(), seen.values());
+    // SAFETY: each target is as large as its product, which writes all of it.
+    unsafe {
+        let identity = Activation::Identity;
+        let out = Out::of(narrow);
+        // s dy B
+        multiply::<false>(
+            rows,
+            b.view(),
+            target(out),
+            Start::Zero,
+            rows_of(gradient, identity),
+            |_| (),
+        );
+        let out = Out::of(seen);
+        // s act(x) A^T
+        multiply::<false>(
+            rows,
+            a.view(),
+            target(out),
+            Start::Zero,
+            rows_of(x, activation),
+            |_| (),
+        );
+        let (narrow, seen) = (&*narrow, &*seen);
+        let narrow = Panels::of_rows(rows, rank, |p, line| {
+            line.copy_from_slice(&narrow[p * rank..][..rank])
+        });
+        let seen = Panels::of_rows(rows, rank, |p, line| {
+            line.copy_from_slice(&seen[p * rank..][..rank])
+        });
+        // A's gradient is computed with its sides exchanged: there are rows enough for all cores then.
+        let a = tensor([inputs, rank], |out| {
+            multiply::<true>(
+                inputs,
+                narrow.view(),
+                target(out),
+                Start::Zero,
+                columns_of(x, activation),
+                |_| (),
+            );
+        });
+        let b = tensor([outputs, rank], |out| {
+            multiply::<true>(
+                outputs,
+                seen.view(),
+                target(out),
+                Start::Zero,
+                columns_of(gradient, identity),
+                |_| (),
+            );
+        });
+        (a.transpose(), b)
+    }
+}

@@ -1,0 +1,200 @@
+//! Memory of the kernels: rows of tensors, buffers to fill, scratch that is reused.
+
+use std::cell::RefCell;
+
+use burn::tensor::{Tensor, TensorData, TensorPrimitive};
+use burn_ndarray::{NdArray, NdArrayDevice, NdArrayTensor};
+use ndarray::{ArcArray, IxDyn};
+
+/// A tensor seen as rows: all dimensions but the last are flattened, columns lie next to one another.
+#[derive(Debug, Clone)]
+pub(super) struct Rows {
+    array: ArcArray<f32, IxDyn>,
+    /// How many.
+    pub(super) count: usize,
+    /// Length of each.
+    pub(super) width: usize,
+    /// From one row's start to the next.
+    stride: usize,
+}
+
+impl Rows {
+    /// None if the tensor isn't f32.
+    pub(super) fn of<const D: usize>(tensor: Tensor<NdArray, D>) -> Option<Self> {
+        let shape = tensor.dims();
+        let NdArrayTensor::F32(storage) = tensor.into_primitive().tensor() else {
+            return None;
+        };
+        let width = shape[D - 1];
+        let count = shape[..D - 1].iter().product();
+        let mut array = storage.into_shared();
+        let mut stride = width;
+        if !array.is_standard_layout() {
+            let strides = array.strides();
+            // Columns of a matrix can be read where they are; anything else is laid out anew.
+            if D == 2 && strides[1] == 1 && strides[0] >= width as isize {
+                stride = strides[0] as usize;
+            } else {
+                array = array.as_standard_layout().into_owned().into_shared();
+            }
+        }
+        Some(Self {
+            array,
+            count,
+            width,
+            stride,
+        })
+    }
+
+    pub(super) fn row(&self, index: usize) -> &[f32] {
+        assert!(index < self.count, "row {index} of {}", self.count);
+        // SAFETY: the array holds `count` rows of `width` values, `stride` apart, and the index was checked.
+        unsafe {
+            std::slice::from_raw_parts(self.array.as_ptr().add(index * self.stride), self.width)
+        }
+    }
+
+    /// All values, row after row. Laid out anew if they aren't.
+    pub(super) fn into_values(self) -> Values {
+        if self.array.is_standard_layout() {
+            Values(self.array)
+        } else {
+            Values(self.array.as_standard_layout().into_owned().into_shared())
+        }
+    }
+}
+
+/// All values of a tensor, in order.
+#[derive(Debug)]
+pub(super) struct Values(ArcArray<f32, IxDyn>);
+
+impl Values {
+    /// None if the tensor isn't f32.
+    pub(super) fn of<const D: usize>(tensor: Tensor<NdArray, D>) -> Option<Self> {
+        Rows::of(tensor).map(Rows::into_values)
+    }
+
+    /// Room for a tensor of `shape`.
+    ///
+    /// # Safety
+    ///
+    /// Every value is written before one is read.
+    pub(super) unsafe fn unwritten<const D: usize>(shape: [usize; D]) -> Self {
+        // SAFETY: the caller writes what the closure doesn't.
+        Self(unsafe { array(shape, |_| ()) })
+    }
+
+    pub(super) fn read(&self) -> &[f32] {
+        self.0.as_slice().unwrap_or_default() // always in order
+    }
+
+    /// The values to write over; copied first if anybody else sees them.
+    pub(super) fn write(&mut self) -> &mut [f32] {
+        self.0.as_slice_mut().unwrap_or_default() // always in order
+    }
+
+    pub(super) fn into_tensor<const D: usize>(self) -> Tensor<NdArray, D> {
+        Tensor::from_primitive(TensorPrimitive::Float(self.0.into()))
+    }
+}
+
+/// A place that several threads write, each its own part.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Out(*mut f32);
+
+// SAFETY: the pointer is only turned into memory by the unsafe methods below, whose callers keep parts apart.
+unsafe impl Send for Out {}
+// SAFETY: as above.
+unsafe impl Sync for Out {}
+
+impl Out {
+    pub(super) fn of(values: &mut [f32]) -> Self {
+        Self(values.as_mut_ptr())
+    }
+
+    /// # Safety
+    ///
+    /// `start + length` lies inside the memory, which outlives the part, and nobody else holds any of it.
+    pub(super) unsafe fn part<'a>(self, start: usize, length: usize) -> &'a mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), length) }
+    }
+
+    pub(super) fn pointer(self) -> *mut f32 {
+        self.0
+    }
+}
+
+/// A tensor of `shape` that `fill` has written all of.
+///
+/// # Safety
+///
+/// `fill` writes every value and reads none it has not written.
+pub(super) unsafe fn tensor<const D: usize>(
+    shape: [usize; D],
+    fill: impl FnOnce(Out),
+) -> Tensor<NdArray, D> {
+    // SAFETY: the caller's promise.
+    let array = unsafe { array(shape, fill) };
+    Tensor::from_primitive(TensorPrimitive::Float(array.into()))
+}
+
+unsafe fn array<const D: usize>(shape: [usize; D], fill: impl FnOnce(Out)) -> ArcArray<f32, IxDyn> {
+    let count = shape.iter().product();
+    let mut values: Vec<f32> = Vec::with_capacity(count);
+    fill(Out(values.as_mut_ptr()));
+    // SAFETY: the capacity is there, and the caller promises that all was written.
+    unsafe { values.set_len(count) };
+    ArcArray::from_shape_vec(IxDyn(&shape), values).expect("as many values as the shape holds")
+}
+
+/// A cache line of values.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+thread_local! {
+    /// Buffers of this thread that nobody uses at the moment.
+    static IDLE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Values aligned to a cache line, from this thread's idle buffers, to which they return.
+pub(super) struct Scratch {
+    lines: Vec<Line>,
+    length: usize,
+}
+
+impl Scratch {
+    /// What the values are is unspecified: those of an earlier use.
+    pub(super) fn new(length: usize) -> Self {
+        let mut lines = IDLE.with_borrow_mut(Vec::pop).unwrap_or_default();
+        let wanted = length.div_ceil(16);
+        if lines.len() < wanted {
+            lines.clear();
+            lines.resize(wanted, Line([0.0; 16]));
+        }
+        Self { lines, length }
+    }
+
+    pub(super) fn values(&mut self) -> &mut [f32] {
+        // SAFETY: a line is sixteen values without padding, and there are at least `length` of them.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.length) }
+    }
+
+    pub(super) fn pointer(&self) -> *const f32 {
+        self.lines.as_ptr().cast()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let lines = std::mem::take(&mut self.lines);
+        // A thread that is ending has no idle buffers any more; then this one is freed.
+        let _ = IDLE.try_with(|idle| idle.borrow_mut().push(lines));
+    }
+}
+
+/// A tensor of `values`.
+pub(super) fn matrix<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<NdArray, D> {
+    Tensor::from_data(TensorData::new(values, shape), &NdArrayDevice::Cpu)
+}

@@ -1,0 +1,210 @@
+//! Kernels for processors: the operators of [`FusedOps`] on burn-ndarray's tensors.
+//!
+//! Burn's own operators pass over memory once each, mostly on one core, and call the C library for every exponential.
+//! Here an operator is one pass, over all cores (rayon's pool), in vectors found at run time (`pulp`: AVX-512, AVX2,
+//! NEON), and its products are [`product`]'s. A tensor of another type than f32 is left to the reference.
+//!
+//! Nothing below this file is generic over a rank: it is compiled once, not again in every program and test.
+//!
+//! What `unsafe` there is rests on one idea: the rows of an output are divided among tasks, and each writes its own
+//! (see [`memory::Out`]).
+
+mod attention;
+mod elementwise;
+mod linear;
+mod memory;
+mod product;
+mod simd;
+#[cfg(test)]
+mod tests;
+mod threads;
+
+use burn::tensor::{DType, Tensor};
+use burn_ndarray::NdArray;
+
+use self::memory::{Rows, Values};
+use super::{
+    Activation, AdamWState, AdamWStep, FusedOps, LinearGradients, LinearWants, LinearWeights,
+    NormGradients, reference,
+};
+
+/// Looks at tensors as rows of f32, or returns what the reference makes of them.
+macro_rules! rows {
+    ($($tensor:ident),+ ; else $reference:expr) => {
+        let ($(Some($tensor),)+) = ($(Rows::of($tensor.clone()),)+) else {
+            return $reference;
+        };
+    };
+}
+
+impl FusedOps for NdArray {
+    fn activate<const D: usize>(x: Tensor<Self, D>, activation: Activation) -> Tensor<Self, D> {
+        let shape = x.dims();
+        rows!(x; else reference::activate(x, activation));
+        elementwise::activate(&x, activation).reshape(shape)
+    }
+
+    fn activate_backward<const D: usize>(
+        gradient: Tensor<Self, D>,
+        x: Tensor<Self, D>,
+        activation: Activation,
+    ) -> Tensor<Self, D> {
+        let shape = x.dims();
+        rows!(gradient, x; else gradient * reference::activate_derivative(x, activation));
+        elementwise::activate_backward(&gradient, &x, activation).reshape(shape)
+    }
+
+    fn linear_layer<const D: usize>(
+        x: Tensor<Self, D>,
+        weights: LinearWeights<Self>,
+        activation: Activation,
+    ) -> Tensor<Self, D> {
+        let mut shape = x.dims();
+        shape[D - 1] = weights.weight.dims()[0];
+        match (Rows::of(x.clone()), linear::Weights::of(weights.clone())) {
+            (Some(x), Some(weights)) => linear::forward(&x, &weights, activation).reshape(shape),
+            _ => reference::linear(x, weights, activation),
+        }
+    }
+
+    fn linear_layer_backward(
+        gradient: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        weights: LinearWeights<Self>,
+        activation: Activation,
+        wants: LinearWants,
+    ) -> LinearGradients<Self> {
+        let Some(parameters) = linear::Weights::of(weights.clone()) else {
+            return reference::linear_backward(gradient, x, weights, activation, wants);
+        };
+        rows!(gradient, x; else reference::linear_backward(gradient, x, weights, activation, wants));
+        linear::backward(&gradient, &x, &parameters, activation, wants)
+    }
+
+    fn modulated_norm(
+        x: Tensor<Self, 3>,
+        shift: Tensor<Self, 2>,
+        scale: Tensor<Self, 2>,
+        epsilon: f64,
+    ) -> Tensor<Self, 3> {
+        let shape = x.dims();
+        rows!(x, shift, scale; else reference::modulated_norm(x, shift, scale, epsilon));
+        elementwise::modulated_norm(&x, &shift, &scale, shape, epsilon as f32)
+    }
+
+    fn modulated_norm_backward(
+        gradient: Tensor<Self, 3>,
+        x: Tensor<Self, 3>,
+        scale: Tensor<Self, 2>,
+        epsilon: f64,
+        sum: Option<Tensor<Self, 3>>,
+    ) -> NormGradients<Self> {
+        let shape = x.dims();
+        rows!(gradient, x, scale; else reference::modulated_norm_backward(gradient, x, scale, epsilon, sum));
+        let sum = sum.and_then(Values::of);
+        elementwise::modulated_norm_backward(&gradient, &x, &scale, shape, epsilon as f32, sum)
+    }
+
+    fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize) -> Tensor<Self, 3> {
+        let [batch, tokens, _] = qkv.dims();
+        rows!(qkv; else reference::qkv_attention(qkv, heads, 1));
+        attention::forward(&qkv, heads, [batch, tokens])
+    }
+
+    fn qkv_attention_backward(
+        gradient: Tensor<Self, 3>,
+        qkv: Tensor<Self, 3>,
+        heads: usize,
+    ) -> Tensor<Self, 3> {
+        let [batch, tokens, _] = qkv.dims();
+        rows!(gradient, qkv; else reference::qkv_attention_backward(gradient, qkv, heads, 1));
+        attention::backward(&gradient, &qkv, heads, [batch, tokens])
+    }
+
+    fn gated_residual(
+        x: Tensor<Self, 3>,
+        gate: Tensor<Self, 2>,
+        y: Tensor<Self, 3>,
+    ) -> Tensor<Self, 3> {
+        let shape = x.dims();
+        rows!(x, gate, y; else reference::gated_residual(x, gate, y));
+        elementwise::gated_residual(&x, &gate, &y, shape)
+    }
+
+    fn gated_residual_backward(
+        gradient: Tensor<Self, 3>,
+        gate: Tensor<Self, 2>,
+        y: Tensor<Self, 3>,
+    ) -> (Tensor<Self, 2>, Tensor<Self, 3>) {
+        let shape = y.dims();
+        rows!(gradient, gate, y; else reference::gated_residual_backward(gradient, gate, y));
+        elementwise::gated_residual_backward(&gradient, &gate, &y, shape)
+    }
+
+    fn blend(x: Tensor<Self, 3>, y: Tensor<Self, 3>, share: Tensor<Self, 1>) -> Tensor<Self, 3> {
+        let shape = x.dims();
+        rows!(x, y, share; else reference::blend(x, y, share));
+        elementwise::blend(&x, &y, &share, shape)
+    }
+
+    fn blend_backward(
+        gradient: Tensor<Self, 3>,
+        x: Tensor<Self, 3>,
+        y: Tensor<Self, 3>,
+        share: Tensor<Self, 1>,
+    ) -> (Tensor<Self, 3>, Tensor<Self, 3>, Tensor<Self, 1>) {
+        let shape = x.dims();
+        rows!(gradient, x, y, share; else reference::blend_backward(gradient, x, y, share));
+        elementwise::blend_backward(&gradient, &x, &y, &share, shape)
+    }
+
+    fn sum_of_squares<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, 1> {
+        match Values::of(x.clone()) {
+            Some(values) => elementwise::sum_of_squares(values.read()),
+            None => (x.clone() * x).sum(),
+        }
+    }
+
+    fn adamw<const D: usize>(
+        state: AdamWState<Self, D>,
+        gradient: Tensor<Self, D>,
+        step: AdamWStep,
+    ) -> AdamWState<Self, D> {
+        let all = [&state.value, &state.first, &state.second, &gradient];
+        if all.iter().any(|tensor| tensor.dtype() != DType::F32) {
+            return reference::adamw(state, gradient, step);
+        }
+        // Moved, not cloned: what nobody else sees is written over where it is.
+        let state = [state.value, state.first, state.second].map(Values::of);
+        let [Some(mut value), Some(mut first), Some(mut second)] = state else {
+            unreachable!("all are f32")
+        };
+        let gradient = Values::of(gradient);
+        let gradient = gradient.as_ref().map_or(&[][..], Values::read);
+        let places = [&mut value, &mut first, &mut second].map(Values::write);
+        elementwise::adamw(places, gradient, step);
+        AdamWState {
+            value: value.into_tensor(),
+            first: first.into_tensor(),
+            second: second.into_tensor(),
+        }
+    }
+
+    fn moving_average<const D: usize>(
+        average: Tensor<Self, D>,
+        value: Tensor<Self, D>,
+        decay: f64,
+    ) -> Tensor<Self, D> {
+        if [&average, &value]
+            .iter()
+            .any(|tensor| tensor.dtype() != DType::F32)
+        {
+            return reference::moving_average(average, value, decay);
+        }
+        let (Some(mut average), Some(value)) = (Values::of(average), Values::of(value)) else {
+            unreachable!("both are f32")
+        };
+        elementwise::moving_average(average.write(), value.read(), decay);
+        average.into_tensor()
+    }
+}

@@ -1,0 +1,536 @@
+//! Matrix products of f32.
+//!
+//! `C = start + A B` in the manner of Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication",
+//! ACM TOMS 34, 2008): B is packed into panels as wide as two vectors, blocks of A are copied into a scratch, and a
+//! tile of C as large as the registers hold is summed over the depth of a block.
+//!
+//! It is our own because what surrounds a product in a transformer is then free: the activation before it is computed
+//! as A is copied, low-rank updates are merged as B is packed, a bias is where sums start. It is also faster here than
+//! a general crate (`cargo bench --bench operators product` compares it with `gemm`). Two decisions make it short:
+//! blocks of A keep the order they have in memory, with a row distance the compiler knows, so nothing is transposed;
+//! and `A^T B` is the same tile reading the same scratch with rows and columns exchanged.
+
+use std::ops::Range;
+
+use pulp::{Arch, Simd, WithSimd};
+
+use super::memory::{Out, Scratch};
+use super::simd::vectorised;
+use super::threads;
+
+/// Depth of a block: its slice of a panel and a tile's slice of A stay near the core.
+pub(super) const DEPTH: usize = 256;
+/// Distance of rows in the scratch: a cache line more than the depth, so that rows don't fall on the same cache sets.
+pub(super) const STRIDE: usize = DEPTH + 16;
+/// Rows of C of a block; a multiple of every tile's height.
+pub(super) const BLOCK: usize = 168;
+/// Rows of the highest tile.
+const HIGHEST: usize = 14;
+/// Values of a packed slice of B that stay in the second cache.
+const NEAR: usize = 1 << 17;
+
+/// Where sums start.
+#[derive(Clone, Copy)]
+pub(super) enum Start<'a> {
+    Zero,
+    /// At a row of as many values as C has columns.
+    Row(&'a [f32]),
+    /// At what C holds.
+    Sum,
+}
+
+/// Rows of a tile that leave registers for the sums: with two vectors a row, 28 of 32 (AVX-512), 12 of 16 (AVX2), 24
+/// of 32 (NEON).
+#[inline(always)]
+const fn highest<S: Simd>() -> usize {
+    match S::F32_LANES {
+        16 => HIGHEST,
+        8 => 6,
+        4 => 12,
+        _ => 4,
+    }
+}
+
+/// Columns of a panel on this machine.
+pub(super) fn panel_width() -> usize {
+    struct Width;
+    impl WithSimd for Width {
+        type Output = usize;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> usize {
+            2 * S::F32_LANES
+        }
+    }
+    Arch::new().dispatch(Width)
+}
+
+/// B, `[depth, columns]`, in panels: `[columns / width][depth][width]`, zeros beyond the last column.
+pub(super) struct Panels {
+    scratch: Scratch,
+    depth: usize,
+    columns: usize,
+    width: usize,
+}
+
+impl Panels {
+    /// Packs B from its rows: `row(p, values)` writes row `p` of B.
+    pub(super) fn of_rows(
+        depth: usize,
+        columns: usize,
+        row: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Self {
+        let mut panels = Self::empty(depth, columns);
+        let (width, out) = (panels.width, Out::of(panels.scratch.values()));
+        threads::over(depth, 1, 4 * depth * columns, |rows| {
+            let mut line = Scratch::new(columns.next_multiple_of(width));
+            let line = line.values();
+            line[columns..].fill(0.0);
+            vectorised(
+                #[inline(always)]
+                || {
+                    for p in rows.clone() {
+                        row(p, &mut line[..columns]);
+                        for (panel, values) in line.chunks_exact(width).enumerate() {
+                            // SAFETY: row p of each panel is this thread's alone.
+                            let target = unsafe { out.part((panel * depth + p) * width, width) };
+                            target.copy_from_slice(values);
+                        }
+                    }
+                },
+            );
+        });
+        panels
+    }
+
+    /// Packs B from its columns, which are rows in memory: `column(j, values)` writes column `j` of B.
+    pub(super) fn of_columns(
+        depth: usize,
+        columns: usize,
+        column: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Self {
+        /// Columns that are turned at a time.
+        const TURNED: usize = 16;
+        let mut panels = Self::empty(depth, columns);
+        let (width, out) = (panels.width, Out::of(panels.scratch.values()));
+        threads::over(columns.div_ceil(width), 1, 8 * depth * columns, |range| {
+            let mut lines = Scratch::new(TURNED * depth);
+            let lines = lines.values();
+            vectorised(
+                #[inline(always)]
+                || {
+                    for panel in range.clone() {
+                        // SAFETY: this panel is this thread's alone.
+                        let target = unsafe { out.part(panel * depth * width, depth * width) };
+                        for first in (0..width).step_by(TURNED) {
+                            let turned = TURNED.min(width - first);
+                            for (index, line) in
+                                lines.chunks_exact_mut(depth).take(turned).enumerate()
+                            {
+                                let j = panel * width + first + index;
+                                if j < columns {
+                                    column(j, line);
+                                } else {
+                                    line.fill(0.0);
+                                }
+                            }
+                            for p in 0..depth {
+                                let place = &mut target[p * width + first..][..turned];
+                                for (index, value) in place.iter_mut().enumerate() {
+                                    *value = lines[index * depth + p];
+                                }
+                            }
+                        }
+                    }
+                },
+            );
+        });
+        panels
+    }
+
+    fn empty(depth: usize, columns: usize) -> Self {
+        let width = panel_width();
+        Self {
+            scratch: Scratch::new(columns.next_multiple_of(width) * depth),
+            depth,
+            columns,
+            width,
+        }
+    }
+
+    pub(super) fn view(&self) -> PanelView {
+        PanelView {
+            start: self.scratch.pointer(),
+            depth: self.depth,
+            columns: self.columns,
+        }
+    }
+}
+
+/// Panels that live elsewhere.
+#[derive(Clone, Copy)]
+pub(super) struct PanelView {
+    pub(super) start: *const f32,
+    pub(super) depth: usize,
+    pub(super) columns: usize,
+}
+
+// SAFETY: panels are only read through a view.
+unsafe impl Send for PanelView {}
+// SAFETY: as above.
+unsafe impl Sync for PanelView {}
+
+/// C, or a part of it.
+#[derive(Clone, Copy)]
+pub(super) struct Target {
+    pub(super) out: Out,
+    /// Distance of rows.
+    pub(super) stride: usize,
+}
+
+/// `C = start + A B` for the given rows of C.
+///
+/// `fill(rows, depths, scratch)` writes a block of A: `scratch[i STRIDE + p]` for its row `i` and column `p`, or, where
+/// `TURNED`, `scratch[p STRIDE + i]`. `finish(rows)` is called once these rows of C are done and still near.
+struct Multiply<'a, F, G, const TURNED: bool> {
+    rows: Range<usize>,
+    panels: PanelView,
+    target: Target,
+    start: Start<'a>,
+    fill: F,
+    finish: G,
+}
+
+impl<'a, F, G, const TURNED: bool> Multiply<'a, F, G, TURNED>
+where
+    F: Fn(Range<usize>, Range<usize>, &mut [f32]),
+    G: Fn(Range<usize>),
+{
+    fn new(
+        rows: Range<usize>,
+        panels: PanelView,
+        target: Target,
+        start: Start<'a>,
+        fill: F,
+        finish: G,
+    ) -> Self {
+        Self {
+            rows,
+            panels,
+            target,
+            start,
+            fill,
+            finish,
+        }
+    }
+}
+
+impl<F, G, const TURNED: bool> WithSimd for Multiply<'_, F, G, TURNED>
+where
+    F: Fn(Range<usize>, Range<usize>, &mut [f32]),
+    G: Fn(Range<usize>),
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let mut scratch = Scratch::new(if TURNED { DEPTH } else { BLOCK } * STRIDE);
+        let scratch = scratch.values();
+        let PanelView { depth, columns, .. } = self.panels;
+        let mut first = self.rows.start;
+        while first < self.rows.end {
+            let rows = BLOCK.min(self.rows.end - first);
+            let mut from = 0;
+            // A product over nothing still has its start to write.
+            while from < depth.max(1) {
+                let deep = DEPTH.min(depth - from);
+                (self.fill)(first..first + rows, from..from + deep, scratch);
+                let start = if from == 0 { self.start } else { Start::Sum };
+                // SAFETY: the scratch was filled as far as it is read, the panels hold `depth` rows, and the rows of
+                // the target are this task's.
+                unsafe {
+                    let c = self.target.out.pointer().add(first * self.target.stride);
+                    Block::<TURNED> {
+                        rows,
+                        deep,
+                        scratch: scratch.as_ptr(),
+                        panels: self.panels,
+                        from,
+                        columns: 0..columns,
+                        c,
+                        stride: self.target.stride,
+                        start,
+                    }
+                    .multiply(simd);
+                }
+                from += DEPTH;
+            }
+            (self.finish)(first..first + rows);
+            first += rows;
+        }
+    }
+}
+
+/// A block of C from a filled scratch.
+pub(super) struct Block<'a, const TURNED: bool> {
+    /// Rows of the block.
+    pub(super) rows: usize,
+    /// Its depth, at most [`DEPTH`].
+    pub(super) deep: usize,
+    /// The block of A, as [`Multiply`] says.
+    pub(super) scratch: *const f32,
+    pub(super) panels: PanelView,
+    /// The first row of B.
+    pub(super) from: usize,
+    pub(super) columns: Range<usize>,
+    /// The first of `columns` in the block's first row.
+    pub(super) c: *mut f32,
+    /// Distance of C's rows.
+    pub(super) stride: usize,
+    pub(super) start: Start<'a>,
+}
+
+impl<const TURNED: bool> Block<'_, TURNED> {
+    /// Computes it. One function for all that multiply, not one for each: tiles are much code.
+    ///
+    /// # Safety
+    ///
+    /// The scratch holds `rows` x `deep` values, the panels hold rows `from .. from + deep`, and `c` points at `rows`
+    /// rows that nobody else holds.
+    #[inline(always)]
+    pub(super) unsafe fn multiply<S: Simd>(self, simd: S) {
+        simd.vectorize(self);
+    }
+}
+
+impl<const TURNED: bool> WithSimd for Block<'_, TURNED> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self {
+            rows,
+            deep,
+            scratch,
+            panels,
+            from,
+            columns,
+            c,
+            stride,
+            start,
+        } = self;
+        let width = 2 * S::F32_LANES;
+        let near = (NEAR / deep.max(1) / width).max(1) * width;
+        let mut slice = columns.start;
+        while slice < columns.end {
+            let end = columns.end.min(slice + near);
+            let mut row = 0;
+            while row < rows {
+                let high = height::<S>(rows - row);
+                let mut column = slice;
+                while column < end {
+                    // SAFETY: as `multiply`'s caller promises; panels are `width` wide and padded.
+                    unsafe {
+                        let a = scratch.add(if TURNED { row } else { row * STRIDE });
+                        let b = panels.start.add(column * panels.depth + from * width);
+                        let c = c.add(row * stride + column - columns.start);
+                        let broad = width.min(columns.end - column);
+                        tile_of::<S, TURNED>(
+                            simd, high, broad, deep, a, b, c, stride, start, column,
+                        );
+                    }
+                    column += width;
+                }
+                row += high;
+            }
+            slice = end;
+        }
+    }
+}
+
+/// Rows of the next tile where `left` remain: tiles of one height rather than full ones and a low last one, whose few
+/// sums would wait for one another.
+#[inline(always)]
+fn height<S: Simd>(left: usize) -> usize {
+    let most = highest::<S>();
+    let even = left
+        .div_ceil(left.div_ceil(most))
+        .next_multiple_of(2)
+        .min(most);
+    if even <= left {
+        even
+    } else if left > 1 {
+        left / 2 * 2
+    } else {
+        1
+    }
+}
+
+/// A tile, complete or cut off at C's last column.
+///
+/// # Safety
+///
+/// As for [`tile`]; only `broad` columns of C need to be there.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "the sizes of three matrices")]
+unsafe fn tile_of<S: Simd, const TURNED: bool>(
+    simd: S,
+    high: usize,
+    broad: usize,
+    deep: usize,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    stride: usize,
+    start: Start<'_>,
+    column: usize,
+) {
+    let lanes = S::F32_LANES;
+    let begin = match start {
+        Start::Zero => Begin::Zero,
+        // SAFETY: the row is as long as C is wide.
+        Start::Row(row) => Begin::Row(unsafe { row.as_ptr().add(column) }),
+        Start::Sum => Begin::Sum,
+    };
+    macro_rules! tiles {
+        ($vectors:literal, $c:expr, $stride:expr, $begin:expr) => {
+            match high {
+                14 => tile::<S, 14, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                12 => tile::<S, 12, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                10 => tile::<S, 10, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                8 => tile::<S, 8, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                6 => tile::<S, 6, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                4 => tile::<S, 4, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                2 => tile::<S, 2, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                _ => tile::<S, 1, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+            }
+        };
+    }
+    // SAFETY: the caller's promises; a cut-off tile is summed in a place of its own first.
+    unsafe {
+        if broad == 2 * lanes {
+            tiles!(2, c, stride, begin);
+        } else if broad == lanes {
+            tiles!(1, c, stride, begin);
+        } else {
+            let mut place = [0.0f32; HIGHEST * 32];
+            if broad < lanes {
+                tiles!(1, place.as_mut_ptr(), 32, Begin::Zero);
+            } else {
+                tiles!(2, place.as_mut_ptr(), 32, Begin::Zero);
+            }
+            for row in 0..high {
+                for j in 0..broad {
+                    let c = c.add(row * stride + j);
+                    let before = match begin {
+                        Begin::Zero => 0.0,
+                        Begin::Row(row) => *row.add(j),
+                        Begin::Sum => *c,
+                    };
+                    *c = before + place[row * 32 + j];
+                }
+            }
+        }
+    }
+}
+
+/// [`Start`], at a tile.
+#[derive(Clone, Copy)]
+enum Begin {
+    Zero,
+    Row(*const f32),
+    Sum,
+}
+
+/// `HIGH` rows of C, `VECTORS` vectors broad, summed in registers.
+///
+/// # Safety
+///
+/// `a` points at `HIGH` x `deep` values of the scratch, `b` at `deep` rows of a panel, `c` at `HIGH` rows.
+#[inline(always)]
+unsafe fn tile<S: Simd, const HIGH: usize, const VECTORS: usize, const TURNED: bool>(
+    simd: S,
+    deep: usize,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    stride: usize,
+    begin: Begin,
+) {
+    let lanes = S::F32_LANES;
+    let (row, depth) = if TURNED { (1, STRIDE) } else { (STRIDE, 1) };
+    // SAFETY: the caller's promises, for every pointer below.
+    unsafe {
+        let mut sums = [[simd.splat_f32s(0.0); VECTORS]; HIGH];
+        match begin {
+            Begin::Zero => {}
+            Begin::Row(values) => {
+                for sums in &mut sums {
+                    for (v, sum) in sums.iter_mut().enumerate() {
+                        *sum = values.add(v * lanes).cast::<S::f32s>().read_unaligned();
+                    }
+                }
+            }
+            Begin::Sum => {
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    for (v, sum) in sums.iter_mut().enumerate() {
+                        let values = c.add(i * stride + v * lanes);
+                        *sum = values.cast::<S::f32s>().read_unaligned();
+                    }
+                }
+            }
+        }
+        let (mut a, mut b) = (a, b);
+        for _ in 0..deep {
+            let mut row_of_b = [simd.splat_f32s(0.0); VECTORS];
+            for (v, values) in row_of_b.iter_mut().enumerate() {
+                *values = b.add(v * lanes).cast::<S::f32s>().read_unaligned();
+            }
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let x = simd.splat_f32s(*a.add(i * row));
+                for (sum, values) in sums.iter_mut().zip(row_of_b) {
+                    *sum = simd.mul_add_e_f32s(x, values, *sum);
+                }
+            }
+            a = a.add(depth);
+            b = b.add(2 * lanes);
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                let values = c.add(i * stride + v * lanes);
+                values.cast::<S::f32s>().write_unaligned(*sum);
+            }
+        }
+    }
+}
+
+/// `C = start + A B` over all cores; `fill` and `finish` are called as [`Multiply`] says.
+///
+/// # Safety
+///
+/// The target has `rows` rows of as many columns as the panels have, and nobody else holds them. `fill` writes the
+/// whole block it is asked for.
+pub(super) unsafe fn multiply<const TURNED: bool>(
+    rows: usize,
+    panels: PanelView,
+    target: Target,
+    start: Start<'_>,
+    fill: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
+    finish: impl Fn(Range<usize>) + Sync,
+) {
+    let cost = rows * panels.depth * panels.columns / 8;
+    threads::over(rows, HIGHEST, cost, |rows| {
+        // Not `&fill`: a reference's own `call` is a function the compiler makes for the least vectors.
+        Arch::new().dispatch(Multiply::<_, _, TURNED>::new(
+            rows,
+            panels,
+            target,
+            start,
+            #[inline(always)]
+            |rows: Range<usize>, depths: Range<usize>, scratch: &mut [f32]| {
+                fill(rows, depths, scratch);
+            },
+            #[inline(always)]
+            |rows: Range<usize>| finish(rows),
+        ));
+    });
+}

@@ -1,0 +1,440 @@
+//! Kernels against the reference, forward and backward, at sizes that fit nothing; nodes against Burn's own gradients;
+//! gradients against differences.
+
+use burn::backend::Autodiff;
+use burn::tensor::{Tensor, TensorData};
+use burn_ndarray::NdArray;
+
+use super::super::{
+    Activation, AdamWState, AdamWStep, FusedOps, LinearGradients, LinearWants, LinearWeights,
+    LoraWeights, reference,
+};
+use crate::random::{self, Stream};
+
+type Graph = Autodiff<NdArray>;
+
+const ACTIVATIONS: [Activation; 3] = [Activation::Identity, Activation::GeluTanh, Activation::Silu];
+
+fn noise<B: burn::tensor::backend::Backend, const D: usize>(
+    index: u64,
+    shape: [usize; D],
+) -> Tensor<B, D> {
+    let count = shape.iter().product();
+    Tensor::from_data(
+        TensorData::new(random::normal(0, Stream::Bench, 11, index, count), shape),
+        &Default::default(),
+    )
+}
+
+/// Both are f32 computations in another order: each value may be off by the rounding of a sum of `terms` terms, of
+/// which the largest are some units: a few units in the last place, growing with the root of the count.
+#[track_caller]
+fn agree<B: burn::tensor::backend::Backend, const D: usize>(
+    what: &str,
+    terms: usize,
+    fast: Tensor<B, D>,
+    exact: Tensor<B, D>,
+) {
+    assert_eq!(fast.dims(), exact.dims(), "{what}");
+    let fast = fast.into_data().to_vec::<f32>().unwrap();
+    let exact = exact.into_data().to_vec::<f32>().unwrap();
+    let size = exact
+        .iter()
+        .fold(1.0f32, |size, value| size.max(value.abs()));
+    let tolerance = 2e-6 * (terms as f32).sqrt().max(4.0) * size;
+    for (index, (fast, exact)) in fast.iter().zip(&exact).enumerate() {
+        assert!(
+            (fast - exact).abs() <= tolerance,
+            "{what}, value {index}: {fast}, by the reference {exact} (tolerance {tolerance})"
+        );
+    }
+}
+
+fn weights<B: burn::tensor::backend::Backend>(
+    input: usize,
+    output: usize,
+    rank: Option<usize>,
+) -> LinearWeights<B> {
+    LinearWeights {
+        weight: noise(1, [output, input]),
+        bias: noise(2, [output]),
+        lora: rank.map(|rank| LoraWeights {
+            a: noise(3, [rank, input]),
+            b: noise(4, [output, rank]),
+            scale: 0.5,
+        }),
+    }
+}
+
+#[test]
+fn linear_layers_agree_with_the_reference() {
+    let sizes = [
+        (1, 1, 1),
+        (3, 5, 7),
+        (8, 64, 33),
+        (9, 17, 192),
+        (16, 31, 16),
+        (29, 300, 40),
+        (171, 64, 65),
+        (530, 24, 96),
+    ];
+    let all = LinearWants {
+        x: true,
+        weight: true,
+        bias: true,
+        lora: true,
+    };
+    for (rows, input, output) in sizes {
+        for activation in ACTIVATIONS {
+            for rank in [None, Some(1), Some(8)] {
+                let what = format!("{rows} x {input} to {output}, {activation:?}, rank {rank:?}");
+                let terms = rows.max(input).max(output) * 4;
+                let (x, gradient) = (
+                    noise::<NdArray, 2>(5, [rows, input]),
+                    noise(6, [rows, output]),
+                );
+                let weights = weights(input, output, rank);
+                agree(
+                    &what,
+                    terms,
+                    NdArray::linear_layer(x.clone(), weights.clone(), activation),
+                    reference::linear(x.clone(), weights.clone(), activation),
+                );
+                let run = |wants| -> [LinearGradients<NdArray>; 2] {
+                    let (g, x, w) = (gradient.clone(), x.clone(), weights.clone());
+                    let fast = NdArray::linear_layer_backward(
+                        g.clone(),
+                        x.clone(),
+                        w.clone(),
+                        activation,
+                        wants,
+                    );
+                    [fast, reference::linear_backward(g, x, w, activation, wants)]
+                };
+                let [fast, exact] = run(all);
+                agree(&what, terms, fast.x.unwrap(), exact.x.unwrap());
+                agree(&what, terms, fast.weight.unwrap(), exact.weight.unwrap());
+                agree(&what, terms, fast.bias.unwrap(), exact.bias.unwrap());
+                assert_eq!(fast.lora.is_some(), rank.is_some());
+                if let (Some(fast), Some(exact)) = (fast.lora, exact.lora) {
+                    agree(&what, terms, fast.0, exact.0);
+                    agree(&what, terms, fast.1, exact.1);
+                }
+                let [fast, exact] = run(LinearWants {
+                    weight: false,
+                    lora: false,
+                    ..all
+                });
+                assert!(fast.weight.is_none() && fast.lora.is_none());
+                agree(&what, terms, fast.bias.unwrap(), exact.bias.unwrap());
+            }
+        }
+    }
+}
+
+#[test]
+fn norms_residuals_and_blends_agree_with_the_reference() {
+    for [batch, tokens, width] in [
+        [1, 1, 4],
+        [1, 300, 33],
+        [3, 5, 64],
+        [2, 17, 130],
+        [70, 2, 16],
+    ] {
+        let what = format!("{batch} x {tokens} x {width}");
+        let terms = 2 * tokens.max(width);
+        let [x, y, gradient] =
+            [0, 1, 2].map(|index| noise::<NdArray, 3>(index, [batch, tokens, width]));
+        // Parts of a wider matrix, as they come from a modulation.
+        let wide = noise::<NdArray, 2>(3, [batch, 3 * width]);
+        let shift = wide.clone().narrow(1, width, width);
+        let scale = wide.narrow(1, 0, width);
+        let share = noise::<NdArray, 1>(4, [batch]);
+        agree(
+            &what,
+            terms,
+            NdArray::modulated_norm(x.clone(), shift.clone(), scale.clone(), 1e-6),
+            reference::modulated_norm(x.clone(), shift.clone(), scale.clone(), 1e-6),
+        );
+        for sum in [None, Some(y.clone())] {
+            let (g, x, s) = (gradient.clone(), x.clone(), scale.clone());
+            let fast = NdArray::modulated_norm_backward(
+                g.clone(),
+                x.clone(),
+                s.clone(),
+                1e-6,
+                sum.clone(),
+            );
+            let exact = reference::modulated_norm_backward(g, x, s, 1e-6, sum);
+            agree(&what, terms, fast.x, exact.x);
+            agree(&what, terms, fast.shift, exact.shift);
+            agree(&what, terms, fast.scale, exact.scale);
+        }
+        agree(
+            &what,
+            terms,
+            NdArray::gated_residual(x.clone(), scale.clone(), y.clone()),
+            reference::gated_residual(x.clone(), scale.clone(), y.clone()),
+        );
+        let fast = NdArray::gated_residual_backward(gradient.clone(), scale.clone(), y.clone());
+        let exact = reference::gated_residual_backward(gradient.clone(), scale, y.clone());
+        agree(&what, terms, fast.0, exact.0);
+        agree(&what, terms, fast.1, exact.1);
+        agree(
+            &what,
+            terms,
+            NdArray::blend(x.clone(), y.clone(), share.clone()),
+            reference::blend(x.clone(), y.clone(), share.clone()),
+        );
+        let fast = NdArray::blend_backward(gradient.clone(), x.clone(), y.clone(), share.clone());
+        let exact = reference::blend_backward(gradient, x, y, share);
+        agree(&what, terms, fast.0, exact.0);
+        agree(&what, terms, fast.1, exact.1);
+        agree(&what, tokens * width, fast.2, exact.2);
+    }
+}
+
+#[test]
+fn attention_agrees_with_the_reference() {
+    // Tokens beyond one group of keys (256) and beyond the shorter blocks (512), heads wider than a block is deep.
+    let sizes = [
+        (1, 1, 1, 1),
+        (2, 3, 2, 5),
+        (3, 16, 4, 16),
+        (2, 17, 1, 24),
+        (1, 100, 3, 72),
+        (1, 260, 2, 8),
+        (1, 601, 1, 16),
+        (1, 5, 1, 300),
+    ];
+    for (batch, tokens, heads, dim) in sizes {
+        let what = format!("{batch} x {tokens} tokens, {heads} heads of {dim}");
+        let width = heads * dim;
+        let qkv = noise::<NdArray, 3>(0, [batch, tokens, 3 * width]);
+        let gradient = noise(1, [batch, tokens, width]);
+        let terms = 4 * tokens.max(dim);
+        agree(
+            &what,
+            terms,
+            NdArray::qkv_attention(qkv.clone(), heads),
+            reference::qkv_attention(qkv.clone(), heads, 1),
+        );
+        agree(
+            &what,
+            terms,
+            NdArray::qkv_attention_backward(gradient.clone(), qkv.clone(), heads),
+            reference::qkv_attention_backward(gradient, qkv, heads, 1),
+        );
+    }
+}
+
+#[test]
+fn values_that_do_not_lie_in_order_are_read_in_order() {
+    let x = noise::<NdArray, 3>(0, [6, 4, 5]).swap_dims(0, 1); // [4, 6, 5]
+    let ordered = Tensor::<NdArray, 3>::from_data(x.to_data(), &Default::default());
+    let run = |x: Tensor<NdArray, 3>| {
+        let layer = NdArray::linear_layer(x.clone(), weights(5, 12, None), Activation::Silu);
+        let mixed = NdArray::qkv_attention(layer.swap_dims(0, 1), 2);
+        NdArray::activate(mixed, Activation::GeluTanh)
+            + NdArray::blend(
+                x.clone().narrow(2, 0, 4).swap_dims(0, 1),
+                x.narrow(2, 1, 4).swap_dims(0, 1),
+                noise(1, [6]),
+            )
+    };
+    run(x)
+        .into_data()
+        .assert_eq(&run(ordered).into_data(), true);
+}
+
+#[test]
+fn an_optimizer_step_agrees_with_the_reference_and_leaves_shared_values_alone() {
+    let shape = [37, 61];
+    let [value, first, gradient] = [0, 1, 2].map(|index| noise::<NdArray, 2>(index, shape));
+    let second = noise::<NdArray, 2>(3, shape).abs();
+    let state = AdamWState {
+        value: value.clone(),
+        first,
+        second,
+    };
+    let before = value.to_data();
+    for weight_decay in [0.0, 0.1] {
+        let step = AdamWStep {
+            lr: 1e-2,
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            weight_decay,
+            time: 3,
+            gradient_scale: 0.5,
+        };
+        let fast = NdArray::adamw(state.clone(), gradient.clone(), step);
+        let exact = reference::adamw(state.clone(), gradient.clone(), step);
+        agree("value", 1, fast.value, exact.value);
+        agree("first", 1, fast.first, exact.first);
+        agree("second", 1, fast.second, exact.second);
+    }
+    value.to_data().assert_eq(&before, true);
+    agree(
+        "average",
+        1,
+        NdArray::moving_average(value.clone(), gradient.clone(), 0.9),
+        reference::moving_average(value.clone(), gradient, 0.9),
+    );
+    value.to_data().assert_eq(&before, true);
+    agree(
+        "squares",
+        1,
+        NdArray::sum_of_squares(value.clone()),
+        (value.clone() * value).sum(),
+    );
+}
+
+/// Inputs of every node, all waiting for a gradient.
+struct Inputs {
+    x: Tensor<Graph, 3>,
+    y: Tensor<Graph, 3>,
+    wide: Tensor<Graph, 2>,
+    share: Tensor<Graph, 1>,
+    weights: LinearWeights<Graph>,
+}
+
+impl Inputs {
+    fn new() -> Self {
+        let LinearWeights { weight, bias, lora } = weights::<Graph>(12, 36, Some(2));
+        Self {
+            x: noise(0, [3, 4, 12]).require_grad(),
+            y: noise(1, [3, 4, 12]).require_grad(),
+            wide: noise(2, [3, 36]).require_grad(),
+            share: noise(3, [3]).require_grad(),
+            weights: LinearWeights {
+                weight: weight.require_grad(),
+                bias: bias.require_grad(),
+                lora: lora.map(|lora| LoraWeights {
+                    a: lora.a.require_grad(),
+                    b: lora.b.require_grad(),
+                    scale: lora.scale,
+                }),
+            },
+        }
+    }
+
+    /// Gradients of a function of them, in order.
+    fn gradients(&self, loss: Tensor<Graph, 1>) -> Vec<Vec<f32>> {
+        let gradients = loss.backward();
+        let lora = self.weights.lora.as_ref().unwrap();
+        let list = |data: TensorData| data.to_vec::<f32>().unwrap();
+        vec![
+            list(self.x.grad(&gradients).unwrap().into_data()),
+            list(self.y.grad(&gradients).unwrap().into_data()),
+            list(self.wide.grad(&gradients).unwrap().into_data()),
+            list(self.share.grad(&gradients).unwrap().into_data()),
+            list(self.weights.weight.grad(&gradients).unwrap().into_data()),
+            list(self.weights.bias.grad(&gradients).unwrap().into_data()),
+            list(lora.a.grad(&gradients).unwrap().into_data()),
+            list(lora.b.grad(&gradients).unwrap().into_data()),
+        ]
+    }
+
+    /// Everything at once, as in a block: x is read by a norm, a residual and a blend, the wide matrix by columns that
+    /// overlap, and by the loss itself.
+    fn by_nodes(&self) -> Tensor<Graph, 1> {
+        let part = |start| Graph::columns(self.wide.clone(), start, 12);
+        let normal = Graph::modulated_norm(self.x.clone(), part(0), part(6), 1e-6);
+        let qkv = Graph::linear_layer(normal, self.weights.clone(), Activation::GeluTanh);
+        let mixed = Graph::qkv_attention(qkv, 3);
+        let x = Graph::gated_residual(self.x.clone(), part(24), mixed);
+        let x = Graph::blend(self.y.clone(), x, self.share.clone());
+        let wide = self.wide.clone();
+        (Graph::activate(x, Activation::Silu) * noise(9, [3, 4, 12])).sum()
+            + (wide.clone() * wide).sum()
+    }
+
+    fn by_burn(&self) -> Tensor<Graph, 1> {
+        let part = |start| self.wide.clone().narrow(1, start, 12);
+        let normal = reference::modulated_norm(self.x.clone(), part(0), part(6), 1e-6);
+        let qkv = reference::linear(normal, self.weights.clone(), Activation::GeluTanh);
+        let mixed = reference::qkv_attention(qkv, 3, 1);
+        let x = reference::gated_residual(self.x.clone(), part(24), mixed);
+        let x = reference::blend(self.y.clone(), x, self.share.clone());
+        let wide = self.wide.clone();
+        (reference::activate(x, Activation::Silu) * noise(9, [3, 4, 12])).sum()
+            + (wide.clone() * wide).sum()
+    }
+}
+
+#[test]
+fn nodes_give_the_gradients_that_burn_gives_for_the_reference() {
+    let inputs = Inputs::new();
+    let fast = inputs.gradients(inputs.by_nodes());
+    let exact = inputs.gradients(inputs.by_burn());
+    for (index, (fast, exact)) in fast.iter().zip(&exact).enumerate() {
+        let size = exact
+            .iter()
+            .fold(1.0f32, |size, value| size.max(value.abs()));
+        for (fast, exact) in fast.iter().zip(exact) {
+            // Burn's own gradient of a division multiplies by ndarray's `recip`, which is good to some 14 bits; what
+            // the nodes compute is held closer by the tests above.
+            assert!(
+                (fast - exact).abs() <= 1e-3 * size,
+                "input {index}: {fast}, {exact}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_input_that_waits_for_nothing_gets_nothing() {
+    let inputs = Inputs::new();
+    let frozen = LinearWeights {
+        lora: inputs.weights.lora.clone(),
+        ..weights::<Graph>(12, 36, None)
+    };
+    let x = noise::<Graph, 3>(0, [3, 4, 12]);
+    let y = Graph::linear_layer(x.clone(), frozen.clone(), Activation::Identity);
+    let gradients = y.sum().backward();
+    let lora = inputs.weights.lora.as_ref().unwrap();
+    assert!(lora.a.grad(&gradients).is_some() && lora.b.grad(&gradients).is_some());
+    assert!(x.grad(&gradients).is_none());
+    assert!(frozen.weight.grad(&gradients).is_none());
+}
+
+#[test]
+fn gradients_are_what_differences_say() {
+    let inputs = Inputs::new();
+    let gradient = inputs.gradients(inputs.by_nodes());
+    // Along the direction of each input's own gradient, where rounding is least.
+    let loss = |inputs: &Inputs| inputs.by_nodes().into_scalar();
+    let step = 1.0 / 256.0;
+    let moved = |which: usize, by: f32| {
+        let mut inputs = Inputs::new();
+        let direction = &gradient[which];
+        let length = direction.iter().map(|g| g * g).sum::<f32>().sqrt();
+        let shift: Vec<f32> = direction.iter().map(|g| by * g / length).collect();
+        fn add<const D: usize>(x: &mut Tensor<Graph, D>, shift: &[f32]) {
+            let shift = TensorData::new(shift.to_vec(), x.dims());
+            *x = (x.clone() + Tensor::from_data(shift, &x.device()))
+                .detach()
+                .require_grad();
+        }
+        match which {
+            0 => add(&mut inputs.x, &shift),
+            1 => add(&mut inputs.y, &shift),
+            2 => add(&mut inputs.wide, &shift),
+            3 => add(&mut inputs.share, &shift),
+            4 => add(&mut inputs.weights.weight, &shift),
+            5 => add(&mut inputs.weights.bias, &shift),
+            6 => add(&mut inputs.weights.lora.as_mut().unwrap().a, &shift),
+            _ => add(&mut inputs.weights.lora.as_mut().unwrap().b, &shift),
+        }
+        (loss(&inputs), length)
+    };
+    for which in 0..gradient.len() {
+        let ((after, length), (before, _)) = (moved(which, step), moved(which, -step));
+        let slope = (after - before) / (2.0 * step);
+        // Rounding of a loss of some hundreds over the step, and the third derivative: within a few hundredths.
+        assert!(
+            (slope - length).abs() <= 0.03 * length,
+            "input {which}: the slope is {slope}, the gradient's length {length}"
+        );
+    }
+}

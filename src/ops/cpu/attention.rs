@@ -145,6 +145,7 @@ fn room(depth: usize, columns: usize) -> usize {
 
 /// `scores[group][query][key] = row(query) . panels`, for the queries of a block.
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "the sizes of three matrices")]
 fn dot_all<'a, S: Simd>(
     simd: S,
     queries: usize,
@@ -225,6 +226,7 @@ unsafe fn mix<S: Simd>(
 ///
 /// `out` points at as many rows as there are keys, of as many columns as the panels have, `stride` apart.
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "the sizes of three matrices")]
 unsafe fn mix_turned<S: Simd>(
     simd: S,
     tokens: usize,
@@ -455,14 +457,10 @@ impl WithSimd for Backward<'_> {
                     // dS = s P (dP - sum P dP)
                     for query in 0..queries {
                         let parts = parts(query, most, tokens);
-                        let mean: f32 = parts
-                            .clone()
-                            .map(|(start, length)| {
-                                let (p, d) =
-                                    (&scores[start..][..length], &changes[start..][..length]);
-                                dot(p, d)
-                            })
-                            .sum();
+                        let mut mean = 0.0;
+                        for (start, length) in parts.clone() {
+                            mean += dot(&scores[start..][..length], &changes[start..][..length]);
+                        }
                         for (start, length) in parts {
                             let rows = changes[start..][..length]
                                 .iter_mut()

@@ -7,7 +7,7 @@ use burn_ndarray::NdArray;
 
 use super::memory::{Out, Rows, Scratch, Values, matrix, tensor};
 use super::simd::{
-    dot, gelu_tanh, gelu_tanh_derivative, silu, silu_derivative, sum, sum2, vectorised,
+    copy, dot, gelu_tanh, gelu_tanh_derivative, silu, silu_derivative, sum, sum2, vectorised,
 };
 use super::threads;
 use crate::ops::{Activation, AdamWStep, NormGradients};
@@ -16,7 +16,7 @@ use crate::ops::{Activation, AdamWStep, NormGradients};
 #[inline(always)]
 pub(super) fn activate_row(values: &[f32], out: &mut [f32], activation: Activation) {
     match activation {
-        Activation::Identity => out.copy_from_slice(values),
+        Activation::Identity => copy(values, out),
         Activation::GeluTanh => {
             for (out, value) in out.iter_mut().zip(values) {
                 *out = gelu_tanh(*value);
@@ -95,7 +95,7 @@ pub(super) fn activate_backward(
         16,
         #[inline(always)]
         |row, out| {
-            out.copy_from_slice(gradient.row(row));
+            copy(gradient.row(row), out);
             times_derivative(out, x.row(row), activation);
         },
     )

@@ -54,7 +54,7 @@ impl Weights {
     /// Row `index` of the weight, the update merged: the merged matrix is never stored.
     #[inline(always)]
     fn merged(&self, index: usize, row: &mut [f32]) {
-        row.copy_from_slice(self.weight.row(index));
+        copy(self.weight.row(index), row);
         if let Some(lora) = &self.lora {
             for (factor, a) in lora.b.row(index).iter().zip(0..) {
                 let factor = factor * lora.scale;
@@ -144,15 +144,23 @@ fn few(x: &Rows, weights: &Weights, activation: Activation, out: Out) {
     );
     let activated = &*activated;
     // x A^T, scaled.
-    let narrow: Option<Vec<Vec<f32>>> = weights.lora.as_ref().map(|lora| {
-        let rows = activated.chunks_exact(inputs);
-        rows.map(|x| {
-            (0..lora.a.count)
-                .map(|q| lora.scale * dot(x, lora.a.row(q)))
-                .collect()
-        })
-        .collect()
-    });
+    let rank = weights.lora.as_ref().map_or(0, |lora| lora.a.count);
+    let mut narrow = vec![0.0; x.count * rank];
+    if let Some(lora) = &weights.lora {
+        vectorised(
+            #[inline(always)]
+            || {
+                for (place, x) in narrow
+                    .chunks_exact_mut(rank)
+                    .zip(activated.chunks_exact(inputs))
+                {
+                    for (q, value) in place.iter_mut().enumerate() {
+                        *value = lora.scale * dot(x, lora.a.row(q));
+                    }
+                }
+            },
+        );
+    }
     threads::over(outputs, 16, x.count * inputs * outputs, |range| {
         vectorised(
             #[inline(always)]
@@ -161,8 +169,8 @@ fn few(x: &Rows, weights: &Weights, activation: Activation, out: Out) {
                     let (weight, bias) = (weights.weight.row(j), weights.bias.row(0)[j]);
                     for (row, x) in activated.chunks_exact(inputs).enumerate() {
                         let mut y = bias + dot(x, weight);
-                        if let (Some(narrow), Some(lora)) = (&narrow, &weights.lora) {
-                            y += dot(&narrow[row], lora.b.row(j));
+                        if let Some(lora) = &weights.lora {
+                            y += dot(&narrow[row * rank..][..rank], lora.b.row(j));
                         }
                         // SAFETY: column j is this task's alone.
                         unsafe { out.part(row * outputs + j, 1)[0] = y };

@@ -15,7 +15,7 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::memory::{Out, Scratch};
-use super::simd::vectorised;
+use super::simd::{copy, vectorised};
 use super::threads;
 
 /// Depth of a block: its slice of a panel and a tile's slice of A stay near the core.
@@ -93,7 +93,7 @@ impl Panels {
                         for (panel, values) in line.chunks_exact(width).enumerate() {
                             // SAFETY: row p of each panel is this thread's alone.
                             let target = unsafe { out.part((panel * depth + p) * width, width) };
-                            target.copy_from_slice(values);
+                            copy(values, target);
                         }
                     }
                 },

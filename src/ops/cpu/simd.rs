@@ -51,7 +51,7 @@ pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-const TWICE_ROOT_2_OVER_PI: f32 = 1.595_769_1;
+const TWICE_ROOT_2_OVER_PI: f32 = 1.595_769_121_605_730_8_f64 as f32;
 const CUBE: f32 = 0.044715;
 
 /// GELU by its tanh approximation.

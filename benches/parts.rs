@@ -154,7 +154,6 @@ fn operators(criterion: &mut Criterion) {
             epsilon: 1e-8,
             weight_decay: 0.0,
             time: 2,
-            gradient_scale: 1.0,
         };
         let gradient = noise([12, width, 4 * width]);
         let mut state = Some(AdamWState {

@@ -75,7 +75,7 @@ fn earlier<B: FusedOps, S, const N: usize>(
 struct Activate;
 
 impl<B: FusedOps> Backward<B, 1> for Activate {
-    /// x, its rank flattened, and the activation.
+    /// x and the activation.
     type State = (FloatTensor<B>, Activation);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -253,10 +253,6 @@ impl<B: FusedOps> Backward<B, 1> for Columns {
 }
 
 impl<B: FusedOps> FusedOps for Autodiff<B> {
-    fn workers() -> usize {
-        B::workers()
-    }
-
     fn head_multiple() -> usize {
         B::head_multiple()
     }

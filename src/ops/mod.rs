@@ -105,8 +105,6 @@ pub struct AdamWStep {
     pub weight_decay: f64,
     /// Number of this step, from 1.
     pub time: i32,
-    /// What gradients are multiplied with first (clipping).
-    pub gradient_scale: f64,
 }
 
 /// A parameter and its moments, flat or of any shape, all alike.
@@ -126,11 +124,6 @@ pub struct AdamWState<B: Backend, const D: usize> {
 /// backward. Nothing here is particular to a device: shapes are whole batches, and what is saved for the backward
 /// pass are the operator's own inputs.
 pub trait FusedOps: Backend {
-    /// How many independent batches are best computed at once, each on a host thread of its own.
-    fn workers() -> usize {
-        1
-    }
-
     /// What the head dimension is padded to a multiple of; 1 is no padding.
     fn head_multiple() -> usize {
         1

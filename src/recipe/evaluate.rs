@@ -81,8 +81,12 @@ pub(crate) fn generate<B: FusedOps>(
         sampling.count.div_ceil(sampling.batch) * sampling.steps,
     );
     let started = Instant::now();
-    let batches: Vec<usize> = (0..sampling.count).step_by(sampling.batch).collect();
-    let one = |network: &Network<B>, first: usize| -> Vec<u8> {
+    let mut pixels =
+        Vec::with_capacity(sampling.count * config.channels * config.input_size.pow(2));
+    for first in (0..sampling.count).step_by(sampling.batch) {
+        if crate::interrupt::requested() {
+            return Err(RecipeError::Interrupted);
+        }
         let indices: Vec<usize> = (first..sampling.count.min(first + sampling.batch)).collect();
         let samples = sampler.generate(
             network,
@@ -93,50 +97,9 @@ pub(crate) fn generate<B: FusedOps>(
             || bar.inc(1),
         );
         // NCHW in [−1, 1] to NHWC bytes.
-        samples
-            .permute([0, 2, 3, 1])
-            .into_data()
-            .iter::<f32>()
-            .map(byte)
-            .collect()
-    };
-    // A sample depends on its index alone, so the split over threads does not show in it.
-    let workers = B::workers().min(batches.len()).max(1);
-    let share = |worker: usize| {
-        batches
-            .iter()
-            .copied()
-            .enumerate()
-            .filter(move |(index, _)| index % workers == worker)
-    };
-    let mut parts: Vec<(usize, Vec<u8>)> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..workers)
-            .map(|worker| {
-                let (network, one) = (network.clone(), &one);
-                let mine: Vec<(usize, usize)> = share(worker).collect();
-                scope.spawn(move || {
-                    mine.into_iter()
-                        .take_while(|_| !crate::interrupt::requested())
-                        .map(|(index, first)| (index, one(&network, first)))
-                        .collect::<Vec<_>>()
-                })
-            })
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| {
-                thread.join().map_err(|_| {
-                    problem("a sampling thread failed; its message stands above".into())
-                })
-            })
-            .collect::<Result<Vec<_>, _>>()
-    })?
-    .concat();
-    if parts.len() < batches.len() {
-        return Err(RecipeError::Interrupted);
+        let samples = samples.permute([0, 2, 3, 1]).into_data();
+        pixels.extend(samples.iter::<f32>().map(byte));
     }
-    parts.sort_unstable_by_key(|(index, _)| *index);
-    let pixels = parts.into_iter().flat_map(|(_, pixels)| pixels).collect();
     let took = started.elapsed();
     bar.finish_and_clear();
     let (channels, size) = (config.channels, config.input_size);

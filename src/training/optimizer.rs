@@ -91,7 +91,6 @@ impl<B: TrainingBackend> AdamW<B> {
             epsilon: self.epsilon,
             weight_decay: self.weight_decay,
             time: time + 1,
-            gradient_scale: 1.0,
         };
         let state = AdamWState {
             value,

@@ -13,9 +13,9 @@ use super::product::{Block, DEPTH, PanelView, STRIDE, Start};
 use super::simd::{copy, dot, exp, fold, scaled};
 use super::threads;
 
-/// Queries of a block: a multiple of a tile's height.
+/// Most queries of a block.
 const QUERIES: usize = 84;
-/// Queries of a block where rows of scores are long.
+/// The same where rows of scores are long.
 const QUERIES_OF_LONG: usize = 42;
 
 /// Values of a line.

@@ -372,7 +372,6 @@ pub(super) fn adamw([value, first, second]: [&mut [f32]; 3], gradient: &[f32], s
     let rate = (step.lr / (1.0 - step.betas.0.powi(step.time))) as f32;
     let kept = (1.0 - step.lr * step.weight_decay) as f32;
     let epsilon = step.epsilon as f32;
-    let by = step.gradient_scale as f32;
     let places = [value, first, second].map(Out::of);
     over_values(
         gradient.len(),
@@ -386,7 +385,6 @@ pub(super) fn adamw([value, first, second]: [&mut [f32]; 3], gradient: &[f32], s
             for (((value, first), second), gradient) in
                 values.iter_mut().zip(firsts).zip(seconds).zip(gradient)
             {
-                let gradient = gradient * by;
                 *first = beta1 * *first + rest1 * gradient;
                 *second = beta2 * *second + rest2 * (gradient * gradient);
                 let scale = second.sqrt() * root + epsilon;

@@ -6,7 +6,7 @@
 //!
 //! It is our own because what surrounds a product in a transformer is then free: the activation before it is computed
 //! as A is copied, low-rank updates are merged as B is packed, a bias is where sums start. It is also faster here than
-//! a general crate (`cargo bench --bench operators product` compares it with `gemm`). Two decisions make it short:
+//! a general crate (`cargo bench --bench parts product` compares it with `gemm`). Two decisions make it short:
 //! blocks of A keep the order they have in memory, with a row distance the compiler knows, so nothing is transposed;
 //! and `A^T B` is the same tile reading the same scratch with rows and columns exchanged.
 

@@ -265,7 +265,6 @@ fn an_optimizer_step_agrees_with_the_reference_and_leaves_shared_values_alone() 
             epsilon: 1e-8,
             weight_decay,
             time: 3,
-            gradient_scale: 0.5,
         };
         let fast = NdArray::adamw(state.clone(), gradient.clone(), step);
         let exact = reference::adamw(state.clone(), gradient.clone(), step);

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Work below this many basic operations is not worth waking another thread for: some ten microseconds.
+/// Work below this many basic operations is not worth waking another thread for.
 const LEAST: usize = 1 << 17;
 
 /// Runs `work` over parts of `0..count` that are multiples of `unit` (but for the last), on all threads of rayon's

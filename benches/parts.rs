@@ -149,6 +149,7 @@ fn operators(criterion: &mut Criterion) {
             b.iter(|| black_box(Inner::activate(hidden.clone(), Activation::Silu)))
         });
         let step = AdamWStep {
+            gradient_scale: 1.0,
             lr: 1e-4,
             betas: (0.9, 0.999),
             epsilon: 1e-8,
@@ -259,7 +260,7 @@ fn training(criterion: &mut Criterion) {
     initialise(&mut state, 0);
     let network = assign(
         network,
-        &state,
+        state,
         std::path::Path::new("bench"),
         "the digit model",
     )

@@ -4,15 +4,15 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use burn::module::AutodiffModule;
+use burn::module::{AutodiffModule, Module, ModuleMapper, Param};
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Int, Tensor, TensorData};
 use burn::train::TrainStep;
 use burn_dataset::Dataset;
 use serde::Serialize;
 
 use crate::data::{Batch, BatchPlan, BatchSource, Image};
-use crate::models::{DitConfig, Network, initialise, zoo};
+use crate::models::{DitConfig, Network, zoo};
 use crate::ops::TrainingBackend;
 use crate::process::{
     Distillation, GaussianDiffusion, Guidance, MaskedFeatures, Sampler, Solver, TeacherOutput,
@@ -20,9 +20,8 @@ use crate::process::{
 use crate::pruning::{Annealing, Groups, LearnedPruner, Update};
 use crate::random::{self, Stream};
 use crate::recovery::Student;
-use crate::training::{AdamW, Ema, StepReport, clip_global_norm};
+use crate::training::{AdamW, Ema, StepReport};
 use crate::trunk::Plain;
-use crate::weights::{collect, overlay};
 
 /// What is timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -260,20 +259,23 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
     }
 }
 
-/// A network of initial weights; its zero layers are given small random ones, so that no product is of zeros.
+/// A network of small random weights, made one parameter after the other, so that there is never more than one of it.
 fn network<B: Backend>(config: &DitConfig, device: &B::Device) -> Network<B> {
-    let network = Network::<B>::zeros(config, device);
-    let mut state = collect::<B, _>(&network);
-    initialise(&mut state, 0);
-    for (index, array) in state.values_mut().enumerate() {
-        if array.data.iter().all(|value| *value == 0.0) {
-            array.data = random::normal(0, Stream::Bench, 2, index as u64, array.data.len())
-                .into_iter()
-                .map(|z| 0.02 * z)
-                .collect();
+    struct Randomise(u64);
+    impl<B: Backend> ModuleMapper<B> for Randomise {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            self.0 += 1;
+            param.map(|old| {
+                let (shape, device, learns) = (old.dims(), old.device(), old.is_require_grad());
+                drop(old);
+                let count = shape.iter().product();
+                let mut values = random::normal(0, Stream::Bench, 2, self.0, count);
+                values.iter_mut().for_each(|value| *value *= 0.02);
+                Tensor::from_data(TensorData::new(values, shape), &device).set_require_grad(learns)
+            })
         }
     }
-    overlay(network, &state)
+    Network::<B>::zeros(config, device).map(&mut Randomise(0))
 }
 
 fn train<B, M>(
@@ -293,9 +295,9 @@ where
         // Taken and put back around the step that consumes it.
         if let Some(current) = model.take() {
             let output = TrainStep::step(&current, batch());
-            let (gradients, _) = clip_global_norm::<B, M>(&current, output.grads, 1.0);
+            optimizer.clip_next(&current, &output.grads, 1.0);
             let updated =
-                burn::optim::Optimizer::<M, B>::step(&mut optimizer, 1e-4, current, gradients);
+                burn::optim::Optimizer::<M, B>::step(&mut optimizer, 1e-4, current, output.grads);
             ema.update(&updated);
             model = Some(updated);
         }

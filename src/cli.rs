@@ -193,7 +193,7 @@ struct BenchArguments {
     /// Type of matrix products
     #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
     compute: String,
-    /// Threads of rayon's pool; matrix products obey MATMUL_NUM_THREADS
+    /// Threads of the CPU backend [default: one a core]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     threads: Option<u32>,
     /// Runs before timing
@@ -207,10 +207,31 @@ struct BenchArguments {
     json: bool,
 }
 
+/// Builds the pool that kernels share, `threads` or one a core.
+///
+/// This thread is one of its workers: as a stranger to it, it would wait for another to wake at the end of every
+/// operator, and there would be one thread more than there are cores.
+fn build_pool(threads: Option<usize>) {
+    let mut builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    // With no other worker, whoever else came with work would wait for this thread, which may be waiting for them.
+    let several = threads
+        .or_else(|| std::thread::available_parallelism().ok().map(usize::from))
+        .is_some_and(|threads| threads > 1);
+    if several {
+        builder = builder.use_current_thread();
+    }
+    // Fails only if the pool is already there, and nothing has run yet.
+    let _ = builder.build_global();
+}
+
 /// Runs the program.
 pub fn main() -> ExitCode {
     interrupt::watch_panics();
     let cli = Cli::parse();
+    build_pool(match &cli.command {
+        Command::Bench(arguments) => arguments.threads.map(|threads| threads as usize),
+        _ => None,
+    });
     let result = match cli.command {
         Command::Recipe(arguments) => recipe(&arguments),
         Command::Sample(arguments) => sample(&arguments),
@@ -507,12 +528,6 @@ fn benchmark(arguments: &BenchArguments) -> Result<(), RecipeError> {
         return Err(usage(
             "the masked-kd workload keeps every other layer of at least 2".into(),
         ));
-    }
-    if let Some(threads) = arguments.threads {
-        // Fails only if the pool is already there, and nothing has run yet.
-        let _ = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads as usize)
-            .build_global();
     }
     let plan = BenchPlan {
         workload: arguments.workload,

@@ -84,15 +84,14 @@ impl<B: FusedOps> Backward<B, 1> for Activate {
         let [parent] = ops.parents;
         if let Some(parent) = parent {
             let shape = burn::tensor::TensorMetadata::shape(&x);
-            let flat = |x: FloatTensor<B>| {
-                tensor::<B, 1>(B::float_reshape(x, [shape.num_elements()].into()))
-            };
+            let flat =
+                |x: FloatTensor<B>| tensor::<B, 1>(B::with_shape(x, [shape.num_elements()].into()));
             let gradient = primitive(B::activate_backward(
                 flat(gradient),
                 flat(x.clone()),
                 activation,
             ));
-            grads.register::<B>(parent.id, B::float_reshape(gradient, shape.clone()));
+            grads.register::<B>(parent.id, B::with_shape(gradient, shape.clone()));
         }
     }
 }
@@ -121,7 +120,7 @@ impl LinearNode {
             activation,
         } = ops.state;
         let output = weights.weight.dims()[0];
-        let gradient = tensor(B::float_reshape(gradient, [x.dims()[0], output].into()));
+        let gradient = tensor(B::with_shape(gradient, [x.dims()[0], output].into()));
         let wants = LinearWants {
             x: ops.parents[0].is_some(),
             weight: ops.parents[1].is_some(),
@@ -130,7 +129,7 @@ impl LinearNode {
         };
         let gradients = B::linear_layer_backward(gradient, x, weights, activation, wants);
         if let (Some(parent), Some(gradient)) = (&ops.parents[0], gradients.x) {
-            let gradient = B::float_reshape(primitive(gradient), shape.into());
+            let gradient = B::with_shape(primitive(gradient), shape.into());
             grads.register::<B>(parent.id, gradient);
         }
         give!(grads, ops.parents[1], gradients.weight);
@@ -286,7 +285,10 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
         let output = B::linear_layer(inner::<B, D>(&x), weights.clone(), activation);
         let rows = shape[..D - 1].iter().product();
         let state = LinearState {
-            x: inner::<B, D>(&x).reshape([rows, shape[D - 1]]),
+            x: tensor(B::with_shape(
+                x.primitive.clone(),
+                [rows, shape[D - 1]].into(),
+            )),
             shape: shape.to_vec(),
             weights,
             activation,

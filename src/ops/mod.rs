@@ -17,8 +17,9 @@ mod cpu;
 mod linear;
 pub mod reference;
 
-use burn::tensor::Tensor;
 use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{Shape, Tensor};
 
 pub use linear::{Linear, LinearLayout, Lora};
 
@@ -95,6 +96,8 @@ pub struct NormGradients<B: Backend> {
 /// One step of AdamW for one parameter.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamWStep {
+    /// What the gradient is multiplied by before anything else, such as a clip's factor.
+    pub gradient_scale: f64,
     /// The parameter's learning rate.
     pub lr: f64,
     /// Decay of the first and the second moment.
@@ -234,6 +237,11 @@ pub trait FusedOps: Backend {
         share: Tensor<Self, 1>,
     ) -> (Tensor<Self, 3>, Tensor<Self, 3>, Tensor<Self, 1>) {
         reference::blend_backward(gradient, x, y, share)
+    }
+
+    /// The same values under another shape. Burn's own reshape copies them on some backends.
+    fn with_shape(x: FloatTensor<Self>, shape: Shape) -> FloatTensor<Self> {
+        Self::float_reshape(x, shape)
     }
 
     /// Columns `start .. start + width` of `x`.

@@ -309,6 +309,7 @@ pub fn adamw<B: Backend, const D: usize>(
     step: AdamWStep,
 ) -> AdamWState<B, D> {
     let (beta1, beta2) = step.betas;
+    let gradient = gradient.mul_scalar(step.gradient_scale);
     let square = gradient.clone() * gradient.clone();
     let first = state.first.mul_scalar(beta1) + gradient.mul_scalar(1.0 - beta1);
     let second = state.second.mul_scalar(beta2) + square.mul_scalar(1.0 - beta2);

@@ -39,16 +39,13 @@ impl<B: FusedOps> Ema<B> {
         // The rank of a parameter says nothing to an average: all are passed over as vectors.
         let flat = |x: FloatTensor<B>| {
             let count = x.shape().num_elements();
-            Tensor::<B, 1>::from_primitive(TensorPrimitive::Float(B::float_reshape(
-                x,
-                [count].into(),
-            )))
+            Tensor::<B, 1>::from_primitive(TensorPrimitive::Float(B::with_shape(x, [count].into())))
         };
         self.visit(module, |average, value| match average {
             Some(average) => {
                 let shape = value.shape();
                 let moved = B::moving_average(flat(average), flat(value), decay);
-                B::float_reshape(moved.into_primitive().tensor(), shape)
+                B::with_shape(moved.into_primitive().tensor(), shape)
             }
             None => value,
         });

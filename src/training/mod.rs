@@ -22,7 +22,7 @@ pub use classifier::ClassifierTrainee;
 pub use ema::Ema;
 pub use fit::{Fit, Fitted, Observe, OnStep, fit};
 pub use metrics::{JsonLines, Scalars, StepReport};
-pub use optimizer::{AdamW, ParameterGroup, clip_global_norm};
+pub use optimizer::{AdamW, ParameterGroup};
 pub use schedule::Schedule;
 pub use strategy::Plan;
 

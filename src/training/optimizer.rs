@@ -1,7 +1,7 @@
 //! AdamW over parameter groups, and clipping by the global norm.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::module::{AutodiffModule, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::{GradientsParams, MultiGradientsParams, Optimizer};
@@ -9,6 +9,7 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, TensorPrimitive};
 
+use super::strategy::lock;
 use crate::ops::{AdamWState, AdamWStep, FusedOps, TrainingBackend};
 
 /// Parameters that learn at their own rate.
@@ -40,6 +41,8 @@ pub struct AdamW<B: AutodiffBackend> {
     weight_decay: f64,
     groups: Vec<ParameterGroup>,
     moments: Arc<Mutex<HashMap<ParamId, Moments<B::InnerBackend>>>>,
+    /// What the next step multiplies gradients by.
+    gradient_scale: Arc<Mutex<f64>>,
 }
 
 impl<B: TrainingBackend> AdamW<B> {
@@ -51,11 +54,34 @@ impl<B: TrainingBackend> AdamW<B> {
             weight_decay,
             groups,
             moments: Arc::default(),
+            gradient_scale: Arc::new(Mutex::new(1.0)),
         }
     }
 
+    /// Has the next step scale its gradients so that their norm over all parameters of `module` together is at most
+    /// `bound`; returns the norm before.
+    ///
+    /// The step reads every gradient anyway: scaling them here would be one more pass over memory.
+    pub fn clip_next<M: AutodiffModule<B>>(
+        &self,
+        module: &M,
+        gradients: &GradientsParams,
+        bound: f64,
+    ) -> f64 {
+        let norm = global_norm::<B, M>(module, gradients);
+        // PyTorch's rule, its epsilon included.
+        let by = bound / (norm + 1e-6);
+        // A norm that isn't finite is above no bound: the step, if it is made, is made as it is.
+        *lock(&self.gradient_scale) = if by < 1.0 && norm.is_finite() {
+            by
+        } else {
+            1.0
+        };
+        norm
+    }
+
     pub(super) fn moments(&self) -> MutexGuard<'_, HashMap<ParamId, Moments<B::InnerBackend>>> {
-        self.moments.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.moments)
     }
 
     fn lr_factor(&self, id: ParamId) -> f64 {
@@ -69,7 +95,7 @@ impl<B: TrainingBackend> AdamW<B> {
     fn update<const D: usize>(
         &self,
         id: ParamId,
-        lr: f64,
+        (lr, gradient_scale): (f64, f64),
         value: Tensor<B::InnerBackend, D>,
         gradient: Tensor<B::InnerBackend, D>,
     ) -> Tensor<B::InnerBackend, D> {
@@ -86,6 +112,7 @@ impl<B: TrainingBackend> AdamW<B> {
             None => (gradient.zeros_like(), gradient.zeros_like(), 0),
         };
         let step = AdamWStep {
+            gradient_scale,
             lr,
             betas: self.betas,
             epsilon: self.epsilon,
@@ -116,6 +143,7 @@ impl<B: TrainingBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
         struct Step<'a, B: TrainingBackend> {
             optimizer: &'a AdamW<B>,
             lr: f64,
+            gradient_scale: f64,
             gradients: GradientsParams,
         }
         impl<B: TrainingBackend> ModuleMapper<B> for Step<'_, B> {
@@ -129,7 +157,8 @@ impl<B: TrainingBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
                 };
                 let learns = tensor.is_require_grad();
                 let lr = self.lr * self.optimizer.lr_factor(id);
-                let value = self.optimizer.update(id, lr, tensor.inner(), gradient);
+                let rates = (lr, self.gradient_scale);
+                let value = self.optimizer.update(id, rates, tensor.inner(), gradient);
                 Param::from_mapped_value(
                     id,
                     Tensor::from_inner(value).set_require_grad(learns),
@@ -137,9 +166,11 @@ impl<B: TrainingBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
                 )
             }
         }
+        let gradient_scale = std::mem::replace(&mut *lock(&self.gradient_scale), 1.0);
         module.map(&mut Step {
             optimizer: self,
             lr,
+            gradient_scale,
             gradients,
         })
     }
@@ -159,58 +190,31 @@ impl<B: TrainingBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
     }
 }
 
-/// Scales gradients so that their norm over all parameters of `module` together is at most `bound`; returns the
-/// norm before.
-pub fn clip_global_norm<B: TrainingBackend, M: AutodiffModule<B>>(
+/// The norm of the gradients of all parameters of `module` together.
+fn global_norm<B: TrainingBackend, M: AutodiffModule<B>>(
     module: &M,
-    gradients: GradientsParams,
-    bound: f64,
-) -> (GradientsParams, f64) {
-    struct Norm<'a, B: TrainingBackend> {
+    gradients: &GradientsParams,
+) -> f64 {
+    struct Squares<'a, B: TrainingBackend> {
         gradients: &'a GradientsParams,
         squares: Vec<Tensor<B::InnerBackend, 1>>,
     }
-    impl<B: TrainingBackend> ModuleVisitor<B> for Norm<'_, B> {
+    impl<B: TrainingBackend> ModuleVisitor<B> for Squares<'_, B> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
             if let Some(gradient) = self.gradients.get::<B::InnerBackend, D>(param.id) {
                 self.squares.push(B::InnerBackend::sum_of_squares(gradient));
             }
         }
     }
-    struct Scale {
-        from: GradientsParams,
-        into: GradientsParams,
-        by: f64,
-    }
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Scale {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if let Some(gradient) = self.from.remove::<B::InnerBackend, D>(param.id) {
-                self.into
-                    .register::<B::InnerBackend, D>(param.id, gradient.mul_scalar(self.by));
-            }
-        }
-    }
-    let mut norm = Norm::<B> {
-        gradients: &gradients,
+    let mut visitor = Squares::<B> {
+        gradients,
         squares: Vec::new(),
     };
-    module.visit(&mut norm);
-    if norm.squares.is_empty() {
-        return (gradients, 0.0);
+    module.visit(&mut visitor);
+    if visitor.squares.is_empty() {
+        return 0.0;
     }
     // One transfer for all parameters; summed in f64.
-    let squares = Tensor::cat(norm.squares, 0).into_data();
-    let norm = squares.iter::<f64>().sum::<f64>().sqrt();
-    // PyTorch's rule, its epsilon included.
-    let by = bound / (norm + 1e-6);
-    if by >= 1.0 || !norm.is_finite() {
-        return (gradients, norm);
-    }
-    let mut scale = Scale {
-        from: gradients,
-        into: GradientsParams::new(),
-        by,
-    };
-    module.visit(&mut scale);
-    (scale.into, norm)
+    let squares = Tensor::cat(visitor.squares, 0).into_data();
+    squares.iter::<f64>().sum::<f64>().sqrt()
 }

@@ -19,7 +19,7 @@ use super::checkpoint::{Position, Store};
 use super::ema::Ema;
 use super::fit::Observer;
 use super::metrics::{JsonLines, StepReport};
-use super::optimizer::{AdamW, clip_global_norm};
+use super::optimizer::AdamW;
 use super::renderer::Lines;
 use super::schedule::Schedule;
 use crate::interrupt;
@@ -156,10 +156,11 @@ where
             }
             let mut report = output.item;
             let loss = report.scalars.get("loss").unwrap_or(f64::NAN);
-            let (gradients, norm) =
-                clip_global_norm::<B, M>(&learner.model(), output.grads, plan.clip);
+            let norm = self
+                .optimizer
+                .clip_next(&learner.model(), &output.grads, plan.clip);
             if loss.is_finite() && norm.is_finite() {
-                learner.optimizer_step(gradients);
+                learner.optimizer_step(output.grads);
                 losses.push(loss);
                 bad = 0;
             } else {

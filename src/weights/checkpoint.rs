@@ -197,7 +197,7 @@ impl Checkpoint {
         }
         assign(
             Network::zeros(config, device),
-            &self.state,
+            self.state.clone(),
             &self.path,
             &config.to_string(),
         )
@@ -217,7 +217,7 @@ impl Checkpoint {
             {
                 assign(
                     DigitsClassifier::zeros(config, device),
-                    &self.state,
+                    self.state.clone(),
                     &self.path,
                     &self.architecture.to_string(),
                 )

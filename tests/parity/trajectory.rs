@@ -10,7 +10,7 @@ use tinyfusion::ops::TrainingBackend;
 use tinyfusion::process::GaussianDiffusion;
 use tinyfusion::pruning::{Annealing, Groups, LearnedPruner, Update};
 use tinyfusion::recovery::Student;
-use tinyfusion::training::{AdamW, Ema, ParameterGroup, Schedule, clip_global_norm};
+use tinyfusion::training::{AdamW, Ema, ParameterGroup, Schedule};
 use tinyfusion::weights::{StateDict, assign, collect, names};
 
 use crate::compare::{Rule, values};
@@ -41,7 +41,7 @@ fn optimise<B: TrainingBackend, M: AutodiffModule<B>>(
     clip: f64,
 ) -> (M, f64) {
     let gradients = GradientsParams::from_grads(loss.backward(), &model);
-    let (gradients, norm) = clip_global_norm::<B, M>(&model, gradients, clip);
+    let norm = optimizer.clip_next(&model, &gradients, clip);
     (
         Optimizer::<M, B>::step(optimizer, lr, model, gradients),
         norm,

@@ -10,16 +10,13 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::memory::{Out, Rows, Scratch, tensor};
 use super::product::{Block, DEPTH, PanelView, STRIDE, Start};
-use super::simd::{copy, dot, exp, fold, scaled};
+use super::simd::{LINE, copy, dot, exp, fold, update, write};
 use super::threads;
 
 /// Most queries of a block.
 const QUERIES: usize = 84;
 /// The same where rows of scores are long.
 const QUERIES_OF_LONG: usize = 42;
-
-/// Values of a line.
-const LINE: usize = 16;
 
 /// Sizes of an attention.
 #[derive(Clone, Copy)]
@@ -159,7 +156,12 @@ fn dot_all<'a, S: Simd>(
     for from in (0..panels.depth).step_by(DEPTH) {
         let deep = DEPTH.min(panels.depth - from);
         for (query, place) in block.chunks_exact_mut(STRIDE).take(queries).enumerate() {
-            scaled(factor, &row(query)[from..from + deep], place);
+            write(
+                &mut place[..deep],
+                [&row(query)[from..from + deep]],
+                #[inline(always)]
+                |[value]| factor * value,
+            );
         }
         for (group, scores) in scores.chunks_exact_mut(most * STRIDE).enumerate() {
             let keys = group * DEPTH..panels.columns.min((group + 1) * DEPTH);
@@ -462,12 +464,12 @@ impl WithSimd for Backward<'_> {
                             mean += dot(&scores[start..][..length], &changes[start..][..length]);
                         }
                         for (start, length) in parts {
-                            let rows = changes[start..][..length]
-                                .iter_mut()
-                                .zip(&scores[start..][..length]);
-                            for (change, share) in rows {
-                                *change = factor * share * (*change - mean);
-                            }
+                            update(
+                                &mut changes[start..][..length],
+                                [&scores[start..][..length]],
+                                #[inline(always)]
+                                |change, [share]| factor * share * (change - mean),
+                            );
                         }
                     }
                     // dQ = dS K, dK = dS^T Q

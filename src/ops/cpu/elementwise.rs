@@ -7,45 +7,50 @@ use burn_ndarray::NdArray;
 
 use super::memory::{Out, Rows, Scratch, Values, matrix, tensor};
 use super::simd::{
-    copy, dot, gelu_tanh, gelu_tanh_derivative, silu, silu_derivative, sum, sum2, vectorised,
+    copy, dot, gelu_tanh, gelu_tanh_derivative, silu, silu_derivative, sum, sum2, update,
+    vectorised, write,
 };
 use super::threads;
 use crate::ops::{Activation, AdamWStep, NormGradients};
 
-/// Writes the activation of a row.
+/// Writes the activation of a row to the start of `out`.
 #[inline(always)]
 pub(super) fn activate_row(values: &[f32], out: &mut [f32], activation: Activation) {
+    let out = &mut out[..values.len()];
     match activation {
         Activation::Identity => copy(values, out),
-        Activation::GeluTanh => {
-            for (out, value) in out.iter_mut().zip(values) {
-                *out = gelu_tanh(*value);
-            }
-        }
-        Activation::Silu => {
-            for (out, value) in out.iter_mut().zip(values) {
-                *out = silu(*value);
-            }
-        }
+        Activation::GeluTanh => write(
+            out,
+            [values],
+            #[inline(always)]
+            |[x]| gelu_tanh(x),
+        ),
+        Activation::Silu => write(
+            out,
+            [values],
+            #[inline(always)]
+            |[x]| silu(x),
+        ),
     }
 }
 
 /// Multiplies a row of gradients by the activation's derivative at `x`.
 #[inline(always)]
 pub(super) fn times_derivative(gradient: &mut [f32], x: &[f32], activation: Activation) {
-    let pairs = gradient.iter_mut().zip(x);
     match activation {
         Activation::Identity => {}
-        Activation::GeluTanh => {
-            for (gradient, x) in pairs {
-                *gradient *= gelu_tanh_derivative(*x);
-            }
-        }
-        Activation::Silu => {
-            for (gradient, x) in pairs {
-                *gradient *= silu_derivative(*x);
-            }
-        }
+        Activation::GeluTanh => update(
+            gradient,
+            [x],
+            #[inline(always)]
+            |gradient, [x]| gradient * gelu_tanh_derivative(x),
+        ),
+        Activation::Silu => update(
+            gradient,
+            [x],
+            #[inline(always)]
+            |gradient, [x]| gradient * silu_derivative(x),
+        ),
     }
 }
 
@@ -128,9 +133,12 @@ pub(super) fn modulated_norm(
             let x = x.row(row);
             let (shift, scale) = (shift.row(row / tokens), scale.row(row / tokens));
             let (mean, inverse) = moments(x, epsilon);
-            for (((out, x), shift), scale) in out.iter_mut().zip(x).zip(shift).zip(scale) {
-                *out = ((x - mean) * inverse).mul_add(1.0 + scale, *shift);
-            }
+            write(
+                out,
+                [x, shift, scale],
+                #[inline(always)]
+                |[x, shift, scale]| ((x - mean) * inverse).mul_add(1.0 + scale, shift),
+            );
         },
     )
 }
@@ -209,19 +217,50 @@ pub(super) fn modulated_norm_backward(
             for row in rows {
                 let (x, gradient, scale) = (x.row(row), gradient.row(row), scale.row(row / tokens));
                 let (mean, inverse) = moments(x, epsilon);
-                for at in 0..width {
-                    normal[at] = (x[at] - mean) * inverse;
-                    inner[at] = gradient[at] * (1.0 + scale[at]);
-                    shifts[at] += gradient[at];
-                    scales[at] += gradient[at] * normal[at];
-                }
+                write(
+                    normal,
+                    [x],
+                    #[inline(always)]
+                    |[x]| (x - mean) * inverse,
+                );
+                write(
+                    inner,
+                    [gradient, scale],
+                    #[inline(always)]
+                    |[gradient, scale]| gradient * (1.0 + scale),
+                );
+                update(
+                    shifts,
+                    [gradient],
+                    #[inline(always)]
+                    |sum, [gradient]| sum + gradient,
+                );
+                update(
+                    scales,
+                    [gradient, normal],
+                    #[inline(always)]
+                    |sum, [gradient, normal]| gradient.mul_add(normal, sum),
+                );
                 let total = sum(inner, |sum, inner| sum + inner) / count;
                 let projected = dot(inner, normal) / count;
                 // SAFETY: the row is this task's alone.
                 let out = unsafe { out.part(row * width, width) };
-                for ((out, inner), normal) in out.iter_mut().zip(&*inner).zip(&*normal) {
-                    let before = if adds { *out } else { 0.0 };
-                    *out = before + (inner - total - normal * projected) * inverse;
+                if adds {
+                    update(
+                        out,
+                        [inner, normal],
+                        #[inline(always)]
+                        |before, [inner, normal]| {
+                            before + (inner - total - normal * projected) * inverse
+                        },
+                    );
+                } else {
+                    write(
+                        out,
+                        [inner, normal],
+                        #[inline(always)]
+                        |[inner, normal]| (inner - total - normal * projected) * inverse,
+                    );
                 }
             }
         },
@@ -255,9 +294,12 @@ pub(super) fn gated_residual(
         #[inline(always)]
         |row, out| {
             let (x, y, gate) = (x.row(row), y.row(row), gate.row(row / tokens));
-            for (((out, x), y), gate) in out.iter_mut().zip(x).zip(y).zip(gate) {
-                *out = gate.mul_add(*y, *x);
-            }
+            write(
+                out,
+                [x, y, gate],
+                #[inline(always)]
+                |[x, y, gate]| gate.mul_add(y, x),
+            );
         },
     )
 }
@@ -284,10 +326,18 @@ pub(super) fn gated_residual_backward(
                         let (gradient, y) = (gradient.row(row), y.row(row));
                         let gate = gate.row(row / tokens);
                         let out = out.part(row * width, width);
-                        for at in 0..width {
-                            sums[at] = gradient[at].mul_add(y[at], sums[at]);
-                            out[at] = gradient[at] * gate[at];
-                        }
+                        update(
+                            sums,
+                            [gradient, y],
+                            #[inline(always)]
+                            |sum, [gradient, y]| gradient.mul_add(y, sum),
+                        );
+                        write(
+                            out,
+                            [gradient, gate],
+                            #[inline(always)]
+                            |[gradient, gate]| gradient * gate,
+                        );
                     }
                 },
             );
@@ -305,9 +355,12 @@ pub(super) fn blend(x: &Rows, y: &Rows, share: &Rows, shape: [usize; 3]) -> Tens
         #[inline(always)]
         |row, out| {
             let share = share[row / tokens];
-            for ((out, x), y) in out.iter_mut().zip(x.row(row)).zip(y.row(row)) {
-                *out = share.mul_add(*y, (1.0 - share) * x);
-            }
+            write(
+                out,
+                [x.row(row), y.row(row)],
+                #[inline(always)]
+                |[x, y]| share.mul_add(y, (1.0 - share) * x),
+            );
         },
     )
 }
@@ -338,10 +391,18 @@ pub(super) fn blend_backward(
                             let share = share[row / tokens];
                             let dx = dx.part(row * width, width);
                             let dy = dy.part(row * width, width);
-                            for at in 0..width {
-                                dx[at] = gradient[at] * (1.0 - share);
-                                dy[at] = gradient[at] * share;
-                            }
+                            write(
+                                dx,
+                                [gradient],
+                                #[inline(always)]
+                                |[gradient]| gradient * (1.0 - share),
+                            );
+                            write(
+                                dy,
+                                [gradient],
+                                #[inline(always)]
+                                |[gradient]| gradient * share,
+                            );
                             sums[0] += dot(gradient, y) - dot(gradient, x);
                         }
                     },
@@ -363,8 +424,15 @@ fn over_values(count: usize, cost: usize, work: impl Fn(usize, usize) + Sync) {
     });
 }
 
-/// See [`FusedOps::adamw`](crate::ops::FusedOps::adamw).
-pub(super) fn adamw([value, first, second]: [&mut [f32]; 3], gradient: &[f32], step: AdamWStep) {
+/// See [`FusedOps::adamw`](crate::ops::FusedOps::adamw). The values are written over, or anew if anybody else sees them.
+pub(super) fn adamw(
+    value: &mut Values,
+    [first, second]: [&mut [f32]; 2],
+    gradient: &[f32],
+    step: AdamWStep,
+) {
+    /// Values that are copied at a time, to be updated while they are near.
+    const NEAR: usize = 1024;
     let (beta1, beta2) = (step.betas.0 as f32, step.betas.1 as f32);
     let (rest1, rest2) = ((1.0 - step.betas.0) as f32, (1.0 - step.betas.1) as f32);
     let root = (1.0 - step.betas.1.powi(step.time)).sqrt();
@@ -372,23 +440,34 @@ pub(super) fn adamw([value, first, second]: [&mut [f32]; 3], gradient: &[f32], s
     let rate = (step.lr / (1.0 - step.betas.0.powi(step.time))) as f32;
     let kept = (1.0 - step.lr * step.weight_decay) as f32;
     let epsilon = step.epsilon as f32;
-    let places = [value, first, second].map(Out::of);
+    let gradient_scale = step.gradient_scale as f32;
+    // SAFETY: every value is copied below before it is read.
+    let shared = unsafe { value.renew() };
+    let places = [value.write(), first, second].map(Out::of);
+    let before = shared.as_ref().map(Values::read);
     over_values(
         gradient.len(),
         6,
         #[inline(always)]
-        |start, length| {
-            // SAFETY: this part is this task's alone.
-            let [values, firsts, seconds] =
-                places.map(|place| unsafe { place.part(start, length) });
-            let gradient = &gradient[start..][..length];
-            for (((value, first), second), gradient) in
-                values.iter_mut().zip(firsts).zip(seconds).zip(gradient)
-            {
-                *first = beta1 * *first + rest1 * gradient;
-                *second = beta2 * *second + rest2 * (gradient * gradient);
-                let scale = second.sqrt() * root + epsilon;
-                *value = kept * *value - rate * (*first / scale);
+        |from, length| {
+            for start in (from..from + length).step_by(NEAR) {
+                let length = NEAR.min(from + length - start);
+                // SAFETY: this part is this task's alone.
+                let [values, firsts, seconds] =
+                    places.map(|place| unsafe { place.part(start, length) });
+                if let Some(before) = before {
+                    copy(&before[start..][..length], values);
+                }
+                let gradient = &gradient[start..][..length];
+                for (((value, first), second), gradient) in
+                    values.iter_mut().zip(firsts).zip(seconds).zip(gradient)
+                {
+                    let gradient = gradient_scale * gradient;
+                    *first = beta1 * *first + rest1 * gradient;
+                    *second = beta2 * *second + rest2 * (gradient * gradient);
+                    let scale = second.sqrt() * root + epsilon;
+                    *value = kept * *value - rate * (*first / scale);
+                }
             }
         },
     );
@@ -405,9 +484,12 @@ pub(super) fn moving_average(average: &mut [f32], value: &[f32], decay: f64) {
         |start, length| {
             // SAFETY: this part is this task's alone.
             let averages = unsafe { place.part(start, length) };
-            for (average, value) in averages.iter_mut().zip(&value[start..][..length]) {
-                *average = kept * *average + rest * value;
-            }
+            update(
+                averages,
+                [&value[start..][..length]],
+                #[inline(always)]
+                |average, [value]| kept * average + rest * value,
+            );
         },
     );
 }

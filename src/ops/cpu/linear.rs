@@ -9,7 +9,7 @@ use pulp::{Arch, Simd, WithSimd};
 use super::elementwise::activate_row;
 use super::memory::{Out, Rows, Scratch, matrix, tensor};
 use super::product::{Block, DEPTH, PanelView, Panels, STRIDE, Start, Target, multiply};
-use super::simd::{copy, dot, vectorised};
+use super::simd::{copy, dot, update, vectorised};
 use super::threads;
 use crate::ops::{Activation, LinearGradients, LinearWants, LinearWeights};
 
@@ -58,9 +58,12 @@ impl Weights {
         if let Some(lora) = &self.lora {
             for (factor, a) in lora.b.row(index).iter().zip(0..) {
                 let factor = factor * lora.scale;
-                for (value, a) in row.iter_mut().zip(lora.a.row(a)) {
-                    *value = factor.mul_add(*a, *value);
-                }
+                update(
+                    row,
+                    [lora.a.row(a)],
+                    #[inline(always)]
+                    |value, [a]| factor.mul_add(a, value),
+                );
             }
         }
     }
@@ -358,9 +361,12 @@ fn add_rows(scratch: &[f32], rows: usize, sums: &mut [f32], anew: bool) {
         sums.fill(0.0);
     }
     for row in scratch.chunks_exact(STRIDE).take(rows) {
-        for (sum, value) in sums.iter_mut().zip(row) {
-            *sum += value;
-        }
+        update(
+            sums,
+            [&row[..sums.len()]],
+            #[inline(always)]
+            |sum, [value]| sum + value,
+        );
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::cell::RefCell;
 
-use burn::tensor::{Tensor, TensorData, TensorPrimitive};
+use burn::tensor::ops::FloatTensorOps;
+use burn::tensor::{Shape, Tensor, TensorData, TensorPrimitive};
 use burn_ndarray::{NdArray, NdArrayDevice, NdArrayTensor};
 use ndarray::{ArcArray, IxDyn};
 
@@ -84,6 +85,23 @@ impl Values {
         Self(unsafe { array(shape, |_| ()) })
     }
 
+    /// If anybody else sees these values: exchanges them for room of their size, and returns them.
+    ///
+    /// # Safety
+    ///
+    /// Where values are returned, every value is written before one is read.
+    pub(super) unsafe fn renew(&mut self) -> Option<Self> {
+        if self.0.is_unique() {
+            return None;
+        }
+        // SAFETY: the caller writes what the closure doesn't.
+        let room = unsafe { array([self.0.len()], |_| ()) };
+        let room = room
+            .into_shape_with_order(self.0.raw_dim())
+            .expect("as many values");
+        Some(Self(std::mem::replace(&mut self.0, room)))
+    }
+
     pub(super) fn read(&self) -> &[f32] {
         self.0.as_slice().unwrap_or_default() // always in order
     }
@@ -95,6 +113,22 @@ impl Values {
 
     pub(super) fn into_tensor<const D: usize>(self) -> Tensor<NdArray, D> {
         Tensor::from_primitive(TensorPrimitive::Float(self.0.into()))
+    }
+}
+
+/// The same values under another shape: where they lie in order, nothing is copied, which Burn's reshape always does.
+pub(super) fn with_shape(x: NdArrayTensor, shape: Shape) -> NdArrayTensor {
+    let NdArrayTensor::F32(storage) = x else {
+        return NdArray::<f32>::float_reshape(x, shape);
+    };
+    let array = storage.into_shared();
+    let dims = IxDyn(shape.as_slice());
+    match array.is_standard_layout() {
+        true => array
+            .into_shape_with_order(dims)
+            .expect("as many values as the shape holds")
+            .into(),
+        false => NdArray::<f32>::float_reshape(array.into(), shape),
     }
 }
 

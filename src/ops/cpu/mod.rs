@@ -19,7 +19,8 @@ mod simd;
 mod tests;
 mod threads;
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{DType, Shape, Tensor, TensorPrimitive};
 use burn_ndarray::NdArray;
 
 use self::memory::{Rows, Values};
@@ -37,11 +38,19 @@ macro_rules! rows {
     };
 }
 
+fn reshaped<const D: usize, const E: usize>(
+    x: Tensor<NdArray, D>,
+    shape: [usize; E],
+) -> Tensor<NdArray, E> {
+    let x = memory::with_shape(x.into_primitive().tensor(), shape.into());
+    Tensor::from_primitive(TensorPrimitive::Float(x))
+}
+
 impl FusedOps for NdArray {
     fn activate<const D: usize>(x: Tensor<Self, D>, activation: Activation) -> Tensor<Self, D> {
         let shape = x.dims();
         rows!(x; else reference::activate(x, activation));
-        elementwise::activate(&x, activation).reshape(shape)
+        reshaped(elementwise::activate(&x, activation), shape)
     }
 
     fn activate_backward<const D: usize>(
@@ -51,7 +60,10 @@ impl FusedOps for NdArray {
     ) -> Tensor<Self, D> {
         let shape = x.dims();
         rows!(gradient, x; else gradient * reference::activate_derivative(x, activation));
-        elementwise::activate_backward(&gradient, &x, activation).reshape(shape)
+        reshaped(
+            elementwise::activate_backward(&gradient, &x, activation),
+            shape,
+        )
     }
 
     fn linear_layer<const D: usize>(
@@ -62,7 +74,7 @@ impl FusedOps for NdArray {
         let mut shape = x.dims();
         shape[D - 1] = weights.weight.dims()[0];
         match (Rows::of(x.clone()), linear::Weights::of(weights.clone())) {
-            (Some(x), Some(weights)) => linear::forward(&x, &weights, activation).reshape(shape),
+            (Some(x), Some(weights)) => reshaped(linear::forward(&x, &weights, activation), shape),
             _ => reference::linear(x, weights, activation),
         }
     }
@@ -158,6 +170,10 @@ impl FusedOps for NdArray {
         elementwise::blend_backward(&gradient, &x, &y, &share, shape)
     }
 
+    fn with_shape(x: FloatTensor<Self>, shape: Shape) -> FloatTensor<Self> {
+        memory::with_shape(x, shape)
+    }
+
     fn sum_of_squares<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, 1> {
         match Values::of(x.clone()) {
             Some(values) => elementwise::sum_of_squares(values.read()),
@@ -181,8 +197,8 @@ impl FusedOps for NdArray {
         };
         let gradient = Values::of(gradient);
         let gradient = gradient.as_ref().map_or(&[][..], Values::read);
-        let places = [&mut value, &mut first, &mut second].map(Values::write);
-        elementwise::adamw(places, gradient, step);
+        let moments = [first.write(), second.write()];
+        elementwise::adamw(&mut value, moments, gradient, step);
         AdamWState {
             value: value.into_tensor(),
             first: first.into_tensor(),

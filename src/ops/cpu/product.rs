@@ -503,6 +503,17 @@ unsafe fn tile<S: Simd, const HIGH: usize, const VECTORS: usize, const TURNED: b
     }
 }
 
+/// What rows are divided among cores by, in a product with so many `weights`. Each part reads all of them: where they
+/// are many and rows are few, parts are as large as a block holds, of one size, as many for each core.
+fn unit_of(rows: usize, weights: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    let blocks = rows.div_ceil(BLOCK).next_multiple_of(threads);
+    if weights < NEAR || blocks > threads::PARTS * threads {
+        return HIGHEST;
+    }
+    rows.div_ceil(blocks.max(1)).next_multiple_of(2)
+}
+
 /// `C = start + A B` over all cores; `fill` and `finish` are called as [`Multiply`] says.
 ///
 /// # Safety
@@ -518,19 +529,24 @@ pub(super) unsafe fn multiply<const TURNED: bool>(
     finish: impl Fn(Range<usize>) + Sync,
 ) {
     let cost = rows * panels.depth * panels.columns / 8;
-    threads::over(rows, HIGHEST, cost, |rows| {
-        // Not `&fill`: a reference's own `call` is a function the compiler makes for the least vectors.
-        Arch::new().dispatch(Multiply::<_, _, TURNED>::new(
-            rows,
-            panels,
-            target,
-            start,
-            #[inline(always)]
-            |rows: Range<usize>, depths: Range<usize>, scratch: &mut [f32]| {
-                fill(rows, depths, scratch);
-            },
-            #[inline(always)]
-            |rows: Range<usize>| finish(rows),
-        ));
-    });
+    threads::over(
+        rows,
+        unit_of(rows, panels.depth * panels.columns),
+        cost,
+        |rows| {
+            // Not `&fill`: a reference's own `call` is a function the compiler makes for the least vectors.
+            Arch::new().dispatch(Multiply::<_, _, TURNED>::new(
+                rows,
+                panels,
+                target,
+                start,
+                #[inline(always)]
+                |rows: Range<usize>, depths: Range<usize>, scratch: &mut [f32]| {
+                    fill(rows, depths, scratch);
+                },
+                #[inline(always)]
+                |rows: Range<usize>| finish(rows),
+            ));
+        },
+    );
 }

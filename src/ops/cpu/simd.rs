@@ -1,5 +1,7 @@
 //! Functions of one value, written so that the compiler makes vectors of them inside [`vectorised`].
 
+use std::sync::atomic::{Ordering, compiler_fence};
+
 use pulp::{Arch, Simd, WithSimd};
 
 /// Runs `work` compiled for the best vectors of this machine (AVX-512, AVX2, NEON), found at run time.
@@ -86,34 +88,97 @@ pub(super) fn silu_derivative(x: f32) -> f32 {
     (x * s).mul_add(1.0 - s, s)
 }
 
+/// Values that are worked on at a time: a vector of AVX-512, several of lesser ones.
+pub(super) const LINE: usize = 16;
+
+/// `out[i] = f(a[i], b[i], ..)` over rows of one length.
+#[inline(always)]
+pub(super) fn write<const N: usize>(
+    out: &mut [f32],
+    inputs: [&[f32]; N],
+    f: impl Fn([f32; N]) -> f32,
+) {
+    by_line::<N, false>(
+        out,
+        inputs,
+        #[inline(always)]
+        |_, values| f(values),
+    );
+}
+
+/// `out[i] = f(out[i], [a[i], b[i], ..])` over rows of one length.
+#[inline(always)]
+pub(super) fn update<const N: usize>(
+    out: &mut [f32],
+    inputs: [&[f32]; N],
+    f: impl Fn(f32, [f32; N]) -> f32,
+) {
+    by_line::<N, true>(out, inputs, f);
+}
+
+/// [`update`], or [`write`] if what `out` holds is not to be read.
+///
+/// Whole lines are read before any of their results is written: otherwise the compiler, which can't tell the rows
+/// apart, would move one value at a time, or check that they are apart in every call, which costs more than a short
+/// row itself.
+#[inline(always)]
+fn by_line<const N: usize, const READ: bool>(
+    out: &mut [f32],
+    inputs: [&[f32]; N],
+    f: impl Fn(f32, [f32; N]) -> f32,
+) {
+    let length = out.len();
+    let mut lines: [&[[f32; LINE]]; N] = [&[]; N];
+    let mut rests: [&[f32]; N] = [&[]; N];
+    for n in 0..N {
+        (lines[n], rests[n]) = inputs[n][..length].as_chunks::<LINE>();
+    }
+    let (out, rest) = out.as_chunks_mut::<LINE>();
+    for (index, out) in out.iter_mut().enumerate() {
+        let mut values = [[0.0; LINE]; N];
+        for n in 0..N {
+            values[n] = lines[n][index];
+        }
+        let mut line = if READ { *out } else { [0.0; LINE] };
+        for lane in 0..LINE {
+            let mut at = [0.0; N];
+            for n in 0..N {
+                at[n] = values[n][lane];
+            }
+            line[lane] = f(line[lane], at);
+        }
+        *out = line;
+        // Makes no instruction. It keeps the compiler from working on sixteen lines at once, which it would gather
+        // from and scatter to memory value by value.
+        compiler_fence(Ordering::SeqCst);
+    }
+    for (index, out) in rest.iter_mut().enumerate() {
+        let mut at = [0.0; N];
+        for n in 0..N {
+            at[n] = rests[n][index];
+        }
+        *out = f(if READ { *out } else { 0.0 }, at);
+    }
+}
+
 /// Copies a row to the start of `out`. (Not by the library's function, whose call costs more than a short row.)
 #[inline(always)]
 pub(super) fn copy(values: &[f32], out: &mut [f32]) {
-    scaled(1.0, values, out);
-}
-
-/// Writes a row, times `factor`, to the start of `out`.
-#[inline(always)]
-pub(super) fn scaled(factor: f32, values: &[f32], out: &mut [f32]) {
-    let (lines, rest) = values.as_chunks::<16>();
-    let (out, out_rest) = out[..values.len()].as_chunks_mut::<16>();
-    for (out, line) in out.iter_mut().zip(lines) {
-        for (out, value) in out.iter_mut().zip(line) {
-            *out = factor * value;
-        }
-    }
-    for (out, value) in out_rest.iter_mut().zip(rest) {
-        *out = factor * value;
-    }
+    write(
+        &mut out[..values.len()],
+        [values],
+        #[inline(always)]
+        |[value]| value,
+    );
 }
 
 /// The sum of `f` over two rows, in sixteen running sums.
 #[inline(always)]
 pub(super) fn sum2(a: &[f32], b: &[f32], f: impl Fn(f32, f32, f32) -> f32) -> f32 {
-    let mut sums = [0.0f32; 16];
-    let (mut a, mut b) = (a.chunks_exact(16), b.chunks_exact(16));
+    let mut sums = [0.0f32; LINE];
+    let (mut a, mut b) = (a.chunks_exact(LINE), b.chunks_exact(LINE));
     for (a, b) in (&mut a).zip(&mut b) {
-        for lane in 0..16 {
+        for lane in 0..LINE {
             sums[lane] = f(sums[lane], a[lane], b[lane]);
         }
     }
@@ -125,7 +190,7 @@ pub(super) fn sum2(a: &[f32], b: &[f32], f: impl Fn(f32, f32, f32) -> f32) -> f3
 
 /// Sixteen values made one, pairwise.
 #[inline(always)]
-pub(super) fn fold(mut values: [f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(super) fn fold(mut values: [f32; LINE], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = 8;
     while width > 0 {
         for lane in 0..width {

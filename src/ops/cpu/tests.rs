@@ -260,6 +260,7 @@ fn an_optimizer_step_agrees_with_the_reference_and_leaves_shared_values_alone() 
     let before = value.to_data();
     for weight_decay in [0.0, 0.1] {
         let step = AdamWStep {
+            gradient_scale: 0.3,
             lr: 1e-2,
             betas: (0.9, 0.999),
             epsilon: 1e-8,

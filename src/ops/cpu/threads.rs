@@ -6,6 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Work below this many basic operations is not worth waking another thread for.
 const LEAST: usize = 1 << 17;
 
+/// Most parts for each thread: more than one, so that a thread that was disturbed holds up little.
+pub(super) const PARTS: usize = 4;
+
 /// Runs `work` over parts of `0..count` that are multiples of `unit` (but for the last), on all threads of rayon's
 /// pool. `cost` is the number of basic operations (a multiplication, an addition, a value moved) of all together.
 ///
@@ -13,8 +16,7 @@ const LEAST: usize = 1 << 17;
 pub(super) fn over(count: usize, unit: usize, cost: usize, work: impl Fn(Range<usize>) + Sync) {
     let threads = rayon::current_num_threads();
     let units = count.div_ceil(unit);
-    // More parts than threads, so that a thread that was disturbed holds up little.
-    let parts = (cost / LEAST).min(4 * threads).min(units).max(1);
+    let parts = (cost / LEAST).min(PARTS * threads).min(units).max(1);
     if parts == 1 || threads == 1 {
         if count > 0 {
             work(0..count);

@@ -207,31 +207,10 @@ struct BenchArguments {
     json: bool,
 }
 
-/// Builds the pool that kernels share, `threads` or one a core.
-///
-/// This thread is one of its workers: as a stranger to it, it would wait for another to wake at the end of every
-/// operator, and there would be one thread more than there are cores.
-fn build_pool(threads: Option<usize>) {
-    let mut builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
-    // With no other worker, whoever else came with work would wait for this thread, which may be waiting for them.
-    let several = threads
-        .or_else(|| std::thread::available_parallelism().ok().map(usize::from))
-        .is_some_and(|threads| threads > 1);
-    if several {
-        builder = builder.use_current_thread();
-    }
-    // Fails only if the pool is already there, and nothing has run yet.
-    let _ = builder.build_global();
-}
-
 /// Runs the program.
 pub fn main() -> ExitCode {
     interrupt::watch_panics();
     let cli = Cli::parse();
-    build_pool(match &cli.command {
-        Command::Bench(arguments) => arguments.threads.map(|threads| threads as usize),
-        _ => None,
-    });
     let result = match cli.command {
         Command::Recipe(arguments) => recipe(&arguments),
         Command::Sample(arguments) => sample(&arguments),
@@ -528,6 +507,12 @@ fn benchmark(arguments: &BenchArguments) -> Result<(), RecipeError> {
         return Err(usage(
             "the masked-kd workload keeps every other layer of at least 2".into(),
         ));
+    }
+    if let Some(threads) = arguments.threads {
+        // Fails only if the pool is already there, and nothing has run yet. The kernels are as many.
+        let _ = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads as usize)
+            .build_global();
     }
     let plan = BenchPlan {
         workload: arguments.workload,

@@ -9,8 +9,9 @@ use burn_ndarray::NdArray;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::memory::{Out, Rows, Scratch, tensor};
-use super::product::{Block, DEPTH, PanelView, STRIDE, Start};
-use super::simd::{LINE, copy, dot, exp, fold, update, write};
+use super::panels::{PanelView, pack_columns, pack_rows, room};
+use super::product::{Block, DEPTH, STRIDE, Start};
+use super::simd::{LINE, dot, exp, fold, update, write};
 use super::threads;
 
 /// Most queries of a block.
@@ -83,61 +84,6 @@ impl Task {
         let row = qkv.row(self.sample * tokens + token);
         &row[(part * heads + self.head) * dim..][..dim]
     }
-}
-
-/// Panels of a matrix whose rows are `row(p)`. What stands beyond the last column takes part in no sum that is kept.
-#[inline(always)]
-fn pack_rows<'a, S: Simd>(
-    _: S,
-    depth: usize,
-    columns: usize,
-    row: impl Fn(usize) -> &'a [f32],
-    panels: &mut [f32],
-) -> PanelView {
-    let width = 2 * S::F32_LANES;
-    for p in 0..depth {
-        let row = row(p);
-        for first in (0..columns).step_by(width) {
-            let values = &row[first..columns.min(first + width)];
-            copy(values, &mut panels[first * depth + p * width..]);
-        }
-    }
-    PanelView {
-        start: panels.as_ptr(),
-        depth,
-        columns,
-    }
-}
-
-/// Panels of a matrix whose columns are `column(j)`.
-#[inline(always)]
-fn pack_columns<'a, S: Simd>(
-    _: S,
-    depth: usize,
-    columns: usize,
-    column: impl Fn(usize) -> &'a [f32],
-    panels: &mut [f32],
-) -> PanelView {
-    let width = 2 * S::F32_LANES;
-    for j in 0..columns {
-        let first = j / width * width;
-        let place = panels[first * depth + j - first..]
-            .iter_mut()
-            .step_by(width);
-        for (place, value) in place.zip(column(j)) {
-            *place = *value;
-        }
-    }
-    PanelView {
-        start: panels.as_ptr(),
-        depth,
-        columns,
-    }
-}
-
-/// Room for panels of `depth` x `columns`, whatever their width (at most 32).
-fn room(depth: usize, columns: usize) -> usize {
-    depth * columns.next_multiple_of(32)
 }
 
 /// `scores[group][query][key] = row(query) . panels`, for the queries of a block.

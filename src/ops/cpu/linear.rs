@@ -7,8 +7,10 @@ use burn_ndarray::NdArray;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::elementwise::activate_row;
+use super::low_rank::{self, LoraRows};
 use super::memory::{Out, Rows, Scratch, matrix, tensor};
-use super::product::{Block, DEPTH, PanelView, Panels, STRIDE, Start, Target, multiply};
+use super::panels::{PanelView, Panels};
+use super::product::{Block, DEPTH, STRIDE, Start, Target, multiply};
 use super::simd::{copy, dot, update, vectorised};
 use super::threads;
 use crate::ops::{Activation, LinearGradients, LinearWants, LinearWeights};
@@ -18,13 +20,6 @@ const FEW: usize = 8;
 
 /// Values of a weight whose gradient each core can hold for itself.
 const SMALL: usize = 1 << 16;
-
-/// A low-rank update.
-struct LoraRows {
-    a: Rows,
-    b: Rows,
-    scale: f32,
-}
 
 /// The parameters as rows.
 pub(super) struct Weights {
@@ -71,7 +66,7 @@ impl Weights {
 
 /// A block of rows as it lies in memory, activated.
 #[inline(always)]
-fn rows_of(
+pub(super) fn rows_of(
     x: &Rows,
     activation: Activation,
 ) -> impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync {
@@ -86,7 +81,7 @@ fn rows_of(
 
 /// A block of columns: what is summed over are the rows.
 #[inline(always)]
-fn columns_of(
+pub(super) fn columns_of(
     x: &Rows,
     activation: Activation,
 ) -> impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync {
@@ -203,8 +198,8 @@ pub(super) fn backward(
         (None, wants.bias.then(|| column_sums(gradient)))
     };
     let lora = lora.map(|lora| match weight.clone().and_then(Rows::of) {
-        Some(dw) => low_rank_of_weight(lora, &dw),
-        None => low_rank(gradient, x, lora, activation),
+        Some(dw) => low_rank::of_weight(lora, &dw),
+        None => low_rank::gradients(gradient, x, lora, activation),
     });
     let weight = weight.filter(|_| wants.weight);
     let bias = bias.filter(|_| wants.bias);
@@ -442,7 +437,7 @@ fn of_small_weight(
     activation: Activation,
 ) -> (Tensor<NdArray, 2>, Tensor<NdArray, 1>) {
     let (rows, inputs, outputs) = (x.count, x.width, gradient.width);
-    let parts = rayon::current_num_threads().min(rows.div_ceil(DEPTH));
+    let parts = threads::count().min(rows.div_ceil(DEPTH));
     let size = outputs * inputs + outputs;
     let mut places = Scratch::new(parts * size);
     let places = places.values();
@@ -485,111 +480,5 @@ fn column_sums(gradient: &Rows) -> Tensor<NdArray, 1> {
                 }
             }
         })
-    }
-}
-
-/// [`low_rank`] by way of the whole weight's gradient, `dA = s B^T dW` and `dB = s dW A^T`: where a weight is so narrow
-/// that products with it cost no more than products with the factors.
-fn low_rank_of_weight(lora: &LoraRows, dw: &Rows) -> (Tensor<NdArray, 2>, Tensor<NdArray, 2>) {
-    let (outputs, inputs, rank) = (dw.count, dw.width, lora.a.count);
-    let (mut da, mut db) = (vec![0.0; rank * inputs], vec![0.0; outputs * rank]);
-    vectorised(
-        #[inline(always)]
-        || {
-            for j in 0..outputs {
-                let dw = dw.row(j);
-                for (q, b) in lora.b.row(j).iter().enumerate() {
-                    let factor = b * lora.scale;
-                    for (sum, value) in da[q * inputs..][..inputs].iter_mut().zip(dw) {
-                        *sum += factor * value;
-                    }
-                    db[j * rank + q] = lora.scale * dot(dw, lora.a.row(q));
-                }
-            }
-        },
-    );
-    (matrix(da, [rank, inputs]), matrix(db, [outputs, rank]))
-}
-
-/// Gradients of A, `s (dy B)^T act(x)`, and of B, `s dy^T (act(x) A^T)`.
-fn low_rank(
-    gradient: &Rows,
-    x: &Rows,
-    lora: &LoraRows,
-    activation: Activation,
-) -> (Tensor<NdArray, 2>, Tensor<NdArray, 2>) {
-    let (rows, inputs, outputs, rank) = (x.count, x.width, gradient.width, lora.a.count);
-    let target = |out| Target { out, stride: rank };
-    let scaled = |values: &[f32], line: &mut [f32]| {
-        for (place, value) in line.iter_mut().zip(values) {
-            *place = lora.scale * value;
-        }
-    };
-    let b = Panels::of_rows(
-        outputs,
-        rank,
-        #[inline(always)]
-        |p, line| scaled(lora.b.row(p), line),
-    );
-    let a = Panels::of_columns(
-        inputs,
-        rank,
-        #[inline(always)]
-        |q, line| scaled(lora.a.row(q), line),
-    );
-    let (mut narrow, mut seen) = (Scratch::new(rows * rank), Scratch::new(rows * rank));
-    let (narrow, seen) = (narrow.values(), seen.values());
-    // SAFETY: each target is as large as its product, which writes all of it.
-    unsafe {
-        let identity = Activation::Identity;
-        let out = Out::of(narrow);
-        // s dy B
-        multiply::<false>(
-            rows,
-            b.view(),
-            target(out),
-            Start::Zero,
-            rows_of(gradient, identity),
-            |_| (),
-        );
-        let out = Out::of(seen);
-        // s act(x) A^T
-        multiply::<false>(
-            rows,
-            a.view(),
-            target(out),
-            Start::Zero,
-            rows_of(x, activation),
-            |_| (),
-        );
-        let (narrow, seen) = (&*narrow, &*seen);
-        let narrow = Panels::of_rows(rows, rank, |p, line| {
-            line.copy_from_slice(&narrow[p * rank..][..rank])
-        });
-        let seen = Panels::of_rows(rows, rank, |p, line| {
-            line.copy_from_slice(&seen[p * rank..][..rank])
-        });
-        // A's gradient is computed with its sides exchanged: there are rows enough for all cores then.
-        let a = tensor([inputs, rank], |out| {
-            multiply::<true>(
-                inputs,
-                narrow.view(),
-                target(out),
-                Start::Zero,
-                columns_of(x, activation),
-                |_| (),
-            );
-        });
-        let b = tensor([outputs, rank], |out| {
-            multiply::<true>(
-                outputs,
-                seen.view(),
-                target(out),
-                Start::Zero,
-                columns_of(gradient, identity),
-                |_| (),
-            );
-        });
-        (a.transpose(), b)
     }
 }

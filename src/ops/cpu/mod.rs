@@ -1,7 +1,7 @@
 //! Kernels for processors: the operators of [`FusedOps`] on burn-ndarray's tensors.
 //!
 //! Burn's own operators pass over memory once each, mostly on one core, and call the C library for every exponential.
-//! Here an operator is one pass, over all cores (rayon's pool), in vectors found at run time (`pulp`: AVX-512, AVX2,
+//! Here an operator is one pass, over all cores ([`threads`]), in vectors found at run time (`pulp`: AVX-512, AVX2,
 //! NEON), and its products are [`product`]'s. A tensor of another type than f32 is left to the reference.
 //!
 //! Nothing below this file is generic over a rank: it is compiled once, not again in every program and test.
@@ -12,7 +12,10 @@
 mod attention;
 mod elementwise;
 mod linear;
+mod low_rank;
 mod memory;
+mod optimizer;
+mod panels;
 mod product;
 mod simd;
 #[cfg(test)]
@@ -176,7 +179,7 @@ impl FusedOps for NdArray {
 
     fn sum_of_squares<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, 1> {
         match Values::of(x.clone()) {
-            Some(values) => elementwise::sum_of_squares(values.read()),
+            Some(values) => optimizer::sum_of_squares(values.read()),
             None => (x.clone() * x).sum(),
         }
     }
@@ -198,7 +201,7 @@ impl FusedOps for NdArray {
         let gradient = Values::of(gradient);
         let gradient = gradient.as_ref().map_or(&[][..], Values::read);
         let moments = [first.write(), second.write()];
-        elementwise::adamw(&mut value, moments, gradient, step);
+        optimizer::adamw(&mut value, moments, gradient, step);
         AdamWState {
             value: value.into_tensor(),
             first: first.into_tensor(),
@@ -220,7 +223,7 @@ impl FusedOps for NdArray {
         let (Some(mut average), Some(value)) = (Values::of(average), Values::of(value)) else {
             unreachable!("both are f32")
         };
-        elementwise::moving_average(average.write(), value.read(), decay);
+        optimizer::moving_average(average.write(), value.read(), decay);
         average.into_tensor()
     }
 }

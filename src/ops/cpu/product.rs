@@ -15,7 +15,7 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::memory::{Out, Scratch};
-use super::simd::{copy, vectorised};
+use super::panels::PanelView;
 use super::threads;
 
 /// Depth of a block: its slice of a panel and a tile's slice of A stay near the core.
@@ -50,134 +50,6 @@ const fn highest<S: Simd>() -> usize {
         _ => 4,
     }
 }
-
-/// Columns of a panel on this machine.
-pub(super) fn panel_width() -> usize {
-    struct Width;
-    impl WithSimd for Width {
-        type Output = usize;
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) -> usize {
-            2 * S::F32_LANES
-        }
-    }
-    Arch::new().dispatch(Width)
-}
-
-/// B, `[depth, columns]`, in panels: `[columns / width][depth][width]`, zeros beyond the last column.
-pub(super) struct Panels {
-    scratch: Scratch,
-    depth: usize,
-    columns: usize,
-    width: usize,
-}
-
-impl Panels {
-    /// Packs B from its rows: `row(p, values)` writes row `p` of B.
-    pub(super) fn of_rows(
-        depth: usize,
-        columns: usize,
-        row: impl Fn(usize, &mut [f32]) + Sync,
-    ) -> Self {
-        let mut panels = Self::empty(depth, columns);
-        let (width, out) = (panels.width, Out::of(panels.scratch.values()));
-        threads::over(depth, 1, 4 * depth * columns, |rows| {
-            let mut line = Scratch::new(columns.next_multiple_of(width));
-            let line = line.values();
-            line[columns..].fill(0.0);
-            vectorised(
-                #[inline(always)]
-                || {
-                    for p in rows.clone() {
-                        row(p, &mut line[..columns]);
-                        for (panel, values) in line.chunks_exact(width).enumerate() {
-                            // SAFETY: row p of each panel is this thread's alone.
-                            let target = unsafe { out.part((panel * depth + p) * width, width) };
-                            copy(values, target);
-                        }
-                    }
-                },
-            );
-        });
-        panels
-    }
-
-    /// Packs B from its columns, which are rows in memory: `column(j, values)` writes column `j` of B.
-    pub(super) fn of_columns(
-        depth: usize,
-        columns: usize,
-        column: impl Fn(usize, &mut [f32]) + Sync,
-    ) -> Self {
-        /// Columns that are turned at a time.
-        const TURNED: usize = 16;
-        let mut panels = Self::empty(depth, columns);
-        let (width, out) = (panels.width, Out::of(panels.scratch.values()));
-        threads::over(columns.div_ceil(width), 1, 8 * depth * columns, |range| {
-            let mut lines = Scratch::new(TURNED * depth);
-            let lines = lines.values();
-            vectorised(
-                #[inline(always)]
-                || {
-                    for panel in range.clone() {
-                        // SAFETY: this panel is this thread's alone.
-                        let target = unsafe { out.part(panel * depth * width, depth * width) };
-                        for first in (0..width).step_by(TURNED) {
-                            let turned = TURNED.min(width - first);
-                            for (index, line) in
-                                lines.chunks_exact_mut(depth).take(turned).enumerate()
-                            {
-                                let j = panel * width + first + index;
-                                if j < columns {
-                                    column(j, line);
-                                } else {
-                                    line.fill(0.0);
-                                }
-                            }
-                            for p in 0..depth {
-                                let place = &mut target[p * width + first..][..turned];
-                                for (index, value) in place.iter_mut().enumerate() {
-                                    *value = lines[index * depth + p];
-                                }
-                            }
-                        }
-                    }
-                },
-            );
-        });
-        panels
-    }
-
-    fn empty(depth: usize, columns: usize) -> Self {
-        let width = panel_width();
-        Self {
-            scratch: Scratch::new(columns.next_multiple_of(width) * depth),
-            depth,
-            columns,
-            width,
-        }
-    }
-
-    pub(super) fn view(&self) -> PanelView {
-        PanelView {
-            start: self.scratch.pointer(),
-            depth: self.depth,
-            columns: self.columns,
-        }
-    }
-}
-
-/// Panels that live elsewhere.
-#[derive(Clone, Copy)]
-pub(super) struct PanelView {
-    pub(super) start: *const f32,
-    pub(super) depth: usize,
-    pub(super) columns: usize,
-}
-
-// SAFETY: panels are only read through a view.
-unsafe impl Send for PanelView {}
-// SAFETY: as above.
-unsafe impl Sync for PanelView {}
 
 /// C, or a part of it.
 #[derive(Clone, Copy)]
@@ -506,7 +378,7 @@ unsafe fn tile<S: Simd, const HIGH: usize, const VECTORS: usize, const TURNED: b
 /// What rows are divided among cores by, in a product with so many `weights`. Each part reads all of them: where they
 /// are many and rows are few, parts are as large as a block holds, of one size, as many for each core.
 fn unit_of(rows: usize, weights: usize) -> usize {
-    let threads = rayon::current_num_threads();
+    let threads = threads::count();
     let blocks = rows.div_ceil(BLOCK).next_multiple_of(threads);
     if weights < NEAR || blocks > threads::PARTS * threads {
         return HIGHEST;

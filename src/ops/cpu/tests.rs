@@ -2,7 +2,7 @@
 //! gradients against differences.
 
 use burn::backend::Autodiff;
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData, TensorPrimitive};
 use burn_ndarray::NdArray;
 
 use super::super::{
@@ -269,6 +269,13 @@ fn an_optimizer_step_agrees_with_the_reference_and_leaves_shared_values_alone() 
         };
         let fast = NdArray::adamw(state.clone(), gradient.clone(), step);
         let exact = reference::adamw(state.clone(), gradient.clone(), step);
+        // Values nobody else sees are written over where they are.
+        let own = AdamWState {
+            value: value.clone() + 0.0,
+            ..state.clone()
+        };
+        let over = NdArray::adamw(own, gradient.clone(), step);
+        over.value.to_data().assert_eq(&fast.value.to_data(), true);
         agree("value", 1, fast.value, exact.value);
         agree("first", 1, fast.first, exact.first);
         agree("second", 1, fast.second, exact.second);
@@ -287,6 +294,18 @@ fn an_optimizer_step_agrees_with_the_reference_and_leaves_shared_values_alone() 
         NdArray::sum_of_squares(value.clone()),
         (value.clone() * value).sum(),
     );
+}
+
+#[test]
+fn values_under_another_shape_keep_their_order() {
+    let x = noise::<NdArray, 3>(0, [4, 6, 5]);
+    for x in [x.clone(), x.clone().swap_dims(0, 2), x.slice([1..3, 0..6])] {
+        let count = x.shape().num_elements();
+        let primitive = NdArray::with_shape(x.clone().into_primitive().tensor(), [count].into());
+        let flat = Tensor::<NdArray, 1>::from_primitive(TensorPrimitive::Float(primitive));
+        flat.to_data()
+            .assert_eq(&x.reshape([count]).to_data(), true);
+    }
 }
 
 /// Inputs of every node, all waiting for a gradient.

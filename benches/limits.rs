@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use burn::tensor::{Distribution, Tensor};
 use burn_ndarray::{NdArray, NdArrayDevice};
+use clap::ValueEnum;
 use tinyfusion::bench::{self, BenchPlan, Workload};
 use tinyfusion::models::DitConfig;
 use tinyfusion::ops::{Activation, FusedOps, LinearWeights};
@@ -67,7 +68,9 @@ fn main() {
             let measured = bench::bench::<Training>(&plan, &NdArrayDevice::default()).median_ms;
             println!(
                 "| {name}, {batch} | {} | {:.1} | {:.2} | {limit:.1} | {measured:.1} | {:.2} |",
-                format!("{workload:?}").to_lowercase(),
+                workload
+                    .to_possible_value()
+                    .map_or(String::new(), |value| value.get_name().to_owned()),
                 work.flops / 1e9,
                 work.bytes / 1e9,
                 limit / measured

@@ -54,8 +54,7 @@ def main():
     repeats = max(3, int(1000 * args.seconds / step))
     with tempfile.TemporaryDirectory() as folder:
         data = os.path.join(folder, "perf.data")
-        # With call graphs `perf script` prints addresses as the file has them, which is what `addr2line` reads; only the
-        # innermost is looked at.
+        # With call graphs `perf script` prints places in the file; only the innermost is looked at.
         measured = run(repeats, ["perf", "record", "-q", "-g", "-e", "cpu-clock", "-F", "1999", "-o", data])
         script = ["perf", "script", "--no-inline", "-i", data, "-F", "time,ip,sym,dso"]
         lines = subprocess.run(script, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -97,15 +96,19 @@ def kind(chain):
 
 
 def functions(binary, addresses):
-    """Address: the functions an instruction was written in, from within."""
+    """Place in the file: the functions an instruction was written in, from within."""
+    # A linker may load code elsewhere than where the file has it.
+    segments = subprocess.run(["readelf", "-lW", binary], check=True, capture_output=True, text=True).stdout
+    offset, address = re.search(r"LOAD\s+(0x\w+)\s+(0x\w+).* R E ", segments).groups()
+    shift = int(address, 16) - int(offset, 16)
     listing = subprocess.run(
-        ["addr2line", "-e", binary, "-a", "-f", "-i", "-C"], input="\n".join(f"0x{a}" for a in addresses),
-        check=True, capture_output=True, text=True,
+        ["addr2line", "-e", binary, "-a", "-f", "-i", "-C"],
+        input="\n".join(f"{int(place, 16) + shift:#x}" for place in addresses), check=True, capture_output=True, text=True,
     ).stdout.splitlines()
     chains, current = {}, None
     for line in listing:
         if re.fullmatch(r"0x[0-9a-f]+", line):
-            current = chains.setdefault(line[2:].lstrip("0"), [])
+            current = chains.setdefault(f"{int(line, 16) - shift:x}", [])
         elif current is not None and not re.search(r":(\d+|\?)( \(.*\))?$", line):
             current.append(line)
     return chains

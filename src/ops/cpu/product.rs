@@ -5,8 +5,8 @@
 //! tile of C as large as the registers hold is summed over the depth of a block.
 //!
 //! It is our own because what surrounds a product in a transformer is then free: the activation before it is computed
-//! as A is copied, low-rank updates are merged as B is packed, a bias is where sums start. It is also faster here than
-//! a general crate (`cargo bench --bench parts product` compares it with `gemm`). Two decisions make it short:
+//! as A is copied, low-rank updates are merged as B is packed, a bias is where sums start. A product alone is about
+//! as fast as the crate `gemm`'s (`cargo bench --bench parts product` compares them). Two decisions make it short:
 //! blocks of A keep the order they have in memory, with a row distance the compiler knows, so nothing is transposed;
 //! and `A^T B` is the same tile reading the same scratch with rows and columns exchanged.
 

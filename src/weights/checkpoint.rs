@@ -7,8 +7,8 @@ use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::pickle::read_pickle;
 use super::state::{decode, write_safetensors};
+use super::torch::read_pickle;
 use super::{StateDict, WeightsError, assign, collect};
 use crate::models::{Architecture, DigitsClassifier, DitConfig, Network, zoo};
 

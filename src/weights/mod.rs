@@ -8,6 +8,7 @@ mod checkpoint;
 mod module;
 mod pickle;
 mod state;
+mod torch;
 
 use std::path::PathBuf;
 
@@ -16,8 +17,8 @@ use thiserror::Error;
 pub use checkpoint::{Checkpoint, Provenance};
 pub use module::{ParameterName, assign, collect, names, reference_name};
 pub(crate) use module::{floats, overlay};
-pub use pickle::read_pickle;
 pub use state::{Array, StateDict, read_safetensors, write_safetensors};
+pub use torch::read_pickle;
 
 /// What can go wrong with a weight file.
 #[derive(Debug, Error)]

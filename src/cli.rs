@@ -58,7 +58,7 @@ enum Command {
   tinyfusion inspect DiT-XL-2-256x256.pt
   tinyfusion inspect embedded:digits-teacher --json")]
     Inspect {
-        /// A .safetensors, .pt or .pth file, or an embedded checkpoint
+        /// A .safetensors, .safetensors.index.json, .pt or .pth file, or an embedded checkpoint
         checkpoint: String,
         /// As one JSON object
         #[arg(long)]
@@ -146,7 +146,7 @@ struct RunArguments {
 
 #[derive(Debug, clap::Args)]
 struct SampleArguments {
-    /// A .safetensors, .pt or .pth file, or an embedded checkpoint
+    /// A .safetensors, .safetensors.index.json, .pt or .pth file, or an embedded checkpoint
     checkpoint: String,
     #[command(flatten)]
     run: RunArguments,
@@ -154,7 +154,7 @@ struct SampleArguments {
 
 #[derive(Debug, clap::Args)]
 struct EvaluateArguments {
-    /// .safetensors, .pt or .pth files, or embedded checkpoints
+    /// .safetensors, .safetensors.index.json, .pt or .pth files, or embedded checkpoints
     #[arg(required = true)]
     checkpoints: Vec<String>,
     /// The classifier whose features are compared

@@ -8,9 +8,9 @@ use serde::{Serialize, Serializer};
 use super::diagnostic::Diagnostic;
 use super::document::Node;
 use super::reader::Section;
+use crate::weights::WeightFile;
 
 const EMBEDDED: &str = "embedded:";
-const EXTENSIONS: [&str; 3] = ["safetensors", "pt", "pth"];
 
 /// A checkpoint that a stage reads, written in a recipe as one string.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub enum Source {
     Stage(String),
     /// A checkpoint inside the binary: `embedded:` and its name.
     Embedded(EmbeddedName),
-    /// A `.safetensors`, `.pt` or `.pth` file; a relative path starts at the working directory.
+    /// A file of a kind that [`WeightFile`] knows; a relative path starts at the working directory.
     Path(PathBuf),
 }
 
@@ -134,7 +134,7 @@ impl<'a> Lineage<'a> {
             let message = format!("stage {text:?} does not run before this one");
             return Err(node.fault(message));
         }
-        if is_checkpoint(Path::new(text)) {
+        if WeightFile::of(Path::new(text)).is_some() {
             let path = PathBuf::from(text);
             return if path.is_file() {
                 Ok(Source::Path(path))
@@ -143,8 +143,8 @@ impl<'a> Lineage<'a> {
             };
         }
         let message = format!(
-            "{text:?} is not an earlier stage, an embedded checkpoint, or a path ending in .{}",
-            EXTENSIONS.join(", .")
+            "{text:?} is not an earlier stage, an embedded checkpoint, or a path ending in {}",
+            WeightFile::ENDINGS.join(", ")
         );
         Err(node
             .fault(message)
@@ -155,14 +155,6 @@ impl<'a> Lineage<'a> {
         let makers = self.earlier.iter().filter(|stage| stage.makes_checkpoint);
         makers.map(|stage| stage.name.as_str())
     }
-}
-
-fn is_checkpoint(path: &Path) -> bool {
-    path.extension().is_some_and(|found| {
-        EXTENSIONS
-            .iter()
-            .any(|known| found.eq_ignore_ascii_case(known))
-    })
 }
 
 #[cfg(test)]
@@ -177,7 +169,7 @@ mod tests {
         for (from, message) in [
             (
                 "'base2'",
-                "`from`: \"base2\" is not an earlier stage, an embedded checkpoint, or a path ending in .safetensors, .pt, .pth",
+                "`from`: \"base2\" is not an earlier stage, an embedded checkpoint, or a path ending in .safetensors, .safetensors.index.json, .pt, .pth",
             ),
             (
                 "'sample'",

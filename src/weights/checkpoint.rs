@@ -7,9 +7,10 @@ use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::shards::read_shards;
 use super::state::{decode, write_safetensors};
 use super::torch::read_pickle;
-use super::{StateDict, WeightsError, assign, collect};
+use super::{StateDict, WeightFile, WeightsError, assign, collect};
 use crate::models::{Architecture, DigitsClassifier, DitConfig, Network, zoo};
 
 /// Metadata keys of our files.
@@ -64,25 +65,29 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads a `.safetensors`, `.pt` or `.pth` file. A file without our metadata has its architecture inferred from
-    /// names and shapes.
+    /// Reads a file that [`WeightFile`] knows. One without our metadata has its architecture inferred from names and
+    /// shapes.
     ///
     /// # Errors
     /// When the file can't be read, is damaged, or holds no model this crate knows.
     pub fn read(path: &Path) -> Result<Self, WeightsError> {
-        match path
-            .extension()
-            .and_then(|extension| extension.to_str())
-            .map(str::to_ascii_lowercase)
-            .as_deref()
-        {
-            Some("safetensors") => {
+        match WeightFile::of(path) {
+            Some(WeightFile::Safetensors) => {
                 Self::decode(&std::fs::read(path).map_err(WeightsError::io(path))?, path)
             }
-            Some("pt" | "pth") => Self::from_state(read_pickle(path, None)?, BTreeMap::new(), path),
-            _ => Err(WeightsError::Model {
+            Some(WeightFile::Shards) => {
+                let (state, metadata) = read_shards(path)?;
+                Self::from_state(state, metadata, path)
+            }
+            Some(WeightFile::Torch) => {
+                Self::from_state(read_pickle(path, None)?, BTreeMap::new(), path)
+            }
+            None => Err(WeightsError::Model {
                 path: path.to_owned(),
-                problem: "expected a file ending in .safetensors, .pt or .pth".into(),
+                problem: format!(
+                    "expected a file ending in {}",
+                    WeightFile::ENDINGS.join(", ")
+                ),
             }),
         }
     }

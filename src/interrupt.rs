@@ -26,30 +26,14 @@ static PANICKED: AtomicBool = AtomicBool::new(false);
 pub fn watch_panics() {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        // The weights reader tries untrusted pickles under a guard and reports their failure itself.
-        if GUARDED.with(|guarded| guarded.load(Ordering::SeqCst)) {
-            return;
-        }
         PANICKED.store(true, Ordering::SeqCst);
         report(panic);
     }));
 }
 
-/// Whether a thread has panicked, outside [`guarded`].
+/// Whether a thread has panicked.
 pub fn panicked() -> bool {
     PANICKED.load(Ordering::SeqCst)
-}
-
-thread_local! {
-    static GUARDED: AtomicBool = const { AtomicBool::new(false) };
-}
-
-/// Runs code whose panics are an answer about its input; `None` when it panics.
-pub fn guarded<T>(run: impl FnOnce() -> T) -> Option<T> {
-    GUARDED.with(|guarded| guarded.store(true, Ordering::SeqCst));
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
-    GUARDED.with(|guarded| guarded.store(false, Ordering::SeqCst));
-    result.ok()
 }
 
 /// Whether a stop was requested.

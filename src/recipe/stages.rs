@@ -65,7 +65,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                         let network = Network::<B>::zeros(config, self.device);
                         let mut state = collect::<B, _>(&network);
                         initialise(&mut state, seed);
-                        assign(network, state, &at, "a fresh network")?
+                        assign(network, &state, &at, "a fresh network")?
                     }
                 };
                 let student = Student::new(
@@ -93,7 +93,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                         let classifier = DigitsClassifier::<B>::zeros(config, self.device);
                         let mut state = collect::<B, _>(&classifier);
                         initialise(&mut state, seed);
-                        assign(classifier, state, &at, "a fresh classifier")?
+                        assign(classifier, &state, &at, "a fresh classifier")?
                     }
                 };
                 let shape = DitConfig {

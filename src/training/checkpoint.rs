@@ -201,10 +201,10 @@ impl Store {
                 position.moments
             )));
         }
-        let model = overlay::<B, M>(model, weights);
+        let model = overlay::<B, M>(model, &weights);
         ema.restore(&overlay::<B::InnerBackend, M::InnerModule>(
             model.valid(),
-            averages,
+            &averages,
         ));
         restore_moments::<B, M>(&model, optimizer, &moments);
         Ok((model, Some(position)))

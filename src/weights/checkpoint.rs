@@ -202,7 +202,7 @@ impl Checkpoint {
         }
         assign(
             Network::zeros(config, device),
-            self.state.clone(),
+            &self.state,
             &self.path,
             &config.to_string(),
         )
@@ -222,7 +222,7 @@ impl Checkpoint {
             {
                 assign(
                     DigitsClassifier::zeros(config, device),
-                    self.state.clone(),
+                    &self.state,
                     &self.path,
                     &self.architecture.to_string(),
                 )

@@ -111,15 +111,14 @@ pub(crate) fn floats(data: TensorData) -> Vec<f32> {
     data.iter::<f32>().collect()
 }
 
-/// Fills every float parameter of `module` from `state`, whose values become the module's own where the backend is the
-/// host's memory.
+/// Fills every float parameter of `module` from `state`.
 ///
 /// # Errors
 /// [`WeightsError::Mismatch`], listing every parameter that is missing from `state`, that the module does not
 /// have, or whose shape differs. `path` and `model` are for that message.
 pub fn assign<B: Backend, M: Module<B>>(
     module: M,
-    state: StateDict,
+    state: &StateDict,
     path: &Path,
     model: &str,
 ) -> Result<M, WeightsError> {
@@ -162,12 +161,12 @@ pub fn assign<B: Backend, M: Module<B>>(
 }
 
 /// Replaces the parameters of `module` whose names `state` has; shapes must agree.
-pub(crate) fn overlay<B: Backend, M: Module<B>>(module: M, state: StateDict) -> M {
-    struct Overlay {
+pub(crate) fn overlay<B: Backend, M: Module<B>>(module: M, state: &StateDict) -> M {
+    struct Overlay<'a> {
         walk: Walk,
-        state: StateDict,
+        state: &'a StateDict,
     }
-    impl<B: Backend> ModuleMapper<B> for Overlay {
+    impl<B: Backend> ModuleMapper<B> for Overlay<'_> {
         fn enter_module(&mut self, name: &str, _: &str) {
             self.walk.0.push(name.to_owned());
         }
@@ -176,9 +175,9 @@ pub(crate) fn overlay<B: Backend, M: Module<B>>(module: M, state: StateDict) -> 
         }
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
             let (id, old, mapper) = param.consume();
-            let tensor = match self.state.remove(&self.walk.name()) {
+            let tensor = match self.state.get(&self.walk.name()) {
                 Some(array) => {
-                    let data = TensorData::new(array.data, array.shape);
+                    let data = TensorData::new(array.data.clone(), array.shape.clone());
                     Tensor::from_data(data, &old.device()).set_require_grad(old.is_require_grad())
                 }
                 None => old,

@@ -68,7 +68,7 @@ pub(super) fn decode(
     let file = SafeTensors::deserialize(bytes).map_err(|error| broken(error.to_string()))?;
     let mut state = StateDict::new();
     for (name, view) in file.tensors() {
-        let data = floats(&view).ok_or_else(|| {
+        let data = floats(view.dtype(), view.data()).ok_or_else(|| {
             broken(format!(
                 "tensor `{name}` is {:?}, expected F32, F16, BF16 or F64",
                 view.dtype()
@@ -79,34 +79,16 @@ pub(super) fn decode(
     Ok((state, metadata))
 }
 
-/// The values of a float tensor as f32; `None` for another type.
-fn floats(view: &TensorView<'_>) -> Option<Vec<f32>> {
-    let bytes = view.data();
-    Some(match view.dtype() {
-        Dtype::F32 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f32::from_le_bytes(*b))
-            .collect(),
-        Dtype::F64 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f64::from_le_bytes(*b) as f32)
-            .collect(),
-        Dtype::F16 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| half::f16::from_le_bytes(*b).to_f32())
-            .collect(),
-        Dtype::BF16 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| half::bf16::from_le_bytes(*b).to_f32())
-            .collect(),
+/// Values of a float type as f32, from their little-endian bytes; `None` for another type.
+pub(super) fn floats(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    fn values<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+        bytes.as_chunks().0.iter().map(|b| value(*b)).collect()
+    }
+    Some(match dtype {
+        Dtype::F32 => values(bytes, f32::from_le_bytes),
+        Dtype::F64 => values(bytes, |b| f64::from_le_bytes(b) as f32),
+        Dtype::F16 => values(bytes, |b| half::f16::from_le_bytes(b).to_f32()),
+        Dtype::BF16 => values(bytes, |b| half::bf16::from_le_bytes(b).to_f32()),
         _ => return None,
     })
 }

@@ -4,11 +4,12 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-use half::{bf16, f16};
+use safetensors::Dtype;
 use zip::ZipArchive;
 use zip::result::ZipError;
 
 use super::pickle::{Id, Node, Pickle};
+use super::state::floats;
 use super::{Array, StateDict, WeightsError};
 
 /// Where a training checkpoint keeps its weights, best first: published samples come from the EMA.
@@ -44,55 +45,24 @@ pub fn read_pickle(path: &Path, key: Option<&str>) -> Result<StateDict, WeightsE
         .map_err(broken)
 }
 
-/// A float type of a storage.
-#[derive(Debug, Clone, Copy)]
-enum Float {
-    F16,
-    Bf16,
-    F32,
-    F64,
-}
-
-impl Float {
-    /// By the storage class of PyTorch.
-    fn of(class: &str) -> Option<Self> {
-        match class {
-            "torch HalfStorage" => Some(Self::F16),
-            "torch BFloat16Storage" => Some(Self::Bf16),
-            "torch FloatStorage" => Some(Self::F32),
-            "torch DoubleStorage" => Some(Self::F64),
-            _ => None,
-        }
+/// The type of a storage's values, by its class, and their size in bytes; None if it is no float.
+fn float(class: &str) -> Option<(Dtype, usize)> {
+    match class {
+        "torch HalfStorage" => Some((Dtype::F16, 2)),
+        "torch BFloat16Storage" => Some((Dtype::BF16, 2)),
+        "torch FloatStorage" => Some((Dtype::F32, 4)),
+        "torch DoubleStorage" => Some((Dtype::F64, 8)),
+        _ => None,
     }
-
-    /// Bytes of a value.
-    fn size(self) -> usize {
-        match self {
-            Self::F16 | Self::Bf16 => 2,
-            Self::F32 => 4,
-            Self::F64 => 8,
-        }
-    }
-
-    fn decode(self, bytes: &[u8]) -> Vec<f32> {
-        match self {
-            Self::F16 => values(bytes, |b| f16::from_le_bytes(b).to_f32()),
-            Self::Bf16 => values(bytes, |b| bf16::from_le_bytes(b).to_f32()),
-            Self::F32 => values(bytes, f32::from_le_bytes),
-            Self::F64 => values(bytes, |b| f64::from_le_bytes(b) as f32),
-        }
-    }
-}
-
-fn values<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
-    bytes.as_chunks().0.iter().map(|b| value(*b)).collect()
 }
 
 /// A tensor as the pickle describes it.
 struct Tensor<'a> {
     /// Name of the storage in the archive.
     storage: &'a str,
-    float: Float,
+    dtype: Dtype,
+    /// Bytes of a value.
+    size: usize,
     /// Values of the storage.
     count: usize,
     offset: usize,
@@ -177,7 +147,7 @@ impl Checkpoint {
             // Sizes first: a small file must not make us allocate much. A tensor's values are its storage's, so there
             // are no more of them than bytes in the file, but where a file repeats them.
             let bytes = (tensor.shape.iter())
-                .try_fold(tensor.float.size(), |bytes, size| bytes.checked_mul(*size))
+                .try_fold(tensor.size, |bytes, size| bytes.checked_mul(*size))
                 .and_then(|bytes| u64::try_from(bytes).ok());
             stated = bytes
                 .and_then(|bytes| stated.checked_add(bytes))
@@ -192,7 +162,13 @@ impl Checkpoint {
         }
         let mut state = StateDict::new();
         for (name, tensor) in wanted {
-            let bytes = (tensor.count as u64).saturating_mul(tensor.float.size() as u64);
+            let bytes = (tensor.count as u64).saturating_mul(tensor.size as u64);
+            // A storage is stored as it is: one larger than the file would be a packed trap.
+            if bytes > self.length {
+                return Err(format!(
+                    "tensor `{name}`: its storage is said to be larger than the file"
+                ));
+            }
             let place = format!("{}data/{}", self.folder, tensor.storage);
             let storage = entry(&mut self.archive, &place, bytes)
                 .map_err(|problem| format!("tensor `{name}`: {problem}"))?;
@@ -238,7 +214,7 @@ impl<'a> Tensor<'a> {
         let Node::Global(class) = pickle.get(*class) else {
             return Err(damaged.into());
         };
-        let float = Float::of(class).ok_or_else(|| {
+        let (dtype, size) = float(class).ok_or_else(|| {
             let name = class
                 .trim_start_matches("torch ")
                 .trim_end_matches("Storage");
@@ -251,7 +227,8 @@ impl<'a> Tensor<'a> {
         }
         Ok(Some(Self {
             storage: pickle.text(*key).ok_or(damaged)?,
-            float,
+            dtype,
+            size,
             count: pickle.size(*count).ok_or(damaged)?,
             offset: pickle.size(*offset).ok_or(damaged)?,
             shape,
@@ -275,7 +252,7 @@ impl<'a> Tensor<'a> {
         if reach >= self.count {
             return None;
         }
-        let size = self.float.size();
+        let size = self.size;
         // Rows of the last dimensions that lie in order are read at once; all of a usual tensor is one row.
         let (mut row, mut outer) = (1, self.shape.len());
         while outer > 0 && (self.strides[outer - 1] == row || self.shape[outer - 1] == 1) {
@@ -291,7 +268,7 @@ impl<'a> Tensor<'a> {
                 .map(|(i, stride)| i * stride);
             let first = self.offset + place.sum::<usize>();
             let bytes = storage.get(first * size..(first + row) * size)?;
-            data.extend(self.float.decode(bytes));
+            data.extend(floats(self.dtype, bytes)?);
             for (i, size) in index.iter_mut().zip(&self.shape).rev() {
                 *i += 1;
                 if *i < *size {
@@ -330,7 +307,8 @@ mod tests {
     fn tensor(offset: usize, shape: &[usize], strides: &[usize]) -> Tensor<'static> {
         Tensor {
             storage: "0",
-            float: Float::F32,
+            dtype: Dtype::F32,
+            size: 4,
             count: 24,
             offset,
             shape: shape.to_vec(),
@@ -354,15 +332,5 @@ mod tests {
         assert_eq!(read(tensor(0, &[0, 5], &[5, 1])), Some(vec![]));
         assert_eq!(read(tensor(22, &[3], &[1])), None);
         assert_eq!(read(tensor(0, &[2, 2], &[usize::MAX, 1])), None);
-    }
-
-    #[test]
-    fn halves_become_floats() {
-        assert_eq!(Float::F16.decode(&f16::from_f32(0.5).to_le_bytes()), [0.5]);
-        assert_eq!(
-            Float::Bf16.decode(&bf16::from_f32(-3.0).to_le_bytes()),
-            [-3.0]
-        );
-        assert_eq!(Float::F64.decode(&1.25f64.to_le_bytes()), [1.25]);
     }
 }

@@ -231,7 +231,7 @@ pub fn config(value: &Value) -> DitConfig {
 pub fn network<B: Backend>(config: &DitConfig, state: &StateDict) -> Network<B> {
     assign(
         Network::zeros(config, &B::Device::default()),
-        state.clone(),
+        state,
         Path::new("fixture"),
         "the fixture's model",
     )

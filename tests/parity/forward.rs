@@ -255,7 +255,7 @@ pub fn prune_forward<B: TrainingBackend>(slack: f64) {
         if mode == "lora" {
             state.extend(group.state("lora.safetensors"));
         }
-        let pruner = assign::<B, _>(pruner, state, &group.path, "the gated model").unwrap();
+        let pruner = assign::<B, _>(pruner, &state, &group.path, "the gated model").unwrap();
         let batch = batch::<B>(&file, groups.len(), config.classes);
         let mask = pruner.masks(&batch.gumbel, 0);
         rule.tensor(&file.name, "masks", mask.clone(), file.get("masks"));

@@ -197,7 +197,7 @@ pub fn prune_trajectory<B: TrainingBackend>(slack: f64) {
     );
     let mut state = collect::<B, _>(&pruner);
     state.extend(group.state("lora_init.safetensors"));
-    let mut pruner = assign::<B, _>(pruner, state, &group.path, "the gated model").unwrap();
+    let mut pruner = assign::<B, _>(pruner, &state, &group.path, "the gated model").unwrap();
 
     let optimizer = &case["optimizer"];
     assert_adamw(optimizer);

@@ -71,8 +71,6 @@ type Work = *const (dyn Fn() + Sync);
 
 // SAFETY: `work` is written by the owner alone, before it opens the piece, and read by helpers inside it.
 unsafe impl Sync for Team {}
-// SAFETY: as above.
-unsafe impl Send for Team {}
 
 const OPEN: u64 = 1 << 16;
 const PIECE: u64 = 1 << 17;

@@ -12,6 +12,7 @@ mod compare;
 mod evaluator;
 mod fixture;
 mod forward;
+mod image_preprocess;
 mod losses;
 mod masks;
 mod sampling;

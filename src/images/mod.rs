@@ -1,6 +1,16 @@
-//! A batch of 8-bit pictures, as samplers make them and the evaluation and the report read them.
+//! 8-bit pictures.
+//!
+//! [`Images`] is a batch of one size, as samplers make them and the evaluation and the report read them.
+//! [`read_rgb`] reads a picture from a file, [`center_crop`] and [`to_chw`] prepare it for a network, both equal to
+//! the reference's preprocessing to the last bit.
 
 use thiserror::Error;
+
+mod crop;
+mod decode;
+
+pub use crop::{CenterCrop, center_crop, to_chw};
+pub use decode::{PictureError, read_rgb};
 
 /// Pictures of one size: `u8` in `[count, height, width, channels]` order (NHWC), rows top to
 /// bottom, 0 black and 255 white.

@@ -1,0 +1,339 @@
+//! PNG and JPEG files as 8-bit RGB.
+
+use std::fs::File;
+use std::io::{self, Cursor, Read};
+use std::path::{Path, PathBuf};
+
+use image::codecs::jpeg::JpegDecoder;
+use image::codecs::png::PngDecoder;
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, Limits, RgbImage};
+use thiserror::Error;
+
+/// Most pixels of a picture. The largest of ImageNet has 61 million; a file that states more is no photograph.
+const MOST_PIXELS: u64 = 1 << 26;
+/// Most bytes of a file: [`MOST_PIXELS`] of four bytes, not compressed at all.
+const MOST_BYTES: u64 = 1 << 28;
+/// Most bytes the decoder may hold at once: [`MOST_PIXELS`] of eight bytes, and as much for its own work.
+const MOST_MEMORY: u64 = 1 << 30;
+
+/// Why a picture can't be read.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PictureError {
+    /// The file can't be opened or read.
+    #[error("{}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("{}: expected {expected}, found {found}", path.display())]
+    Unexpected {
+        /// The file.
+        path: PathBuf,
+        /// What was asked for.
+        expected: String,
+        /// What the file holds.
+        found: String,
+    },
+    /// The file is damaged, or of a kind that can't be decoded.
+    #[error("{}: expected a whole PNG or JPEG", path.display())]
+    Decode {
+        /// The file.
+        path: PathBuf,
+        /// What the decoder said.
+        source: ImageError,
+    },
+}
+
+/// Reads a PNG or JPEG, told apart by their first bytes and not by name (ImageNet holds a PNG called `.JPEG`), as
+/// `[height, width, 3]` bytes.
+///
+/// Other kinds of pixels become RGB as Pillow's `convert("RGB")` makes them: grey is replicated, a palette looked up,
+/// alpha dropped without compositing, of 16-bit colours the high byte taken; 16-bit grey without alpha is *clipped*
+/// at 255, not scaled. An orientation in the metadata is not applied. PNG is exact; the inverse cosine transform of
+/// JPEG is not prescribed to the last bit, and decoders differ by a few levels in some pixels.
+///
+/// # Errors
+/// When the file can't be read, is neither PNG nor JPEG, is damaged or cut short, or states more than 2^26 pixels;
+/// the message names it. Memory stays below about 1.5 GB whatever the file states.
+pub fn read_rgb(path: &Path) -> Result<RgbImage, PictureError> {
+    let io = |source| PictureError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(MOST_BYTES + 1).read_to_end(&mut bytes))
+        .map_err(io)?;
+    let unexpected = |expected: &str, found: String| PictureError::Unexpected {
+        path: path.to_owned(),
+        expected: expected.to_owned(),
+        found,
+    };
+    if bytes.len() as u64 > MOST_BYTES {
+        return Err(unexpected("at most 256 MiB", "more".to_owned()));
+    }
+    let broken = |source| PictureError::Decode {
+        path: path.to_owned(),
+        source,
+    };
+    let decoded = match image::guess_format(&bytes) {
+        Ok(ImageFormat::Png) => {
+            let limits = limits();
+            PngDecoder::with_limits(Cursor::new(&bytes), limits)
+                .map_err(broken)
+                .map(Decoder::Png)
+        }
+        Ok(ImageFormat::Jpeg) if jpeg_is_whole(&bytes) => JpegDecoder::new(Cursor::new(&bytes))
+            .map_err(broken)
+            .map(Decoder::Jpeg),
+        Ok(ImageFormat::Jpeg) => Err(unexpected(
+            "a whole JPEG",
+            "one without the marker of its end: it is cut short".to_owned(),
+        )),
+        _ => Err(unexpected(
+            "a PNG or JPEG",
+            format!(
+                "a file beginning with {:02x?}",
+                &bytes[..bytes.len().min(8)]
+            ),
+        )),
+    }?;
+    let (width, height) = decoded.dimensions();
+    if u64::from(width) * u64::from(height) > MOST_PIXELS {
+        return Err(unexpected(
+            &format!("at most {MOST_PIXELS} pixels"),
+            format!("{width} x {height}"),
+        ));
+    }
+    let image = decoded.decode().map_err(broken)?;
+    // Byte 25 of a PNG is its kind of colour; 0 is grey, to which the decoder adds alpha for a transparent level.
+    let grey = bytes.get(25) == Some(&0);
+    Ok(to_rgb(image, grey))
+}
+
+enum Decoder<'a> {
+    Png(PngDecoder<Cursor<&'a Vec<u8>>>),
+    Jpeg(JpegDecoder<Cursor<&'a Vec<u8>>>),
+}
+
+impl Decoder<'_> {
+    fn dimensions(&self) -> (u32, u32) {
+        match self {
+            Self::Png(decoder) => decoder.dimensions(),
+            Self::Jpeg(decoder) => decoder.dimensions(),
+        }
+    }
+
+    fn decode(self) -> Result<DynamicImage, ImageError> {
+        match self {
+            Self::Png(mut decoder) => {
+                decoder.set_limits(limits())?;
+                DynamicImage::from_decoder(decoder)
+            }
+            Self::Jpeg(mut decoder) => {
+                decoder.set_limits(limits())?;
+                DynamicImage::from_decoder(decoder)
+            }
+        }
+    }
+}
+
+fn limits() -> Limits {
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(MOST_MEMORY);
+    limits
+}
+
+/// Whether the end marker follows the last scan. The decoder itself fills what is missing with grey; inside a scan
+/// the byte `ff` is always followed by a zero or a restart marker, so that the markers found are real ones.
+fn jpeg_is_whole(bytes: &[u8]) -> bool {
+    let last = |marker: [u8; 2]| bytes.windows(2).rposition(|pair| pair == marker);
+    matches!((last([0xff, 0xda]), last([0xff, 0xd9])), (Some(scan), Some(end)) if scan < end)
+}
+
+/// Pillow's `convert("RGB")`. `grey` says that the file has one channel and no alpha of its own.
+fn to_rgb(image: DynamicImage, grey: bool) -> RgbImage {
+    let (width, height) = (image.width(), image.height());
+    let clipped = |level: u16| [level.min(255) as u8; 3];
+    let high = |level: u16| (level >> 8) as u8;
+    let pixels: Vec<u8> = match image {
+        DynamicImage::ImageLuma16(image) => image.iter().flat_map(|&l| clipped(l)).collect(),
+        DynamicImage::ImageLumaA16(image) => image
+            .pixels()
+            .flat_map(|pixel| {
+                let level = pixel.0[0];
+                if grey {
+                    clipped(level)
+                } else {
+                    [high(level); 3]
+                }
+            })
+            .collect(),
+        DynamicImage::ImageRgb16(image) => image.iter().map(|&level| high(level)).collect(),
+        DynamicImage::ImageRgba16(image) => image
+            .pixels()
+            .flat_map(|pixel| [0, 1, 2].map(|channel| high(pixel.0[channel])))
+            .collect(),
+        other => return other.into_rgb8(),
+    };
+    RgbImage::from_raw(width, height, pixels).expect("three bytes were made of every pixel")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::{ExtendedColorType, ImageEncoder};
+
+    /// The file `bytes` as it is read.
+    fn read(bytes: &[u8]) -> Result<RgbImage, PictureError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.png");
+        std::fs::write(&path, bytes).unwrap();
+        read_rgb(&path)
+    }
+
+    /// One row of pixels, as PNG.
+    fn png(width: u32, color: ExtendedColorType, row: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        image::codecs::png::PngEncoder::new(&mut bytes)
+            .write_image(row, width, 1, color)
+            .unwrap();
+        bytes
+    }
+
+    fn levels(values: &[u16]) -> Vec<u8> {
+        values.iter().flat_map(|v| v.to_ne_bytes()).collect()
+    }
+
+    #[test]
+    fn sixteen_bits_become_eight_as_pillow_does_it() {
+        // Expected values are Pillow 13's.
+        let cases: [(u32, _, &[u16], &[u8]); 4] = [
+            (
+                3,
+                ExtendedColorType::L16,
+                &[100, 256, 0x7f80],
+                &[100, 100, 100, 255, 255, 255, 255, 255, 255],
+            ),
+            (
+                2,
+                ExtendedColorType::La16,
+                &[0x12ff, 0x8000, 0xff80, 0],
+                &[18, 18, 18, 255, 255, 255],
+            ),
+            (
+                1,
+                ExtendedColorType::Rgb16,
+                &[0x12ff, 0x80ff, 0xfeff],
+                &[18, 128, 254],
+            ),
+            (
+                1,
+                ExtendedColorType::Rgba16,
+                &[0x12ff, 0x80ff, 0xfeff, 1],
+                &[18, 128, 254],
+            ),
+        ];
+        for (width, color, values, expected) in cases {
+            let image = read(&png(width, color, &levels(values))).unwrap();
+            assert_eq!(image.as_raw(), expected, "{color:?}");
+        }
+    }
+
+    #[test]
+    fn a_transparent_level_does_not_make_grey_another_kind() {
+        // Grey, 16 bits, 3 x 1, with a tRNS chunk for level 100, made by hand with zlib; Pillow reads 0, 100, 255.
+        let mut bytes = png(3, ExtendedColorType::L16, &levels(&[0, 100, 300]));
+        let data = bytes.windows(4).position(|name| name == b"IDAT").unwrap() - 4;
+        let chunk = [&b"tRNS"[..], &[0, 100]].concat();
+        let crc = crc32fast::hash(&chunk).to_be_bytes();
+        let inserted = [&[0, 0, 0, 2], &chunk[..], &crc].concat();
+        bytes.splice(data..data, inserted);
+        let image = read(&bytes).unwrap();
+        assert_eq!(image.as_raw(), &[0, 0, 0, 100, 100, 100, 255, 255, 255]);
+    }
+
+    fn jpeg(width: u32, height: u32) -> Vec<u8> {
+        let pixels: Vec<u8> = (0..height)
+            .flat_map(|y| (0..width).flat_map(move |x| [x as u8 * 3, y as u8 * 4, 90]))
+            .collect();
+        let mut bytes = Vec::new();
+        image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 98)
+            .write_image(&pixels, width, height, ExtendedColorType::Rgb8)
+            .unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_jpeg_is_read_whatever_its_name() {
+        let image = read(&jpeg(40, 24)).unwrap();
+        assert_eq!(image.dimensions(), (40, 24));
+        for (x, y, pixel) in image.enumerate_pixels() {
+            let expected = [x as i32 * 3, y as i32 * 4, 90];
+            for (found, expected) in pixel.0.iter().zip(expected) {
+                // Quality 98 quantises by at most a few levels, and the chroma of 2 x 2 pixels may be shared.
+                assert!(
+                    (i32::from(*found) - expected).abs() <= 8,
+                    "{x} {y} {pixel:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn damaged_files_are_errors_that_name_them() {
+        let whole = jpeg(64, 64);
+        let (half, tail) = (whole.len() / 2, whole.len() - 2);
+        let png = png(3, ExtendedColorType::L8, &[1, 2, 3]);
+        let cases = [
+            (
+                vec![],
+                "expected a PNG or JPEG, found a file beginning with []",
+            ),
+            (b"GIF89a..".to_vec(), "[47, 49, 46"),
+            (whole[..half].to_vec(), "cut short"),
+            (whole[..tail].to_vec(), "cut short"),
+            (
+                png[..png.len() - 30].to_vec(),
+                "expected a whole PNG or JPEG",
+            ),
+        ];
+        for (bytes, expected) in cases {
+            let message = read(&bytes).unwrap_err().to_string();
+            assert!(
+                message.contains("a.png") && message.contains(expected),
+                "{message}"
+            );
+        }
+        let missing = read_rgb(Path::new("/no/such.png")).unwrap_err();
+        assert!(missing.to_string().contains("/no/such.png"));
+    }
+
+    #[test]
+    fn a_file_that_states_a_huge_picture_is_refused_before_it_is_decoded() {
+        let mut bytes = png(3, ExtendedColorType::L8, &[1, 2, 3]);
+        bytes[16..24].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 0]);
+        let crc = crc32fast::hash(&bytes[12..29]).to_be_bytes();
+        bytes[29..33].copy_from_slice(&crc);
+        let message = read(&bytes).unwrap_err().to_string();
+        assert!(message.contains("found 65536 x 65536"), "{message}");
+    }
+
+    #[test]
+    fn no_damage_panics() {
+        let files = [jpeg(24, 16), png(3, ExtendedColorType::Rgb8, &[7; 9])];
+        for file in files {
+            for at in 0..file.len() {
+                for value in [0, 0xff, file[at] ^ 0x10] {
+                    let mut damaged = file.clone();
+                    damaged[at] = value;
+                    let _ = read(&damaged);
+                }
+            }
+        }
+    }
+}

@@ -269,7 +269,9 @@ fn training(criterion: &mut Criterion) {
     let mut ema = Ema::new(&student, 0.999);
     criterion.bench_function("ema", |b| b.iter(|| ema.update(&student)));
     let inner = student.valid();
-    let batch = source.draw::<Inner>(0, &device);
+    let batch = source
+        .draw::<Inner>(0, &device)
+        .expect("the digits are in memory");
     criterion.bench_function("loss", |b| b.iter(|| black_box(inner.terms(&batch))));
 }
 

@@ -8,10 +8,9 @@ use burn::module::{AutodiffModule, Module, ModuleMapper, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 use burn::train::TrainStep;
-use burn_dataset::Dataset;
 use serde::Serialize;
 
-use crate::data::{Batch, BatchPlan, BatchSource, Image};
+use crate::data::{Batch, BatchPlan, BatchSource, DataError, Samples};
 use crate::models::{DitConfig, Network, zoo};
 use crate::ops::TrainingBackend;
 use crate::process::{
@@ -101,21 +100,28 @@ pub fn model(name: &str) -> Option<DitConfig> {
 
 /// Random images.
 struct Random {
-    pixels: usize,
     classes: usize,
     count: usize,
 }
 
-impl Dataset<Image> for Random {
-    fn get(&self, index: usize) -> Option<Image> {
-        (index < self.count).then(|| Image {
-            pixels: random::normal(0, Stream::Bench, 1, index as u64, self.pixels),
-            label: index % self.classes,
-        })
-    }
-
+impl Samples for Random {
     fn len(&self) -> usize {
         self.count
+    }
+
+    fn views(&self) -> usize {
+        1
+    }
+
+    fn read(&self, index: usize, _: usize, out: &mut [f32]) -> Result<usize, DataError> {
+        out.copy_from_slice(&random::normal(
+            0,
+            Stream::Bench,
+            1,
+            index as u64,
+            out.len(),
+        ));
+        Ok(index % self.classes)
     }
 }
 
@@ -123,7 +129,6 @@ impl Dataset<Image> for Random {
 pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measurement {
     let config = &plan.model;
     let data = Random {
-        pixels: config.channels * config.input_size.pow(2),
         classes: config.classes,
         count: plan.batch.max(256),
     };
@@ -146,7 +151,8 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
         candidates,
     };
     let source = BatchSource::new(shape, Arc::new(data));
-    let batch = source.draw::<B>(0, device);
+    let drawn = source.on_host(0).expect("random images are made, not read");
+    let batch = drawn.clone().upload::<B>(device);
     let diffusion = Arc::new(GaussianDiffusion::full());
     let runs = match plan.workload {
         Workload::Infer => {
@@ -226,7 +232,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
                     beta: (0.01, 0.0),
                 }),
             };
-            let inner = source.draw::<B::InnerBackend>(0, device);
+            let inner = drawn.upload::<B::InnerBackend>(device);
             let student = Student::new(student, Some(distillation), diffusion.clone(), 1);
             train(plan, device, student, || {
                 let said = inner.objective(&diffusion).teach(&teacher, &layers);

@@ -12,7 +12,7 @@
 //! | [`pruning`] | which layers stay: groups and masks, the gate, learned pruning, scores, the oracle rule |
 //! | [`recovery`] | healing: fine-tuning and distillation |
 //! | [`training`] | burn-train's `Learner` under a strategy of our own; optimizer, EMA, checkpoints |
-//! | [`data`] | the embedded digits, and batches by step number |
+//! | [`data`] | the embedded digits, image folders, latents on disk, and batches by step number |
 //! | [`weights`] | safetensors and `.pt` in, safetensors out, under PyTorch's names |
 //! | [`evaluation`] | FID, Inception Score, precision and recall, npz |
 //! | [`recipe`] | TOML → plan → run directory |
@@ -41,6 +41,7 @@ pub mod evaluation;
 pub mod images;
 pub mod interrupt;
 pub mod models;
+mod npy;
 pub mod ops;
 pub mod process;
 pub mod pruning;

@@ -32,6 +32,8 @@ pub enum Stream {
     Split = 9,
     /// Benchmark inputs.
     Bench = 10,
+    /// Whether a training sample is the mirrored view.
+    Mirror = 11,
 }
 
 /// A generator for one address.

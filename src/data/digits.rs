@@ -6,8 +6,7 @@
 use std::io::Read;
 use std::sync::OnceLock;
 
-use burn_dataset::Dataset;
-
+use super::{DataError, Samples};
 use crate::models::digits::{CLASSES, SIDE};
 use crate::random::{self, Stream};
 
@@ -69,13 +68,31 @@ impl Digits {
     }
 }
 
-impl Dataset<Image> for Digits {
-    fn get(&self, index: usize) -> Option<Image> {
-        self.images.get(index).cloned()
+impl Samples for Digits {
+    fn len(&self) -> usize {
+        self.count()
     }
 
-    fn len(&self) -> usize {
-        self.images.len()
+    fn views(&self) -> usize {
+        1
+    }
+
+    fn read(&self, index: usize, view: usize, out: &mut [f32]) -> Result<usize, DataError> {
+        match self.images.get(index) {
+            Some(image) if view == 0 && image.pixels.len() == out.len() => {
+                out.copy_from_slice(&image.pixels);
+                Ok(image.label)
+            }
+            _ => Err(DataError::Sample {
+                index,
+                expected: format!(
+                    "view 0 of {} digits of {} pixels",
+                    self.count(),
+                    SIDE * SIDE
+                ),
+                found: format!("a request for {} pixels of view {view}", out.len()),
+            }),
+        }
     }
 }
 

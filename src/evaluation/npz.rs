@@ -15,6 +15,7 @@ use super::archive::{Archive, member_name};
 use super::{EvaluationError, Statistics};
 use crate::atomic::write_atomic;
 use crate::images::Images;
+use crate::npy;
 
 /// A batch of pictures and, where the archive has them, their classes.
 #[derive(Clone, Debug, PartialEq)]
@@ -149,7 +150,7 @@ fn write_array<W: Write + io::Seek>(
     shape: &[usize],
     data: &[u8],
 ) -> io::Result<()> {
-    let header = npy_header(descr, shape);
+    let header = npy::header(descr, shape);
     let size = header.len() as u64 + data.len() as u64;
     let options = SimpleFileOptions::default()
         .compression_method(CompressionMethod::Stored)
@@ -159,29 +160,13 @@ fn write_array<W: Write + io::Seek>(
     archive.write_all(data)
 }
 
-/// The header of a `.npy` file, version 1.0: magic, length, and a Python dictionary padded with
-/// spaces so that the data begins at a multiple of 64 bytes.
-fn npy_header(descr: &str, shape: &[usize]) -> Vec<u8> {
-    let sides: String = shape.iter().map(|side| format!("{side}, ")).collect();
-    let mut text = format!(
-        "{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}), }}",
-        sides.trim_end()
-    );
-    let prefix = b"\x93NUMPY\x01\x00";
-    let unpadded = prefix.len() + 2 + text.len() + 1;
-    text.push_str(&" ".repeat(unpadded.next_multiple_of(64) - unpadded));
-    text.push('\n');
-    // At most four sides of at most 20 digits each: far below 65536.
-    let length = (text.len() as u16).to_le_bytes();
-    [&prefix[..], &length, text.as_bytes()].concat()
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
     use std::path::PathBuf;
 
     use super::*;
+    use crate::npy::header;
 
     /// An archive with these members, and its path.
     fn archive(members: &[(&str, Vec<u8>)]) -> (tempfile::TempDir, PathBuf) {
@@ -197,7 +182,7 @@ mod tests {
     }
 
     fn npy(descr: &str, shape: &[usize], data: &[u8]) -> Vec<u8> {
-        [npy_header(descr, shape), data.to_vec()].concat()
+        [header(descr, shape), data.to_vec()].concat()
     }
 
     fn read_error(members: &[(&str, Vec<u8>)]) -> String {
@@ -226,18 +211,6 @@ mod tests {
         }
         assert_eq!(read_reference_statistics(&path).unwrap(), None);
         assert!(write_samples(&path, &images, Some(&[1])).is_err());
-    }
-
-    #[test]
-    fn the_header_is_numpys() {
-        let header = npy_header("|u1", &[5, 8, 6, 3]);
-        assert_eq!(header.len(), 128);
-        assert_eq!(header[8..10], [118, 0]);
-        let text = str::from_utf8(&header[10..]).unwrap();
-        assert!(
-            text.starts_with("{'descr': '|u1', 'fortran_order': False, 'shape': (5, 8, 6, 3,), }")
-        );
-        assert!(text.ends_with(" \n"));
     }
 
     #[test]

@@ -211,7 +211,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             if crate::interrupt::requested() {
                 return Err(RecipeError::Interrupted);
             }
-            let batch = source.draw::<B::InnerBackend>(step, self.device);
+            let batch = source
+                .draw::<B::InnerBackend>(step, self.device)
+                .map_err(crate::training::TrainingError::from)?;
             let batch = ScoreBatch {
                 x: batch.x,
                 noise: batch.noise,

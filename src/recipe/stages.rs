@@ -160,9 +160,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         M::InnerModule: burn::train::InferenceStep<Input = (), Output = ()>,
     {
         let (steps, device) = (plan.steps, self.device.clone());
-        let batches = move |start: usize| -> Arc<
-            dyn burn::data::dataloader::DataLoader<B, crate::data::Batch<B>>,
-        > {
+        let batches = move |start: usize| -> Arc<dyn crate::data::Feed<B, crate::data::Batch<B>>> {
             let batches = Batches::<B>::new(
                 source,
                 start,

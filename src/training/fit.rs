@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex};
 
+use crate::data::Feed;
 use crate::ops::TrainingBackend;
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::lr_scheduler::LrScheduler;
@@ -32,7 +33,7 @@ pub(super) struct Observer<B: TrainingBackend, M> {
 }
 
 /// Makes the loader of a training's batches, given the first step.
-pub type BatchesFrom<B, I> = Box<dyn FnOnce(usize) -> Arc<dyn DataLoader<B, I>>>;
+pub type BatchesFrom<B, I> = Box<dyn FnOnce(usize) -> Arc<dyn Feed<B, I>>>;
 
 /// A training to be run.
 pub struct Fit<B: TrainingBackend, M: TrainStep> {
@@ -67,7 +68,7 @@ pub struct Fitted<B: TrainingBackend, M: AutodiffModule<B>> {
 /// Trains `model`.
 ///
 /// # Errors
-/// When training diverges, or a checkpoint or log can't be read or written.
+/// When training diverges, a batch can't be read, or a checkpoint or log can't be read or written.
 pub fn fit<B, M>(model: M, fit: Fit<B, M>) -> Result<Fitted<B, M>, TrainingError>
 where
     B: TrainingBackend,
@@ -104,7 +105,8 @@ where
     };
     let observer = Observer { step };
     let schedule = plan.schedule().load_record::<B>(start.step);
-    let loader = batches(start.step);
+    let feed = batches(start.step);
+    let loader: Arc<dyn DataLoader<B, _>> = feed.clone();
     // The dashboard draws on standard output; without a terminal there, or asked for plain lines, nothing does.
     let dashboard = cfg!(feature = "tui") && !plain && std::io::stdout().is_terminal();
     let ended = Arc::new(Mutex::new(None));
@@ -139,7 +141,7 @@ where
         position,
         error,
     } = lock(&ended).take().expect("the strategy says how it ended");
-    match error {
+    match error.or_else(|| feed.failure().map(TrainingError::Data)) {
         Some(error) => Err(error),
         None => Ok(Fitted {
             ema: ema.apply(result.model.clone()),

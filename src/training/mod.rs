@@ -26,6 +26,7 @@ pub use optimizer::{AdamW, ParameterGroup};
 pub use schedule::Schedule;
 pub use strategy::Plan;
 
+use crate::data::DataError;
 use crate::weights::WeightsError;
 
 /// How a training can fail.
@@ -47,6 +48,9 @@ pub enum TrainingError {
         "a computing thread failed (its message stands above); nothing computed since is kept. Continue from the last checkpoint with `--resume`"
     )]
     Device,
+    /// A sample can't be read, or is not what the plan says.
+    #[error(transparent)]
+    Data(#[from] DataError),
     /// A checkpoint can't be written, read, or does not belong to this run.
     #[error(transparent)]
     Weights(#[from] WeightsError),

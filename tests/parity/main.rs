@@ -10,6 +10,7 @@
 
 mod compare;
 mod evaluator;
+mod feature_shards;
 mod fixture;
 mod forward;
 mod image_preprocess;

@@ -1,0 +1,195 @@
+//! Labelled images as they lie on disk: one sub-folder a class.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::DataError;
+
+/// A folder of images, its sub-folders the classes; as torchvision's `ImageFolder`, but only one level deep, and of
+/// PNG and JPEG alone.
+///
+/// Classes are numbered in the byte order of their names, images listed class by class in the byte order of theirs:
+/// the same list on every system. A sub-folder without images is a class all the same, so that the numbering is that
+/// of the names alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageFolder {
+    classes: Vec<String>,
+    images: Vec<(PathBuf, usize)>,
+    ignored: usize,
+}
+
+impl ImageFolder {
+    /// Lists a folder. No image is opened. Names that begin with a dot are passed over.
+    ///
+    /// # Errors
+    /// When the folder can't be read, has no sub-folder, or none of them has an image; and when the name of a class
+    /// is not UTF-8.
+    pub fn open(path: &Path) -> Result<Self, DataError> {
+        let unexpected = |expected: &str, found: String| DataError::Unexpected {
+            path: path.to_owned(),
+            expected: expected.to_owned(),
+            found,
+        };
+        let mut names = Vec::new();
+        let mut ignored = 0;
+        for (name, is_folder) in entries(path)? {
+            if is_folder {
+                names.push(name);
+            } else {
+                ignored += 1;
+            }
+        }
+        if names.is_empty() {
+            return Err(unexpected(
+                "a sub-folder for each class",
+                format!("none, and {ignored} files"),
+            ));
+        }
+        let (mut classes, mut images) = (Vec::new(), Vec::new());
+        for (label, name) in names.into_iter().enumerate() {
+            let folder = path.join(&name);
+            for (file, is_folder) in entries(&folder)? {
+                let file = folder.join(file);
+                if is_folder || !is_image(&file) {
+                    ignored += 1;
+                } else {
+                    images.push((file, label));
+                }
+            }
+            classes.push(name.into_string().map_err(|name| {
+                unexpected("class names in UTF-8", format!("{}", name.display()))
+            })?);
+        }
+        if images.is_empty() {
+            return Err(unexpected(
+                "images (.jpg, .jpeg, .png) in the sub-folders",
+                format!("none in {}, and {ignored} other files", classes.len()),
+            ));
+        }
+        Ok(Self {
+            classes,
+            images,
+            ignored,
+        })
+    }
+
+    /// Names of the classes; a label is a place in this list.
+    pub fn classes(&self) -> &[String] {
+        &self.classes
+    }
+
+    /// Path and label of each image.
+    pub fn images(&self) -> &[(PathBuf, usize)] {
+        &self.images
+    }
+
+    /// How many entries were passed over: files beside the classes, files that are no images by their names, and
+    /// folders inside a class.
+    pub fn ignored(&self) -> usize {
+        self.ignored
+    }
+}
+
+/// Names in byte order, and whether each is a folder; links are followed.
+fn entries(folder: &Path) -> Result<Vec<(OsString, bool)>, DataError> {
+    let mut entries = fs::read_dir(folder)
+        .and_then(|entries| {
+            entries
+                .map(|entry| {
+                    let entry = entry?;
+                    let is_folder = match entry.file_type()? {
+                        kind if kind.is_symlink() => entry.path().is_dir(),
+                        kind => kind.is_dir(),
+                    };
+                    Ok((entry.file_name(), is_folder))
+                })
+                .collect::<std::io::Result<Vec<_>>>()
+        })
+        .map_err(DataError::io(folder))?;
+    entries.retain(|(name, _)| !name.as_encoded_bytes().starts_with(b"."));
+    entries.sort_unstable_by(|(a, _), (b, _)| a.as_encoded_bytes().cmp(b.as_encoded_bytes()));
+    Ok(entries)
+}
+
+fn is_image(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| {
+        ["jpg", "jpeg", "png"]
+            .iter()
+            .any(|known| extension.eq_ignore_ascii_case(known))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(files: &[&str]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for file in files {
+            let path = folder.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn classes_and_images_come_in_byte_order() {
+        let root = folder(&[
+            "n2/b.PNG",
+            "n2/a.jpeg",
+            "n10/z.JPG",
+            "Z/10.png",
+            "Z/9.png",
+            "Z/notes.txt",
+            "Z/deeper/1.png",
+            "list.csv",
+            "cat.png",
+            ".cache/1.png",
+        ]);
+        let listed = ImageFolder::open(root.path()).unwrap();
+        assert_eq!(listed.classes(), ["Z", "n10", "n2"]);
+        let images: Vec<(String, usize)> = listed
+            .images()
+            .iter()
+            .map(|(path, label)| {
+                let path = path.strip_prefix(root.path()).unwrap();
+                (path.to_str().unwrap().to_owned(), *label)
+            })
+            .collect();
+        let expected = [
+            ("Z/10.png", 0),
+            ("Z/9.png", 0),
+            ("n10/z.JPG", 1),
+            ("n2/a.jpeg", 2),
+            ("n2/b.PNG", 2),
+        ];
+        assert_eq!(
+            images,
+            expected.map(|(path, label)| (path.to_owned(), label))
+        );
+        assert_eq!(listed.ignored(), 4);
+    }
+
+    #[test]
+    fn folders_that_are_no_image_folders_are_errors_that_name_them() {
+        for (files, expected) in [
+            (
+                &["a.png", "b.png"][..],
+                "a sub-folder for each class, found none, and 2 files",
+            ),
+            (
+                &["x/a.txt", "y/b.gif"],
+                "found none in 2, and 2 other files",
+            ),
+        ] {
+            let root = folder(files);
+            let message = ImageFolder::open(root.path()).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+            assert!(message.contains(&root.path().display().to_string()));
+        }
+        let missing = ImageFolder::open(Path::new("/no/such/folder")).unwrap_err();
+        assert!(missing.to_string().contains("/no/such/folder"), "{missing}");
+    }
+}

@@ -1,0 +1,236 @@
+//! Latents on disk: what an autoencoder made of a data set, once, for all trainings to come.
+//!
+//! [`Latents::open`] reads two forms.
+//!
+//! # `.npy` folders
+//! The reference's: `imagenet256_features/I.npy`, `f32` `[views, channels, side, side]`, and `imagenet256_labels/I.npy`,
+//! `i64` `[1]`. Both folders are listed in the byte order of the names (`10.npy` before `2.npy`) and matched by
+//! position. [`write_npy`] writes one sample. Two files are opened for each sample that is read, which is slow.
+//!
+//! # Packed shards
+//! This crate's: `latents.json` and files of records of one size, mapped into memory. [`ShardWriter`] writes them.
+//!
+//! `latents.json` is written last, so a folder without it is unfinished:
+//!
+//! ```json
+//! {
+//!   "format": "tinyfusion latents",
+//!   "version": 1,
+//!   "count": 5000,
+//!   "layout": {
+//!     "views": 2, "channels": 4, "side": 32, "dtype": "f16",
+//!     "classes": 1000, "records_per_shard": 2048, "scaling_factor": 0.18215
+//!   },
+//!   "class_names": ["tench", "..."],
+//!   "shards": [{ "file": "shard-00000.bin", "records": 2048, "checksum": "8c1f03aa" }]
+//! }
+//! ```
+//!
+//! `class_names` may be missing. Every shard but the last holds `records_per_shard` records. A shard is, with all
+//! numbers little-endian:
+//!
+//! | Bytes | Contents |
+//! |---|---|
+//! | 0..8 | `TFLATENT` |
+//! | 8..12 | `u32`, version: 1 |
+//! | 12..16 | `u32`, bytes of a number: 2 (`f16`) or 4 (`f32`) |
+//! | 16..20 | `u32`, views: 1 (image) or 2 (image, mirror image) |
+//! | 20..24 | `u32`, channels |
+//! | 24..28 | `u32`, side |
+//! | 28..32 | `u32`, classes |
+//! | 32..40 | `f64`, what the autoencoder's latents were multiplied by |
+//! | 40..44 | `u32`, records of a full shard |
+//! | 44..48 | `u32`, records of this shard |
+//! | 48..56 | `u64`, number of its first record |
+//! | 56..64 | zero |
+//! | 64.. | records |
+//! | last 4 | `u32`, CRC-32 (IEEE) of all bytes before; `checksum` in hexadecimal |
+//!
+//! A record is the latents `[views, channels, side, side]`, the label as `u32`, and zeros up to a multiple of 64
+//! bytes. So records and latents lie on the borders of cache lines.
+//!
+//! CRC-32, because it must find damage by disk and wire, not by malice; processors compute it at several gigabytes a
+//! second, and `crc32fast`, which does so, is built for `zip` in any case.
+
+use std::path::Path;
+
+use super::{DataError, Samples};
+
+mod npy;
+mod packed;
+mod writer;
+
+pub use npy::write_npy;
+pub use packed::{Dtype, Layout, RECORDS_PER_SHARD};
+pub use writer::ShardWriter;
+
+use npy::{FEATURES, LABELS, NpyFolders};
+use packed::{INDEX, Packed, shard_name};
+
+/// Latents of either form, opened for reading.
+pub struct Latents(Form);
+
+enum Form {
+    Npy(NpyFolders),
+    Packed(Packed),
+}
+
+impl Latents {
+    /// Opens a folder of packed shards, one that holds `imagenet256_features` and `imagenet256_labels`, or a folder
+    /// `NAME_features` beside `NAME_labels`.
+    ///
+    /// Sizes and headers of all shards are checked, and of the `.npy` files the first pair; what the files hold is
+    /// checked when it is read, or by [`verify`](Self::verify). The files must not be changed while they are open.
+    ///
+    /// # Errors
+    /// When the folder is none of these, is unfinished, holds nothing, or a file is not what it should be.
+    pub fn open(path: &Path) -> Result<Self, DataError> {
+        if path.join(INDEX).is_file() {
+            return Packed::open(path).map(|packed| Self(Form::Packed(packed)));
+        }
+        let npy = |features: &Path, labels: &Path| {
+            NpyFolders::open(features, labels).map(|folders| Self(Form::Npy(folders)))
+        };
+        if path.join(FEATURES).is_dir() {
+            return npy(&path.join(FEATURES), &path.join(LABELS));
+        }
+        let name = path.file_name().and_then(|name| name.to_str());
+        if let Some(name) = name.and_then(|name| name.strip_suffix("_features"))
+            && path.is_dir()
+        {
+            return npy(path, &path.with_file_name(format!("{name}_labels")));
+        }
+        let found = if path.join(shard_name(0)).exists() {
+            format!("shards without {INDEX}: they were not finished, and their writer can go on")
+        } else if path.is_dir() {
+            "neither".to_owned()
+        } else {
+            "no folder".to_owned()
+        };
+        let expected =
+            format!("a folder with {INDEX}, or with the folders {FEATURES} and {LABELS}");
+        Err(DataError::unexpected(path, expected, found))
+    }
+
+    /// Number of samples, at least 1.
+    pub fn count(&self) -> usize {
+        match &self.0 {
+            Form::Npy(folders) => folders.count(),
+            Form::Packed(packed) => packed.count(),
+        }
+    }
+
+    /// Views of each sample: 1, or 2 with the mirror image's.
+    pub fn views(&self) -> usize {
+        self.shape()[0]
+    }
+
+    /// Channels of a latent.
+    pub fn channels(&self) -> usize {
+        self.shape()[1]
+    }
+
+    /// Side of a latent.
+    pub fn side(&self) -> usize {
+        self.shape()[2]
+    }
+
+    fn shape(&self) -> [usize; 3] {
+        match &self.0 {
+            Form::Npy(folders) => folders.shape(),
+            Form::Packed(packed) => packed.layout().shape(),
+        }
+    }
+
+    /// Number of classes. Shards state it; of `.npy` folders it is one more than the largest label, for which the
+    /// first call reads all of them.
+    ///
+    /// # Errors
+    /// When a label can't be read.
+    pub fn classes(&self) -> Result<usize, DataError> {
+        match &self.0 {
+            Form::Npy(folders) => folders.classes(),
+            Form::Packed(packed) => Ok(packed.layout().classes),
+        }
+    }
+
+    /// Names of the classes; none where they are not known.
+    pub fn class_names(&self) -> &[String] {
+        match &self.0 {
+            Form::Npy(_) => &[],
+            Form::Packed(packed) => packed.class_names(),
+        }
+    }
+
+    /// What the autoencoder's latents were multiplied by, where the form states it.
+    pub fn scaling_factor(&self) -> Option<f64> {
+        match &self.0 {
+            Form::Npy(_) => None,
+            Form::Packed(packed) => Some(packed.layout().scaling_factor),
+        }
+    }
+
+    /// Label of a sample.
+    ///
+    /// # Errors
+    /// When there is no such sample, its label can't be read, or is no class.
+    pub fn label(&self, index: usize) -> Result<usize, DataError> {
+        self.check(index, 0)?;
+        match &self.0 {
+            Form::Npy(folders) => folders.label(index),
+            Form::Packed(packed) => packed.label(index),
+        }
+    }
+
+    /// Reads everything, and compares the shards with their checksums.
+    ///
+    /// # Errors
+    /// Names the first file that is damaged.
+    pub fn verify(&self) -> Result<(), DataError> {
+        match &self.0 {
+            Form::Npy(folders) => folders.verify(),
+            Form::Packed(packed) => packed.verify(),
+        }
+    }
+
+    fn check(&self, index: usize, view: usize) -> Result<(), DataError> {
+        let (count, views) = (self.count(), self.views());
+        if index < count && view < views {
+            return Ok(());
+        }
+        Err(DataError::Sample {
+            index,
+            expected: format!("one of {count} samples of {views} views"),
+            found: format!("a request for view {view}"),
+        })
+    }
+}
+
+impl Samples for Latents {
+    fn len(&self) -> usize {
+        self.count()
+    }
+
+    fn views(&self) -> usize {
+        self.views()
+    }
+
+    fn read(&self, index: usize, view: usize, out: &mut [f32]) -> Result<usize, DataError> {
+        self.check(index, view)?;
+        let [_, channels, side] = self.shape();
+        if out.len() != channels * side * side {
+            return Err(DataError::Sample {
+                index,
+                expected: format!("room for [{channels}, {side}, {side}]"),
+                found: format!("{} numbers", out.len()),
+            });
+        }
+        match &self.0 {
+            Form::Npy(folders) => folders.read(index, view, out),
+            Form::Packed(packed) => packed.read(index, view, out),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

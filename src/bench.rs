@@ -100,6 +100,7 @@ pub fn model(name: &str) -> Option<DitConfig> {
 
 /// Random images.
 struct Random {
+    pixels: usize,
     classes: usize,
     count: usize,
 }
@@ -113,13 +114,13 @@ impl Samples for Random {
         1
     }
 
-    fn read(&self, index: usize, _: usize, out: &mut [f32]) -> Result<usize, DataError> {
-        out.copy_from_slice(&random::normal(
+    fn read(&self, index: usize, _: usize, out: &mut Vec<f32>) -> Result<usize, DataError> {
+        out.extend(random::normal(
             0,
             Stream::Bench,
             1,
             index as u64,
-            out.len(),
+            self.pixels,
         ));
         Ok(index % self.classes)
     }
@@ -129,6 +130,7 @@ impl Samples for Random {
 pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measurement {
     let config = &plan.model;
     let data = Random {
+        pixels: config.channels * config.input_size.pow(2),
         classes: config.classes,
         count: plan.batch.max(256),
     };

@@ -77,20 +77,16 @@ impl Samples for Digits {
         1
     }
 
-    fn read(&self, index: usize, view: usize, out: &mut [f32]) -> Result<usize, DataError> {
+    fn read(&self, index: usize, view: usize, out: &mut Vec<f32>) -> Result<usize, DataError> {
         match self.images.get(index) {
-            Some(image) if view == 0 && image.pixels.len() == out.len() => {
-                out.copy_from_slice(&image.pixels);
+            Some(image) if view == 0 => {
+                out.extend_from_slice(&image.pixels);
                 Ok(image.label)
             }
             _ => Err(DataError::Sample {
                 index,
-                expected: format!(
-                    "view 0 of {} digits of {} pixels",
-                    self.count(),
-                    SIDE * SIDE
-                ),
-                found: format!("a request for {} pixels of view {view}", out.len()),
+                expected: format!("one of {} digits of one view", self.count()),
+                found: format!("a request for view {view}"),
             }),
         }
     }

@@ -1,18 +1,13 @@
 //! Batches by step number: deterministic, resumable, the same on every backend.
 
-use std::marker::PhantomData;
-use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{Int, Tensor, TensorData};
 
 use super::{DataError, Samples, view};
-use crate::models::Network;
-use crate::ops::TrainingBackend;
 use crate::process::{GaussianDiffusion, Objective, TeacherOutput};
 use crate::random::{self, Stream};
-use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
-use burn::tensor::backend::{AutodiffBackend, Backend};
-use burn::tensor::{Int, Tensor, TensorData};
 
 /// What a training step is computed from; every random draw of it has been made.
 #[derive(Debug, Clone)]
@@ -130,40 +125,38 @@ impl BatchSource {
             classes,
             ..
         } = self.plan;
-        let views = self.data.views();
-        let pixels = channels * size * size;
-        if self.data.is_empty() || pixels == 0 {
-            return Err(DataError::Sample {
-                index: 0,
-                expected: "samples with pixels".to_owned(),
-                found: format!("{} samples of {pixels} pixels", self.data.len()),
-            });
+        let wrong = |index, expected, found| DataError::Sample {
+            index,
+            expected,
+            found,
+        };
+        if self.data.is_empty() {
+            return Err(wrong(0, "at least one".to_owned(), "none".to_owned()));
         }
+        let (views, pixels) = (self.data.views(), channels * size * size);
         let indices = self.indices(step);
-        let mut x = vec![0.0; indices.len() * pixels];
-        let labels = indices
-            .into_iter()
-            .zip(x.chunks_exact_mut(pixels))
-            .enumerate()
-            .map(|(sample, (index, out))| {
-                let view = match views {
-                    2 => view(
-                        views,
-                        unit(seed, Stream::Mirror, step as u64, sample as u64),
-                    ),
-                    _ => 0,
-                };
-                let label = self.data.read(index, view, out)?;
-                if label < classes {
-                    return Ok(label);
-                }
-                Err(DataError::Sample {
-                    index,
-                    expected: format!("a label below the model's {classes} classes"),
-                    found: label.to_string(),
-                })
-            })
-            .collect::<Result<_, DataError>>()?;
+        let mut x = Vec::with_capacity(indices.len() * pixels);
+        let mut labels = Vec::with_capacity(indices.len());
+        for (sample, index) in indices.into_iter().enumerate() {
+            let view = match views {
+                2 => view(
+                    views,
+                    unit(seed, Stream::Mirror, step as u64, sample as u64),
+                ),
+                _ => 0,
+            };
+            let label = self.data.read(index, view, &mut x)?;
+            if x.len() != (sample + 1) * pixels {
+                let expected = format!("[{channels}, {size}, {size}], as the model reads");
+                let found = format!("{} numbers", x.len() - sample * pixels);
+                return Err(wrong(index, expected, found));
+            }
+            if label >= classes {
+                let expected = format!("a label below the model's {classes} classes");
+                return Err(wrong(index, expected, label.to_string()));
+            }
+            labels.push(label);
+        }
         Ok((x, labels))
     }
 
@@ -281,197 +274,16 @@ impl HostBatch {
     }
 }
 
-/// A loader that can fail.
-pub trait Feed<B: Backend, I>: DataLoader<B, I> {
-    /// Why the batches ended too early, told once.
-    fn failure(&self) -> Option<DataError>;
-}
-
-/// A teacher on the inner backend, and the layers whose features it shows.
-pub type Teacher<B> = (
-    Arc<Network<<B as AutodiffBackend>::InnerBackend>>,
-    Vec<usize>,
-);
-
-/// Batches from a step on, as burn-train's loader. A thread reads and draws the next two batches while the device is
-/// busy with one. A teacher sees each batch here, on the inner backend, so that no graph is built for it.
-pub struct Batches<B: AutodiffBackend> {
-    source: BatchSource,
-    start: usize,
-    steps: usize,
-    teacher: Option<Teacher<B>>,
-    diffusion: Arc<GaussianDiffusion>,
-    device: B::Device,
-    failure: Arc<Mutex<Option<DataError>>>,
-    backend: PhantomData<B>,
-}
-
-impl<B: AutodiffBackend> Clone for Batches<B> {
-    fn clone(&self) -> Self {
-        Self {
-            source: self.source.clone(),
-            start: self.start,
-            steps: self.steps,
-            teacher: self.teacher.clone(),
-            diffusion: self.diffusion.clone(),
-            device: self.device.clone(),
-            failure: self.failure.clone(),
-            backend: PhantomData,
-        }
-    }
-}
-
-impl<B: AutodiffBackend> Batches<B> {
-    /// Batches `start..steps` of a source.
-    pub fn new(
-        source: BatchSource,
-        start: usize,
-        steps: usize,
-        diffusion: Arc<GaussianDiffusion>,
-        device: &B::Device,
-    ) -> Self {
-        Self {
-            source,
-            start,
-            steps,
-            teacher: None,
-            diffusion,
-            device: device.clone(),
-            failure: Arc::default(),
-            backend: PhantomData,
-        }
-    }
-
-    /// Has a teacher see every batch; features of `layers` are tapped.
-    pub fn with_teacher(self, teacher: Arc<Network<B::InnerBackend>>, layers: Vec<usize>) -> Self {
-        Self {
-            teacher: Some((teacher, layers)),
-            ..self
-        }
-    }
-}
-
-impl<B> DataLoader<B, Batch<B>> for Batches<B>
-where
-    B: TrainingBackend,
-{
-    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Batch<B>> + 'a> {
-        let (sender, ahead) = sync_channel(1);
-        let (source, steps) = (self.source.clone(), self.start..self.steps);
-        thread::spawn(move || {
-            for step in steps {
-                let batch = source.on_host(step);
-                let failed = batch.is_err();
-                // Nobody takes it when the iterator is gone.
-                if sender.send(batch).is_err() || failed {
-                    break;
-                }
-            }
-        });
-        Box::new(Iter {
-            batches: self,
-            ahead,
-            step: self.start,
-        })
-    }
-
-    fn num_items(&self) -> usize {
-        (self.steps - self.start) * self.source.plan.batch
-    }
-
-    fn to_device(&self, device: &B::Device) -> Arc<dyn DataLoader<B, Batch<B>>> {
-        Arc::new(Self {
-            device: device.clone(),
-            ..self.clone()
-        })
-    }
-
-    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, Batch<B>>> {
-        let batch = self.source.plan.batch;
-        Arc::new(Self {
-            start: self.start + start / batch,
-            steps: self.start + end.div_ceil(batch),
-            ..self.clone()
-        })
-    }
-}
-
-impl<B> Feed<B, Batch<B>> for Batches<B>
-where
-    B: TrainingBackend,
-{
-    fn failure(&self) -> Option<DataError> {
-        lock(&self.failure).take()
-    }
-}
-
-struct Iter<'a, B: AutodiffBackend> {
-    batches: &'a Batches<B>,
-    /// What the reading thread has made.
-    ahead: Receiver<Result<HostBatch, DataError>>,
-    step: usize,
-}
-
-impl<B> Iterator for Iter<'_, B>
-where
-    B: TrainingBackend,
-{
-    type Item = Batch<B>;
-
-    fn next(&mut self) -> Option<Batch<B>> {
-        let Batches {
-            teacher,
-            diffusion,
-            device,
-            failure,
-            ..
-        } = self.batches;
-        let plain: Batch<B::InnerBackend> = match self.ahead.recv().ok()? {
-            Ok(batch) => batch.upload(device),
-            Err(error) => {
-                *lock(failure) = Some(error);
-                return None;
-            }
-        };
-        self.step += 1;
-        let teacher = teacher.as_ref().map(|(network, layers)| {
-            let said = plain.objective(diffusion).teach(network, layers);
-            TeacherOutput {
-                output: Tensor::from_inner(said.output),
-                features: said.features.into_iter().map(Tensor::from_inner).collect(),
-            }
-        });
-        Some(Batch {
-            step: plain.step,
-            x: Tensor::from_inner(plain.x),
-            noise: Tensor::from_inner(plain.noise),
-            t: plain.t,
-            y: Tensor::from_inner(plain.y),
-            gumbel: plain.gumbel.into_iter().map(Tensor::from_inner).collect(),
-            teacher,
-        })
-    }
-}
-
-impl<B> DataLoaderIterator<Batch<B>> for Iter<'_, B>
-where
-    B: TrainingBackend,
-{
-    fn progress(&self) -> Progress {
-        Progress::new(self.step, self.batches.steps)
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::{Digits, Split};
     use super::*;
 
-    fn plan(batch: usize) -> BatchPlan {
+    pub(in crate::data) fn plan(batch: usize) -> BatchPlan {
         BatchPlan {
             batch,
             seed: 5,
@@ -526,7 +338,7 @@ mod tests {
     }
 
     /// Sample `i` is `i` in its plain view and `-i` in the mirrored one; the label is `i`.
-    struct Signed(usize);
+    pub(in crate::data) struct Signed(pub usize);
 
     impl Samples for Signed {
         fn len(&self) -> usize {
@@ -537,8 +349,9 @@ mod tests {
             self.0
         }
 
-        fn read(&self, index: usize, view: usize, out: &mut [f32]) -> Result<usize, DataError> {
-            out.fill(index as f32 * if view == 1 { -1.0 } else { 1.0 });
+        fn read(&self, index: usize, view: usize, out: &mut Vec<f32>) -> Result<usize, DataError> {
+            let value = index as f32 * if view == 1 { -1.0 } else { 1.0 };
+            out.extend([value; 64]);
             Ok(index)
         }
     }
@@ -564,42 +377,6 @@ mod tests {
                 .0
                 .iter()
                 .all(|value| *value >= 0.0)
-        );
-    }
-
-    #[cfg(feature = "ndarray")]
-    #[test]
-    fn batches_read_ahead_are_those_drawn_one_by_one() {
-        type B = burn::backend::Autodiff<burn_ndarray::NdArray>;
-        let source = BatchSource::new(plan(4), Arc::new(Digits::new(Split::Train)));
-        let device = Default::default();
-        let diffusion = Arc::new(GaussianDiffusion::full());
-        let batches = Batches::<B>::new(source.clone(), 2, 7, diffusion, &device);
-        let read: Vec<Batch<B>> = batches.iter().collect();
-        assert_eq!(read.len(), 5);
-        for (step, batch) in (2..7).zip(read) {
-            let drawn = source.draw::<B>(step, &device).unwrap();
-            assert_eq!(batch.step, step);
-            assert_eq!(batch.x.into_data(), drawn.x.into_data());
-            assert_eq!(batch.y.into_data(), drawn.y.into_data());
-        }
-        assert!(batches.failure().is_none());
-    }
-
-    #[cfg(feature = "ndarray")]
-    #[test]
-    fn a_sample_that_does_not_fit_ends_the_batches_and_is_told() {
-        type B = burn::backend::Autodiff<burn_ndarray::NdArray>;
-        let mut small = plan(10);
-        small.classes = 9;
-        let source = BatchSource::new(small, Arc::new(Signed(1)));
-        let diffusion = Arc::new(GaussianDiffusion::full());
-        let batches = Batches::<B>::new(source, 0, 7, diffusion, &Default::default());
-        assert_eq!(batches.iter().count(), 0);
-        let message = batches.failure().unwrap().to_string();
-        assert_eq!(
-            message,
-            "sample 9: expected a label below the model's 9 classes, found 9"
         );
     }
 }

@@ -5,16 +5,18 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+mod batches;
 mod digits;
 mod folder;
 pub mod latents;
 mod loader;
 mod samples;
 
+pub use batches::{Batches, Feed, Teacher};
 pub use digits::{Digits, Image, Split};
 pub use folder::ImageFolder;
 pub use latents::Latents;
-pub use loader::{Batch, BatchPlan, BatchSource, Batches, Feed, HostBatch, Teacher};
+pub use loader::{Batch, BatchPlan, BatchSource, HostBatch};
 pub use samples::{Samples, view};
 
 /// Why data can't be read or written.

@@ -18,11 +18,11 @@ pub trait Samples: Send + Sync {
     /// Views of each sample, at least 1.
     fn views(&self) -> usize;
 
-    /// Reads view `view` of sample `index` into `out`, `[channels, side, side]` row-major, and returns its label.
+    /// Appends view `view` of sample `index`, `[channels, side, side]` row-major, to `out`, and returns its label.
     ///
     /// # Errors
-    /// When there is no such sample or view, `out` has another length, or the sample can't be read.
-    fn read(&self, index: usize, view: usize, out: &mut [f32]) -> Result<usize, DataError>;
+    /// When there is no such sample or view, or it can't be read; `out` is then of no use.
+    fn read(&self, index: usize, view: usize, out: &mut Vec<f32>) -> Result<usize, DataError>;
 }
 
 /// Which of `views` a uniform number in [0, 1) chooses: with two, the mirrored one below a half, as the reference's

@@ -80,66 +80,41 @@ pub fn read_rgb(path: &Path) -> Result<RgbImage, PictureError> {
         path: path.to_owned(),
         source,
     };
-    let decoded = match image::guess_format(&bytes) {
+    let mut decoder: Box<dyn ImageDecoder + '_> = match image::guess_format(&bytes) {
         Ok(ImageFormat::Png) => {
-            let limits = limits();
-            PngDecoder::with_limits(Cursor::new(&bytes), limits)
-                .map_err(broken)
-                .map(Decoder::Png)
+            Box::new(PngDecoder::with_limits(Cursor::new(&bytes), limits()).map_err(broken)?)
         }
-        Ok(ImageFormat::Jpeg) if jpeg_is_whole(&bytes) => JpegDecoder::new(Cursor::new(&bytes))
-            .map_err(broken)
-            .map(Decoder::Jpeg),
-        Ok(ImageFormat::Jpeg) => Err(unexpected(
-            "a whole JPEG",
-            "one without the marker of its end: it is cut short".to_owned(),
-        )),
-        _ => Err(unexpected(
-            "a PNG or JPEG",
-            format!(
-                "a file beginning with {:02x?}",
-                &bytes[..bytes.len().min(8)]
-            ),
-        )),
-    }?;
-    let (width, height) = decoded.dimensions();
+        Ok(ImageFormat::Jpeg) if jpeg_is_whole(&bytes) => {
+            Box::new(JpegDecoder::new(Cursor::new(&bytes)).map_err(broken)?)
+        }
+        Ok(ImageFormat::Jpeg) => {
+            return Err(unexpected(
+                "a whole JPEG",
+                "one without the marker of its end: it is cut short".to_owned(),
+            ));
+        }
+        _ => {
+            return Err(unexpected(
+                "a PNG or JPEG",
+                format!(
+                    "a file beginning with {:02x?}",
+                    &bytes[..bytes.len().min(8)]
+                ),
+            ));
+        }
+    };
+    let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > MOST_PIXELS {
         return Err(unexpected(
             &format!("at most {MOST_PIXELS} pixels"),
             format!("{width} x {height}"),
         ));
     }
-    let image = decoded.decode().map_err(broken)?;
+    decoder.set_limits(limits()).map_err(broken)?;
+    let image = DynamicImage::from_decoder(decoder).map_err(broken)?;
     // Byte 25 of a PNG is its kind of colour; 0 is grey, to which the decoder adds alpha for a transparent level.
     let grey = bytes.get(25) == Some(&0);
     Ok(to_rgb(image, grey))
-}
-
-enum Decoder<'a> {
-    Png(PngDecoder<Cursor<&'a Vec<u8>>>),
-    Jpeg(JpegDecoder<Cursor<&'a Vec<u8>>>),
-}
-
-impl Decoder<'_> {
-    fn dimensions(&self) -> (u32, u32) {
-        match self {
-            Self::Png(decoder) => decoder.dimensions(),
-            Self::Jpeg(decoder) => decoder.dimensions(),
-        }
-    }
-
-    fn decode(self) -> Result<DynamicImage, ImageError> {
-        match self {
-            Self::Png(mut decoder) => {
-                decoder.set_limits(limits())?;
-                DynamicImage::from_decoder(decoder)
-            }
-            Self::Jpeg(mut decoder) => {
-                decoder.set_limits(limits())?;
-                DynamicImage::from_decoder(decoder)
-            }
-        }
-    }
 }
 
 fn limits() -> Limits {

@@ -7,6 +7,13 @@ use tinyfusion::data::{Latents, Samples, view};
 
 use crate::fixture::{Group, usize_of};
 
+/// A view as f64, and its label.
+fn read(latents: &Latents, index: usize, view: usize) -> (Vec<f64>, usize) {
+    let mut values = Vec::new();
+    let label = latents.read(index, view, &mut values).unwrap();
+    (values.into_iter().map(f64::from).collect(), label)
+}
+
 /// The reference's files: read, and read again after they were packed.
 #[test]
 fn latents_are_read_as_the_reference_reads_them() {
@@ -35,12 +42,10 @@ fn latents_are_read_as_the_reference_reads_them() {
     };
     let npy = Latents::open(&group.path).unwrap();
     let mut writer = ShardWriter::open(folder.path(), layout, Vec::new()).unwrap();
-    let mut latent = vec![0.0; channels * side * side];
     for index in 0..samples {
         let mut both = Vec::new();
         for view in 0..views {
-            npy.read(index, view, &mut latent).unwrap();
-            both.extend_from_slice(&latent);
+            npy.read(index, view, &mut both).unwrap();
         }
         writer.push(&both, npy.label(index).unwrap()).unwrap();
     }
@@ -54,19 +59,16 @@ fn latents_are_read_as_the_reference_reads_them() {
         for index in 0..samples {
             let label = labels.indices()[index];
             for (number, values) in (0..views).map(|view| (view, features.row(index).row(view))) {
-                assert_eq!(latents.read(index, number, &mut latent).unwrap(), label);
-                let found: Vec<f64> = latent.iter().map(|value| f64::from(*value)).collect();
+                let (found, read) = read(&latents, index, number);
+                assert_eq!(read, label);
                 assert!(found == values.data, "sample {index}, view {number}");
             }
             // What a trainer sees, given the uniform number.
             let u = expected.get("u").data[index];
             let chosen = view(views, u as f32);
             assert_eq!(chosen == 1, u < flip);
-            assert_eq!(
-                latents.read(index, chosen, &mut latent).unwrap(),
-                batch_y.indices()[index]
-            );
-            let found: Vec<f64> = latent.iter().map(|value| f64::from(*value)).collect();
+            let (found, label) = read(&latents, index, chosen);
+            assert_eq!(label, batch_y.indices()[index]);
             assert!(found == batch_x.row(index).data, "batch, sample {index}");
         }
     }
@@ -79,15 +81,14 @@ fn latents_are_written_as_the_reference_writes_them() {
     let from = Latents::open(&group.path).unwrap();
     let (views, channels, side) = (from.views(), from.channels(), from.side());
     let folder = tempfile::tempdir().unwrap();
-    let values = channels * side * side;
-    let mut both = vec![0.0; views * values];
     for index in 0..from.count() {
-        for (view, latent) in both.chunks_mut(values).enumerate() {
-            from.read(index, view, latent).unwrap();
+        let mut both = Vec::new();
+        for view in 0..views {
+            from.read(index, view, &mut both).unwrap();
         }
         let label = from.label(index).unwrap();
         write_npy(folder.path(), index, [views, channels, side], &both, label).unwrap();
-        for (kind, bytes) in [("features", 4 * views * values), ("labels", 8)] {
+        for (kind, bytes) in [("features", 4 * both.len()), ("labels", 8)] {
             let name = format!("imagenet256_{kind}/{index}.npy");
             let ours = fs::read(folder.path().join(&name)).unwrap();
             let theirs = fs::read(group.path.join(&name)).unwrap();

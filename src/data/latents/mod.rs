@@ -215,16 +215,8 @@ impl Samples for Latents {
         self.views()
     }
 
-    fn read(&self, index: usize, view: usize, out: &mut [f32]) -> Result<usize, DataError> {
+    fn read(&self, index: usize, view: usize, out: &mut Vec<f32>) -> Result<usize, DataError> {
         self.check(index, view)?;
-        let [_, channels, side] = self.shape();
-        if out.len() != channels * side * side {
-            return Err(DataError::Sample {
-                index,
-                expected: format!("room for [{channels}, {side}, {side}]"),
-                found: format!("{} numbers", out.len()),
-            });
-        }
         match &self.0 {
             Form::Npy(folders) => folders.read(index, view, out),
             Form::Packed(packed) => packed.read(index, view, out),

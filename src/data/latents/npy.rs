@@ -271,20 +271,20 @@ impl NpyFolders {
             .map_err(|_| DataError::unexpected(&path, "a label in 0..2^32", label.to_string()))
     }
 
-    /// `view` is one there is, and `out` as long as it.
+    /// `view` is one there is.
     pub(super) fn read(
         &self,
         index: usize,
         view: usize,
-        out: &mut [f32],
+        out: &mut Vec<f32>,
     ) -> Result<usize, DataError> {
         let (bytes, path) = self.features.data(index)?;
-        let (values, _) = bytes.as_chunks();
-        let values = &values[view * out.len()..];
-        for (out, bytes) in out.iter_mut().zip(values) {
-            *out = f32::from_le_bytes(*bytes);
-        }
-        if let Some(value) = out.iter().find(|value| !value.is_finite()) {
+        let [_, channels, side] = self.shape;
+        let values = channels * side * side;
+        let latent = &bytes.as_chunks().0[view * values..(view + 1) * values];
+        let start = out.len();
+        out.extend(latent.iter().map(|bytes| f32::from_le_bytes(*bytes)));
+        if let Some(value) = out[start..].iter().find(|value| !value.is_finite()) {
             let found = value.to_string();
             return Err(DataError::unexpected(&path, "finite latents", found));
         }
@@ -292,10 +292,10 @@ impl NpyFolders {
     }
 
     pub(super) fn verify(&self) -> Result<(), DataError> {
-        let [views, channels, side] = self.shape;
-        let mut latent = vec![0.0; channels * side * side];
+        let mut latent = Vec::new();
         for index in 0..self.count() {
-            for view in 0..views {
+            for view in 0..self.shape[0] {
+                latent.clear();
                 self.read(index, view, &mut latent)?;
             }
         }

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 
@@ -370,32 +369,26 @@ impl Packed {
         ))
     }
 
-    /// `view` is one there is, and `out` as long as it.
+    /// `view` is one there is.
     pub(super) fn read(
         &self,
         index: usize,
         view: usize,
-        out: &mut [f32],
+        out: &mut Vec<f32>,
     ) -> Result<usize, DataError> {
+        let layout = &self.index.layout;
         let (record, shard) = self.record(index);
-        let latents = &record[view * out.len() * self.index.layout.dtype.bytes()..];
-        match self.index.layout.dtype {
+        let bytes = layout.values() * layout.dtype.bytes();
+        let latent = &record[view * bytes..(view + 1) * bytes];
+        match layout.dtype {
             Dtype::F32 => {
-                for (out, bytes) in out.iter_mut().zip(latents.as_chunks().0) {
-                    *out = f32::from_le_bytes(*bytes);
-                }
+                let values = latent.as_chunks().0.iter();
+                out.extend(values.map(|bytes| f32::from_le_bytes(*bytes)));
             }
             Dtype::F16 => {
-                // By way of a few numbers on the stack: the conversion of a slice uses the processor's instruction.
-                let mut halves = [f16::ZERO; 512];
-                let parts = latents.as_chunks().0.chunks(halves.len());
-                for (out, part) in out.chunks_mut(halves.len()).zip(parts) {
-                    let halves = &mut halves[..out.len()];
-                    for (half, bytes) in halves.iter_mut().zip(part) {
-                        *half = f16::from_le_bytes(*bytes);
-                    }
-                    halves.convert_to_f32_slice(out);
-                }
+                let start = out.len();
+                out.resize(start + layout.values(), 0.0);
+                widen(latent.as_chunks().0, &mut out[start..]);
             }
         }
         self.label_of(record, shard)
@@ -412,5 +405,56 @@ impl Packed {
             }
         }
         (0..self.count()).try_for_each(|index| self.label(index).map(drop))
+    }
+}
+
+/// Converts little-endian halves to as many floats. `half` looks for the processor's instruction anew for every eight
+/// numbers, which takes longer than to convert them.
+fn widen(halves: &[[u8; 2]], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx") && std::arch::is_x86_feature_detected!("f16c") {
+        // SAFETY: the processor has what the function is compiled for.
+        return unsafe { widen_by_eights(halves, out) };
+    }
+    widen_each(halves, out);
+}
+
+fn widen_each(halves: &[[u8; 2]], out: &mut [f32]) {
+    for (out, half) in out.iter_mut().zip(halves) {
+        *out = f16::from_le_bytes(*half).to_f32();
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx,f16c")]
+fn widen_by_eights(halves: &[[u8; 2]], out: &mut [f32]) {
+    use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
+    let (eights, rest) = halves.as_chunks::<8>();
+    let (wide, last) = out.as_chunks_mut::<8>();
+    for (eight, wide) in eights.iter().zip(wide) {
+        // SAFETY: sixteen bytes are read and eight floats written, which the arrays have; neither need be aligned.
+        unsafe {
+            let eight = _mm_loadu_si128(eight.as_ptr().cast());
+            _mm256_storeu_ps(wide.as_mut_ptr(), _mm256_cvtph_ps(eight));
+        }
+    }
+    widen_each(rest, last);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_is_widened_as_half_does_it() {
+        // An odd count, so that some are left over after the eights.
+        let finite = (0..=u16::MAX).filter(|bits| f16::from_bits(*bits).is_finite());
+        let halves: Vec<[u8; 2]> = finite.map(u16::to_le_bytes).skip(1).collect();
+        let mut out = vec![f32::NAN; halves.len()];
+        widen(&halves, &mut out);
+        for (half, out) in halves.iter().zip(out) {
+            let expected = f16::from_le_bytes(*half).to_f32();
+            assert_eq!(out.to_bits(), expected.to_bits());
+        }
     }
 }

@@ -37,7 +37,7 @@ use crate::data::DataError;
 /// writer.finish()?;
 /// let latents = Latents::open(folder.path())?;
 /// assert_eq!((latents.count(), latents.label(4)?), (5, 4));
-/// # Ok::<(), tinyfusion::data::DataError>(())
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct ShardWriter {
     folder: PathBuf,
@@ -117,8 +117,8 @@ impl ShardWriter {
             Dtype::F16 => f16::MAX.to_f32(),
             Dtype::F32 => f32::MAX,
         };
-        // Written so that a NaN is found.
-        if let Some(value) = latents.iter().find(|value| !(value.abs() <= most)) {
+        let unfit = |value: &&f32| value.is_nan() || value.abs() > most;
+        if let Some(value) = latents.iter().find(unfit) {
             return wrong(format!("finite numbers up to {most:e}"), value.to_string());
         }
         if label >= classes {

@@ -1,0 +1,254 @@
+//! Batches as burn-train's loader: read ahead, seen by the teacher.
+
+use std::marker::PhantomData;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
+use burn::tensor::Tensor;
+use burn::tensor::backend::{AutodiffBackend, Backend};
+
+use super::DataError;
+use super::loader::{Batch, BatchSource, HostBatch, lock};
+use crate::models::Network;
+use crate::ops::TrainingBackend;
+use crate::process::{GaussianDiffusion, TeacherOutput};
+
+/// A loader that can fail.
+pub trait Feed<B: Backend, I>: DataLoader<B, I> {
+    /// Why the batches ended too early, told once.
+    fn failure(&self) -> Option<DataError>;
+}
+
+/// A teacher on the inner backend, and the layers whose features it shows.
+pub type Teacher<B> = (
+    Arc<Network<<B as AutodiffBackend>::InnerBackend>>,
+    Vec<usize>,
+);
+
+/// Batches from a step on, as burn-train's loader. A thread reads and draws the next two batches while the device is
+/// busy with one. A teacher sees each batch here, on the inner backend, so that no graph is built for it.
+pub struct Batches<B: AutodiffBackend> {
+    source: BatchSource,
+    start: usize,
+    steps: usize,
+    teacher: Option<Teacher<B>>,
+    diffusion: Arc<GaussianDiffusion>,
+    device: B::Device,
+    failure: Arc<Mutex<Option<DataError>>>,
+    backend: PhantomData<B>,
+}
+
+impl<B: AutodiffBackend> Clone for Batches<B> {
+    fn clone(&self) -> Self {
+        Self {
+            source: self.source.clone(),
+            start: self.start,
+            steps: self.steps,
+            teacher: self.teacher.clone(),
+            diffusion: self.diffusion.clone(),
+            device: self.device.clone(),
+            failure: self.failure.clone(),
+            backend: PhantomData,
+        }
+    }
+}
+
+impl<B: AutodiffBackend> Batches<B> {
+    /// Batches `start..steps` of a source.
+    pub fn new(
+        source: BatchSource,
+        start: usize,
+        steps: usize,
+        diffusion: Arc<GaussianDiffusion>,
+        device: &B::Device,
+    ) -> Self {
+        Self {
+            source,
+            start,
+            steps,
+            teacher: None,
+            diffusion,
+            device: device.clone(),
+            failure: Arc::default(),
+            backend: PhantomData,
+        }
+    }
+
+    /// Has a teacher see every batch; features of `layers` are tapped.
+    pub fn with_teacher(self, teacher: Arc<Network<B::InnerBackend>>, layers: Vec<usize>) -> Self {
+        Self {
+            teacher: Some((teacher, layers)),
+            ..self
+        }
+    }
+}
+
+impl<B> DataLoader<B, Batch<B>> for Batches<B>
+where
+    B: TrainingBackend,
+{
+    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Batch<B>> + 'a> {
+        let (sender, ahead) = sync_channel(1);
+        let (source, steps) = (self.source.clone(), self.start..self.steps);
+        thread::spawn(move || {
+            for step in steps {
+                let batch = source.on_host(step);
+                let failed = batch.is_err();
+                // Nobody takes it when the iterator is gone.
+                if sender.send(batch).is_err() || failed {
+                    break;
+                }
+            }
+        });
+        Box::new(Iter {
+            batches: self,
+            ahead,
+            step: self.start,
+        })
+    }
+
+    fn num_items(&self) -> usize {
+        (self.steps - self.start) * self.source.plan.batch
+    }
+
+    fn to_device(&self, device: &B::Device) -> Arc<dyn DataLoader<B, Batch<B>>> {
+        Arc::new(Self {
+            device: device.clone(),
+            ..self.clone()
+        })
+    }
+
+    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, Batch<B>>> {
+        let batch = self.source.plan.batch;
+        Arc::new(Self {
+            start: self.start + start / batch,
+            steps: self.start + end.div_ceil(batch),
+            ..self.clone()
+        })
+    }
+}
+
+impl<B> Feed<B, Batch<B>> for Batches<B>
+where
+    B: TrainingBackend,
+{
+    fn failure(&self) -> Option<DataError> {
+        lock(&self.failure).take()
+    }
+}
+
+struct Iter<'a, B: AutodiffBackend> {
+    batches: &'a Batches<B>,
+    /// What the reading thread has made.
+    ahead: Receiver<Result<HostBatch, DataError>>,
+    step: usize,
+}
+
+impl<B> Iterator for Iter<'_, B>
+where
+    B: TrainingBackend,
+{
+    type Item = Batch<B>;
+
+    fn next(&mut self) -> Option<Batch<B>> {
+        let Batches {
+            teacher,
+            diffusion,
+            device,
+            failure,
+            ..
+        } = self.batches;
+        let plain: Batch<B::InnerBackend> = match self.ahead.recv().ok()? {
+            Ok(batch) => batch.upload(device),
+            Err(error) => {
+                *lock(failure) = Some(error);
+                return None;
+            }
+        };
+        self.step += 1;
+        let teacher = teacher.as_ref().map(|(network, layers)| {
+            let said = plain.objective(diffusion).teach(network, layers);
+            TeacherOutput {
+                output: Tensor::from_inner(said.output),
+                features: said.features.into_iter().map(Tensor::from_inner).collect(),
+            }
+        });
+        Some(Batch {
+            step: plain.step,
+            x: Tensor::from_inner(plain.x),
+            noise: Tensor::from_inner(plain.noise),
+            t: plain.t,
+            y: Tensor::from_inner(plain.y),
+            gumbel: plain.gumbel.into_iter().map(Tensor::from_inner).collect(),
+            teacher,
+        })
+    }
+}
+
+impl<B> DataLoaderIterator<Batch<B>> for Iter<'_, B>
+where
+    B: TrainingBackend,
+{
+    fn progress(&self) -> Progress {
+        Progress::new(self.step, self.batches.steps)
+    }
+}
+
+#[cfg(all(test, feature = "ndarray"))]
+mod tests {
+    use super::super::loader::tests::{Signed, plan};
+    use super::super::{Digits, Split};
+    use super::*;
+
+    #[test]
+    fn batches_read_ahead_are_those_drawn_one_by_one() {
+        type B = burn::backend::Autodiff<burn_ndarray::NdArray>;
+        let source = BatchSource::new(plan(4), Arc::new(Digits::new(Split::Train)));
+        let device = Default::default();
+        let diffusion = Arc::new(GaussianDiffusion::full());
+        let batches = Batches::<B>::new(source.clone(), 2, 7, diffusion, &device);
+        let read: Vec<Batch<B>> = batches.iter().collect();
+        assert_eq!(read.len(), 5);
+        for (step, batch) in (2..7).zip(read) {
+            let drawn = source.draw::<B>(step, &device).unwrap();
+            assert_eq!(batch.step, step);
+            assert_eq!(batch.x.into_data(), drawn.x.into_data());
+            assert_eq!(batch.y.into_data(), drawn.y.into_data());
+        }
+        assert!(batches.failure().is_none());
+    }
+
+    #[test]
+    fn a_sample_that_does_not_fit_ends_the_batches_and_is_told() {
+        type B = burn::backend::Autodiff<burn_ndarray::NdArray>;
+        let mut small = plan(10);
+        small.classes = 9;
+        let source = BatchSource::new(small, Arc::new(Signed(1)));
+        let diffusion = Arc::new(GaussianDiffusion::full());
+        let batches = Batches::<B>::new(source, 0, 7, diffusion, &Default::default());
+        assert_eq!(batches.iter().count(), 0);
+        let message = batches.failure().unwrap().to_string();
+        assert_eq!(
+            message,
+            "sample 9: expected a label below the model's 9 classes, found 9"
+        );
+    }
+
+    #[test]
+    fn samples_of_another_shape_are_told() {
+        type B = burn::backend::Autodiff<burn_ndarray::NdArray>;
+        let mut large = plan(3);
+        large.channels = 4;
+        let source = BatchSource::new(large, Arc::new(Digits::new(Split::Train)));
+        let message = source
+            .draw::<B>(0, &Default::default())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains("expected [4, 8, 8], as the model reads, found 64 numbers"),
+            "{message}"
+        );
+    }
+}

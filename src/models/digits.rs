@@ -1,12 +1,11 @@
 //! The digit classifier: its penultimate features measure digit-FID, precision and recall, its logits the
 //! Inception Score and whether a sample shows the digit that was asked for.
 
-use burn::module::{Module, Param};
-use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Tensor, activation, backend::Backend, module};
+use burn::module::Module;
+use burn::tensor::{Tensor, activation, backend::Backend};
 use serde::{Deserialize, Serialize};
 
-use crate::ops::{FusedOps, Linear};
+use crate::ops::{Convolution, FusedOps, Linear, Window};
 
 /// Number of digits.
 pub const CLASSES: usize = 10;
@@ -42,9 +41,10 @@ impl<B: Backend> DigitsClassifier<B> {
     /// A classifier of zeros.
     pub fn zeros(config: &DigitsClassifierConfig, device: &B::Device) -> Self {
         let width = config.width;
+        let window = Window::padded([1; 2]);
         Self {
-            conv1: Convolution::zeros(1, width / 4, 1, device),
-            conv2: Convolution::zeros(width / 4, width / 2, 2, device),
+            conv1: Convolution::zeros(1, width / 4, [3; 2], window, device),
+            conv2: Convolution::zeros(width / 4, width / 2, [3; 2], window.every(2), device),
             features: Linear::zeros(width / 2 * (SIDE / 2).pow(2), width, device),
             head: Linear::zeros(width, CLASSES, device),
         }
@@ -59,28 +59,5 @@ impl<B: FusedOps> DigitsClassifier<B> {
         let features = activation::relu(self.features.forward(x.flatten::<2>(1, 3))); // [batch, width]
         let logits = self.head.forward(features.clone());
         Reading { features, logits }
-    }
-}
-
-/// A 3 x 3 convolution with padding 1.
-#[derive(Module, Debug)]
-struct Convolution<B: Backend> {
-    weight: Param<Tensor<B, 4>>, // [out, in, 3, 3]
-    bias: Param<Tensor<B, 1>>,
-    stride: usize,
-}
-
-impl<B: Backend> Convolution<B> {
-    fn zeros(input: usize, output: usize, stride: usize, device: &B::Device) -> Self {
-        Self {
-            weight: Param::from_tensor(Tensor::zeros([output, input, 3, 3], device)),
-            bias: Param::from_tensor(Tensor::zeros([output], device)),
-            stride,
-        }
-    }
-
-    fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
-        let options = ConvOptions::new([self.stride; 2], [1; 2], [1; 2], 1);
-        module::conv2d(x, self.weight.val(), Some(self.bias.val()), options)
     }
 }

@@ -9,6 +9,7 @@ pub mod digits;
 pub mod dit;
 mod embeddings;
 mod initial;
+pub mod vae;
 pub mod zoo;
 
 use burn::module::Module;
@@ -22,6 +23,7 @@ pub use digits::{DigitsClassifier, DigitsClassifierConfig};
 pub use dit::{Dit, DitConfig};
 pub use embeddings::{position_table, timestep_features};
 pub use initial::{initialise, initialise_lora};
+pub use vae::{Posterior, Vae, VaeConfig};
 
 /// What a checkpoint holds: enough to rebuild the module without code.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -12,6 +12,7 @@
 //! ```
 
 mod autodiff;
+mod convolution;
 #[cfg(feature = "ndarray")]
 mod cpu;
 mod linear;
@@ -21,6 +22,7 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Shape, Tensor};
 
+pub use convolution::{Convolution, Window};
 pub use linear::{Linear, LinearLayout, Lora};
 
 /// A function of one value, applied to every element.
@@ -91,6 +93,17 @@ pub struct NormGradients<B: Backend> {
     pub shift: Tensor<B, 2>,
     /// `[batch, width]`
     pub scale: Tensor<B, 2>,
+}
+
+/// What [`FusedOps::group_norm`] does besides its tensors.
+#[derive(Debug, Clone, Copy)]
+pub struct GroupNormOptions {
+    /// Number of groups; it divides the channels.
+    pub groups: usize,
+    /// Added to the variance.
+    pub epsilon: f64,
+    /// What is applied last.
+    pub activation: Activation,
 }
 
 /// One step of AdamW for one parameter.
@@ -237,6 +250,31 @@ pub trait FusedOps: Backend {
         share: Tensor<Self, 1>,
     ) -> (Tensor<Self, 3>, Tensor<Self, 3>, Tensor<Self, 1>) {
         reference::blend_backward(gradient, x, y, share)
+    }
+
+    /// A convolution: `x` is `[batch, in, height, width]`, `weight` `[out, in, kernel height, kernel width]`, `bias`
+    /// `[out]`, the result `[batch, out, height', width']` by [`Window::output`].
+    ///
+    /// Gradients are Burn's own: nothing large is trained through one.
+    fn convolution(
+        x: Tensor<Self, 4>,
+        weight: Tensor<Self, 4>,
+        bias: Option<Tensor<Self, 1>>,
+        window: Window,
+    ) -> Tensor<Self, 4> {
+        reference::convolution(x, weight, bias, window)
+    }
+
+    /// Group normalisation (arXiv 1803.08494), activated: `x` is `[batch, channels, height, width]`, normalised
+    /// over the values of each of `groups` equal runs of channels, then scaled and shifted by channel; `scale` and
+    /// `shift` are `[channels]`. Gradients are Burn's own.
+    fn group_norm(
+        x: Tensor<Self, 4>,
+        scale: Tensor<Self, 1>,
+        shift: Tensor<Self, 1>,
+        norm: GroupNormOptions,
+    ) -> Tensor<Self, 4> {
+        reference::group_norm(x, scale, shift, norm)
     }
 
     /// The same values under another shape. Burn's own reshape copies them on some backends.

@@ -2,10 +2,12 @@
 //!
 //! The forward halves are differentiable by Burn as well, which is what the backward halves are tested against.
 
-use burn::tensor::{Tensor, activation, backend::Backend};
+use burn::tensor::ops::PaddedConvOptions;
+use burn::tensor::{Tensor, activation, backend::Backend, module};
 
 use super::{
-    Activation, AdamWState, AdamWStep, LinearGradients, LinearWants, LinearWeights, NormGradients,
+    Activation, AdamWState, AdamWStep, GroupNormOptions, LinearGradients, LinearWants,
+    LinearWeights, NormGradients, Window,
 };
 
 /// `sqrt(2 / pi)`, doubled.
@@ -118,6 +120,36 @@ pub fn linear_backward<B: Backend>(
         bias: wants.bias.then(|| gradient.sum_dim(0).squeeze_dim(0)),
         lora,
     }
+}
+
+/// See [`FusedOps::convolution`](super::FusedOps::convolution).
+pub fn convolution<B: Backend>(
+    x: Tensor<B, 4>,
+    weight: Tensor<B, 4>,
+    bias: Option<Tensor<B, 1>>,
+    window: Window,
+) -> Tensor<B, 4> {
+    let Window {
+        stride,
+        before,
+        after,
+    } = window;
+    let options = PaddedConvOptions::asymmetric(stride, before, after, [1; 2], 1);
+    module::conv2d(x, weight, bias, options)
+}
+
+/// See [`FusedOps::group_norm`](super::FusedOps::group_norm).
+pub fn group_norm<B: Backend>(
+    x: Tensor<B, 4>,
+    scale: Tensor<B, 1>,
+    shift: Tensor<B, 1>,
+    norm: GroupNormOptions,
+) -> Tensor<B, 4> {
+    let shape @ [batch, channels, height, width] = x.dims();
+    let of_group = channels / norm.groups * height * width;
+    let x = layer_norm(x.reshape([batch, norm.groups, of_group]), norm.epsilon).reshape(shape);
+    let by_channel = |values: Tensor<B, 1>| values.reshape([1, channels, 1, 1]);
+    activate(x * by_channel(scale) + by_channel(shift), norm.activation)
 }
 
 /// Centred values over their standard deviation, and that deviation (the last dimension 1).

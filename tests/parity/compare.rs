@@ -84,6 +84,32 @@ impl<'a> Rule<'a> {
     }
 }
 
+/// The rule of the groups that state one tolerance: no value is further off than this share of the largest.
+pub struct Largest {
+    pub tolerance: f64,
+}
+
+impl Largest {
+    /// `max |actual - expected| <= tolerance max |expected|`, shape included.
+    pub fn tensor<B: Backend, const D: usize>(
+        &self,
+        key: &str,
+        actual: Tensor<B, D>,
+        expected: &Values,
+    ) {
+        assert_eq!(actual.dims().to_vec(), expected.shape, "{key}: shape");
+        let largest = expected.data.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        let allowed = self.tolerance * largest;
+        for (index, (actual, expected)) in values(actual).iter().zip(&expected.data).enumerate() {
+            // Written so that a NaN fails.
+            assert!(
+                (actual - expected).abs() <= allowed,
+                "{key}[{index}]: {actual} is not {expected} (allowed difference {allowed:e})"
+            );
+        }
+    }
+}
+
 pub fn values<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f64> {
     tensor.into_data().iter::<f64>().collect()
 }

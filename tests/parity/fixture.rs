@@ -102,6 +102,7 @@ fn decode(dtype: Dtype, bytes: &[u8]) -> Vec<f64> {
             .iter()
             .map(|b| i64::from_le_bytes(*b) as f64)
             .collect(),
+        Dtype::U8 => bytes.iter().map(|b| f64::from(*b)).collect(),
         other => panic!("unexpected type {other:?}"),
     }
 }

@@ -21,20 +21,23 @@ mod schedule;
 mod scores;
 mod steps;
 mod trajectory;
+mod vae;
 
-/// Instantiates a check on ndarray.
-macro_rules! on_ndarray {
-    ($($module:ident::$check:ident),* $(,)?) => {
-        mod ndarray {
+/// Instantiates checks on a backend, as tests of a module.
+macro_rules! on {
+    ($name:ident, $backend:ty, $($module:ident::$check:ident),* $(,)?) => {
+        mod $name {
             $(#[test]
             fn $check() {
-                crate::$module::$check::<burn::backend::Autodiff<burn_ndarray::NdArray>>(1.0);
+                crate::$module::$check::<$backend>(1.0);
             })*
         }
     };
 }
 
-on_ndarray!(
+on!(
+    ndarray,
+    burn::backend::Autodiff<burn_ndarray::NdArray>,
     forward::dit_forward,
     forward::dit_weights,
     forward::prune_forward,
@@ -45,6 +48,16 @@ on_ndarray!(
     steps::diffusion_steps,
     trajectory::prune_trajectory,
     trajectory::train_trajectory,
+    vae::vae_kl_f8,
+);
+
+// What is only ever read: without a graph other kernels compute it.
+on!(
+    inference,
+    burn_ndarray::NdArray,
+    vae::vae_kl_f8,
+    vae::vae_odd_slices,
+    vae::vae_zoo,
 );
 
 /// The same on wgpu. The slack pays for f32 transcendental functions that WGSL lets differ by many units in the last
@@ -60,5 +73,6 @@ mod wgpu {
         crate::forward::prune_forward::<B>(SLACK);
         crate::losses::distill_losses::<B>(SLACK);
         crate::trajectory::train_steps::<B>(SLACK, 2);
+        crate::vae::vae_kl_f8::<burn_wgpu::Wgpu>(SLACK);
     }
 }

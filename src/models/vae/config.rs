@@ -1,0 +1,380 @@
+//! Sizes of an autoencoder, and what files say of them.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::weights::StateDict;
+
+/// Sizes of a [`Vae`](super::Vae), under diffusers' names.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VaeConfig {
+    /// Channels of an image that is encoded.
+    pub in_channels: usize,
+    /// Channels of an image that is decoded.
+    pub out_channels: usize,
+    /// Widths of the levels, from the image inwards; each level but the first is half as large as the one before.
+    pub block_out_channels: Vec<usize>,
+    /// Residual blocks of an encoder's level; a decoder's has one more.
+    pub layers_per_block: usize,
+    /// Channels of a latent.
+    pub latent_channels: usize,
+    /// Groups of every normalisation.
+    pub norm_num_groups: usize,
+    /// What a diffusion model sees is a latent times this.
+    #[serde(default = "stable_diffusion_scaling")]
+    pub scaling_factor: f64,
+}
+
+/// 1 over the standard deviation of Stable Diffusion's latents (arXiv 2112.10752, appendix G).
+fn stable_diffusion_scaling() -> f64 {
+    0.18215
+}
+
+impl std::fmt::Display for VaeConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "autoencoder, widths {:?}, {} blocks a level, {} latent channels, a factor of {}",
+            self.block_out_channels,
+            self.layers_per_block,
+            self.latent_channels,
+            self.factor()
+        )
+    }
+}
+
+impl VaeConfig {
+    /// Side of an image over the side of its latent.
+    pub fn factor(&self) -> usize {
+        1 << self.block_out_channels.len().saturating_sub(1)
+    }
+
+    /// Why no model can have these sizes, if so.
+    pub fn problem(&self) -> Option<String> {
+        let levels = self.block_out_channels.len();
+        let bounded = [
+            ("in_channels", self.in_channels, 1024),
+            ("out_channels", self.out_channels, 1024),
+            ("layers_per_block", self.layers_per_block, 64),
+            ("latent_channels", self.latent_channels, 1024),
+            ("norm_num_groups", self.norm_num_groups, 65_536),
+            ("the number of block_out_channels", levels, 8),
+        ];
+        let widths = self.block_out_channels.iter();
+        let widths = widths.map(|width| ("a width of block_out_channels", *width, 65_536));
+        for (name, value, most) in bounded.into_iter().chain(widths) {
+            if value == 0 || value > most {
+                return Some(format!("{name} is {value}, which must lie in 1..={most}"));
+            }
+        }
+        let groups = self.norm_num_groups;
+        let uneven = |width: &&usize| *width % groups != 0;
+        if let Some(width) = self.block_out_channels.iter().find(uneven) {
+            return Some(format!(
+                "the width {width} of block_out_channels is not a multiple of norm_num_groups {groups}"
+            ));
+        }
+        if !(self.scaling_factor.is_finite() && self.scaling_factor > 0.0) {
+            return Some(format!(
+                "scaling_factor is {}, which must be above 0",
+                self.scaling_factor
+            ));
+        }
+        None
+    }
+
+    /// Reads diffusers' `config.json`. What is missing has diffusers' default; what says nothing of the computation is
+    /// passed over.
+    ///
+    /// # Errors
+    /// Every value that asks for another computation than ours, or a size no model can have, one a line.
+    pub fn from_json(text: &str) -> Result<Self, String> {
+        let file: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        if !file.is_object() {
+            return Err("the configuration is not a table of names and values".to_owned());
+        }
+        let mut problems = Vec::new();
+        let config = Self {
+            in_channels: read(&file, "in_channels", 3, &mut problems),
+            out_channels: read(&file, "out_channels", 3, &mut problems),
+            block_out_channels: read(&file, "block_out_channels", vec![64], &mut problems),
+            layers_per_block: read(&file, "layers_per_block", 1, &mut problems),
+            latent_channels: read(&file, "latent_channels", 4, &mut problems),
+            norm_num_groups: read(&file, "norm_num_groups", 32, &mut problems),
+            scaling_factor: read(
+                &file,
+                "scaling_factor",
+                stable_diffusion_scaling(),
+                &mut problems,
+            ),
+        };
+        let mut only = |name: &str, expected: Value| {
+            let found = &file[name];
+            // JSON's null is Python's None: the same as a value that isn't there.
+            if !found.is_null() && *found != expected {
+                problems.push(format!("{name} is {found}; only {expected} is supported"));
+            }
+        };
+        let levels = config.block_out_channels.len();
+        only(
+            "down_block_types",
+            vec!["DownEncoderBlock2D"; levels].into(),
+        );
+        only("up_block_types", vec!["UpDecoderBlock2D"; levels].into());
+        only("act_fn", "silu".into());
+        for name in [
+            "use_quant_conv",
+            "use_post_quant_conv",
+            "mid_block_add_attention",
+        ] {
+            only(name, true.into());
+        }
+        for name in ["shift_factor", "latents_mean", "latents_std"] {
+            only(name, Value::Null);
+        }
+        problems.extend(config.problem());
+        match problems.is_empty() {
+            true => Ok(config),
+            false => Err(problems.join("\n")),
+        }
+    }
+
+    /// Reads the sizes off the shapes of weights. Two things leave no trace in them and are Stable Diffusion's:
+    /// `norm_num_groups` 32 and `scaling_factor` 0.18215.
+    ///
+    /// # Errors
+    /// The name of a weight that is missing or has no such shape.
+    pub fn infer(state: &StateDict) -> Result<Self, String> {
+        let sides = |name: &str| -> Result<[usize; 2], String> {
+            let array = state
+                .get(name)
+                .ok_or_else(|| format!("`{name}` is missing"))?;
+            match array.shape[..] {
+                [output, input, _, _] => Ok([output, input]),
+                _ => Err(format!(
+                    "`{name}` has the shape {:?}, expected that of a convolution",
+                    array.shape
+                )),
+            }
+        };
+        let [_, in_channels] = sides("encoder.conv_in.weight")?;
+        let [out_channels, _] = sides("decoder.conv_out.weight")?;
+        let [latent_channels, _] = sides("post_quant_conv.weight")?;
+        let first = |level: usize, layer: usize| {
+            format!("encoder.down_blocks.{level}.resnets.{layer}.conv1.weight")
+        };
+        let levels = (0..).take_while(|level| state.contains_key(&first(*level, 0)));
+        let block_out_channels = levels
+            .map(|level| Ok(sides(&first(level, 0))?[0]))
+            .collect::<Result<Vec<_>, String>>()?;
+        if block_out_channels.is_empty() {
+            return Err(format!("`{}` is missing", first(0, 0)));
+        }
+        let layers = (0..).take_while(|layer| state.contains_key(&first(0, *layer)));
+        Ok(Self {
+            in_channels,
+            out_channels,
+            block_out_channels,
+            layers_per_block: layers.count(),
+            latent_channels,
+            norm_num_groups: 32,
+            scaling_factor: stable_diffusion_scaling(),
+        })
+    }
+}
+
+/// A value of a configuration, or its default; a value of another type is a problem.
+fn read<T: serde::de::DeserializeOwned>(
+    file: &Value,
+    name: &str,
+    default: T,
+    problems: &mut Vec<String>,
+) -> T {
+    match &file[name] {
+        Value::Null => default,
+        value => T::deserialize(value).unwrap_or_else(|error| {
+            problems.push(format!("{name} is {value}: {error}"));
+            default
+        }),
+    }
+}
+
+/// Gives the attention of an older file the names and shapes of today's: `query`, `key`, `value` and `proj_attn` become
+/// `to_q`, `to_k`, `to_v` and `to_out.0`, and weights kept as 1 x 1 convolutions, `[C, C, 1, 1]`, become `[C, C]`.
+///
+/// A name that is there already is not written over; its older twin then stays, for
+/// [`assign`](crate::weights::assign) to refuse.
+pub fn rename_attention(state: &mut StateDict) {
+    const RENAMED: [(&str, &str); 4] = [
+        ("query", "to_q"),
+        ("key", "to_k"),
+        ("value", "to_v"),
+        ("proj_attn", "to_out.0"),
+    ];
+    let attention = |name: &str| -> Option<String> {
+        let (block, rest) = name.split_once(".mid_block.attentions.0.")?;
+        let (layer, parameter) = rest.rsplit_once('.')?;
+        let layer = RENAMED
+            .iter()
+            .find(|(old, new)| [*old, *new].contains(&layer))?
+            .1;
+        Some(format!(
+            "{block}.mid_block.attentions.0.{layer}.{parameter}"
+        ))
+    };
+    let names: Vec<(String, String)> = state
+        .keys()
+        .filter_map(|name| Some((name.clone(), attention(name)?)))
+        .collect();
+    for (old, new) in names {
+        if old != new && state.contains_key(&new) {
+            continue;
+        }
+        if let Some(mut array) = state.remove(&old) {
+            if let [output, input, 1, 1] = array.shape[..] {
+                array.shape = vec![output, input];
+            }
+            state.insert(new, array);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::Array;
+
+    #[test]
+    fn every_value_that_would_change_the_computation_is_refused_at_once() {
+        let error = VaeConfig::from_json(
+            r#"{"act_fn": "gelu", "use_quant_conv": false, "use_post_quant_conv": false,
+                "mid_block_add_attention": false, "shift_factor": 0.1159, "latents_mean": [0.1],
+                "latents_std": [1.0], "down_block_types": ["AttnDownEncoderBlock2D"], "up_block_types": [],
+                "latent_channels": 0, "layers_per_block": "two", "sample_size": 7, "anything": null}"#,
+        )
+        .unwrap_err();
+        let names: Vec<&str> = error
+            .lines()
+            .map(|line| line.split_once(" is ").unwrap().0)
+            .collect();
+        assert_eq!(
+            names,
+            [
+                "layers_per_block",
+                "down_block_types",
+                "up_block_types",
+                "act_fn",
+                "use_quant_conv",
+                "use_post_quant_conv",
+                "mid_block_add_attention",
+                "shift_factor",
+                "latents_mean",
+                "latents_std",
+                "latent_channels",
+            ],
+            "{error}"
+        );
+        assert!(VaeConfig::from_json("[1]").is_err());
+        assert!(VaeConfig::from_json("{").is_err());
+    }
+
+    #[test]
+    fn what_is_missing_has_diffusers_default() {
+        let config = VaeConfig::from_json(r#"{"scaling_factor": null}"#).unwrap();
+        assert_eq!(config.block_out_channels, [64]);
+        assert_eq!((config.layers_per_block, config.norm_num_groups), (1, 32));
+        assert_eq!((config.scaling_factor, config.factor()), (0.18215, 1));
+    }
+
+    #[test]
+    fn sizes_out_of_range_are_named() {
+        let good = VaeConfig::from_json("{}").unwrap();
+        let broken = |change: fn(&mut VaeConfig)| {
+            let mut config = good.clone();
+            change(&mut config);
+            config.problem().unwrap()
+        };
+        assert!(broken(|config| config.in_channels = 0).contains("in_channels is 0"));
+        assert!(
+            broken(|config| config.block_out_channels.clear()).contains("block_out_channels is 0")
+        );
+        assert!(broken(|config| config.block_out_channels[0] = 1 << 20).contains("1048576"));
+        assert!(broken(|config| config.norm_num_groups = 48).contains("norm_num_groups 48"));
+        assert!(
+            broken(|config| config.scaling_factor = f64::NAN).contains("scaling_factor is NaN")
+        );
+    }
+
+    #[test]
+    fn older_names_and_shapes_of_attention_become_todays() {
+        let array = |value: f32, shape: &[usize]| Array::new(shape, vec![value; 4]);
+        let mut state = StateDict::new();
+        let mut put = |name: &str, value, shape: &[usize]| {
+            state.insert(name.to_owned(), array(value, shape));
+        };
+        put(
+            "encoder.mid_block.attentions.0.query.weight",
+            1.0,
+            &[2, 2, 1, 1],
+        );
+        put(
+            "encoder.mid_block.attentions.0.proj_attn.weight",
+            2.0,
+            &[2, 2],
+        );
+        put(
+            "encoder.mid_block.attentions.0.to_k.weight",
+            3.0,
+            &[2, 2, 1, 1],
+        );
+        put(
+            "encoder.mid_block.attentions.0.group_norm.weight",
+            4.0,
+            &[4],
+        );
+        put("decoder.mid_block.attentions.0.value.bias", 5.0, &[4]);
+        // Both names at once: neither is lost.
+        put("decoder.mid_block.attentions.0.query.bias", 6.0, &[4]);
+        put("decoder.mid_block.attentions.0.to_q.bias", 7.0, &[4]);
+        put("quant_conv.weight", 8.0, &[2, 2, 1, 1]);
+        rename_attention(&mut state);
+        let found: Vec<(&str, f32, &[usize])> = state
+            .iter()
+            .map(|(name, array)| (name.as_str(), array.data[0], &array.shape[..]))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                ("decoder.mid_block.attentions.0.query.bias", 6.0, &[4][..]),
+                ("decoder.mid_block.attentions.0.to_q.bias", 7.0, &[4]),
+                ("decoder.mid_block.attentions.0.to_v.bias", 5.0, &[4]),
+                (
+                    "encoder.mid_block.attentions.0.group_norm.weight",
+                    4.0,
+                    &[4]
+                ),
+                ("encoder.mid_block.attentions.0.to_k.weight", 3.0, &[2, 2]),
+                (
+                    "encoder.mid_block.attentions.0.to_out.0.weight",
+                    2.0,
+                    &[2, 2]
+                ),
+                ("encoder.mid_block.attentions.0.to_q.weight", 1.0, &[2, 2]),
+                ("quant_conv.weight", 8.0, &[2, 2, 1, 1]),
+            ]
+        );
+    }
+
+    #[test]
+    fn weights_that_are_no_autoencoder_say_what_is_missing() {
+        let error = VaeConfig::infer(&StateDict::new()).unwrap_err();
+        assert!(error.contains("encoder.conv_in.weight"), "{error}");
+        let mut state = StateDict::new();
+        state.insert(
+            "encoder.conv_in.weight".into(),
+            Array::new([2], vec![0.0; 2]),
+        );
+        let error = VaeConfig::infer(&state).unwrap_err();
+        assert!(error.contains("the shape [2]"), "{error}");
+    }
+}

@@ -1,0 +1,112 @@
+//! A convolution over the two sides of an image.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Tensor, backend::Backend};
+
+use super::FusedOps;
+
+/// Where the kernel of a convolution stands: what lies around the image, and how far apart two places are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// Rows and columns from one place to the next.
+    pub stride: [usize; 2],
+    /// Zeros above and left of the image.
+    pub before: [usize; 2],
+    /// Zeros below and right of it.
+    pub after: [usize; 2],
+}
+
+impl Window {
+    /// Every place of an image between as many zeros on either side, `[rows, columns]`.
+    pub const fn padded(padding: [usize; 2]) -> Self {
+        Self {
+            stride: [1; 2],
+            before: padding,
+            after: padding,
+        }
+    }
+
+    /// The same window at every `stride`-th row and column.
+    pub const fn every(self, stride: usize) -> Self {
+        Self {
+            stride: [stride; 2],
+            ..self
+        }
+    }
+
+    /// Height and width of what a kernel makes of an image.
+    ///
+    /// # Panics
+    /// When the kernel is larger than the padded image.
+    pub fn output(&self, image: [usize; 2], kernel: [usize; 2]) -> [usize; 2] {
+        std::array::from_fn(|side| {
+            let padded = self.before[side] + image[side] + self.after[side];
+            assert!(
+                kernel[side] <= padded,
+                "a kernel of {kernel:?} does not fit an image of {image:?} within {self:?}"
+            );
+            (padded - kernel[side]) / self.stride[side] + 1
+        })
+    }
+}
+
+/// A convolution; weight and bias are laid out as PyTorch stores them.
+#[derive(Module, Debug)]
+pub struct Convolution<B: Backend> {
+    /// `[out, in, height, width]`
+    pub weight: Param<Tensor<B, 4>>,
+    /// `[out]`
+    pub bias: Option<Param<Tensor<B, 1>>>,
+    #[module(skip)]
+    window: Window,
+}
+
+impl<B: Backend> Convolution<B> {
+    /// A convolution of zeros, with a bias, from `input` to `output` channels.
+    pub fn zeros(
+        input: usize,
+        output: usize,
+        kernel: [usize; 2],
+        window: Window,
+        device: &B::Device,
+    ) -> Self {
+        let weight = Tensor::zeros([output, input, kernel[0], kernel[1]], device);
+        Self {
+            weight: Param::from_tensor(weight),
+            bias: Some(Param::from_tensor(Tensor::zeros([output], device))),
+            window,
+        }
+    }
+
+    /// The same without a bias.
+    #[must_use]
+    pub fn without_bias(self) -> Self {
+        Self { bias: None, ..self }
+    }
+}
+
+impl<B: FusedOps> Convolution<B> {
+    /// `[batch, in, height, width]` to `[batch, out, height', width']`, by [`Window::output`].
+    pub fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
+        let bias = self.bias.as_ref().map(Param::val);
+        B::convolution(x, self.weight.val(), bias, self.window)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_size_of_what_comes_out() {
+        // A 3 x 3 kernel at every second place of 299 values: (299 - 3) / 2 + 1.
+        let window = Window::padded([0; 2]).every(2);
+        assert_eq!(window.output([299, 300], [3, 3]), [149, 149]);
+        let window = Window {
+            after: [1; 2],
+            ..window
+        };
+        assert_eq!(window.output([8, 7], [3, 3]), [4, 3]);
+        assert_eq!(Window::padded([0, 3]).output([17, 17], [1, 7]), [17, 17]);
+    }
+}

@@ -1,0 +1,232 @@
+//! The autoencoder against diffusers' `AutoencoderKL`: group `vae_kl_f8`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{Tensor, backend::Backend};
+use tinyfusion::models::vae::{self, Posterior, Vae, VaeConfig, rename_attention};
+use tinyfusion::ops::FusedOps;
+use tinyfusion::weights::{StateDict, assign, names};
+
+use crate::compare::{Largest, values};
+use crate::fixture::{File, Group, Values, f64_of, usize_of, usizes_of};
+
+fn autoencoder<B: FusedOps>(config: &VaeConfig, state: &StateDict) -> Vae<B> {
+    let zeros = Vae::zeros(config, &B::Device::default());
+    assign(zeros, state, Path::new("fixture"), "the fixture's model").unwrap()
+}
+
+fn configuration(group: &Group) -> VaeConfig {
+    let text = std::fs::read_to_string(group.path.join("vae/config.json")).unwrap();
+    let config = VaeConfig::from_json(&text).unwrap();
+    let stated = &group.case["config"];
+    assert_eq!(
+        config.block_out_channels,
+        usizes_of(&stated["block_out_channels"])
+    );
+    for (name, value) in [
+        ("norm_num_groups", config.norm_num_groups),
+        ("layers_per_block", config.layers_per_block),
+        ("latent_channels", config.latent_channels),
+    ] {
+        assert_eq!(value, usize_of(&stated[name]), "{name}");
+    }
+    assert_eq!(config.scaling_factor, f64_of(&group.case["scaling_factor"]));
+    config
+}
+
+pub fn vae_kl_f8<B: FusedOps>(slack: f64) {
+    let group = Group::open("vae_kl_f8");
+    let config = configuration(&group);
+    let file = group.file("io.safetensors");
+    let rule = Largest {
+        tolerance: f64_of(&group.case["tolerance"]["all"]) * slack,
+    };
+    let state = group.state("vae/diffusion_pytorch_model.safetensors");
+    let mut older = group.state("vae_deprecated_attn.safetensors");
+    assert_ne!(older, state);
+    rename_attention(&mut older);
+    assert_eq!(older, state, "the same weights under today's names");
+
+    let model = autoencoder::<B>(&config, &state);
+    for (size, sides) in group.case["sizes"].as_object().unwrap() {
+        let key = |name: &str| format!("{size}.{name}");
+        let check = |name: &str, actual: Tensor<B, 4>| {
+            rule.tensor(&key(name), actual, file.get(&key(name)));
+        };
+        let x = file.get(&key("x"));
+        assert_eq!(x.shape[2..], usizes_of(sides)[..]);
+        let x: Tensor<B, 4> = x.tensor();
+        check(
+            "moments",
+            model.quant_conv.forward(model.encoder.forward(x.clone())),
+        );
+        let posterior = model.encode(x.clone());
+        check("mean", posterior.mean.clone());
+        check("logvar", posterior.log_variance.clone());
+        check("std", posterior.std());
+        let sample = posterior.sample(file.get(&key("noise")).tensor());
+        check("sample", sample.clone());
+        let scaled = sample * config.scaling_factor;
+        check("latent_scaled", scaled.clone());
+        assert_eq!(
+            x.dims()[2] / config.factor(),
+            scaled.dims()[2],
+            "side of a latent"
+        );
+        let latents = file.get(&key("latent_scaled")).tensor::<B, 4>() / config.scaling_factor;
+        let recon = model.decode(latents.clone());
+        check("recon", recon.clone());
+        pixels(&file, size, recon.clone());
+
+        // Each image alone: another order of sums in no kernel, so the same values.
+        let alone = model.encode_in_slices(x, 1);
+        rule.tensor(&key("mean"), alone.mean, file.get(&key("mean")));
+        check("recon", model.decode_in_slices(latents, 1));
+    }
+    modules(&model, &file, &rule);
+
+    let clamped = Posterior::<B>::of(file.get("clamp.moments").tensor());
+    for (name, actual) in [
+        ("clamp.mean", clamped.mean.clone()),
+        ("clamp.logvar", clamped.log_variance.clone()),
+        ("clamp.std", clamped.std()),
+    ] {
+        rule.tensor(name, actual, file.get(name));
+    }
+}
+
+/// The 8-bit picture of a reconstruction.
+fn pixels<B: Backend>(file: &File, size: &str, recon: Tensor<B, 4>) {
+    let images = vae::pixels(recon);
+    let expected = file.get(&format!("{size}.recon_uint8"));
+    assert_eq!(images.shape().to_vec(), expected.shape);
+    let [batch, height, width, channels] = images.shape();
+    let exact = file.get(&format!("{size}.recon")).tensor::<B, 4>();
+    let exact = values((exact * 127.5 + 128.0).permute([0, 2, 3, 1]));
+    assert_eq!(exact.len(), batch * height * width * channels);
+    for ((actual, expected), exact) in images.pixels().iter().zip(&expected.data).zip(exact) {
+        let off = (f64::from(*actual) - expected).abs();
+        // One step, and only where truncation sees the rounding of the reconstruction, as case.json says.
+        let near_a_step = (exact - exact.round()).abs() <= 1e-3;
+        assert!(
+            off == 0.0 || (off == 1.0 && near_a_step),
+            "{size}: {actual} is not {expected} ({exact})"
+        );
+    }
+}
+
+/// What every module makes of the wide image.
+fn modules<B: FusedOps>(model: &Vae<B>, file: &File, rule: &Largest) {
+    let mut left: Vec<&str> = file.names().filter(|name| name.contains(".spy.")).collect();
+    let mut check = |name: &str, actual: &Tensor<B, 4>| {
+        let key = format!("wide.spy.{name}");
+        rule.tensor(&key, actual.clone(), file.get(&key));
+        left.retain(|name| *name != key);
+    };
+    let encoder = &model.encoder;
+    let mut x = encoder.conv_in.forward(file.get("wide.x").tensor());
+    check("encoder.conv_in", &x);
+    for (level, block) in encoder.down_blocks.iter().enumerate() {
+        x = block.forward(x);
+        check(&format!("encoder.down_blocks.{level}"), &x);
+    }
+    let first = encoder.mid_block.resnets[0].forward(x.clone());
+    check("encoder.mid_block.resnets.0", &first);
+    let attended = encoder.mid_block.attentions[0].forward(first);
+    check("encoder.mid_block.attentions.0", &attended);
+    check("encoder.mid_block", &encoder.mid_block.forward(x));
+    let features = encoder.forward(file.get("wide.x").tensor());
+    check("encoder", &features);
+    check("quant_conv", &model.quant_conv.forward(features));
+
+    let scaling = file.get("wide.sample").tensor::<B, 4>();
+    let z = model.post_quant_conv.forward(scaling);
+    check("post_quant_conv", &z);
+    let decoder = &model.decoder;
+    let mut x = decoder.conv_in.forward(z.clone());
+    check("decoder.conv_in", &x);
+    x = decoder.mid_block.forward(x);
+    check("decoder.mid_block", &x);
+    for (level, block) in decoder.up_blocks.iter().enumerate() {
+        x = block.forward(x);
+        check(&format!("decoder.up_blocks.{level}"), &x);
+    }
+    check("decoder", &decoder.forward(z));
+    assert!(left.is_empty(), "not compared: {left:?}");
+}
+
+/// Names, shapes and number of the real model's weights, and its sizes read off them.
+pub fn vae_zoo<B: FusedOps>(_: f64) {
+    let group = Group::open("vae_kl_f8");
+    let text = std::fs::read_to_string(group.path.join("vae_zoo.json")).unwrap();
+    let zoo: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let config = VaeConfig::from_json(&zoo["config"].to_string()).unwrap();
+    assert_eq!(config.problem(), None);
+    assert_eq!(config.scaling_factor, f64_of(&zoo["scaling_factor"]));
+    let parameters = names::<B, _>(&Vae::<B>::zeros(&config, &B::Device::default()));
+    let count = |shape: &Vec<usize>| shape.iter().product::<usize>();
+    let total: usize = parameters.iter().map(|found| count(&found.shape)).sum();
+    assert_eq!(total, usize_of(&zoo["parameters"]));
+    let actual: BTreeMap<String, Vec<usize>> = parameters
+        .into_iter()
+        .map(|parameter| (parameter.name, parameter.shape))
+        .collect();
+    let shapes = |keys: &serde_json::Value| -> BTreeMap<String, Vec<usize>> {
+        let keys = keys.as_object().unwrap().iter();
+        keys.map(|(name, shape)| (name.clone(), usizes_of(shape)))
+            .collect()
+    };
+    let expected = shapes(&zoo["keys"]);
+    for (name, shape) in &expected {
+        assert_eq!(actual.get(name), Some(shape), "{name}");
+    }
+    assert_eq!(actual, expected);
+    for (key, shape) in shapes(&zoo["keys_attention_only_new_naming"]) {
+        assert_eq!(actual.get(&key), Some(&shape), "{key}");
+    }
+
+    // Arrays without values: only shapes are looked at.
+    let state = |shapes: &BTreeMap<String, Vec<usize>>| -> StateDict {
+        let array = |shape: &Vec<usize>| tinyfusion::weights::Array {
+            shape: shape.clone(),
+            data: Vec::new(),
+        };
+        shapes
+            .iter()
+            .map(|(name, shape)| (name.clone(), array(shape)))
+            .collect()
+    };
+    let complete = state(&expected);
+    assert_eq!(VaeConfig::infer(&complete), Ok(config));
+    let mut older = state(&shapes(&zoo["keys_attention_only_old_naming"]));
+    rename_attention(&mut older);
+    assert!(!older.is_empty());
+    for (name, array) in older {
+        assert_eq!(Some(&array), complete.get(&name), "{name}");
+    }
+}
+
+/// Values as rows of a picture are not mixed up by the sizes of the fixture, which divide evenly.
+pub fn vae_odd_slices<B: FusedOps>(slack: f64) {
+    let group = Group::open("vae_kl_f8");
+    let config = configuration(&group);
+    let state = group.state("vae/diffusion_pytorch_model.safetensors");
+    let model = autoencoder::<B>(&config, &state);
+    let x: Tensor<B, 4> = group.file("io.safetensors").get("wide.x").tensor();
+    let x = Tensor::cat(vec![x.clone(), x.clone().neg(), x.mul_scalar(0.5)], 0); // 6 images
+    let whole = model.encode(x.clone()).mean;
+    let expected = Values {
+        shape: whole.dims().to_vec(),
+        data: values(whole),
+    };
+    let rule = Largest {
+        // The same sums; a backend may divide them otherwise.
+        tolerance: 1e-6 * slack,
+    };
+    // 4 and 2 images; none is one.
+    for most in [4, 0] {
+        let slices = model.encode_in_slices(x.clone(), most).mean;
+        rule.tensor("slices", slices, &expected);
+    }
+}

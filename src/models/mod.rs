@@ -8,6 +8,7 @@
 pub mod digits;
 pub mod dit;
 mod embeddings;
+pub mod inception;
 mod initial;
 pub mod vae;
 pub mod zoo;
@@ -22,6 +23,7 @@ use crate::trunk::BlockHook;
 pub use digits::{DigitsClassifier, DigitsClassifierConfig};
 pub use dit::{Dit, DitConfig};
 pub use embeddings::{position_table, timestep_features};
+pub use inception::Inception;
 pub use initial::{initialise, initialise_lora};
 pub use vae::{Posterior, Vae, VaeConfig};
 

@@ -17,7 +17,7 @@ use thiserror::Error;
 
 pub use checkpoint::{Checkpoint, Provenance};
 pub use module::{ParameterName, assign, collect, names, reference_name};
-pub(crate) use module::{floats, overlay};
+pub(crate) use module::{fit, floats, overlay};
 pub use state::{Array, StateDict, read_safetensors, write_safetensors};
 pub use torch::read_pickle;
 

@@ -122,42 +122,52 @@ pub fn assign<B: Backend, M: Module<B>>(
     path: &Path,
     model: &str,
 ) -> Result<M, WeightsError> {
-    let wanted = names::<B, M>(&module);
+    let wanted: Vec<(String, Vec<usize>)> = names::<B, M>(&module)
+        .into_iter()
+        .map(|parameter| (parameter.name, parameter.shape))
+        .collect();
+    fit(&wanted, state, |_| false, path, model)?;
+    Ok(overlay(module, state))
+}
+
+/// Holds `state` against the names and shapes that are wanted; names that are `ignored` are nobody's.
+///
+/// # Errors
+/// As [`assign`].
+pub(crate) fn fit(
+    wanted: &[(String, Vec<usize>)],
+    state: &StateDict,
+    ignored: impl Fn(&str) -> bool,
+    path: &Path,
+    model: &str,
+) -> Result<(), WeightsError> {
     let mut problems = Vec::new();
-    for parameter in &wanted {
-        match state.get(&parameter.name) {
-            None => problems.push(format!(
-                "  missing   {} {:?}",
-                parameter.name, parameter.shape
+    for (name, shape) in wanted {
+        match state.get(name) {
+            None => problems.push(format!("  missing   {name} {shape:?}")),
+            Some(array) if array.shape != *shape => problems.push(format!(
+                "  misshapen {name}: expected {shape:?}, found {:?}",
+                array.shape
             )),
-            Some(array) if array.shape != parameter.shape => {
-                problems.push(format!(
-                    "  misshapen {}: expected {:?}, found {:?}",
-                    parameter.name, parameter.shape, array.shape
-                ));
-            }
             Some(_) => {}
         }
     }
-    let known: std::collections::BTreeSet<&str> = wanted
-        .iter()
-        .map(|parameter| parameter.name.as_str())
-        .collect();
+    let known: std::collections::BTreeSet<&str> =
+        wanted.iter().map(|(name, _)| name.as_str()).collect();
     problems.extend(
         state
             .iter()
-            .filter(|(name, _)| !known.contains(name.as_str()))
+            .filter(|(name, _)| !known.contains(name.as_str()) && !ignored(name))
             .map(|(name, array)| format!("  surplus   {name} {:?}", array.shape)),
     );
-    if !problems.is_empty() {
-        return Err(WeightsError::Mismatch {
+    match problems.is_empty() {
+        true => Ok(()),
+        false => Err(WeightsError::Mismatch {
             path: path.to_owned(),
             model: model.to_owned(),
             problems: problems.join("\n"),
-        });
+        }),
     }
-
-    Ok(overlay(module, state))
 }
 
 /// Replaces the parameters of `module` whose names `state` has; shapes must agree.

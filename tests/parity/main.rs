@@ -14,6 +14,7 @@ mod feature_shards;
 mod fixture;
 mod forward;
 mod image_preprocess;
+mod inception;
 mod losses;
 mod masks;
 mod sampling;
@@ -55,6 +56,8 @@ on!(
 on!(
     inference,
     burn_ndarray::NdArray,
+    inception::inception_fid,
+    inception::inception_zoo,
     vae::vae_kl_f8,
     vae::vae_odd_slices,
     vae::vae_zoo,

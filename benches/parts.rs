@@ -12,7 +12,8 @@ use tinyfusion::data::{BatchPlan, BatchSource, Digits, Split};
 use tinyfusion::evaluation::{Features, StatisticsAccumulator, frechet_distance, precision_recall};
 use tinyfusion::models::{Network, initialise};
 use tinyfusion::ops::{
-    Activation, AdamWState, AdamWStep, FusedOps, LinearWants, LinearWeights, LoraWeights,
+    Activation, AdamWState, AdamWStep, FusedOps, LinearWants, LinearWeights, LoraWeights, Window,
+    reference,
 };
 use tinyfusion::process::GaussianDiffusion;
 use tinyfusion::pruning::{Group, draw};
@@ -234,6 +235,36 @@ fn products(criterion: &mut Criterion) {
     }
 }
 
+/// Convolutions of the autoencoder and of InceptionV3, by our operator and by Burn's.
+fn convolutions(criterion: &mut Criterion) {
+    for (shape, output, kernel, stride) in [
+        ([4, 128, 64, 64], 128, [3, 3], 1),
+        ([1, 512, 64, 64], 512, [3, 3], 1),
+        ([4, 288, 35, 35], 384, [3, 3], 2),
+        ([4, 160, 17, 17], 160, [1, 7], 1),
+        ([4, 2048, 8, 8], 384, [1, 1], 1),
+    ] {
+        let x = noise(shape);
+        let weight = noise([output, shape[1], kernel[0], kernel[1]]);
+        let bias = noise([output]);
+        let window = Window::padded(kernel.map(|side| side / 2)).every(stride);
+        let name = format!("convolution, {shape:?} to {output} by {kernel:?}, stride {stride}");
+        let parameters = || (x.clone(), weight.clone(), Some(bias.clone()));
+        criterion.bench_function(&format!("{name}, ours"), |b| {
+            b.iter(|| {
+                let (x, weight, bias) = parameters();
+                black_box(Inner::convolution(x, weight, bias, window))
+            })
+        });
+        criterion.bench_function(&format!("{name}, Burn's"), |b| {
+            b.iter(|| {
+                let (x, weight, bias) = parameters();
+                black_box(reference::convolution(x, weight, bias, window))
+            })
+        });
+    }
+}
+
 fn training(criterion: &mut Criterion) {
     let device = NdArrayDevice::default();
     let config = bench::model("digits").expect("the digit model is there");
@@ -297,5 +328,12 @@ fn evaluation(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(parts, operators, products, training, evaluation);
+criterion_group!(
+    parts,
+    operators,
+    products,
+    convolutions,
+    training,
+    evaluation
+);
 criterion_main!(parts);

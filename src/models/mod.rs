@@ -4,6 +4,9 @@
 //! and evaluation know of it only what its methods say: depth, forward through a trunk with a hook, keeping
 //! chosen layers, configuration. It is an enum rather than a trait because the set is closed and the variant is
 //! chosen at run time by a checkpoint: everything behind it is compiled once per backend.
+//!
+//! Two networks are not of the family, as nothing here trains or prunes them: [`Vae`] stands between images and the
+//! latents a model sees, [`Inception`] measures images for FID.
 
 pub mod digits;
 pub mod dit;

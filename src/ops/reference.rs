@@ -237,16 +237,42 @@ fn pad<B: Backend>(x: Tensor<B, 4>, padding: usize) -> Tensor<B, 4> {
     Tensor::cat(vec![x, zeros], 3)
 }
 
+/// Most scores that attention holds at once, a gibibyte: a DiT's are far fewer, an autoencoder's over the 16,384 places
+/// of a large latent would be more.
+const SCORES: usize = 1 << 28;
+
 /// See [`FusedOps::qkv_attention`](super::FusedOps::qkv_attention).
 pub fn qkv_attention<B: Backend>(qkv: Tensor<B, 3>, heads: usize, multiple: usize) -> Tensor<B, 3> {
+    let [batch, tokens, _] = qkv.dims();
+    let queries = (SCORES / (batch * heads * tokens).max(1)).clamp(1, tokens.max(1));
+    attention_in_blocks(qkv, heads, multiple, queries)
+}
+
+/// Attention of so many queries at a time: each meets all keys, so the blocks need not know of one another.
+fn attention_in_blocks<B: Backend>(
+    qkv: Tensor<B, 3>,
+    heads: usize,
+    multiple: usize,
+    queries: usize,
+) -> Tensor<B, 3> {
     let [batch, tokens, triple] = qkv.dims();
     let width = triple / 3;
     let [q, k, v] = heads_of(qkv, heads, multiple);
-    let scores = q.matmul(k.swap_dims(2, 3)); // [batch, heads, tokens, tokens]
-    let mixed = activation::softmax(scores, 3)
-        .matmul(v)
-        .narrow(3, 0, width / heads); // [batch, heads, tokens, head_dim]
-    mixed.swap_dims(1, 2).reshape([batch, tokens, width])
+    let keys = k.swap_dims(2, 3);
+    let attend = |q: Tensor<B, 4>| {
+        let scores = q.matmul(keys.clone()); // [batch, heads, queries, tokens]
+        activation::softmax(scores, 3).matmul(v.clone())
+    };
+    let mixed = if queries >= tokens {
+        attend(q)
+    } else {
+        let blocks = q.split(queries, 2).into_iter().map(attend).collect();
+        Tensor::cat(blocks, 2)
+    };
+    mixed
+        .narrow(3, 0, width / heads) // [batch, heads, tokens, head_dim]
+        .swap_dims(1, 2)
+        .reshape([batch, tokens, width])
 }
 
 /// See [`FusedOps::qkv_attention_backward`](super::FusedOps::qkv_attention_backward).
@@ -386,6 +412,21 @@ mod tests {
             TensorData::new(random::normal(0, Stream::Bench, 9, index, count), shape),
             &Default::default(),
         )
+    }
+
+    #[test]
+    fn blocks_of_queries_change_nothing() {
+        let qkv = noise(0, [2, 7, 3 * 12]);
+        let run = |queries: usize| {
+            let out = attention_in_blocks(qkv.clone(), 3, 1, queries);
+            out.into_data().to_vec::<f32>().unwrap()
+        };
+        let whole = run(7);
+        for queries in [1, 3, 6] {
+            // Products of other sizes may sum in another order.
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-6;
+            assert!(whole.iter().zip(&run(queries)).all(close), "{queries}");
+        }
     }
 
     #[test]

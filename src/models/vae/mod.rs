@@ -32,7 +32,13 @@ pub struct Vae<B: Backend> {
 
 impl<B: Backend> Vae<B> {
     /// A network of zeros, to be filled from a checkpoint.
+    ///
+    /// # Panics
+    /// When the configuration has a [`problem`](VaeConfig::problem).
     pub fn zeros(config: &VaeConfig, device: &B::Device) -> Self {
+        if let Some(problem) = config.problem() {
+            panic!("no autoencoder can have these sizes: {problem}");
+        }
         let latent = config.latent_channels;
         let pointwise = |channels| {
             Convolution::zeros(channels, channels, [1; 2], Window::padded([0; 2]), device)

@@ -10,7 +10,9 @@
 //! (see [`memory::Out`]).
 
 mod attention;
+mod convolution;
 mod elementwise;
+mod group_norm;
 mod linear;
 mod low_rank;
 mod memory;
@@ -28,8 +30,8 @@ use burn_ndarray::NdArray;
 
 use self::memory::{Rows, Values};
 use super::{
-    Activation, AdamWState, AdamWStep, FusedOps, LinearGradients, LinearWants, LinearWeights,
-    NormGradients, reference,
+    Activation, AdamWState, AdamWStep, FusedOps, GroupNormOptions, LinearGradients, LinearWants,
+    LinearWeights, NormGradients, Window, reference,
 };
 
 /// Looks at tensors as rows of f32, or returns what the reference makes of them.
@@ -171,6 +173,42 @@ impl FusedOps for NdArray {
         let shape = x.dims();
         rows!(gradient, x, y, share; else reference::blend_backward(gradient, x, y, share));
         elementwise::blend_backward(&gradient, &x, &y, &share, shape)
+    }
+
+    fn convolution(
+        x: Tensor<Self, 4>,
+        weight: Tensor<Self, 4>,
+        bias: Option<Tensor<Self, 1>>,
+        window: Window,
+    ) -> Tensor<Self, 4> {
+        let tensors = [x.dtype(), weight.dtype()];
+        let mut types = tensors.into_iter().chain(bias.as_ref().map(Tensor::dtype));
+        if types.any(|dtype| dtype != DType::F32) {
+            return reference::convolution(x, weight, bias, window);
+        }
+        let shapes = [x.dims(), weight.dims()];
+        let (Some(x), Some(weight)) = (Values::of(x), Values::of(weight)) else {
+            unreachable!("both are f32")
+        };
+        let bias = bias.and_then(Values::of);
+        let [x, weight] = [(&x, shapes[0]), (&weight, shapes[1])];
+        convolution::forward(x, weight, bias.as_ref(), window)
+    }
+
+    fn group_norm(
+        x: Tensor<Self, 4>,
+        scale: Tensor<Self, 1>,
+        shift: Tensor<Self, 1>,
+        norm: GroupNormOptions,
+    ) -> Tensor<Self, 4> {
+        let shape = x.dims();
+        let values = [Values::of(scale.clone()), Values::of(shift.clone())];
+        match (Values::of(x.clone()), values) {
+            (Some(x), [Some(scale), Some(shift)]) => {
+                group_norm::forward(&x, [&scale, &shift], shape, norm)
+            }
+            _ => reference::group_norm(x, scale, shift, norm),
+        }
     }
 
     fn with_shape(x: FloatTensor<Self>, shape: Shape) -> FloatTensor<Self> {

@@ -13,9 +13,10 @@ use crate::random::{self, Stream};
 
 type Graph = Autodiff<NdArray>;
 
-const ACTIVATIONS: [Activation; 3] = [Activation::Identity, Activation::GeluTanh, Activation::Silu];
+pub(super) const ACTIVATIONS: [Activation; 3] =
+    [Activation::Identity, Activation::GeluTanh, Activation::Silu];
 
-fn noise<B: burn::tensor::backend::Backend, const D: usize>(
+pub(super) fn noise<B: burn::tensor::backend::Backend, const D: usize>(
     index: u64,
     shape: [usize; D],
 ) -> Tensor<B, D> {
@@ -29,7 +30,7 @@ fn noise<B: burn::tensor::backend::Backend, const D: usize>(
 /// Both are f32 computations in another order: each value may be off by the rounding of a sum of `terms` terms, of
 /// which the largest are some units: a few units in the last place, growing with the root of the count.
 #[track_caller]
-fn agree<B: burn::tensor::backend::Backend, const D: usize>(
+pub(super) fn agree<B: burn::tensor::backend::Backend, const D: usize>(
     what: &str,
     terms: usize,
     fast: Tensor<B, D>,

@@ -96,6 +96,30 @@ impl<B: FusedOps> Convolution<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::{StateDict, assign, names};
+    use burn_ndarray::NdArray;
+
+    #[test]
+    fn a_bias_is_a_parameter_where_there_is_one() {
+        let device = Default::default();
+        let named = |layer: &Convolution<NdArray>| -> Vec<String> {
+            let names = names::<NdArray, _>(layer).into_iter();
+            names.map(|parameter| parameter.name).collect()
+        };
+        let whole = Convolution::zeros(1, 1, [1; 2], Window::padded([0; 2]), &device);
+        assert_eq!(named(&whole), ["weight", "bias"]);
+        let mut state: StateDict = crate::weights::collect::<NdArray, _>(&whole);
+        for (array, value) in state.values_mut().zip([5.0, 2.0]) {
+            array.data.fill(value); // bias, weight
+        }
+        let filled = assign(whole.clone(), &state, "".as_ref(), "a layer").unwrap();
+        state.remove("bias");
+        let bare = assign(whole.without_bias(), &state, "".as_ref(), "a layer").unwrap();
+        assert_eq!(named(&bare), ["weight"]);
+        let x = Tensor::ones([1, 1, 1, 1], &device);
+        assert_eq!(filled.forward(x.clone()).into_scalar(), 7.0);
+        assert_eq!(bare.forward(x).into_scalar(), 2.0);
+    }
 
     #[test]
     fn the_size_of_what_comes_out() {

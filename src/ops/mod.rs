@@ -3,7 +3,8 @@
 //! [`FusedOps`] is the place for kernels. Each operator is a pair, forward and backward, and each method's default is
 //! composed of Burn's operators (the slow, exact reference, in [`mod@reference`]); a backend overrides what it can do
 //! faster. `Autodiff<B>` joins the pairs into nodes of the graph (see `autodiff.rs`), so a backend's kernels train
-//! without the backend knowing anything of differentiation. Models call the trait and never know.
+//! without the backend knowing anything of differentiation. (Convolution and group normalisation, through which nothing
+//! large is trained, have no backward half: a graph holds their reference.) Models call the trait and never know.
 //!
 //! ```text
 //! models ──> FusedOps ──┬─ Autodiff<B>: one graph node an operator, then B's forward and backward

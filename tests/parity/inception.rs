@@ -131,7 +131,8 @@ pub fn inception_fid<B: FusedOps>(slack: f64) {
     }
 }
 
-pub fn inception_zoo<B: FusedOps>(_: f64) {
+#[test]
+fn names_and_shapes_are_those_of_the_published_weights() {
     let group = Group::open("inception_fid");
     let name = group.case["weights"]["key_list"].as_str().unwrap();
     let text = std::fs::read_to_string(group.path.join(name)).unwrap();

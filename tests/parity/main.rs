@@ -57,7 +57,6 @@ on!(
     inference,
     burn_ndarray::NdArray,
     inception::inception_fid,
-    inception::inception_zoo,
     vae::vae_kl_f8,
     vae::vae_odd_slices,
     vae::vae_zoo,
@@ -76,6 +75,5 @@ mod wgpu {
         crate::forward::prune_forward::<B>(SLACK);
         crate::losses::distill_losses::<B>(SLACK);
         crate::trajectory::train_steps::<B>(SLACK, 2);
-        crate::vae::vae_kl_f8::<burn_wgpu::Wgpu>(SLACK);
     }
 }

@@ -207,7 +207,7 @@ pub fn vae_zoo<B: FusedOps>(_: f64) {
     }
 }
 
-/// Values as rows of a picture are not mixed up by the sizes of the fixture, which divide evenly.
+/// Slices keep the order of images, the last being smaller than the others.
 pub fn vae_odd_slices<B: FusedOps>(slack: f64) {
     let group = Group::open("vae_kl_f8");
     let config = configuration(&group);

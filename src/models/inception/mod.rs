@@ -82,7 +82,7 @@ impl<B: Backend> Inception<B> {
         fit(&wanted, state, counter, path, "InceptionV3 of 2015-12-05")?;
         let layers = LAYERS.iter();
         let layers = layers.map(|layer| (layer.name, Folded::new(layer, state, device)));
-        let head = data(state["fc.weight"].data.clone(), [CLASSES, POOLED]);
+        let head = TensorData::new(state["fc.weight"].data.clone(), [CLASSES, POOLED]);
         Ok(Self {
             layers: layers.collect(),
             head: Tensor::<B, 2>::from_data(head, device).transpose(),
@@ -93,10 +93,6 @@ impl<B: Backend> Inception<B> {
     fn device(&self) -> B::Device {
         self.head.device()
     }
-}
-
-fn data<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> TensorData {
-    TensorData::new(values, shape)
 }
 
 impl<B: Backend> Folded<B> {
@@ -125,8 +121,11 @@ impl<B: Backend> Folded<B> {
             ..
         } = *layer;
         Self {
-            weight: Tensor::from_data(data(weight, [output, input, height, width]), device),
-            bias: Tensor::from_data(data(bias, [output]), device),
+            weight: Tensor::from_data(
+                TensorData::new(weight, [output, input, height, width]),
+                device,
+            ),
+            bias: Tensor::from_data(TensorData::new(bias, [output]), device),
             window,
         }
     }
@@ -169,7 +168,7 @@ pub fn prepare<B: Backend>(
         }
     }
     Ok(Tensor::from_data(
-        data(values, [count, 3, SIDE, SIDE]),
+        TensorData::new(values, [count, 3, SIDE, SIDE]),
         device,
     ))
 }

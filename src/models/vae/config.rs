@@ -68,7 +68,7 @@ impl VaeConfig {
             }
         }
         let groups = self.norm_num_groups;
-        let uneven = |width: &&usize| *width % groups != 0;
+        let uneven = |width: &&usize| !width.is_multiple_of(groups);
         if let Some(width) = self.block_out_channels.iter().find(uneven) {
             return Some(format!(
                 "the width {width} of block_out_channels is not a multiple of norm_num_groups {groups}"

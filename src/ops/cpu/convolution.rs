@@ -86,7 +86,7 @@ impl Sizes {
         let threads = threads::count();
         let mut bands = self.places().div_ceil(BAND);
         let tasks = self.batch * bands;
-        if tasks % threads != 0 && tasks < threads::PARTS * threads {
+        if !tasks.is_multiple_of(threads) && tasks < threads::PARTS * threads {
             let most = self.places().div_ceil(2 * panel_width());
             bands = bands.next_multiple_of(threads).min(most).max(bands);
         }

@@ -2,11 +2,11 @@
 //!
 //! A run that is interrupted while it writes must never leave half an archive or picture under the
 //! final name: the next run would read it as a result. Every writer of the crate goes through
-//! [`write_atomic`].
+//! [`write_atomic`], or through an [`AtomicFile`] where what is written comes bit by bit.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -36,24 +36,79 @@ pub fn write_atomic(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
 ) -> io::Result<()> {
-    let name = path
-        .file_name()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"))?;
-    // `parent` of a bare file name is the empty path, which no system call accepts.
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    fs::create_dir_all(folder)?;
+    let mut file = AtomicFile::create(path)?;
+    write(&mut file.writer)?;
+    file.commit()
+}
 
-    let (file, temporary) = create_temporary(folder, name)?;
-    let mut writer = BufWriter::new(file);
-    write(&mut writer)?;
-    writer.flush()?;
-    // Without the sync a power failure may keep the rename and lose the contents.
-    writer.get_ref().sync_all()?;
-    drop(writer);
-    temporary.rename(path)
+/// A file that is being written, under a temporary name until [`commit`](Self::commit) gives it its own.
+///
+/// Dropped before that, it is removed, and what was at its path is left as it was.
+#[derive(Debug)]
+pub struct AtomicFile {
+    // Before `temporary`: an open file can't be removed everywhere.
+    writer: BufWriter<File>,
+    temporary: Temporary,
+    target: PathBuf,
+}
+
+impl AtomicFile {
+    /// A new file that will be `path`; missing parent folders are created.
+    ///
+    /// # Errors
+    ///
+    /// The error of the file system, as [`write_atomic`]'s.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let name = path.file_name().ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name")
+        })?;
+        // `parent` of a bare file name is the empty path, which no system call accepts.
+        let folder = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        fs::create_dir_all(folder)?;
+        let (file, temporary) = create_temporary(folder, name)?;
+        Ok(Self {
+            writer: BufWriter::new(file),
+            temporary,
+            target: path.to_owned(),
+        })
+    }
+
+    /// Flushes, syncs to the disk and renames, replacing what was there.
+    ///
+    /// # Errors
+    ///
+    /// The error of the file system; then the file is removed.
+    pub fn commit(self) -> io::Result<()> {
+        let Self {
+            mut writer,
+            temporary,
+            target,
+        } = self;
+        writer.flush()?;
+        // Without the sync a power failure may keep the rename and lose the contents.
+        writer.get_ref().sync_all()?;
+        drop(writer);
+        temporary.rename(&target)
+    }
+}
+
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.writer.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer.flush()
+    }
+}
+
+impl Seek for AtomicFile {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.writer.seek(to)
+    }
 }
 
 /// Opens `.NAME.PID-COUNT.tmp`, a name no other thread or process is using.
@@ -75,6 +130,7 @@ fn create_temporary(folder: &Path, name: &std::ffi::OsStr) -> io::Result<(File, 
 }
 
 /// Removes the temporary file unless it was renamed.
+#[derive(Debug)]
 struct Temporary {
     path: Option<PathBuf>,
 }
@@ -132,6 +188,21 @@ mod tests {
         })
         .unwrap_err();
         assert_eq!(error.to_string(), "stopped");
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["out.txt"]);
+    }
+
+    #[test]
+    fn an_abandoned_file_leaves_the_old_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.txt");
+        let write = |text: &[u8]| {
+            let mut file = AtomicFile::create(&path).unwrap();
+            file.write_all(text).unwrap();
+            file
+        };
+        write(b"old").commit().unwrap();
+        drop(write(b"new"));
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(names(folder.path()), ["out.txt"]);
     }

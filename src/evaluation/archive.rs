@@ -1,17 +1,20 @@
-//! Arrays out of an `.npz`: a zip archive of `.npy` members (NumPy Enhancement Proposal 1).
+//! Arrays in and out of an `.npz`: a zip archive of `.npy` members (NumPy Enhancement Proposal 1).
 //!
-//! `npyz` parses the headers; the data are read here in one piece, as its reader decodes byte by byte,
+//! `npyz` parses the headers; the data are read here in large pieces, as its reader decodes byte by byte,
 //! which is slow for gigabytes of pixels.
 
 use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Take, Write};
 use std::path::{Path, PathBuf};
 
+use flate2::bufread::DeflateDecoder;
 use npyz::{NpyHeader, Order};
-use zip::ZipArchive;
 use zip::result::ZipError;
+use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::EvaluationError;
+use crate::npy;
 
 /// The name in the archive of the array `array`.
 pub(super) fn member_name(array: &str) -> String {
@@ -28,18 +31,8 @@ impl<'a> Archive<'a> {
     pub(super) fn open(path: &'a Path) -> Result<Self, EvaluationError> {
         let zip = File::open(path)
             .and_then(|file| ZipArchive::new(BufReader::new(file)).map_err(io::Error::from))
-            .map_err(|source| EvaluationError::Io {
-                path: path.to_owned(),
-                source,
-            })?;
+            .map_err(EvaluationError::io(path))?;
         Ok(Self { path, zip })
-    }
-
-    pub(super) fn io(&self, source: io::Error) -> EvaluationError {
-        EvaluationError::Io {
-            path: self.path.to_owned(),
-            source,
-        }
     }
 
     pub(super) fn contains(&self, array: &str) -> bool {
@@ -59,23 +52,22 @@ impl<'a> Archive<'a> {
         })
     }
 
+    /// An array whose header is read and whose data are not; None if there is none of that name.
     pub(super) fn array(&mut self, array: &str) -> Result<Option<Array>, EvaluationError> {
-        let path = self.path;
-        let fail = |expected: &str, found: String| EvaluationError::Array {
-            path: path.to_owned(),
+        let at = Place {
+            path: self.path.to_owned(),
             array: array.to_owned(),
-            expected: expected.to_owned(),
-            found,
         };
-        let mut member = match self.zip.by_name(&member_name(array)) {
-            Ok(member) => member,
+        let member = match self.zip.by_name(&member_name(array)) {
+            Ok(entry) => Member::open(self.path, &entry),
             Err(ZipError::FileNotFound) => return Ok(None),
-            Err(error) => return Err(fail("a readable member", error.to_string())),
+            Err(error) => Err(error.into()),
         };
+        let mut member = member.map_err(|error| at.fail("a readable member", error.to_string()))?;
         let header = NpyHeader::from_reader(&mut member).map_err(|error| {
             // The parser quotes the whole header, which may be 64 KiB of anything.
             let message: String = error.to_string().chars().take(200).collect();
-            fail("a NumPy array", message)
+            at.fail("a NumPy array", message)
         })?;
         let (shape, size) = shape_of(&header)
             .and_then(|shape| {
@@ -86,30 +78,16 @@ impl<'a> Archive<'a> {
                 Some((shape, size))
             })
             .ok_or_else(|| {
-                fail(
-                    "a size that can be addressed",
-                    format!("{:?}", header.shape()),
-                )
+                let found = format!("{:?}", header.shape());
+                at.fail("a size that can be addressed", found)
             })?;
-
-        let mut data = Vec::new();
-        data.try_reserve_exact(size)
-            .map_err(|_| fail("a size that fits the memory", format!("{size} bytes")))?;
-        member
-            .take(size as u64)
-            .read_to_end(&mut data)
-            .map_err(|error| fail("readable data", error.to_string()))?;
-        if data.len() != size {
-            let expected = format!("{size} bytes for the shape {shape:?}");
-            return Err(fail(&expected, format!("{} bytes", data.len())));
-        }
-        let (path, name) = (path.to_owned(), array.to_owned());
         Ok(Some(Array {
-            path,
-            name,
+            at,
             header,
             shape,
-            data,
+            size,
+            left: size,
+            member,
         }))
     }
 }
@@ -122,41 +100,158 @@ fn shape_of(header: &NpyHeader) -> Option<Vec<usize>> {
         .collect()
 }
 
-/// A member as it was read, not yet interpreted.
-pub(super) struct Array {
+/// A member's bytes, unpacked as they are read and checked against their checksum at the end.
+///
+/// It has the file open for itself, so that it can be read piece by piece while the archive is gone.
+struct Member {
+    bytes: Unpacking,
+    /// Bytes there are to come, if the archive tells the truth.
+    promised: u64,
+    seen: crc32fast::Hasher,
+    checksum: u32,
+}
+
+enum Unpacking {
+    Stored(Take<BufReader<File>>),
+    Deflated(DeflateDecoder<Take<BufReader<File>>>),
+}
+
+impl Member {
+    fn open<R: Read>(path: &Path, entry: &zip::read::ZipFile<'_, R>) -> io::Result<Self> {
+        let start = entry.data_start().ok_or(io::ErrorKind::InvalidData)?;
+        let mut file = BufReader::new(File::open(path)?);
+        file.seek(SeekFrom::Start(start))?;
+        let packed = file.take(entry.compressed_size());
+        let bytes = match entry.compression() {
+            CompressionMethod::Stored => Unpacking::Stored(packed),
+            CompressionMethod::Deflated => Unpacking::Deflated(DeflateDecoder::new(packed)),
+            other => return Err(io::Error::other(format!("it is packed by {other}"))),
+        };
+        Ok(Self {
+            bytes,
+            promised: entry.size(),
+            seen: crc32fast::Hasher::new(),
+            checksum: entry.crc32(),
+        })
+    }
+}
+
+impl Read for Member {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let read = match &mut self.bytes {
+            Unpacking::Stored(bytes) => bytes.read(out)?,
+            Unpacking::Deflated(bytes) => bytes.read(out)?,
+        };
+        self.seen.update(&out[..read]);
+        self.promised = self.promised.saturating_sub(read as u64);
+        if read == 0 && !out.is_empty() && self.seen.clone().finalize() != self.checksum {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the checksum is wrong: the file is damaged",
+            ));
+        }
+        Ok(read)
+    }
+}
+
+/// An array of an archive, for messages.
+struct Place {
     path: PathBuf,
-    name: String,
+    array: String,
+}
+
+impl Place {
+    fn fail(&self, expected: &str, found: String) -> EvaluationError {
+        EvaluationError::Array {
+            path: self.path.clone(),
+            array: self.array.clone(),
+            expected: expected.to_owned(),
+            found,
+        }
+    }
+}
+
+/// An array whose data are read when they are asked for.
+pub(super) struct Array {
+    at: Place,
     header: NpyHeader,
     /// Number of elements along each axis.
     pub(super) shape: Vec<usize>,
-    data: Vec<u8>,
+    /// Bytes of all data.
+    size: usize,
+    /// Bytes that have not been read.
+    left: usize,
+    member: Member,
 }
 
 impl Array {
     /// `expected` was asked for, and the array is what it is.
     pub(super) fn mismatch(&self, expected: &str) -> EvaluationError {
-        EvaluationError::Array {
-            path: self.path.clone(),
-            array: self.name.clone(),
-            expected: expected.to_owned(),
-            found: format!("{} of shape {:?}", self.header.dtype().descr(), self.shape),
+        let found = format!("{} of shape {:?}", self.header.dtype().descr(), self.shape);
+        self.at.fail(expected, found)
+    }
+
+    /// Refuses another NumPy type than `descr`.
+    pub(super) fn expect(&self, descr: &str) -> Result<(), EvaluationError> {
+        if self.header.dtype().descr() == format!("'{descr}'") {
+            return Ok(());
         }
+        Err(self.mismatch(&format!("the type '{descr}'")))
+    }
+
+    /// Refuses a shape that asks for more data than the archive says it has: before hours of reading, not after.
+    pub(super) fn expect_whole(&self) -> Result<(), EvaluationError> {
+        if self.left as u64 <= self.member.promised {
+            return Ok(());
+        }
+        Err(self.short(self.member.promised))
+    }
+
+    pub(super) fn is_fortran(&self) -> bool {
+        self.header.order() == Order::Fortran
+    }
+
+    fn short(&self, found: u64) -> EvaluationError {
+        let expected = format!("{} bytes for the shape {:?}", self.size, self.shape);
+        self.at.fail(&expected, format!("{found} bytes"))
+    }
+
+    /// The next `count` bytes; with the last of the array its checksum is compared.
+    pub(super) fn read(&mut self, count: usize) -> Result<Vec<u8>, EvaluationError> {
+        let broken = |error: io::Error| self.at.fail("readable data", error.to_string());
+        let mut data = Vec::new();
+        data.try_reserve_exact(count).map_err(|_| {
+            let found = format!("{count} bytes");
+            self.at.fail("a size that fits the memory", found)
+        })?;
+        let member = &mut self.member;
+        let read = member.take(count as u64).read_to_end(&mut data);
+        read.map_err(broken)?;
+        self.left = self.left.saturating_sub(data.len());
+        if data.len() != count {
+            return Err(self.short((self.size - self.left) as u64));
+        }
+        if self.left == 0 {
+            // Asking for one more byte finds the end, if it is there: NumPy, too, lets data follow an array.
+            self.member.read(&mut [0]).map_err(broken)?;
+        }
+        Ok(data)
     }
 
     /// Values in C order, of `SIZE` bytes and the NumPy type `descr`.
     pub(super) fn values<T: Copy, const SIZE: usize>(
-        self,
+        mut self,
         descr: &str,
         decode: impl Fn([u8; SIZE]) -> T,
     ) -> Result<Vec<T>, EvaluationError> {
-        if self.header.dtype().descr() != format!("'{descr}'") {
-            return Err(self.mismatch(&format!("the type '{descr}'")));
-        }
-        let (items, _) = self.data.as_chunks::<SIZE>();
+        self.expect(descr)?;
+        let data = self.read(self.size)?;
+        let (items, _) = data.as_chunks::<SIZE>();
         let values: Vec<T> = items.iter().map(|&item| decode(item)).collect();
-        Ok(match self.header.order() {
-            Order::C => values,
-            Order::Fortran => c_order(&values, &self.shape),
+        Ok(if self.is_fortran() {
+            c_order(&values, &self.shape)
+        } else {
+            values
         })
     }
 
@@ -167,6 +262,35 @@ impl Array {
             _ => Err(self.mismatch("the type '<f4' or '<f8'")),
         }
     }
+}
+
+/// Begins the member of an array of that type and shape; its data, which the caller writes next, have `size` bytes.
+pub(super) fn start_array<W: Write + Seek>(
+    archive: &mut ZipWriter<W>,
+    name: &str,
+    descr: &str,
+    shape: &[usize],
+    size: usize,
+) -> io::Result<()> {
+    let header = npy::header(descr, shape);
+    let size = (header.len() as u64).saturating_add(size as u64);
+    let options = SimpleFileOptions::default()
+        .compression_method(CompressionMethod::Stored)
+        .large_file(size > u64::from(u32::MAX));
+    archive.start_file(member_name(name), options)?;
+    archive.write_all(&header)
+}
+
+/// Writes an array, stored without compression as `numpy.savez` does.
+pub(super) fn write_array<W: Write + Seek>(
+    archive: &mut ZipWriter<W>,
+    name: &str,
+    descr: &str,
+    shape: &[usize],
+    data: &[u8],
+) -> io::Result<()> {
+    start_array(archive, name, descr, shape, data.len())?;
+    archive.write_all(data)
 }
 
 /// Reorders values whose first index runs fastest into values whose last index does.
@@ -187,6 +311,29 @@ fn c_order<T: Copy>(values: &[T], shape: &[usize]) -> Vec<T> {
         position
     };
     (0..values.len()).map(|_| values[next()]).collect()
+}
+
+/// Archives for tests.
+#[cfg(test)]
+pub(super) mod testing {
+    use super::*;
+
+    /// An archive with these members, packed, and its path.
+    pub(crate) fn archive(members: &[(&str, Vec<u8>)]) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("batch.npz");
+        let mut zip = ZipWriter::new(File::create(&path).unwrap());
+        for (name, bytes) in members {
+            zip.start_file(*name, SimpleFileOptions::default()).unwrap();
+            zip.write_all(bytes).unwrap();
+        }
+        zip.finish().unwrap();
+        (folder, path)
+    }
+
+    pub(crate) fn npy(descr: &str, shape: &[usize], data: &[u8]) -> Vec<u8> {
+        [npy::header(descr, shape), data.to_vec()].concat()
+    }
 }
 
 #[cfg(test)]

@@ -2,33 +2,33 @@
 //!
 //! FID and sFID ([`frechet_distance`]), the Inception Score ([`inception_score`]) and precision and
 //! recall ([`precision_recall`]) are computed from activations, in `f64`, on the CPU. Pictures and
-//! precomputed reference statistics are exchanged as `.npz` archives ([`read_samples`],
-//! [`read_reference_statistics`], [`write_samples`]).
+//! precomputed reference statistics are exchanged as `.npz` archives ([`SampleReader`],
+//! [`SampleWriter`], [`read_reference_statistics`]).
 //!
 //! The definitions follow `guided-diffusion/evaluations/evaluator.py` (Dhariwal and Nichol 2021,
 //! arXiv:2105.05233), with one deliberate difference: that code computes precision and recall in
 //! `float16` where it can, and its published numbers carry the noise; here they are exact.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
 mod archive;
 mod features;
 mod inception_score;
-mod npz;
+mod moments;
 mod precision_recall;
+mod samples;
 mod statistics;
 
 pub use features::Features;
 pub use inception_score::{DEFAULT_SPLIT_SIZE, inception_score};
-pub use npz::{
-    ReferenceStatistics, Samples, read_reference_statistics, read_samples, write_samples,
-};
+pub use moments::{ReferenceStatistics, read_reference_statistics};
 pub use precision_recall::{
     DEFAULT_NEIGHBOURS, PrecisionRecall, neighbour_radii, precision_recall,
 };
+pub use samples::{SampleReader, SampleWriter, Samples, read_samples, write_samples};
 pub use statistics::{Statistics, StatisticsAccumulator, frechet_distance};
 
 /// Why an evaluation could not be carried out.
@@ -82,4 +82,13 @@ pub enum EvaluationError {
         /// What the archive holds.
         found: String,
     },
+}
+
+impl EvaluationError {
+    pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
+        move |source| Self::Io {
+            path: path.to_owned(),
+            source,
+        }
+    }
 }

@@ -33,37 +33,117 @@ pub fn inception_score(
     probabilities: &Features,
     split_size: usize,
 ) -> Result<f64, EvaluationError> {
-    let what = "the Inception Score";
-    if probabilities.rows() == 0 {
-        return Err(EvaluationError::TooFew {
-            what,
-            needed: 1,
-            found: 0,
-        });
-    }
-    let classes = probabilities.dim();
-    let values = split_size.saturating_mul(classes);
-    if values == 0 {
-        let (expected, found) = ("at least 1".to_owned(), split_size.to_string());
-        return Err(EvaluationError::Shape {
-            what: "split size",
-            expected,
-            found,
-        });
-    }
-    for (index, row) in probabilities.data().chunks(classes).enumerate() {
-        let sum: f64 = row.iter().map(|&p| f64::from(p)).sum();
-        if (sum - 1.0).abs() > SUM_TOLERANCE || row.iter().any(|&p| p < 0.0) {
-            let problem = format!("row {index} is not a probability distribution (sum {sum})");
-            return Err(EvaluationError::Value {
-                what: "class probabilities",
-                problem,
-            });
+    let mut splits = InceptionScore::new(split_size);
+    splits.push(probabilities)?;
+    splits.finish()
+}
+
+/// Computes [`inception_score`] from batches, so that the probabilities need not be kept. Holds one split.
+///
+/// # Examples
+///
+/// ```
+/// use tinyfusion::evaluation::{Features, InceptionScore};
+/// let mut score = InceptionScore::new(5000);
+/// score.push(&Features::new(2, vec![1.0, 0.0])?)?;
+/// score.push(&Features::new(2, vec![0.0, 1.0])?)?;
+/// assert!((score.finish()? - 2.0).abs() < 1e-12);
+/// # Ok::<(), tinyfusion::evaluation::EvaluationError>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct InceptionScore {
+    split_size: usize,
+    /// Classes of the rows, zero before the first.
+    classes: usize,
+    /// Rows before those of the split under way.
+    before: usize,
+    /// Rows of the split under way, `[pictures, classes]`.
+    split: Vec<f32>,
+    /// Sum of the scores of the splits that are full, and how many they are.
+    sum: f64,
+    splits: usize,
+}
+
+impl InceptionScore {
+    /// No rows yet, to be cut into splits of `split_size`.
+    pub fn new(split_size: usize) -> Self {
+        Self {
+            split_size,
+            classes: 0,
+            before: 0,
+            split: Vec::new(),
+            sum: 0.0,
+            splits: 0,
         }
     }
-    let splits = probabilities.data().chunks(values);
-    let count = splits.len() as f64;
-    Ok(splits.map(|split| split_score(split, classes)).sum::<f64>() / count)
+
+    /// Adds rows of class probabilities, `[pictures, classes]`.
+    ///
+    /// # Errors
+    ///
+    /// [`EvaluationError::Shape`] when the split size is zero or the number of classes is not that of the rows before,
+    /// [`EvaluationError::Value`] when a row is not a probability distribution.
+    pub fn push(&mut self, probabilities: &Features) -> Result<(), EvaluationError> {
+        let shape = |what, expected: String, found: usize| EvaluationError::Shape {
+            what,
+            expected,
+            found: found.to_string(),
+        };
+        if self.split_size == 0 {
+            return Err(shape("split size", "at least 1".to_owned(), 0));
+        }
+        let classes = probabilities.dim();
+        if self.classes != 0 && self.classes != classes {
+            return Err(shape(
+                "number of classes",
+                self.classes.to_string(),
+                classes,
+            ));
+        }
+        self.classes = classes;
+        for row in probabilities.data().chunks(classes) {
+            let sum: f64 = row.iter().map(|&p| f64::from(p)).sum();
+            if (sum - 1.0).abs() > SUM_TOLERANCE || row.iter().any(|&p| p < 0.0) {
+                let index = self.before + self.split.len() / classes;
+                let problem = format!("row {index} is not a probability distribution (sum {sum})");
+                return Err(EvaluationError::Value {
+                    what: "class probabilities",
+                    problem,
+                });
+            }
+            self.split.extend_from_slice(row);
+            if self.split.len() / classes == self.split_size {
+                self.end_split();
+            }
+        }
+        Ok(())
+    }
+
+    fn end_split(&mut self) {
+        self.sum += split_score(&self.split, self.classes);
+        self.splits += 1;
+        self.before += self.split_size;
+        self.split.clear();
+    }
+
+    /// The score of all rows; the last split may be shorter.
+    ///
+    /// # Errors
+    ///
+    /// [`EvaluationError::TooFew`] without any row.
+    pub fn finish(mut self) -> Result<f64, EvaluationError> {
+        if !self.split.is_empty() {
+            self.end_split();
+        }
+        if self.splits == 0 {
+            return Err(EvaluationError::TooFew {
+                what: "the Inception Score",
+                needed: 1,
+                found: 0,
+            });
+        }
+        Ok(self.sum / self.splits as f64)
+    }
 }
 
 /// The score of one split, `[pictures, classes]` flattened.
@@ -116,6 +196,27 @@ mod tests {
     }
 
     #[test]
+    fn batches_may_end_anywhere() {
+        let rows: Vec<f32> = (0..23)
+            .flat_map(|i| {
+                let p = (i as f32 * 0.37).sin().abs();
+                [p, 1.0 - p]
+            })
+            .collect();
+        let whole = score(2, &rows, 5).unwrap();
+        for batch in [1, 4, 5, 6, 23] {
+            let mut splits = InceptionScore::new(5);
+            for rows in rows.chunks(2 * batch) {
+                splits
+                    .push(&Features::new(2, rows.to_vec()).unwrap())
+                    .unwrap();
+            }
+            // To the last bit: splits hold the same rows.
+            assert_eq!(splits.finish().unwrap(), whole, "{batch}");
+        }
+    }
+
+    #[test]
     fn bad_input_is_an_error() {
         assert!(matches!(
             score(2, &[], 10),
@@ -131,5 +232,17 @@ mod tests {
             "{logits}"
         );
         assert!(score(2, &[1.5, -0.5], 10).is_err());
+
+        let mut splits = InceptionScore::new(2);
+        let certain = Features::new(3, [1.0, 0.0, 0.0].repeat(3)).unwrap();
+        splits.push(&certain).unwrap();
+        assert!(
+            splits
+                .push(&Features::new(2, vec![1.0, 0.0]).unwrap())
+                .is_err()
+        );
+        let logits = Features::new(3, vec![1.0, 0.0, 0.0, 9.0, 0.0, 0.0]).unwrap();
+        let error = splits.push(&logits).unwrap_err().to_string();
+        assert!(error.contains("row 4 is not"), "{error}");
     }
 }

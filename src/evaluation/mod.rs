@@ -23,7 +23,7 @@ mod samples;
 mod statistics;
 
 pub use features::Features;
-pub use inception_score::{DEFAULT_SPLIT_SIZE, inception_score};
+pub use inception_score::{DEFAULT_SPLIT_SIZE, InceptionScore, inception_score};
 pub use moments::{ReferenceStatistics, read_reference_statistics};
 pub use precision_recall::{
     DEFAULT_NEIGHBOURS, PrecisionRecall, neighbour_radii, precision_recall,

@@ -76,6 +76,9 @@ impl Statistics {
 /// pairwise algorithm for computing sample variances", eq. 2.1): each is centred on its own mean
 /// before it is squared, so that nothing cancels, however far the mean is from zero.
 ///
+/// What is merged are always the same 512 rows: a batch may end anywhere without changing a bit of
+/// the result, and the products are large enough to use all cores.
+///
 /// # Examples
 ///
 /// ```
@@ -93,15 +96,18 @@ pub struct StatisticsAccumulator {
     mean: DVector<f64>,
     /// Sum of the outer products of the deviations from the mean so far, `[dim, dim]`.
     scatter: DMatrix<f64>,
+    /// Rows that wait for a chunk to be full, `[rows, dim]`.
+    waiting: Vec<f32>,
 }
 
 impl StatisticsAccumulator {
-    /// An empty accumulator for rows of `dim` values. Uses `8 * dim * dim` bytes.
+    /// An empty accumulator for rows of `dim` values. Uses `8 * dim * dim` bytes, and 512 rows.
     pub fn new(dim: usize) -> Self {
         Self {
             count: 0,
             mean: DVector::zeros(dim),
             scatter: DMatrix::zeros(dim, dim),
+            waiting: Vec::new(),
         }
     }
 
@@ -112,7 +118,21 @@ impl StatisticsAccumulator {
     /// [`EvaluationError::Shape`] when the dimension is not the accumulator's.
     pub fn push(&mut self, features: &Features) -> Result<(), EvaluationError> {
         check_dim(self.mean.len(), features.dim())?;
-        for rows in features.data().chunks(CHUNK_ROWS * features.dim()) {
+        let chunk = CHUNK_ROWS * features.dim();
+        let mut rows = features.data();
+        if !self.waiting.is_empty() {
+            let (first, rest) = rows.split_at(rows.len().min(chunk - self.waiting.len()));
+            self.waiting.extend_from_slice(first);
+            rows = rest;
+            if self.waiting.len() < chunk {
+                return Ok(());
+            }
+            let full = std::mem::take(&mut self.waiting);
+            self.push_chunk(&full);
+        }
+        let chunks = rows.chunks_exact(chunk);
+        self.waiting.extend_from_slice(chunks.remainder());
+        for rows in chunks {
             self.push_chunk(rows);
         }
         Ok(())
@@ -152,7 +172,11 @@ impl StatisticsAccumulator {
     /// # Errors
     ///
     /// [`EvaluationError::TooFew`] for fewer than two rows, which have no covariance.
-    pub fn finish(self) -> Result<Statistics, EvaluationError> {
+    pub fn finish(mut self) -> Result<Statistics, EvaluationError> {
+        let rest = std::mem::take(&mut self.waiting);
+        if !rest.is_empty() {
+            self.push_chunk(&rest);
+        }
         if self.count < 2 {
             return Err(EvaluationError::TooFew {
                 what: "a covariance",
@@ -301,6 +325,25 @@ mod tests {
             assert!((statistics.mean() - DVector::from_vec(vec![3.0, 2.0])).amax() < 1e-15);
             let expected = DMatrix::from_vec(2, 2, vec![7.0, 3.0, 3.0, 3.0]);
             assert!((statistics.covariance() - expected).amax() < 1e-14);
+        }
+    }
+
+    #[test]
+    fn batches_may_end_anywhere() {
+        let (rows, dim) = (2 * CHUNK_ROWS + 100, 5);
+        let data: Vec<f32> = (0..rows * dim).map(|i| (i as f32).sin() + 3.0).collect();
+        let whole = accumulate(dim, &[&data]);
+        for batch in [
+            1,
+            7,
+            CHUNK_ROWS - 1,
+            CHUNK_ROWS,
+            CHUNK_ROWS + 1,
+            2 * CHUNK_ROWS,
+        ] {
+            let batches: Vec<&[f32]> = data.chunks(batch * dim).collect();
+            // To the last bit: the sums are taken over the same rows in the same order.
+            assert_eq!(accumulate(dim, &batches), whole, "{batch}");
         }
     }
 

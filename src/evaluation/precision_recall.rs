@@ -5,6 +5,9 @@
 //! reference manifold (are they plausible?), recall the fraction of reference points on the sample
 //! manifold (is everything covered?).
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use nalgebra::DMatrix;
 use rayon::prelude::*;
 
@@ -63,10 +66,46 @@ pub fn precision_recall(
     }
     let reference_radii = neighbour_radii(reference, neighbours)?;
     let sample_radii = neighbour_radii(samples, neighbours)?;
+    let outside = |points: &Features| -> Vec<AtomicBool> {
+        (0..points.rows()).map(|_| AtomicBool::new(false)).collect()
+    };
+    let (covered_reference, covered_samples) = (outside(reference), outside(samples));
+    let samples_starts = starts(samples);
+    let pairs: Vec<_> = starts(reference)
+        .into_iter()
+        .flat_map(|first| samples_starts.iter().map(move |&second| (first, second)))
+        .collect();
+    // Every distance is computed once and asked both ways.
+    each(&pairs, |&(first, second)| {
+        let distances =
+            squared_distances(&Block::new(reference, first), &Block::new(samples, second));
+        let covered = &covered_reference[first..][..distances.nrows()];
+        let radii = &reference_radii[first..][..distances.nrows()];
+        for (index, column) in distances.column_iter().enumerate() {
+            let radius = sample_radii[second + index];
+            let mut inside = false;
+            for ((&distance, covered), &reach) in column.iter().zip(covered).zip(radii) {
+                if distance <= radius {
+                    covered.store(true, Ordering::Relaxed);
+                }
+                inside |= distance <= reach;
+            }
+            if inside {
+                covered_samples[second + index].store(true, Ordering::Relaxed);
+            }
+        }
+    });
     Ok(PrecisionRecall {
-        precision: covered_fraction(samples, reference, &reference_radii),
-        recall: covered_fraction(reference, samples, &sample_radii),
+        precision: fraction(covered_samples),
+        recall: fraction(covered_reference),
     })
+}
+
+/// The fraction that is true.
+fn fraction(flags: Vec<AtomicBool>) -> f64 {
+    let (count, mut all) = (flags.len() as f64, flags);
+    all.retain_mut(|flag| *flag.get_mut());
+    all.len() as f64 / count
 }
 
 /// For each row the *squared* distance to its `neighbours`-th nearest other row, `[rows]`.
@@ -96,44 +135,60 @@ pub fn neighbour_radii(
             found: features.rows(),
         });
     }
-    let radii = starts(features).into_par_iter().flat_map_iter(|start| {
-        let points = Block::new(features, start);
-        let mut nearest = vec![Nearest::new(neighbours); points.len()];
-        for other_start in starts(features) {
-            let others = Block::new(features, other_start);
-            let distances = squared_distances(&points, &others);
-            for (other, column) in distances.column_iter().enumerate() {
-                for (point, &distance) in column.iter().enumerate() {
-                    if start + point != other_start + other {
-                        nearest[point].insert(distance);
-                    }
-                }
+    let starts = starts(features);
+    let nearest: Vec<_> = starts
+        .iter()
+        .map(|start| {
+            let rows = BLOCK.min(features.rows() - start);
+            Mutex::new(vec![Nearest::new(neighbours); rows])
+        })
+        .collect();
+    let pairs: Vec<_> = (0..starts.len())
+        .flat_map(|first| (first..starts.len()).map(move |second| (first, second)))
+        .collect();
+    // A distance is the same seen from either end, so only half of them are computed. In which order the others come
+    // to a point makes no difference to the smallest few.
+    each(&pairs, |&(first, second)| {
+        let points = Block::new(features, starts[first]);
+        if first == second {
+            let distances = squared_distances(&points, &points);
+            let mut nearest = locked(&nearest[first]);
+            for (index, column) in distances.column_iter().enumerate() {
+                let others = column
+                    .iter()
+                    .enumerate()
+                    .filter(|(other, _)| *other != index);
+                others.for_each(|(_, &distance)| nearest[index].insert(distance));
+            }
+            return;
+        }
+        let distances = squared_distances(&points, &Block::new(features, starts[second]));
+        for (point, column) in locked(&nearest[second])
+            .iter_mut()
+            .zip(distances.column_iter())
+        {
+            column.iter().for_each(|&distance| point.insert(distance));
+        }
+        let mut nearest = locked(&nearest[first]);
+        for column in distances.column_iter() {
+            for (point, &distance) in nearest.iter_mut().zip(column.iter()) {
+                point.insert(distance);
             }
         }
-        nearest.into_iter().map(|nearest| nearest.farthest())
     });
-    Ok(radii.collect())
+    let nearest = nearest
+        .into_iter()
+        .flat_map(|block| block.into_inner().unwrap_or_else(PoisonError::into_inner));
+    Ok(nearest.map(|nearest| nearest.farthest()).collect())
 }
 
-/// The fraction of `points` within the squared radius of at least one of `centres`.
-fn covered_fraction(points: &Features, centres: &Features, radii: &[f64]) -> f64 {
-    let covered: usize = starts(points)
-        .into_par_iter()
-        .map(|start| {
-            let points = Block::new(points, start);
-            let mut covered = vec![false; points.len()];
-            for centre_start in starts(centres) {
-                let distances = squared_distances(&points, &Block::new(centres, centre_start));
-                for (column, &radius) in distances.column_iter().zip(&radii[centre_start..]) {
-                    for (covered, &distance) in covered.iter_mut().zip(column.iter()) {
-                        *covered |= distance <= radius;
-                    }
-                }
-            }
-            covered.into_iter().filter(|&covered| covered).count()
-        })
-        .sum();
-    covered as f64 / points.rows() as f64
+/// Runs `work` on every pair of blocks, on all cores. A pair is a good part of a second's work and is handed out alone.
+fn each<T: Sync>(pairs: &[T], work: impl Fn(&T) + Send + Sync) {
+    pairs.par_iter().with_max_len(1).for_each(work);
+}
+
+fn locked(nearest: &Mutex<Vec<Nearest>>) -> MutexGuard<'_, Vec<Nearest>> {
+    nearest.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// First rows of the blocks.
@@ -154,17 +209,13 @@ impl Block {
         let rows = BLOCK.min(features.rows() - start);
         let dim = features.dim();
         let values = &features.data()[start * dim..(start + rows) * dim];
-        let points =
-            DMatrix::from_iterator(dim, rows, values.iter().map(|&value| f64::from(value)));
+        let values = values.iter().map(|&value| f64::from(value)).collect();
+        let points = DMatrix::from_vec(dim, rows, values);
         let squares = points
             .column_iter()
             .map(|point| point.norm_squared())
             .collect();
         Self { points, squares }
-    }
-
-    fn len(&self) -> usize {
-        self.squares.len()
     }
 }
 

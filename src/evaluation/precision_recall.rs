@@ -322,6 +322,38 @@ mod tests {
     }
 
     #[test]
+    fn coverage_agrees_with_all_pairs() {
+        // Sets of more than one block, of different density, so that no radius is like its neighbour's.
+        let dim = 4;
+        let spread = |rows: usize, by: f32| {
+            let mut data = noise(rows * dim);
+            for (index, value) in data.iter_mut().enumerate() {
+                *value = by * (*value + (index / dim % 7) as f32);
+            }
+            features(dim, &data)
+        };
+        let (reference, samples) = (spread(BLOCK + 40, 1.0), spread(2 * BLOCK + 3, 0.9));
+        let score = precision_recall(&reference, &samples, 3).unwrap();
+        let covered = |points: &Features, centres: &Features| {
+            let radii = neighbour_radii(centres, 3).unwrap();
+            let inside = |row: &[f32]| {
+                (0..centres.rows()).any(|centre| {
+                    let pairs = row.iter().zip(centres.row(centre));
+                    let distance = pairs.map(|(&u, &v)| (f64::from(u) - f64::from(v)).powi(2));
+                    distance.sum::<f64>() <= radii[centre]
+                })
+            };
+            let count = (0..points.rows())
+                .filter(|&row| inside(points.row(row)))
+                .count();
+            count as f64 / points.rows() as f64
+        };
+        assert_eq!(score.precision, covered(&samples, &reference));
+        assert_eq!(score.recall, covered(&reference, &samples));
+        assert!(score.precision < 1.0 && score.recall < 1.0, "{score:?}");
+    }
+
+    #[test]
     fn equal_points_are_at_distance_zero() {
         let (rows, dim) = (100, 37);
         // Squares of f32 values of like size add up exactly in f64; columns of unlike size do not.

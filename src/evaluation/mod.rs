@@ -16,6 +16,7 @@ use thiserror::Error;
 
 mod archive;
 mod features;
+mod frechet;
 mod inception_score;
 mod moments;
 mod precision_recall;
@@ -23,13 +24,14 @@ mod samples;
 mod statistics;
 
 pub use features::Features;
+pub use frechet::frechet_distance;
 pub use inception_score::{DEFAULT_SPLIT_SIZE, InceptionScore, inception_score};
 pub use moments::{ReferenceStatistics, read_reference_statistics};
 pub use precision_recall::{
     DEFAULT_NEIGHBOURS, PrecisionRecall, neighbour_radii, precision_recall,
 };
 pub use samples::{SampleReader, SampleWriter, Samples, read_samples, write_samples};
-pub use statistics::{Statistics, StatisticsAccumulator, frechet_distance};
+pub use statistics::{Statistics, StatisticsAccumulator};
 
 /// Why an evaluation could not be carried out.
 #[derive(Debug, Error)]

@@ -1,10 +1,6 @@
-//! Mean and covariance of activations, and the Fréchet distance between two sets of them.
-//!
-//! With the 2048 pooled Inception activations the distance is FID (Heusel et al. 2017,
-//! arXiv:1706.08500, section 3); with the 2023 spatial ones it is sFID (Nash et al. 2021,
-//! arXiv:2103.03841, section 4).
+//! Mean and covariance of activations.
 
-use nalgebra::{DMatrix, DMatrixViewMut, DVector, SymmetricEigen};
+use nalgebra::{DMatrix, DMatrixViewMut, DVector};
 use rayon::prelude::*;
 
 use super::{EvaluationError, Features};
@@ -15,10 +11,6 @@ const CHUNK_ROWS: usize = 512;
 
 /// Columns of the covariance that one thread updates at a time.
 const PANEL_COLUMNS: usize = 128;
-
-/// A covariance whose most negative eigenvalue exceeds this fraction of the largest is not one.
-/// Generous: it is to catch matrices that are no covariances, not the rounding of real ones.
-const NEGATIVE_TOLERANCE: f64 = 1e-4;
 
 /// First and second moments of a set of activations.
 #[derive(Clone, Debug, PartialEq)]
@@ -192,73 +184,7 @@ impl StatisticsAccumulator {
     }
 }
 
-/// The squared 2-Wasserstein distance between the Gaussians with these moments:
-///
-/// `|mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr sqrt(S_a S_b)`
-///
-/// (Dowson and Landau 1982; FID and sFID, see the module). Zero for equal statistics up to rounding,
-/// which may leave it slightly negative.
-///
-/// The general square root is avoided: with `S_a = V L V^T`, the eigenvalues of `S_a S_b` are those
-/// of the symmetric positive matrix `L^1/2 V^T S_b V L^1/2`, and the trace is the sum of their square
-/// roots. This also covers singular covariances (fewer rows than dimensions), for which the
-/// reference's iteration may fail and add `1e-6` to the diagonals. Takes two eigendecompositions,
-/// some fifteen seconds for `dim = 2048` in a release build.
-///
-/// # Errors
-///
-/// [`EvaluationError::Shape`] when the dimensions differ, [`EvaluationError::Value`] when a
-/// covariance has a negative eigenvalue beyond rounding or the eigensolver does not converge.
-pub fn frechet_distance(a: &Statistics, b: &Statistics) -> Result<f64, EvaluationError> {
-    check_dim(a.mean.len(), b.mean.len())?;
-    let means = (&a.mean - &b.mean).norm_squared();
-    let traces = a.covariance.trace() + b.covariance.trace();
-    Ok(means + traces - 2.0 * trace_of_product_root(&a.covariance, &b.covariance)?)
-}
-
-/// `tr sqrt(a b)` of two covariances, `[dim, dim]` each.
-fn trace_of_product_root(a: &DMatrix<f64>, b: &DMatrix<f64>) -> Result<f64, EvaluationError> {
-    let SymmetricEigen {
-        eigenvalues,
-        mut eigenvectors,
-    } = eigen(a.clone())?;
-    for (mut column, value) in eigenvectors.column_iter_mut().zip(&eigenvalues) {
-        column *= value.sqrt();
-    }
-    let inner = eigenvectors.transpose() * (b * &eigenvectors);
-    Ok(eigen(inner)?
-        .eigenvalues
-        .iter()
-        .map(|value| value.sqrt())
-        .sum())
-}
-
-/// Eigendecomposition of a positive semidefinite matrix; eigenvalues below zero by rounding are set
-/// to zero.
-fn eigen(matrix: DMatrix<f64>) -> Result<SymmetricEigen<f64, nalgebra::Dyn>, EvaluationError> {
-    // NaN would keep the iteration from ever ending.
-    if !matrix.iter().all(|value| value.is_finite()) {
-        return Err(invalid(
-            "covariance",
-            "the entries are too large to be multiplied",
-        ));
-    }
-    let sweeps = 100 * matrix.nrows().max(1);
-    let mut eigen = SymmetricEigen::try_new(matrix, f64::EPSILON, sweeps)
-        .ok_or_else(|| invalid("covariance", "the eigenvalues do not converge"))?;
-    let (least, most) = (eigen.eigenvalues.min(), eigen.eigenvalues.max());
-    if least < -NEGATIVE_TOLERANCE * most.abs() {
-        let problem = format!("eigenvalue {least:e} is negative (the largest is {most:e})");
-        return Err(EvaluationError::Value {
-            what: "covariance",
-            problem,
-        });
-    }
-    eigen.eigenvalues.apply(|value| *value = value.max(0.0));
-    Ok(eigen)
-}
-
-fn check_dim(expected: usize, found: usize) -> Result<(), EvaluationError> {
+pub(super) fn check_dim(expected: usize, found: usize) -> Result<(), EvaluationError> {
     if expected == found {
         return Ok(());
     }
@@ -269,7 +195,7 @@ fn check_dim(expected: usize, found: usize) -> Result<(), EvaluationError> {
     })
 }
 
-fn invalid(what: &'static str, problem: &str) -> EvaluationError {
+pub(super) fn invalid(what: &'static str, problem: &str) -> EvaluationError {
     EvaluationError::Value {
         what,
         problem: problem.to_owned(),
@@ -280,10 +206,6 @@ fn invalid(what: &'static str, problem: &str) -> EvaluationError {
 mod tests {
     use super::*;
 
-    fn statistics(mean: &[f64], covariance: &[f64]) -> Statistics {
-        Statistics::from_moments(mean.to_vec(), covariance.to_vec()).unwrap()
-    }
-
     fn accumulate(dim: usize, batches: &[&[f32]]) -> Statistics {
         let mut accumulator = StatisticsAccumulator::new(dim);
         for batch in batches {
@@ -292,26 +214,6 @@ mod tests {
                 .unwrap();
         }
         accumulator.finish().unwrap()
-    }
-
-    #[test]
-    fn diagonal_covariances_by_hand() {
-        let a = statistics(&[0.0, 0.0], &[4.0, 0.0, 0.0, 9.0]);
-        let b = statistics(&[1.0, 2.0], &[1.0, 0.0, 0.0, 16.0]);
-        // (1 + 4) + (2 - 1)^2 + (3 - 4)^2, each term exact but for the square roots.
-        assert!((frechet_distance(&a, &b).unwrap() - 7.0).abs() < 1e-12);
-        assert!(frechet_distance(&a, &a).unwrap().abs() < 1e-12);
-    }
-
-    #[test]
-    fn singular_covariances_by_hand() {
-        // Rank one each: x x^T and y y^T with x = (1, 1), y = (2, 0); tr sqrt = |x . y| = 2.
-        let a = statistics(&[0.0, 0.0], &[1.0, 1.0, 1.0, 1.0]);
-        let b = statistics(&[0.0, 0.0], &[4.0, 0.0, 0.0, 0.0]);
-        let zero = statistics(&[0.0, 0.0], &[0.0; 4]);
-        assert!((frechet_distance(&a, &b).unwrap() - 2.0).abs() < 1e-7);
-        assert_eq!(frechet_distance(&b, &zero).unwrap(), 4.0);
-        assert_eq!(frechet_distance(&zero, &zero).unwrap(), 0.0);
     }
 
     #[test]
@@ -363,12 +265,6 @@ mod tests {
 
     #[test]
     fn bad_input_is_an_error() {
-        let one = accumulate(1, &[&[0.0, 1.0]]);
-        let two = accumulate(2, &[&[0.0, 1.0, 2.0, 3.0]]);
-        assert!(matches!(
-            frechet_distance(&one, &two),
-            Err(EvaluationError::Shape { .. })
-        ));
         assert!(matches!(
             StatisticsAccumulator::new(3).finish(),
             Err(EvaluationError::TooFew {
@@ -381,9 +277,5 @@ mod tests {
         assert!(Statistics::from_moments(vec![], vec![]).is_err());
         assert!(Statistics::from_moments(vec![f64::NAN], vec![1.0]).is_err());
         assert!(Statistics::from_moments(vec![0.0; 2], vec![1.0, 0.5, 0.0, 1.0]).is_err());
-        let negative = statistics(&[0.0, 0.0], &[1.0, 0.0, 0.0, -1.0]);
-        assert!(frechet_distance(&negative, &two).is_err());
-        let huge = statistics(&[0.0], &[1e300]);
-        assert!(frechet_distance(&huge, &huge).is_err());
     }
 }

@@ -26,6 +26,17 @@ impl fmt::Display for BackendKind {
     }
 }
 
+/// Type that matrix products are computed in; weights, sums and everything else stay f32.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// Brain floats, where the backend has them.
+    Bf16,
+}
+
 impl BackendKind {
     /// The backends this binary was built with, best for a plain run first.
     pub const BUILT: &'static [Self] = &[

@@ -10,7 +10,9 @@ use burn::tensor::{Int, Tensor, TensorData};
 use burn::train::TrainStep;
 use serde::Serialize;
 
-use crate::data::{Batch, BatchPlan, BatchSource, DataError, Samples};
+use burn_dataset::Dataset;
+
+use crate::data::{Batch, BatchPlan, BatchSource, DataError, Image, Samples, plain};
 use crate::models::{DitConfig, Network, zoo};
 use crate::ops::TrainingBackend;
 use crate::process::{
@@ -105,11 +107,17 @@ struct Random {
     count: usize,
 }
 
-impl Samples for Random {
+impl Dataset<Image> for Random {
     fn len(&self) -> usize {
         self.count
     }
 
+    fn get(&self, index: usize) -> Option<Image> {
+        plain(self, index)
+    }
+}
+
+impl Samples for Random {
     fn views(&self) -> usize {
         1
     }
@@ -303,7 +311,7 @@ where
         // Taken and put back around the step that consumes it.
         if let Some(current) = model.take() {
             let output = TrainStep::step(&current, batch());
-            optimizer.clip_next(&current, &output.grads, 1.0);
+            optimizer.clip_next(&current, &output.grads, 1, 1.0);
             let updated =
                 burn::optim::Optimizer::<M, B>::step(&mut optimizer, 1e-4, current, output.grads);
             ema.update(&updated);

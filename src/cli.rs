@@ -1,26 +1,33 @@
 //! The command line.
 
+mod bench;
+mod evaluate;
+mod extract;
+mod weights;
+
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::backend::BackendKind;
-use crate::bench::{self, BenchPlan, Workload};
-use crate::evaluation::DEFAULT_NEIGHBOURS;
+use crate::backend::{BackendKind, Compute};
 use crate::interrupt;
-use crate::models::zoo;
 use crate::process::Solver;
 use crate::recipe::document::Document;
-use crate::recipe::plan::{Plan, thousands};
+use crate::recipe::draw::{self, Share};
+use crate::recipe::plan::Plan;
 use crate::recipe::run::{Options, run};
-use crate::recipe::sampling::{Evaluate, Sample, Sampling};
+use crate::recipe::sampling::{DEMO, DEMO_GUIDANCE, Sample, Sampling};
 use crate::recipe::schema::{Data, Recipe, Stage, StageKind};
 use crate::recipe::seeds::Verdicts;
 use crate::recipe::source::{EmbeddedName, Source};
 use crate::recipe::{RecipeError, embedded};
-use crate::weights::{Checkpoint, Provenance};
+use crate::weights::Checkpoint;
+use bench::{BenchArguments, benchmark};
+use evaluate::{EvaluateArguments, evaluate};
+use extract::{ExtractArguments, extract};
+use weights::{ConvertArguments, InspectArguments, convert, inspect};
 
 /// Learns which layers of a diffusion transformer to drop, heals what is left, and proves how good the result is.
 #[derive(Debug, Parser)]
@@ -49,27 +56,57 @@ enum Command {
   tinyfusion sample embedded:digits-teacher --count 100 --steps 50
   tinyfusion sample artifacts/runs/quickstart/001/02-recover/model.safetensors --classes 3,8 --guidance 2 --solver ddim")]
     Sample(SampleArguments),
-    /// Measure checkpoints side by side
-    #[command(after_help = "Example:
-  tinyfusion evaluate embedded:digits-teacher artifacts/runs/quickstart/001/02-recover/model.safetensors")]
+    /// Measure samples against a reference batch, as ADM's evaluation does, or digit models side by side
+    #[command(
+        after_help = "Archives are npz files of 8-bit images; the last one is the reference. Models of digits are sampled, and
+measured in the features of the digit classifier.
+
+Examples:
+  tinyfusion evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
+  tinyfusion evaluate embedded:digits-teacher artifacts/runs/quickstart/001/02-recover/model.safetensors"
+    )]
     Evaluate(EvaluateArguments),
+    /// Turn a folder of images into the latents that training reads
+    #[command(
+        after_help = "The folder of images has one folder for each class; classes are numbered in sorted order.
+Started again with the same arguments, it goes on where it stopped.
+
+Examples:
+  tinyfusion extract ILSVRC2012_img_train artifacts/data/imagenet256 --vae sd-vae-ft-mse --backend cuda --batch 64
+  tinyfusion extract images latents --vae vae --size 64 --form npy"
+    )]
+    Extract(ExtractArguments),
     /// Say what a checkpoint holds: architecture, depth, parameters, kept layers, provenance
     #[command(after_help = "Examples:
   tinyfusion inspect DiT-XL-2-256x256.pt
   tinyfusion inspect embedded:digits-teacher --json")]
-    Inspect {
-        /// A .safetensors, .safetensors.index.json, .pt or .pth file, or an embedded checkpoint
-        checkpoint: String,
-        /// As one JSON object
-        #[arg(long)]
-        json: bool,
-    },
+    Inspect(InspectArguments),
+    /// Write a checkpoint in another form: one file or several, PyTorch's, or a folder in the layout of diffusers
+    #[command(
+        after_help = "The ending of TO decides: .safetensors, .safetensors.index.json (several files), .pt, or
+none for a folder with weights, config.json and model card.
+
+Examples:
+  tinyfusion convert DiT-XL-2-256x256.pt DiT-XL-2-256x256.safetensors
+  tinyfusion convert artifacts/runs/d14_1_2/001/02-recover/model.safetensors TinyDiT-D14 --diffusers --dtype bf16
+  tinyfusion convert TinyDiT-D14 TinyDiT-D14.pt"
+    )]
+    Convert(ConvertArguments),
     /// Time a workload on random weights
     #[command(after_help = "Examples:
   tinyfusion bench
   tinyfusion bench --workload finetune --model DiT-S/2 --batch 4 --repeats 10
   tinyfusion bench --workload infer --model DiT-XL/2 --depth 14 --backend cuda --json")]
     Bench(BenchArguments),
+    /// Make small random stand-ins for the public files, to try the paper's job without a download
+    #[cfg(feature = "ndarray")]
+    #[command(after_help = "Example:
+  tinyfusion standin artifacts/standin
+  tinyfusion recipe recipes/standin.toml")]
+    Standin {
+        /// The folder to write, new or empty
+        folder: PathBuf,
+    },
     /// Write a shell's completions to standard output
     Completions {
         /// The shell
@@ -146,65 +183,36 @@ struct RunArguments {
 
 #[derive(Debug, clap::Args)]
 struct SampleArguments {
-    /// A .safetensors, .safetensors.index.json, .pt or .pth file, or an embedded checkpoint
+    /// A .safetensors, .safetensors.index.json, .pt or .pth file, a folder, or an embedded checkpoint
     checkpoint: String,
-    #[command(flatten)]
-    run: RunArguments,
-}
-
-#[derive(Debug, clap::Args)]
-struct EvaluateArguments {
-    /// .safetensors, .safetensors.index.json, .pt or .pth files, or embedded checkpoints
-    #[arg(required = true)]
-    checkpoints: Vec<String>,
-    /// The classifier whose features are compared
-    #[arg(long, default_value = "embedded:digits-features")]
-    features: String,
-    #[command(flatten)]
-    run: RunArguments,
-}
-
-#[derive(Debug, clap::Args)]
-struct BenchArguments {
-    /// What to time
-    #[arg(long, default_value = "infer")]
-    workload: Workload,
-    /// `digits`, or a published model such as DiT-S/2
-    #[arg(long, default_value = "digits")]
-    model: String,
-    /// Layers, instead of the model's
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    depth: Option<u32>,
-    /// Width, instead of the model's
-    #[arg(long, value_parser = clap::value_parser!(u32).range(4..=65_536))]
-    width: Option<u32>,
-    /// Attention heads, instead of the model's
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    heads: Option<u32>,
-    /// Tokens, a square number, instead of the model's
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    tokens: Option<u32>,
-    /// Samples of a batch
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    batch: u32,
-    /// Where to compute
-    #[arg(long, default_value = "ndarray")]
-    backend: BackendKind,
-    /// Type of matrix products
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
-    compute: String,
-    /// Threads of the CPU backend [default: one a core]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    threads: Option<u32>,
-    /// Runs before timing
-    #[arg(long, default_value_t = 2)]
-    warmup: usize,
-    /// Timed runs
-    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    repeats: u32,
-    /// As one JSON object
+    /// The autoencoder that makes images of latents
     #[arg(long)]
-    json: bool,
+    vae: Option<PathBuf>,
+    /// The classes and the guidance of the reference's demonstration
+    #[arg(long, conflicts_with_all = ["classes", "guidance", "count"])]
+    demo: bool,
+    /// Draw every N-th part from the I-th (from 0) into --into; the process that ends last puts all together
+    #[arg(long, value_name = "I/N", requires = "into", value_parser = share)]
+    share: Option<Share>,
+    /// Draw into this folder, not a numbered run; go on with what is there
+    #[arg(long, value_name = "FOLDER")]
+    into: Option<PathBuf>,
+    #[command(flatten)]
+    run: RunArguments,
+}
+
+/// `I/N`, as `--share` has it.
+fn share(text: &str) -> Result<Share, String> {
+    let (index, of) = text.split_once('/').ok_or("expected I/N, such as 0/8")?;
+    let number = |text: &str| text.parse::<usize>().map_err(|error| error.to_string());
+    let (index, of) = (number(index)?, number(of)?);
+    if index < of && of <= 65_536 {
+        Ok(Share { index, of })
+    } else {
+        Err(format!(
+            "share {index} of {of} does not exist; they count from 0"
+        ))
+    }
 }
 
 /// Runs the program.
@@ -215,7 +223,11 @@ pub fn main() -> ExitCode {
         Command::Recipe(arguments) => recipe(&arguments),
         Command::Sample(arguments) => sample(&arguments),
         Command::Evaluate(arguments) => evaluate(&arguments),
-        Command::Inspect { checkpoint, json } => inspect(&checkpoint, json),
+        Command::Extract(arguments) => extract(&arguments),
+        Command::Inspect(arguments) => inspect(&arguments),
+        Command::Convert(arguments) => convert(&arguments),
+        #[cfg(feature = "ndarray")]
+        Command::Standin { folder } => crate::standin::make(&folder),
         Command::Bench(arguments) => benchmark(&arguments),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tinyfusion", &mut io::stdout());
@@ -318,8 +330,8 @@ fn source(name: &str) -> Result<Source, RecipeError> {
         return Ok(Source::Embedded(embedded));
     }
     let path = PathBuf::from(name);
-    if path.is_file() {
-        return Ok(Source::Path(path));
+    if path.exists() {
+        return Ok(Source::File(path.into()));
     }
     let embedded: Vec<&str> = EmbeddedName::ALL
         .into_iter()
@@ -362,17 +374,7 @@ impl RunArguments {
 
     /// Runs a recipe of one stage.
     fn run(&self, name: &str, kind: StageKind) -> Result<(), RecipeError> {
-        let recipe = Recipe {
-            name: name.to_owned(),
-            seed: self.seed,
-            backend: Some(self.backend),
-            data: Data::Digits,
-            stages: vec![Stage {
-                name: name.to_owned(),
-                kind,
-            }],
-        };
-        let plan = Plan::new(&recipe)?;
+        let plan = plan_one(name, self, kind)?;
         listen()?;
         let directory = run(
             &plan,
@@ -388,171 +390,67 @@ impl RunArguments {
     }
 }
 
+/// Plans a recipe of one stage.
+fn plan_one(name: &str, run: &RunArguments, kind: StageKind) -> Result<Plan, RecipeError> {
+    let stage = Stage {
+        name: name.to_owned(),
+        kind,
+    };
+    Plan::new(&Recipe {
+        name: name.to_owned(),
+        seed: run.seed,
+        backend: Some(run.backend),
+        compute: Compute::F32,
+        data: Data::Digits,
+        stages: vec![stage],
+    })
+}
+
 fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
-    let kind = StageKind::Sample(Sample {
+    let mut sampling = arguments.run.sampling()?;
+    if arguments.demo {
+        sampling.count = DEMO.len();
+        sampling.classes = Some(DEMO.to_vec());
+        sampling.guidance = DEMO_GUIDANCE;
+    }
+    let sample = Sample {
         from: source(&arguments.checkpoint)?,
-        sampling: arguments.run.sampling()?,
-    });
-    arguments.run.run("sample", kind)
-}
-
-fn evaluate(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
-    let compare = arguments
-        .checkpoints
-        .iter()
-        .map(|name| source(name))
-        .collect::<Result<_, _>>()?;
-    let kind = StageKind::Evaluate(Evaluate {
-        compare,
-        features: source(&arguments.features)?,
-        neighbours: DEFAULT_NEIGHBOURS,
-        sampling: arguments.run.sampling()?,
-    });
-    arguments.run.run("evaluate", kind)
-}
-
-fn inspect(name: &str, json: bool) -> Result<(), RecipeError> {
-    let checkpoint = match source(name)? {
-        Source::Embedded(name) => embedded::checkpoint(name)?,
-        Source::Path(path) => Checkpoint::read(&path)?,
-        Source::Stage(_) => return Err(RecipeError::Run(format!("{name}: not a file"))),
+        vae: arguments.vae.clone(),
+        sampling,
     };
-    let parameters: usize = checkpoint
-        .state
-        .values()
-        .map(|array| array.data.len())
-        .sum();
-    let Checkpoint {
-        architecture,
-        provenance,
-        ..
-    } = &checkpoint;
-    if json {
-        let value = serde_json::json!({ "file": name, "architecture": architecture, "parameters": parameters, "weights_sha256": checkpoint.fingerprint(), "provenance": provenance });
-        crate::tell!("{value:#}");
-        return Ok(());
+    let Some(folder) = &arguments.into else {
+        return arguments.run.run("sample", StageKind::Sample(sample));
+    };
+    let run = &arguments.run;
+    // Planned as a recipe is, so that mistakes are found before anything is drawn.
+    plan_one("sample", run, StageKind::Sample(sample.clone()))?.complete()?;
+    if let Some(problem) = run.backend.missing() {
+        return Err(RecipeError::Run(problem));
     }
-    crate::tell!(
-        "{name}\n  model       {architecture}\n  parameters  {} in {} tensors\n  sha-256     {}",
-        thousands(parameters),
-        checkpoint.state.len(),
-        checkpoint.fingerprint()
-    );
-    if *provenance == Provenance::default() {
-        crate::tell!("  provenance  not stated (a file of another program)");
-        return Ok(());
-    }
-    crate::tell!(
-        "  made by     recipe {}, stage {}, seed {}, {} steps, {} images",
-        provenance.recipe,
-        provenance.stage,
-        provenance.seed,
-        thousands(provenance.steps),
-        thousands(provenance.images)
-    );
-    if let (Some(kept), Some(depth)) = (&provenance.kept, provenance.parent_depth) {
-        crate::tell!("  kept        {kept:?} of {depth} layers");
-    }
-    if let Some(parent) = &provenance.parent {
-        crate::tell!("  parent      {parent}");
-    }
-    if !provenance.note.is_empty() {
-        crate::tell!("  note        {}", provenance.note);
+    listen()?;
+    let checkpoint = open(&sample.from)?;
+    let share = arguments.share.unwrap_or(Share::WHOLE);
+    let archive = crate::with_backend!(run.backend, B, device => {
+        type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
+        draw::draw_into::<Inner>(&checkpoint, &sample, run.seed, folder, share, device)
+    }, else Ok(None))?;
+    match archive {
+        Some(archive) => crate::tell!("{}", archive.display()),
+        None => crate::say!("sample: this share is drawn; others have still to draw theirs"),
     }
     Ok(())
 }
 
-fn benchmark(arguments: &BenchArguments) -> Result<(), RecipeError> {
-    let usage = |problem: String| RecipeError::Run(problem);
-    if let Some(problem) = arguments.backend.missing() {
-        return Err(usage(problem));
+/// Opens a checkpoint that is no stage's.
+fn open(source: &Source) -> Result<Checkpoint, RecipeError> {
+    match source {
+        Source::Embedded(name) => Ok(embedded::checkpoint(*name)?),
+        Source::File(file) => Ok(Checkpoint::read_stated(&file.path, &file.stated)?),
+        Source::Stage(name) => Err(RecipeError::Run(format!("{name}: not a file"))),
     }
-    if arguments.compute != "f32" {
-        return Err(usage(format!(
-            "--compute {} is not there yet; all products are f32",
-            arguments.compute
-        )));
-    }
-    let mut model = bench::model(&arguments.model).ok_or_else(|| {
-        let names: Vec<&str> = zoo::PRESETS.iter().map(|preset| preset.name).collect();
-        usage(format!(
-            "no model is called `{}`; there are digits, {}",
-            arguments.model,
-            names.join(", ")
-        ))
-    })?;
-    let set = |field: &mut usize, value: Option<u32>| {
-        *field = value.map_or(*field, |value| value as usize)
-    };
-    set(&mut model.depth, arguments.depth);
-    set(&mut model.width, arguments.width);
-    set(&mut model.heads, arguments.heads);
-    if let Some(tokens) = arguments.tokens {
-        let side = (tokens as usize).isqrt();
-        if side * side != tokens as usize {
-            return Err(usage(format!("--tokens {tokens} is not a square number")));
-        }
-        model.input_size = side * model.patch_size;
-    }
-    if let Some(problem) = model.problem() {
-        return Err(usage(problem));
-    }
-    if arguments.workload == Workload::Prune && model.depth % 2 == 1 {
-        return Err(usage(format!(
-            "the prune workload has groups 1:2, and {} layers are no pairs",
-            model.depth
-        )));
-    }
-    if arguments.workload == Workload::MaskedKd && model.depth < 2 {
-        return Err(usage(
-            "the masked-kd workload keeps every other layer of at least 2".into(),
-        ));
-    }
-    if let Some(threads) = arguments.threads {
-        // Fails only if the pool is already there, and nothing has run yet. The kernels are as many.
-        let _ = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads as usize)
-            .build_global();
-    }
-    let plan = BenchPlan {
-        workload: arguments.workload,
-        model,
-        batch: arguments.batch as usize,
-        warmup: arguments.warmup,
-        repeats: arguments.repeats as usize,
-    };
-    let measured = crate::with_backend!(arguments.backend, B, device => Some(bench::bench::<B>(&plan, device)), else None);
-    let Some(measured) = measured else {
-        return Ok(());
-    };
-    if arguments.json {
-        crate::tell!(
-            "{}",
-            serde_json::to_string(&measured).map_err(|error| usage(error.to_string()))?
-        );
-        return Ok(());
-    }
-    let memory = measured
-        .peak_memory_mib
-        .map_or("unknown".into(), |mib| format!("{mib:.0} MiB"));
-    crate::tell!(
-        "{}\nbatch {}, backend {}, {} threads",
-        measured.model,
-        measured.batch,
-        measured.backend,
-        measured.threads
-    );
-    crate::tell!(
-        "{:?}: median {:.2} ms (± {:.2}) of {}, {:.1} images/s, peak memory {memory}",
-        measured.workload,
-        measured.median_ms,
-        measured.spread_ms,
-        measured.runs_ms.len(),
-        measured.images_per_second
-    );
-    Ok(())
 }
 
+/// Has Ctrl-C ask for a stop.
 fn listen() -> Result<(), RecipeError> {
     interrupt::listen()
         .map_err(|error| RecipeError::Run(format!("can't listen for signals: {error}")))

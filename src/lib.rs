@@ -5,20 +5,20 @@
 //!
 //! | Room | What it is for |
 //! |---|---|
-//! | [`models`] | networks made of residual blocks; [`models::Network`] is the family that can be pruned |
+//! | [`models`] | networks made of residual blocks, [`models::Network`] being the family that can be pruned; the autoencoder and Inception |
 //! | [`trunk`] | the seam: a stack of blocks, and what may happen around each |
 //! | [`ops`] | tensor operators the models share; [`ops::FusedOps`] is where a backend's kernels go |
 //! | [`process`] | what is learned: Gaussian diffusion, its losses and samplers |
 //! | [`pruning`] | which layers stay: groups and masks, the gate, learned pruning, scores, the oracle rule |
 //! | [`recovery`] | healing: fine-tuning and distillation |
 //! | [`training`] | burn-train's `Learner` under a strategy of our own; optimizer, EMA, checkpoints |
-//! | [`data`] | the embedded digits, image folders, latents on disk, and batches by step number |
-//! | [`weights`] | safetensors and `.pt` in, safetensors out, under PyTorch's names |
-//! | [`evaluation`] | FID, Inception Score, precision and recall, npz |
+//! | [`data`] | the embedded digits, image folders, latents on disk, batches by step number |
+//! | [`weights`] | safetensors, `.pt` and the layout of diffusers, in and out, under PyTorch's names |
+//! | [`evaluation`] | FID, sFID, Inception Score, precision and recall by ADM's protocol, npz |
 //! | [`recipe`] | TOML → plan → run directory |
 //! | [`report`] | pictures and tables |
 //! | [`random`] | randomness keyed by (seed, stream, step, index) |
-//! | [`backend`], [`cli`], [`mod@bench`], [`interrupt`], [`atomic`], [`images`], [`terminal`] | the program around it |
+//! | [`backend`], [`cli`], [`mod@bench`], [`interrupt`], [`atomic`], [`images`], [`terminal`], `standin` | the program around it |
 //!
 //! # How data flows
 //!
@@ -49,6 +49,8 @@ pub mod random;
 pub mod recipe;
 pub mod recovery;
 pub mod report;
+#[cfg(feature = "ndarray")]
+pub mod standin;
 pub mod terminal;
 pub mod training;
 pub mod trunk;

@@ -34,6 +34,8 @@ pub enum Stream {
     Bench = 10,
     /// Whether a training sample is the mirrored view.
     Mirror = 11,
+    /// Draw from an autoencoder's posterior; `step` is the view, `index` the image.
+    Posterior = 12,
 }
 
 /// A generator for one address.

@@ -33,6 +33,8 @@ pub struct Batches<B: AutodiffBackend> {
     source: BatchSource,
     start: usize,
     steps: usize,
+    /// Batches that each step's samples come in.
+    parts: usize,
     teacher: Option<Teacher<B>>,
     diffusion: Arc<GaussianDiffusion>,
     device: B::Device,
@@ -46,6 +48,7 @@ impl<B: AutodiffBackend> Clone for Batches<B> {
             source: self.source.clone(),
             start: self.start,
             steps: self.steps,
+            parts: self.parts,
             teacher: self.teacher.clone(),
             diffusion: self.diffusion.clone(),
             device: self.device.clone(),
@@ -68,12 +71,26 @@ impl<B: AutodiffBackend> Batches<B> {
             source,
             start,
             steps,
+            parts: 1,
             teacher: None,
             diffusion,
             device: device.clone(),
             failure: Arc::default(),
             backend: PhantomData,
         }
+    }
+
+    /// Divides each step's samples into equal batches that follow one another.
+    ///
+    /// # Panics
+    /// When `parts` does not divide the batch.
+    pub fn in_parts(self, parts: usize) -> Self {
+        let batch = self.source.plan.batch;
+        assert!(
+            parts > 0 && batch.is_multiple_of(parts),
+            "{batch} samples can't be divided into {parts} equal parts"
+        );
+        Self { parts, ..self }
     }
 
     /// Has a teacher see every batch; features of `layers` are tapped.
@@ -91,14 +108,20 @@ where
 {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Batch<B>> + 'a> {
         let (sender, ahead) = sync_channel(1);
-        let (source, steps) = (self.source.clone(), self.start..self.steps);
+        let (source, steps, parts) = (self.source.clone(), self.start..self.steps, self.parts);
         thread::spawn(move || {
             for step in steps {
-                let batch = source.on_host(step);
-                let failed = batch.is_err();
-                // Nobody takes it when the iterator is gone.
-                if sender.send(batch).is_err() || failed {
-                    break;
+                let batches = match source.on_host(step) {
+                    Ok(batch) if parts == 1 => vec![Ok(batch)],
+                    Ok(batch) => batch.split(parts).into_iter().map(Ok).collect(),
+                    Err(error) => vec![Err(error)],
+                };
+                for batch in batches {
+                    let failed = batch.is_err();
+                    // Nobody takes it when the iterator is gone.
+                    if sender.send(batch).is_err() || failed {
+                        return;
+                    }
                 }
             }
         });
@@ -167,7 +190,7 @@ where
                 return None;
             }
         };
-        self.step += 1;
+        self.step = plain.step + 1;
         let teacher = teacher.as_ref().map(|(network, layers)| {
             let said = plain.objective(diffusion).teach(network, layers);
             TeacherOutput {
@@ -250,5 +273,32 @@ mod tests {
             message.contains("expected [4, 8, 8], as the model reads, found 64 numbers"),
             "{message}"
         );
+    }
+
+    #[test]
+    fn parts_of_a_step_are_its_samples_in_a_row() {
+        type B = burn::backend::Autodiff<burn_ndarray::NdArray>;
+        let source = BatchSource::new(plan(6), Arc::new(Digits::new(Split::Train)));
+        let (device, diffusion) = (Default::default(), Arc::new(GaussianDiffusion::full()));
+        let whole = source.draw::<B>(2, &device).unwrap();
+        let batches = Batches::<B>::new(source, 2, 4, diffusion, &device).in_parts(3);
+        let parts: Vec<Batch<B>> = batches.iter().collect();
+        let steps: Vec<usize> = parts.iter().map(|part| part.step).collect();
+        assert_eq!(steps, [2, 2, 2, 3, 3, 3]);
+        let join = |of: &dyn Fn(&Batch<B>) -> Tensor<B, 2>| {
+            Tensor::cat(parts[..3].iter().map(of).collect(), 0).into_data()
+        };
+        type Part<'a> = &'a dyn Fn(&Batch<B>) -> Tensor<B, 2>;
+        let all: [Part<'_>; 4] = [
+            &|batch| batch.x.clone().flatten(1, 3),
+            &|batch| batch.noise.clone().flatten(1, 3),
+            &|batch| batch.y.clone().float().unsqueeze_dim(1),
+            &|batch| batch.gumbel[1].clone(),
+        ];
+        for of in all {
+            assert_eq!(join(of), of(&whole).into_data());
+        }
+        let t: Vec<usize> = parts[..3].iter().flat_map(|part| part.t.clone()).collect();
+        assert_eq!(t, whole.t);
     }
 }

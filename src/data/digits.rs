@@ -6,7 +6,9 @@
 use std::io::Read;
 use std::sync::OnceLock;
 
-use super::{DataError, Samples};
+use burn_dataset::Dataset;
+
+use super::{DataError, Samples, plain};
 use crate::models::digits::{CLASSES, SIDE};
 use crate::random::{self, Stream};
 
@@ -68,11 +70,17 @@ impl Digits {
     }
 }
 
-impl Samples for Digits {
+impl Dataset<Image> for Digits {
     fn len(&self) -> usize {
         self.count()
     }
 
+    fn get(&self, index: usize) -> Option<Image> {
+        plain(self, index)
+    }
+}
+
+impl Samples for Digits {
     fn views(&self) -> usize {
         1
     }

@@ -251,6 +251,33 @@ pub struct HostBatch {
 }
 
 impl HostBatch {
+    /// Equal batches of the same step, whose samples in a row are this one's.
+    pub(super) fn split(self, parts: usize) -> Vec<Self> {
+        let [batch, channels, height, width] = self.shape;
+        let part = batch / parts;
+        let rows = |values: &[f32], size: usize, index: usize| {
+            values[index * part * size..(index + 1) * part * size].to_vec()
+        };
+        let pixels = channels * height * width;
+        (0..parts)
+            .map(|index| {
+                let range = index * part..(index + 1) * part;
+                let gumbel = self.gumbel.iter();
+                Self {
+                    step: self.step,
+                    shape: [part, channels, height, width],
+                    x: rows(&self.x, pixels, index),
+                    noise: rows(&self.noise, pixels, index),
+                    t: self.t[range.clone()].to_vec(),
+                    y: self.y[range].to_vec(),
+                    gumbel: gumbel
+                        .map(|(values, count)| (rows(values, *count, index), *count))
+                        .collect(),
+                }
+            })
+            .collect()
+    }
+
     /// Brings the batch to a device.
     pub fn upload<B: Backend>(self, device: &B::Device) -> Batch<B> {
         let batch = self.shape[0];
@@ -280,7 +307,9 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::{Digits, Split};
+    use burn_dataset::Dataset;
+
+    use super::super::{Digits, Image, Split, plain};
     use super::*;
 
     pub(in crate::data) fn plan(batch: usize) -> BatchPlan {
@@ -340,11 +369,17 @@ pub(super) mod tests {
     /// Sample `i` is `i` in its plain view and `-i` in the mirrored one; the label is `i`.
     pub(in crate::data) struct Signed(pub usize);
 
-    impl Samples for Signed {
+    impl Dataset<Image> for Signed {
         fn len(&self) -> usize {
             10
         }
 
+        fn get(&self, index: usize) -> Option<Image> {
+            plain(self, index)
+        }
+    }
+
+    impl Samples for Signed {
         fn views(&self) -> usize {
             self.0
         }

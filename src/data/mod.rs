@@ -7,6 +7,7 @@ use thiserror::Error;
 
 mod batches;
 mod digits;
+mod extract;
 mod folder;
 pub mod latents;
 mod loader;
@@ -14,10 +15,11 @@ mod samples;
 
 pub use batches::{Batches, Feed, Teacher};
 pub use digits::{Digits, Image, Split};
+pub use extract::{Extracted, Extraction, Form, extract};
 pub use folder::ImageFolder;
 pub use latents::Latents;
 pub use loader::{Batch, BatchPlan, BatchSource, HostBatch};
-pub use samples::{Samples, view};
+pub use samples::{Samples, plain, view};
 
 /// Why data can't be read or written.
 #[derive(Debug, Error)]

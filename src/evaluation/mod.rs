@@ -5,6 +5,14 @@
 //! precomputed reference statistics are exchanged as `.npz` archives ([`SampleReader`],
 //! [`SampleWriter`], [`read_reference_statistics`]).
 //!
+//! The suite as a whole, on Inception's activations:
+//!
+//! ```text
+//! samples.npz ── SampleReader ── measure ── Measured ──┐
+//!                                                      ├── compare ── Scores ── AdmEvaluation
+//! reference.npz ── Reference ── ReferenceMeasured ─────┘
+//! ```
+//!
 //! The definitions follow `guided-diffusion/evaluations/evaluator.py` (Dhariwal and Nichol 2021,
 //! arXiv:2105.05233), with one deliberate difference: that code computes precision and recall in
 //! `float16` where it can, and its published numbers carry the noise; here they are exact.
@@ -14,15 +22,21 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::models::inception::UnreadablePictures;
+
+mod adm;
 mod archive;
 mod features;
 mod frechet;
 mod inception_score;
 mod moments;
 mod precision_recall;
+mod reference;
 mod samples;
 mod statistics;
+mod verdict;
 
+pub use adm::{Measured, Scores, compare, measure};
 pub use features::Features;
 pub use frechet::frechet_distance;
 pub use inception_score::{DEFAULT_SPLIT_SIZE, InceptionScore, inception_score};
@@ -30,8 +44,10 @@ pub use moments::{ReferenceStatistics, read_reference_statistics};
 pub use precision_recall::{
     DEFAULT_NEIGHBOURS, PrecisionRecall, neighbour_radii, precision_recall,
 };
+pub use reference::{Moments, Reference, ReferenceMeasured, cache_file};
 pub use samples::{SampleReader, SampleWriter, Samples, read_samples, write_samples};
 pub use statistics::{Statistics, StatisticsAccumulator};
+pub use verdict::{AdmEvaluation, AdmProtocol, AdmVerdict, FileDigest};
 
 /// Why an evaluation could not be carried out.
 #[derive(Debug, Error)]
@@ -72,6 +88,17 @@ pub enum EvaluationError {
         /// What the file system or the archive reader said.
         source: io::Error,
     },
+    /// Pictures that Inception can't read.
+    #[error("{}", .path.display())]
+    Pictures {
+        /// The archive.
+        path: PathBuf,
+        /// What it reads, and what they are.
+        source: UnreadablePictures,
+    },
+    /// A stop was requested, see [`crate::interrupt`].
+    #[error("interrupted")]
+    Interrupted,
     /// An array of an archive is missing or is not what it should be.
     #[error("{}: array `{array}`: expected {expected}, found {found}", .path.display())]
     Array {

@@ -72,23 +72,48 @@ impl DitConfig {
         (self.width as f64 * self.mlp_ratio + 1e-6) as usize
     }
 
+    /// Names and shapes of all parameters in a checkpoint, the fixed position table among them.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (width, patch, hidden) = (self.width, self.patch_size, self.hidden());
+        let mut tensors = Vec::new();
+        let mut put = |name: &str, shape: &[usize]| tensors.push((name.to_owned(), shape.to_vec()));
+        put("pos_embed", &[1, self.tokens(), width]);
+        put(
+            "x_embedder.proj.weight",
+            &[width, self.channels, patch, patch],
+        );
+        put("x_embedder.proj.bias", &[width]);
+        put(
+            "y_embedder.embedding_table.weight",
+            &[self.classes + 1, width],
+        );
+        let mut linear = |name: &str, input: usize, output: usize| {
+            put(&format!("{name}.weight"), &[output, input]);
+            put(&format!("{name}.bias"), &[output]);
+        };
+        linear("t_embedder.mlp.0", TIMESTEP_FEATURES, width);
+        linear("t_embedder.mlp.2", width, width);
+        for layer in 0..self.depth {
+            let block = format!("blocks.{layer}");
+            linear(&format!("{block}.attn.qkv"), width, 3 * width);
+            linear(&format!("{block}.attn.proj"), width, width);
+            linear(&format!("{block}.mlp.fc1"), width, hidden);
+            linear(&format!("{block}.mlp.fc2"), hidden, width);
+            linear(&format!("{block}.adaLN_modulation.1"), width, 6 * width);
+        }
+        linear("final_layer.adaLN_modulation.1", width, 2 * width);
+        linear(
+            "final_layer.linear",
+            width,
+            patch * patch * self.out_channels(),
+        );
+        tensors
+    }
+
     /// Parameters, the fixed position table counted.
     pub fn parameters(&self) -> usize {
-        let linear = |input: usize, output: usize| (input + 1) * output;
-        let (width, patch) = (self.width, self.patch_size.pow(2));
-        let block = linear(width, 3 * width)
-            + linear(width, width)
-            + linear(width, self.hidden())
-            + linear(self.hidden(), width)
-            + linear(width, 6 * width);
-        linear(patch * self.channels, width)
-            + linear(TIMESTEP_FEATURES, width)
-            + linear(width, width)
-            + (self.classes + 1) * width
-            + self.tokens() * width
-            + self.depth * block
-            + linear(width, 2 * width)
-            + linear(width, patch * self.out_channels())
+        let count = |(_, shape): &(String, Vec<usize>)| shape.iter().product::<usize>();
+        self.tensors().iter().map(count).sum()
     }
 
     /// Multiply-accumulates of one forward pass of one image.

@@ -19,9 +19,13 @@ mod cpu;
 mod linear;
 pub mod reference;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{Shape, Tensor};
+use burn::tensor::{DType, Shape, Tensor};
+
+use crate::backend::Compute;
 
 pub use convolution::{Convolution, Window};
 pub use linear::{Linear, LinearLayout, Lora};
@@ -312,6 +316,37 @@ pub trait FusedOps: Backend {
     }
 }
 
+/// Whether matrix products are in bf16.
+static BF16: AtomicBool = AtomicBool::new(false);
+
+/// Sets the type of matrix products from here on, for the whole process: operators are called from many places, and a
+/// run computes all of them alike. Operators with kernels of their own (ndarray's) have no other type than f32.
+///
+/// # Errors
+/// When the backend has no such type.
+pub fn set_compute<B: Backend>(compute: Compute, device: &B::Device) -> Result<(), String> {
+    if compute == Compute::Bf16 && !B::supports_dtype(device, DType::BF16) {
+        return Err(format!(
+            "compute = \"bf16\": the backend {} has no products of bf16; use cuda, or compute = \"f32\"",
+            B::name(device)
+        ));
+    }
+    BF16.store(compute == Compute::Bf16, Ordering::Relaxed);
+    Ok(())
+}
+
+/// The type of matrix products.
+pub fn compute() -> Compute {
+    #[cfg(test)]
+    if let Some(compute) = tests::COMPUTE.get() {
+        return compute;
+    }
+    match BF16.load(Ordering::Relaxed) {
+        true => Compute::Bf16,
+        false => Compute::F32,
+    }
+}
+
 /// A backend that trains: both it and the one it differentiates have the operators.
 pub trait TrainingBackend: AutodiffBackend<InnerBackend: FusedOps> + FusedOps {}
 
@@ -338,5 +373,97 @@ impl FusedOps for burn_wgpu::Wgpu {
 impl FusedOps for burn_cuda::Cuda {
     fn head_multiple() -> usize {
         CUBE_HEAD_MULTIPLE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use burn::backend::Autodiff;
+    use burn::tensor::Distribution;
+    use burn_flex::{Flex, FlexDevice};
+
+    use super::*;
+    use crate::models::{DitConfig, Network, initialise};
+    use crate::trunk::Plain;
+    use crate::weights::{assign, collect};
+
+    thread_local! {
+        /// What a test sets instead of the process: others run beside it.
+        pub(super) static COMPUTE: Cell<Option<Compute>> = const { Cell::new(None) };
+    }
+
+    /// The one backend of a processor that has bf16.
+    impl FusedOps for Flex {}
+
+    #[test]
+    fn a_backend_without_bf16_is_refused() {
+        let error = set_compute::<burn_ndarray::NdArray>(Compute::Bf16, &Default::default());
+        assert!(error.unwrap_err().contains("cuda"));
+        assert!(set_compute::<burn_ndarray::NdArray>(Compute::F32, &Default::default()).is_ok());
+        assert!(Flex::<f32, i32>::supports_dtype(&FlexDevice, DType::BF16));
+    }
+
+    /// Output, and the gradient of its mean square by the first block's fused projection.
+    fn forward_and_backward(compute: Compute) -> (Vec<f32>, Vec<f32>) {
+        type B = Autodiff<Flex>;
+        COMPUTE.set(Some(compute));
+        let config = DitConfig {
+            input_size: 8,
+            patch_size: 2,
+            channels: 1,
+            width: 32,
+            depth: 2,
+            heads: 2,
+            mlp_ratio: 4.0,
+            classes: 10,
+            learn_sigma: false,
+        };
+        let network = Network::<B>::zeros(&config, &FlexDevice);
+        let mut state = collect::<B, _>(&network);
+        initialise(&mut state, 0);
+        // The initialisation has zeros where the blocks begin and end: nothing would depend on the rest.
+        for (array, index) in state.values_mut().zip(0..) {
+            let count = array.data.len();
+            let noise = crate::random::normal(1, crate::random::Stream::Weights, 0, index, count);
+            array
+                .data
+                .iter_mut()
+                .zip(noise)
+                .for_each(|(value, noise)| *value += 0.1 * noise);
+        }
+        let path = std::path::Path::new("test");
+        let network = assign::<B, _>(network, &state, path, "test").unwrap();
+        B::seed(&FlexDevice, 3);
+        let x = Tensor::<B, 4>::random([4, 1, 8, 8], Distribution::Normal(0.0, 1.0), &FlexDevice);
+        let t = Tensor::<B, 1>::from_floats([3.0, 200.0, 500.0, 999.0], &FlexDevice);
+        let y = Tensor::<B, 1, burn::tensor::Int>::from_ints([0, 3, 9, 10], &FlexDevice);
+        let out = network.forward(x, t, y, &mut Plain);
+        let gradients = out.clone().powi_scalar(2).mean().backward();
+        let Network::Dit(model) = &network;
+        let weight = &model.blocks[0].attn.qkv.weight;
+        let gradient = weight.val().grad(&gradients).unwrap();
+        assert_eq!((out.dtype(), gradient.dtype()), (DType::F32, DType::F32));
+        COMPUTE.set(None);
+        (
+            crate::weights::floats(out.into_data()),
+            crate::weights::floats(gradient.into_data()),
+        )
+    }
+
+    #[test]
+    fn bf16_rounds_products_and_nothing_else() {
+        let (out, gradient) = forward_and_backward(Compute::F32);
+        let (rounded, rounded_gradient) = forward_and_backward(Compute::Bf16);
+        for (exact, rounded) in [(out, rounded), (gradient, rounded_gradient)] {
+            let norm =
+                |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+            let size = norm(&mut exact.iter().copied());
+            let off = norm(&mut exact.iter().zip(&rounded).map(|(a, b)| a - b)) / size;
+            // An operand is rounded by up to 2^-9 of itself; a dozen products follow one another, and their roundings
+            // are independent. Casting anything else to bf16, or a lost factor, is further off.
+            assert!((1e-4..0.03).contains(&off), "{off}");
+        }
     }
 }

@@ -3,12 +3,13 @@
 //! The forward halves are differentiable by Burn as well, which is what the backward halves are tested against.
 
 use burn::tensor::ops::PaddedConvOptions;
-use burn::tensor::{Tensor, activation, backend::Backend, module};
+use burn::tensor::{DType, Tensor, activation, backend::Backend, module};
 
 use super::{
     Activation, AdamWState, AdamWStep, GroupNormOptions, LinearGradients, LinearWants,
     LinearWeights, NormGradients, Window,
 };
+use crate::backend::Compute;
 
 /// `sqrt(2 / pi)`, doubled.
 const TWICE_ROOT_2_OVER_PI: f64 = 1.595_769_121_605_730_8;
@@ -62,6 +63,17 @@ pub fn activate_derivative<B: Backend, const D: usize>(
     }
 }
 
+/// A matrix product in the type of [`compute`](super::compute): operands are rounded, sums and the result are f32.
+fn product<B: Backend, const D: usize>(a: Tensor<B, D>, b: Tensor<B, D>) -> Tensor<B, D> {
+    match super::compute() {
+        Compute::F32 => a.matmul(b),
+        Compute::Bf16 => {
+            let (a, b) = (a.cast(DType::BF16), b.cast(DType::BF16));
+            a.matmul(b).cast(DType::F32)
+        }
+    }
+}
+
 /// See [`FusedOps::linear_layer`](super::FusedOps::linear_layer).
 pub fn linear<B: Backend, const D: usize>(
     x: Tensor<B, D>,
@@ -73,9 +85,9 @@ pub fn linear<B: Backend, const D: usize>(
     // One matrix product over all rows: backends that see a batch of small products run them one at a time.
     let rows = shape.iter().product::<usize>() / input;
     let x = activate(x.reshape([rows, input]), activation);
-    let mut y = x.clone().matmul(weights.weight.transpose()) + weights.bias.unsqueeze();
+    let mut y = product(x.clone(), weights.weight.transpose()) + weights.bias.unsqueeze();
     if let Some(lora) = weights.lora {
-        let update = x.matmul(lora.a.transpose()).matmul(lora.b.transpose());
+        let update = product(product(x, lora.a.transpose()), lora.b.transpose());
         y = y + update.mul_scalar(lora.scale);
     }
     shape[D - 1] = output;
@@ -93,19 +105,19 @@ pub fn linear_backward<B: Backend>(
     let activated = activate(x.clone(), activation);
     let narrow = weights.lora.as_ref().map(|lora| {
         let scaled = gradient.clone().mul_scalar(lora.scale);
-        let gradient_b = scaled.clone().matmul(lora.b.clone()); // [rows, rank]
+        let gradient_b = product(scaled.clone(), lora.b.clone()); // [rows, rank]
         (lora, scaled, gradient_b)
     });
     let lora = narrow.as_ref().filter(|_| wants.lora);
     let lora = lora.map(|(lora, scaled, narrow)| {
-        let a = narrow.clone().transpose().matmul(activated.clone());
-        let seen = activated.clone().matmul(lora.a.clone().transpose()); // [rows, rank]
-        (a, scaled.clone().transpose().matmul(seen))
+        let a = product(narrow.clone().transpose(), activated.clone());
+        let seen = product(activated.clone(), lora.a.clone().transpose()); // [rows, rank]
+        (a, product(scaled.clone().transpose(), seen))
     });
     let dx = wants.x.then(|| {
-        let mut dx = gradient.clone().matmul(weights.weight);
+        let mut dx = product(gradient.clone(), weights.weight);
         if let Some((lora, _, narrow)) = &narrow {
-            dx = dx + narrow.clone().matmul(lora.a.clone());
+            dx = dx + product(narrow.clone(), lora.a.clone());
         }
         match activation {
             Activation::Identity => dx,
@@ -116,7 +128,7 @@ pub fn linear_backward<B: Backend>(
         x: dx,
         weight: wants
             .weight
-            .then(|| gradient.clone().transpose().matmul(activated)),
+            .then(|| product(gradient.clone().transpose(), activated)),
         bias: wants.bias.then(|| gradient.sum_dim(0).squeeze_dim(0)),
         lora,
     }
@@ -260,8 +272,8 @@ fn attention_in_blocks<B: Backend>(
     let [q, k, v] = heads_of(qkv, heads, multiple);
     let keys = k.swap_dims(2, 3);
     let attend = |q: Tensor<B, 4>| {
-        let scores = q.matmul(keys.clone()); // [batch, heads, queries, tokens]
-        activation::softmax(scores, 3).matmul(v.clone())
+        let scores = product(q, keys.clone()); // [batch, heads, queries, tokens]
+        product(activation::softmax(scores, 3), v.clone())
     };
     let mixed = if queries >= tokens {
         attend(q)
@@ -290,17 +302,14 @@ pub fn qkv_attention_backward<B: Backend>(
         .reshape([batch, tokens, heads, head_dim])
         .swap_dims(1, 2); // [batch, heads, tokens, head_dim]
     let gradient = pad(gradient, padding);
-    let attention = activation::softmax(q.clone().matmul(k.clone().swap_dims(2, 3)), 3);
-    let dv = attention.clone().swap_dims(2, 3).matmul(gradient.clone());
-    let dattention = gradient.matmul(v.swap_dims(2, 3)); // [batch, heads, tokens, tokens]
+    let attention = activation::softmax(product(q.clone(), k.clone().swap_dims(2, 3)), 3);
+    let dv = product(attention.clone().swap_dims(2, 3), gradient.clone());
+    let dattention = product(gradient, v.swap_dims(2, 3)); // [batch, heads, tokens, tokens]
     let mean = (dattention.clone() * attention.clone()).sum_dim(3);
     let dscores = attention * (dattention - mean);
     // q carries the scale already, so k's gradient does; q's is for the unscaled queries.
-    let dq = dscores
-        .clone()
-        .matmul(k)
-        .mul_scalar(1.0 / (head_dim as f64).sqrt());
-    let dk = dscores.swap_dims(2, 3).matmul(q);
+    let dq = product(dscores.clone(), k).mul_scalar(1.0 / (head_dim as f64).sqrt());
+    let dk = product(dscores.swap_dims(2, 3), q);
     let parts = [dq, dk, dv].map(|part| {
         part.narrow(3, 0, head_dim)
             .swap_dims(1, 2)

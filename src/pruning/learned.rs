@@ -74,7 +74,7 @@ impl<B: Backend> LearnedPruner<B> {
             }
             let mut state = collect::<B, _>(&network);
             initialise_lora(&mut state, seed);
-            network = overlay::<B, _>(network, &state);
+            network = overlay::<B, _>(network, &state).expect("values in memory can be read");
         }
         let gates = groups
             .iter()

@@ -10,7 +10,7 @@ use crate::weights::{Checkpoint, WeightsError};
 /// # Errors
 /// When it is damaged, which a test rules out.
 pub fn checkpoint(name: EmbeddedName) -> Result<Checkpoint, WeightsError> {
-    let bytes: &[u8] = match name {
+    let bytes: &'static [u8] = match name {
         EmbeddedName::DigitsTeacher => {
             include_bytes!("../../artifacts/pretrained/digits-teacher.safetensors")
         }
@@ -18,5 +18,5 @@ pub fn checkpoint(name: EmbeddedName) -> Result<Checkpoint, WeightsError> {
             include_bytes!("../../artifacts/pretrained/digits-features.safetensors")
         }
     };
-    Checkpoint::decode(bytes, Path::new(name.as_str()))
+    Checkpoint::embedded(bytes, Path::new(name.as_str()))
 }

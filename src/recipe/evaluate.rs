@@ -1,134 +1,32 @@
 //! Sampling and the verdict.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
 use super::RecipeError;
+use super::draw::{COLUMNS, Decoder, Draw, Share, byte, first_images};
+use super::evaluate_reference::ReferenceFiles;
 use super::plan::thousands;
-use super::sampling::{Evaluate, Sample, Sampling};
+use super::sampling::{Against, Evaluate, Sample, Sampling};
 use super::stages::{Context, images};
 use crate::data::{Digits, Image, Split};
 use crate::evaluation::{
     Features, PrecisionRecall, Statistics, StatisticsAccumulator, frechet_distance,
-    inception_score, precision_recall, write_samples,
+    inception_score, precision_recall, read_samples,
 };
 use crate::images::Images;
-use crate::models::{DigitsClassifier, Network, digits};
+use crate::models::{DigitsClassifier, DitConfig, digits};
 use crate::ops::{FusedOps, TrainingBackend};
-use crate::process::{GaussianDiffusion, Guidance, Sampler, Variance};
-use crate::report::{Table, comparison_png, grid_png};
+use crate::report::{Table, comparison_png};
 
 /// Images a classifier reads at once.
 const READ_BATCH: usize = 256;
-/// Columns of a picture of samples, and pixels of a sample's pixel.
-const COLUMNS: usize = 20;
+/// Pixels of a digit's pixel in a picture.
 const SCALE: u32 = 5;
-
-/// Generated images, and how long they took.
-pub(crate) struct Generated {
-    pub(crate) images: Images,
-    pub(crate) labels: Vec<usize>,
-    pub(crate) took: Duration,
-}
-
-/// Generates a stage's samples with a progress bar.
-pub(crate) fn generate<B: FusedOps>(
-    network: &Network<B>,
-    name: &str,
-    sampling: &Sampling,
-    seed: u64,
-    device: &B::Device,
-) -> Result<Generated, RecipeError> {
-    let config = network.config();
-    let problem = |problem: String| RecipeError::Stage {
-        stage: name.to_owned(),
-        problem,
-    };
-    let spacing = if sampling.steps == GaussianDiffusion::full().steps() {
-        String::new()
-    } else {
-        sampling.steps.to_string()
-    };
-    let mut diffusion =
-        GaussianDiffusion::new(&spacing).map_err(|error| problem(error.to_string()))?;
-    if !config.learn_sigma {
-        // What the reference samples such models with.
-        diffusion = diffusion.with_variance(Variance::FixedLarge);
-    }
-    let sampler = Sampler {
-        diffusion,
-        solver: sampling.solver,
-        guidance: Guidance {
-            scale: sampling.guidance,
-            channels: sampling.guidance_channels,
-        },
-    };
-    let all: Vec<usize> = sampling
-        .classes
-        .clone()
-        .unwrap_or_else(|| (0..config.classes).collect());
-    let labels: Vec<usize> = (0..sampling.count)
-        .map(|index| all[index % all.len()])
-        .collect();
-    let bar = progress(
-        name,
-        sampling.count.div_ceil(sampling.batch) * sampling.steps,
-    );
-    let started = Instant::now();
-    let mut pixels =
-        Vec::with_capacity(sampling.count * config.channels * config.input_size.pow(2));
-    for first in (0..sampling.count).step_by(sampling.batch) {
-        if crate::interrupt::requested() {
-            return Err(RecipeError::Interrupted);
-        }
-        let indices: Vec<usize> = (first..sampling.count.min(first + sampling.batch)).collect();
-        let samples = sampler.generate(
-            network,
-            seed,
-            &indices,
-            &labels[first..first + indices.len()],
-            device,
-            || bar.inc(1),
-        );
-        // NCHW in [−1, 1] to NHWC bytes.
-        let samples = samples.permute([0, 2, 3, 1]).into_data();
-        pixels.extend(samples.iter::<f32>().map(byte));
-    }
-    let took = started.elapsed();
-    bar.finish_and_clear();
-    let (channels, size) = (config.channels, config.input_size);
-    let images = Images::new(pixels, [sampling.count, size, size, channels])
-        .map_err(|error| problem(error.to_string()))?;
-    Ok(Generated {
-        images,
-        labels,
-        took,
-    })
-}
-
-/// A value in [−1, 1] as a byte.
-fn byte(value: f32) -> u8 {
-    // The cast saturates, and takes NaN to 0.
-    ((value + 1.0) * 127.5).round() as u8
-}
-
-/// A bar with the time left on a terminal, silence elsewhere.
-fn progress(name: &str, steps: usize) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{msg:<12} {wide_bar} {pos}/{len} steps, {eta} left")
-        .unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(steps as u64)
-        .with_style(style)
-        .with_message(name.to_owned())
-}
 
 /// What the classifier says of 8-bit images.
 struct Reading {
@@ -266,23 +164,36 @@ impl<B: TrainingBackend> Context<'_, B> {
         sample: &Sample,
         folder: &Path,
     ) -> Result<(), RecipeError> {
-        let network = self
-            .load(&sample.from)?
-            .network::<B::InnerBackend>(self.device)?;
-        let made = generate(
-            &network,
-            stage,
-            &sample.sampling,
-            self.recipe.seed,
-            self.device,
-        )?;
-        save(&made, folder)?;
+        let checkpoint = self.load(&sample.from)?;
+        let network = checkpoint.network::<B::InnerBackend>(self.device)?;
+        let decoder = self.decoder(sample.vae.as_deref(), &network.config())?;
+        let drawn = Draw {
+            name: stage,
+            network: &network,
+            decoder: decoder.as_ref(),
+            sampling: &sample.sampling,
+            seed: self.recipe.seed,
+            folder,
+            share: Share::WHOLE,
+        }
+        .run(self.device)?;
+        let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
         crate::say!(
             "{stage}: {} samples in {}",
             sample.sampling.count,
-            folder.display()
+            archive.display()
         );
         Ok(())
+    }
+
+    /// The autoencoder of a stage whose model draws latents.
+    pub(super) fn decoder(
+        &self,
+        vae: Option<&Path>,
+        model: &DitConfig,
+    ) -> Result<Option<Decoder<B::InnerBackend>>, RecipeError> {
+        vae.map(|path| Decoder::read(path, model, self.device))
+            .transpose()
     }
 
     pub(super) fn evaluate(
@@ -291,7 +202,24 @@ impl<B: TrainingBackend> Context<'_, B> {
         evaluate: &Evaluate,
         folder: &Path,
     ) -> Result<(), RecipeError> {
-        let classifier_checkpoint = self.load(&evaluate.features)?;
+        let features = match &evaluate.against {
+            Against::Digits { features } => features,
+            Against::Reference {
+                reference,
+                inception,
+                vae,
+                samples,
+            } => {
+                let files = ReferenceFiles {
+                    reference,
+                    inception,
+                    vae: vae.as_deref(),
+                    samples,
+                };
+                return self.evaluate_reference(stage, evaluate, &files, folder);
+            }
+        };
+        let classifier_checkpoint = self.load(features)?;
         let classifier = classifier_checkpoint.digits_classifier::<B::InnerBackend>(self.device)?;
         let (train, test) = (Digits::new(Split::Train), Digits::new(Split::Test));
         let reference = read(&classifier, &bytes(test.images()), self.device)?;
@@ -308,25 +236,25 @@ impl<B: TrainingBackend> Context<'_, B> {
         for (index, source) in evaluate.compare.iter().enumerate() {
             let (name, checkpoint) = (source.to_string(), self.load(source)?);
             let network = checkpoint.network::<B::InnerBackend>(self.device)?;
-            let made = generate(
-                &network,
-                &name,
-                &evaluate.sampling,
-                self.recipe.seed,
-                self.device,
-            )?;
-            let read = read(&classifier, made.images.pixels(), self.device)?;
-            let mut verdict = judge.verdict(&name, &read, &made.labels)?;
+            let drawn = Draw {
+                name: &name,
+                network: &network,
+                decoder: None,
+                sampling: &evaluate.sampling,
+                seed: self.recipe.seed,
+                folder: &folder.join(format!("{}-{}", index + 1, file_name(&name))),
+                share: Share::WHOLE,
+            }
+            .run(self.device)?;
+            let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
+            let samples = read_samples(&archive)?.images;
+            let read = read(&classifier, samples.pixels(), self.device)?;
+            let mut verdict = judge.verdict(&name, &read, &drawn.labels)?;
             verdict.parameters = Some(network.config().parameters());
             verdict.depth = Some(network.depth());
-            verdict.images_per_second =
-                Some(evaluate.sampling.count as f64 / made.took.as_secs_f64());
-            save(
-                &made,
-                &folder.join(format!("{}-{}", index + 1, file_name(&name))),
-            )?;
+            verdict.images_per_second = drawn.rate;
             verdicts.push(verdict);
-            rows.push((name, first_images(&made.images, 2 * COLUMNS)?));
+            rows.push((name, first_images(&archive, 2 * COLUMNS)?));
         }
         let rows: Vec<(&str, &Images)> = rows
             .iter()
@@ -337,8 +265,8 @@ impl<B: TrainingBackend> Context<'_, B> {
             sampling: &evaluate.sampling,
             seed: self.recipe.seed,
             reference: format!("{} test digits, 8 bits", test.count()),
-            features: evaluate.features.to_string(),
-            features_fingerprint: classifier_checkpoint.fingerprint(),
+            features: features.to_string(),
+            features_fingerprint: classifier_checkpoint.fingerprint()?,
             neighbours: evaluate.neighbours,
             backend: <B::InnerBackend as Backend>::name(self.device),
         };
@@ -401,31 +329,18 @@ fn statistics(features: &Features) -> Result<Statistics, RecipeError> {
     Ok(accumulator.finish()?)
 }
 
-/// The samples as a picture and as an archive other evaluators read.
-pub(crate) fn save(made: &Generated, folder: &Path) -> Result<(), RecipeError> {
-    let labels: Vec<i64> = made.labels.iter().map(|label| *label as i64).collect();
-    write_samples(&folder.join("samples.npz"), &made.images, Some(&labels))?;
-    Ok(grid_png(
-        &folder.join("samples.png"),
-        &first_images(&made.images, 10 * COLUMNS)?,
-        COLUMNS,
-        SCALE,
-    )?)
+/// Every sample of an evaluation is drawn by itself.
+pub(super) fn not_whole(stage: &str) -> RecipeError {
+    RecipeError::Stage {
+        stage: stage.to_owned(),
+        problem: "its samples are not all drawn".into(),
+    }
 }
 
 /// A model's name as a folder: the last part of a path, without what file systems dislike.
-fn file_name(name: &str) -> String {
+pub(super) fn file_name(name: &str) -> String {
     let last = name.rsplit(['/', '\\']).next().unwrap_or(name);
     last.replace(':', "-")
-}
-
-/// At most `count` images, from the first.
-fn first_images(images: &Images, count: usize) -> Result<Images, RecipeError> {
-    let [total, height, width, channels] = images.shape();
-    let count = count.min(total);
-    let pixels = images.pixels()[..count * height * width * channels].to_vec();
-    Images::new(pixels, [count, height, width, channels])
-        .map_err(|error| RecipeError::Run(error.to_string()))
 }
 
 /// The verdict as a person reads it.

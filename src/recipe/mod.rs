@@ -7,13 +7,20 @@
 pub mod diagnostic;
 pub mod directory;
 pub mod document;
+pub mod draw;
 pub mod embedded;
 mod evaluate;
+pub(crate) mod evaluate_reference;
+pub mod extract;
+pub(crate) mod extract_stage;
+pub mod missing;
 mod models;
 pub mod optimisation;
 pub mod plan;
+mod progress;
 pub mod prune;
 mod prune_stage;
+pub mod public;
 pub mod reader;
 pub mod recover;
 mod recover_stage;
@@ -62,15 +69,27 @@ pub enum RecipeError {
     /// Training.
     #[error(transparent)]
     Training(#[from] crate::training::TrainingError),
+    /// Data.
+    #[error(transparent)]
+    Data(#[from] crate::data::DataError),
     /// Evaluation.
     #[error(transparent)]
-    Evaluation(#[from] crate::evaluation::EvaluationError),
+    Evaluation(crate::evaluation::EvaluationError),
     /// Pictures.
     #[error(transparent)]
     Report(#[from] crate::report::ReportError),
     /// A person interrupted; a training has saved a checkpoint.
     #[error("interrupted; a recipe continues with `--resume`")]
     Interrupted,
+}
+
+impl From<crate::evaluation::EvaluationError> for RecipeError {
+    fn from(error: crate::evaluation::EvaluationError) -> Self {
+        match error {
+            crate::evaluation::EvaluationError::Interrupted => Self::Interrupted,
+            error => Self::Evaluation(error),
+        }
+    }
 }
 
 impl RecipeError {

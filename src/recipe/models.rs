@@ -12,8 +12,8 @@ use crate::weights::Checkpoint;
 /// File of a stage's model, in the stage's folder.
 pub(super) const MODEL: &str = "model.safetensors";
 
-/// The file an earlier stage left.
-pub(super) fn stage_model(
+/// The folder of a stage.
+pub(super) fn stage_folder(
     recipe: &Recipe,
     directory: &RunDirectory,
     stage: &str,
@@ -21,7 +21,7 @@ pub(super) fn stage_model(
     let index = recipe.stages.iter().position(|other| other.name == stage);
     let index =
         index.ok_or_else(|| RecipeError::Run(format!("the recipe has no stage `{stage}`")))?;
-    Ok(directory.stage(index, stage).join(MODEL))
+    Ok(directory.stage(index, stage))
 }
 
 /// Reads the checkpoint a source names.
@@ -31,8 +31,10 @@ pub(super) fn checkpoint(
     source: &Source,
 ) -> Result<Checkpoint, RecipeError> {
     Ok(match source {
-        Source::Stage(stage) => Checkpoint::read(&stage_model(recipe, directory, stage)?)?,
+        Source::Stage(stage) => {
+            Checkpoint::read(&stage_folder(recipe, directory, stage)?.join(MODEL))?
+        }
         Source::Embedded(name) => embedded::checkpoint(*name)?,
-        Source::Path(path) => Checkpoint::read(path)?,
+        Source::File(file) => Checkpoint::read_stated(&file.path, &file.stated)?,
     })
 }

@@ -24,6 +24,8 @@ pub struct Optimisation {
     pub steps: usize,
     /// Images per step.
     pub batch: usize,
+    /// Parts a step's images are divided into, whose gradients are averaged: memory for one part is enough.
+    pub accumulate: usize,
     /// Learning rate after the warm-up.
     pub lr: f64,
     /// Learning rate that a cosine falls towards; the step after the last would have it.
@@ -48,9 +50,10 @@ pub struct Optimisation {
 
 impl Optimisation {
     /// The keys that [`read`](Self::read) asks for.
-    pub const KEYS: [&'static str; 12] = [
+    pub const KEYS: [&'static str; 13] = [
         "steps",
         "batch",
+        "accumulate",
         "lr",
         "final_lr",
         "warmup",
@@ -68,7 +71,11 @@ impl Optimisation {
     #[must_use]
     pub fn read(section: &Section<'_>, lr: f64, final_share: f64) -> Option<Self> {
         let steps = section.integer("steps", 1..=MAX_STEPS).required();
-        let batch = section.integer("batch", 1..=65_536).or(64);
+        let batch: usize = section.integer("batch", 1..=65_536).or(64);
+        let accumulate = section
+            .integer("accumulate", 1..=65_536)
+            .check(|parts| batch.is_multiple_of(*parts), "must divide `batch`")
+            .or(1);
         let lr = section.float("lr", positive(1.0)).or(lr);
         let final_lr = section.float("final_lr", 0.0..=1.0).or(lr * final_share);
         let warmup = section
@@ -92,6 +99,7 @@ impl Optimisation {
         Some(Self {
             steps,
             batch,
+            accumulate,
             lr,
             final_lr,
             warmup,
@@ -126,6 +134,7 @@ mod tests {
             panic!()
         };
         let expected = Optimisation {
+            accumulate: 1,
             steps: 1000,
             batch: 64,
             lr: 1e-3,

@@ -3,19 +3,22 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 use serde::Serialize;
 
 use super::RecipeError;
 use super::embedded;
+use super::missing::{Missing, MissingFile, Role, note};
 use super::optimisation::Optimisation;
 use super::prune::{Prune, PruneMethod};
+use super::public::public_file;
 use super::recover::{Recover, RecoverMethod};
-use super::sampling::Sampling;
-use super::schema::{Recipe, Stage, StageKind};
+use super::sampling::{Against, Sampling};
+use super::schema::{Data, Recipe, Stage, StageKind};
 use super::source::Source;
 use super::train::{Architecture as Wanted, Dit, Train};
-use crate::data::{Digits, Split};
+use crate::data::{Digits, ImageFolder, Latents, Split};
 use crate::models::{Architecture, DigitsClassifierConfig, DitConfig, digits, zoo};
 use crate::pruning::{Update, oracle};
 use crate::weights::Checkpoint;
@@ -27,6 +30,8 @@ pub struct Plan {
     pub recipe: Recipe,
     /// One entry per stage.
     pub stages: Vec<PlannedStage>,
+    /// Files that must be there before it can run, and are not.
+    pub missing: Vec<MissingFile>,
 }
 
 /// What a stage will do.
@@ -46,6 +51,8 @@ pub struct PlannedStage {
     pub images: usize,
     /// Estimated bytes of tensors at the peak.
     pub memory: usize,
+    /// Floating-point operations of the networks, two to a multiply-accumulate.
+    pub flops: f64,
 }
 
 impl Plan {
@@ -54,13 +61,17 @@ impl Plan {
     /// # Errors
     /// All stages that can't be done with their models, in one message.
     pub fn new(recipe: &Recipe) -> Result<Self, RecipeError> {
-        let mut made = BTreeMap::new();
+        let mut known = Known {
+            recipe,
+            made: BTreeMap::new(),
+            missing: Vec::new(),
+        };
         let (mut stages, mut problems) = (Vec::new(), Vec::new());
         for stage in &recipe.stages {
-            match plan_stage(stage, &made) {
+            match plan_stage(stage, &mut known) {
                 Ok(planned) => {
                     if let Some(after) = &planned.after {
-                        made.insert(stage.name.clone(), after.clone());
+                        known.made.insert(stage.name.clone(), after.clone());
                     }
                     stages.push(planned);
                 }
@@ -75,10 +86,25 @@ impl Plan {
             Ok(Self {
                 recipe: recipe.clone(),
                 stages,
+                missing: known.missing,
             })
         } else {
             Err(RecipeError::Run(problems.join("\n")))
         }
+    }
+}
+
+impl Plan {
+    /// Refuses to run without the files it needs.
+    ///
+    /// # Errors
+    /// All that are missing, with what each is and where to get it.
+    pub fn complete(&self) -> Result<(), RecipeError> {
+        if self.missing.is_empty() {
+            return Ok(());
+        }
+        let list = Missing(&self.missing).to_string();
+        Err(RecipeError::Run(list.trim_end().to_owned()))
     }
 }
 
@@ -94,32 +120,104 @@ impl<E: std::error::Error> From<E> for Problem {
     }
 }
 
-type Made = BTreeMap<String, Architecture>;
+/// What planning knows so far.
+struct Known<'a> {
+    recipe: &'a Recipe,
+    /// What earlier stages leave.
+    made: BTreeMap<String, Architecture>,
+    missing: Vec<MissingFile>,
+}
 
-fn architecture(source: &Source, made: &Made) -> Result<Architecture, Problem> {
-    match source {
-        Source::Stage(name) => made.get(name).cloned().ok_or(Problem::Unknown),
-        Source::Embedded(name) => Ok(embedded::checkpoint(*name)?.architecture),
-        Source::Path(path) => Ok(Checkpoint::read(path)?.architecture),
+impl Known<'_> {
+    /// Notes a file that a stage needs; says whether it is there.
+    fn need(&mut self, stage: &Stage, path: &Path, role: Role) -> bool {
+        note(&mut self.missing, &stage.name, path, role)
+    }
+
+    fn architecture(&mut self, stage: &Stage, source: &Source) -> Result<Architecture, Problem> {
+        match source {
+            Source::Stage(name) => self.made.get(name).cloned().ok_or(Problem::Unknown),
+            Source::Embedded(name) => Ok(embedded::checkpoint(*name)?.architecture),
+            Source::File(file) => {
+                if self.need(stage, &file.path, Role::Weights) {
+                    return Ok(Checkpoint::read_stated(&file.path, &file.stated)?.architecture);
+                }
+                // A recipe can be planned without its files where it is known what they hold.
+                let stated = file.stated.model.as_deref();
+                let stated = stated.and_then(|name| zoo::config(name, 32, 4, 1000));
+                let public = public_file(&file.path).and_then(|file| file.architecture());
+                // One that others publish is listed among the missing.
+                if stated.is_none() && public.is_none() && public_file(&file.path).is_some() {
+                    return Err(Problem::Unknown);
+                }
+                stated.map(Architecture::Dit).or(public).ok_or_else(|| {
+                    Problem::Said(format!(
+                        "`{source}` is not there, and nothing says what it holds"
+                    ))
+                })
+            }
+        }
+    }
+
+    fn dit(&mut self, stage: &Stage, source: &Source) -> Result<DitConfig, Problem> {
+        match self.architecture(stage, source)? {
+            Architecture::Dit(config) => Ok(config),
+            other => Err(Problem::Said(format!(
+                "`{source}` is a {other}; a diffusion network is needed"
+            ))),
+        }
+    }
+
+    /// Refuses a model that can't learn from the recipe's data.
+    fn fits_data(&mut self, stage: &Stage, config: &DitConfig) -> Result<(), Problem> {
+        let recipe = self.recipe;
+        let (name, channels, size, classes) = match &recipe.data {
+            Data::Digits => ("digits".to_owned(), 1, digits::SIDE, digits::CLASSES),
+            Data::Latents(path) => {
+                if !self.need(stage, path, Role::Latents) {
+                    return Ok(());
+                }
+                let latents = Latents::open(path)?;
+                (
+                    path.display().to_string(),
+                    latents.channels(),
+                    latents.side(),
+                    latents.classes()?,
+                )
+            }
+            Data::Stage(name) => {
+                let of = recipe.stages.iter().find(|stage| stage.name == *name);
+                let Some(StageKind::Extract(extract)) = of.map(|stage| &stage.kind) else {
+                    return Err(Problem::Unknown);
+                };
+                // How many classes and channels it makes is known once it has run.
+                let size = extract.size / AUTOENCODER_REDUCTION;
+                (name.clone(), config.channels, size, config.classes)
+            }
+        };
+        // A model may know more classes than the data has: a part of a data set is one too.
+        let fits = match recipe.data {
+            Data::Digits => config.classes == classes,
+            _ => config.classes >= classes,
+        };
+        if (config.input_size, config.channels) == (size, channels) && fits {
+            return Ok(());
+        }
+        Err(Problem::Said(format!(
+            "the data are {name}, {channels}x{size}x{size} in {classes} classes, but the model is for {}x{}x{} in {}",
+            config.channels, config.input_size, config.input_size, config.classes
+        )))
     }
 }
 
-fn dit(source: &Source, made: &Made) -> Result<DitConfig, Problem> {
-    match architecture(source, made)? {
-        Architecture::Dit(config) => Ok(config),
-        other => Err(Problem::Said(format!(
-            "`{source}` is a {other}; a diffusion network is needed"
-        ))),
-    }
-}
-
-fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
+fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Problem> {
     let planned = |what: &str,
                    before: Option<Architecture>,
                    after: Option<Architecture>,
                    steps,
                    images,
-                   memory| PlannedStage {
+                   memory,
+                   flops| PlannedStage {
         name: stage.name.clone(),
         what: what.to_owned(),
         before,
@@ -127,59 +225,82 @@ fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
         steps,
         images,
         memory,
+        flops,
     };
     match &stage.kind {
         StageKind::Train(train) => {
-            let (before, after) = train_architecture(train, made)?;
-            let memory = match &after {
+            let (before, after) = train_architecture(stage, train, known)?;
+            let seen = images(&train.optimisation);
+            let (memory, flops) = match &after {
                 Architecture::Dit(config) => {
-                    fits_digits(config)?;
-                    training_memory(config, config.parameters(), train.optimisation.batch)
+                    known.fits_data(stage, config)?;
+                    let memory = training_memory(config, config.parameters(), &train.optimisation);
+                    (memory, TRAINING * flops(config, seen))
                 }
-                Architecture::DigitsClassifier(_) => 64 << 20,
+                Architecture::DigitsClassifier(_) if known.recipe.data == Data::Digits => {
+                    (64 << 20, 0.0)
+                }
+                Architecture::DigitsClassifier(_) => {
+                    return Err(Problem::Said(
+                        "a digit classifier learns from digits alone".into(),
+                    ));
+                }
             };
             Ok(planned(
                 "train",
                 before,
                 Some(after),
                 train.optimisation.steps,
-                images(&train.optimisation),
+                seen,
                 memory,
+                flops,
             ))
         }
         StageKind::Prune(prune) => {
-            let before = dit(&prune.from, made)?;
+            let before = known.dit(stage, &prune.from)?;
             let kept = kept_depth(prune, &before)?;
             let after = DitConfig {
                 depth: kept,
                 ..before.clone()
             };
-            let (steps, seen, memory) = match &prune.method {
+            let (steps, seen, memory, flops) = match &prune.method {
                 PruneMethod::Learned(learned) => {
-                    fits_digits(&before)?;
+                    known.fits_data(stage, &before)?;
                     let learning = match learned.update {
                         Update::Full => before.parameters(),
                         Update::Lora { rank, .. } => lora_parameters(&before, rank),
                         Update::Frozen => 0,
                     };
+                    let seen = images(&learned.optimisation);
+                    let passes = match learned.update {
+                        Update::Full => TRAINING,
+                        Update::Lora { .. } | Update::Frozen => FROZEN,
+                    };
                     (
                         learned.optimisation.steps,
-                        images(&learned.optimisation),
-                        training_memory(&before, learning, learned.optimisation.batch),
+                        seen,
+                        training_memory(&before, learning, &learned.optimisation),
+                        passes * flops(&before, seen),
                     )
                 }
                 PruneMethod::ShortGpt(scored)
                 | PruneMethod::FluxLite(scored)
                 | PruneMethod::Sensitivity(scored) => {
-                    fits_digits(&before)?;
+                    known.fits_data(stage, &before)?;
+                    let seen = scored.batches * scored.batch;
+                    let passes = match &prune.method {
+                        PruneMethod::Sensitivity(_) => 1.0 + before.depth as f64,
+                        _ => 1.0,
+                    };
                     (
                         scored.batches,
-                        scored.batches * scored.batch,
+                        seen,
                         inference_memory(&before, scored.batch),
+                        passes * flops(&before, seen),
                     )
                 }
                 PruneMethod::Oracle { .. } | PruneMethod::Kept { .. } => {
-                    (0, 0, before.parameters() * 4)
+                    (0, 0, before.parameters() * 4, 0.0)
                 }
             };
             Ok(planned(
@@ -189,15 +310,17 @@ fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
                 steps,
                 seen,
                 memory,
+                flops,
             ))
         }
         StageKind::Recover(recover) => {
-            let config = dit(&recover.from, made)?;
-            fits_digits(&config)?;
-            let mut memory =
-                training_memory(&config, config.parameters(), recover.optimisation.batch);
+            let config = known.dit(stage, &recover.from)?;
+            known.fits_data(stage, &config)?;
+            let seen = images(&recover.optimisation);
+            let mut flops_ = TRAINING * flops(&config, seen);
+            let mut memory = training_memory(&config, config.parameters(), &recover.optimisation);
             if let Some(teacher) = teacher(recover) {
-                let teacher = dit(teacher, made)?;
+                let teacher = known.dit(stage, teacher)?;
                 if (DitConfig {
                     depth: config.depth,
                     ..teacher.clone()
@@ -221,7 +344,9 @@ fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
                         .collect();
                     check_taps(&taps, config.depth, teacher.depth).map_err(Problem::Said)?;
                 }
-                memory += inference_memory(&teacher, recover.optimisation.batch);
+                let part = recover.optimisation.batch / recover.optimisation.accumulate;
+                memory += inference_memory(&teacher, part);
+                flops_ += flops(&teacher, seen);
             }
             let before = Architecture::Dit(config);
             Ok(planned(
@@ -229,13 +354,20 @@ fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
                 Some(before.clone()),
                 Some(before),
                 recover.optimisation.steps,
-                images(&recover.optimisation),
+                seen,
                 memory,
+                flops_,
             ))
         }
         StageKind::Sample(sample) => {
-            let config = dit(&sample.from, made)?;
+            let config = known.dit(stage, &sample.from)?;
             let memory = check_sampling(&sample.sampling, &config)?;
+            let flops = sampling_flops(&sample.sampling, &config);
+            if let Some(vae) = &sample.vae {
+                known.need(stage, vae, Role::Vae);
+            } else if !is_pixels(&config) {
+                return Err(latents_need_a_vae(&config));
+            }
             Ok(planned(
                 "sample",
                 Some(Architecture::Dit(config)),
@@ -243,45 +375,129 @@ fn plan_stage(stage: &Stage, made: &Made) -> Result<PlannedStage, Problem> {
                 sample.sampling.steps,
                 sample.sampling.count,
                 memory,
+                flops,
             ))
         }
         StageKind::Evaluate(evaluate) => {
-            let most = evaluate
-                .sampling
-                .count
-                .min(Digits::new(Split::Test).count());
+            let most = match &evaluate.against {
+                Against::Digits { .. } => Digits::new(Split::Test).count(),
+                Against::Reference { .. } => usize::MAX,
+            };
+            let most = evaluate.sampling.count.min(most);
             if evaluate.neighbours >= most {
                 return Err(Problem::Said(format!(
                     "{} neighbours can't be found among {most} images",
                     evaluate.neighbours
                 )));
             }
-            let mut memory = 0;
+            let (mut memory, mut flops) = (0, 0.0);
             for source in &evaluate.compare {
-                let config = dit(source, made)?;
-                fits_digits(&config)?;
+                let config = known.dit(stage, source)?;
+                match &evaluate.against {
+                    Against::Digits { .. } => known.fits_data(stage, &config)?,
+                    Against::Reference { vae: None, .. } if !is_pixels(&config) => {
+                        return Err(latents_need_a_vae(&config));
+                    }
+                    Against::Reference { .. } => {}
+                }
                 memory = memory.max(check_sampling(&evaluate.sampling, &config)?);
+                flops += sampling_flops(&evaluate.sampling, &config);
             }
-            if !matches!(
-                architecture(&evaluate.features, made)?,
-                Architecture::DigitsClassifier(_)
-            ) {
-                return Err(Problem::Said(format!(
-                    "`{}` is no digit classifier",
-                    evaluate.features
-                )));
+            match &evaluate.against {
+                Against::Digits { features } => {
+                    let features_are = known.architecture(stage, features)?;
+                    if !matches!(features_are, Architecture::DigitsClassifier(_)) {
+                        return Err(Problem::Said(format!(
+                            "`{features}` is no digit classifier"
+                        )));
+                    }
+                }
+                Against::Reference {
+                    reference,
+                    inception,
+                    vae,
+                    samples,
+                } => {
+                    for archive in samples {
+                        known.need(stage, archive, Role::Samples);
+                    }
+                    known.need(stage, reference, Role::Reference);
+                    known.need(stage, inception, Role::Inception);
+                    if let Some(vae) = vae {
+                        known.need(stage, vae, Role::Vae);
+                    }
+                }
             }
             let models = evaluate.compare.len();
+            let archives = match &evaluate.against {
+                Against::Reference { samples, .. } => samples.len(),
+                Against::Digits { .. } => 0,
+            };
+            let what = match (models, archives) {
+                (models, 0) => format!("evaluate {models} models"),
+                (0, archives) => format!("evaluate {archives} archives"),
+                (models, archives) => format!("evaluate {models} models and {archives} archives"),
+            };
             Ok(planned(
-                &format!("evaluate {models} models"),
+                &what,
                 None,
                 None,
                 evaluate.sampling.steps,
                 models * evaluate.sampling.count,
                 memory,
+                flops,
+            ))
+        }
+        StageKind::Extract(extract) => {
+            let there = known.need(stage, &extract.images, Role::Images);
+            known.need(stage, &extract.vae, Role::Vae);
+            let images = if there {
+                ImageFolder::open(&extract.images)?.images().len()
+            } else {
+                0
+            };
+            let views = if extract.mirror { 2 } else { 1 };
+            Ok(planned(
+                "extract latents",
+                None,
+                None,
+                0,
+                views * images,
+                0,
+                0.0,
             ))
         }
     }
+}
+
+/// How many times an autoencoder of latents reduces each side.
+const AUTOENCODER_REDUCTION: usize = 8;
+
+/// Passes' worth of arithmetic in a training step: forward, and twice that backward.
+const TRAINING: f64 = 3.0;
+/// The same where weights stay as they are: backward needs the inputs' gradients alone.
+const FROZEN: f64 = 2.0;
+
+/// Operations of one forward pass over a number of images.
+fn flops(config: &DitConfig, images: usize) -> f64 {
+    2.0 * config.macs() as f64 * images as f64
+}
+
+fn sampling_flops(sampling: &Sampling, config: &DitConfig) -> f64 {
+    let passes = if sampling.guidance > 1.0 { 2 } else { 1 };
+    flops(config, passes * sampling.count) * sampling.steps as f64
+}
+
+/// Whether a model's samples are grey or coloured pixels.
+fn is_pixels(config: &DitConfig) -> bool {
+    matches!(config.channels, 1 | 3)
+}
+
+fn latents_need_a_vae(config: &DitConfig) -> Problem {
+    Problem::Said(format!(
+        "the model draws latents of {} channels; give the autoencoder that makes images of them as `vae`",
+        config.channels
+    ))
 }
 
 fn images(optimisation: &Optimisation) -> usize {
@@ -289,8 +505,9 @@ fn images(optimisation: &Optimisation) -> usize {
 }
 
 fn train_architecture(
+    stage: &Stage,
     train: &Train,
-    made: &Made,
+    known: &mut Known<'_>,
 ) -> Result<(Option<Architecture>, Architecture), Problem> {
     let wanted = match &train.architecture {
         None => None,
@@ -309,7 +526,7 @@ fn train_architecture(
     let before = train
         .from
         .as_ref()
-        .map(|source| architecture(source, made))
+        .map(|source| known.architecture(stage, source))
         .transpose()?;
     match (before, wanted) {
         (Some(before), Some(wanted)) if before != wanted => Err(Problem::Said(format!(
@@ -321,18 +538,6 @@ fn train_architecture(
             "neither a checkpoint nor an architecture".into(),
         )),
     }
-}
-
-/// The embedded data are 8 x 8 with one channel and ten classes; a model must be of that kind to learn from them.
-fn fits_digits(config: &DitConfig) -> Result<(), Problem> {
-    let (size, classes) = (digits::SIDE, digits::CLASSES);
-    if (config.input_size, config.channels, config.classes) == (size, 1, classes) {
-        return Ok(());
-    }
-    Err(Problem::Said(format!(
-        "the data are digits, 1x{size}x{size} in {classes} classes, but the model is for {}x{}x{} in {}",
-        config.channels, config.input_size, config.input_size, config.classes
-    )))
 }
 
 fn kept_depth(prune: &Prune, before: &DitConfig) -> Result<usize, Problem> {
@@ -471,7 +676,8 @@ fn block_activations(config: &DitConfig, batch: usize) -> usize {
 }
 
 /// Weights, gradients, two moments and an average of what learns, and all blocks' activations.
-fn training_memory(config: &DitConfig, learning: usize, batch: usize) -> usize {
+fn training_memory(config: &DitConfig, learning: usize, optimisation: &Optimisation) -> usize {
+    let batch = optimisation.batch / optimisation.accumulate;
     4 * config.parameters() + 16 * learning + config.depth * block_activations(config, batch)
 }
 
@@ -507,16 +713,28 @@ impl fmt::Display for Plan {
                     }
                 }
             }
-            writeln!(
+            write!(
                 f,
                 "   {} steps, {} images, about {} MiB",
                 thousands(stage.steps),
                 thousands(stage.images),
-                (stage.memory >> 20).max(1)
+                thousands((stage.memory >> 20).max(1))
             )?;
+            if stage.flops > 0.0 {
+                write!(f, ", {} FLOPs", scientific(stage.flops))?;
+            }
+            writeln!(f)?;
+        }
+        if !self.missing.is_empty() {
+            write!(f, "\n{}", Missing(&self.missing))?;
         }
         Ok(())
     }
+}
+
+/// 12345678 as `1.23e7`.
+fn scientific(number: f64) -> String {
+    format!("{number:.2e}")
 }
 
 /// 1234567 as `1,234,567`.

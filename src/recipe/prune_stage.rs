@@ -11,7 +11,7 @@ use super::plan::prune_method;
 use super::prune::{Learned, Prune, PruneMethod, Scored};
 use super::schema::Stage;
 use super::stages::Context;
-use crate::data::{BatchPlan, BatchSource, Digits, Split};
+use crate::data::{BatchPlan, BatchSource};
 use crate::models::DitConfig;
 use crate::ops::TrainingBackend;
 use crate::process::GaussianDiffusion;
@@ -80,7 +80,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             prune_method(&prune.method),
             learned,
             Some(&parent),
-        );
+        )?;
         provenance.groups = groups.map(|groups| {
             groups
                 .iter()
@@ -136,7 +136,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             lr_factor: learned.gate_lr / optimisation.lr,
         };
         let candidates = groups.iter().map(|group| group.num_candidates()).collect();
-        let source = self.source(config, optimisation, learned.label_drop, candidates);
+        let source = self.source(config, optimisation, learned.label_drop, candidates)?;
         let plan = self.plan(stage, optimisation, folder, &[Some(parent)])?;
         let (every, steps) = (plan.log_every, plan.steps);
         let log_path = folder.join("decisions.jsonl");
@@ -205,7 +205,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             diffusion_steps: steps,
             candidates: Vec::new(),
         };
-        let source = BatchSource::new(plan, Arc::new(Digits::new(Split::Train)));
+        let source = BatchSource::new(plan, self.data()?);
         let mut scores = vec![0.0; config.depth];
         for step in 0..scored.batches {
             if crate::interrupt::requested() {

@@ -96,7 +96,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             &recover.optimisation,
             recover.label_drop,
             Vec::new(),
-        );
+        )?;
         let fitted = self.fit(
             student,
             plan,
@@ -111,7 +111,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             recover_method(&recover.method),
             Some(&recover.optimisation),
             Some(&parent),
-        );
+        )?;
         // A healed model still is the one whose layers were kept.
         let Provenance {
             kept,
@@ -119,7 +119,10 @@ impl<B: TrainingBackend> Context<'_, B> {
             groups,
             ..
         } = parent.provenance;
-        provenance.teacher = teacher_checkpoint.as_ref().map(Checkpoint::fingerprint);
+        provenance.teacher = teacher_checkpoint
+            .as_ref()
+            .map(Checkpoint::fingerprint)
+            .transpose()?;
         (provenance.kept, provenance.parent_depth, provenance.groups) =
             (kept, parent_depth, groups);
         Ok(Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL)).write()?)

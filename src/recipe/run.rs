@@ -49,6 +49,7 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
     if let Some(problem) = options.backend.missing() {
         return Err(RecipeError::Run(problem));
     }
+    plan.complete()?;
     let resolved = plan
         .recipe
         .to_toml()
@@ -73,6 +74,7 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
     crate::say!("run directory {}", directory.path().display());
     let started = Instant::now();
     let result = crate::with_backend!(options.backend, B, device => {
+        crate::ops::set_compute::<B>(plan.recipe.compute, device).map_err(RecipeError::Run)?;
         let environment = Environment {
             version: env!("CARGO_PKG_VERSION"),
             backend: options.backend,
@@ -131,6 +133,7 @@ fn stages<B: TrainingBackend>(
         })?;
         let begun = Instant::now();
         match &stage.kind {
+            StageKind::Extract(extract) => context.extract(&stage.name, extract, &folder)?,
             StageKind::Train(train) => context.train(stage, planned, train, &folder)?,
             StageKind::Prune(prune) => context.prune(stage, prune, &folder)?,
             StageKind::Recover(recover) => context.recover(stage, recover, &folder)?,

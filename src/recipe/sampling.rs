@@ -1,5 +1,7 @@
 //! The stages that draw images: to look at, and to compare models by.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 use super::reader::Section;
@@ -11,6 +13,9 @@ use crate::process::Solver;
 pub struct Sample {
     /// The model to draw from.
     pub from: Source,
+    /// The autoencoder that makes images of latents; none for a model of pixels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae: Option<PathBuf>,
     /// What to draw, and how.
     #[serde(flatten)]
     pub sampling: Sampling,
@@ -21,13 +26,38 @@ pub struct Sample {
 pub struct Evaluate {
     /// The models to compare, all sampled in the same way.
     pub compare: Vec<Source>,
-    /// The network whose features are compared.
-    pub features: Source,
+    /// What they are compared with.
+    #[serde(flatten)]
+    pub against: Against,
     /// Neighbours that span the manifolds of precision and recall.
     pub neighbours: usize,
     /// What to draw, and how.
     #[serde(flatten)]
     pub sampling: Sampling,
+}
+
+/// What samples are compared with.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Against {
+    /// A reference batch, by the protocol of ADM's evaluation.
+    Reference {
+        /// Its npz archive: images, or their statistics.
+        reference: PathBuf,
+        /// The Inception network's weights.
+        inception: PathBuf,
+        /// The autoencoder that makes images of latents; none for models of pixels.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        vae: Option<PathBuf>,
+        /// Archives of samples drawn elsewhere, measured beside the models'.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        samples: Vec<PathBuf>,
+    },
+    /// The test split of the digits.
+    Digits {
+        /// The classifier whose features are compared.
+        features: Source,
+    },
 }
 
 /// What to draw, and how.
@@ -51,12 +81,19 @@ pub struct Sampling {
     pub steps: usize,
 }
 
+/// The classes of the reference's demonstration, of ImageNet, and the guidance it draws them with.
+pub const DEMO: [usize; 8] = [207, 360, 387, 974, 88, 979, 417, 279];
+/// See [`DEMO`].
+pub const DEMO_GUIDANCE: f64 = 4.0;
+
 impl Sample {
     pub(super) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
         let from = lineage.from(section);
+        let vae = section.string("vae").optional().map(PathBuf::from);
         let sampling = Sampling::read(section, None);
         Some(Self {
             from: from?,
+            vae,
             sampling: sampling?,
         })
     }
@@ -64,17 +101,45 @@ impl Sample {
 
 impl Evaluate {
     pub(super) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
-        let compare = section
-            .list("compare", |node| lineage.source(node))
-            .check(
-                |all| (1..all.len()).all(|i| !all[..i].contains(&all[i])),
-                "names a model twice",
-            )
-            .required();
-        let features = section
-            .value("features", |node| lineage.source(node))
-            .or(Source::Embedded(EmbeddedName::DigitsFeatures));
-        let sampling = Sampling::read(section, Some(1000));
+        let compare = section.list("compare", |node| lineage.source(node)).check(
+            |all| (1..all.len()).all(|i| !all[..i].contains(&all[i])),
+            "names a model twice",
+        );
+        // Archives of samples can be measured without a model.
+        let compare = if section.table().contains_key("samples") {
+            Some(compare.or(Vec::new()))
+        } else {
+            compare.required()
+        };
+        let reference = section.string("reference");
+        let count = if reference.is_absent() { 1000 } else { 50_000 };
+        let against = if reference.is_absent() {
+            let features = section
+                .value("features", |node| lineage.source(node))
+                .or(Source::Embedded(EmbeddedName::DigitsFeatures));
+            let why = "an evaluation without `reference`";
+            section.refuse(&["inception", "vae", "samples"], why);
+            Some(Against::Digits { features })
+        } else {
+            let inception = section.string("inception").required();
+            let vae = section.string("vae").optional().map(PathBuf::from);
+            let samples = section.list("samples", |node| node.string().map(PathBuf::from));
+            let samples = samples.optional().unwrap_or_default();
+            section.refuse(&["features"], "an evaluation against a `reference`");
+            reference
+                .optional()
+                .zip(inception)
+                .map(|(reference, inception)| {
+                    let (reference, inception) = (reference.into(), inception.into());
+                    Against::Reference {
+                        reference,
+                        inception,
+                        vae,
+                        samples,
+                    }
+                })
+        };
+        let sampling = Sampling::read(section, Some(count));
         let count = sampling.as_ref().map(|sampling| sampling.count);
         let neighbours = section.integer("neighbours", 1..=1000).or_checked(
             3,
@@ -87,7 +152,7 @@ impl Evaluate {
         );
         Some(Self {
             compare: compare?,
-            features,
+            against: against?,
             neighbours,
             sampling: sampling?,
         })
@@ -97,14 +162,22 @@ impl Evaluate {
 impl Sampling {
     /// Reads the keys that sampling and evaluation share; without a default `count` is required.
     fn read(section: &Section<'_>, count: Option<usize>) -> Option<Self> {
+        let demo = section.choice("preset", &[("evaluation", false), ("demo", true)]);
+        let demo = demo.or(false);
+        let (count, classes, guidance) = if demo {
+            (Some(DEMO.len()), Some(DEMO.to_vec()), DEMO_GUIDANCE)
+        } else {
+            (count, None, 1.5)
+        };
         let field = section.integer("count", 1..=10_000_000);
         let count = match count {
             Some(default) => Some(field.or(default)),
             None => field.required(),
         };
         let batch = section.integer("batch", 1..=65_536).or(100);
-        let classes = section.integers("classes", 0..=999_999).optional();
-        let guidance = section.float("guidance", 1.0..).or(1.5);
+        let chosen = section.integers("classes", 0..=999_999).optional();
+        let classes = chosen.or(classes);
+        let guidance = section.float("guidance", 1.0..).or(guidance);
         let guidance_channels = section.integer("guidance_channels", 1..=1024).or(3);
         let solver = section
             .choice("solver", &[("ddpm", false), ("ddim", true)])
@@ -153,6 +226,15 @@ mod tests {
             (Solver::Ddim { eta: 0.0 }, None)
         );
 
+        let StageKind::Sample(demo) = second("kind = 'sample'\npreset = 'demo'\nsteps = 9") else {
+            panic!()
+        };
+        assert_eq!((demo.sampling.count, demo.sampling.steps), (8, 9));
+        assert_eq!(
+            (demo.sampling.guidance, demo.sampling.classes),
+            (4.0, Some(DEMO.to_vec()))
+        );
+
         let text = "kind = 'sample'\nguidance = 0.5\nsteps = 1001\nclasses = []";
         let expected = [
             "missing key `count` in [[stage]] \"sample\"",
@@ -168,6 +250,19 @@ mod tests {
         assert_eq!(
             messages(&stage("kind = 'evaluate'")),
             ["missing key `compare` in [[stage]] \"evaluate\""]
+        );
+        let adm = "kind = 'evaluate'\ncompare = ['base']\nreference = 'r.npz'\nfeatures = 'base'";
+        assert_eq!(
+            messages(&stage(adm)),
+            [
+                "missing key `inception` in [[stage]] \"evaluate\"",
+                "`features` is not used by an evaluation against a `reference`"
+            ]
+        );
+        let digits = "kind = 'evaluate'\ncompare = ['base']\nvae = 'v'";
+        assert_eq!(
+            messages(&stage(digits)),
+            ["`vae` is not used by an evaluation without `reference`"]
         );
         assert_eq!(
             messages(&stage(

@@ -4,19 +4,21 @@
 //! from, so a run never looks at the document again. Written back with [`Recipe::to_toml`] it is a
 //! recipe that says the same with nothing left implicit.
 
-use std::path::Path;
+use std::fmt;
+use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
-use super::diagnostic::Diagnostics;
-use super::document::{Document, string_in, title};
+use super::diagnostic::{Diagnostic, Diagnostics};
+use super::document::{Document, Node, string_in, title};
+use super::extract::Extract;
 use super::prune::Prune;
 use super::reader::{Section, Sink};
 use super::recover::Recover;
 use super::sampling::{Evaluate, Sample};
 use super::source::{Lineage, Listing};
 use super::train::Train;
-use crate::backend::BackendKind;
+use crate::backend::{BackendKind, Compute};
 
 /// A validated recipe.
 ///
@@ -46,6 +48,8 @@ pub struct Recipe {
     /// Where to compute; `None` leaves it to the command line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<BackendKind>,
+    /// Type of matrix products.
+    pub compute: Compute,
     /// What to train on and compare with.
     pub data: Data,
     /// What is done, in order.
@@ -53,12 +57,56 @@ pub struct Recipe {
     pub stages: Vec<Stage>,
 }
 
-/// A data set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+/// A data set, written in a recipe as one string.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Data {
     /// The embedded 8×8 handwritten digits.
     Digits,
+    /// Latents that an `extract` stage makes, by its name.
+    Stage(String),
+    /// A folder of latents, in this project's shards or the reference's `.npy` files.
+    Latents(PathBuf),
+}
+
+impl fmt::Display for Data {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Digits => f.write_str("digits"),
+            Self::Stage(name) => f.write_str(name),
+            Self::Latents(path) => path.display().fmt(f),
+        }
+    }
+}
+
+impl Serialize for Data {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl Data {
+    /// Reads the key, given the names of the stages that extract latents.
+    fn parse(node: &Node, extracts: &[String]) -> Result<Self, Diagnostic> {
+        let text = node.string()?;
+        if text == "digits" {
+            return Ok(Self::Digits);
+        }
+        if extracts.iter().any(|name| name == text) {
+            return Ok(Self::Stage(text.to_owned()));
+        }
+        // A bare word that is no folder is a mistyped name.
+        let path = PathBuf::from(text);
+        if path.components().count() > 1 || path.is_dir() {
+            return Ok(Self::Latents(path));
+        }
+        let message = format!(
+            "{text:?} is not \"digits\", a stage that extracts latents, or the path of a folder of latents"
+        );
+        let names = extracts.iter().map(String::as_str);
+        Err(node
+            .fault(message)
+            .suggesting(text, names.chain(["digits"])))
+    }
 }
 
 /// One step of a recipe.
@@ -85,10 +133,13 @@ pub enum StageKind {
     Sample(Sample),
     /// Compares models.
     Evaluate(Evaluate),
+    /// Turns images into latents.
+    Extract(Extract),
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
+    Extract,
     Train,
     Prune,
     Recover,
@@ -96,7 +147,8 @@ enum Kind {
     Evaluate,
 }
 
-const KINDS: [(&str, Kind); 5] = [
+const KINDS: [(&str, Kind); 6] = [
+    ("extract", Kind::Extract),
     ("train", Kind::Train),
     ("prune", Kind::Prune),
     ("recover", Kind::Recover),
@@ -150,15 +202,23 @@ impl Recipe {
             ("cuda", BackendKind::Cuda),
         ];
         let backend = section.choice("backend", &backends).optional();
+        let computes = [("f32", Compute::F32), ("bf16", Compute::Bf16)];
+        let compute = section.choice("compute", &computes).or(Compute::F32);
+        let stages = section.sections("stage").required();
+        let extracts: Vec<String> = (stages.iter().flatten())
+            .filter(|stage| string_in(stage.table(), "kind") == Some("extract"))
+            .filter_map(|stage| title(stage.table()).map(str::to_owned))
+            .collect();
         let data = section
-            .choice("data", &[("digits", Data::Digits)])
+            .value("data", |node| Data::parse(node, &extracts))
             .or(Data::Digits);
-        let stages = section.sections("stage").required().map(read_stages);
+        let stages = stages.map(read_stages);
         section.finish();
         Some(Self {
             name: name.map_or_else(|| name_of(document.path()), str::to_owned),
             seed,
             backend,
+            compute,
             data,
             stages: stages??,
         })
@@ -181,7 +241,7 @@ fn list(section: &Section<'_>) -> Listing {
     Listing {
         name: title(section.table()).unwrap_or_default().to_owned(),
         // An unknown kind is one mistake; that nothing can be made from it would be a second.
-        makes_checkpoint: !matches!(kind, Some("sample" | "evaluate")),
+        makes_checkpoint: !matches!(kind, Some("sample" | "evaluate" | "extract")),
     }
 }
 
@@ -202,6 +262,7 @@ impl Stage {
             section.fault(format!("{message}; give this one a `name`"));
         }
         let kind = match kind? {
+            Kind::Extract => Extract::read(&section).map(StageKind::Extract),
             Kind::Train => Train::read(&section, lineage).map(StageKind::Train),
             Kind::Prune => Prune::read(&section, lineage).map(StageKind::Prune),
             Kind::Recover => Recover::read(&section, lineage).map(StageKind::Recover),

@@ -1,14 +1,16 @@
 //! Where a stage takes a checkpoint from.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Serialize, Serializer};
 
 use super::diagnostic::Diagnostic;
-use super::document::Node;
+use super::document::{Node, Table, Value};
+use super::public::public_file;
 use super::reader::Section;
-use crate::weights::WeightFile;
+use crate::models::zoo;
+use crate::weights::{Stated, WeightFile};
 
 const EMBEDDED: &str = "embedded:";
 
@@ -19,8 +21,26 @@ pub enum Source {
     Stage(String),
     /// A checkpoint inside the binary: `embedded:` and its name.
     Embedded(EmbeddedName),
-    /// A file of a kind that [`WeightFile`] knows; a relative path starts at the working directory.
-    Path(PathBuf),
+    /// A file, or a folder with a model.
+    File(FileSource),
+}
+
+/// A checkpoint in a file that [`WeightFile`] knows, or in a folder; a relative path starts at the working directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileSource {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What the recipe says of it.
+    pub stated: Stated,
+}
+
+impl From<PathBuf> for FileSource {
+    fn from(path: PathBuf) -> Self {
+        Self {
+            path,
+            stated: Stated::default(),
+        }
+    }
 }
 
 impl fmt::Display for Source {
@@ -28,14 +48,27 @@ impl fmt::Display for Source {
         match self {
             Self::Stage(name) => f.write_str(name),
             Self::Embedded(name) => f.write_str(name.as_str()),
-            Self::Path(path) => path.display().fmt(f),
+            Self::File(file) => file.path.display().fmt(f),
         }
     }
 }
 
 impl Serialize for Source {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+        #[derive(Serialize)]
+        struct Table<'a> {
+            path: String,
+            #[serde(flatten)]
+            stated: &'a Stated,
+        }
+        match self {
+            Self::File(file) if file.stated != Stated::default() => Table {
+                path: self.to_string(),
+                stated: &file.stated,
+            }
+            .serialize(serializer),
+            _ => serializer.collect_str(self),
+        }
     }
 }
 
@@ -111,7 +144,13 @@ impl<'a> Lineage<'a> {
     /// If the string names none of these, or a stage that cannot be used, or a file that is not
     /// there.
     pub fn source(self, node: &Node) -> Result<Source, Diagnostic> {
-        let text = node.string()?;
+        if let Value::Table(table) = &node.value {
+            return file(node, table).map(Source::File);
+        }
+        let Value::String(text) = &node.value else {
+            return Err(node.mismatch("a string or a table with `path`"));
+        };
+        let text = text.as_str();
         let embedded = EmbeddedName::ALL.map(EmbeddedName::as_str);
         if let Some(name) = EmbeddedName::ALL
             .into_iter()
@@ -134,13 +173,9 @@ impl<'a> Lineage<'a> {
             let message = format!("stage {text:?} does not run before this one");
             return Err(node.fault(message));
         }
-        if WeightFile::of(Path::new(text)).is_some() {
-            let path = PathBuf::from(text);
-            return if path.is_file() {
-                Ok(Source::Path(path))
-            } else {
-                Err(node.fault(format!("file not found: {text:?}")))
-            };
+        let path = PathBuf::from(text);
+        if path.is_dir() || WeightFile::of(&path).is_some() || public_file(&path).is_some() {
+            return there(node, FileSource::from(path)).map(Source::File);
         }
         let message = format!(
             "{text:?} is not an earlier stage, an embedded checkpoint, or a path ending in {}",
@@ -155,6 +190,42 @@ impl<'a> Lineage<'a> {
         let makers = self.earlier.iter().filter(|stage| stage.makes_checkpoint);
         makers.map(|stage| stage.name.as_str())
     }
+}
+
+/// Refuses a file that is not there, unless it is known what it holds: such a recipe can still be planned.
+fn there(node: &Node, file: FileSource) -> Result<FileSource, Diagnostic> {
+    if file.path.exists() || file.stated.model.is_some() || public_file(&file.path).is_some() {
+        Ok(file)
+    } else {
+        let path = file.path.display().to_string();
+        Err(node.fault(format!("file not found: {path:?}")))
+    }
+}
+
+/// A file with what a recipe says of it: `{ path = "x.pt", weights_key = "model" }`.
+fn file(node: &Node, table: &Table) -> Result<FileSource, Diagnostic> {
+    const KEYS: [&str; 4] = ["path", "weights_key", "heads", "model"];
+    if let Some((key, entry)) = table.iter().find(|(key, _)| !KEYS.contains(&key.as_str())) {
+        let fault = Diagnostic::new(&entry.key, format!("unknown key `{}`", key.escape_debug()));
+        return Err(fault.suggesting(key, KEYS));
+    }
+    let entry = |key: &str| table.get(key).map(|entry| &entry.node);
+    let text = |key: &str| entry(key).map(Node::string).transpose();
+    let path = text("path")?.ok_or_else(|| node.fault("missing key `path`"))?;
+    let models: Vec<(&str, &str)> = zoo::PRESETS.iter().map(|p| (p.name, p.name)).collect();
+    let model = entry("model")
+        .map(|node| node.choice(&models))
+        .transpose()?;
+    let heads = entry("heads")
+        .map(|node| node.integer(&(1..=1024)))
+        .transpose()?;
+    let stated = Stated {
+        weights_key: text("weights_key")?.map(str::to_owned),
+        heads,
+        model: model.map(str::to_owned),
+    };
+    let path = PathBuf::from(path);
+    there(node, FileSource { path, stated })
 }
 
 #[cfg(test)]
@@ -184,7 +255,19 @@ mod tests {
                 "`from`: there is no embedded checkpoint \"embedded:x\"",
             ),
             ("'no/such.pt'", "`from`: file not found: \"no/such.pt\""),
-            ("1", "`from`: expected a string, found an integer"),
+            ("{}", "`from`: missing key `path`"),
+            (
+                "{ path = 'x.pt', key = 'ema' }",
+                "`from`: unknown key `key`",
+            ),
+            (
+                "{ path = 'x.pt', heads = 3 }",
+                "`from`: file not found: \"x.pt\"",
+            ),
+            (
+                "1",
+                "`from`: expected a string or a table with `path`, found an integer",
+            ),
         ] {
             let late = "[[stage]]\nkind = 'sample'\nname = 'late'\ncount = 1";
             assert_eq!(
@@ -235,6 +318,6 @@ mod tests {
             panic!()
         };
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(sample.from, Source::Path(path));
+        assert_eq!(sample.from, Source::File(path.into()));
     }
 }

@@ -9,12 +9,13 @@ use sha2::{Digest, Sha256};
 
 use super::RecipeError;
 use super::directory::RunDirectory;
-use super::models::{MODEL, checkpoint};
+use super::extract_stage::LATENTS;
+use super::models::{MODEL, checkpoint, stage_folder};
 use super::optimisation::Optimisation;
 use super::plan::PlannedStage;
-use super::schema::{Recipe, Stage};
+use super::schema::{Data, Recipe, Stage};
 use super::train::Train;
-use crate::data::{BatchPlan, BatchSource, Batches, Digits, Split, Teacher};
+use crate::data::{BatchPlan, BatchSource, Batches, Digits, Latents, Samples, Split, Teacher};
 use crate::models::{Architecture, DigitsClassifier, DitConfig, Network, digits, initialise};
 use crate::ops::TrainingBackend;
 use crate::process::GaussianDiffusion;
@@ -55,7 +56,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             "train",
             Some(&train.optimisation),
             parent.as_ref(),
-        );
+        )?;
         let at = folder.join(MODEL);
         match planned.after.as_ref() {
             Some(Architecture::Dit(config)) => {
@@ -74,7 +75,8 @@ impl<B: TrainingBackend> Context<'_, B> {
                     Arc::new(GaussianDiffusion::full()),
                     plan.steps,
                 );
-                let source = self.source(config, &train.optimisation, train.label_drop, Vec::new());
+                let source =
+                    self.source(config, &train.optimisation, train.label_drop, Vec::new())?;
                 let fitted = self.fit(
                     student,
                     plan,
@@ -107,7 +109,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                     classes: digits::CLASSES,
                     learn_sigma: false,
                 };
-                let source = self.source(&shape, &train.optimisation, 0.0, Vec::new());
+                let source = self.source(&shape, &train.optimisation, 0.0, Vec::new())?;
                 let fitted = self.fit(
                     ClassifierTrainee { classifier },
                     plan,
@@ -125,14 +127,8 @@ impl<B: TrainingBackend> Context<'_, B> {
                     Digits::new(Split::Test).count()
                 );
                 crate::say!("{}: {}", stage.name, provenance.note);
-                let state = collect::<B::InnerBackend, _>(&model);
-                Checkpoint {
-                    architecture: architecture.clone(),
-                    state,
-                    provenance,
-                    path: at,
-                }
-                .write()?;
+                let tensors = collect::<B::InnerBackend, _>(&model).into();
+                Checkpoint::new(architecture.clone(), tensors, provenance, &at).write()?;
             }
             None => {}
         }
@@ -159,7 +155,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             + 'static,
         M::InnerModule: burn::train::InferenceStep<Input = (), Output = ()>,
     {
-        let (steps, device) = (plan.steps, self.device.clone());
+        let (steps, parts, device) = (plan.steps, plan.accumulate, self.device.clone());
         let batches = move |start: usize| -> Arc<dyn crate::data::Feed<B, crate::data::Batch<B>>> {
             let batches = Batches::<B>::new(
                 source,
@@ -167,7 +163,8 @@ impl<B: TrainingBackend> Context<'_, B> {
                 steps,
                 Arc::new(GaussianDiffusion::full()),
                 &device,
-            );
+            )
+            .in_parts(parts);
             match teacher {
                 Some((network, layers)) => Arc::new(batches.with_teacher(network, layers)),
                 None => Arc::new(batches),
@@ -204,7 +201,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         optimisation: &Optimisation,
         label_drop: f64,
         candidates: Vec<usize>,
-    ) -> BatchSource {
+    ) -> Result<BatchSource, RecipeError> {
         let plan = BatchPlan {
             batch: optimisation.batch,
             seed: self.recipe.seed,
@@ -215,7 +212,17 @@ impl<B: TrainingBackend> Context<'_, B> {
             diffusion_steps: GaussianDiffusion::full().steps(),
             candidates,
         };
-        BatchSource::new(plan, Arc::new(Digits::new(Split::Train)))
+        Ok(BatchSource::new(plan, self.data()?))
+    }
+
+    /// What is learned from.
+    pub(super) fn data(&self) -> Result<Arc<dyn Samples>, RecipeError> {
+        let folder = match &self.recipe.data {
+            Data::Digits => return Ok(Arc::new(Digits::new(Split::Train))),
+            Data::Latents(path) => path.clone(),
+            Data::Stage(name) => stage_folder(self.recipe, self.directory, name)?.join(LATENTS),
+        };
+        Ok(Arc::new(Latents::open(&folder)?))
     }
 
     pub(super) fn plan(
@@ -229,13 +236,14 @@ impl<B: TrainingBackend> Context<'_, B> {
         hash.update(super::directory::json(stage)?);
         hash.update(self.recipe.seed.to_le_bytes());
         for parent in parents.iter().flatten() {
-            hash.update(parent.fingerprint());
+            hash.update(parent.fingerprint()?);
         }
         let o = optimisation.clone();
         Ok(Plan {
             name: stage.name.clone(),
             steps: o.steps,
             batch: o.batch,
+            accumulate: o.accumulate,
             lr: o.lr,
             final_lr: o.final_lr,
             warmup: o.warmup,
@@ -246,11 +254,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             keep_last: o.keep_last,
             log_every: o.log_every,
             max_bad_steps: o.max_bad_steps,
-            fingerprint: hash
-                .finalize()
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect(),
+            fingerprint: hex(&hash.finalize()),
             directory: folder.to_owned(),
         })
     }
@@ -261,17 +265,25 @@ impl<B: TrainingBackend> Context<'_, B> {
         method: &str,
         optimisation: Option<&Optimisation>,
         parent: Option<&Checkpoint>,
-    ) -> Provenance {
-        Provenance {
+    ) -> Result<Provenance, RecipeError> {
+        let resolved = self.recipe.to_toml();
+        let resolved = resolved.map_err(|error| RecipeError::Run(error.to_string()))?;
+        Ok(Provenance {
             recipe: self.recipe.name.clone(),
+            recipe_sha256: hex(&Sha256::digest(resolved)),
             stage: format!("{stage} ({method})"),
             seed: self.recipe.seed,
             steps: optimisation.map_or(0, |optimisation| optimisation.steps),
             images: optimisation.map_or(0, |optimisation| optimisation.steps * optimisation.batch),
-            parent: parent.map(Checkpoint::fingerprint),
+            parent: parent.map(Checkpoint::fingerprint).transpose()?,
             ..Provenance::default()
-        }
+        })
     }
+}
+
+/// A hash as text.
+fn hex(hash: &[u8]) -> String {
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A tensor of images.

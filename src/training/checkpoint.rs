@@ -107,8 +107,9 @@ impl Store {
             })?;
         write_safetensors(
             &self.path(position.step),
-            &state,
+            &state.into(),
             BTreeMap::from([(POSITION.to_owned(), position_text)]),
+            None,
         )?;
         let steps = self.steps();
         for &step in steps.iter().rev().skip(keep) {
@@ -201,11 +202,11 @@ impl Store {
                 position.moments
             )));
         }
-        let model = overlay::<B, M>(model, &weights);
+        let model = overlay::<B, M>(model, &weights)?;
         ema.restore(&overlay::<B::InnerBackend, M::InnerModule>(
             model.valid(),
             &averages,
-        ));
+        )?);
         restore_moments::<B, M>(&model, optimizer, &moments);
         Ok((model, Some(position)))
     }

@@ -36,6 +36,28 @@ pub struct StepReport {
     pub images: usize,
 }
 
+impl StepReport {
+    /// Of several batches of one step: the mean of each number, the sum of images.
+    pub(super) fn mean(reports: &[Self]) -> Self {
+        let share = 1.0 / reports.len().max(1) as f64;
+        let names = reports.first().map(|report| report.scalars.0.clone());
+        let mean = |name: &'static str| {
+            let values = reports.iter().filter_map(|report| report.scalars.get(name));
+            (name, values.sum::<f64>() * share)
+        };
+        Self {
+            scalars: Scalars(
+                names
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(|(name, _)| mean(name))
+                    .collect(),
+            ),
+            images: reports.iter().map(|report| report.images).sum(),
+        }
+    }
+}
+
 impl ItemLazy for StepReport {
     type ItemSync = Self;
 

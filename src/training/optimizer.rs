@@ -58,25 +58,24 @@ impl<B: TrainingBackend> AdamW<B> {
         }
     }
 
-    /// Has the next step scale its gradients so that their norm over all parameters of `module` together is at most
-    /// `bound`; returns the norm before.
+    /// Has the next step scale its gradients, sums over `parts` batches, to their mean, and this so that its norm over
+    /// all parameters of `module` together is at most `bound`; returns the norm of the mean before.
     ///
     /// The step reads every gradient anyway: scaling them here would be one more pass over memory.
     pub fn clip_next<M: AutodiffModule<B>>(
         &self,
         module: &M,
         gradients: &GradientsParams,
+        parts: usize,
         bound: f64,
     ) -> f64 {
-        let norm = global_norm::<B, M>(module, gradients);
+        let share = 1.0 / parts as f64;
+        let norm = share * global_norm::<B, M>(module, gradients);
         // PyTorch's rule, its epsilon included.
         let by = bound / (norm + 1e-6);
         // A norm that isn't finite is above no bound: the step, if it is made, is made as it is.
-        *lock(&self.gradient_scale) = if by < 1.0 && norm.is_finite() {
-            by
-        } else {
-            1.0
-        };
+        let bounded = by < 1.0 && norm.is_finite();
+        *lock(&self.gradient_scale) = if bounded { by * share } else { share };
         norm
     }
 

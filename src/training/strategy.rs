@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::ops::TrainingBackend;
-use burn::data::dataloader::Progress;
+use burn::data::dataloader::{DataLoaderIterator, Progress};
 use burn::module::AutodiffModule;
+use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::train::{
     EventProcessorTraining, InferenceStep, Learner, LearnerEvent, LearningComponentsMarker,
     SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainStep,
@@ -33,6 +34,8 @@ pub struct Plan {
     pub steps: usize,
     /// Images of a step.
     pub batch: usize,
+    /// Batches a step's images come in; their gradients are averaged.
+    pub accumulate: usize,
     /// Highest learning rate.
     pub lr: f64,
     /// What the learning rate falls towards.
@@ -148,19 +151,17 @@ where
         let (mut bad, mut losses, mut since) = (0, Vec::new(), Instant::now());
         let mut logged = position.step;
         while position.step < plan.steps {
-            let Some(batch) = batches.next() else { break };
+            let Some((mut report, gradients)) = gather(learner, &mut *batches, plan.accumulate)?
+            else {
+                break;
+            };
             learner.lr_step();
-            let output = learner.train_step(batch);
-            if interrupt::panicked() {
-                return Err(TrainingError::Device);
-            }
-            let mut report = output.item;
             let loss = report.scalars.get("loss").unwrap_or(f64::NAN);
-            let norm = self
-                .optimizer
-                .clip_next(&learner.model(), &output.grads, plan.clip);
+            let norm =
+                self.optimizer
+                    .clip_next(&learner.model(), &gradients, plan.accumulate, plan.clip);
             if loss.is_finite() && norm.is_finite() {
-                learner.optimizer_step(output.grads);
+                learner.optimizer_step(gradients);
                 losses.push(loss);
                 bad = 0;
             } else {
@@ -242,6 +243,39 @@ where
         }
         Ok(())
     }
+}
+
+/// The gradients of one step, summed over its batches, and the mean of what these report; None at the end of the data.
+fn gather<B, M>(
+    learner: &Learner<Components<B, M>>,
+    batches: &mut dyn DataLoaderIterator<M::Input>,
+    parts: usize,
+) -> Result<Option<(StepReport, GradientsParams)>, TrainingError>
+where
+    B: TrainingBackend,
+    M: TrainStep<Output = StepReport> + AutodiffModule<B> + core::fmt::Display + 'static,
+    M::InnerModule: InferenceStep,
+{
+    let mut sum = GradientsAccumulator::new();
+    let mut reports = Vec::with_capacity(parts);
+    for part in 1..=parts {
+        let Some(batch) = batches.next() else {
+            return Ok(None);
+        };
+        let output = learner.train_step(batch);
+        if interrupt::panicked() {
+            return Err(TrainingError::Device);
+        }
+        reports.push(output.item);
+        if parts == 1 {
+            return Ok(reports.pop().map(|report| (report, output.grads)));
+        }
+        sum.accumulate::<B>(&learner.model(), output.grads);
+        if part == parts {
+            return Ok(Some((StepReport::mean(&reports), sum.grads())));
+        }
+    }
+    Ok(None)
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

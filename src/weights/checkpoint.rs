@@ -2,20 +2,29 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use burn::tensor::backend::Backend;
+use safetensors::Dtype;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::shards::read_shards;
-use super::state::{decode, write_safetensors};
-use super::torch::read_pickle;
-use super::{StateDict, WeightFile, WeightsError, assign, collect};
+use super::layout::{DiffusersConfig, from_diffusers, is_diffusers};
+use super::safetensors::{open, open_safetensors, write_safetensors};
+use super::shards::open_shards;
+use super::state::encode;
+use super::tensors::{Bytes, Tensors};
+use super::torch::open_torch;
+use super::{WeightFile, WeightsError, assign, collect, infer};
 use crate::models::{Architecture, DigitsClassifier, DitConfig, Network, zoo};
 
 /// Metadata keys of our files.
 const ARCHITECTURE: &str = "tinyfusion.architecture";
 const PROVENANCE: &str = "tinyfusion.provenance";
+
+/// File beside weights that rebuilds their model.
+pub(super) const CONFIG: &str = "config.json";
 
 /// Where a checkpoint came from.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -23,6 +32,9 @@ const PROVENANCE: &str = "tinyfusion.provenance";
 pub struct Provenance {
     /// Recipe that made it.
     pub recipe: String,
+    /// SHA-256 of that recipe, with overrides applied and defaults written out.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub recipe_sha256: String,
     /// Stage of the recipe, with its method.
     pub stage: String,
     /// Seed of the run.
@@ -51,126 +63,204 @@ pub struct Provenance {
     pub note: String,
 }
 
-/// A model file's content.
+/// What a person states of a file that the file itself may not.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Stated {
+    /// Which of a training checkpoint's state dicts to read; by default `ema`, else `model`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights_key: Option<String>,
+    /// Attention heads, which no tensor tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heads: Option<usize>,
+    /// The published model it must be, but for the size of its images and the number of classes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+}
+
+/// A model file's content; its tensors are read when they are asked for.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     /// What the weights are of.
     pub architecture: Architecture,
-    /// The weights.
-    pub state: StateDict,
+    /// The weights, under the reference's names.
+    pub tensors: Tensors,
     /// Where they came from; default for files of other programs.
     pub provenance: Provenance,
     /// The file, for messages.
     pub path: PathBuf,
+    fingerprint: OnceLock<String>,
 }
 
 impl Checkpoint {
-    /// Reads a file that [`WeightFile`] knows. One without our metadata has its architecture inferred from names and
-    /// shapes.
-    ///
-    /// # Errors
-    /// When the file can't be read, is damaged, or holds no model this crate knows.
-    pub fn read(path: &Path) -> Result<Self, WeightsError> {
-        match WeightFile::of(path) {
-            Some(WeightFile::Safetensors) => {
-                Self::decode(&std::fs::read(path).map_err(WeightsError::io(path))?, path)
-            }
-            Some(WeightFile::Shards) => {
-                let (state, metadata) = read_shards(path)?;
-                Self::from_state(state, metadata, path)
-            }
-            Some(WeightFile::Torch) => {
-                Self::from_state(read_pickle(path, None)?, BTreeMap::new(), path)
-            }
-            None => Err(WeightsError::Model {
-                path: path.to_owned(),
-                problem: format!(
-                    "expected a file ending in {}",
-                    WeightFile::ENDINGS.join(", ")
-                ),
-            }),
+    /// A checkpoint of weights in memory, to be written to `path`.
+    pub fn new(
+        architecture: Architecture,
+        tensors: Tensors,
+        provenance: Provenance,
+        path: &Path,
+    ) -> Self {
+        Self {
+            architecture,
+            tensors,
+            provenance,
+            path: path.to_owned(),
+            fingerprint: OnceLock::new(),
         }
     }
 
-    /// Decodes the bytes of a safetensors file; `path` is for messages.
+    /// Opens a file that [`WeightFile`] knows. One without our metadata has its architecture inferred from names and
+    /// shapes.
+    ///
+    /// # Errors
+    /// When the file can't be read, is damaged, or holds no model this crate knows; one error names all tensors that
+    /// are missing, surplus or misshapen.
+    pub fn read(path: &Path) -> Result<Self, WeightsError> {
+        Self::read_stated(path, &Stated::default())
+    }
+
+    /// Opens a file of which a person states something.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and when the file contradicts them.
+    pub fn read_stated(path: &Path, stated: &Stated) -> Result<Self, WeightsError> {
+        let (kind, file) = WeightFile::locate(path)?;
+        let (tensors, metadata) = match kind {
+            WeightFile::Safetensors => open_safetensors(&file)?,
+            WeightFile::Shards => open_shards(&file)?,
+            WeightFile::Torch => {
+                let tensors = open_torch(&file, stated.weights_key.as_deref())?;
+                return Self::from_tensors(tensors, BTreeMap::new(), &file, stated);
+            }
+        };
+        if let Some(key) = &stated.weights_key {
+            return Err(WeightsError::Model {
+                path: file,
+                problem: format!(
+                    "weights_key `{key}` is for .pt and .pth files; this one holds one model"
+                ),
+            });
+        }
+        Self::from_tensors(tensors, metadata, &file, stated)
+    }
+
+    /// Opens the bytes of a safetensors file inside the binary; `path` is for messages.
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub fn decode(bytes: &[u8], path: &Path) -> Result<Self, WeightsError> {
-        let (state, metadata) = decode(bytes, path)?;
-        Self::from_state(state, metadata, path)
+    pub fn embedded(bytes: &'static [u8], path: &Path) -> Result<Self, WeightsError> {
+        let (tensors, metadata) = open(&Bytes::embedded(path, bytes), bytes.len() as u64, path)?;
+        Self::from_tensors(tensors, metadata, path, &Stated::default())
     }
 
-    fn from_state(
-        state: StateDict,
+    fn from_tensors(
+        tensors: Tensors,
         metadata: BTreeMap<String, String>,
         path: &Path,
+        stated: &Stated,
     ) -> Result<Self, WeightsError> {
         let problem = |problem: String| WeightsError::Model {
             path: path.to_owned(),
             problem,
         };
-        let architecture = match metadata.get(ARCHITECTURE) {
-            Some(text) => serde_json::from_str(text).map_err(|error| {
-                problem(format!(
-                    "metadata `{ARCHITECTURE}` is not understood: {error}"
-                ))
-            })?,
-            None => Architecture::Dit(infer(&state).map_err(problem)?),
-        };
-        if let Architecture::Dit(config) = &architecture
-            && let Some(why) = config.problem()
-        {
-            return Err(problem(format!(
-                "the architecture it describes can't be built: {why}"
-            )));
+        fn said<T: DeserializeOwned>(
+            metadata: &BTreeMap<String, String>,
+            key: &str,
+        ) -> Result<Option<T>, String> {
+            let said = metadata.get(key).map(|text| serde_json::from_str(text));
+            said.transpose()
+                .map_err(|error| format!("metadata `{key}` is not understood: {error}"))
         }
-        let provenance = match metadata.get(PROVENANCE) {
-            Some(text) => serde_json::from_str(text).map_err(|error| {
-                problem(format!(
-                    "metadata `{PROVENANCE}` is not understood: {error}"
-                ))
-            })?,
-            None => Provenance::default(),
+        let known: Option<Architecture> = said(&metadata, ARCHITECTURE).map_err(problem)?;
+        let provenance = said(&metadata, PROVENANCE).map_err(problem)?;
+        let known = match known {
+            Some(known) => Some(known),
+            None => beside(path)?,
         };
-        Ok(Self {
+        let (mut tensors, mut known) = (tensors, known);
+        if is_diffusers(&tensors) {
+            let Some(Architecture::Dit(config)) = &known else {
+                return Err(problem(
+                    "it has the names of diffusers' DiT, whose config.json must lie beside it"
+                        .into(),
+                ));
+            };
+            check(config, path)?;
+            tensors = from_diffusers(tensors, config.input_size / config.patch_size, path)?;
+        }
+        if !matches!(known, Some(Architecture::DigitsClassifier(_))) {
+            let heads = match &known {
+                Some(Architecture::Dit(config)) => Some(config.heads),
+                _ => stated.heads,
+            };
+            let found = infer::dit(&tensors, heads, path)?;
+            if let Some(heads) = stated.heads
+                && heads != found.heads
+            {
+                return Err(problem(format!(
+                    "{heads} heads are stated, but it has {}",
+                    found.heads
+                )));
+            }
+            let config = match known {
+                Some(Architecture::Dit(config)) => config,
+                _ => found,
+            };
+            if let Some(name) = &stated.model {
+                let (size, channels) = (config.input_size, config.channels);
+                let expected = zoo::config(name, size, channels, config.classes);
+                if expected.as_ref() != Some(&config) {
+                    let expected = expected.map_or("no model".into(), |config| config.to_string());
+                    return Err(problem(format!(
+                        "it is said to be {name} ({expected}), but it is: {config}"
+                    )));
+                }
+            }
+            check(&config, path)?;
+            infer::check_dit(&tensors, &config, path)?;
+            known = Some(Architecture::Dit(config));
+        }
+        let architecture = known.ok_or_else(|| problem("it holds no model".into()))?;
+        Ok(Self::new(
             architecture,
-            state,
-            provenance,
-            path: path.to_owned(),
-        })
+            tensors,
+            provenance.unwrap_or_default(),
+            path,
+        ))
     }
 
     /// A checkpoint of a network.
     pub fn of<B: Backend>(network: &Network<B>, provenance: Provenance, path: &Path) -> Self {
-        Self {
-            architecture: Architecture::Dit(network.config()),
-            state: collect::<B, _>(network),
+        let tensors = collect::<B, _>(network).into();
+        Self::new(
+            Architecture::Dit(network.config()),
+            tensors,
             provenance,
-            path: path.to_owned(),
-        }
+            path,
+        )
     }
 
-    /// Writes the checkpoint to its path, atomically.
+    /// Writes the checkpoint to its path as safetensors, atomically.
     ///
     /// # Errors
-    /// When the file can't be written.
+    /// When a tensor can't be read or the file can't be written.
     pub fn write(&self) -> Result<(), WeightsError> {
+        write_safetensors(&self.path, &self.tensors, self.metadata()?, None)
+    }
+
+    /// What our files say of themselves.
+    pub(super) fn metadata(&self) -> Result<BTreeMap<String, String>, WeightsError> {
         let encode = |problem: serde_json::Error| WeightsError::Model {
             path: self.path.clone(),
             problem: problem.to_string(),
         };
-        let metadata = BTreeMap::from([
-            (
-                ARCHITECTURE.to_owned(),
-                serde_json::to_string(&self.architecture).map_err(encode)?,
-            ),
-            (
-                PROVENANCE.to_owned(),
-                serde_json::to_string(&self.provenance).map_err(encode)?,
-            ),
-        ]);
-        write_safetensors(&self.path, &self.state, metadata)
+        let architecture = serde_json::to_string(&self.architecture).map_err(encode)?;
+        let provenance = serde_json::to_string(&self.provenance).map_err(encode)?;
+        Ok(BTreeMap::from([
+            (ARCHITECTURE.to_owned(), architecture),
+            (PROVENANCE.to_owned(), provenance),
+            // Other programs' loaders ask whose conventions the names follow.
+            ("format".to_owned(), "pt".to_owned()),
+        ]))
     }
 
     /// The configuration, if this is a diffusion network.
@@ -190,19 +280,9 @@ impl Checkpoint {
     /// When the checkpoint holds something else, or its weights do not fit its architecture.
     pub fn network<B: Backend>(&self, device: &B::Device) -> Result<Network<B>, WeightsError> {
         let config = self.dit()?;
-        // Shapes first: a damaged configuration must not make us allocate what no file holds.
-        let stored: usize = self.state.values().map(|array| array.data.len()).sum();
-        if config.parameters() != stored {
-            let expected = config.parameters();
-            return Err(WeightsError::Mismatch {
-                path: self.path.clone(),
-                model: config.to_string(),
-                problems: format!("  expected {expected} parameters, found {stored}"),
-            });
-        }
         assign(
             Network::zeros(config, device),
-            &self.state,
+            &self.tensors,
             &self.path,
             &config.to_string(),
         )
@@ -222,7 +302,7 @@ impl Checkpoint {
             {
                 assign(
                     DigitsClassifier::zeros(config, device),
-                    &self.state,
+                    &self.tensors,
                     &self.path,
                     &self.architecture.to_string(),
                 )
@@ -238,57 +318,60 @@ impl Checkpoint {
         }
     }
 
-    /// SHA-256 of the weights: names, shapes and values.
-    pub fn fingerprint(&self) -> String {
-        let mut hash = Sha256::new();
-        for (name, array) in &self.state {
-            hash.update(name.as_bytes());
-            hash.update(format!("{:?}", array.shape));
-            for value in &array.data {
-                hash.update(value.to_le_bytes());
-            }
+    /// SHA-256 of the weights: names, shapes and values as f32. Computed once.
+    ///
+    /// # Errors
+    /// When a tensor can't be read.
+    pub fn fingerprint(&self) -> Result<String, WeightsError> {
+        if let Some(known) = self.fingerprint.get() {
+            return Ok(known.clone());
         }
-        hash.finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        let mut hash = Sha256::new();
+        for (name, tensor) in self.tensors.iter() {
+            hash.update(name.as_bytes());
+            hash.update(format!("{:?}", tensor.shape()));
+            hash.update(encode(tensor.read()?.data, Dtype::F32));
+        }
+        let hash = hash.finalize();
+        let text: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(self.fingerprint.get_or_init(|| text).clone())
     }
 }
 
-/// The DiT whose state dict this is.
-fn infer(state: &StateDict) -> Result<DitConfig, String> {
-    let shape = |name: &str, rank: usize| match state.get(name) {
-        Some(array) if array.shape.len() == rank => Ok(array.shape.clone()),
-        Some(array) => Err(format!(
-            "`{name}` has shape {:?}, expected {rank} dimensions",
-            array.shape
-        )),
-        None => Err(format!("it is no DiT: `{name}` is missing")),
-    };
-    let patches = shape("x_embedder.proj.weight", 4)?;
-    let (width, channels, patch_size) = (patches[0], patches[1], patches[2]);
-    let tokens = shape("pos_embed", 3)?[1];
-    let rows = shape("y_embedder.embedding_table.weight", 2)?[0];
-    let hidden = shape("blocks.0.mlp.fc1.weight", 2)?[0];
-    let output = shape("final_layer.linear.weight", 2)?[0];
-    let depth = (0..)
-        .take_while(|layer| state.contains_key(&format!("blocks.{layer}.attn.qkv.weight")))
-        .count();
-    let heads = zoo::heads_of_width(width).ok_or_else(|| {
-        format!("the number of heads is not stored, and no published model is {width} wide")
-    })?;
-    if rows == 0 || width == 0 || patch_size == 0 || patch_size > 4096 || channels > 1024 {
-        return Err("a dimension of its embedders is 0, or beyond any model".into());
-    }
-    Ok(DitConfig {
-        input_size: tokens.isqrt() * patch_size,
-        patch_size,
-        channels,
-        width,
-        depth,
-        heads,
-        mlp_ratio: hidden as f64 / width as f64,
-        classes: rows - 1,
-        learn_sigma: output == 2 * channels * patch_size * patch_size,
+/// Refuses a configuration that no model can have.
+fn check(config: &DitConfig, path: &Path) -> Result<(), WeightsError> {
+    config.problem().map_or(Ok(()), |why| {
+        Err(WeightsError::Model {
+            path: path.to_owned(),
+            problem: format!("the architecture it describes can't be built: {why}"),
+        })
     })
+}
+
+/// The architecture in a `config.json` beside a file: ours, or that of diffusers' DiT.
+fn beside(path: &Path) -> Result<Option<Architecture>, WeightsError> {
+    let path = path.with_file_name(CONFIG);
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(WeightsError::io(&path)(error)),
+    };
+    let format = |found: String| WeightsError::Format {
+        path: path.clone(),
+        expected: "config.json",
+        found,
+    };
+    let Ok(json) = serde_json::from_str::<serde_json::Value>(&text) else {
+        return Err(format("it is no JSON".into()));
+    };
+    if let Some(config) = DiffusersConfig::of(&json) {
+        let config = config.and_then(|config| config.dit()).map_err(format)?;
+        return Ok(Some(Architecture::Dit(config)));
+    }
+    // Somebody else's configuration may lie there too.
+    if json.get("family").is_none() {
+        return Ok(None);
+    }
+    let architecture = serde_json::from_value(json).map_err(|error| format(error.to_string()))?;
+    Ok(Some(architecture))
 }

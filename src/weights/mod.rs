@@ -1,25 +1,40 @@
 //! Weights in and out.
 //!
-//! On the host a model is a [`StateDict`]: arrays under the names the PyTorch reference gives them, so files
-//! move between the two worlds without a conversion step. [`collect`] reads a module into one, [`assign`] fills a
-//! module from one and refuses anything missing, surplus or misshapen, all at once.
+//! A file is opened as [`Tensors`]: names, shapes and places, under the names the PyTorch reference gives them, so that
+//! files move between the two worlds without a conversion step; values are read one tensor at a time. [`assign`] fills a
+//! module from them and refuses anything missing, surplus or misshapen, all at once. [`collect`] reads a module into a
+//! [`StateDict`], which is tensors in memory. [`convert`] writes what was opened in any of the forms.
 
+mod card;
 mod checkpoint;
+mod convert;
+mod infer;
+mod layout;
+mod legacy;
+mod misfits;
 mod module;
+mod networks;
 mod pickle;
+mod safetensors;
 mod shards;
 mod state;
+mod tensors;
 mod torch;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-pub use checkpoint::{Checkpoint, Provenance};
+pub use checkpoint::{Checkpoint, Provenance, Stated};
+pub use convert::{Conversion, convert};
+pub(crate) use misfits::Misfits;
 pub use module::{ParameterName, assign, collect, names, reference_name};
-pub(crate) use module::{fit, floats, overlay};
-pub use state::{Array, StateDict, read_safetensors, write_safetensors};
-pub use torch::read_pickle;
+pub(crate) use module::{floats, overlay};
+pub use networks::{Known, file_sha256, read_inception, read_vae};
+pub use safetensors::{open_safetensors, read_safetensors, write_safetensors};
+pub use state::{Array, StateDict, TensorSource};
+pub use tensors::{Stored, Tensors};
+pub use torch::{open_torch, write_torch};
 
 /// A kind of file that weights are read from, known by its ending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +52,7 @@ impl WeightFile {
     pub const ENDINGS: [&str; 4] = [".safetensors", ".safetensors.index.json", ".pt", ".pth"];
 
     /// The kind of a file; letters may be large or small.
-    pub fn of(path: &std::path::Path) -> Option<Self> {
+    pub fn of(path: &Path) -> Option<Self> {
         let name = path.file_name()?.to_str()?.to_ascii_lowercase();
         let ending = Self::ENDINGS
             .into_iter()
@@ -48,7 +63,65 @@ impl WeightFile {
             _ => Self::Torch,
         })
     }
+
+    /// The kind and path of the weights that a path names: a file, or the one model of a folder.
+    ///
+    /// # Errors
+    /// When it is neither.
+    pub fn locate(path: &Path) -> Result<(Self, PathBuf), WeightsError> {
+        let problem = |problem: String| WeightsError::Model {
+            path: path.to_owned(),
+            problem,
+        };
+        if path.is_dir() {
+            let names = FOLDER_NAMES.map(|name| path.join(name));
+            let there: Vec<PathBuf> = names.into_iter().filter(|name| name.is_file()).collect();
+            return match there.as_slice() {
+                [file] => Self::of(file)
+                    .map(|kind| (kind, file.clone()))
+                    .ok_or_else(|| problem("holds no weights".into())),
+                [] => Err(problem(format!(
+                    "is a folder without weights: expected one of {}",
+                    FOLDER_NAMES.join(", ")
+                ))),
+                _ => Err(problem(
+                    "is a folder with more than one model; name the file".into(),
+                )),
+            };
+        }
+        Self::of(path)
+            .map(|kind| (kind, path.to_owned()))
+            .ok_or_else(|| {
+                problem(format!(
+                    "expected a folder with a model or a file ending in {}",
+                    Self::ENDINGS.join(", ")
+                ))
+            })
+    }
 }
+
+/// Opens weights of any kind that [`WeightFile`] knows, whatever model they are of, and says which file they are in.
+/// [`Checkpoint`] opens those that can be pruned.
+///
+/// # Errors
+/// When it is none, can't be read, or is damaged.
+pub fn open_weights(path: &Path) -> Result<(Tensors, PathBuf), WeightsError> {
+    let (kind, file) = WeightFile::locate(path)?;
+    let tensors = match kind {
+        WeightFile::Safetensors => open_safetensors(&file)?.0,
+        WeightFile::Shards => shards::open_shards(&file)?.0,
+        WeightFile::Torch => open_torch(&file, None)?,
+    };
+    Ok((tensors, file))
+}
+
+/// What the weights in a folder are called: ours, then diffusers'.
+pub(crate) const FOLDER_NAMES: [&str; 4] = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+];
 
 /// What can go wrong with a weight file.
 #[derive(Debug, Error)]
@@ -93,7 +166,7 @@ pub enum WeightsError {
 }
 
 impl WeightsError {
-    pub(crate) fn io(path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
         move |source| Self::Io {
             path: path.to_owned(),
             source,

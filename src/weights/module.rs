@@ -5,7 +5,7 @@ use std::path::Path;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 
-use super::{Array, StateDict, WeightsError};
+use super::{Array, Misfits, StateDict, TensorSource, WeightsError};
 
 /// A parameter as a module names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,72 +111,41 @@ pub(crate) fn floats(data: TensorData) -> Vec<f32> {
     data.iter::<f32>().collect()
 }
 
-/// Fills every float parameter of `module` from `state`.
+/// Fills every float parameter of `module` from `source`, one at a time.
 ///
 /// # Errors
-/// [`WeightsError::Mismatch`], listing every parameter that is missing from `state`, that the module does not
-/// have, or whose shape differs. `path` and `model` are for that message.
+/// [`WeightsError::Mismatch`], listing every parameter that is missing from `source`, that the module does not
+/// have, or whose shape differs; `path` and `model` are for that message. When values can't be read.
 pub fn assign<B: Backend, M: Module<B>>(
     module: M,
-    state: &StateDict,
+    source: &impl TensorSource,
     path: &Path,
     model: &str,
 ) -> Result<M, WeightsError> {
-    let wanted: Vec<(String, Vec<usize>)> = names::<B, M>(&module)
-        .into_iter()
-        .map(|parameter| (parameter.name, parameter.shape))
-        .collect();
-    fit(&wanted, state, |_| false, path, model)?;
-    Ok(overlay(module, state))
+    let wanted = names::<B, M>(&module);
+    let mut misfits = Misfits::default();
+    let expected = wanted
+        .iter()
+        .map(|wanted| (wanted.name.as_str(), wanted.shape.as_slice()));
+    misfits.compare(source, expected);
+    misfits.into_result(path, model)?;
+    overlay(module, source)
 }
 
-/// Holds `state` against the names and shapes that are wanted; names that are `ignored` are nobody's.
+/// Replaces the parameters of `module` whose names `source` has; shapes must agree.
 ///
 /// # Errors
-/// As [`assign`].
-pub(crate) fn fit(
-    wanted: &[(String, Vec<usize>)],
-    state: &StateDict,
-    ignored: impl Fn(&str) -> bool,
-    path: &Path,
-    model: &str,
-) -> Result<(), WeightsError> {
-    let mut problems = Vec::new();
-    for (name, shape) in wanted {
-        match state.get(name) {
-            None => problems.push(format!("  missing   {name} {shape:?}")),
-            Some(array) if array.shape != *shape => problems.push(format!(
-                "  misshapen {name}: expected {shape:?}, found {:?}",
-                array.shape
-            )),
-            Some(_) => {}
-        }
-    }
-    let known: std::collections::BTreeSet<&str> =
-        wanted.iter().map(|(name, _)| name.as_str()).collect();
-    problems.extend(
-        state
-            .iter()
-            .filter(|(name, _)| !known.contains(name.as_str()) && !ignored(name))
-            .map(|(name, array)| format!("  surplus   {name} {:?}", array.shape)),
-    );
-    match problems.is_empty() {
-        true => Ok(()),
-        false => Err(WeightsError::Mismatch {
-            path: path.to_owned(),
-            model: model.to_owned(),
-            problems: problems.join("\n"),
-        }),
-    }
-}
-
-/// Replaces the parameters of `module` whose names `state` has; shapes must agree.
-pub(crate) fn overlay<B: Backend, M: Module<B>>(module: M, state: &StateDict) -> M {
-    struct Overlay<'a> {
+/// When values can't be read.
+pub(crate) fn overlay<B: Backend, M: Module<B>>(
+    module: M,
+    source: &impl TensorSource,
+) -> Result<M, WeightsError> {
+    struct Overlay<'a, S> {
         walk: Walk,
-        state: &'a StateDict,
+        source: &'a S,
+        failed: Option<WeightsError>,
     }
-    impl<B: Backend> ModuleMapper<B> for Overlay<'_> {
+    impl<B: Backend, S: TensorSource> ModuleMapper<B> for Overlay<'_, S> {
         fn enter_module(&mut self, name: &str, _: &str) {
             self.walk.0.push(name.to_owned());
         }
@@ -184,10 +153,15 @@ pub(crate) fn overlay<B: Backend, M: Module<B>>(module: M, state: &StateDict) ->
             self.walk.0.pop();
         }
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            let found = self.source.tensor(&self.walk.name());
+            let array = found.unwrap_or_else(|error| {
+                self.failed.get_or_insert(error);
+                None
+            });
             let (id, old, mapper) = param.consume();
-            let tensor = match self.state.get(&self.walk.name()) {
+            let tensor = match array {
                 Some(array) => {
-                    let data = TensorData::new(array.data.clone(), array.shape.clone());
+                    let data = TensorData::new(array.data, array.shape);
                     Tensor::from_data(data, &old.device()).set_require_grad(old.is_require_grad())
                 }
                 None => old,
@@ -195,8 +169,14 @@ pub(crate) fn overlay<B: Backend, M: Module<B>>(module: M, state: &StateDict) ->
             Param::from_mapped_value(id, tensor, mapper)
         }
     }
-    module.map(&mut Overlay {
+    let mut overlay = Overlay {
         walk: Walk::default(),
-        state,
-    })
+        source,
+        failed: None,
+    };
+    let module = module.map(&mut overlay);
+    match overlay.failed {
+        None => Ok(module),
+        Some(error) => Err(error),
+    }
 }

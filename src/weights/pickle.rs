@@ -43,6 +43,14 @@ impl Pickle {
     /// # Errors
     /// What is wrong with it, and at which byte.
     pub(super) fn read(bytes: &[u8]) -> Result<Self, String> {
+        Self::read_first(bytes).map(|(pickle, _)| pickle)
+    }
+
+    /// Reads the first of several pickles, and says how many bytes it has.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub(super) fn read_first(bytes: &[u8]) -> Result<(Self, usize), String> {
         let mut machine = Machine {
             bytes,
             at: 0,
@@ -52,16 +60,22 @@ impl Pickle {
             memo: HashMap::new(),
         };
         match machine.run() {
-            Ok(root) => Ok(Self {
-                nodes: machine.nodes,
-                root,
-            }),
+            Ok(root) => {
+                let length = machine.at;
+                let nodes = machine.nodes;
+                Ok((Self { nodes, root }, length))
+            }
             Err(problem) => Err(format!("the pickle {problem} at byte {}", machine.at)),
         }
     }
 
     pub(super) fn root(&self) -> &Node {
         &self.nodes[self.root]
+    }
+
+    /// All values, in the order they were made.
+    pub(super) fn nodes(&self) -> &[Node] {
+        &self.nodes
     }
 
     pub(super) fn get(&self, id: Id) -> &Node {

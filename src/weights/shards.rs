@@ -1,27 +1,34 @@
 //! Safetensors in several files, with an index beside them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Component, Path};
+use std::io::Write;
+use std::path::{Component, Path, PathBuf};
 
-use serde::Deserialize;
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
 
 use super::WeightsError;
-use super::state::{StateDict, read_safetensors};
+use super::safetensors::{open_safetensors, write_safetensors};
+use super::tensors::{Tensors, size_of_value};
+use crate::atomic::write_atomic;
 
 /// What is read of an index.
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct Index {
+    /// Bytes of all tensors, as `total_size`; for other programs.
+    #[serde(default)]
+    metadata: BTreeMap<String, serde_json::Value>,
     /// The file of each tensor, by name.
     weight_map: BTreeMap<String, String>,
 }
 
-/// Reads the tensors that an index names from the files that it names, and the metadata of all of them.
+/// Opens the tensors that an index names in the files that it names, and reads the metadata of all of them.
 ///
 /// # Errors
 /// When a file can't be read; when the files hold other tensors than the index says.
-pub(super) fn read_shards(
+pub(super) fn open_shards(
     path: &Path,
-) -> Result<(StateDict, BTreeMap<String, String>), WeightsError> {
+) -> Result<(Tensors, BTreeMap<String, String>), WeightsError> {
     let broken = |found: String| WeightsError::Format {
         path: path.to_owned(),
         expected: "safetensors index",
@@ -30,7 +37,7 @@ pub(super) fn read_shards(
     let text = std::fs::read_to_string(path).map_err(WeightsError::io(path))?;
     let index: Index = serde_json::from_str(&text).map_err(|error| broken(error.to_string()))?;
     let files: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
-    let (mut state, mut metadata) = (StateDict::new(), BTreeMap::new());
+    let (mut state, mut metadata) = (Tensors::default(), BTreeMap::new());
     for file in files {
         let mut parts = Path::new(file).components();
         if !matches!(
@@ -41,19 +48,19 @@ pub(super) fn read_shards(
                 "{file:?} is not the name of a file beside it"
             )));
         }
-        let (tensors, said) = read_safetensors(&path.with_file_name(file))?;
+        let (tensors, said) = open_safetensors(&path.with_file_name(file))?;
         metadata.extend(said);
-        for (name, array) in tensors {
+        for (name, tensor) in tensors {
             if index.weight_map.get(&name).map(String::as_str) != Some(file) {
                 return Err(broken(format!(
                     "{file} holds `{name}`, which is not said of it"
                 )));
             }
-            state.insert(name, array);
+            state.insert(name, tensor);
         }
     }
     let missing: Vec<&str> = (index.weight_map.keys())
-        .filter(|name| !state.contains_key(*name))
+        .filter(|name| state.get(name).is_none())
         .map(String::as_str)
         .collect();
     if !missing.is_empty() {
@@ -62,10 +69,68 @@ pub(super) fn read_shards(
     Ok((state, metadata))
 }
 
+/// Writes tensors into files of at most `most` bytes (more only where one tensor is larger) and their index to `path`,
+/// each atomically, the index last. Returns the files beside the index.
+///
+/// # Errors
+/// When a tensor can't be read or a file can't be written.
+pub(super) fn write_shards(
+    path: &Path,
+    tensors: &Tensors,
+    metadata: &BTreeMap<String, String>,
+    dtype: Option<Dtype>,
+    most: u64,
+) -> Result<Vec<PathBuf>, WeightsError> {
+    let mut shards: Vec<Tensors> = Vec::new();
+    let (mut total, mut free) = (0, 0);
+    for (name, tensor) in tensors.iter() {
+        let size = (tensor.count() * size_of_value(dtype.unwrap_or(tensor.dtype()))) as u64;
+        total += size;
+        if size > free || shards.is_empty() {
+            shards.push(Tensors::default());
+            free = most;
+        }
+        free = free.saturating_sub(size);
+        if let Some(shard) = shards.last_mut() {
+            shard.insert(name, tensor.clone());
+        }
+    }
+    let name = path
+        .file_name()
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
+    let stem = name.trim_end_matches(".safetensors.index.json");
+    let mut index = Index {
+        metadata: BTreeMap::from([("total_size".to_owned(), total.into())]),
+        weight_map: BTreeMap::new(),
+    };
+    let mut written = Vec::new();
+    for (number, shard) in shards.iter().enumerate() {
+        let file = format!(
+            "{stem}-{:05}-of-{:05}.safetensors",
+            number + 1,
+            shards.len()
+        );
+        index
+            .weight_map
+            .extend(shard.iter().map(|(name, _)| (name.clone(), file.clone())));
+        let file = path.with_file_name(file);
+        write_safetensors(&file, shard, metadata.clone(), dtype)?;
+        written.push(file);
+    }
+    let text = serde_json::to_vec_pretty(&index).map_err(|error| WeightsError::Format {
+        path: path.to_owned(),
+        expected: "safetensors index",
+        found: error.to_string(),
+    })?;
+    write_atomic(path, |file| file.write_all(&text)).map_err(WeightsError::io(path))?;
+    Ok(written)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::{Array, write_safetensors};
+    use crate::weights::{Array, StateDict};
 
     #[test]
     fn tensors_come_from_the_files_that_the_index_names() {
@@ -74,7 +139,7 @@ mod tests {
         let array = |value| Array::new([2], vec![value; 2]);
         for (file, name, value) in [("a.safetensors", "x", 1.0), ("b.safetensors", "y", 2.0)] {
             let state = StateDict::from([(name.to_owned(), array(value))]);
-            write_safetensors(&at(file), &state, BTreeMap::new()).unwrap();
+            write_safetensors(&at(file), &state.into(), BTreeMap::new(), None).unwrap();
         }
         let index = at("model.safetensors.index.json");
         let read = |map: &str| {
@@ -83,7 +148,7 @@ mod tests {
                 format!("{{\"metadata\": {{}}, \"weight_map\": {map}}}"),
             )
             .unwrap();
-            read_shards(&index).map(|(state, _)| state)
+            open_shards(&index).map(|(tensors, _)| tensors.read_all().unwrap())
         };
         let whole = read(r#"{"x": "a.safetensors", "y": "b.safetensors"}"#).unwrap();
         assert_eq!(whole["x"], array(1.0));
@@ -97,6 +162,26 @@ mod tests {
         ] {
             let error = read(map).unwrap_err().to_string();
             assert!(error.contains(says), "{map}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.safetensors.index.json");
+        let state: StateDict = (0..5)
+            .map(|i| (format!("t{i}"), Array::new([i], vec![i as f32; i])))
+            .collect();
+        let said = BTreeMap::from([("by".to_owned(), "us".to_owned())]);
+        let tensors = Tensors::from(state.clone());
+        for (most, files) in [(0, 5), (12, 3), (1 << 20, 1)] {
+            let written = write_shards(&path, &tensors, &said, None, most).unwrap();
+            assert_eq!(written.len(), files, "{most}");
+            let (read, metadata) = open_shards(&path).unwrap();
+            assert_eq!(
+                (read.read_all().unwrap(), metadata),
+                (state.clone(), said.clone())
+            );
         }
     }
 }

@@ -1,12 +1,10 @@
-//! Named arrays on the host and their safetensors files.
+//! Named arrays on the host.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::Dtype;
 
 use super::WeightsError;
-use crate::atomic::write_atomic;
 
 /// A dense f32 array, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,47 +34,27 @@ impl Array {
 /// Arrays by parameter name.
 pub type StateDict = BTreeMap<String, Array>;
 
-/// Reads a safetensors file: its float tensors as f32, and its metadata.
-///
-/// # Errors
-/// When the file can't be read, is not safetensors, or holds a tensor that is not of a float type.
-pub fn read_safetensors(
-    path: &Path,
-) -> Result<(StateDict, BTreeMap<String, String>), WeightsError> {
-    let bytes = std::fs::read(path).map_err(WeightsError::io(path))?;
-    decode(&bytes, path)
+/// Where a module's parameters come from.
+pub trait TensorSource {
+    /// Names and shapes of all tensors.
+    fn shapes(&self) -> impl Iterator<Item = (&str, &[usize])>;
+
+    /// The values of a tensor; None if there is none of that name.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    fn tensor(&self, name: &str) -> Result<Option<Array>, WeightsError>;
 }
 
-/// Decodes the bytes of a safetensors file; `path` is for messages.
-pub(super) fn decode(
-    bytes: &[u8],
-    path: &Path,
-) -> Result<(StateDict, BTreeMap<String, String>), WeightsError> {
-    let broken = |found: String| WeightsError::Format {
-        path: path.to_owned(),
-        expected: "safetensors",
-        found,
-    };
-    let (_, header) =
-        SafeTensors::read_metadata(bytes).map_err(|error| broken(error.to_string()))?;
-    let metadata = header
-        .metadata()
-        .clone()
-        .unwrap_or_default()
-        .into_iter()
-        .collect();
-    let file = SafeTensors::deserialize(bytes).map_err(|error| broken(error.to_string()))?;
-    let mut state = StateDict::new();
-    for (name, view) in file.tensors() {
-        let data = floats(view.dtype(), view.data()).ok_or_else(|| {
-            broken(format!(
-                "tensor `{name}` is {:?}, expected F32, F16, BF16 or F64",
-                view.dtype()
-            ))
-        })?;
-        state.insert(name, Array::new(view.shape(), data));
+impl TensorSource for StateDict {
+    fn shapes(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.iter()
+            .map(|(name, array)| (name.as_str(), array.shape.as_slice()))
     }
-    Ok((state, metadata))
+
+    fn tensor(&self, name: &str) -> Result<Option<Array>, WeightsError> {
+        Ok(self.get(name).cloned())
+    }
 }
 
 /// Values of a float type as f32, from their little-endian bytes; `None` for another type.
@@ -93,42 +71,17 @@ pub(super) fn floats(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     })
 }
 
-/// Writes arrays and metadata as a safetensors file, atomically.
-///
-/// # Errors
-/// When the file can't be written.
-pub fn write_safetensors(
-    path: &Path,
-    state: &StateDict,
-    metadata: BTreeMap<String, String>,
-) -> Result<(), WeightsError> {
-    let broken = |found: String| WeightsError::Format {
-        path: path.to_owned(),
-        expected: "safetensors",
-        found,
-    };
-    let bytes: Vec<(&String, Vec<u8>, &Array)> = state
-        .iter()
-        .map(|(name, array)| {
-            (
-                name,
-                array
-                    .data
-                    .iter()
-                    .flat_map(|value| value.to_le_bytes())
-                    .collect(),
-                array,
-            )
-        })
-        .collect();
-    let mut views = Vec::with_capacity(bytes.len());
-    for (name, data, array) in &bytes {
-        let view = TensorView::new(Dtype::F32, array.shape.clone(), data)
-            .map_err(|error| broken(error.to_string()))?;
-        views.push((name.as_str(), view));
+/// Values in a float type, as little-endian bytes; half types round to the nearest.
+pub(super) fn encode(values: Vec<f32>, dtype: Dtype) -> Vec<u8> {
+    let values = values.into_iter();
+    match dtype {
+        Dtype::F16 => values
+            .flat_map(|v| half::f16::from_f32(v).to_le_bytes())
+            .collect(),
+        Dtype::BF16 => values
+            .flat_map(|v| half::bf16::from_f32(v).to_le_bytes())
+            .collect(),
+        Dtype::F64 => values.flat_map(|v| f64::from(v).to_le_bytes()).collect(),
+        _ => values.flat_map(f32::to_le_bytes).collect(),
     }
-    let encoded = safetensors::serialize(views, Some(metadata.into_iter().collect()))
-        .map_err(|error| broken(error.to_string()))?;
-    write_atomic(path, |file| std::io::Write::write_all(file, &encoded))
-        .map_err(WeightsError::io(path))
 }

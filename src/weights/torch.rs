@@ -1,31 +1,35 @@
-//! PyTorch's `.pt` and `.pth` files: an archive of a pickle, which says what there is, and of the bytes of each storage.
+//! PyTorch's `.pt` and `.pth` files: an archive of a pickle, which says what there is, and of the bytes of each storage;
+//! or, before PyTorch 1.6, the same one after another ([`legacy`]).
 
+use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::Path;
 
 use safetensors::Dtype;
-use zip::ZipArchive;
 use zip::result::ZipError;
+use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::pickle::{Id, Node, Pickle};
-use super::state::floats;
-use super::{Array, StateDict, WeightsError};
+use super::safetensors::{encoded, write_tensors};
+use super::tensors::{Bytes, Stored, Tensors, size_of_value};
+use super::{WeightsError, legacy};
 
 /// Where a training checkpoint keeps its weights, best first: published samples come from the EMA.
 const PRECEDENCE: [&str; 2] = ["ema", "model"];
 
 /// The largest pickle that is read; those of checkpoints say little more than names and sizes.
-const MOST: u64 = 256 << 20;
+pub(super) const MOST: u64 = 256 << 20;
 
-/// Reads a state dict, either bare or inside a training checkpoint (`ema`, else `model`; `key` overrides).
+/// Opens a state dict, either bare or inside a training checkpoint (`ema`, else `model`; `key` overrides).
 ///
 /// Whatever else a checkpoint holds (optimizer, arguments, schedules) is passed over, and nothing in it is run.
 ///
 /// # Errors
 /// When the file can't be read, is no PyTorch file, or lacks `key`; when a tensor is not of a float type, or lies
 /// outside its storage.
-pub fn read_pickle(path: &Path, key: Option<&str>) -> Result<StateDict, WeightsError> {
+pub fn open_torch(path: &Path, key: Option<&str>) -> Result<Tensors, WeightsError> {
     let file = File::open(path).map_err(WeightsError::io(path))?;
     let length = file.metadata().map_err(WeightsError::io(path))?.len();
     let broken = |found: String| WeightsError::Format {
@@ -33,41 +37,110 @@ pub fn read_pickle(path: &Path, key: Option<&str>) -> Result<StateDict, WeightsE
         expected: "PyTorch",
         found,
     };
-    let archive = ZipArchive::new(BufReader::new(file)).map_err(|error| match error {
+    let mut reader = BufReader::new(file);
+    if legacy::is_legacy(&mut reader).map_err(WeightsError::io(path))? {
+        return legacy::open(reader.into_inner(), length, key, path).map_err(broken);
+    }
+    let archive = ZipArchive::new(reader).map_err(|error| match error {
         ZipError::Io(source) => WeightsError::io(path)(source),
-        _ => broken(
-            "it is no archive, which torch.save writes since PyTorch 1.6; load it there and save it again"
-                .into(),
-        ),
+        _ => broken("it is neither an archive nor a pickle that torch.save writes".into()),
     })?;
     Checkpoint::open(archive, length)
-        .and_then(|mut checkpoint| checkpoint.state(key))
+        .and_then(|checkpoint| checkpoint.tensors(key, path))
         .map_err(broken)
 }
 
-/// The type of a storage's values, by its class, and their size in bytes; None if it is no float.
-fn float(class: &str) -> Option<(Dtype, usize)> {
-    match class {
-        "torch HalfStorage" => Some((Dtype::F16, 2)),
-        "torch BFloat16Storage" => Some((Dtype::BF16, 2)),
-        "torch FloatStorage" => Some((Dtype::F32, 4)),
-        "torch DoubleStorage" => Some((Dtype::F64, 8)),
-        _ => None,
-    }
+/// The storage classes of float values.
+const FLOATS: [(&str, Dtype); 4] = [
+    ("torch HalfStorage", Dtype::F16),
+    ("torch BFloat16Storage", Dtype::BF16),
+    ("torch FloatStorage", Dtype::F32),
+    ("torch DoubleStorage", Dtype::F64),
+];
+
+fn float(class: &str) -> Option<Dtype> {
+    let known = FLOATS.iter().find(|(name, _)| *name == class);
+    known.map(|(_, dtype)| *dtype)
+}
+
+/// Whether a tensor only counts the batches that a normalisation has seen: an integer, and no weight.
+pub(super) fn is_counter(name: &str) -> bool {
+    name.ends_with(".num_batches_tracked")
 }
 
 /// A tensor as the pickle describes it.
-struct Tensor<'a> {
-    /// Name of the storage in the archive.
-    storage: &'a str,
-    dtype: Dtype,
-    /// Bytes of a value.
-    size: usize,
+pub(super) struct Tensor<'a> {
+    /// Name of the storage in the file.
+    pub(super) storage: &'a str,
+    pub(super) dtype: Dtype,
     /// Values of the storage.
-    count: usize,
-    offset: usize,
-    shape: Vec<usize>,
-    strides: Vec<usize>,
+    pub(super) count: usize,
+    pub(super) offset: usize,
+    pub(super) shape: Vec<usize>,
+    pub(super) strides: Vec<usize>,
+}
+
+/// The tensors of the state dict of that key, or the best there is, in a file of `length` bytes.
+pub(super) fn wanted<'a>(
+    pickle: &'a Pickle,
+    key: Option<&str>,
+    length: u64,
+) -> Result<Vec<(String, Tensor<'a>)>, String> {
+    let root = pickle.root();
+    let Node::Dict(entries) = root else {
+        return Err(
+            "it holds an object, not a dict of tensors; save its state_dict() in PyTorch".into(),
+        );
+    };
+    let chosen = match key {
+        Some(key) => {
+            let id = pickle.entry(root, key).ok_or_else(|| {
+                let there: Vec<_> = entries
+                    .iter()
+                    .filter_map(|(name, _)| pickle.text(*name))
+                    .take(20)
+                    .collect();
+                format!("it has no `{key}`; it has {}", there.join(", "))
+            })?;
+            pickle.get(id)
+        }
+        None => PRECEDENCE
+            .iter()
+            .find_map(|key| pickle.entry(root, key))
+            .map_or(root, |id| pickle.get(id)),
+    };
+    let Node::Dict(entries) = chosen else {
+        return Err("what holds the weights is no dict; save its state_dict() in PyTorch".into());
+    };
+    let mut wanted = Vec::new();
+    let mut stated = 0u64;
+    for (name, value) in entries {
+        let Some(name) = pickle.text(*name).filter(|name| !is_counter(name)) else {
+            continue;
+        };
+        let Some(tensor) = Tensor::of(pickle, *value).transpose() else {
+            continue;
+        };
+        let tensor = tensor.map_err(|problem| format!("tensor `{name}` {problem}"))?;
+        // Sizes first: a small file must not make us allocate much. A tensor's values are its storage's, so there
+        // are no more of them than bytes in the file, but where a file repeats them.
+        let bytes = (tensor.shape.iter())
+            .try_fold(size_of_value(tensor.dtype), |bytes, size| {
+                bytes.checked_mul(*size)
+            })
+            .and_then(|bytes| u64::try_from(bytes).ok());
+        stated = bytes
+            .and_then(|bytes| stated.checked_add(bytes))
+            .filter(|stated| *stated <= length)
+            .ok_or_else(|| {
+                format!("with tensor `{name}` it states more data than the file holds")
+            })?;
+        wanted.push((name.to_owned(), tensor));
+    }
+    if wanted.is_empty() {
+        return Err("it holds no tensors".into());
+    }
+    Ok(wanted)
 }
 
 /// An open file.
@@ -103,87 +176,59 @@ impl Checkpoint {
     }
 
     /// The state dict of that key, or the best there is.
-    fn state(&mut self, key: Option<&str>) -> Result<StateDict, String> {
-        let pickle = &self.pickle;
-        let root = pickle.root();
-        let Node::Dict(entries) = root else {
-            return Err(
-                "it holds an object, not a dict of tensors; save its state_dict() in PyTorch"
-                    .into(),
-            );
-        };
-        let chosen = match key {
-            Some(key) => {
-                let id = pickle.entry(root, key).ok_or_else(|| {
-                    let there: Vec<_> = entries
-                        .iter()
-                        .filter_map(|(name, _)| pickle.text(*name))
-                        .take(20)
-                        .collect();
-                    format!("it has no `{key}`; it has {}", there.join(", "))
-                })?;
-                pickle.get(id)
-            }
-            None => PRECEDENCE
-                .iter()
-                .find_map(|key| pickle.entry(root, key))
-                .map_or(root, |id| pickle.get(id)),
-        };
-        let Node::Dict(entries) = chosen else {
-            return Err(
-                "what holds the weights is no dict; save its state_dict() in PyTorch".into(),
-            );
-        };
-        let mut wanted = Vec::new();
-        let mut stated = 0u64;
-        for (name, value) in entries {
-            let Some(name) = pickle.text(*name) else {
-                continue;
-            };
-            let Some(tensor) = Tensor::of(pickle, *value).transpose() else {
-                continue;
-            };
-            let tensor = tensor.map_err(|problem| format!("tensor `{name}` {problem}"))?;
-            // Sizes first: a small file must not make us allocate much. A tensor's values are its storage's, so there
-            // are no more of them than bytes in the file, but where a file repeats them.
-            let bytes = (tensor.shape.iter())
-                .try_fold(tensor.size, |bytes, size| bytes.checked_mul(*size))
-                .and_then(|bytes| u64::try_from(bytes).ok());
-            stated = bytes
-                .and_then(|bytes| stated.checked_add(bytes))
-                .filter(|stated| *stated <= self.length)
-                .ok_or_else(|| {
-                    format!("with tensor `{name}` it states more data than the file holds")
-                })?;
-            wanted.push((name.to_owned(), tensor));
-        }
-        if wanted.is_empty() {
-            return Err("it holds no tensors".into());
-        }
-        let mut state = StateDict::new();
-        for (name, tensor) in wanted {
-            let bytes = (tensor.count as u64).saturating_mul(tensor.size as u64);
+    fn tensors(mut self, key: Option<&str>, path: &Path) -> Result<Tensors, String> {
+        let wanted = wanted(&self.pickle, key, self.length)?;
+        let mut tensors = Tensors::default();
+        let mut unpacked = HashMap::new();
+        let mut places = Vec::with_capacity(wanted.len());
+        for (name, tensor) in &wanted {
+            let bytes = (tensor.count as u64).saturating_mul(size_of_value(tensor.dtype) as u64);
             // A storage is stored as it is: one larger than the file would be a packed trap.
             if bytes > self.length {
                 return Err(format!(
                     "tensor `{name}`: its storage is said to be larger than the file"
                 ));
             }
-            let place = format!("{}data/{}", self.folder, tensor.storage);
-            let storage = entry(&mut self.archive, &place, bytes)
-                .map_err(|problem| format!("tensor `{name}`: {problem}"))?;
-            if storage.len() as u64 != bytes {
-                return Err(format!(
-                    "tensor `{name}`: its storage has {} bytes, expected {bytes}",
-                    storage.len()
-                ));
+            if !tensor.lies_inside() {
+                return Err(format!("tensor `{name}` lies outside its storage"));
             }
-            let data = tensor
-                .read(&storage)
-                .ok_or_else(|| format!("tensor `{name}` lies outside its storage"))?;
-            state.insert(name, Array::new(tensor.shape, data));
+            let place = format!("{}data/{}", self.folder, tensor.storage);
+            let problem = |problem: String| format!("tensor `{name}`: {problem}");
+            let file = (self.archive.by_name(&place))
+                .map_err(|error| problem(format!("the archive's `{place}`: {error}")))?;
+            if file.size() != bytes {
+                return Err(problem(format!(
+                    "its storage has {} bytes, expected {bytes}",
+                    file.size()
+                )));
+            }
+            let start = (file.compression() == CompressionMethod::Stored)
+                .then(|| file.data_start())
+                .flatten();
+            drop(file);
+            if let Some(start) = start {
+                if start.checked_add(bytes).is_none_or(|end| end > self.length) {
+                    return Err(problem("its storage ends beyond the file".into()));
+                }
+            } else if !unpacked.contains_key(&place) {
+                // PyTorch packs nothing, but a file that was packed anew is still one.
+                let storage = entry(&mut self.archive, &place, bytes).map_err(problem)?;
+                unpacked.insert(place.clone(), Bytes::memory(path, storage));
+            }
+            places.push((place, start));
         }
-        Ok(state)
+        let file = Bytes::file(path, self.archive.into_inner().into_inner());
+        for ((name, tensor), (place, start)) in wanted.into_iter().zip(places) {
+            let (bytes, start) = match (start, unpacked.get(&place)) {
+                (Some(start), _) => (&file, start),
+                (None, Some(bytes)) => (bytes, 0),
+                (None, None) => continue, // each place is one or the other
+            };
+            let start = start + (tensor.offset * size_of_value(tensor.dtype)) as u64;
+            let stored = Stored::strided(tensor.shape, tensor.strides, tensor.dtype, bytes, start);
+            tensors.insert(name, stored);
+        }
+        Ok(tensors)
     }
 }
 
@@ -214,7 +259,7 @@ impl<'a> Tensor<'a> {
         let Node::Global(class) = pickle.get(*class) else {
             return Err(damaged.into());
         };
-        let (dtype, size) = float(class).ok_or_else(|| {
+        let dtype = float(class).ok_or_else(|| {
             let name = class
                 .trim_start_matches("torch ")
                 .trim_end_matches("Storage");
@@ -228,7 +273,6 @@ impl<'a> Tensor<'a> {
         Ok(Some(Self {
             storage: pickle.text(*key).ok_or(damaged)?,
             dtype,
-            size,
             count: pickle.size(*count).ok_or(damaged)?,
             offset: pickle.size(*offset).ok_or(damaged)?,
             shape,
@@ -236,48 +280,13 @@ impl<'a> Tensor<'a> {
         }))
     }
 
-    /// Its values, row after row; None if one lies outside the storage.
-    fn read(&self, storage: &[u8]) -> Option<Vec<f32>> {
-        let count = self.shape.iter().product::<usize>();
-        if count == 0 {
-            return Some(Vec::new());
-        }
-        let reach = self
-            .shape
-            .iter()
-            .zip(&self.strides)
+    /// Whether all its values are values of the storage.
+    pub(super) fn lies_inside(&self) -> bool {
+        let last = (self.shape.iter().zip(&self.strides))
             .try_fold(self.offset, |last, (size, stride)| {
-                last.checked_add((size - 1).checked_mul(*stride)?)
-            })?;
-        if reach >= self.count {
-            return None;
-        }
-        let size = self.size;
-        // Rows of the last dimensions that lie in order are read at once; all of a usual tensor is one row.
-        let (mut row, mut outer) = (1, self.shape.len());
-        while outer > 0 && (self.strides[outer - 1] == row || self.shape[outer - 1] == 1) {
-            row *= self.shape[outer - 1];
-            outer -= 1;
-        }
-        let mut data = Vec::with_capacity(count);
-        let mut index = vec![0; outer];
-        while data.len() < count {
-            let place = index
-                .iter()
-                .zip(&self.strides)
-                .map(|(i, stride)| i * stride);
-            let first = self.offset + place.sum::<usize>();
-            let bytes = storage.get(first * size..(first + row) * size)?;
-            data.extend(floats(self.dtype, bytes)?);
-            for (i, size) in index.iter_mut().zip(&self.shape).rev() {
-                *i += 1;
-                if *i < *size {
-                    break;
-                }
-                *i = 0;
-            }
-        }
-        Some(data)
+                last.checked_add(size.checked_sub(1)?.checked_mul(*stride)?)
+            });
+        self.shape.contains(&0) || last.is_some_and(|last| last < self.count)
     }
 }
 
@@ -300,37 +309,143 @@ fn entry(
     Ok(bytes)
 }
 
+/// Writes a state dict as `torch.save` would, atomically, one tensor in memory at a time; `dtype` is the type to store
+/// values in, by default each tensor's own.
+///
+/// # Errors
+/// When a tensor can't be read or the file can't be written.
+pub fn write_torch(
+    path: &Path,
+    tensors: &Tensors,
+    dtype: Option<Dtype>,
+) -> Result<(), WeightsError> {
+    write_tensors(path, |file| write_archive(file, tensors, dtype))
+}
+
+fn write_archive(
+    file: &mut BufWriter<File>,
+    tensors: &Tensors,
+    dtype: Option<Dtype>,
+) -> io::Result<()> {
+    let mut archive = ZipWriter::new(file);
+    // PyTorch maps files whose storages begin at multiples of 64 bytes.
+    let options = SimpleFileOptions::default()
+        .compression_method(CompressionMethod::Stored)
+        .with_alignment(64);
+    archive.start_file("archive/data.pkl", options)?;
+    archive.write_all(&state_dict(tensors, dtype))?;
+    archive.start_file("archive/byteorder", options)?;
+    archive.write_all(b"little")?;
+    for (index, (_, tensor)) in tensors.iter().enumerate() {
+        let bytes = encoded(tensor, dtype)?;
+        let large = bytes.len() as u64 > u64::from(u32::MAX);
+        archive.start_file(format!("archive/data/{index}"), options.large_file(large))?;
+        archive.write_all(&bytes)?;
+    }
+    archive.start_file("archive/version", options)?;
+    archive.write_all(b"3\n")?;
+    archive.finish()?;
+    Ok(())
+}
+
+/// The pickle, of protocol 2, of an ordered dict of tensors whose storages are numbered from 0.
+fn state_dict(tensors: &Tensors, dtype: Option<Dtype>) -> Vec<u8> {
+    const EMPTY_DICT: &[u8] = b"ccollections\nOrderedDict\n)R";
+    fn text(out: &mut Vec<u8>, text: &str) {
+        out.push(b'X');
+        out.extend((text.len() as u32).to_le_bytes());
+        out.extend(text.as_bytes());
+    }
+    fn number(out: &mut Vec<u8>, number: usize) {
+        out.extend(b"\x8a\x08");
+        out.extend((number as i64).to_le_bytes());
+    }
+    fn sizes(out: &mut Vec<u8>, values: &[usize]) {
+        out.push(b'(');
+        values.iter().for_each(|value| number(out, *value));
+        out.push(b't');
+    }
+    let mut out = b"\x80\x02".to_vec();
+    out.extend(EMPTY_DICT);
+    out.push(b'(');
+    for (index, (name, tensor)) in tensors.iter().enumerate() {
+        let dtype = dtype.unwrap_or(tensor.dtype());
+        let class = FLOATS.iter().find(|(_, float)| *float == dtype);
+        let class = class.map_or("torch FloatStorage", |(class, _)| class);
+        let shape = tensor.shape();
+        let strides: Vec<usize> = (1..=shape.len())
+            .map(|i| shape[i..].iter().product())
+            .collect();
+        text(&mut out, name);
+        out.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
+        text(&mut out, "storage");
+        out.extend(format!("c{}\n", class.replace(' ', "\n")).bytes());
+        text(&mut out, &index.to_string());
+        text(&mut out, "cpu");
+        number(&mut out, tensor.count());
+        out.extend(b"tQ"); // the storage is named, not held
+        number(&mut out, 0);
+        sizes(&mut out, shape);
+        sizes(&mut out, &strides);
+        out.push(0x89); // needs no gradient
+        out.extend(EMPTY_DICT); // has no hooks
+        out.extend(b"tR");
+    }
+    out.extend(b"u.");
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::{Array, StateDict};
 
-    fn tensor(offset: usize, shape: &[usize], strides: &[usize]) -> Tensor<'static> {
-        Tensor {
-            storage: "0",
-            dtype: Dtype::F32,
-            size: 4,
-            count: 24,
-            offset,
-            shape: shape.to_vec(),
-            strides: strides.to_vec(),
+    #[test]
+    fn what_is_written_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.pt");
+        let state = StateDict::from([
+            (
+                "b".to_owned(),
+                Array::new([2, 1, 3], (0..6).map(|i| i as f32 / 4.0).collect()),
+            ),
+            ("a.weight".to_owned(), Array::new([], vec![3.0])),
+            ("none".to_owned(), Array::new([0, 2], vec![])),
+        ]);
+        let tensors = Tensors::from(state.clone());
+        for dtype in [None, Some(Dtype::F16), Some(Dtype::BF16)] {
+            write_torch(&path, &tensors, dtype).unwrap();
+            let read = open_torch(&path, None).unwrap();
+            assert_eq!(read.read_all().unwrap(), state);
+            assert_eq!(read.get("b").unwrap().dtype(), dtype.unwrap_or(Dtype::F32));
         }
+        let error = open_torch(&path, Some("ema")).unwrap_err().to_string();
+        assert!(
+            error.contains("no `ema`; it has a.weight, b, none"),
+            "{error}"
+        );
     }
 
     #[test]
-    fn strides_are_honoured_and_bounds_are_kept() {
-        let storage: Vec<u8> = (0..24).flat_map(|i| (i as f32).to_le_bytes()).collect();
-        let read = |tensor: Tensor<'_>| tensor.read(&storage);
-        assert_eq!(read(tensor(2, &[3], &[1])), Some(vec![2.0, 3.0, 4.0]));
-        // A transposed matrix, a slice of columns, a repeated row, one value, none.
-        let turned = vec![0.0, 4.0, 1.0, 5.0, 2.0, 6.0, 3.0, 7.0];
-        assert_eq!(read(tensor(0, &[4, 2], &[1, 4])), Some(turned));
-        let columns = vec![1.0, 2.0, 5.0, 6.0];
-        assert_eq!(read(tensor(1, &[2, 2], &[4, 1])), Some(columns));
-        let repeated = vec![3.0, 4.0, 3.0, 4.0];
-        assert_eq!(read(tensor(3, &[2, 2], &[0, 1])), Some(repeated));
-        assert_eq!(read(tensor(23, &[], &[])), Some(vec![23.0]));
-        assert_eq!(read(tensor(0, &[0, 5], &[5, 1])), Some(vec![]));
-        assert_eq!(read(tensor(22, &[3], &[1])), None);
-        assert_eq!(read(tensor(0, &[2, 2], &[usize::MAX, 1])), None);
+    fn a_tensor_outside_its_storage_is_known() {
+        let inside = |offset, shape: &[usize], strides: &[usize]| {
+            let (shape, strides) = (shape.to_vec(), strides.to_vec());
+            Tensor {
+                storage: "0",
+                dtype: Dtype::F32,
+                count: 24,
+                offset,
+                shape,
+                strides,
+            }
+            .lies_inside()
+        };
+        assert!(inside(21, &[3], &[1]));
+        assert!(!inside(22, &[3], &[1]));
+        assert!(inside(0, &[4, 2], &[1, 20]));
+        assert!(!inside(0, &[5, 2], &[1, 20]));
+        assert!(!inside(0, &[2, 2], &[usize::MAX, 1]));
+        assert!(inside(99, &[0, 2], &[usize::MAX, 1]));
+        assert!(inside(23, &[], &[]) && !inside(24, &[], &[]));
     }
 }

@@ -228,7 +228,7 @@ fn broken_checkpoints() {
             "a depth that is not there",
             "a.safetensors",
             edited("\\\"depth\\\":12", "\\\"depth\\\":11"),
-            vec!["parameters"],
+            vec!["surplus   blocks.11"],
         ),
         (
             "heads that do not divide",

@@ -5,5 +5,6 @@
 
 mod broken;
 mod commands;
+mod paper;
 mod program;
 mod resume;

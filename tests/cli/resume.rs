@@ -48,7 +48,8 @@ fn models(run: &Path) -> Vec<Checkpoint> {
 fn assert_same(actual: &Path, expected: &Path) {
     for ((name, actual), expected) in MODELS.iter().zip(models(actual)).zip(models(expected)) {
         assert_eq!(
-            actual.state, expected.state,
+            actual.tensors.read_all().unwrap(),
+            expected.tensors.read_all().unwrap(),
             "{name}: weights must be bit-identical"
         );
         assert_eq!(actual.provenance, expected.provenance, "{name}");

@@ -9,7 +9,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use tinyfusion::models::{DitConfig, Network};
-use tinyfusion::weights::{Array, StateDict, assign, names, read_pickle, read_safetensors};
+use tinyfusion::weights::{Array, StateDict, assign, names, open_torch, read_safetensors};
 
 /// A tensor of a fixture: values as f64, whatever they were stored as.
 #[derive(Debug, Clone)]
@@ -74,7 +74,7 @@ impl Group {
         if name.ends_with(".safetensors") {
             return read_safetensors(&path).unwrap().0;
         }
-        read_pickle(&path, None).unwrap()
+        open_torch(&path, None).unwrap().read_all().unwrap()
     }
 
     pub fn steps(&self) -> usize {

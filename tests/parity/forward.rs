@@ -7,7 +7,7 @@ use tinyfusion::ops::TrainingBackend;
 use tinyfusion::process::{GaussianDiffusion, Guidance, guided};
 use tinyfusion::pruning::{Annealing, Groups, LearnedPruner, Update};
 use tinyfusion::trunk::{Block, BlockHook, Gated, Plain, Site};
-use tinyfusion::weights::{assign, names, read_pickle};
+use tinyfusion::weights::{assign, names, open_torch};
 
 use crate::compare::Rule;
 use crate::fixture::{File, Group, config, dropped, f64_of, gradients, network, usize_of};
@@ -133,10 +133,11 @@ pub fn dit_weights<B: TrainingBackend>(slack: f64) {
         }
         let only = model["model_only"].as_str().map(|name| group.state(name));
         let raw = only.unwrap_or_else(|| {
-            read_pickle(
+            open_torch(
                 &group.path.join(model["checkpoint"].as_str().unwrap()),
                 Some("model"),
             )
+            .and_then(|tensors| tensors.read_all())
             .unwrap()
         });
         let out = network::<B>(&config, &raw).forward(
@@ -196,6 +197,11 @@ pub fn dit_weights<B: TrainingBackend>(slack: f64) {
             .into_iter()
             .map(|parameter| (parameter.name, parameter.shape))
             .collect();
+        // What a checkpoint is checked against before a module is built.
+        let mut named = config.clone();
+        named.depth = 1;
+        let named: std::collections::BTreeMap<_, _> = named.tensors().into_iter().collect();
+        assert_eq!(named, actual, "{name}");
         let mut blocks = 0;
         for entry in entries.as_array().unwrap() {
             let (key, shape) = (

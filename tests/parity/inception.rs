@@ -55,7 +55,7 @@ pub fn inception_fid<B: FusedOps>(slack: f64) {
         }
     }
     let device = B::Device::default();
-    let network = Inception::<B>::new(&state, Path::new("formula"), &device).unwrap();
+    let network = Inception::<B>::new(state.clone(), Path::new("formula"), &device).unwrap();
     let file = group.file("io.safetensors");
     let rule = |name: &str| Largest {
         tolerance: f64_of(&group.case["tolerance"][name]) * slack,

@@ -76,4 +76,9 @@ mod wgpu {
         crate::losses::distill_losses::<B>(SLACK);
         crate::trajectory::train_steps::<B>(SLACK, 2);
     }
+
+    #[test]
+    fn autoencoder() {
+        crate::vae::vae_kl_f8::<burn_wgpu::Wgpu>(SLACK);
+    }
 }

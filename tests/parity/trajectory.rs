@@ -41,7 +41,7 @@ fn optimise<B: TrainingBackend, M: AutodiffModule<B>>(
     clip: f64,
 ) -> (M, f64) {
     let gradients = GradientsParams::from_grads(loss.backward(), &model);
-    let norm = optimizer.clip_next(&model, &gradients, clip);
+    let norm = optimizer.clip_next(&model, &gradients, 1, clip);
     (
         Optimizer::<M, B>::step(optimizer, lr, model, gradients),
         norm,

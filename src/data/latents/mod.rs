@@ -54,13 +54,16 @@
 
 use std::path::Path;
 
-use super::{DataError, Samples};
+use burn_dataset::Dataset;
+
+use super::{DataError, Image, Samples, plain};
 
 mod npy;
 mod packed;
 mod writer;
 
 pub use npy::write_npy;
+pub(super) use npy::written as npy_written;
 pub use packed::{Dtype, Layout, RECORDS_PER_SHARD};
 pub use writer::ShardWriter;
 
@@ -206,11 +209,17 @@ impl Latents {
     }
 }
 
-impl Samples for Latents {
+impl Dataset<Image> for Latents {
     fn len(&self) -> usize {
         self.count()
     }
 
+    fn get(&self, index: usize) -> Option<Image> {
+        plain(self, index)
+    }
+}
+
+impl Samples for Latents {
     fn views(&self) -> usize {
         self.views()
     }

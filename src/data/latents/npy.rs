@@ -63,6 +63,27 @@ pub fn write_npy(
     write(LABELS, npy::header(INTEGER, &[1]), &label.to_le_bytes())
 }
 
+/// How many samples were written below `root`, one after another from 0. Temporary files a killed writer left are removed.
+pub(in crate::data) fn written(root: &Path) -> Result<usize, DataError> {
+    for folder in [FEATURES, LABELS].map(|name| root.join(name)) {
+        let entries = match fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(DataError::io(&folder)(error)),
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let name = name.as_encoded_bytes();
+            if name.starts_with(b".") && name.ends_with(b".tmp") {
+                fs::remove_file(entry.path()).map_err(DataError::io(&entry.path()))?;
+            }
+        }
+    }
+    // A sample is there if its label is.
+    let label = |index: usize| root.join(LABELS).join(format!("{index}.npy"));
+    Ok((0..).find(|index| !label(*index).exists()).unwrap_or(0))
+}
+
 /// Files of one type and shape.
 struct Files {
     folder: PathBuf,

@@ -20,7 +20,7 @@ pub use self::layers::{CLASSES, POOLED, formula_weights, shapes};
 use self::layers::{LAYERS, Layer};
 use crate::images::Images;
 use crate::ops::{FusedOps, Window};
-use crate::weights::{StateDict, WeightsError, fit};
+use crate::weights::{Misfits, StateDict, WeightsError};
 
 /// Side of the images the network reads.
 pub const SIDE: usize = 299;
@@ -76,12 +76,23 @@ impl<B: Backend> Inception<B> {
     ///
     /// # Errors
     /// [`WeightsError::Mismatch`] with every weight that is missing, surplus or misshapen. `path` is for that message.
-    pub fn new(state: &StateDict, path: &Path, device: &B::Device) -> Result<Self, WeightsError> {
-        let wanted: Vec<(String, Vec<usize>)> = shapes().into_iter().collect();
-        let counter = |name: &str| name.ends_with(".num_batches_tracked");
-        fit(&wanted, state, counter, path, "InceptionV3 of 2015-12-05")?;
+    pub fn new(
+        mut state: StateDict,
+        path: &Path,
+        device: &B::Device,
+    ) -> Result<Self, WeightsError> {
+        state.retain(|name, _| !name.ends_with(".num_batches_tracked"));
+        let wanted = shapes();
+        let mut misfits = Misfits::default();
+        misfits.compare(
+            &state,
+            wanted
+                .iter()
+                .map(|(name, shape)| (name.as_str(), shape.as_slice())),
+        );
+        misfits.into_result(path, "InceptionV3 of 2015-12-05")?;
         let layers = LAYERS.iter();
-        let layers = layers.map(|layer| (layer.name, Folded::new(layer, state, device)));
+        let layers = layers.map(|layer| (layer.name, Folded::new(layer, &state, device)));
         let head = TensorData::new(state["fc.weight"].data.clone(), [CLASSES, POOLED]);
         Ok(Self {
             layers: layers.collect(),
@@ -411,7 +422,7 @@ mod tests {
         );
         state.insert("AuxLogits.fc.weight".to_owned(), empty);
         let device = Default::default();
-        let error = Inception::<burn_ndarray::NdArray>::new(&state, Path::new("w.pth"), &device)
+        let error = Inception::<burn_ndarray::NdArray>::new(state, Path::new("w.pth"), &device)
             .unwrap_err()
             .to_string();
         let lines: Vec<&str> = error.lines().skip(1).collect();

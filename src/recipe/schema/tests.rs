@@ -3,6 +3,7 @@
 use super::*;
 use crate::pruning::Group;
 use crate::recipe::prune::{GroupsSpec, PruneMethod};
+use crate::recipe::sampling::Against;
 use crate::recipe::source::{EmbeddedName, Source};
 
 const QUICKSTART: &str = r#"
@@ -120,8 +121,10 @@ fn quickstart_reads_with_its_defaults() {
         Source::Stage("oracle-student".to_owned())
     );
     assert_eq!(
-        evaluate.features,
-        Source::Embedded(EmbeddedName::DigitsFeatures)
+        evaluate.against,
+        Against::Digits {
+            features: Source::Embedded(EmbeddedName::DigitsFeatures)
+        }
     );
     assert_eq!((evaluate.neighbours, evaluate.sampling.count), (3, 1000));
 }
@@ -183,7 +186,7 @@ recipes/quickstart.toml:6:1: unknown key `stpes` in [[stage]] "prune"
 recipes/quickstart.toml:7:9: `batch`: must be between 1 and 65536, found 0
     7 | batch = 0
       |         ^
-recipes/quickstart.toml:9:8: `kind`: expected one of "train", "prune", "recover", "sample", "evaluate", found "recovr"
+recipes/quickstart.toml:9:8: `kind`: expected one of "extract", "train", "prune", "recover", "sample", "evaluate", found "recovr"
     9 | kind = "recovr"
       |        ^^^^^^^^
       = did you mean `recover`?

@@ -1,0 +1,138 @@
+//! The command that times a workload.
+
+use crate::backend::{BackendKind, Compute};
+use crate::bench::{self, BenchPlan, Workload};
+use crate::models::zoo;
+use crate::recipe::RecipeError;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct BenchArguments {
+    /// What to time
+    #[arg(long, default_value = "infer")]
+    workload: Workload,
+    /// `digits`, or a published model such as DiT-S/2
+    #[arg(long, default_value = "digits")]
+    model: String,
+    /// Layers, instead of the model's
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    depth: Option<u32>,
+    /// Width, instead of the model's
+    #[arg(long, value_parser = clap::value_parser!(u32).range(4..=65_536))]
+    width: Option<u32>,
+    /// Attention heads, instead of the model's
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    heads: Option<u32>,
+    /// Tokens, a square number, instead of the model's
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    tokens: Option<u32>,
+    /// Samples of a batch
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    batch: u32,
+    /// Where to compute
+    #[arg(long, default_value = "ndarray")]
+    backend: BackendKind,
+    /// Type of matrix products
+    #[arg(long, default_value = "f32")]
+    compute: Compute,
+    /// Threads of the CPU backend [default: one a core]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    threads: Option<u32>,
+    /// Runs before timing
+    #[arg(long, default_value_t = 2)]
+    warmup: usize,
+    /// Timed runs
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    repeats: u32,
+    /// As one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Times a workload and prints the measurement.
+pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), RecipeError> {
+    let usage = |problem: String| RecipeError::Run(problem);
+    if let Some(problem) = arguments.backend.missing() {
+        return Err(usage(problem));
+    }
+    let mut model = bench::model(&arguments.model).ok_or_else(|| {
+        let names: Vec<&str> = zoo::PRESETS.iter().map(|preset| preset.name).collect();
+        usage(format!(
+            "no model is called `{}`; there are digits, {}",
+            arguments.model,
+            names.join(", ")
+        ))
+    })?;
+    let set = |field: &mut usize, value: Option<u32>| {
+        *field = value.map_or(*field, |value| value as usize)
+    };
+    set(&mut model.depth, arguments.depth);
+    set(&mut model.width, arguments.width);
+    set(&mut model.heads, arguments.heads);
+    if let Some(tokens) = arguments.tokens {
+        let side = (tokens as usize).isqrt();
+        if side * side != tokens as usize {
+            return Err(usage(format!("--tokens {tokens} is not a square number")));
+        }
+        model.input_size = side * model.patch_size;
+    }
+    if let Some(problem) = model.problem() {
+        return Err(usage(problem));
+    }
+    if arguments.workload == Workload::Prune && model.depth % 2 == 1 {
+        return Err(usage(format!(
+            "the prune workload has groups 1:2, and {} layers are no pairs",
+            model.depth
+        )));
+    }
+    if arguments.workload == Workload::MaskedKd && model.depth < 2 {
+        return Err(usage(
+            "the masked-kd workload keeps every other layer of at least 2".into(),
+        ));
+    }
+    if let Some(threads) = arguments.threads {
+        // Fails only if the pool is already there, and nothing has run yet. The kernels are as many.
+        let _ = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads as usize)
+            .build_global();
+    }
+    let plan = BenchPlan {
+        workload: arguments.workload,
+        model,
+        batch: arguments.batch as usize,
+        warmup: arguments.warmup,
+        repeats: arguments.repeats as usize,
+    };
+    let measured = crate::with_backend!(arguments.backend, B, device => {
+        crate::ops::set_compute::<B>(arguments.compute, device).map_err(usage)?;
+        Some(bench::bench::<B>(&plan, device))
+    }, else None);
+    let Some(measured) = measured else {
+        return Ok(());
+    };
+    if arguments.json {
+        crate::tell!(
+            "{}",
+            serde_json::to_string(&measured).map_err(|error| usage(error.to_string()))?
+        );
+        return Ok(());
+    }
+    let memory = measured
+        .peak_memory_mib
+        .map_or("unknown".into(), |mib| format!("{mib:.0} MiB"));
+    crate::tell!(
+        "{}\nbatch {}, backend {}, {} threads",
+        measured.model,
+        measured.batch,
+        measured.backend,
+        measured.threads
+    );
+    crate::tell!(
+        "{:?}: median {:.2} ms (± {:.2}) of {}, {:.1} images/s, peak memory {memory}",
+        measured.workload,
+        measured.median_ms,
+        measured.spread_ms,
+        measured.runs_ms.len(),
+        measured.images_per_second
+    );
+    Ok(())
+}

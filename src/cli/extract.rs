@@ -1,0 +1,68 @@
+//! The command that turns images into latents.
+
+use std::path::PathBuf;
+
+use super::listen;
+use crate::backend::BackendKind;
+use crate::recipe::extract::{Extract, Form};
+use crate::recipe::{RecipeError, extract_stage};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ExtractArguments {
+    /// A folder with one folder of images for each class
+    images: PathBuf,
+    /// The folder to write, new or begun by this command
+    to: PathBuf,
+    /// The autoencoder: a folder with config.json and weights, or a weight file
+    #[arg(long)]
+    vae: PathBuf,
+    /// Side of the centre crop, in pixels
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(8..=4096))]
+    size: u32,
+    /// Encode the images alone, without their mirror images
+    #[arg(long)]
+    no_mirror: bool,
+    /// Packed shards of f16 or f32, or the reference's .npy folders
+    #[arg(long, default_value = "f16", value_parser = ["f16", "f32", "npy"])]
+    form: String,
+    /// Images encoded together
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    batch: u32,
+    /// Threads that read images [default: one a core]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    workers: Option<u32>,
+    /// Seed of the draws from the posterior
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Where to compute
+    #[arg(long, default_value = "ndarray")]
+    backend: BackendKind,
+}
+
+/// Extracts, or goes on with what was begun.
+pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), RecipeError> {
+    if let Some(problem) = arguments.backend.missing() {
+        return Err(RecipeError::Run(problem));
+    }
+    let job = Extract {
+        images: arguments.images.clone(),
+        vae: arguments.vae.clone(),
+        size: arguments.size as usize,
+        mirror: !arguments.no_mirror,
+        form: match arguments.form.as_str() {
+            "npy" => Form::Npy,
+            form => Form::Packed {
+                half: form == "f16",
+            },
+        },
+        batch: arguments.batch as usize,
+        workers: arguments.workers.unwrap_or(0) as usize,
+    };
+    listen()?;
+    let to = crate::with_backend!(arguments.backend, B, device => {
+        type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
+        extract_stage::run::<Inner>("extract", &job, arguments.seed, &arguments.to, device)
+    }, else Err(RecipeError::Run("no backend".into())))?;
+    crate::tell!("{}", to.display());
+    Ok(())
+}

@@ -1,0 +1,133 @@
+//! Commands about weights: what a file holds, and the same in another form.
+
+use std::path::PathBuf;
+
+use safetensors::Dtype;
+
+use super::source;
+use crate::recipe::plan::thousands;
+use crate::recipe::source::Source;
+use crate::recipe::{RecipeError, embedded};
+use crate::weights::{self, Checkpoint, Conversion, Provenance, Stated};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct StatedArguments {
+    /// Which state dict of a training checkpoint to read [default: ema, else model]
+    #[arg(long, value_name = "KEY")]
+    weights_key: Option<String>,
+    /// Attention heads, if the file doesn't say and no published model has its width
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    heads: Option<u32>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct InspectArguments {
+    /// A .safetensors, .safetensors.index.json, .pt or .pth file, a folder, or an embedded checkpoint
+    checkpoint: String,
+    #[command(flatten)]
+    stated: StatedArguments,
+    /// As one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ConvertArguments {
+    /// A .safetensors, .safetensors.index.json, .pt or .pth file, a folder, or an embedded checkpoint
+    from: String,
+    /// The file or folder to write, which must not exist
+    to: PathBuf,
+    #[command(flatten)]
+    stated: StatedArguments,
+    /// Write a folder in the layout of diffusers' DiTTransformer2DModel
+    #[arg(long)]
+    diffusers: bool,
+    /// Type of the values [default: as they are]
+    #[arg(long, value_parser = ["f32", "f16", "bf16"])]
+    dtype: Option<String>,
+    /// Largest size of a safetensors file in MB; more becomes several files with an index
+    #[arg(long, value_name = "MB", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    shard: Option<u64>,
+    /// Licence of the weights, for the model card
+    #[arg(long)]
+    licence: Option<String>,
+}
+
+fn open(name: &str, stated: &StatedArguments) -> Result<Checkpoint, RecipeError> {
+    let stated = Stated {
+        weights_key: stated.weights_key.clone(),
+        heads: stated.heads.map(|heads| heads as usize),
+        model: None,
+    };
+    match source(name)? {
+        Source::Embedded(name) if stated == Stated::default() => Ok(embedded::checkpoint(name)?),
+        Source::File(file) => Ok(Checkpoint::read_stated(&file.path, &stated)?),
+        _ => Err(RecipeError::Run(format!(
+            "{name}: --weights-key and --heads are for files"
+        ))),
+    }
+}
+
+/// Writes a checkpoint in another form.
+pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
+    let checkpoint = open(&arguments.from, &arguments.stated)?;
+    let conversion = Conversion {
+        diffusers: arguments.diffusers,
+        dtype: arguments.dtype.as_deref().map(|dtype| match dtype {
+            "f16" => Dtype::F16,
+            "bf16" => Dtype::BF16,
+            _ => Dtype::F32,
+        }),
+        shard: arguments.shard.map(|megabytes| megabytes * 1_000_000),
+        licence: arguments.licence.clone(),
+    };
+    for path in weights::convert(&checkpoint, &arguments.to, &conversion)? {
+        crate::tell!("{}", path.display());
+    }
+    Ok(())
+}
+
+/// Prints what a checkpoint holds.
+pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), RecipeError> {
+    let name = &arguments.checkpoint;
+    let checkpoint = open(name, &arguments.stated)?;
+    let parameters = checkpoint.tensors.parameters();
+    let Checkpoint {
+        architecture,
+        provenance,
+        ..
+    } = &checkpoint;
+    if arguments.json {
+        let value = serde_json::json!({ "file": name, "architecture": architecture, "parameters": parameters, "weights_sha256": checkpoint.fingerprint()?, "provenance": provenance });
+        crate::tell!("{value:#}");
+        return Ok(());
+    }
+    crate::tell!(
+        "{name}\n  model       {architecture}\n  parameters  {} in {} tensors\n  sha-256     {}",
+        thousands(parameters),
+        checkpoint.tensors.len(),
+        checkpoint.fingerprint()?
+    );
+    if *provenance == Provenance::default() {
+        crate::tell!("  provenance  not stated (a file of another program)");
+        return Ok(());
+    }
+    crate::tell!(
+        "  made by     recipe {}, stage {}, seed {}, {} steps, {} images",
+        provenance.recipe,
+        provenance.stage,
+        provenance.seed,
+        thousands(provenance.steps),
+        thousands(provenance.images)
+    );
+    if let (Some(kept), Some(depth)) = (&provenance.kept, provenance.parent_depth) {
+        crate::tell!("  kept        {kept:?} of {depth} layers");
+    }
+    if let Some(parent) = &provenance.parent {
+        crate::tell!("  parent      {parent}");
+    }
+    if !provenance.note.is_empty() {
+        crate::tell!("  note        {}", provenance.note);
+    }
+    Ok(())
+}

@@ -1,0 +1,584 @@
+//! Images to latents: what training on ImageNet reads instead of images.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, sync_channel};
+
+use burn::tensor::{Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::latents::{Dtype, Layout, ShardWriter, npy_written, write_npy};
+use super::{DataError, ImageFolder};
+use crate::atomic::write_atomic;
+use crate::images::{center_crop, read_rgb, to_chw};
+use crate::models::vae::{Vae, VaeConfig};
+use crate::ops::FusedOps;
+use crate::random::{self, Stream};
+use crate::weights::floats;
+
+/// File that says how a folder of latents is made, so that nobody goes on with it in another way.
+const JOB: &str = "extraction.json";
+/// File of the images that could not be read, one a line with the reason.
+const SKIPPED: &str = "skipped.txt";
+/// Pictures a thread may be ahead of the autoencoder.
+const AHEAD: usize = 4;
+
+/// Form of latents on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Form {
+    /// Packed shards of a type.
+    Packed(Dtype),
+    /// The reference's folders of `.npy` files.
+    Npy,
+}
+
+/// How images become latents.
+#[derive(Debug, Clone)]
+pub struct Extraction {
+    /// Side of the centre crop, in pixels.
+    pub size: usize,
+    /// Whether each image's mirror image is encoded too.
+    pub mirror: bool,
+    /// Form on disk.
+    pub form: Form,
+    /// Records of a packed shard; [`RECORDS_PER_SHARD`](super::latents::RECORDS_PER_SHARD) is a good number.
+    pub records_per_shard: usize,
+    /// Images encoded together.
+    pub batch: usize,
+    /// Pictures the autoencoder holds at once: fewer need less memory and give the same latents.
+    pub slice: usize,
+    /// Threads that read pictures; at least 1.
+    pub workers: usize,
+    /// Seed of the draws from the posterior, which are keyed by image.
+    pub seed: u64,
+    /// SHA-256 of the autoencoder's weights.
+    pub vae_sha256: String,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Extracted {
+    /// Images whose latents are on disk.
+    pub images: usize,
+    /// Images that could not be read, by their number in the folder, with the reason.
+    pub skipped: BTreeMap<usize, String>,
+    /// Whether all of the folder is done; a person may interrupt.
+    pub finished: bool,
+}
+
+/// What a folder of latents is made from.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Job {
+    images: usize,
+    /// SHA-256 of the images' names and labels.
+    list_sha256: String,
+    size: usize,
+    mirror: bool,
+    form: Form,
+    /// Images that were encoded together. Sums may be rounded otherwise in batches of another size.
+    batch: usize,
+    seed: u64,
+    vae_sha256: String,
+}
+
+/// Where latents go.
+enum Sink {
+    Packed(ShardWriter),
+    Npy { shape: [usize; 3], next: usize },
+}
+
+impl Sink {
+    fn next(&self) -> usize {
+        match self {
+            Self::Packed(writer) => writer.next(),
+            Self::Npy { next, .. } => *next,
+        }
+    }
+
+    fn push(&mut self, to: &Path, latents: &[f32], label: usize) -> Result<(), DataError> {
+        match self {
+            Self::Packed(writer) => writer.push(latents, label),
+            Self::Npy { shape, next } => {
+                write_npy(to, *next, *shape, latents, label)?;
+                *next += 1;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A picture ready for the autoencoder, `[views, 3, size, size]`, or why there is none.
+type Picture = Result<Vec<f32>, String>;
+
+/// Encodes every image of a folder, in its order, into `to`, or goes on where an earlier process stopped: what is there
+/// in the end is the same bytes. Each latent is a draw from the posterior times the autoencoder's scaling factor, with
+/// noise that depends on the seed, the image's number and the view alone. Images that can't be read are left out and
+/// listed in `skipped.txt`. `progress` is called with the number of images dealt with since the last call, the first
+/// time with those an earlier process did. Stops early, between batches, when a person interrupts.
+///
+/// # Errors
+/// When the folder can't be written, or holds latents that were made in another way; when a latent is not finite.
+pub fn extract<B: FusedOps>(
+    folder: &ImageFolder,
+    vae: &Vae<B>,
+    config: &VaeConfig,
+    how: &Extraction,
+    to: &Path,
+    device: &B::Device,
+    mut progress: impl FnMut(usize, bool),
+) -> Result<Extracted, DataError> {
+    let images = folder.images();
+    begin(folder, how, to)?;
+    let side = how.size / config.factor();
+    let views = if how.mirror { 2 } else { 1 };
+    let shape = [views, config.latent_channels, side];
+    let mut sink = open(folder, config, how, shape, to)?;
+    let mut skipped = read_skipped(to)?;
+    let start = resume_at(sink.next(), images.len(), &skipped);
+    progress(start, true);
+    // Batches begin at the same images however often the work was interrupted.
+    let first_batch = start / how.batch;
+    let finished = std::thread::scope(|scope| -> Result<bool, DataError> {
+        let workers = how.workers.max(1);
+        let first = first_batch * how.batch;
+        let queues: Vec<Receiver<Picture>> = (0..workers)
+            .map(|worker| {
+                let (sender, receiver) = sync_channel(AHEAD);
+                scope.spawn(move || {
+                    for (path, _) in images.iter().skip(first + worker).step_by(workers) {
+                        // Nobody listens any more when the work was interrupted.
+                        if sender.send(picture(path, how)).is_err() {
+                            return;
+                        }
+                    }
+                });
+                receiver
+            })
+            .collect();
+        for batch in (first..images.len()).step_by(how.batch) {
+            if crate::interrupt::requested() {
+                return Ok(false);
+            }
+            let last = images.len().min(batch + how.batch);
+            let mut good = Vec::with_capacity(last - batch);
+            let mut pixels = Vec::new();
+            for index in batch..last {
+                // Each thread sends one result for each of its images, in order.
+                let picture = queues[(index - first) % workers].recv();
+                match picture.unwrap_or_else(|_| Err("its thread ended".into())) {
+                    Ok(picture) => {
+                        good.push(index);
+                        pixels.extend(picture);
+                    }
+                    Err(why) => {
+                        if skipped.insert(index, why).is_none() {
+                            write_skipped(to, folder, &skipped)?;
+                        }
+                    }
+                }
+            }
+            let latents = encode(vae, config, how, shape, &good, pixels, device);
+            let record = shape.iter().product::<usize>() * side;
+            for (index, latent) in good.iter().zip(latents.chunks_exact(record.max(1))) {
+                // The batch that was interrupted is encoded again, and what is there of it stays.
+                if *index >= start {
+                    sink.push(to, latent, images[*index].1)?;
+                }
+            }
+            progress(last - batch.max(start), false);
+        }
+        Ok(true)
+    })?;
+    let count = sink.next();
+    if finished && let Sink::Packed(writer) = sink {
+        writer.finish()?;
+    }
+    Ok(Extracted {
+        images: count,
+        skipped,
+        finished,
+    })
+}
+
+/// Notes how the latents are made, or refuses to go on with others.
+fn begin(folder: &ImageFolder, how: &Extraction, to: &Path) -> Result<(), DataError> {
+    let mut hash = Sha256::new();
+    for (path, label) in folder.images() {
+        let name = path.file_name().unwrap_or_default();
+        hash.update(name.as_encoded_bytes());
+        hash.update([0]);
+        hash.update(label.to_le_bytes());
+    }
+    let job = Job {
+        images: folder.images().len(),
+        list_sha256: hash
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect(),
+        size: how.size,
+        mirror: how.mirror,
+        form: how.form,
+        batch: how.batch,
+        seed: how.seed,
+        vae_sha256: how.vae_sha256.clone(),
+    };
+    let path = to.join(JOB);
+    match std::fs::read(&path) {
+        Ok(bytes) => {
+            let there: Job = serde_json::from_slice(&bytes).map_err(|error| {
+                DataError::unexpected(&path, "the description of an extraction", error.to_string())
+            })?;
+            if there == job {
+                return Ok(());
+            }
+            Err(DataError::unexpected(
+                &path,
+                format!("{job:?}"),
+                format!("latents made otherwise: {there:?}; name another folder"),
+            ))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let taken = std::fs::read_dir(to).is_ok_and(|mut entries| entries.next().is_some());
+            if taken {
+                let found = "one with other files in it";
+                return Err(DataError::unexpected(to, "a new or empty folder", found));
+            }
+            write_atomic(&path, |file| Ok(serde_json::to_writer_pretty(file, &job)?))
+                .map_err(DataError::io(&path))
+        }
+        Err(error) => Err(DataError::io(&path)(error)),
+    }
+}
+
+fn open(
+    folder: &ImageFolder,
+    config: &VaeConfig,
+    how: &Extraction,
+    shape: [usize; 3],
+    to: &Path,
+) -> Result<Sink, DataError> {
+    let [views, channels, side] = shape;
+    Ok(match how.form {
+        Form::Packed(dtype) => {
+            let layout = Layout {
+                views,
+                channels,
+                side,
+                dtype,
+                classes: folder.classes().len(),
+                records_per_shard: how.records_per_shard,
+                scaling_factor: config.scaling_factor,
+            };
+            Sink::Packed(ShardWriter::open(to, layout, folder.classes().to_vec())?)
+        }
+        Form::Npy => {
+            // A sample is there if its label is.
+            let next = npy_written(to)?;
+            Sink::Npy { shape, next }
+        }
+    })
+}
+
+/// The image to go on with, when `records` are there and images that can't be read are known.
+fn resume_at(records: usize, images: usize, skipped: &BTreeMap<usize, String>) -> usize {
+    let mut readable = (0..images).filter(|index| !skipped.contains_key(index));
+    match records.checked_sub(1) {
+        None => 0,
+        Some(last) => readable.nth(last).map_or(images, |index| index + 1),
+    }
+}
+
+/// Reads, crops and scales a picture.
+fn picture(path: &Path, how: &Extraction) -> Picture {
+    let picture = read_rgb(path).map_err(|error| {
+        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+        format!("{error}{}", cause.unwrap_or_default())
+    })?;
+    let pixels = center_crop(&picture, how.size);
+    let mut views = to_chw(&pixels, how.size, false);
+    if how.mirror {
+        views.extend(to_chw(&pixels, how.size, true));
+    }
+    Ok(views)
+}
+
+/// Latents `[images, views, channels, side, side]` of pictures `[images, views, 3, size, size]`.
+fn encode<B: FusedOps>(
+    vae: &Vae<B>,
+    config: &VaeConfig,
+    how: &Extraction,
+    [views, channels, side]: [usize; 3],
+    images: &[usize],
+    pixels: Vec<f32>,
+    device: &B::Device,
+) -> Vec<f32> {
+    if images.is_empty() {
+        return Vec::new();
+    }
+    let count = images.len() * views;
+    let pixels = TensorData::new(pixels, [count, 3, how.size, how.size]);
+    let posterior = vae.encode_in_slices(Tensor::from_data(pixels, device), how.slice);
+    let noise: Vec<f32> = images
+        .iter()
+        .flat_map(|&index| (0..views).map(move |view| (index as u64, view as u64)))
+        .flat_map(|(index, view)| {
+            random::normal(
+                how.seed,
+                Stream::Posterior,
+                view,
+                index,
+                channels * side * side,
+            )
+        })
+        .collect();
+    let noise = Tensor::from_data(
+        TensorData::new(noise, [count, channels, side, side]),
+        device,
+    );
+    floats((posterior.sample(noise) * config.scaling_factor).into_data())
+}
+
+/// Each line is an image's number, its path and the reason, divided by tabs.
+fn read_skipped(to: &Path) -> Result<BTreeMap<usize, String>, DataError> {
+    let path = to.join(SKIPPED);
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+        Err(error) => return Err(DataError::io(&path)(error)),
+    };
+    text.lines()
+        .map(|line| {
+            let (index, why) = line.split_once('\t')?;
+            Some((index.parse().ok()?, why.to_owned()))
+        })
+        .collect::<Option<_>>()
+        .ok_or_else(|| DataError::unexpected(&path, "numbers and reasons, one a line", text))
+}
+
+fn write_skipped(
+    to: &Path,
+    folder: &ImageFolder,
+    skipped: &BTreeMap<usize, String>,
+) -> Result<(), DataError> {
+    debug_assert!(skipped.keys().all(|index| *index < folder.images().len()));
+    let path = to.join(SKIPPED);
+    write_atomic(&path, |file| {
+        for (index, why) in skipped {
+            let why = why.replace(['\n', '\t'], " ");
+            std::io::Write::write_all(file, format!("{index}\t{why}\n").as_bytes())?;
+        }
+        Ok(())
+    })
+    .map_err(DataError::io(&path))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use burn_ndarray::{NdArray, NdArrayDevice};
+    use image::{Rgb, RgbImage};
+
+    use super::*;
+    use crate::data::Latents;
+    use crate::weights::{assign, collect};
+
+    /// An autoencoder of two levels with random weights.
+    fn vae() -> (Vae<NdArray>, VaeConfig) {
+        let config = VaeConfig {
+            in_channels: 3,
+            out_channels: 3,
+            block_out_channels: vec![4, 8],
+            layers_per_block: 1,
+            latent_channels: 4,
+            norm_num_groups: 2,
+            scaling_factor: 0.5,
+        };
+        let vae = Vae::<NdArray>::zeros(&config, &NdArrayDevice::default());
+        let mut state = collect(&vae);
+        for (array, index) in state.values_mut().zip(0..) {
+            let count = array.data.len();
+            let values = random::normal(3, Stream::Weights, 0, index, count);
+            array.data = values.into_iter().map(|value| 0.3 * value).collect();
+        }
+        let vae = assign(vae, &state, Path::new("test"), "a small autoencoder").unwrap();
+        (vae, config)
+    }
+
+    /// Eleven pictures of three classes, two of them broken.
+    fn pictures(root: &Path) -> ImageFolder {
+        for index in 0..11u8 {
+            let class = root.join(["cat", "dog", "eel"][usize::from(index) / 4]);
+            std::fs::create_dir_all(&class).unwrap();
+            let path = class.join(format!("{index:02}.png"));
+            if index == 3 || index == 9 {
+                std::fs::write(path, "no picture").unwrap();
+                continue;
+            }
+            let pixel = |x: u32, y: u32| Rgb([x as u8 * 8, y as u8 * 7, index * 20]);
+            RgbImage::from_fn(20 + u32::from(index), 24, pixel)
+                .save(path)
+                .unwrap();
+        }
+        ImageFolder::open(root).unwrap()
+    }
+
+    fn how(form: Form) -> Extraction {
+        Extraction {
+            size: 16,
+            mirror: true,
+            form,
+            records_per_shard: 2,
+            batch: 4,
+            slice: 3,
+            workers: 3,
+            seed: 5,
+            vae_sha256: "v".into(),
+        }
+    }
+
+    /// All files below a folder.
+    fn files(folder: &Path) -> BTreeMap<std::path::PathBuf, Vec<u8>> {
+        let mut found = BTreeMap::new();
+        for entry in std::fs::read_dir(folder).unwrap().flatten() {
+            if entry.path().is_dir() {
+                found.extend(files(&entry.path()));
+            } else {
+                let name = entry.path().strip_prefix(folder).unwrap().to_owned();
+                found.insert(
+                    Path::new(folder.file_name().unwrap()).join(name),
+                    std::fs::read(entry.path()).unwrap(),
+                );
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn interrupted_work_goes_on_to_the_same_bytes() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = pictures(&root.path().join("images"));
+        let (vae, config) = vae();
+        let device = NdArrayDevice::default();
+        for form in [
+            Form::Packed(Dtype::F16),
+            Form::Packed(Dtype::F32),
+            Form::Npy,
+        ] {
+            let at = |name: &str| root.path().join(format!("{form:?}-{name}")).join("latents");
+            let whole = extract(
+                &folder,
+                &vae,
+                &config,
+                &how(form),
+                &at("whole"),
+                &device,
+                |_, _| (),
+            )
+            .unwrap();
+            assert!(whole.finished);
+            assert_eq!(whole.images, 9);
+            assert_eq!(whole.skipped.keys().collect::<Vec<_>>(), [&3, &9]);
+            // Killed after every number of batches, one after another, with another number of threads each time.
+            for (killed, workers) in [(1, 1), (2, 2), (1, 5)] {
+                let how = Extraction {
+                    workers,
+                    ..how(form)
+                };
+                let mut batches = 0;
+                let result = catch_unwind(AssertUnwindSafe(|| {
+                    extract(
+                        &folder,
+                        &vae,
+                        &config,
+                        &how,
+                        &at("parts"),
+                        &device,
+                        |_, before| {
+                            batches += usize::from(!before);
+                            assert!(batches < killed, "killed here");
+                        },
+                    )
+                }));
+                assert!(result.is_err());
+            }
+            let resumed = extract(
+                &folder,
+                &vae,
+                &config,
+                &how(form),
+                &at("parts"),
+                &device,
+                |_, _| (),
+            )
+            .unwrap();
+            assert_eq!(resumed.images, 9);
+            assert_eq!(resumed.skipped.len(), 2);
+            assert_eq!(files(&at("parts")), files(&at("whole")), "{form:?}");
+
+            let latents = Latents::open(&at("whole")).unwrap();
+            latents.verify().unwrap();
+            assert_eq!(
+                (latents.count(), latents.views(), latents.side()),
+                (9, 2, 8)
+            );
+            assert_eq!(latents.label(8).unwrap(), 2);
+            let other = Extraction {
+                seed: 6,
+                ..how(form)
+            };
+            let error = extract(
+                &folder,
+                &vae,
+                &config,
+                &other,
+                &at("whole"),
+                &device,
+                |_, _| (),
+            );
+            assert!(error.unwrap_err().to_string().contains("made otherwise"));
+        }
+    }
+
+    #[test]
+    fn a_latent_is_a_scaled_draw_from_the_posterior_of_the_crop() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = pictures(&root.path().join("images"));
+        let (vae, config) = vae();
+        let (to, device) = (root.path().join("latents"), NdArrayDevice::default());
+        extract(
+            &folder,
+            &vae,
+            &config,
+            &how(Form::Packed(Dtype::F32)),
+            &to,
+            &device,
+            |_, _| (),
+        )
+        .unwrap();
+        let latents = Latents::open(&to).unwrap();
+        // The fifth image of the folder is the fourth that can be read.
+        let (path, label) = &folder.images()[4];
+        let pixels = center_crop(&read_rgb(path).unwrap(), 16);
+        for view in 0..2 {
+            let x = TensorData::new(to_chw(&pixels, 16, view == 1), [1, 3, 16, 16]);
+            let posterior = vae.encode(Tensor::from_data(x, &device));
+            let noise = random::normal(5, Stream::Posterior, view as u64, 4, 4 * 8 * 8);
+            let noise = Tensor::from_data(TensorData::new(noise, [1, 4, 8, 8]), &device);
+            let expected = floats((posterior.sample(noise) * 0.5).into_data());
+            let mut found = Vec::new();
+            let read = crate::data::Samples::read(&latents, 3, view, &mut found).unwrap();
+            assert_eq!(read, *label);
+            // Alone or in a batch: sums may be rounded otherwise.
+            for (found, expected) in found.iter().zip(&expected) {
+                assert!(
+                    (found - expected).abs() <= 1e-5 * (1.0 + expected.abs()),
+                    "{found} {expected}"
+                );
+            }
+        }
+    }
+}

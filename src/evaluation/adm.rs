@@ -1,0 +1,302 @@
+//! The ADM evaluation suite from archives to its five numbers.
+//!
+//! [`measure`] reads the samples through Inception, [`Reference`] what they are held against, and [`compare`] gives
+//! FID, sFID, the Inception Score, precision and recall, as `evaluator.py` prints them.
+
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    DEFAULT_SPLIT_SIZE, EvaluationError, Features, InceptionScore, ReferenceMeasured, SampleReader,
+    Statistics, StatisticsAccumulator, frechet_distance, precision_recall,
+};
+use crate::models::inception::{Inception, POOLED, SPATIAL};
+use crate::ops::FusedOps;
+
+/// What Inception says of a set of pictures.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Measured {
+    /// Number of pictures.
+    pub count: usize,
+    /// Moments of the pooled activations, `[2048]`: FID's.
+    pub pooled: Statistics,
+    /// Moments of the spatial activations, `[2023]`: sFID's.
+    pub spatial: Statistics,
+    /// The Inception Score over splits of [`DEFAULT_SPLIT_SIZE`] pictures in the order of the archive.
+    pub inception_score: f64,
+    /// The pooled activations `[count, 2048]`, for precision and recall: 8 KiB a picture.
+    pub features: Features,
+}
+
+/// Reads the pictures that `reader` has left through the network, `batch` at a time (some 20 MiB each).
+///
+/// Of the pictures only a batch is in memory. `progress` is called after each with the number read so far.
+///
+/// # Errors
+///
+/// Those of the reader; [`EvaluationError::Pictures`] for pictures that the network can't read,
+/// [`EvaluationError::Value`] when its activations aren't finite, [`EvaluationError::TooFew`] for fewer than two
+/// pictures, and [`EvaluationError::Interrupted`] when a stop was requested ([`crate::interrupt`]).
+pub fn measure<B: FusedOps>(
+    inception: &Inception<B>,
+    reader: SampleReader,
+    batch: usize,
+    progress: impl FnMut(usize),
+) -> Result<Measured, EvaluationError> {
+    measure_until(
+        inception,
+        reader,
+        batch,
+        progress,
+        crate::interrupt::requested,
+    )
+}
+
+fn measure_until<B: FusedOps>(
+    inception: &Inception<B>,
+    mut reader: SampleReader,
+    batch: usize,
+    mut progress: impl FnMut(usize),
+    stop: impl Fn() -> bool,
+) -> Result<Measured, EvaluationError> {
+    let path = reader.path().to_owned();
+    let mut pooled = StatisticsAccumulator::new(POOLED);
+    let mut spatial = StatisticsAccumulator::new(SPATIAL);
+    let mut score = InceptionScore::new(DEFAULT_SPLIT_SIZE);
+    let (mut features, mut count) = (Vec::new(), 0);
+    while let Some(images) = reader.next_block(batch)? {
+        if stop() {
+            return Err(EvaluationError::Interrupted);
+        }
+        let read = inception
+            .read(&images)
+            .map_err(|source| EvaluationError::Pictures {
+                path: path.clone(),
+                source,
+            })?;
+        let rows = |values| {
+            rows::<B>(values).map_err(|error| EvaluationError::Value {
+                what: "activations",
+                problem: format!("{}: pictures from {count} on: {error}", path.display()),
+            })
+        };
+        let pool = rows(read.pool)?;
+        pooled.push(&pool)?;
+        spatial.push(&rows(read.spatial)?)?;
+        score.push(&rows(read.probabilities)?)?;
+        features.extend_from_slice(pool.data());
+        count += images.shape()[0];
+        progress(count);
+    }
+    Ok(Measured {
+        count,
+        pooled: pooled.finish()?,
+        spatial: spatial.finish()?,
+        inception_score: score.finish()?,
+        features: Features::new(POOLED, features)?,
+    })
+}
+
+fn rows<B: Backend>(values: Tensor<B, 2>) -> Result<Features, EvaluationError> {
+    let [_, dim] = values.dims();
+    Features::new(dim, values.into_data().iter::<f32>().collect())
+}
+
+/// The numbers of the suite.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Scores {
+    /// Fréchet distance of the pooled activations; lower is better.
+    pub fid: f64,
+    /// Fréchet distance of the spatial activations; lower is better.
+    pub sfid: f64,
+    /// Higher is better, 1 at least.
+    pub inception_score: f64,
+    /// Share of the samples on the reference's manifold; none when the reference has statistics alone.
+    pub precision: Option<f64>,
+    /// Share of the reference on the samples' manifold; none when the reference has statistics alone.
+    pub recall: Option<f64>,
+}
+
+/// Holds samples against a reference, with manifolds of balls that reach to the `neighbours`-th nearest point
+/// ([`DEFAULT_NEIGHBOURS`](super::DEFAULT_NEIGHBOURS) in published numbers). All activations of both sides enter.
+///
+/// # Errors
+///
+/// Those of [`frechet_distance`] and [`precision_recall`].
+pub fn compare(
+    reference: &ReferenceMeasured,
+    samples: &Measured,
+    neighbours: usize,
+) -> Result<Scores, EvaluationError> {
+    let features = reference.features.as_ref();
+    let manifolds = features
+        .map(|features| precision_recall(features, &samples.features, neighbours))
+        .transpose()?;
+    Ok(Scores {
+        fid: frechet_distance(&reference.pooled, &samples.pooled)?,
+        sfid: frechet_distance(&reference.spatial, &samples.spatial)?,
+        inception_score: samples.inception_score,
+        precision: manifolds.map(|manifolds| manifolds.precision),
+        recall: manifolds.map(|manifolds| manifolds.recall),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::path::{Path, PathBuf};
+    use std::sync::LazyLock;
+
+    use burn_ndarray::NdArray;
+
+    use super::super::{
+        FileDigest, Moments, Reference, cache_file, read_reference_statistics, write_samples,
+    };
+    use super::*;
+    use crate::images::Images;
+    use crate::models::inception::formula_weights;
+    use crate::weights::{Tensors, WeightsError, read_inception, write_torch};
+
+    /// The network of the formula's weights, by way of a file.
+    static INCEPTION: LazyLock<Inception<NdArray>> = LazyLock::new(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("inception.pth");
+        write_torch(&path, &Tensors::from(formula_weights(0)), None).unwrap();
+        read_inception(&path, &Default::default()).unwrap().network
+    });
+
+    /// An archive of pictures 20 x 24, waves of a length of their own in each.
+    fn archive(folder: &Path, name: &str, count: usize, channels: usize, salt: usize) -> PathBuf {
+        let path = folder.join(name);
+        let values = (0..count * 20 * 24 * channels).map(|index| {
+            let (place, picture) = (index / channels % (20 * 24), index / channels / (20 * 24));
+            let wave = (3 + picture + salt) as f32 * (place / 24 + 2 * (place % 24)) as f32;
+            (127.5 + 127.0 * (wave / 25.0 + (index % channels) as f32).sin()) as u8
+        });
+        let images = Images::new(values.collect(), [count, 20, 24, channels]).unwrap();
+        write_samples(&path, &images, None).unwrap();
+        path
+    }
+
+    fn measured(path: &Path, batch: usize) -> (Measured, Vec<usize>) {
+        let steps = RefCell::new(Vec::new());
+        let reader = SampleReader::open(path).unwrap();
+        let measured = measure(&INCEPTION, reader, batch, |done| {
+            steps.borrow_mut().push(done);
+        });
+        (measured.unwrap(), steps.into_inner())
+    }
+
+    #[test]
+    fn from_archives_to_scores() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = archive(folder.path(), "a.npz", 4, 3, 0);
+        let (samples, steps) = measured(&path, 3);
+        assert_eq!(steps, [3, 4]);
+        assert_eq!(samples.count, 4);
+        assert_eq!(samples.features.rows(), 4);
+        assert!(samples.inception_score >= 1.0 && samples.inception_score < 4.0);
+
+        // The same as a reference, in other blocks; what is kept of it stands in for the network the second time.
+        let digest = FileDigest::of(&path).unwrap();
+        let cache = cache_file(&folder.path().join("cache"), &digest, &digest);
+        let open = || Reference::open(&path).unwrap();
+        assert_eq!(open().pictures(), Some(4));
+        let reference = open()
+            .measure_cached(&INCEPTION, &cache, 1, |_| ())
+            .unwrap();
+        let kept = open().measure_cached(&INCEPTION, &cache, 1, |_| panic!("it is kept"));
+        assert_eq!(kept.unwrap(), reference);
+        assert_eq!(reference.moments, Moments::Measured);
+        // Whatever the blocks, statistics take the same rows in the same order; but the network may round otherwise in
+        // another batch, to 1e-6 of activations of size one.
+        for (one, other) in [
+            (&samples.pooled, &reference.pooled),
+            (&samples.spatial, &reference.spatial),
+        ] {
+            assert!((one.mean() - other.mean()).amax() < 1e-5);
+            assert!((one.covariance() - other.covariance()).amax() < 1e-5);
+        }
+        // A set against itself, up to that rounding in traces of some hundreds.
+        let scores = compare(&reference, &samples, 3).unwrap();
+        assert!(scores.fid.abs() < 1e-3, "{scores:?}");
+        assert!(scores.sfid.abs() < 1e-3, "{scores:?}");
+        assert_eq!((scores.precision, scores.recall), (Some(1.0), Some(1.0)));
+        assert_eq!(scores.inception_score, samples.inception_score);
+
+        // Against other pictures.
+        let other = archive(folder.path(), "b.npz", 4, 3, 40);
+        let (other, _) = measured(&other, 4);
+        let far = compare(&reference, &other, 3).unwrap();
+        let expected = frechet_distance(&samples.pooled, &other.pooled).unwrap();
+        assert!(
+            far.fid > 1.0 && (far.fid / expected - 1.0).abs() < 1e-9,
+            "{far:?}"
+        );
+        assert!(far.sfid > 1.0 && far.sfid != far.fid);
+
+        // Against the moments alone, the network being asked nothing.
+        let moments = ReferenceMeasured {
+            features: None,
+            ..reference.clone()
+        };
+        let path = folder.path().join("moments.npz");
+        moments.write(&path).unwrap();
+        assert!(read_reference_statistics(&path).unwrap().is_some());
+        let alone = Reference::open(&path).unwrap();
+        assert_eq!(alone.pictures(), None);
+        let nothing = folder.path().join("no-cache.npz");
+        let alone = alone.measure_cached(&INCEPTION, &nothing, 1, |_| panic!("no pictures"));
+        let alone = alone.unwrap();
+        assert!(!nothing.exists());
+        assert_eq!(alone.moments, Moments::Stated);
+        let scores = compare(&alone, &other, 3).unwrap();
+        assert_eq!((scores.precision, scores.recall), (None, None));
+        assert_eq!((scores.fid, scores.sfid), (far.fid, far.sfid));
+    }
+
+    #[test]
+    fn what_can_not_be_measured_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let measure = |path: &Path, stop: bool| {
+            let reader = SampleReader::open(path).unwrap();
+            measure_until(&INCEPTION, reader, 2, |_| (), || stop).unwrap_err()
+        };
+        let path = archive(folder.path(), "grey.npz", 2, 1, 0);
+        assert!(matches!(measure(&path, true), EvaluationError::Interrupted));
+        let path = archive(folder.path(), "two.npz", 2, 2, 0);
+        let error = measure(&path, false);
+        assert!(matches!(error, EvaluationError::Pictures { .. }), "{error}");
+        assert!(error.to_string().contains("two.npz"));
+        let path = archive(folder.path(), "none.npz", 0, 3, 0);
+        let error = measure(&path, false);
+        assert!(matches!(error, EvaluationError::TooFew { .. }), "{error}");
+
+        // Moments of another network than Inception.
+        let npz = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/npz");
+        let error = Reference::open(&npz.join("reference.npz")).err().unwrap();
+        let message = error.to_string();
+        assert!(
+            message.contains("`mu`: expected the shape [2048]"),
+            "{message}"
+        );
+        assert!(Reference::open(&folder.path().join("missing.npz")).is_err());
+
+        // A file that is no Inception.
+        let path = folder.path().join("vae.pth");
+        let mut state = formula_weights(0);
+        state.retain(|name, _| name.starts_with("fc."));
+        write_torch(&path, &Tensors::from(state), None).unwrap();
+        let error = read_inception::<NdArray>(&path, &Default::default()).unwrap_err();
+        assert!(matches!(error, WeightsError::Mismatch { .. }), "{error}");
+
+        // Something else where the reference was kept.
+        let cache = archive(folder.path(), "cache.npz", 2, 3, 0);
+        let reference = Reference::open(&cache).unwrap();
+        let error = reference
+            .measure_cached(&INCEPTION, &cache, 2, |_| ())
+            .unwrap_err();
+        assert!(error.to_string().contains("a member pool.npy"), "{error}");
+    }
+}

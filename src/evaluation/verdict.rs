@@ -1,0 +1,271 @@
+//! What an evaluation leaves behind: its numbers, and what they can only be compared under.
+
+use std::fmt;
+use std::io::Write;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{EvaluationError, Measured, Moments, Scores};
+use crate::atomic::write_atomic;
+use crate::report::Table;
+use crate::weights::{WeightsError, file_sha256};
+
+/// A file by its name and content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileDigest {
+    /// Its name, without folders.
+    pub file: String,
+    /// SHA-256 of its bytes, in hexadecimal.
+    pub sha256: String,
+}
+
+impl FileDigest {
+    /// Reads the file once, a piece at a time.
+    ///
+    /// # Errors
+    ///
+    /// When it can't be read.
+    pub fn of(path: &Path) -> Result<Self, WeightsError> {
+        Ok(Self::known(path, &file_sha256(path)?))
+    }
+
+    /// Of a file whose SHA-256 is known.
+    pub fn known(path: &Path, sha256: &str) -> Self {
+        let name = path.file_name().unwrap_or(path.as_os_str());
+        Self {
+            file: name.to_string_lossy().into_owned(),
+            sha256: sha256.to_owned(),
+        }
+    }
+}
+
+/// The numbers of one set of samples.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdmVerdict {
+    /// The model, or the archive of samples.
+    pub model: String,
+    /// Parameters of the model, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parameters: Option<usize>,
+    /// Its layers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depth: Option<usize>,
+    /// How fast it drew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images_per_second: Option<f64>,
+    /// How many there are.
+    pub count: usize,
+    /// The numbers.
+    #[serde(flatten)]
+    pub scores: Scores,
+}
+
+impl AdmVerdict {
+    /// The verdict on the samples of that name.
+    pub fn new(model: &str, measured: &Measured, scores: Scores) -> Self {
+        Self {
+            model: model.to_owned(),
+            parameters: None,
+            depth: None,
+            images_per_second: None,
+            count: measured.count,
+            scores,
+        }
+    }
+}
+
+/// What the numbers can only be compared under.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdmProtocol {
+    /// Number of samples; FID falls as it grows.
+    pub samples: usize,
+    /// The reference batch.
+    pub reference: FileDigest,
+    /// Pictures of the reference that precision and recall are computed from; none when it has moments alone.
+    pub reference_pictures: Option<usize>,
+    /// Where the reference's moments come from.
+    pub reference_moments: Moments,
+    /// Inception's weights.
+    pub inception: FileDigest,
+    /// Neighbours that the balls of precision and recall reach to.
+    pub neighbours: usize,
+    /// Pictures per split of the Inception Score.
+    pub split_size: usize,
+    /// Type that Inception is computed in: `f32`. All that follows is in f64.
+    pub compute: String,
+    /// The backend that Inception ran on.
+    pub backend: String,
+    /// How the samples were made, if that is known: solver, steps, guidance, autoencoder, seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling: Option<serde_json::Value>,
+}
+
+/// An evaluation as it is written to a file and shown; printed, it is [`table`](Self::table) and what there is to say
+/// of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdmEvaluation {
+    /// What the numbers can only be compared under.
+    pub protocol: AdmProtocol,
+    /// One for each set of samples.
+    pub verdicts: Vec<AdmVerdict>,
+}
+
+impl AdmEvaluation {
+    /// Writes the evaluation as JSON, atomically.
+    ///
+    /// # Errors
+    ///
+    /// [`EvaluationError::Io`] when the file can't be written.
+    pub fn write(&self, path: &Path) -> Result<(), EvaluationError> {
+        let write = || {
+            let text = serde_json::to_string_pretty(self)?;
+            write_atomic(path, |file| writeln!(file, "{text}"))
+        };
+        write().map_err(EvaluationError::io(path))
+    }
+
+    /// The numbers as published ones are shown, a row for each set of samples.
+    pub fn table(&self) -> Table<7> {
+        let mut table = Table::new([
+            "samples",
+            "count",
+            "FID",
+            "sFID",
+            "IS",
+            "precision",
+            "recall",
+        ]);
+        // Rounding may leave a distance of zero a little below.
+        let distance = |value: f64| format!("{:.2}", value.max(0.0));
+        let share = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.3}"));
+        for AdmVerdict {
+            model,
+            count,
+            scores,
+            ..
+        } in &self.verdicts
+        {
+            table.row([
+                model.clone(),
+                count.to_string(),
+                distance(scores.fid),
+                distance(scores.sfid),
+                format!("{:.2}", scores.inception_score),
+                share(scores.precision),
+                share(scores.recall),
+            ]);
+        }
+        table
+    }
+}
+
+impl fmt::Display for AdmEvaluation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.table())?;
+        if self.protocol.reference_pictures.is_none() {
+            let file = &self.protocol.reference.file;
+            writeln!(
+                f,
+                "{file} has statistics and no pictures: no precision and recall"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn evaluation(pictures: Option<usize>, precision: Option<f64>) -> AdmEvaluation {
+        let digest = |file: &str, sha256: &str| FileDigest {
+            file: file.into(),
+            sha256: sha256.into(),
+        };
+        let scores = Scores {
+            fid: -1e-7,
+            sfid: 4.256,
+            inception_score: 231.5,
+            precision,
+            recall: precision,
+        };
+        AdmEvaluation {
+            protocol: AdmProtocol {
+                samples: 50_000,
+                reference: digest("reference.npz", "12"),
+                reference_pictures: pictures,
+                reference_moments: Moments::Stated,
+                inception: digest("inception.pth", "34"),
+                neighbours: 3,
+                split_size: 5000,
+                compute: "f32".into(),
+                backend: "ndarray".into(),
+                sampling: Some(serde_json::json!({ "steps": 250, "guidance": 1.5 })),
+            },
+            verdicts: vec![AdmVerdict {
+                model: "teacher".into(),
+                parameters: None,
+                depth: None,
+                images_per_second: None,
+                count: 50_000,
+                scores,
+            }],
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("eval.json");
+        for whole in [evaluation(Some(10_000), Some(0.82)), evaluation(None, None)] {
+            whole.write(&path).unwrap();
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert_eq!(serde_json::from_str::<AdmEvaluation>(&text).unwrap(), whole);
+        }
+        // A number that is not there is said to be missing, not left out.
+        let json: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert!(json["verdicts"][0]["precision"].is_null());
+        assert_eq!(json["verdicts"][0]["sfid"], 4.256);
+        assert_eq!(json["protocol"]["reference_moments"], "stated");
+    }
+
+    #[test]
+    fn the_table_is_what_papers_print() {
+        assert_eq!(
+            evaluation(Some(10_000), Some(0.82)).to_string(),
+            "samples  count   FID  sFID      IS  precision  recall\n\
+             -------  -----  ----  ----  ------  ---------  ------\n\
+             teacher  50000  0.00  4.26  231.50      0.820   0.820\n"
+        );
+        let alone = evaluation(None, None).to_string();
+        assert!(alone.contains("231.50  -          -\n"), "{alone}");
+        assert!(
+            alone.ends_with(
+                "reference.npz has statistics and no pictures: no precision and recall\n"
+            )
+        );
+    }
+
+    #[test]
+    fn a_file_is_hashed_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("abc");
+        // FIPS 180-2, B.3: a million times the letter a, with a piece that is not full at the end.
+        std::fs::write(&path, vec![b'a'; 1_000_000]).unwrap();
+        let digest = FileDigest::of(&path).unwrap();
+        let expected = "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0";
+        assert_eq!(
+            (digest.file.as_str(), digest.sha256.as_str()),
+            ("abc", expected)
+        );
+        // More than a piece: not the hash of the first alone.
+        std::fs::write(&path, vec![b'a'; 100_001]).unwrap();
+        let longer = FileDigest::of(&path).unwrap();
+        std::fs::write(&path, vec![b'a'; 100_000]).unwrap();
+        assert_ne!(FileDigest::of(&path).unwrap(), longer);
+        assert!(FileDigest::of(folder.path()).is_err());
+        assert!(FileDigest::of(&folder.path().join("missing")).is_err());
+    }
+}

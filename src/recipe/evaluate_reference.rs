@@ -1,0 +1,214 @@
+//! The verdict by ADM's protocol: samples against a reference batch, in Inception's features.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::backend::Backend;
+
+use super::RecipeError;
+use super::draw::{Draw, Share, first_images, grid};
+use super::evaluate::{EVALUATION, file_name, not_whole};
+use super::progress::Progress;
+use super::sampling::{Evaluate, Sampling};
+use super::stages::Context;
+use crate::evaluation::{
+    AdmEvaluation, AdmProtocol, AdmVerdict, DEFAULT_SPLIT_SIZE, FileDigest, Reference,
+    ReferenceMeasured, SampleReader, cache_file, compare, measure,
+};
+use crate::images::Images;
+use crate::models::{DitConfig, Inception};
+use crate::ops::{FusedOps, TrainingBackend};
+use crate::report::comparison_png;
+use crate::weights::{Known, read_inception};
+
+/// Images Inception reads at once.
+const READ_BATCH: usize = 16;
+/// Columns of the comparison.
+const COLUMNS: usize = 8;
+
+/// What an evaluation reads.
+pub(crate) struct ReferenceFiles<'a> {
+    pub(crate) reference: &'a Path,
+    pub(crate) inception: &'a Path,
+    pub(crate) vae: Option<&'a Path>,
+    pub(crate) samples: &'a [PathBuf],
+}
+
+/// Inception, and what is known of the reference.
+struct Judge<B: Backend> {
+    inception: Known<Inception<B>>,
+    reference: ReferenceMeasured,
+    protocol: AdmProtocol,
+}
+
+impl<B: FusedOps> Judge<B> {
+    /// Reads the networks and the reference; what is measured of it is kept in the folder `cache`, if there is one.
+    fn new(
+        files: &ReferenceFiles<'_>,
+        neighbours: usize,
+        cache: Option<&Path>,
+        device: &B::Device,
+    ) -> Result<Self, RecipeError> {
+        let inception = read_inception::<B>(files.inception, device)?;
+        let digest = FileDigest::of(files.reference)?;
+        let inception_digest = FileDigest::known(&inception.path, &inception.sha256);
+        let reference = Reference::open(files.reference)?;
+        let pictures = reference.pictures();
+        let mut progress = Progress::new("reference", "images", pictures.unwrap_or(0));
+        let network = &inception.network;
+        let mut told = |done| progress.reach(done);
+        let reference = match cache {
+            Some(folder) => {
+                let cache = cache_file(folder, &digest, &inception_digest);
+                reference.measure_cached(network, &cache, READ_BATCH, &mut told)?
+            }
+            None => reference.measure(network, READ_BATCH, &mut told)?,
+        };
+        progress.finish();
+        let protocol = AdmProtocol {
+            samples: 0,
+            reference: digest,
+            reference_pictures: pictures,
+            reference_moments: reference.moments,
+            inception: inception_digest,
+            neighbours,
+            split_size: DEFAULT_SPLIT_SIZE,
+            compute: "f32".into(),
+            backend: B::name(device),
+            sampling: None,
+        };
+        Ok(Self {
+            inception,
+            reference,
+            protocol,
+        })
+    }
+
+    fn verdict(&self, name: &str, archive: &Path) -> Result<AdmVerdict, RecipeError> {
+        let reader = SampleReader::open(archive)?;
+        let mut progress = Progress::new(name, "images measured", reader.shape()[0]);
+        let network = &self.inception.network;
+        let measured = measure(network, reader, READ_BATCH, |done| progress.reach(done))?;
+        progress.finish();
+        let scores = compare(&self.reference, &measured, self.protocol.neighbours)?;
+        Ok(AdmVerdict::new(name, &measured, scores))
+    }
+
+    /// Writes the result to `path` and prints it.
+    fn finish(
+        self,
+        verdicts: Vec<AdmVerdict>,
+        stage: &str,
+        path: Option<&Path>,
+    ) -> Result<(), RecipeError> {
+        let mut protocol = self.protocol;
+        protocol.samples = verdicts
+            .iter()
+            .map(|verdict| verdict.count)
+            .min()
+            .unwrap_or(0);
+        let evaluation = AdmEvaluation { protocol, verdicts };
+        if let Some(path) = path {
+            evaluation.write(path)?;
+        }
+        crate::tell!(
+            "\n{stage}: against {} in Inception's features\n\n{evaluation}",
+            evaluation.protocol.reference.file
+        );
+        Ok(())
+    }
+}
+
+impl<B: TrainingBackend> Context<'_, B> {
+    pub(super) fn evaluate_reference(
+        &self,
+        stage: &str,
+        evaluate: &Evaluate,
+        files: &ReferenceFiles<'_>,
+        folder: &Path,
+    ) -> Result<(), RecipeError> {
+        let mut verdicts = Vec::new();
+        let (mut archives, mut vae_sha256) = (Vec::new(), None);
+        // All samples first: a mistake in a model shows before the long measuring.
+        for (index, source) in evaluate.compare.iter().enumerate() {
+            let (name, checkpoint) = (source.to_string(), self.load(source)?);
+            let network = checkpoint.network::<B::InnerBackend>(self.device)?;
+            let config = network.config();
+            let decoder = self.decoder(files.vae, &config)?;
+            let drawn = Draw {
+                name: &name,
+                network: &network,
+                decoder: decoder.as_ref(),
+                sampling: &evaluate.sampling,
+                seed: self.recipe.seed,
+                folder: &folder.join(format!("{}-{}", index + 1, file_name(&name))),
+                share: Share::WHOLE,
+            }
+            .run(self.device)?;
+            vae_sha256 = decoder.map(|decoder| decoder.sha256().to_owned());
+            let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
+            archives.push((name, archive, Some((config, drawn.rate))));
+        }
+        archives.extend(
+            (files.samples.iter()).map(|path| (path.display().to_string(), path.clone(), None)),
+        );
+        let (neighbours, cache) = (evaluate.neighbours, Some(folder));
+        let mut judge = Judge::<B::InnerBackend>::new(files, neighbours, cache, self.device)?;
+        for (name, archive, model) in &archives {
+            let mut verdict = judge.verdict(name, archive)?;
+            if let Some((config, rate)) = model {
+                verdict.parameters = Some(config.parameters());
+                verdict.depth = Some(config.depth);
+                verdict.images_per_second = *rate;
+            }
+            verdicts.push(verdict);
+        }
+        picture(&folder.join("comparison.png"), &archives)?;
+        judge.protocol.sampling = (!evaluate.compare.is_empty())
+            .then(|| protocol(&evaluate.sampling, self.recipe.seed, vae_sha256.as_deref()));
+        judge.finish(verdicts, stage, Some(&folder.join(EVALUATION)))
+    }
+}
+
+/// How the samples were drawn.
+fn protocol(sampling: &Sampling, seed: u64, vae: Option<&str>) -> serde_json::Value {
+    serde_json::json!({ "seed": seed, "vae_sha256": vae, "how": sampling })
+}
+
+type Measurable = (String, PathBuf, Option<(DitConfig, Option<f64>)>);
+
+/// The first samples of each, where all are of one size.
+fn picture(path: &Path, archives: &[Measurable]) -> Result<(), RecipeError> {
+    let mut rows = Vec::with_capacity(archives.len());
+    for (name, archive, _) in archives {
+        rows.push((name.as_str(), first_images(archive, 2 * COLUMNS)?));
+    }
+    let sides = |images: &Images| images.shape()[1..].to_vec();
+    let Some(first) = rows.first().map(|(_, images)| sides(images)) else {
+        return Ok(());
+    };
+    if rows.iter().any(|(_, images)| sides(images) != first) {
+        return Ok(());
+    }
+    let (columns, scale) = grid(first[0], COLUMNS);
+    let rows: Vec<(&str, &Images)> = rows.iter().map(|(name, images)| (*name, images)).collect();
+    Ok(comparison_png(path, &rows, columns, scale)?)
+}
+
+/// Measures archives of samples, prints the scores, and writes them with their protocol to `to`. What is measured of
+/// the reference is kept in the folder `cache`, if there is one.
+///
+/// # Errors
+/// When a file can't be read, or holds something else.
+pub(crate) fn archives<B: FusedOps>(
+    files: &ReferenceFiles<'_>,
+    neighbours: usize,
+    cache: Option<&Path>,
+    to: Option<&Path>,
+    device: &B::Device,
+) -> Result<(), RecipeError> {
+    let judge = Judge::<B>::new(files, neighbours, cache, device)?;
+    let verdicts = (files.samples.iter())
+        .map(|archive| judge.verdict(&archive.display().to_string(), archive))
+        .collect::<Result<_, _>>()?;
+    judge.finish(verdicts, "evaluate", to)
+}

@@ -1,0 +1,120 @@
+//! The stage that turns images into latents.
+
+use std::path::{Path, PathBuf};
+
+use super::RecipeError;
+use super::extract::{Extract, Form};
+use super::progress::Progress;
+use super::stages::Context;
+use crate::data::latents::{Dtype, RECORDS_PER_SHARD};
+use crate::data::{self, Extraction, ImageFolder, extract};
+use crate::ops::{FusedOps, TrainingBackend};
+use crate::weights::read_vae;
+
+/// Folder of the latents, in the stage's folder.
+pub(super) const LATENTS: &str = "latents";
+
+/// Pictures an autoencoder encodes at once: at 256 x 256 each takes some hundred MiB on the way.
+const ENCODED_AT_ONCE: usize = 4;
+
+/// How many images that can't be read are named one by one.
+const NAMED: usize = 10;
+
+impl<B: TrainingBackend> Context<'_, B> {
+    pub(super) fn extract(
+        &self,
+        stage: &str,
+        job: &Extract,
+        folder: &Path,
+    ) -> Result<(), RecipeError> {
+        let to = folder.join(LATENTS);
+        run::<B::InnerBackend>(stage, job, self.recipe.seed, &to, self.device)?;
+        Ok(())
+    }
+}
+
+/// Extracts with a progress bar, and says what became of it. Returns the folder.
+pub(crate) fn run<B: FusedOps>(
+    name: &str,
+    job: &Extract,
+    seed: u64,
+    to: &Path,
+    device: &B::Device,
+) -> Result<PathBuf, RecipeError> {
+    let images = ImageFolder::open(&job.images)?;
+    let (vae, config) = read_vae::<B>(&job.vae, device)?;
+    let wrong = |problem: String| RecipeError::Stage {
+        stage: name.to_owned(),
+        problem,
+    };
+    if !job.size.is_multiple_of(config.factor()) || config.in_channels != 3 {
+        return Err(wrong(format!(
+            "{}: encodes {} channels of sides that are multiples of {}, not 3 of {}",
+            job.vae.display(),
+            config.in_channels,
+            config.factor(),
+            job.size
+        )));
+    }
+    if images.ignored() > 0 {
+        crate::say!(
+            "{name}: {} entries of {} are no images of a class, and passed over",
+            images.ignored(),
+            job.images.display()
+        );
+    }
+    let how = Extraction {
+        size: job.size,
+        mirror: job.mirror,
+        form: match job.form {
+            Form::Packed { half: true } => data::Form::Packed(Dtype::F16),
+            Form::Packed { half: false } => data::Form::Packed(Dtype::F32),
+            Form::Npy => data::Form::Npy,
+        },
+        records_per_shard: RECORDS_PER_SHARD,
+        batch: job.batch,
+        slice: ENCODED_AT_ONCE,
+        workers: match job.workers {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            workers => workers,
+        },
+        seed,
+        vae_sha256: vae.sha256,
+    };
+    let mut progress = Progress::new(name, "images", images.images().len());
+    let extracted = extract(
+        &images,
+        &vae.network,
+        &config,
+        &how,
+        to,
+        device,
+        |count, before| {
+            if before {
+                progress.skip(count);
+            } else {
+                progress.add(count);
+            }
+        },
+    )?;
+    progress.finish();
+    if !extracted.finished {
+        return Err(RecipeError::Interrupted);
+    }
+    for (index, why) in extracted.skipped.iter().take(NAMED) {
+        crate::say!("{name}: image {index} is left out: {why}");
+    }
+    if extracted.skipped.len() > NAMED {
+        let more = extracted.skipped.len() - NAMED;
+        crate::say!(
+            "{name}: and {more} more, all in {}",
+            to.join("skipped.txt").display()
+        );
+    }
+    crate::say!(
+        "{name}: latents of {} images in {}",
+        extracted.images,
+        to.display()
+    );
+    Ok(to.to_owned())
+}

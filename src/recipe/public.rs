@@ -1,0 +1,148 @@
+//! The public files that the paper's recipes start from: what each is, how large, and where its project publishes it.
+
+use std::path::Path;
+
+use crate::models::{Architecture, zoo};
+
+/// A file that others publish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PublicFile {
+    /// The name it is published under, and by which a recipe's path is recognised.
+    pub name: &'static str,
+    /// What it is.
+    pub what: &'static str,
+    /// Its size, as a person reads it.
+    pub size: &'static str,
+    /// Where it comes from: the address at which its project publishes it, or what makes it.
+    pub from: &'static str,
+    /// The published model it holds, if it holds one of the zoo's.
+    model: Option<&'static str>,
+}
+
+impl PublicFile {
+    /// What it holds, if that is a diffusion network.
+    pub fn architecture(&self) -> Option<Architecture> {
+        // All of them are of ImageNet at 256 x 256, in latents of a VAE that reduces each side eight times.
+        zoo::config(self.model?, 32, 4, 1000).map(Architecture::Dit)
+    }
+}
+
+/// What makes the stand-ins of `recipes/standin.toml`.
+const STANDIN: &str = "`tinyfusion standin FOLDER`, which makes all stand-ins";
+
+const FILES: [PublicFile; 11] = [
+    PublicFile {
+        name: "DiT-XL-2-256x256.pt",
+        what: "DiT-XL/2 of ImageNet, 256 x 256, CC BY-NC 4.0",
+        size: "2.7 GB",
+        from: "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt",
+        model: Some("DiT-XL/2"),
+    },
+    PublicFile {
+        name: "TinyDiT-D14-MaskedKD-500K.pt",
+        what: "TinyDiT-D14, healed for 500,000 steps",
+        size: "1.4 GB",
+        from: "https://github.com/VainF/TinyFusion/releases/download/v1.0.0/TinyDiT-D14-MaskedKD-500K.pt",
+        model: Some("DiT-D14/2"),
+    },
+    PublicFile {
+        name: "sd-vae-ft-mse",
+        what: "Stable Diffusion's autoencoder: a folder with config.json and diffusion_pytorch_model.safetensors",
+        size: "335 MB",
+        from: "https://huggingface.co/stabilityai/sd-vae-ft-mse",
+        model: None,
+    },
+    PublicFile {
+        name: "sd-vae-ft-ema",
+        what: "Stable Diffusion's autoencoder: a folder with config.json and diffusion_pytorch_model.safetensors",
+        size: "335 MB",
+        from: "https://huggingface.co/stabilityai/sd-vae-ft-ema",
+        model: None,
+    },
+    PublicFile {
+        name: "pt_inception-2015-12-05-6726825d.pth",
+        what: "the Inception network that FID is measured in",
+        size: "95 MB",
+        from: "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        model: None,
+    },
+    PublicFile {
+        name: "VIRTUAL_imagenet256_labeled.npz",
+        what: "ADM's reference batch of ImageNet, 256 x 256",
+        size: "2.0 GB",
+        from: "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
+        model: None,
+    },
+    PublicFile {
+        name: "ILSVRC2012_img_train",
+        what: "the training images of ImageNet: a folder with one folder for each of the 1,000 classes",
+        size: "138 GB",
+        from: "https://www.image-net.org/download.php",
+        model: None,
+    },
+    PublicFile {
+        name: "standin-dit.pt",
+        what: "a random stand-in for DiT-XL/2",
+        size: "0.4 MB",
+        from: STANDIN,
+        model: None,
+    },
+    PublicFile {
+        name: "standin-vae",
+        what: "a random stand-in for an autoencoder",
+        size: "0.2 MB",
+        from: STANDIN,
+        model: None,
+    },
+    PublicFile {
+        name: "standin-inception.pth",
+        what: "a stand-in for Inception, its weights by formula",
+        size: "95 MB",
+        from: STANDIN,
+        model: None,
+    },
+    PublicFile {
+        name: "standin-reference.npz",
+        what: "a stand-in for a reference batch",
+        size: "0.4 MB",
+        from: STANDIN,
+        model: None,
+    },
+];
+
+/// The public file that a path stands for, by its last part.
+pub fn public_file(path: &Path) -> Option<&'static PublicFile> {
+    let name = path.file_name()?;
+    FILES.iter().find(|file| name == file.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_known_by_name_wherever_they_lie() {
+        let teacher = public_file(Path::new("weights/DiT-XL-2-256x256.pt")).unwrap();
+        let Some(Architecture::Dit(config)) = teacher.architecture() else {
+            panic!("{teacher:?}")
+        };
+        assert_eq!(
+            (config.depth, config.width, config.input_size),
+            (28, 1152, 32)
+        );
+        assert!(
+            public_file(Path::new("x/sd-vae-ft-mse"))
+                .unwrap()
+                .architecture()
+                .is_none()
+        );
+        assert_eq!(public_file(Path::new("x.pt")), None);
+        for file in FILES {
+            assert_eq!(
+                file.model.is_some(),
+                file.architecture().is_some(),
+                "{file:?}"
+            );
+        }
+    }
+}

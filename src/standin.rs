@@ -1,0 +1,165 @@
+//! Small stand-ins for the public files that the paper's job starts from.
+//!
+//! None of them is any good: weights are random numbers, images are painted by formula. They have the forms of the real
+//! ones, so that everything between an image folder and a table of scores can be run, and tested, without a download.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+
+use image::{Rgb, RgbImage};
+
+use crate::atomic::write_atomic;
+use crate::evaluation::write_samples;
+use crate::images::{Images, center_crop};
+use crate::models::inception::formula_weights;
+use crate::models::vae::VaeConfig;
+use crate::models::{DitConfig, Vae, position_table};
+use crate::random::{self, Stream};
+use crate::recipe::RecipeError;
+use crate::weights::{Array, StateDict, names, write_safetensors, write_torch};
+
+/// Images, in equal parts of [`CLASSES`] classes.
+pub const IMAGES: usize = 64;
+/// The first of them are the reference batch.
+pub const REFERENCE: usize = 32;
+/// Classes of images.
+pub const CLASSES: usize = 4;
+/// Side of the centre crop that the reference batch is made of; the model's latents are an eighth of it.
+pub const SIDE: usize = 64;
+
+/// The diffusion transformer's sizes.
+pub fn dit() -> DitConfig {
+    DitConfig {
+        input_size: SIDE / 8,
+        patch_size: 2,
+        channels: 4,
+        width: 32,
+        depth: 4,
+        heads: 2,
+        mlp_ratio: 4.0,
+        classes: CLASSES,
+        learn_sigma: true,
+    }
+}
+
+/// The autoencoder's sizes.
+pub fn vae() -> VaeConfig {
+    VaeConfig {
+        in_channels: 3,
+        out_channels: 3,
+        block_out_channels: vec![8, 8, 16, 16],
+        layers_per_block: 1,
+        latent_channels: 4,
+        norm_num_groups: 4,
+        scaling_factor: 0.18215,
+    }
+}
+
+/// Writes all of them into a folder, which must be new or empty: `images/`, `standin-dit.pt`, `standin-vae/`,
+/// `standin-inception.pth` (95 MB) and `standin-reference.npz`.
+///
+/// # Errors
+/// When the folder holds anything, or can't be written.
+pub fn make(folder: &Path) -> Result<(), RecipeError> {
+    if std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(RecipeError::Run(format!(
+            "{}: is not empty; nothing is overwritten, name another folder",
+            folder.display()
+        )));
+    }
+    let mut crops = Vec::with_capacity(REFERENCE * SIDE * SIDE * 3);
+    for index in 0..IMAGES {
+        let class = index % CLASSES;
+        let image = picture(index, class);
+        if index < REFERENCE {
+            crops.extend(center_crop(&image, SIDE));
+        }
+        let path = folder.join(format!("images/class-{class}/{index:03}.png"));
+        write_atomic(&path, |file| {
+            let encoder = image::codecs::png::PngEncoder::new(file);
+            image
+                .write_with_encoder(encoder)
+                .map_err(std::io::Error::other)
+        })
+        .map_err(RecipeError::io(&path))?;
+    }
+    let crops = Images::new(crops, [REFERENCE, SIDE, SIDE, 3]);
+    let crops = crops.map_err(|error| RecipeError::Run(error.to_string()))?;
+    write_samples(&folder.join("standin-reference.npz"), &crops, None)?;
+
+    let config = dit();
+    let mut state = noise(config.tensors(), 0.2);
+    let table = position_table(config.width, config.input_size / config.patch_size);
+    let shape = [1, config.tokens(), config.width];
+    state.insert("pos_embed".into(), Array::new(shape, table));
+    write_torch(&folder.join("standin-dit.pt"), &state.into(), None)?;
+
+    let vae_folder = folder.join("standin-vae");
+    let weights = vae_folder.join("diffusion_pytorch_model.safetensors");
+    write_safetensors(
+        &weights,
+        &noise(vae_tensors(), 0.3).into(),
+        BTreeMap::new(),
+        None,
+    )?;
+    let path = vae_folder.join("config.json");
+    let text = serde_json::to_string_pretty(&vae());
+    let text = text.map_err(|error| RecipeError::Run(error.to_string()))?;
+    write_atomic(&path, |file| file.write_all(text.as_bytes())).map_err(RecipeError::io(&path))?;
+
+    let inception = folder.join("standin-inception.pth");
+    Ok(write_torch(&inception, &formula_weights(0).into(), None)?)
+}
+
+/// Names and shapes of the autoencoder's weights.
+fn vae_tensors() -> Vec<(String, Vec<usize>)> {
+    type B = burn_ndarray::NdArray;
+    let parameters = names::<B, _>(&Vae::<B>::zeros(&vae(), &Default::default()));
+    parameters
+        .into_iter()
+        .map(|parameter| (parameter.name, parameter.shape))
+        .collect()
+}
+
+/// Random weights: matrices scaled by what they sum over, so that values stay of one size from layer to layer; what
+/// scales a norm is about 1, what shifts is small.
+fn noise(tensors: Vec<(String, Vec<usize>)>, spread: f32) -> StateDict {
+    let fill = |(index, (name, shape)): (usize, (String, Vec<usize>))| {
+        let count = shape.iter().product();
+        let values = random::normal(0, Stream::Weights, 1, index as u64, count);
+        let inputs: usize = shape.iter().skip(1).product();
+        let (centre, scale) = match shape.len() {
+            1 if name.ends_with(".weight") => (1.0, spread / 2.0),
+            1 => (0.0, spread / 2.0),
+            _ => (0.0, (inputs as f32).sqrt().recip()),
+        };
+        let values = values
+            .into_iter()
+            .map(|value| centre + scale * value)
+            .collect();
+        (name, Array::new(shape, values))
+    };
+    tensors.into_iter().enumerate().map(fill).collect()
+}
+
+/// A picture of a class: bands that run one way in each class, of a colour and width of its own.
+fn picture(index: usize, class: usize) -> RgbImage {
+    let (width, height) = (70 + 3 * (index as u32 % 9), 80);
+    let period = 6.0 + (index / CLASSES) as f32;
+    RgbImage::from_fn(width, height, |x, y| {
+        let (x, y) = (x as f32, y as f32);
+        let along = match class {
+            0 => x,
+            1 => y,
+            2 => x + y,
+            _ => (x - 35.0).hypot(y - 40.0),
+        };
+        let band = (along * std::f32::consts::TAU / period).sin();
+        let tone = |phase: usize| {
+            let tint = ((index * 37 + phase * 85) % 100) as f32;
+            (128.0 + 60.0 * band + tint - 50.0).clamp(0.0, 255.0) as u8
+        };
+        Rgb([tone(0), tone(1), tone(2)])
+    })
+}

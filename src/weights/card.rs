@@ -1,0 +1,146 @@
+//! The model card that goes with weights: what they are, where they came from, how good they were measured to be.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::{Checkpoint, Conversion, Provenance, WeightsError};
+
+/// The card, as Markdown with the header that model hubs read.
+pub(super) fn card(
+    checkpoint: &Checkpoint,
+    conversion: &Conversion,
+) -> Result<String, WeightsError> {
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = write_card(
+        &mut text,
+        checkpoint,
+        conversion,
+        &checkpoint.fingerprint()?,
+    );
+    Ok(text)
+}
+
+fn write_card(
+    out: &mut String,
+    checkpoint: &Checkpoint,
+    conversion: &Conversion,
+    fingerprint: &str,
+) -> std::fmt::Result {
+    let Checkpoint {
+        architecture,
+        tensors,
+        provenance,
+        path,
+        ..
+    } = checkpoint;
+    let licence = conversion.licence.as_deref();
+    writeln!(out, "---\nlicense: {}", licence.unwrap_or("other"))?;
+    if conversion.diffusers {
+        writeln!(out, "library_name: diffusers")?;
+    }
+    writeln!(out, "tags: [diffusion, pruned, tinyfusion]\n---\n")?;
+    writeln!(out, "# {architecture}\n")?;
+    match (&provenance.kept, provenance.parent_depth) {
+        (Some(kept), Some(depth)) => writeln!(
+            out,
+            "{} of {depth} layers of its parent, counted from 0: {kept:?}.\n",
+            kept.len()
+        )?,
+        _ => writeln!(out, "{} parameters.\n", tensors.parameters())?,
+    }
+    if licence.is_none() {
+        writeln!(
+            out,
+            "**Licence:** not stated. Weights made from others are under the licence of those; say it with `tinyfusion convert --licence`.\n"
+        )?;
+    }
+    writeln!(out, "## Where it came from\n\n| | |\n|---|---|")?;
+    writeln!(out, "| weights, SHA-256 | `{fingerprint}` |")?;
+    let Provenance {
+        recipe,
+        recipe_sha256,
+        stage,
+        seed,
+        steps,
+        images,
+        parent,
+        teacher,
+        groups,
+        note,
+        ..
+    } = provenance;
+    if recipe.is_empty() {
+        writeln!(out, "| made by | another program; the file says no more |")?;
+    } else {
+        writeln!(
+            out,
+            "| made by | tinyfusion {}, recipe {recipe}, stage {stage}, seed {seed} |",
+            env!("CARGO_PKG_VERSION")
+        )?;
+        writeln!(out, "| training | {steps} steps, {images} images |")?;
+    }
+    let rows = [
+        (
+            "recipe, SHA-256",
+            Some(recipe_sha256).filter(|hash| !hash.is_empty()),
+        ),
+        ("parent, SHA-256", parent.as_ref()),
+        ("teacher, SHA-256", teacher.as_ref()),
+    ];
+    for (label, hash) in rows {
+        if let Some(hash) = hash {
+            writeln!(out, "| {label} | `{hash}` |")?;
+        }
+    }
+    if let Some(groups) = groups {
+        let groups: Vec<String> = groups.iter().map(|[n, m]| format!("{n}:{m}")).collect();
+        writeln!(out, "| groups | {} |", groups.join(" "))?;
+    }
+    if !note.is_empty() {
+        writeln!(out, "| note | {note} |")?;
+    }
+
+    writeln!(out, "\n## Measured\n")?;
+    match verdict(path) {
+        Some((protocol, verdict)) => {
+            writeln!(
+                out,
+                "```json\n{verdict:#}\n```\n\nunder this protocol:\n\n```json\n{protocol:#}\n```\n"
+            )?;
+        }
+        None => writeln!(
+            out,
+            "No evaluation lies beside the weights. `tinyfusion evaluate` makes one.\n"
+        )?,
+    }
+
+    writeln!(out, "## How to load it\n")?;
+    if conversion.diffusers {
+        writeln!(
+            out,
+            "```python\nfrom diffusers import DiTTransformer2DModel\nmodel = DiTTransformer2DModel.from_pretrained(\"THIS_FOLDER\")\n```\n\nIts outputs differ a little from the original's: diffusers spaces the frequencies of timesteps by one more than DiT does\n(`downscale_freq_shift`). With that set to 0 they are the same."
+        )
+    } else {
+        writeln!(
+            out,
+            "Names and shapes are those of the original PyTorch code; a model of the sizes in `config.json` takes them as\n\n```python\nfrom safetensors.torch import load_file\nmodel.load_state_dict(load_file(\"model.safetensors\"), strict=True)\n```"
+        )
+    }
+}
+
+/// What an evaluation of the run that made a checkpoint found: its protocol, and the line of this model.
+fn verdict(checkpoint: &Path) -> Option<(Value, Value)> {
+    let stage = checkpoint.parent()?;
+    let (_, name) = stage.file_name()?.to_str()?.split_once('-')?;
+    let stages = std::fs::read_dir(stage.parent()?).ok()?;
+    stages.flatten().find_map(|folder| {
+        let text = std::fs::read_to_string(folder.path().join("eval.json")).ok()?;
+        let json: Value = serde_json::from_str(&text).ok()?;
+        let verdicts = json.get("verdicts")?.as_array()?;
+        let ours = verdicts.iter().find(|verdict| verdict["model"] == name)?;
+        Some((json.get("protocol")?.clone(), ours.clone()))
+    })
+}

@@ -1,0 +1,102 @@
+//! The networks that are only read, never trained: the autoencoder and Inception.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::backend::Backend;
+use sha2::{Digest, Sha256};
+
+use super::checkpoint::CONFIG;
+use super::{WeightsError, assign, open_weights};
+use crate::models::inception::Inception;
+use crate::models::vae::{Vae, VaeConfig, rename_attention};
+
+/// A network, what it was read from, and by which others know it again.
+#[derive(Debug)]
+pub struct Known<N> {
+    /// The network.
+    pub network: N,
+    /// The weight file.
+    pub path: PathBuf,
+    /// SHA-256 of that file.
+    pub sha256: String,
+}
+
+/// SHA-256 of a file, read in pieces.
+///
+/// # Errors
+/// When it can't be read.
+pub fn file_sha256(path: &Path) -> Result<String, WeightsError> {
+    let mut file = std::fs::File::open(path).map_err(WeightsError::io(path))?;
+    let mut hash = Sha256::new();
+    std::io::copy(&mut file, &mut hash).map_err(WeightsError::io(path))?;
+    Ok(hash
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}
+
+/// Reads an autoencoder: a folder with diffusers' `config.json` and weights, or a weight file, beside which that
+/// configuration may lie; without one, sizes are inferred.
+///
+/// # Errors
+/// When a file can't be read or asks for a computation that is not supported; one error names all tensors that are
+/// missing, surplus or misshapen.
+pub fn read_vae<B: Backend>(
+    path: &Path,
+    device: &B::Device,
+) -> Result<(Known<Vae<B>>, VaeConfig), WeightsError> {
+    let (tensors, file) = open_weights(path)?;
+    let mut state = tensors.read_all()?;
+    rename_attention(&mut state);
+    let config_path = file.with_file_name(CONFIG);
+    let config = match std::fs::read_to_string(&config_path) {
+        Ok(text) => VaeConfig::from_json(&text).map_err(|found| WeightsError::Format {
+            path: config_path,
+            expected: "configuration of an autoencoder",
+            found,
+        })?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let model = |problem: String| WeightsError::Model {
+                path: file.clone(),
+                problem: format!("it is no autoencoder: {problem}"),
+            };
+            let config = VaeConfig::infer(&state).map_err(model)?;
+            config
+                .problem()
+                .map_or(Ok(config), |problem| Err(model(problem)))?
+        }
+        Err(error) => return Err(WeightsError::io(&config_path)(error)),
+    };
+    let network = assign(
+        Vae::zeros(&config, device),
+        &state,
+        &file,
+        &config.to_string(),
+    )?;
+    let sha256 = file_sha256(&file)?;
+    let known = Known {
+        network,
+        path: file,
+        sha256,
+    };
+    Ok((known, config))
+}
+
+/// Reads the Inception network that FID is measured in.
+///
+/// # Errors
+/// When the file can't be read, or holds other tensors; one error names them all.
+pub fn read_inception<B: Backend>(
+    path: &Path,
+    device: &B::Device,
+) -> Result<Known<Inception<B>>, WeightsError> {
+    let (tensors, file) = open_weights(path)?;
+    let network = Inception::new(tensors.read_all()?, &file, device)?;
+    let sha256 = file_sha256(&file)?;
+    Ok(Known {
+        network,
+        path: file,
+        sha256,
+    })
+}

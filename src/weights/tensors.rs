@@ -1,0 +1,434 @@
+//! Tensors of a file, each read when it is asked for.
+//!
+//! A checkpoint may be larger than what is free in memory beside the network it fills. So a file is opened for its
+//! names, shapes and places; values come one tensor at a time. A tensor may be several pieces of the file in a row: that
+//! is how a layout that stores q, k and v apart is read as one that stacks them, without a copy in between.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use safetensors::Dtype;
+
+use super::state::{Array, StateDict, encode, floats};
+use super::{TensorSource, WeightsError};
+
+/// Where bytes lie.
+#[derive(Debug)]
+enum Store {
+    File(PathBuf, Mutex<File>),
+    Memory(PathBuf, Vec<u8>),
+    Embedded(PathBuf, &'static [u8]),
+    /// Values that were computed.
+    Values(Vec<f32>),
+}
+
+/// Bytes that tensors lie in: a file, or memory.
+#[derive(Debug, Clone)]
+pub(super) struct Bytes(Arc<Store>);
+
+impl Bytes {
+    pub(super) fn file(path: &Path, file: File) -> Self {
+        Self(Arc::new(Store::File(path.to_owned(), Mutex::new(file))))
+    }
+
+    /// Bytes in memory; `path` is for messages.
+    pub(super) fn memory(path: &Path, bytes: Vec<u8>) -> Self {
+        Self(Arc::new(Store::Memory(path.to_owned(), bytes)))
+    }
+
+    /// Bytes inside the binary; `path` is for messages.
+    pub(super) fn embedded(path: &Path, bytes: &'static [u8]) -> Self {
+        Self(Arc::new(Store::Embedded(path.to_owned(), bytes)))
+    }
+
+    /// Fills `out` from the bytes at `start`.
+    pub(super) fn read(&self, start: u64, out: &mut [u8]) -> Result<(), WeightsError> {
+        fn copy(bytes: &[u8], start: u64, out: &mut [u8]) -> io::Result<()> {
+            let start = usize::try_from(start).ok();
+            let range = start.and_then(|start| bytes.get(start..start.checked_add(out.len())?));
+            out.copy_from_slice(range.ok_or(io::ErrorKind::UnexpectedEof)?);
+            Ok(())
+        }
+        match &*self.0 {
+            Store::File(path, file) => {
+                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+                file.seek(SeekFrom::Start(start))
+                    .and_then(|_| file.read_exact(out))
+                    .map_err(WeightsError::io(path))
+            }
+            Store::Memory(path, bytes) => copy(bytes, start, out).map_err(WeightsError::io(path)),
+            Store::Embedded(path, bytes) => copy(bytes, start, out).map_err(WeightsError::io(path)),
+            Store::Values(values) => copy(bytemuck::cast_slice(values), start, out)
+                .map_err(WeightsError::io(Path::new("computed values"))),
+        }
+    }
+}
+
+/// A run of values: a strided view of some bytes.
+#[derive(Debug, Clone)]
+struct Part {
+    bytes: Bytes,
+    /// Byte of the first value.
+    start: u64,
+    shape: Vec<usize>,
+    /// Values from one index of a dimension to the next.
+    strides: Vec<usize>,
+}
+
+impl Part {
+    fn count(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Reads the values, row after row.
+    fn read(&self, size: usize, mut out: &mut [u8]) -> Result<(), WeightsError> {
+        // Rows of the last dimensions that lie in order are read at once; all of a usual tensor is one row.
+        let (mut row, mut outer) = (1, self.shape.len());
+        while outer > 0 && (self.strides[outer - 1] == row || self.shape[outer - 1] == 1) {
+            row *= self.shape[outer - 1];
+            outer -= 1;
+        }
+        if outer == 0 {
+            return self.bytes.read(self.start, out);
+        }
+        // Rows are short where a view is transposed: from memory, not one by one from a file.
+        let last =
+            (self.shape.iter().zip(&self.strides)).map(|(n, stride)| (n.max(&1) - 1) * stride);
+        let mut all = vec![0; (last.sum::<usize>() + 1) * size];
+        self.bytes.read(self.start, &mut all)?;
+        let mut index = vec![0; outer];
+        while !out.is_empty() {
+            let place = (index.iter().zip(&self.strides)).map(|(i, stride)| i * stride);
+            let first = place.sum::<usize>() * size;
+            let (filled, rest) = std::mem::take(&mut out).split_at_mut(row * size);
+            filled.copy_from_slice(&all[first..first + row * size]);
+            out = rest;
+            for (i, count) in index.iter_mut().zip(&self.shape).rev() {
+                *i += 1;
+                if *i < *count {
+                    break;
+                }
+                *i = 0;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A tensor that has not been read.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    shape: Vec<usize>,
+    dtype: Dtype,
+    /// Their values, one after another, are the tensor's.
+    parts: Vec<Part>,
+}
+
+impl Stored {
+    /// A dense tensor at a byte of `bytes`.
+    pub(super) fn dense(shape: Vec<usize>, dtype: Dtype, bytes: &Bytes, start: u64) -> Self {
+        let mut strides = vec![1; shape.len()];
+        for i in (1..shape.len()).rev() {
+            strides[i - 1] = strides[i] * shape[i];
+        }
+        Self::strided(shape, strides, dtype, bytes, start)
+    }
+
+    /// A strided view whose first value is at a byte of `bytes`; the caller has checked that all of it lies inside.
+    pub(super) fn strided(
+        shape: Vec<usize>,
+        strides: Vec<usize>,
+        dtype: Dtype,
+        bytes: &Bytes,
+        start: u64,
+    ) -> Self {
+        let part = Part {
+            bytes: bytes.clone(),
+            start,
+            shape: shape.clone(),
+            strides,
+        };
+        Self {
+            shape,
+            dtype,
+            parts: vec![part],
+        }
+    }
+
+    /// Values in memory.
+    pub(super) fn values(array: Array) -> Self {
+        let bytes = Bytes(Arc::new(Store::Values(array.data)));
+        Self::dense(array.shape, Dtype::F32, &bytes, 0)
+    }
+
+    /// The values rounded to a type, in memory.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub(super) fn rounded(self, dtype: Dtype) -> Result<Self, WeightsError> {
+        if dtype == self.dtype {
+            return Ok(self);
+        }
+        let bytes = Bytes::memory(
+            Path::new("computed values"),
+            encode(self.read()?.data, dtype),
+        );
+        Ok(Self::dense(self.shape, dtype, &bytes, 0))
+    }
+
+    /// Tensors of one type stacked along their first dimension; None if they don't fit.
+    pub(super) fn stack(tensors: &[&Self]) -> Option<Self> {
+        let first = tensors.first()?;
+        let (rows, rest) = first.shape.split_first()?;
+        let mut stacked = Self {
+            shape: vec![*rows],
+            dtype: first.dtype,
+            parts: first.parts.clone(),
+        };
+        stacked.shape.extend(rest);
+        for tensor in &tensors[1..] {
+            if tensor.dtype != first.dtype || tensor.shape.get(1..)? != rest {
+                return None;
+            }
+            stacked.shape[0] += tensor.shape.first()?;
+            stacked.parts.extend_from_slice(&tensor.parts);
+        }
+        Some(stacked)
+    }
+
+    /// Rows `first..first + count` of the first dimension; None if they aren't there, or cut through a stacked part.
+    pub(super) fn rows(&self, first: usize, count: usize) -> Option<Self> {
+        let (rows, rest) = self.shape.split_first()?;
+        if first.checked_add(count)? > *rows {
+            return None;
+        }
+        let mut parts = Vec::new();
+        let mut before = 0;
+        for part in &self.parts {
+            let height = *part.shape.first()?;
+            let from = first.max(before);
+            let to = (first + count).min(before + height);
+            if from < to {
+                let mut part = part.clone();
+                let skipped = (from - before) * part.strides[0] * size_of_value(self.dtype);
+                part.start += skipped as u64;
+                part.shape[0] = to - from;
+                parts.push(part);
+            }
+            before += height;
+        }
+        let mut shape = vec![count];
+        shape.extend(rest);
+        Some(Self {
+            shape,
+            dtype: self.dtype,
+            parts,
+        })
+    }
+
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Type of the stored values.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Number of values.
+    pub fn count(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The stored bytes, values row after row, little-endian.
+    ///
+    /// # Errors
+    /// When the file can't be read.
+    pub fn bytes(&self) -> Result<Vec<u8>, WeightsError> {
+        let mut out = vec![0; self.count() * size_of_value(self.dtype)];
+        self.fill(&mut out)?;
+        Ok(out)
+    }
+
+    /// The values as f32.
+    ///
+    /// # Errors
+    /// When the file can't be read.
+    pub fn read(&self) -> Result<Array, WeightsError> {
+        let data = if self.dtype == Dtype::F32 && cfg!(target_endian = "little") {
+            // Straight into place: no second copy of the largest tensors.
+            let mut data = vec![0f32; self.count()];
+            self.fill(bytemuck::cast_slice_mut(&mut data))?;
+            data
+        } else {
+            // Other types are refused when a file is opened.
+            floats(self.dtype, &self.bytes()?).unwrap_or_default()
+        };
+        Ok(Array::new(self.shape.clone(), data))
+    }
+
+    fn fill(&self, mut out: &mut [u8]) -> Result<(), WeightsError> {
+        let size = size_of_value(self.dtype);
+        for part in &self.parts {
+            let (filled, rest) = std::mem::take(&mut out).split_at_mut(part.count() * size);
+            if !filled.is_empty() {
+                part.read(size, filled)?;
+            }
+            out = rest;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a float value; 0 for types that are not read.
+pub(super) fn size_of_value(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::F16 | Dtype::BF16 => 2,
+        Dtype::F32 => 4,
+        Dtype::F64 => 8,
+        _ => 0,
+    }
+}
+
+/// Tensors by name.
+#[derive(Debug, Clone, Default)]
+pub struct Tensors(BTreeMap<String, Stored>);
+
+impl Tensors {
+    /// The tensor of a name.
+    pub fn get(&self, name: &str) -> Option<&Stored> {
+        self.0.get(name)
+    }
+
+    /// Adds a tensor.
+    pub(super) fn insert(&mut self, name: impl Into<String>, tensor: Stored) {
+        self.0.insert(name.into(), tensor);
+    }
+
+    /// Takes a tensor out.
+    pub(super) fn remove(&mut self, name: &str) -> Option<Stored> {
+        self.0.remove(name)
+    }
+
+    /// All, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&String, &Stored)> {
+        self.0.iter()
+    }
+
+    /// Number of tensors.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Number of values in all tensors.
+    pub fn parameters(&self) -> usize {
+        self.0.values().map(Stored::count).sum()
+    }
+
+    /// Reads all of them.
+    ///
+    /// # Errors
+    /// When a file can't be read.
+    pub fn read_all(&self) -> Result<StateDict, WeightsError> {
+        (self.0.iter())
+            .map(|(name, tensor)| Ok((name.clone(), tensor.read()?)))
+            .collect()
+    }
+}
+
+impl From<StateDict> for Tensors {
+    fn from(state: StateDict) -> Self {
+        let stored = |(name, array)| (name, Stored::values(array));
+        Self(state.into_iter().map(stored).collect())
+    }
+}
+
+impl IntoIterator for Tensors {
+    type Item = (String, Stored);
+    type IntoIter = std::collections::btree_map::IntoIter<String, Stored>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+impl TensorSource for Tensors {
+    fn shapes(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.0
+            .iter()
+            .map(|(name, tensor)| (name.as_str(), tensor.shape()))
+    }
+
+    fn tensor(&self, name: &str) -> Result<Option<Array>, WeightsError> {
+        self.0.get(name).map(Stored::read).transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(count: usize) -> Bytes {
+        let bytes = (0..count).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        Bytes::memory(Path::new("numbers"), bytes)
+    }
+
+    #[test]
+    fn strided_views_are_read_row_after_row() {
+        let bytes = numbers(24);
+        let read = |start: u64, shape: &[usize], strides: &[usize]| {
+            Stored::strided(shape.into(), strides.into(), Dtype::F32, &bytes, 4 * start)
+                .read()
+                .unwrap()
+                .data
+        };
+        assert_eq!(read(2, &[3], &[1]), [2.0, 3.0, 4.0]);
+        // A transposed matrix, a slice of columns, a repeated row, one value, none.
+        assert_eq!(
+            read(0, &[4, 2], &[1, 4]),
+            [0.0, 4.0, 1.0, 5.0, 2.0, 6.0, 3.0, 7.0]
+        );
+        assert_eq!(read(1, &[2, 2], &[4, 1]), [1.0, 2.0, 5.0, 6.0]);
+        assert_eq!(read(3, &[2, 2], &[0, 1]), [3.0, 4.0, 3.0, 4.0]);
+        assert_eq!(read(23, &[], &[]), [23.0]);
+        assert_eq!(read(0, &[0, 3], &[3, 1]), [0f32; 0]);
+    }
+
+    #[test]
+    fn stacks_and_rows_are_views() {
+        let bytes = numbers(24);
+        let at =
+            |start: u64, rows: usize| Stored::dense(vec![rows, 2], Dtype::F32, &bytes, 4 * start);
+        let stacked = Stored::stack(&[&at(4, 2), &at(0, 1), &at(20, 2)]).unwrap();
+        assert_eq!(stacked.shape(), [5, 2]);
+        let whole = [4.0, 5.0, 6.0, 7.0, 0.0, 1.0, 20.0, 21.0, 22.0, 23.0];
+        assert_eq!(stacked.read().unwrap().data, whole);
+        for (first, count) in [(0, 5), (1, 3), (2, 1), (4, 1), (3, 2)] {
+            let rows = stacked.rows(first, count).unwrap();
+            assert_eq!(rows.shape(), [count, 2]);
+            assert_eq!(
+                rows.read().unwrap().data,
+                whole[2 * first..2 * (first + count)]
+            );
+        }
+        assert!(stacked.rows(3, 3).is_none());
+        let wide = Stored::dense(vec![2, 3], Dtype::F32, &bytes, 0);
+        assert!(Stored::stack(&[&at(0, 1), &wide]).is_none());
+    }
+
+    #[test]
+    fn a_file_that_became_shorter_is_an_error() {
+        let tensor = Stored::dense(vec![3], Dtype::F32, &numbers(2), 0);
+        let error = tensor.read().unwrap_err().to_string();
+        assert!(error.contains("numbers"), "{error}");
+    }
+}

@@ -1,0 +1,379 @@
+//! The paper's own job: its recipes without their files, and all of it on small stand-ins.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tinyfusion::data::Latents;
+use tinyfusion::weights::Checkpoint;
+
+use crate::program::{Place, root};
+
+const STANDIN: &str = "artifacts/standin";
+
+fn recipe(name: &str) -> String {
+    root().join("recipes").join(name).display().to_string()
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+#[test]
+fn every_recipe_can_be_planned_without_its_files() {
+    let place = Place::new();
+    let mut recipes = 0;
+    for entry in std::fs::read_dir(root().join("recipes")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        let dry = place
+            .run(&["recipe", path.to_str().unwrap(), "--dry-run"])
+            .succeeded();
+        assert!(place.files().is_empty(), "{name} wrote something");
+        if !name.starts_with('d') || name.starts_with("digits") {
+            continue;
+        }
+        recipes += 1;
+        for file in [
+            "DiT-XL-2-256x256.pt",
+            "artifacts/data/imagenet256",
+            "VIRTUAL_imagenet256_labeled.npz",
+            "pt_inception-2015-12-05-6726825d.pth",
+            "sd-vae-ft-mse",
+        ] {
+            assert!(
+                dry.stdout.contains(file),
+                "{name} does not list {file}:\n{}",
+                dry.stdout
+            );
+        }
+        assert!(
+            dry.stdout.contains("28 layers, width 1152"),
+            "{name}:\n{}",
+            dry.stdout
+        );
+        // The cost a recipe's first lines state is what the plan says.
+        let text = std::fs::read_to_string(&path).unwrap().replace("\n#", " ");
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let (images, flops) = cost(&dry.stdout);
+        for stated in [images, flops] {
+            assert!(
+                text.contains(&stated),
+                "{name} does not state its cost as {stated}"
+            );
+        }
+        // Run, it says the same and does nothing.
+        let run = place.run(&[
+            "recipe",
+            path.to_str().unwrap(),
+            "--backend",
+            "ndarray",
+            "--set",
+            "compute=f32",
+        ]);
+        assert_eq!(run.status, Some(2), "{name}: {}", run.stderr);
+        assert!(
+            run.stderr.contains("5 files are missing"),
+            "{name}: {}",
+            run.stderr
+        );
+        assert!(
+            run.stderr.contains("https://dl.fbaipublicfiles.com/"),
+            "{name}: {}",
+            run.stderr
+        );
+        assert!(place.files().is_empty(), "{name} wrote something");
+    }
+    assert_eq!(recipes, 11);
+}
+
+/// Images and operations of all stages of a plan, as a recipe's first lines state them.
+fn cost(plan: &str) -> (String, String) {
+    let (mut images, mut flops) = (0u64, 0f64);
+    for line in plan.lines().filter(|line| line.contains(" steps, ")) {
+        let number = |before: &str| {
+            let end = line.find(before).unwrap();
+            line[..end].rsplit(' ').next().unwrap().replace(',', "")
+        };
+        images += number(" images").parse::<u64>().unwrap();
+        if line.contains(" FLOPs") {
+            flops += number(" FLOPs").parse::<f64>().unwrap();
+        }
+    }
+    (
+        format!("{:.1} million images", images as f64 / 1e6),
+        format!("{flops:.1e} FLOPs"),
+    )
+}
+
+#[test]
+fn the_stand_ins_go_all_the_way_from_images_to_scores() {
+    let place = Place::new();
+    let without = place.run(&["recipe", &recipe("standin.toml")]);
+    assert_eq!(without.status, Some(2));
+    assert!(
+        without.stderr.contains("standin-vae") && without.stderr.contains("tinyfusion standin"),
+        "{}",
+        without.stderr
+    );
+
+    place.run(&["standin", STANDIN]).succeeded();
+    let again = place.run(&["standin", STANDIN]);
+    assert_eq!(again.status, Some(2), "{}", again.stderr);
+    let finished = place
+        .run(&["recipe", &recipe("standin.toml"), "--plain"])
+        .succeeded();
+    for word in ["FID", "sFID", "precision", "recover", "standin-dit.pt"] {
+        assert!(
+            finished.stdout.contains(word),
+            "no {word}:\n{}",
+            finished.stdout
+        );
+    }
+    let run = place.path("artifacts/runs/standin/001");
+    let latents = Latents::open(&run.join("01-extract/latents")).unwrap();
+    latents.verify().unwrap();
+    assert_eq!(
+        (latents.count(), latents.views(), latents.side()),
+        (64, 2, 8)
+    );
+    let student = Checkpoint::read(&run.join("03-recover/model.safetensors")).unwrap();
+    assert_eq!(student.dit().unwrap().depth, 2);
+    assert_eq!(student.provenance.kept.as_ref().unwrap().len(), 2);
+    assert_eq!(student.provenance.recipe_sha256.len(), 64);
+    assert!(run.join("04-sample/samples.png").is_file());
+    assert!(!run.join("04-sample/parts").exists());
+
+    let evaluation = json(&run.join("05-evaluate/eval.json"));
+    for key in ["samples", "compute", "backend", "neighbours", "split_size"] {
+        assert!(
+            !evaluation["protocol"][key].is_null(),
+            "{key}: {evaluation:#}"
+        );
+    }
+    for file in ["reference", "inception"] {
+        let hash = evaluation["protocol"][file]["sha256"].as_str();
+        assert_eq!(hash.map(str::len), Some(64), "{file}: {evaluation:#}");
+    }
+    let how = &evaluation["protocol"]["sampling"];
+    for (key, expected) in [
+        ("steps", 10.0),
+        ("guidance", 1.5),
+        ("guidance_channels", 3.0),
+        ("count", 24.0),
+    ] {
+        assert_eq!(how["how"][key].as_f64(), Some(expected), "{key}: {how:#}");
+    }
+    assert_eq!(how["vae_sha256"].as_str().unwrap().len(), 64);
+    let verdicts = evaluation["verdicts"].as_array().unwrap();
+    assert_eq!(verdicts.len(), 2);
+    for verdict in verdicts {
+        for score in ["fid", "sfid", "inception_score", "precision", "recall"] {
+            assert!(
+                verdict[score].as_f64().is_some_and(f64::is_finite),
+                "{score}: {verdict:#}"
+            );
+        }
+    }
+
+    // The archive of the stage, measured by the command, has the scores of the stage; so has what it kept of the reference.
+    let cache = run.join("05-evaluate");
+    let cache = cache.to_str().unwrap();
+    let samples = run.join("05-evaluate/2-recover/samples.npz");
+    let reference = format!("{STANDIN}/standin-reference.npz");
+    let inception = format!("{STANDIN}/standin-inception.pth");
+    let measure = [
+        "evaluate",
+        samples.to_str().unwrap(),
+        &reference,
+        "--inception",
+        &inception,
+        "--out",
+        "e.json",
+        "--cache",
+        cache,
+    ];
+    place.run(&measure).succeeded();
+    let measured = json(&place.path("e.json"));
+    assert_eq!(measured["verdicts"][0]["fid"], verdicts[1]["fid"]);
+    let overwritten = place.run(&measure);
+    assert_eq!(overwritten.status, Some(2), "{}", overwritten.stderr);
+
+    // The student in the layout of diffusers, with a card that says what was measured.
+    let model = run.join("03-recover/model.safetensors");
+    place
+        .run(&[
+            "convert",
+            model.to_str().unwrap(),
+            "student",
+            "--licence",
+            "cc-by-nc-4.0",
+        ])
+        .succeeded();
+    let card = std::fs::read_to_string(place.path("student/README.md")).unwrap();
+    for words in [
+        "license: cc-by-nc-4.0",
+        "of 4 layers",
+        "sha256",
+        "sfid",
+        "strict=True",
+    ] {
+        assert!(card.contains(words), "no {words}:\n{card}");
+    }
+    let converted = Checkpoint::read(&place.path("student")).unwrap();
+    assert_eq!(
+        converted.fingerprint().unwrap(),
+        student.fingerprint().unwrap()
+    );
+    assert_eq!(converted.provenance, student.provenance);
+}
+
+/// Every file below a folder, by its place there.
+fn below(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for entry in std::fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let bytes = std::fs::read(&path).unwrap();
+                found.insert(path.strip_prefix(folder).unwrap().to_owned(), bytes);
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn a_killed_extraction_goes_on_to_the_same_bytes() {
+    let place = Place::new();
+    place.run(&["standin", STANDIN]).succeeded();
+    let images = format!("{STANDIN}/images");
+    std::fs::write(place.path(&images).join("class-1/broken.png"), "no picture").unwrap();
+    let vae = format!("{STANDIN}/standin-vae");
+    let arguments = |to: &'static str, form: &'static str| -> Vec<String> {
+        let arguments = [
+            "extract", &images, to, "--vae", &vae, "--size", "64", "--batch", "4", "--form", form,
+        ];
+        arguments.map(str::to_owned).to_vec()
+    };
+    let run = |arguments: &[String]| {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        place.run(&arguments)
+    };
+    let whole = run(&arguments("whole", "npy")).succeeded();
+    assert!(whole.stderr.contains("broken.png"), "{}", whole.stderr);
+    // Killed once some latents are there, which of the two forms only files by files show.
+    let words = arguments("parts", "npy");
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let mut child = place.start(&words);
+    let label = place.path("parts/imagenet256_labels/5.npy");
+    let begun = Instant::now();
+    while !label.exists() && begun.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let killed = below(&place.path("parts")).len();
+    run(&arguments("parts", "npy")).succeeded();
+    let (parts, whole) = (below(&place.path("parts")), below(&place.path("whole")));
+    assert!(killed < whole.len(), "it had ended before it was killed");
+    assert!(
+        parts.keys().eq(whole.keys()),
+        "{:?}\n{:?}",
+        parts.keys(),
+        whole.keys()
+    );
+    assert!(parts == whole, "the same files with other bytes");
+    let other = run(&arguments("parts", "f16"));
+    assert_eq!(other.status, Some(2), "{}", other.stderr);
+    assert!(other.stderr.contains("extraction.json"), "{}", other.stderr);
+}
+
+#[test]
+fn shares_of_samples_come_together_as_if_drawn_at_once() {
+    let place = Place::new();
+    let sample = |into: &str, more: &[&str]| {
+        let mut arguments = vec![
+            "sample",
+            "embedded:digits-teacher",
+            "--count",
+            "10",
+            "--batch",
+            "3",
+            "--steps",
+            "3",
+            "--into",
+            into,
+        ];
+        arguments.extend(more);
+        place.run(&arguments)
+    };
+    sample("whole", &[]).succeeded();
+    for share in ["1/3", "0/3"] {
+        let finished = sample("shares", &["--share", share]).succeeded();
+        assert!(finished.stderr.contains("others"), "{}", finished.stderr);
+    }
+    assert!(!place.path("shares/samples.npz").exists());
+    sample("shares", &["--share", "2/3"]).succeeded();
+    let bytes = |folder: &str| std::fs::read(place.path(folder).join("samples.npz")).unwrap();
+    assert!(bytes("whole") == bytes("shares"));
+    let other = sample("shares", &["--seed", "1"]);
+    assert_eq!(other.status, Some(2));
+    assert!(other.stderr.contains("sampling.json"), "{}", other.stderr);
+}
+
+#[test]
+fn accumulated_gradients_train_as_whole_batches_do() {
+    let place = Place::new();
+    let text = "data = 'digits'\n[[stage]]\nkind = 'train'\nfrom = 'embedded:digits-teacher'\nsteps = 3\nbatch = 8\nlr = 1e-4\nema = 0.0\n";
+    for (name, accumulate) in [("whole", 1), ("parts", 4)] {
+        let recipe = place.write(
+            &format!("{name}.toml"),
+            format!("{text}accumulate = {accumulate}\n"),
+        );
+        place
+            .run(&["recipe", recipe.to_str().unwrap(), "--plain"])
+            .succeeded();
+    }
+    let file = |name: &str| place.path(&format!("artifacts/runs/{name}/001/01-train"));
+    let state = |name: &str| {
+        let checkpoint = Checkpoint::read(&file(name).join("model.safetensors")).unwrap();
+        checkpoint.tensors.read_all().unwrap()
+    };
+    let loss = |name: &str| -> f64 {
+        let log = std::fs::read_to_string(file(name).join("metrics.jsonl")).unwrap();
+        let first: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+        first["loss"].as_f64().unwrap()
+    };
+    // The same samples and draws, summed in another order.
+    assert!(
+        (loss("whole") / loss("parts") - 1.0).abs() < 1e-5,
+        "{} {}",
+        loss("whole"),
+        loss("parts")
+    );
+    let (whole, parts) = (state("whole"), state("parts"));
+    let (mut off, mut moved) = (0.0, 0.0);
+    let teacher = tinyfusion::recipe::embedded::checkpoint(
+        tinyfusion::recipe::source::EmbeddedName::DigitsTeacher,
+    )
+    .unwrap();
+    for (name, before) in teacher.tensors.read_all().unwrap() {
+        let (whole, parts) = (&whole[&name].data, &parts[&name].data);
+        for ((a, b), before) in whole.iter().zip(parts).zip(&before.data) {
+            off += f64::from(a - b).powi(2);
+            moved += f64::from(a - before).powi(2);
+        }
+    }
+    // Adam divides by the gradient's size, so where that is rounding alone its sign is the order's; such weights are few.
+    // Gradients that were summed and not averaged, or of other samples, would be off by as much as was moved.
+    assert!(
+        moved > 0.0 && (off / moved).sqrt() < 0.05,
+        "{}",
+        (off / moved).sqrt()
+    );
+}

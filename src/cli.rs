@@ -27,7 +27,9 @@ use crate::weights::Checkpoint;
 use bench::{BenchArguments, benchmark};
 use evaluate::{EvaluateArguments, evaluate};
 use extract::{ExtractArguments, extract};
-use weights::{ConvertArguments, InspectArguments, convert, inspect};
+use weights::{
+    ConvertArguments, InspectArguments, StatedArguments, convert, inspect, stated_source,
+};
 
 /// Learns which layers of a diffusion transformer to drop, heals what is left, and proves how good the result is.
 #[derive(Debug, Parser)]
@@ -185,6 +187,8 @@ struct RunArguments {
 struct SampleArguments {
     /// A .safetensors, .safetensors.index.json, .pt or .pth file, a folder, or an embedded checkpoint
     checkpoint: String,
+    #[command(flatten)]
+    stated: StatedArguments,
     /// The autoencoder that makes images of latents
     #[arg(long)]
     vae: Option<PathBuf>,
@@ -414,7 +418,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
         sampling.guidance = DEMO_GUIDANCE;
     }
     let sample = Sample {
-        from: source(&arguments.checkpoint)?,
+        from: stated_source(&arguments.checkpoint, &arguments.stated)?,
         vae: arguments.vae.clone(),
         sampling,
     };

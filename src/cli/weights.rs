@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use safetensors::Dtype;
 
-use super::source;
+use super::{open, source};
+use crate::recipe::RecipeError;
 use crate::recipe::plan::thousands;
-use crate::recipe::source::Source;
-use crate::recipe::{RecipeError, embedded};
+use crate::recipe::source::{FileSource, Source};
 use crate::weights::{self, Checkpoint, Conversion, Provenance, Stated};
 
 #[derive(Debug, clap::Args)]
@@ -53,15 +53,16 @@ pub(super) struct ConvertArguments {
     licence: Option<String>,
 }
 
-fn open(name: &str, stated: &StatedArguments) -> Result<Checkpoint, RecipeError> {
+/// A checkpoint named on the command line, with what is stated of it.
+pub(super) fn stated_source(name: &str, stated: &StatedArguments) -> Result<Source, RecipeError> {
     let stated = Stated {
         weights_key: stated.weights_key.clone(),
         heads: stated.heads.map(|heads| heads as usize),
         model: None,
     };
     match source(name)? {
-        Source::Embedded(name) if stated == Stated::default() => Ok(embedded::checkpoint(name)?),
-        Source::File(file) => Ok(Checkpoint::read_stated(&file.path, &stated)?),
+        Source::File(file) => Ok(Source::File(FileSource { stated, ..file })),
+        other if stated == Stated::default() => Ok(other),
         _ => Err(RecipeError::Run(format!(
             "{name}: --weights-key and --heads are for files"
         ))),
@@ -70,7 +71,7 @@ fn open(name: &str, stated: &StatedArguments) -> Result<Checkpoint, RecipeError>
 
 /// Writes a checkpoint in another form.
 pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
-    let checkpoint = open(&arguments.from, &arguments.stated)?;
+    let checkpoint = open(&stated_source(&arguments.from, &arguments.stated)?)?;
     let conversion = Conversion {
         diffusers: arguments.diffusers,
         dtype: arguments.dtype.as_deref().map(|dtype| match dtype {
@@ -90,7 +91,7 @@ pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
 /// Prints what a checkpoint holds.
 pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), RecipeError> {
     let name = &arguments.checkpoint;
-    let checkpoint = open(name, &arguments.stated)?;
+    let checkpoint = open(&stated_source(name, &arguments.stated)?)?;
     let parameters = checkpoint.tensors.parameters();
     let Checkpoint {
         architecture,

@@ -1,6 +1,7 @@
 //! Images to latents: what training on ImageNet reads instead of images.
 
 use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, sync_channel};
 
@@ -11,6 +12,7 @@ use sha2::{Digest, Sha256};
 use super::latents::{Dtype, Layout, ShardWriter, npy_written, write_npy};
 use super::{DataError, ImageFolder};
 use crate::atomic::write_atomic;
+use crate::backend::Compute;
 use crate::images::{center_crop, read_rgb, to_chw};
 use crate::models::vae::{Vae, VaeConfig};
 use crate::ops::FusedOps;
@@ -81,6 +83,36 @@ struct Job {
     batch: usize,
     seed: u64,
     vae_sha256: String,
+    vae: VaeConfig,
+    /// Another may round otherwise.
+    backend: String,
+    compute: Compute,
+}
+
+impl Job {
+    fn new(folder: &ImageFolder, config: &VaeConfig, how: &Extraction, backend: String) -> Self {
+        let mut hash = Sha256::new();
+        for (path, label) in folder.images() {
+            let name = path.file_name().unwrap_or_default();
+            hash.update(name.as_encoded_bytes());
+            hash.update([0]);
+            hash.update(label.to_le_bytes());
+        }
+        let hash = hash.finalize();
+        Self {
+            images: folder.images().len(),
+            list_sha256: hash.iter().map(|byte| format!("{byte:02x}")).collect(),
+            size: how.size,
+            mirror: how.mirror,
+            form: how.form,
+            batch: how.batch,
+            seed: how.seed,
+            vae_sha256: how.vae_sha256.clone(),
+            vae: config.clone(),
+            backend,
+            compute: crate::ops::compute(),
+        }
+    }
 }
 
 /// Where latents go.
@@ -130,7 +162,8 @@ pub fn extract<B: FusedOps>(
     mut progress: impl FnMut(usize, bool),
 ) -> Result<Extracted, DataError> {
     let images = folder.images();
-    begin(folder, how, to)?;
+    let job = Job::new(folder, config, how, B::name(device));
+    let _lock = begin(&job, to)?;
     let side = how.size / config.factor();
     let views = if how.mirror { 2 } else { 1 };
     let shape = [views, config.latent_channels, side];
@@ -166,16 +199,24 @@ pub fn extract<B: FusedOps>(
             let mut pixels = Vec::new();
             for index in batch..last {
                 // Each thread sends one result for each of its images, in order.
-                let picture = queues[(index - first) % workers].recv();
-                match picture.unwrap_or_else(|_| Err("its thread ended".into())) {
+                let picture = queues[(index - first) % workers].recv().map_err(|_| {
+                    let found = "that the thread which reads it ended";
+                    DataError::unexpected(&images[index].0, "a picture, or why it is none", found)
+                })?;
+                // What was left out stays so, and what has its latents keeps them, whatever became of the file since:
+                // the records that follow count on it.
+                if skipped.contains_key(&index) {
+                    continue;
+                }
+                match picture {
                     Ok(picture) => {
                         good.push(index);
                         pixels.extend(picture);
                     }
+                    Err(_) if index < start => {}
                     Err(why) => {
-                        if skipped.insert(index, why).is_none() {
-                            write_skipped(to, folder, &skipped)?;
-                        }
+                        skipped.insert(index, why);
+                        write_skipped(to, folder, &skipped)?;
                     }
                 }
             }
@@ -202,43 +243,21 @@ pub fn extract<B: FusedOps>(
     })
 }
 
-/// Notes how the latents are made, or refuses to go on with others.
-fn begin(folder: &ImageFolder, how: &Extraction, to: &Path) -> Result<(), DataError> {
-    let mut hash = Sha256::new();
-    for (path, label) in folder.images() {
-        let name = path.file_name().unwrap_or_default();
-        hash.update(name.as_encoded_bytes());
-        hash.update([0]);
-        hash.update(label.to_le_bytes());
-    }
-    let job = Job {
-        images: folder.images().len(),
-        list_sha256: hash
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect(),
-        size: how.size,
-        mirror: how.mirror,
-        form: how.form,
-        batch: how.batch,
-        seed: how.seed,
-        vae_sha256: how.vae_sha256.clone(),
-    };
+/// Notes how the latents are made, or refuses to go on with others. The folder is this process's while the file is held.
+fn begin(job: &Job, to: &Path) -> Result<File, DataError> {
     let path = to.join(JOB);
     match std::fs::read(&path) {
         Ok(bytes) => {
             let there: Job = serde_json::from_slice(&bytes).map_err(|error| {
                 DataError::unexpected(&path, "the description of an extraction", error.to_string())
             })?;
-            if there == job {
-                return Ok(());
+            if there != *job {
+                return Err(DataError::unexpected(
+                    &path,
+                    format!("{job:?}"),
+                    format!("latents made otherwise: {there:?}; name another folder"),
+                ));
             }
-            Err(DataError::unexpected(
-                &path,
-                format!("{job:?}"),
-                format!("latents made otherwise: {there:?}; name another folder"),
-            ))
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let taken = std::fs::read_dir(to).is_ok_and(|mut entries| entries.next().is_some());
@@ -246,11 +265,18 @@ fn begin(folder: &ImageFolder, how: &Extraction, to: &Path) -> Result<(), DataEr
                 let found = "one with other files in it";
                 return Err(DataError::unexpected(to, "a new or empty folder", found));
             }
-            write_atomic(&path, |file| Ok(serde_json::to_writer_pretty(file, &job)?))
-                .map_err(DataError::io(&path))
+            write_atomic(&path, |file| Ok(serde_json::to_writer_pretty(file, job)?))
+                .map_err(DataError::io(&path))?;
         }
-        Err(error) => Err(DataError::io(&path)(error)),
+        Err(error) => return Err(DataError::io(&path)(error)),
     }
+    let file = File::open(&path).map_err(DataError::io(&path))?;
+    // A file system without locks is no reason not to work.
+    if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
+        let found = "one that another process extracts into";
+        return Err(DataError::unexpected(to, "a folder of its own", found));
+    }
+    Ok(file)
 }
 
 fn open(
@@ -376,209 +402,4 @@ fn write_skipped(
 }
 
 #[cfg(test)]
-mod tests {
-    use std::panic::{AssertUnwindSafe, catch_unwind};
-
-    use burn_ndarray::{NdArray, NdArrayDevice};
-    use image::{Rgb, RgbImage};
-
-    use super::*;
-    use crate::data::Latents;
-    use crate::weights::{assign, collect};
-
-    /// An autoencoder of two levels with random weights.
-    fn vae() -> (Vae<NdArray>, VaeConfig) {
-        let config = VaeConfig {
-            in_channels: 3,
-            out_channels: 3,
-            block_out_channels: vec![4, 8],
-            layers_per_block: 1,
-            latent_channels: 4,
-            norm_num_groups: 2,
-            scaling_factor: 0.5,
-        };
-        let vae = Vae::<NdArray>::zeros(&config, &NdArrayDevice::default());
-        let mut state = collect(&vae);
-        for (array, index) in state.values_mut().zip(0..) {
-            let count = array.data.len();
-            let values = random::normal(3, Stream::Weights, 0, index, count);
-            array.data = values.into_iter().map(|value| 0.3 * value).collect();
-        }
-        let vae = assign(vae, &state, Path::new("test"), "a small autoencoder").unwrap();
-        (vae, config)
-    }
-
-    /// Eleven pictures of three classes, two of them broken.
-    fn pictures(root: &Path) -> ImageFolder {
-        for index in 0..11u8 {
-            let class = root.join(["cat", "dog", "eel"][usize::from(index) / 4]);
-            std::fs::create_dir_all(&class).unwrap();
-            let path = class.join(format!("{index:02}.png"));
-            if index == 3 || index == 9 {
-                std::fs::write(path, "no picture").unwrap();
-                continue;
-            }
-            let pixel = |x: u32, y: u32| Rgb([x as u8 * 8, y as u8 * 7, index * 20]);
-            RgbImage::from_fn(20 + u32::from(index), 24, pixel)
-                .save(path)
-                .unwrap();
-        }
-        ImageFolder::open(root).unwrap()
-    }
-
-    fn how(form: Form) -> Extraction {
-        Extraction {
-            size: 16,
-            mirror: true,
-            form,
-            records_per_shard: 2,
-            batch: 4,
-            slice: 3,
-            workers: 3,
-            seed: 5,
-            vae_sha256: "v".into(),
-        }
-    }
-
-    /// All files below a folder.
-    fn files(folder: &Path) -> BTreeMap<std::path::PathBuf, Vec<u8>> {
-        let mut found = BTreeMap::new();
-        for entry in std::fs::read_dir(folder).unwrap().flatten() {
-            if entry.path().is_dir() {
-                found.extend(files(&entry.path()));
-            } else {
-                let name = entry.path().strip_prefix(folder).unwrap().to_owned();
-                found.insert(
-                    Path::new(folder.file_name().unwrap()).join(name),
-                    std::fs::read(entry.path()).unwrap(),
-                );
-            }
-        }
-        found
-    }
-
-    #[test]
-    fn interrupted_work_goes_on_to_the_same_bytes() {
-        let root = tempfile::tempdir().unwrap();
-        let folder = pictures(&root.path().join("images"));
-        let (vae, config) = vae();
-        let device = NdArrayDevice::default();
-        for form in [
-            Form::Packed(Dtype::F16),
-            Form::Packed(Dtype::F32),
-            Form::Npy,
-        ] {
-            let at = |name: &str| root.path().join(format!("{form:?}-{name}")).join("latents");
-            let whole = extract(
-                &folder,
-                &vae,
-                &config,
-                &how(form),
-                &at("whole"),
-                &device,
-                |_, _| (),
-            )
-            .unwrap();
-            assert!(whole.finished);
-            assert_eq!(whole.images, 9);
-            assert_eq!(whole.skipped.keys().collect::<Vec<_>>(), [&3, &9]);
-            // Killed after every number of batches, one after another, with another number of threads each time.
-            for (killed, workers) in [(1, 1), (2, 2), (1, 5)] {
-                let how = Extraction {
-                    workers,
-                    ..how(form)
-                };
-                let mut batches = 0;
-                let result = catch_unwind(AssertUnwindSafe(|| {
-                    extract(
-                        &folder,
-                        &vae,
-                        &config,
-                        &how,
-                        &at("parts"),
-                        &device,
-                        |_, before| {
-                            batches += usize::from(!before);
-                            assert!(batches < killed, "killed here");
-                        },
-                    )
-                }));
-                assert!(result.is_err());
-            }
-            let resumed = extract(
-                &folder,
-                &vae,
-                &config,
-                &how(form),
-                &at("parts"),
-                &device,
-                |_, _| (),
-            )
-            .unwrap();
-            assert_eq!(resumed.images, 9);
-            assert_eq!(resumed.skipped.len(), 2);
-            assert_eq!(files(&at("parts")), files(&at("whole")), "{form:?}");
-
-            let latents = Latents::open(&at("whole")).unwrap();
-            latents.verify().unwrap();
-            assert_eq!(
-                (latents.count(), latents.views(), latents.side()),
-                (9, 2, 8)
-            );
-            assert_eq!(latents.label(8).unwrap(), 2);
-            let other = Extraction {
-                seed: 6,
-                ..how(form)
-            };
-            let error = extract(
-                &folder,
-                &vae,
-                &config,
-                &other,
-                &at("whole"),
-                &device,
-                |_, _| (),
-            );
-            assert!(error.unwrap_err().to_string().contains("made otherwise"));
-        }
-    }
-
-    #[test]
-    fn a_latent_is_a_scaled_draw_from_the_posterior_of_the_crop() {
-        let root = tempfile::tempdir().unwrap();
-        let folder = pictures(&root.path().join("images"));
-        let (vae, config) = vae();
-        let (to, device) = (root.path().join("latents"), NdArrayDevice::default());
-        extract(
-            &folder,
-            &vae,
-            &config,
-            &how(Form::Packed(Dtype::F32)),
-            &to,
-            &device,
-            |_, _| (),
-        )
-        .unwrap();
-        let latents = Latents::open(&to).unwrap();
-        // The fifth image of the folder is the fourth that can be read.
-        let (path, label) = &folder.images()[4];
-        let pixels = center_crop(&read_rgb(path).unwrap(), 16);
-        for view in 0..2 {
-            let x = TensorData::new(to_chw(&pixels, 16, view == 1), [1, 3, 16, 16]);
-            let posterior = vae.encode(Tensor::from_data(x, &device));
-            let noise = random::normal(5, Stream::Posterior, view as u64, 4, 4 * 8 * 8);
-            let noise = Tensor::from_data(TensorData::new(noise, [1, 4, 8, 8]), &device);
-            let expected = floats((posterior.sample(noise) * 0.5).into_data());
-            let mut found = Vec::new();
-            let read = crate::data::Samples::read(&latents, 3, view, &mut found).unwrap();
-            assert_eq!(read, *label);
-            // Alone or in a batch: sums may be rounded otherwise.
-            for (found, expected) in found.iter().zip(&expected) {
-                assert!(
-                    (found - expected).abs() <= 1e-5 * (1.0 + expected.abs()),
-                    "{found} {expected}"
-                );
-            }
-        }
-    }
-}
+mod tests;

@@ -93,7 +93,7 @@ pub struct AdmProtocol {
     /// Pictures per split of the Inception Score.
     pub split_size: usize,
     /// Type that Inception is computed in: `f32`. All that follows is in f64.
-    pub compute: String,
+    pub inception_compute: String,
     /// The backend that Inception ran on.
     pub backend: String,
     /// How the samples were made, if that is known: solver, steps, guidance, autoencoder, seed.
@@ -199,7 +199,7 @@ mod tests {
                 inception: digest("inception.pth", "34"),
                 neighbours: 3,
                 split_size: 5000,
-                compute: "f32".into(),
+                inception_compute: "f32".into(),
                 backend: "ndarray".into(),
                 sampling: Some(serde_json::json!({ "steps": 250, "guidance": 1.5 })),
             },

@@ -3,7 +3,7 @@
 //! A part is one batch of samples, always the same ones: which process draws it, and when, changes nothing. The parts of
 //! a finished set become one archive and are deleted.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -30,6 +30,12 @@ pub(super) const COLUMNS: usize = 20;
 const PICTURE: usize = 4096;
 /// Latents an autoencoder decodes at once: at 256 x 256 each takes some hundred MiB on the way.
 const DECODED_AT_ONCE: usize = 4;
+
+/// File of the first samples as a picture.
+const PICTURE_FILE: &str = "samples.png";
+
+/// File that says how samples were drawn, beside them.
+pub(super) const SAMPLING: &str = "sampling.json";
 
 /// File of the samples, in their folder.
 pub(super) const SAMPLES: &str = "samples.npz";
@@ -110,7 +116,18 @@ impl<B: FusedOps> Draw<'_, B> {
         let sampling = self.sampling;
         let labels = labels(sampling, self.network.config().classes);
         let archive = self.folder.join(SAMPLES);
+        let sampler = self.sampler()?;
+        let parts = Parts {
+            folder: self.folder.join("parts"),
+            sampling,
+            shape: self.shape(),
+        };
         if archive.exists() {
+            // Another process may have been stopped before it had tidied up.
+            if !self.folder.join(PICTURE_FILE).exists() {
+                self.picture(&archive)?;
+            }
+            parts.delete();
             let archive = Some(archive);
             return Ok(Drawn {
                 labels,
@@ -118,12 +135,6 @@ impl<B: FusedOps> Draw<'_, B> {
                 archive,
             });
         }
-        let sampler = self.sampler()?;
-        let parts = Parts {
-            folder: self.folder.join("parts"),
-            sampling,
-            shape: self.shape(),
-        };
         let ours = (0..parts.count()).filter(|part| part % self.share.of == self.share.index);
         let (there, missing): (Vec<usize>, Vec<usize>) = ours.partition(|part| parts.has(*part));
         let images = |all: &[usize]| {
@@ -163,7 +174,8 @@ impl<B: FusedOps> Draw<'_, B> {
         // Of several processes that see the last part, one puts them together.
         let lock = self.folder.join("parts.lock");
         let lock_file = File::create(&lock).map_err(RecipeError::io(&lock))?;
-        let whole = whole && lock_file.try_lock().is_ok();
+        // A file system without locks is no reason not to: the archive appears whole or not at all.
+        let whole = whole && !matches!(lock_file.try_lock(), Err(TryLockError::WouldBlock));
         if whole && !archive.exists() {
             parts.assemble(&archive, &labels)?;
             self.picture(&archive)?;
@@ -219,7 +231,7 @@ impl<B: FusedOps> Draw<'_, B> {
         let [side, ..] = self.shape();
         let (columns, scale) = grid(side, self.sampling.count);
         let images = first_images(archive, columns * 10)?;
-        let path = self.folder.join("samples.png");
+        let path = self.folder.join(PICTURE_FILE);
         Ok(grid_png(&path, &images, columns, scale)?)
     }
 }
@@ -248,9 +260,11 @@ pub fn draw_into<B: FusedOps>(
         "model": checkpoint.fingerprint()?,
         "vae": decoder.as_ref().map(Decoder::sha256),
         "seed": seed,
-        "sampling": sample.sampling,
+        "backend": B::name(device),
+        "compute": crate::ops::compute(),
+        "how": sample.sampling,
     });
-    let path = folder.join("sampling.json");
+    let path = folder.join(SAMPLING);
     match std::fs::read(&path) {
         Ok(bytes) => {
             let there: Option<serde_json::Value> = serde_json::from_slice(&bytes).ok();
@@ -262,6 +276,18 @@ pub fn draw_into<B: FusedOps>(
             }
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            // What lies there was drawn from who knows what. (A temporary file is another share's, just begun.)
+            let foreign = std::fs::read_dir(folder).is_ok_and(|entries| {
+                let mut names = entries.flatten().map(|entry| entry.file_name());
+                names.any(|name| !name.as_encoded_bytes().starts_with(b"."))
+            });
+            // Unless another share has begun in the meantime.
+            if foreign && !path.exists() {
+                return Err(RecipeError::Run(format!(
+                    "{}: is not empty, and nothing says how its files were made; name another folder",
+                    folder.display()
+                )));
+            }
             let text = super::directory::json(&settings)?;
             write_atomic(&path, |file| file.write_all(text.as_bytes()))
                 .map_err(RecipeError::io(&path))?;

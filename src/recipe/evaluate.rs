@@ -13,6 +13,7 @@ use super::evaluate_reference::ReferenceFiles;
 use super::plan::thousands;
 use super::sampling::{Against, Evaluate, Sample, Sampling};
 use super::stages::{Context, images};
+use crate::backend::Compute;
 use crate::data::{Digits, Image, Split};
 use crate::evaluation::{
     Features, PrecisionRecall, Statistics, StatisticsAccumulator, frechet_distance,
@@ -155,6 +156,7 @@ struct Protocol<'a> {
     features_fingerprint: String,
     neighbours: usize,
     backend: String,
+    compute: Compute,
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
@@ -269,6 +271,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             features_fingerprint: classifier_checkpoint.fingerprint()?,
             neighbours: evaluate.neighbours,
             backend: <B::InnerBackend as Backend>::name(self.device),
+            compute: crate::ops::compute(),
         };
         let table = table(&verdicts);
         let text = super::directory::json(&Evaluation { protocol, verdicts })?;

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use burn::tensor::backend::Backend;
 
 use super::RecipeError;
-use super::draw::{Draw, Share, first_images, grid};
+use super::draw::{Draw, SAMPLING, Share, first_images, grid};
 use super::evaluate::{EVALUATION, file_name, not_whole};
 use super::progress::Progress;
-use super::sampling::{Evaluate, Sampling};
+use super::sampling::Evaluate;
 use super::stages::Context;
 use crate::evaluation::{
     AdmEvaluation, AdmProtocol, AdmVerdict, DEFAULT_SPLIT_SIZE, FileDigest, Reference,
@@ -53,6 +53,7 @@ impl<B: FusedOps> Judge<B> {
         let inception_digest = FileDigest::known(&inception.path, &inception.sha256);
         let reference = Reference::open(files.reference)?;
         let pictures = reference.pictures();
+        enough(files.reference, pictures.unwrap_or(usize::MAX))?;
         let mut progress = Progress::new("reference", "images", pictures.unwrap_or(0));
         let network = &inception.network;
         let mut told = |done| progress.reach(done);
@@ -72,7 +73,7 @@ impl<B: FusedOps> Judge<B> {
             inception: inception_digest,
             neighbours,
             split_size: DEFAULT_SPLIT_SIZE,
-            compute: "f32".into(),
+            inception_compute: "f32".into(),
             backend: B::name(device),
             sampling: None,
         };
@@ -85,6 +86,7 @@ impl<B: FusedOps> Judge<B> {
 
     fn verdict(&self, name: &str, archive: &Path) -> Result<AdmVerdict, RecipeError> {
         let reader = SampleReader::open(archive)?;
+        enough(archive, reader.shape()[0])?;
         let mut progress = Progress::new(name, "images measured", reader.shape()[0]);
         let network = &self.inception.network;
         let measured = measure(network, reader, READ_BATCH, |done| progress.reach(done))?;
@@ -163,15 +165,28 @@ impl<B: TrainingBackend> Context<'_, B> {
             verdicts.push(verdict);
         }
         picture(&folder.join("comparison.png"), &archives)?;
-        judge.protocol.sampling = (!evaluate.compare.is_empty())
-            .then(|| protocol(&evaluate.sampling, self.recipe.seed, vae_sha256.as_deref()));
+        judge.protocol.sampling = (!evaluate.compare.is_empty()).then(|| {
+            serde_json::json!({
+                "vae": vae_sha256,
+                "seed": self.recipe.seed,
+                "backend": judge.protocol.backend,
+                "compute": crate::ops::compute(),
+                "how": evaluate.sampling,
+            })
+        });
         judge.finish(verdicts, stage, Some(&folder.join(EVALUATION)))
     }
 }
 
-/// How the samples were drawn.
-fn protocol(sampling: &Sampling, seed: u64, vae: Option<&str>) -> serde_json::Value {
-    serde_json::json!({ "seed": seed, "vae_sha256": vae, "how": sampling })
+/// Refuses archives of which there is nothing to measure.
+fn enough(archive: &Path, pictures: usize) -> Result<(), RecipeError> {
+    match pictures {
+        0 | 1 => Err(RecipeError::Run(format!(
+            "{}: expected at least 2 pictures, found {pictures}",
+            archive.display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 type Measurable = (String, PathBuf, Option<(DitConfig, Option<f64>)>);
@@ -206,9 +221,24 @@ pub(crate) fn archives<B: FusedOps>(
     to: Option<&Path>,
     device: &B::Device,
 ) -> Result<(), RecipeError> {
-    let judge = Judge::<B>::new(files, neighbours, cache, device)?;
+    let mut judge = Judge::<B>::new(files, neighbours, cache, device)?;
+    judge.protocol.sampling = said_of(files.samples);
     let verdicts = (files.samples.iter())
         .map(|archive| judge.verdict(&archive.display().to_string(), archive))
         .collect::<Result<_, _>>()?;
     judge.finish(verdicts, "evaluate", to)
+}
+
+/// What lies beside archives of how they were drawn, by archive; nothing of those that other programs made.
+fn said_of(archives: &[PathBuf]) -> Option<serde_json::Value> {
+    let said: serde_json::Map<String, serde_json::Value> = (archives.iter())
+        .filter_map(|archive| {
+            let text = std::fs::read_to_string(archive.with_file_name(SAMPLING)).ok()?;
+            Some((
+                archive.display().to_string(),
+                serde_json::from_str(&text).ok()?,
+            ))
+        })
+        .collect();
+    (!said.is_empty()).then(|| said.into())
 }

@@ -4,6 +4,7 @@
 //! mistake reported at once) → [`plan`] (each stage's model and cost) → [`run`] (stages, in a run directory).
 //! Parsing is our own over `toml`'s positions rather than serde's derive, which stops at the first mistake.
 
+mod cost;
 pub mod diagnostic;
 pub mod directory;
 pub mod document;
@@ -13,6 +14,7 @@ mod evaluate;
 pub(crate) mod evaluate_reference;
 pub mod extract;
 pub(crate) mod extract_stage;
+mod known;
 pub mod missing;
 mod models;
 pub mod optimisation;

@@ -3,25 +3,25 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
 
 use serde::Serialize;
 
 use super::RecipeError;
-use super::embedded;
-use super::missing::{Missing, MissingFile, Role, note};
-use super::optimisation::Optimisation;
+use super::cost::{
+    FROZEN, TRAINING, flops, images, inference_memory, lora_parameters, sampling_flops,
+    training_memory,
+};
+use super::known::{Known, Problem};
+use super::missing::{Missing, MissingFile, Role};
 use super::prune::{Prune, PruneMethod};
-use super::public::public_file;
 use super::recover::{Recover, RecoverMethod};
 use super::sampling::{Against, Sampling};
 use super::schema::{Data, Recipe, Stage, StageKind};
 use super::source::Source;
 use super::train::{Architecture as Wanted, Dit, Train};
-use crate::data::{Digits, ImageFolder, Latents, Split};
-use crate::models::{Architecture, DigitsClassifierConfig, DitConfig, digits, zoo};
+use crate::data::{Digits, ImageFolder, Split};
+use crate::models::{Architecture, DigitsClassifierConfig, DitConfig, zoo};
 use crate::pruning::{Update, oracle};
-use crate::weights::Checkpoint;
 
 /// A recipe with every stage's models known.
 #[derive(Debug, Clone)]
@@ -105,108 +105,6 @@ impl Plan {
         }
         let list = Missing(&self.missing).to_string();
         Err(RecipeError::Run(list.trim_end().to_owned()))
-    }
-}
-
-enum Problem {
-    /// The model comes from a stage that failed.
-    Unknown,
-    Said(String),
-}
-
-impl<E: std::error::Error> From<E> for Problem {
-    fn from(error: E) -> Self {
-        Self::Said(error.to_string())
-    }
-}
-
-/// What planning knows so far.
-struct Known<'a> {
-    recipe: &'a Recipe,
-    /// What earlier stages leave.
-    made: BTreeMap<String, Architecture>,
-    missing: Vec<MissingFile>,
-}
-
-impl Known<'_> {
-    /// Notes a file that a stage needs; says whether it is there.
-    fn need(&mut self, stage: &Stage, path: &Path, role: Role) -> bool {
-        note(&mut self.missing, &stage.name, path, role)
-    }
-
-    fn architecture(&mut self, stage: &Stage, source: &Source) -> Result<Architecture, Problem> {
-        match source {
-            Source::Stage(name) => self.made.get(name).cloned().ok_or(Problem::Unknown),
-            Source::Embedded(name) => Ok(embedded::checkpoint(*name)?.architecture),
-            Source::File(file) => {
-                if self.need(stage, &file.path, Role::Weights) {
-                    return Ok(Checkpoint::read_stated(&file.path, &file.stated)?.architecture);
-                }
-                // A recipe can be planned without its files where it is known what they hold.
-                let stated = file.stated.model.as_deref();
-                let stated = stated.and_then(|name| zoo::config(name, 32, 4, 1000));
-                let public = public_file(&file.path).and_then(|file| file.architecture());
-                // One that others publish is listed among the missing.
-                if stated.is_none() && public.is_none() && public_file(&file.path).is_some() {
-                    return Err(Problem::Unknown);
-                }
-                stated.map(Architecture::Dit).or(public).ok_or_else(|| {
-                    Problem::Said(format!(
-                        "`{source}` is not there, and nothing says what it holds"
-                    ))
-                })
-            }
-        }
-    }
-
-    fn dit(&mut self, stage: &Stage, source: &Source) -> Result<DitConfig, Problem> {
-        match self.architecture(stage, source)? {
-            Architecture::Dit(config) => Ok(config),
-            other => Err(Problem::Said(format!(
-                "`{source}` is a {other}; a diffusion network is needed"
-            ))),
-        }
-    }
-
-    /// Refuses a model that can't learn from the recipe's data.
-    fn fits_data(&mut self, stage: &Stage, config: &DitConfig) -> Result<(), Problem> {
-        let recipe = self.recipe;
-        let (name, channels, size, classes) = match &recipe.data {
-            Data::Digits => ("digits".to_owned(), 1, digits::SIDE, digits::CLASSES),
-            Data::Latents(path) => {
-                if !self.need(stage, path, Role::Latents) {
-                    return Ok(());
-                }
-                let latents = Latents::open(path)?;
-                (
-                    path.display().to_string(),
-                    latents.channels(),
-                    latents.side(),
-                    latents.classes()?,
-                )
-            }
-            Data::Stage(name) => {
-                let of = recipe.stages.iter().find(|stage| stage.name == *name);
-                let Some(StageKind::Extract(extract)) = of.map(|stage| &stage.kind) else {
-                    return Err(Problem::Unknown);
-                };
-                // How many classes and channels it makes is known once it has run.
-                let size = extract.size / AUTOENCODER_REDUCTION;
-                (name.clone(), config.channels, size, config.classes)
-            }
-        };
-        // A model may know more classes than the data has: a part of a data set is one too.
-        let fits = match recipe.data {
-            Data::Digits => config.classes == classes,
-            _ => config.classes >= classes,
-        };
-        if (config.input_size, config.channels) == (size, channels) && fits {
-            return Ok(());
-        }
-        Err(Problem::Said(format!(
-            "the data are {name}, {channels}x{size}x{size} in {classes} classes, but the model is for {}x{}x{} in {}",
-            config.channels, config.input_size, config.input_size, config.classes
-        )))
     }
 }
 
@@ -364,7 +262,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             let memory = check_sampling(&sample.sampling, &config)?;
             let flops = sampling_flops(&sample.sampling, &config);
             if let Some(vae) = &sample.vae {
-                known.need(stage, vae, Role::Vae);
+                known.vae(stage, vae, &config)?;
             } else if !is_pixels(&config) {
                 return Err(latents_need_a_vae(&config));
             }
@@ -398,6 +296,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                     Against::Reference { vae: None, .. } if !is_pixels(&config) => {
                         return Err(latents_need_a_vae(&config));
                     }
+                    Against::Reference { vae: Some(vae), .. } => known.vae(stage, vae, &config)?,
                     Against::Reference { .. } => {}
                 }
                 memory = memory.max(check_sampling(&evaluate.sampling, &config)?);
@@ -470,24 +369,6 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
     }
 }
 
-/// How many times an autoencoder of latents reduces each side.
-const AUTOENCODER_REDUCTION: usize = 8;
-
-/// Passes' worth of arithmetic in a training step: forward, and twice that backward.
-const TRAINING: f64 = 3.0;
-/// The same where weights stay as they are: backward needs the inputs' gradients alone.
-const FROZEN: f64 = 2.0;
-
-/// Operations of one forward pass over a number of images.
-fn flops(config: &DitConfig, images: usize) -> f64 {
-    2.0 * config.macs() as f64 * images as f64
-}
-
-fn sampling_flops(sampling: &Sampling, config: &DitConfig) -> f64 {
-    let passes = if sampling.guidance > 1.0 { 2 } else { 1 };
-    flops(config, passes * sampling.count) * sampling.steps as f64
-}
-
 /// Whether a model's samples are grey or coloured pixels.
 fn is_pixels(config: &DitConfig) -> bool {
     matches!(config.channels, 1 | 3)
@@ -498,10 +379,6 @@ fn latents_need_a_vae(config: &DitConfig) -> Problem {
         "the model draws latents of {} channels; give the autoencoder that makes images of them as `vae`",
         config.channels
     ))
-}
-
-fn images(optimisation: &Optimisation) -> usize {
-    optimisation.steps * optimisation.batch
 }
 
 fn train_architecture(
@@ -653,37 +530,6 @@ pub(super) fn check_taps(
         return Err("there must be at least one tap, and taps must rise on both sides".into());
     }
     Ok(())
-}
-
-/// Parameters of a low-rank update of every linear layer.
-fn lora_parameters(config: &DitConfig, rank: usize) -> usize {
-    let width = config.width;
-    let hidden = config.hidden();
-    let block = (width + 3 * width) + (width + width) + 2 * (width + hidden) + (width + 6 * width);
-    let ends = (256 + width)
-        + (width + width)
-        + (width + 2 * width)
-        + (width + config.patch_size.pow(2) * config.out_channels());
-    rank * (config.depth * block + ends)
-}
-
-/// Bytes of f32 activations that one block leaves for its backward pass: composed of Burn's operators, each of which
-/// keeps its inputs, about 30 tensors of the trunk's width, 9 of the MLP's and 5 of the attention weights. Gives 213 MiB
-/// for the 12-layer digit model at batch 64, whose fine-tuning `tinyfusion bench` measures at 264 MiB in all.
-fn block_activations(config: &DitConfig, batch: usize) -> usize {
-    let tokens = config.tokens();
-    4 * batch * tokens * (30 * config.width + 9 * config.hidden() + 5 * config.heads * tokens)
-}
-
-/// Weights, gradients, two moments and an average of what learns, and all blocks' activations.
-fn training_memory(config: &DitConfig, learning: usize, optimisation: &Optimisation) -> usize {
-    let batch = optimisation.batch / optimisation.accumulate;
-    4 * config.parameters() + 16 * learning + config.depth * block_activations(config, batch)
-}
-
-/// Weights, and one block's activations.
-fn inference_memory(config: &DitConfig, batch: usize) -> usize {
-    4 * config.parameters() + block_activations(config, batch)
 }
 
 impl fmt::Display for Plan {

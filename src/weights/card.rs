@@ -58,7 +58,11 @@ fn write_card(
         )?;
     }
     writeln!(out, "## Where it came from\n\n| | |\n|---|---|")?;
-    writeln!(out, "| weights, SHA-256 | `{fingerprint}` |")?;
+    let rounded = conversion
+        .dtype
+        .filter(|dtype| tensors.iter().any(|(_, tensor)| tensor.dtype() != *dtype));
+    let label = rounded.map_or("weights", |_| "weights before they were rounded");
+    writeln!(out, "| {label}, SHA-256 | `{fingerprint}` |")?;
     let Provenance {
         recipe,
         recipe_sha256,
@@ -104,6 +108,12 @@ fn write_card(
     }
 
     writeln!(out, "\n## Measured\n")?;
+    if let Some(dtype) = rounded {
+        writeln!(
+            out,
+            "Of the weights before they were rounded to {dtype:?}.\n"
+        )?;
+    }
     match verdict(path) {
         Some((protocol, verdict)) => {
             writeln!(
@@ -122,6 +132,11 @@ fn write_card(
         writeln!(
             out,
             "```python\nfrom diffusers import DiTTransformer2DModel\nmodel = DiTTransformer2DModel.from_pretrained(\"THIS_FOLDER\")\n```\n\nIts outputs differ a little from the original's: diffusers spaces the frequencies of timesteps by one more than DiT does\n(`downscale_freq_shift`). With that set to 0 they are the same."
+        )
+    } else if conversion.shard.is_some() {
+        writeln!(
+            out,
+            "Names and shapes are those of the original PyTorch code; a model of the sizes in `config.json` takes them as\n\n```python\nfrom glob import glob\nfrom safetensors.torch import load_file\nstate = {{}}\nfor file in glob(\"model-*.safetensors\"):\n    state.update(load_file(file))\nmodel.load_state_dict(state, strict=True)\n```"
         )
     } else {
         writeln!(

@@ -30,7 +30,7 @@ pub use convert::{Conversion, convert};
 pub(crate) use misfits::Misfits;
 pub use module::{ParameterName, assign, collect, names, reference_name};
 pub(crate) use module::{floats, overlay};
-pub use networks::{Known, file_sha256, read_inception, read_vae};
+pub use networks::{Known, file_sha256, read_inception, read_vae, vae_config};
 pub use safetensors::{open_safetensors, read_safetensors, write_safetensors};
 pub use state::{Array, StateDict, TensorSource};
 pub use tensors::{Stored, Tensors};

@@ -6,7 +6,7 @@ use burn::tensor::backend::Backend;
 use sha2::{Digest, Sha256};
 
 use super::checkpoint::CONFIG;
-use super::{WeightsError, assign, open_weights};
+use super::{WeightFile, WeightsError, assign, open_weights};
 use crate::models::inception::Inception;
 use crate::models::vae::{Vae, VaeConfig, rename_attention};
 
@@ -49,14 +49,9 @@ pub fn read_vae<B: Backend>(
     let (tensors, file) = open_weights(path)?;
     let mut state = tensors.read_all()?;
     rename_attention(&mut state);
-    let config_path = file.with_file_name(CONFIG);
-    let config = match std::fs::read_to_string(&config_path) {
-        Ok(text) => VaeConfig::from_json(&text).map_err(|found| WeightsError::Format {
-            path: config_path,
-            expected: "configuration of an autoencoder",
-            found,
-        })?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+    let config = match vae_config(&file)? {
+        Some(config) => config,
+        None => {
             let model = |problem: String| WeightsError::Model {
                 path: file.clone(),
                 problem: format!("it is no autoencoder: {problem}"),
@@ -66,7 +61,6 @@ pub fn read_vae<B: Backend>(
                 .problem()
                 .map_or(Ok(config), |problem| Err(model(problem)))?
         }
-        Err(error) => return Err(WeightsError::io(&config_path)(error)),
     };
     let network = assign(
         Vae::zeros(&config, device),
@@ -81,6 +75,26 @@ pub fn read_vae<B: Backend>(
         sha256,
     };
     Ok((known, config))
+}
+
+/// What the `config.json` of an autoencoder says; None where there is none beside its weights.
+///
+/// # Errors
+/// When there are no weights, or it asks for a computation that is not supported.
+pub fn vae_config(path: &Path) -> Result<Option<VaeConfig>, WeightsError> {
+    let (_, file) = WeightFile::locate(path)?;
+    let path = file.with_file_name(CONFIG);
+    match std::fs::read_to_string(&path) {
+        Ok(text) => VaeConfig::from_json(&text)
+            .map(Some)
+            .map_err(|found| WeightsError::Format {
+                path,
+                expected: "configuration of an autoencoder",
+                found,
+            }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(WeightsError::io(&path)(error)),
+    }
 }
 
 /// Reads the Inception network that FID is measured in.

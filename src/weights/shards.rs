@@ -105,12 +105,22 @@ pub(super) fn write_shards(
         weight_map: BTreeMap::new(),
     };
     let mut written = Vec::new();
-    for (number, shard) in shards.iter().enumerate() {
-        let file = format!(
+    let file_of = |number: usize| {
+        format!(
             "{stem}-{:05}-of-{:05}.safetensors",
             number + 1,
             shards.len()
-        );
+        )
+    };
+    let names = (0..shards.len()).map(|number| path.with_file_name(file_of(number)));
+    if let Some(there) = names.into_iter().find(|file| file.exists()) {
+        return Err(WeightsError::Model {
+            path: there,
+            problem: "exists; nothing is overwritten, name another".into(),
+        });
+    }
+    for (number, shard) in shards.iter().enumerate() {
+        let file = file_of(number);
         index
             .weight_map
             .extend(shard.iter().map(|(name, _)| (name.clone(), file.clone())));
@@ -168,15 +178,19 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("m.safetensors.index.json");
         let state: StateDict = (0..5)
             .map(|i| (format!("t{i}"), Array::new([i], vec![i as f32; i])))
             .collect();
         let said = BTreeMap::from([("by".to_owned(), "us".to_owned())]);
         let tensors = Tensors::from(state.clone());
         for (most, files) in [(0, 5), (12, 3), (1 << 20, 1)] {
+            let path = folder
+                .path()
+                .join(format!("m{most}.safetensors.index.json"));
             let written = write_shards(&path, &tensors, &said, None, most).unwrap();
             assert_eq!(written.len(), files, "{most}");
+            let again = write_shards(&path, &tensors, &said, None, most).unwrap_err();
+            assert!(again.to_string().contains("exists"), "{again}");
             let (read, metadata) = open_shards(&path).unwrap();
             assert_eq!(
                 (read.read_all().unwrap(), metadata),

@@ -130,9 +130,10 @@ pub struct Stored {
 impl Stored {
     /// A dense tensor at a byte of `bytes`.
     pub(super) fn dense(shape: Vec<usize>, dtype: Dtype, bytes: &Bytes, start: u64) -> Self {
-        let mut strides = vec![1; shape.len()];
+        let mut strides = vec![1usize; shape.len()];
         for i in (1..shape.len()).rev() {
-            strides[i - 1] = strides[i] * shape[i];
+            // A tensor without values may state any other sizes.
+            strides[i - 1] = strides[i].wrapping_mul(shape[i]);
         }
         Self::strided(shape, strides, dtype, bytes, start)
     }

@@ -1,7 +1,6 @@
 //! PyTorch's `.pt` and `.pth` files: an archive of a pickle, which says what there is, and of the bytes of each storage;
 //! or, before PyTorch 1.6, the same one after another ([`legacy`]).
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::Path;
@@ -113,7 +112,6 @@ pub(super) fn wanted<'a>(
         return Err("what holds the weights is no dict; save its state_dict() in PyTorch".into());
     };
     let mut wanted = Vec::new();
-    let mut stated = 0u64;
     for (name, value) in entries {
         let Some(name) = pickle.text(*name).filter(|name| !is_counter(name)) else {
             continue;
@@ -122,19 +120,15 @@ pub(super) fn wanted<'a>(
             continue;
         };
         let tensor = tensor.map_err(|problem| format!("tensor `{name}` {problem}"))?;
-        // Sizes first: a small file must not make us allocate much. A tensor's values are its storage's, so there
-        // are no more of them than bytes in the file, but where a file repeats them.
-        let bytes = (tensor.shape.iter())
-            .try_fold(size_of_value(tensor.dtype), |bytes, size| {
-                bytes.checked_mul(*size)
-            })
-            .and_then(|bytes| u64::try_from(bytes).ok());
-        stated = bytes
-            .and_then(|bytes| stated.checked_add(bytes))
-            .filter(|stated| *stated <= length)
-            .ok_or_else(|| {
-                format!("with tensor `{name}` it states more data than the file holds")
-            })?;
+        // A small file must not make us allocate much: no tensor has more values than the file has room for.
+        let bytes = (tensor.shape.iter()).try_fold(size_of_value(tensor.dtype), |bytes, size| {
+            bytes.checked_mul(*size)
+        });
+        if bytes.is_none_or(|bytes| bytes as u64 > length) {
+            return Err(format!(
+                "tensor `{name}` states more data than the file holds"
+            ));
+        }
         wanted.push((name.to_owned(), tensor));
     }
     if wanted.is_empty() {
@@ -178,17 +172,9 @@ impl Checkpoint {
     /// The state dict of that key, or the best there is.
     fn tensors(mut self, key: Option<&str>, path: &Path) -> Result<Tensors, String> {
         let wanted = wanted(&self.pickle, key, self.length)?;
-        let mut tensors = Tensors::default();
-        let mut unpacked = HashMap::new();
         let mut places = Vec::with_capacity(wanted.len());
         for (name, tensor) in &wanted {
             let bytes = (tensor.count as u64).saturating_mul(size_of_value(tensor.dtype) as u64);
-            // A storage is stored as it is: one larger than the file would be a packed trap.
-            if bytes > self.length {
-                return Err(format!(
-                    "tensor `{name}`: its storage is said to be larger than the file"
-                ));
-            }
             if !tensor.lies_inside() {
                 return Err(format!("tensor `{name}` lies outside its storage"));
             }
@@ -202,30 +188,23 @@ impl Checkpoint {
                     file.size()
                 )));
             }
+            // PyTorch packs nothing.
             let start = (file.compression() == CompressionMethod::Stored)
                 .then(|| file.data_start())
                 .flatten();
-            drop(file);
-            if let Some(start) = start {
-                if start.checked_add(bytes).is_none_or(|end| end > self.length) {
-                    return Err(problem("its storage ends beyond the file".into()));
-                }
-            } else if !unpacked.contains_key(&place) {
-                // PyTorch packs nothing, but a file that was packed anew is still one.
-                let storage = entry(&mut self.archive, &place, bytes).map_err(problem)?;
-                unpacked.insert(place.clone(), Bytes::memory(path, storage));
+            let start = start.ok_or_else(|| {
+                problem("its storage is packed; load it in PyTorch and save it again".into())
+            })?;
+            if start.checked_add(bytes).is_none_or(|end| end > self.length) {
+                return Err(problem("its storage ends beyond the file".into()));
             }
-            places.push((place, start));
+            places.push(start);
         }
         let file = Bytes::file(path, self.archive.into_inner().into_inner());
-        for ((name, tensor), (place, start)) in wanted.into_iter().zip(places) {
-            let (bytes, start) = match (start, unpacked.get(&place)) {
-                (Some(start), _) => (&file, start),
-                (None, Some(bytes)) => (bytes, 0),
-                (None, None) => continue, // each place is one or the other
-            };
+        let mut tensors = Tensors::default();
+        for ((name, tensor), start) in wanted.into_iter().zip(places) {
             let start = start + (tensor.offset * size_of_value(tensor.dtype)) as u64;
-            let stored = Stored::strided(tensor.shape, tensor.strides, tensor.dtype, bytes, start);
+            let stored = Stored::strided(tensor.shape, tensor.strides, tensor.dtype, &file, start);
             tensors.insert(name, stored);
         }
         Ok(tensors)

@@ -117,7 +117,8 @@ impl Known<'_> {
                     path.display().to_string(),
                     latents.channels(),
                     latents.side(),
-                    latents.classes()?,
+                    // Labels of files that don't say are checked as they are read.
+                    latents.stated_classes().unwrap_or(config.classes),
                 )
             }
             Data::Stage(name) => {

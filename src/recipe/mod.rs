@@ -81,7 +81,7 @@ pub enum RecipeError {
     #[error(transparent)]
     Report(#[from] crate::report::ReportError),
     /// A person interrupted; a training has saved a checkpoint.
-    #[error("interrupted; a recipe continues with `--resume`")]
+    #[error("interrupted; the same command goes on, a recipe with `--resume`")]
     Interrupted,
 }
 

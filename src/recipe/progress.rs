@@ -1,9 +1,10 @@
 //! How far a long stage is: a bar with the time left on a terminal, a line now and then elsewhere.
 
+use std::fmt;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::plan::thousands;
 use crate::training::renderer::brief;
@@ -25,13 +26,19 @@ pub(crate) struct Progress {
 impl Progress {
     /// Progress through `total` of `what` (images, say).
     pub(crate) fn new(name: &str, what: &'static str, total: usize) -> Self {
-        let template = format!(
-            "{{msg:<12}} {{wide_bar}} {{pos}}/{{len}} {what}, {{per_sec:.1}}, {{eta}} left"
-        );
+        let template =
+            format!("{{msg:<12}} {{wide_bar}} {{pos}}/{{len}} {what}, {{rate}}/s, {{eta}} left");
         let style = ProgressStyle::with_template(&template);
         let bar = std::io::stderr().is_terminal().then(|| {
             ProgressBar::new(total as u64)
-                .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+                .with_style(
+                    style
+                        .unwrap_or_else(|_| ProgressStyle::default_bar())
+                        .with_key("rate", |state: &ProgressState, out: &mut dyn fmt::Write| {
+                            // A string takes all that is written.
+                            let _ = write!(out, "{:.1}", state.per_sec());
+                        }),
+                )
                 .with_message(name.to_owned())
         });
         let now = Instant::now();

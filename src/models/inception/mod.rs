@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{Tensor, TensorData, activation, backend::Backend, module};
+use rayon::prelude::*;
 use thiserror::Error;
 
 pub use self::layers::{CLASSES, POOLED, formula_weights, shapes};
@@ -158,26 +159,29 @@ pub fn prepare<B: Backend>(
         return Err(UnreadablePictures { shape });
     }
     let (rows, columns) = (places(height), places(width));
-    let mut values = Vec::with_capacity(count * 3 * SIDE * SIDE);
-    for index in 0..count {
+    let mut values = vec![0.0; count * 3 * SIDE * SIDE];
+    // A card would wait for one core.
+    let pictures = values.par_chunks_mut(3 * SIDE * SIDE).enumerate();
+    pictures.for_each(|(index, picture)| {
         let image = images.image(index);
+        let mut places = picture.iter_mut();
         for channel in [0, 1, 2].map(|channel| channel.min(channels - 1)) {
             let pixel = |row: usize, column: usize| {
                 f32::from(image[(row * width + column) * channels + channel])
             };
             for (above, below, down) in &rows {
-                for (left, right, along) in &columns {
+                for ((left, right, along), place) in columns.iter().zip(&mut places) {
                     let of_row = |row: usize| {
                         let first = pixel(row, *left);
                         first + (pixel(row, *right) - first) * along
                     };
                     let top = of_row(*above);
                     let value = top + (of_row(*below) - top) * down;
-                    values.push((value - 128.0) / 128.0);
+                    *place = (value - 128.0) / 128.0;
                 }
             }
         }
-    }
+    });
     Ok(Tensor::from_data(
         TensorData::new(values, [count, 3, SIDE, SIDE]),
         device,

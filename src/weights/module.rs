@@ -158,14 +158,18 @@ pub(crate) fn overlay<B: Backend, M: Module<B>>(
                 self.failed.get_or_insert(error);
                 None
             });
-            let (id, old, mapper) = param.consume();
-            let tensor = match array {
-                Some(array) => {
-                    let data = TensorData::new(array.data, array.shape);
-                    Tensor::from_data(data, &old.device()).set_require_grad(old.is_require_grad())
-                }
-                None => old,
+            let Some(array) = array else {
+                return param;
             };
+            let data = TensorData::new(array.data, array.shape);
+            if !param.is_initialized() {
+                // A layer's weight that nobody has asked for: not made to be thrown away. Such a weight learns.
+                let tensor = Tensor::from_data(data, &param.lazy_device()).require_grad();
+                return Param::initialized(param.id, tensor);
+            }
+            let (id, old, mapper) = param.consume();
+            let tensor = Tensor::from_data(data, &old.device());
+            let tensor = tensor.set_require_grad(old.is_require_grad());
             Param::from_mapped_value(id, tensor, mapper)
         }
     }

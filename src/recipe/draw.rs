@@ -136,14 +136,10 @@ impl<B: FusedOps> Draw<'_, B> {
             });
         }
         let ours = (0..parts.count()).filter(|part| part % self.share.of == self.share.index);
-        let (there, missing): (Vec<usize>, Vec<usize>) = ours.partition(|part| parts.has(*part));
-        let images = |all: &[usize]| {
-            all.iter()
-                .map(|part| parts.range(*part).len())
-                .sum::<usize>()
-        };
-        let mut progress = Progress::new(self.name, "images", images(&there) + images(&missing));
-        progress.skip(images(&there));
+        let missing: Vec<usize> = ours.filter(|part| !parts.has(*part)).collect();
+        // By steps: a batch may take minutes, in which a bar of images would stand still.
+        let steps = missing.len() * sampling.steps;
+        let mut progress = Progress::new(self.name, "steps", steps);
         let started = Instant::now();
         let mut took = Duration::ZERO;
         for &part in &missing {
@@ -157,7 +153,7 @@ impl<B: FusedOps> Draw<'_, B> {
                 &indices,
                 &labels[parts.range(part)],
                 device,
-                || (),
+                || progress.add(1),
             );
             let images = match self.decoder {
                 Some(decoder) => decoder.decode(samples),
@@ -165,10 +161,9 @@ impl<B: FusedOps> Draw<'_, B> {
             };
             parts.write(part, &images)?;
             took = started.elapsed();
-            progress.add(indices.len());
         }
         progress.finish();
-        let drawn = images(&missing);
+        let drawn: usize = missing.iter().map(|part| parts.range(*part).len()).sum();
         let rate = (drawn > 0).then(|| drawn as f64 / took.as_secs_f64());
         let whole = (0..parts.count()).all(|part| parts.has(part));
         // Of several processes that see the last part, one puts them together.
@@ -184,7 +179,8 @@ impl<B: FusedOps> Draw<'_, B> {
         Ok(Drawn {
             labels,
             rate,
-            archive: whole.then_some(archive),
+            // Another process may have put them together, and deleted the parts, by now.
+            archive: archive.exists().then_some(archive),
         })
     }
 

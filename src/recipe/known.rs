@@ -12,7 +12,7 @@ use crate::data::Latents;
 use crate::models::{Architecture, DitConfig, digits, zoo};
 use crate::weights::{Checkpoint, vae_config};
 
-/// How many times an autoencoder of latents reduces each side.
+/// How many times an autoencoder of latents reduces each side, where its configuration is not there to say.
 const AUTOENCODER_REDUCTION: usize = 8;
 
 /// Why a stage can't be planned.
@@ -127,7 +127,12 @@ impl Known<'_> {
                     return Err(Problem::Unknown);
                 };
                 // How many classes and channels it makes is known once it has run.
-                let size = extract.size / AUTOENCODER_REDUCTION;
+                let vae = match extract.vae.exists() {
+                    true => vae_config(&extract.vae)?,
+                    false => None,
+                };
+                let factor = vae.map_or(AUTOENCODER_REDUCTION, |vae| vae.factor());
+                let size = extract.size / factor;
                 (name.clone(), config.channels, size, config.classes)
             }
         };

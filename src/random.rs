@@ -36,6 +36,8 @@ pub enum Stream {
     Mirror = 11,
     /// Draw from an autoencoder's posterior; `step` is the view, `index` the image.
     Posterior = 12,
+    /// Layers that random pruning keeps.
+    Layers = 13,
 }
 
 /// A generator for one address.

@@ -33,6 +33,7 @@ mod moments;
 mod precision_recall;
 mod reference;
 mod samples;
+mod speed;
 mod statistics;
 mod verdict;
 
@@ -46,6 +47,7 @@ pub use precision_recall::{
 };
 pub use reference::{Moments, Reference, ReferenceMeasured, cache_file};
 pub use samples::{SampleReader, SampleWriter, Samples, read_samples, write_samples};
+pub use speed::Speed;
 pub use statistics::{Statistics, StatisticsAccumulator};
 pub use verdict::{AdmEvaluation, AdmProtocol, AdmVerdict, FileDigest};
 

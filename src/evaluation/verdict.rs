@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{EvaluationError, Measured, Moments, Scores};
+use super::{EvaluationError, Measured, Moments, Scores, Speed};
 use crate::atomic::write_atomic;
 use crate::report::Table;
 use crate::weights::{WeightsError, file_sha256};
@@ -51,9 +51,12 @@ pub struct AdmVerdict {
     /// Its layers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth: Option<usize>,
-    /// How fast it drew.
+    /// Multiply-accumulates of one pass of one image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub images_per_second: Option<f64>,
+    pub macs: Option<usize>,
+    /// How fast it draws, decoding not counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images_per_second: Option<Speed>,
     /// How many there are.
     pub count: usize,
     /// The numbers.
@@ -68,6 +71,7 @@ impl AdmVerdict {
             model: model.to_owned(),
             parameters: None,
             depth: None,
+            macs: None,
             images_per_second: None,
             count: measured.count,
             scores,
@@ -207,6 +211,7 @@ mod tests {
                 model: "teacher".into(),
                 parameters: None,
                 depth: None,
+                macs: None,
                 images_per_second: None,
                 count: 50_000,
                 scores,

@@ -97,6 +97,23 @@ impl<B: FusedOps> Backward<B, 1> for Activate {
 }
 
 #[derive(Debug)]
+struct Softmax;
+
+impl<B: FusedOps> Backward<B, 1> for Softmax {
+    /// The result.
+    type State = FloatTensor<B>;
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = grads.consume::<B>(&ops.node);
+        let [parent] = ops.parents;
+        if let Some(parent) = parent {
+            let gradient = B::row_softmax_backward(tensor(gradient), tensor(ops.state));
+            grads.register::<B>(parent.id, primitive(gradient));
+        }
+    }
+}
+
+#[derive(Debug)]
 struct LinearNode;
 
 #[derive(Debug, Clone)]
@@ -297,6 +314,13 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
             None => node!(LinearNode, [x, weight, bias], output, state),
             Some((a, b, _)) => node!(LinearNode, [x, weight, bias, a, b], output, state),
         }
+    }
+
+    fn row_softmax(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        let x = tracked(x);
+        let output = B::row_softmax(inner(&x));
+        let state = primitive(output.clone());
+        node!(Softmax, [x], output, state)
     }
 
     fn modulated_norm(

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{DType, Shape, Tensor};
+use burn::tensor::{DType, Shape, Tensor, activation};
 
 use crate::backend::Compute;
 
@@ -255,6 +255,16 @@ pub trait FusedOps: Backend {
         share: Tensor<Self, 1>,
     ) -> (Tensor<Self, 3>, Tensor<Self, 3>, Tensor<Self, 1>) {
         reference::blend_backward(gradient, x, y, share)
+    }
+
+    /// Softmax of each row.
+    fn row_softmax(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        activation::softmax(x, 1)
+    }
+
+    /// Gradient of [`row_softmax`](Self::row_softmax), where `y` is its result.
+    fn row_softmax_backward(gradient: Tensor<Self, 2>, y: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        reference::softmax_backward(gradient, y)
     }
 
     /// A convolution: `x` is `[batch, in, height, width]`, `weight` `[out, in, kernel height, kernel width]`, `bias`

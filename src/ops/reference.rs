@@ -134,6 +134,18 @@ pub fn linear_backward<B: Backend>(
     }
 }
 
+/// Gradient of a softmax along rows with result `y`: `y_i sum_j y_j (g_i - g_j)`.
+///
+/// The usual form `y_i (g_i - sum_j y_j g_j)` loses its digits where one probability is near one: its gradient is then
+/// the small difference of two equal sums. Gradients are counted from that of the most probable value, whose own term
+/// is then exactly zero, so that only small terms are added; the result is the same, because a constant has no gradient.
+pub fn softmax_backward<B: Backend>(gradient: Tensor<B, 2>, y: Tensor<B, 2>) -> Tensor<B, 2> {
+    let most = y.clone().argmax(1);
+    let from_most = gradient.clone() - gradient.gather(1, most);
+    let mean = (y.clone() * from_most.clone()).sum_dim(1);
+    y * (from_most - mean)
+}
+
 /// See [`FusedOps::convolution`](super::FusedOps::convolution).
 pub fn convolution<B: Backend>(
     x: Tensor<B, 4>,

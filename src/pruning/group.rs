@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Serialize, Serializer};
 use thiserror::Error;
 
-/// The most candidates a group may have.
+/// The most candidates a group may have, and the most layers.
 ///
 /// Each candidate costs a logit and a row of the mask matrix. 7:14, the widest group in use, has
 /// 3432.
@@ -27,9 +27,20 @@ pub enum GroupError {
         /// M.
         of: usize,
     },
-    /// N is not below M: nothing would be pruned.
-    #[error("group {keep}:{of} removes no layer; N of N:M must be below M")]
-    KeepsAll {
+    /// N is above M.
+    #[error("group {keep}:{of} keeps more layers than it has; N of N:M must be at most M")]
+    KeepsMore {
+        /// N.
+        keep: usize,
+        /// M.
+        of: usize,
+    },
+    /// All groups keep all their layers.
+    #[error("the groups remove no layer; in one of them N of N:M must be below M")]
+    RemovesNothing,
+    /// The group spans more than [`MAX_CANDIDATES`] layers.
+    #[error("group {keep}:{of} spans more than {MAX_CANDIDATES} layers")]
+    TooManyLayers {
         /// N.
         keep: usize,
         /// M.
@@ -97,20 +108,24 @@ pub struct Group {
 }
 
 impl Group {
-    /// The group `keep:of`.
+    /// The group `keep:of`. One that keeps all its layers protects them.
     ///
     /// # Errors
     ///
-    /// Unless `0 < keep < of`, and if there are more than [`MAX_CANDIDATES`] ways to choose.
+    /// Unless `0 < keep <= of`, and if there are more than [`MAX_CANDIDATES`] ways to choose.
     pub fn new(keep: usize, of: usize) -> Result<Self, GroupError> {
         if keep == 0 {
             return Err(GroupError::KeepsNone { of });
         }
-        if keep >= of {
-            return Err(GroupError::KeepsAll { keep, of });
+        if keep > of {
+            return Err(GroupError::KeepsMore { keep, of });
         }
         match binomial(of, keep) {
-            Some(count) if count <= MAX_CANDIDATES as u128 => Ok(Self { keep, of }),
+            // Only a group that keeps all its layers has fewer candidates than layers.
+            Some(count) if count <= MAX_CANDIDATES as u128 && of <= MAX_CANDIDATES => {
+                Ok(Self { keep, of })
+            }
+            Some(1) => Err(GroupError::TooManyLayers { keep, of }),
             candidates => Err(GroupError::TooManyCandidates {
                 keep,
                 of,
@@ -251,6 +266,14 @@ mod tests {
     }
 
     #[test]
+    fn a_group_that_keeps_all_its_layers_has_one_candidate() {
+        let group: Group = "3:3".parse().unwrap();
+        assert_eq!(group.candidates(), [[0, 1, 2]]);
+        assert_eq!(group.masks(), [[1.0, 1.0, 1.0]]);
+        assert_eq!(group.num_candidates(), 1);
+    }
+
+    #[test]
     fn too_many_candidates_are_refused_with_their_number() {
         let message = |keep, of| Group::new(keep, of).unwrap_err().to_string();
         assert!(message(10, 20).contains("group 10:20 has 184756 candidates"));
@@ -263,12 +286,15 @@ mod tests {
     fn degenerate_groups_are_refused() {
         assert_eq!(Group::new(0, 2), Err(GroupError::KeepsNone { of: 2 }));
         assert_eq!(
-            Group::new(2, 2),
-            Err(GroupError::KeepsAll { keep: 2, of: 2 })
+            Group::new(3, 2),
+            Err(GroupError::KeepsMore { keep: 3, of: 2 })
         );
         assert_eq!(
-            Group::new(3, 2),
-            Err(GroupError::KeepsAll { keep: 3, of: 2 })
+            Group::new(usize::MAX, usize::MAX),
+            Err(GroupError::TooManyLayers {
+                keep: usize::MAX,
+                of: usize::MAX
+            })
         );
         for text in [
             "",

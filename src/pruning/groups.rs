@@ -3,7 +3,8 @@
 //! A group `N:M` spans M consecutive layers of which exactly N stay. The groups of a model stand
 //! side by side and cover its trunk without gaps, so a decision for the whole model is one decision
 //! per group, drawn from the `C(M, N)` ways to keep N of M layers (arXiv 2412.01199).
-//! Mixed patterns such as 2:4, 3:4, 1:2 are allowed as long as they add up.
+//! Mixed patterns such as 2:4, 3:4, 1:2 are allowed as long as they add up; a group such as 4:4 beside
+//! them protects its layers.
 
 use std::fmt;
 
@@ -31,7 +32,7 @@ impl Groups {
     ///
     /// # Errors
     ///
-    /// If they do not add up to `depth`, or there are none.
+    /// If they do not add up to `depth`, keep all its layers, or there are none.
     pub fn new(groups: Vec<Group>, depth: usize) -> Result<Self, GroupError> {
         if groups.is_empty() || depth == 0 {
             return Err(GroupError::Empty);
@@ -39,6 +40,7 @@ impl Groups {
         let count = groups.len();
         let groups = Self(groups);
         match groups.depth() {
+            sum if sum == depth && groups.kept_depth() == depth => Err(GroupError::RemovesNothing),
             sum if sum == depth => Ok(groups),
             sum => Err(GroupError::DepthMismatch {
                 groups: count,
@@ -231,6 +233,24 @@ mod tests {
         assert_eq!(groups.kept(&[0, 0, 0]), [0, 1, 4, 5, 6, 8]);
         assert_eq!(groups.kept(&[5, 3, 1]), [2, 3, 5, 6, 7, 9]);
         assert_eq!(groups.kept(&[2, 1, 0]), [0, 3, 4, 5, 7, 8]);
+    }
+
+    #[test]
+    fn groups_may_protect_layers_but_not_all() {
+        let groups = Groups::from_pairs(&[[4, 4], [1, 2], [1, 2]], 8).unwrap();
+        assert_eq!(groups.kept(&[0, 1, 0]), [0, 1, 2, 3, 5, 6]);
+        assert_eq!(groups.taps(&[0, 1, 2, 3, 5, 6]), [(3, 3), (4, 5), (5, 7)]);
+        assert_eq!(groups.to_string(), "4:4, 1:2 ×2");
+        for pairs in [&[[4, 4], [2, 2]][..], &[[6, 6]], &[[1, 1]; 6]] {
+            assert_eq!(
+                Groups::from_pairs(pairs, 6),
+                Err(GroupError::RemovesNothing)
+            );
+        }
+        assert_eq!(
+            Groups::parse_ratio("2:2", 6),
+            Err(GroupError::RemovesNothing)
+        );
     }
 
     #[test]

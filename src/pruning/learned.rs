@@ -93,20 +93,6 @@ impl<B: Backend> LearnedPruner<B> {
         }
     }
 
-    /// The masks of a batch, `[batch, depth]`, from one draw of Gumbel noise per group.
-    pub fn masks(&self, gumbel: &[Tensor<B, 2>], step: usize) -> Tensor<B, 2> {
-        let (tau, scaling) = self.annealing.at(step);
-        let masks =
-            self.groups
-                .iter()
-                .zip(&self.gates)
-                .zip(gumbel)
-                .map(|((group, gate), gumbel)| {
-                    draw(group, gate.val(), gumbel.clone(), tau, scaling).mask
-                });
-        Tensor::cat(masks.collect(), 1)
-    }
-
     /// What the gates say now, at a step's scaling.
     pub fn decision(&self, step: usize) -> Decision {
         let logits: Vec<Vec<f32>> = self
@@ -124,6 +110,20 @@ impl<B: Backend> LearnedPruner<B> {
 }
 
 impl<B: FusedOps> LearnedPruner<B> {
+    /// The masks of a batch, `[batch, depth]`, from one draw of Gumbel noise per group.
+    pub fn masks(&self, gumbel: &[Tensor<B, 2>], step: usize) -> Tensor<B, 2> {
+        let (tau, scaling) = self.annealing.at(step);
+        let masks =
+            self.groups
+                .iter()
+                .zip(&self.gates)
+                .zip(gumbel)
+                .map(|((group, gate), gumbel)| {
+                    draw(group, gate.val(), gumbel.clone(), tau, scaling).mask
+                });
+        Tensor::cat(masks.collect(), 1)
+    }
+
     /// The loss's terms for a batch, and the masks it was computed under.
     pub fn terms(&self, batch: &Batch<B>) -> (Terms<B>, Tensor<B, 2>) {
         let objective = batch.objective(&self.diffusion);

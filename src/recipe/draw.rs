@@ -7,7 +7,6 @@ use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use burn::tensor::{Tensor, backend::Backend};
 
@@ -104,8 +103,6 @@ pub(super) struct Draw<'a, B: Backend> {
 /// Samples that were drawn.
 pub(super) struct Drawn {
     pub(super) labels: Vec<usize>,
-    /// Images a second; None where all of them were drawn before.
-    pub(super) rate: Option<f64>,
     /// The archive; None where other shares have still to draw theirs.
     pub(super) archive: Option<PathBuf>,
 }
@@ -116,7 +113,7 @@ impl<B: FusedOps> Draw<'_, B> {
         let sampling = self.sampling;
         let labels = labels(sampling, self.network.config().classes);
         let archive = self.folder.join(SAMPLES);
-        let sampler = self.sampler()?;
+        let sampler = sampler(self.name, sampling, &self.network.config())?;
         let parts = Parts {
             folder: self.folder.join("parts"),
             sampling,
@@ -131,7 +128,6 @@ impl<B: FusedOps> Draw<'_, B> {
             let archive = Some(archive);
             return Ok(Drawn {
                 labels,
-                rate: None,
                 archive,
             });
         }
@@ -140,8 +136,6 @@ impl<B: FusedOps> Draw<'_, B> {
         // By steps: a batch may take minutes, in which a bar of images would stand still.
         let steps = missing.len() * sampling.steps;
         let mut progress = Progress::new(self.name, "steps", steps);
-        let started = Instant::now();
-        let mut took = Duration::ZERO;
         for &part in &missing {
             if crate::interrupt::requested() {
                 return Err(RecipeError::Interrupted);
@@ -160,11 +154,8 @@ impl<B: FusedOps> Draw<'_, B> {
                 None => plain(samples),
             };
             parts.write(part, &images)?;
-            took = started.elapsed();
         }
         progress.finish();
-        let drawn: usize = missing.iter().map(|part| parts.range(*part).len()).sum();
-        let rate = (drawn > 0).then(|| drawn as f64 / took.as_secs_f64());
         let whole = (0..parts.count()).all(|part| parts.has(part));
         // Of several processes that see the last part, one puts them together.
         let lock = self.folder.join("parts.lock");
@@ -178,35 +169,8 @@ impl<B: FusedOps> Draw<'_, B> {
         }
         Ok(Drawn {
             labels,
-            rate,
             // Another process may have put them together, and deleted the parts, by now.
             archive: archive.exists().then_some(archive),
-        })
-    }
-
-    fn sampler(&self) -> Result<Sampler, RecipeError> {
-        let steps = self.sampling.steps;
-        let spacing = if steps == GaussianDiffusion::full().steps() {
-            String::new()
-        } else {
-            steps.to_string()
-        };
-        let mut diffusion =
-            GaussianDiffusion::new(&spacing).map_err(|error| RecipeError::Stage {
-                stage: self.name.to_owned(),
-                problem: error.to_string(),
-            })?;
-        if !self.network.config().learn_sigma {
-            // What the reference samples such models with.
-            diffusion = diffusion.with_variance(Variance::FixedLarge);
-        }
-        Ok(Sampler {
-            diffusion,
-            solver: self.sampling.solver,
-            guidance: Guidance {
-                scale: self.sampling.guidance,
-                channels: self.sampling.guidance_channels,
-            },
         })
     }
 
@@ -230,6 +194,36 @@ impl<B: FusedOps> Draw<'_, B> {
         let path = self.folder.join(PICTURE_FILE);
         Ok(grid_png(&path, &images, columns, scale)?)
     }
+}
+
+/// The sampler of a protocol for a model; `stage` is for messages.
+pub(super) fn sampler(
+    stage: &str,
+    sampling: &Sampling,
+    model: &DitConfig,
+) -> Result<Sampler, RecipeError> {
+    let steps = sampling.steps;
+    let spacing = if steps == GaussianDiffusion::full().steps() {
+        String::new()
+    } else {
+        steps.to_string()
+    };
+    let mut diffusion = GaussianDiffusion::new(&spacing).map_err(|error| RecipeError::Stage {
+        stage: stage.to_owned(),
+        problem: error.to_string(),
+    })?;
+    if !model.learn_sigma {
+        // What the reference samples such models with.
+        diffusion = diffusion.with_variance(Variance::FixedLarge);
+    }
+    Ok(Sampler {
+        diffusion,
+        solver: sampling.solver,
+        guidance: Guidance {
+            scale: sampling.guidance,
+            channels: sampling.guidance_channels,
+        },
+    })
 }
 
 /// Draws samples of a checkpoint into a folder, or goes on with what is there; of a `share` alone, so that several
@@ -319,7 +313,7 @@ pub(super) fn first_images(archive: &Path, count: usize) -> Result<Images, Recip
 }
 
 /// The label of each sample: the classes in turn.
-fn labels(sampling: &Sampling, classes: usize) -> Vec<usize> {
+pub(super) fn labels(sampling: &Sampling, classes: usize) -> Vec<usize> {
     let all: Vec<usize> = sampling
         .classes
         .clone()

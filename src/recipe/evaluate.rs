@@ -10,13 +10,14 @@ use serde::{Deserialize, Serialize};
 use super::RecipeError;
 use super::draw::{COLUMNS, Decoder, Draw, Share, byte, first_images};
 use super::evaluate_reference::ReferenceFiles;
-use super::plan::thousands;
+use super::plan::{short, thousands};
 use super::sampling::{Against, Evaluate, Sample, Sampling};
+use super::speed::speeds;
 use super::stages::{Context, images};
 use crate::backend::Compute;
 use crate::data::{Digits, Image, Split};
 use crate::evaluation::{
-    Features, PrecisionRecall, Statistics, StatisticsAccumulator, frechet_distance,
+    Features, PrecisionRecall, Speed, Statistics, StatisticsAccumulator, frechet_distance,
     inception_score, precision_recall, read_samples,
 };
 use crate::images::Images;
@@ -121,6 +122,8 @@ pub struct Verdict {
     pub parameters: Option<usize>,
     /// Layers.
     pub depth: Option<usize>,
+    /// Multiply-accumulates of one pass of one image.
+    pub macs: Option<usize>,
     /// Fréchet distance to the test split in the classifier's features; lower is better.
     pub fid: f64,
     /// Inception Score from the classifier's probabilities; higher is better.
@@ -131,8 +134,8 @@ pub struct Verdict {
     pub recall: f64,
     /// Share of samples read as the digit that was asked for.
     pub accuracy: f64,
-    /// Sampling speed; none for real images.
-    pub images_per_second: Option<f64>,
+    /// Sampling speed, of one batch by all steps; none for real images.
+    pub images_per_second: Option<Speed>,
 }
 
 /// File of the verdicts, in the stage's folder.
@@ -151,6 +154,8 @@ struct Protocol<'a> {
     #[serde(flatten)]
     sampling: &'a Sampling,
     seed: u64,
+    /// How many real images the first row is computed from.
+    floor: usize,
     reference: String,
     features: String,
     features_fingerprint: String,
@@ -233,8 +238,9 @@ impl<B: TrainingBackend> Context<'_, B> {
         let real = read(&classifier, &bytes(train.images()), self.device)?;
         let real_labels: Vec<usize> = train.images().iter().map(|image| image.label).collect();
         // The floor: even real images are this far from other real images.
-        let mut verdicts = vec![judge.verdict("train images", &real, &real_labels)?];
-        let mut rows = Vec::new();
+        let floor = format!("{} training images", thousands(train.count()));
+        let mut verdicts = vec![judge.verdict(&floor, &real, &real_labels)?];
+        let (mut rows, mut checkpoints) = (Vec::new(), Vec::new());
         for (index, source) in evaluate.compare.iter().enumerate() {
             let (name, checkpoint) = (source.to_string(), self.load(source)?);
             let network = checkpoint.network::<B::InnerBackend>(self.device)?;
@@ -254,9 +260,14 @@ impl<B: TrainingBackend> Context<'_, B> {
             let mut verdict = judge.verdict(&name, &read, &drawn.labels)?;
             verdict.parameters = Some(network.config().parameters());
             verdict.depth = Some(network.depth());
-            verdict.images_per_second = drawn.rate;
+            verdict.macs = Some(network.config().macs());
             verdicts.push(verdict);
+            checkpoints.push(checkpoint);
             rows.push((name, first_images(&archive, 2 * COLUMNS)?));
+        }
+        let speeds = speeds::<B::InnerBackend>(&checkpoints, &evaluate.sampling, self.device)?;
+        for (verdict, speed) in verdicts[1..].iter_mut().zip(speeds) {
+            verdict.images_per_second = speed;
         }
         let rows: Vec<(&str, &Images)> = rows
             .iter()
@@ -266,6 +277,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let protocol = Protocol {
             sampling: &evaluate.sampling,
             seed: self.recipe.seed,
+            floor: train.count(),
             reference: format!("{} test digits, 8 bits", test.count()),
             features: features.to_string(),
             features_fingerprint: classifier_checkpoint.fingerprint()?,
@@ -280,11 +292,12 @@ impl<B: TrainingBackend> Context<'_, B> {
             .map_err(RecipeError::io(&path))?;
         let sampling = &evaluate.sampling;
         crate::tell!(
-            "\n{stage}: {} samples, {} steps, guidance {}, against {} test images (FID in the digit classifier's features)\n\n{table}",
-            sampling.count,
+            "\n{stage}: {} samples, {} steps, guidance {}, against {} test images (FID in the digit classifier's features)\n\n{table}\n{}",
+            thousands(sampling.count),
             sampling.steps,
             sampling.guidance,
-            test.count()
+            test.count(),
+            bias(sampling.count)
         );
         Ok(())
     }
@@ -316,6 +329,7 @@ impl Judge {
             model: model.to_owned(),
             parameters: None,
             depth: None,
+            macs: None,
             fid: frechet_distance(&self.reference_statistics, &statistics(&read.features)?)?,
             inception_score: inception_score(&read.probabilities, labels.len())?,
             precision,
@@ -346,31 +360,42 @@ pub(super) fn file_name(name: &str) -> String {
     last.replace(':', "-")
 }
 
-/// The verdict as a person reads it.
-pub(crate) fn table(verdicts: &[Verdict]) -> Table<9> {
+/// What must be said of a FID of so many samples.
+fn bias(count: usize) -> String {
+    format!(
+        "FID is biased upwards, the more the fewer the samples: these are of {}, to be compared with FIDs of as many alone.",
+        thousands(count)
+    )
+}
+
+/// The verdicts as a person reads them. Accuracy is the share of samples that the classifier reads as their class;
+/// images/s the median of rounds in turns, with half the distance between quartiles.
+pub fn table(verdicts: &[Verdict]) -> Table<10> {
     let mut table = Table::new([
         "model",
         "depth",
-        "parameters",
+        "params",
+        "MACs",
+        "images/s",
         "FID",
         "IS",
         "precision",
         "recall",
-        "as asked",
-        "images/s",
+        "accuracy",
     ]);
     let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".into());
     for verdict in verdicts {
         table.row([
             verdict.model.clone(),
             or_dash(verdict.depth.map(|depth| depth.to_string())),
-            or_dash(verdict.parameters.map(thousands)),
+            or_dash(verdict.parameters.map(short)),
+            or_dash(verdict.macs.map(short)),
+            or_dash(verdict.images_per_second.map(|speed| speed.to_string())),
             format!("{:.2}", verdict.fid),
             format!("{:.2}", verdict.inception_score),
             format!("{:.3}", verdict.precision),
             format!("{:.3}", verdict.recall),
             format!("{:.1}%", 100.0 * verdict.accuracy),
-            or_dash(verdict.images_per_second.map(|speed| format!("{speed:.0}"))),
         ]);
     }
     table

@@ -9,6 +9,7 @@ use super::draw::{Draw, SAMPLING, Share, first_images, grid};
 use super::evaluate::{EVALUATION, file_name, not_whole};
 use super::progress::Progress;
 use super::sampling::Evaluate;
+use super::speed::speeds;
 use super::stages::Context;
 use crate::evaluation::{
     AdmEvaluation, AdmProtocol, AdmVerdict, DEFAULT_SPLIT_SIZE, FileDigest, Reference,
@@ -130,6 +131,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<(), RecipeError> {
         let mut verdicts = Vec::new();
         let (mut archives, mut vae_sha256) = (Vec::new(), None);
+        let mut checkpoints = Vec::new();
         // All samples first: a mistake in a model shows before the long measuring.
         for (index, source) in evaluate.compare.iter().enumerate() {
             let (name, checkpoint) = (source.to_string(), self.load(source)?);
@@ -148,7 +150,8 @@ impl<B: TrainingBackend> Context<'_, B> {
             .run(self.device)?;
             vae_sha256 = decoder.map(|decoder| decoder.sha256().to_owned());
             let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
-            archives.push((name, archive, Some((config, drawn.rate))));
+            archives.push((name, archive, Some(config)));
+            checkpoints.push(checkpoint);
         }
         archives.extend(
             (files.samples.iter()).map(|path| (path.display().to_string(), path.clone(), None)),
@@ -157,12 +160,16 @@ impl<B: TrainingBackend> Context<'_, B> {
         let mut judge = Judge::<B::InnerBackend>::new(files, neighbours, cache, self.device)?;
         for (name, archive, model) in &archives {
             let mut verdict = judge.verdict(name, archive)?;
-            if let Some((config, rate)) = model {
+            if let Some(config) = model {
                 verdict.parameters = Some(config.parameters());
                 verdict.depth = Some(config.depth);
-                verdict.images_per_second = *rate;
+                verdict.macs = Some(config.macs());
             }
             verdicts.push(verdict);
+        }
+        let speeds = speeds::<B::InnerBackend>(&checkpoints, &evaluate.sampling, self.device)?;
+        for (verdict, speed) in verdicts.iter_mut().zip(speeds) {
+            verdict.images_per_second = speed;
         }
         picture(&folder.join("comparison.png"), &archives)?;
         judge.protocol.sampling = (!evaluate.compare.is_empty()).then(|| {
@@ -189,7 +196,7 @@ fn enough(archive: &Path, pictures: usize) -> Result<(), RecipeError> {
     }
 }
 
-type Measurable = (String, PathBuf, Option<(DitConfig, Option<f64>)>);
+type Measurable = (String, PathBuf, Option<DitConfig>);
 
 /// The first samples of each, where all are of one size.
 fn picture(path: &Path, archives: &[Measurable]) -> Result<(), RecipeError> {

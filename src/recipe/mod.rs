@@ -31,6 +31,7 @@ pub mod sampling;
 pub mod schema;
 pub mod seeds;
 pub mod source;
+mod speed;
 mod stages;
 pub mod train;
 pub mod values;

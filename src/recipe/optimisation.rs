@@ -38,6 +38,9 @@ pub struct Optimisation {
     pub clip: f64,
     /// Decay of the exponential moving average of the weights, per step.
     pub ema: f64,
+    /// Whether that decay grows with the steps, `min(ema, (1 + step) / (10 + step))`; if not, it is constant, as the
+    /// reference has it.
+    pub ema_warmup: bool,
     /// Steps between checkpoints.
     pub checkpoint_every: usize,
     /// How many of the latest checkpoints stay on disk.
@@ -50,7 +53,7 @@ pub struct Optimisation {
 
 impl Optimisation {
     /// The keys that [`read`](Self::read) asks for.
-    pub const KEYS: [&'static str; 13] = [
+    pub const KEYS: [&'static str; 14] = [
         "steps",
         "batch",
         "accumulate",
@@ -60,6 +63,7 @@ impl Optimisation {
         "weight_decay",
         "clip",
         "ema",
+        "ema_warmup",
         "checkpoint_every",
         "keep_last",
         "log_every",
@@ -88,6 +92,7 @@ impl Optimisation {
         let weight_decay = section.float("weight_decay", 0.0..=1.0).or(0.0);
         let clip = section.float("clip", POSITIVE).or(1.0);
         let ema = section.float("ema", 0.0..1.0).or(0.999);
+        let ema_warmup = section.boolean("ema_warmup").or(true);
         let checkpoint_every = section
             .integer("checkpoint_every", 1..=MAX_STEPS)
             .optional();
@@ -106,6 +111,7 @@ impl Optimisation {
             weight_decay,
             clip,
             ema,
+            ema_warmup,
             checkpoint_every: checkpoint_every.unwrap_or_else(|| (steps / 5).max(1)),
             keep_last,
             log_every: log_every.unwrap_or_else(|| (steps / 50).max(1)),
@@ -143,6 +149,7 @@ mod tests {
             weight_decay: 0.0,
             clip: 1.0,
             ema: 0.999,
+            ema_warmup: true,
             checkpoint_every: 200,
             keep_last: 2,
             log_every: 20,

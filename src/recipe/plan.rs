@@ -12,8 +12,9 @@ use super::cost::{
     training_memory,
 };
 use super::known::{Known, Problem};
+use super::optimisation::Optimisation;
 use super::missing::{Missing, MissingFile, Role};
-use super::prune::{Prune, PruneMethod};
+use super::prune::{Prune, PruneMethod, Scored};
 use super::recover::{Recover, RecoverMethod};
 use super::sampling::{Against, Sampling};
 use super::schema::{Data, Recipe, Stage, StageKind};
@@ -22,6 +23,7 @@ use super::train::{Architecture as Wanted, Dit, Train};
 use crate::data::{Digits, ImageFolder, Split};
 use crate::models::{Architecture, DigitsClassifierConfig, DitConfig, zoo};
 use crate::pruning::{Update, oracle};
+use crate::training::share_of_start;
 
 /// A recipe with every stage's models known.
 #[derive(Debug, Clone)]
@@ -53,6 +55,8 @@ pub struct PlannedStage {
     pub memory: usize,
     /// Floating-point operations of the networks, two to a multiply-accumulate.
     pub flops: f64,
+    /// What a person should know before it runs.
+    pub notes: Vec<String>,
 }
 
 impl Plan {
@@ -124,6 +128,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
         images,
         memory,
         flops,
+        notes: average_note(stage).into_iter().collect(),
     };
     match &stage.kind {
         StageKind::Train(train) => {
@@ -197,7 +202,9 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                         passes * flops(&before, seen),
                     )
                 }
-                PruneMethod::Oracle { .. } | PruneMethod::Kept { .. } => {
+                PruneMethod::Oracle { .. }
+                | PruneMethod::Random { .. }
+                | PruneMethod::Kept { .. } => {
                     (0, 0, before.parameters() * 4, 0.0)
                 }
             };
@@ -277,6 +284,13 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             ))
         }
         StageKind::Evaluate(evaluate) => {
+            if let (Against::Digits { .. }, Some(data)) = (&evaluate.against, own(&known.recipe.data)) {
+                return Err(Problem::Said(format!(
+                    "without `reference` it would measure against the embedded digits, and this recipe's data are {data}; \
+                     give `reference` (an npz archive of pictures or their statistics), `inception` (FID's weights) and, \
+                     for latents, `vae`"
+                )));
+            }
             let most = match &evaluate.against {
                 Against::Digits { .. } => Digits::new(Split::Test).count(),
                 Against::Reference { .. } => usize::MAX,
@@ -369,6 +383,41 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
     }
 }
 
+/// What a recipe learns from, unless it is the embedded digits.
+fn own(data: &Data) -> Option<String> {
+    match data {
+        Data::Digits => None,
+        Data::Latents(path) => Some(path.display().to_string()),
+        Data::Stage(name) => Some(format!("those of stage `{name}`")),
+    }
+}
+
+/// The largest share of the initial weights that an average may end with unmentioned.
+const SHARE_OF_START: f64 = 0.05;
+
+/// A warning where a budget is too short for its moving average, which is what a stage leaves.
+fn average_note(stage: &Stage) -> Option<String> {
+    let optimisation = match &stage.kind {
+        StageKind::Train(train) => &train.optimisation,
+        StageKind::Recover(recover) => &recover.optimisation,
+        StageKind::Prune(Prune {
+            method: PruneMethod::Learned(learned),
+            ..
+        }) => &learned.optimisation,
+        _ => return None,
+    };
+    let Optimisation { ema, steps, .. } = *optimisation;
+    let share = share_of_start(ema, steps);
+    (!optimisation.ema_warmup && share > SHARE_OF_START).then(|| {
+        format!(
+            "after {} steps, {:.0}% of the average (ema = {ema}) are still the weights it began with; \
+             take more steps, a smaller `ema`, or ema_warmup = true",
+            thousands(steps),
+            100.0 * share
+        )
+    })
+}
+
 /// Whether a model's samples are grey or coloured pixels.
 fn is_pixels(config: &DitConfig) -> bool {
     matches!(config.channels, 1 | 3)
@@ -432,17 +481,17 @@ fn kept_depth(prune: &Prune, before: &DitConfig) -> Result<usize, Problem> {
                 _ => kept,
             }
         }
-        PruneMethod::ShortGpt(scored)
-        | PruneMethod::FluxLite(scored)
-        | PruneMethod::Sensitivity(scored) => {
-            if scored.keep == 0 || scored.keep >= depth {
+        PruneMethod::ShortGpt(Scored { keep, .. })
+        | PruneMethod::FluxLite(Scored { keep, .. })
+        | PruneMethod::Sensitivity(Scored { keep, .. })
+        | PruneMethod::Random { keep } => {
+            if *keep == 0 || *keep >= depth {
                 return Err(Problem::Said(format!(
-                    "`keep` is {}, which must lie between 1 and {} for {depth} layers",
-                    scored.keep,
+                    "`keep` is {keep}, which must lie between 1 and {} for {depth} layers",
                     depth - 1
                 )));
             }
-            scored.keep
+            *keep
         }
         PruneMethod::Kept { kept } => {
             let distinct: std::collections::BTreeSet<&usize> = kept.iter().collect();
@@ -495,6 +544,7 @@ pub(super) fn prune_method(method: &PruneMethod) -> &'static str {
         PruneMethod::ShortGpt(_) => "shortgpt",
         PruneMethod::FluxLite(_) => "flux-lite",
         PruneMethod::Sensitivity(_) => "sensitivity",
+        PruneMethod::Random { .. } => "random",
         PruneMethod::Kept { .. } => "kept",
     }
 }
@@ -570,6 +620,9 @@ impl fmt::Display for Plan {
                 write!(f, ", {} FLOPs", scientific(stage.flops))?;
             }
             writeln!(f)?;
+            for note in &stage.notes {
+                writeln!(f, "   note: {note}")?;
+            }
         }
         if !self.missing.is_empty() {
             write!(f, "\n{}", Missing(&self.missing))?;
@@ -583,6 +636,20 @@ fn scientific(number: f64) -> String {
     format!("{number:.2e}")
 }
 
+/// 1234567 as `1.23M`.
+pub(crate) fn short(number: usize) -> String {
+    let units = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")];
+    // What rounds up to a thousand of a unit is one of the next.
+    match units.into_iter().find(|(unit, _)| number as f64 >= 0.9995 * unit) {
+        Some((unit, name)) => {
+            let value = number as f64 / unit;
+            let digits = if value < 9.995 { 2 } else { usize::from(value < 99.95) };
+            format!("{value:.digits$}{name}")
+        }
+        None => number.to_string(),
+    }
+}
+
 /// 1234567 as `1,234,567`.
 pub(crate) fn thousands(number: usize) -> String {
     let digits = number.to_string();
@@ -593,4 +660,24 @@ pub(crate) fn thousands(number: usize) -> String {
         .filter_map(|group| std::str::from_utf8(group).ok())
         .collect();
     groups.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_shortened_to_three_digits() {
+        let cases = [
+            (999, "999"),
+            (1000, "1.00K"),
+            (927_752, "928K"),
+            (999_600, "1.00M"),
+            (14_417_920, "14.4M"),
+            (118_640_000_000, "119G"),
+        ];
+        for (number, text) in cases {
+            assert_eq!(short(number), text);
+        }
+    }
 }

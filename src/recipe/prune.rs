@@ -41,6 +41,11 @@ pub enum PruneMethod {
     FluxLite(Scored),
     /// Removes the layers whose absence raises the loss least.
     Sensitivity(Scored),
+    /// Keeps layers picked at random by the recipe's seed: what any choice must beat.
+    Random {
+        /// Layers that stay.
+        keep: usize,
+    },
     /// Keeps the listed layers.
     Kept {
         /// Their indices, strictly increasing.
@@ -57,6 +62,8 @@ pub struct Scored {
     pub batches: usize,
     /// Images per batch.
     pub batch: usize,
+    /// Timesteps are drawn from those below.
+    pub timesteps: usize,
 }
 
 /// What learning the masks needs.
@@ -116,16 +123,21 @@ impl GroupsSpec {
             Group::new(keep, of).map_err(|error| place(node, error))
         };
         match &node.value {
-            Value::String(ratio) => ratio
-                .parse()
-                .map(Self::Ratio)
-                .map_err(|error| place(node, error)),
+            Value::String(ratio) => match ratio.parse::<Group>() {
+                Ok(group) if group.keep() == group.of() => {
+                    Err(place(node, GroupError::RemovesNothing))
+                }
+                Ok(group) => Ok(Self::Ratio(group)),
+                Err(error) => Err(place(node, error)),
+            },
             Value::Array(items) if items.is_empty() => Err(node.fault("must not be empty")),
-            Value::Array(items) => items
-                .iter()
-                .map(group)
-                .collect::<Result<_, _>>()
-                .map(Self::Pairs),
+            Value::Array(items) => {
+                let groups: Vec<Group> = items.iter().map(group).collect::<Result<_, _>>()?;
+                match groups.iter().all(|group| group.keep() == group.of()) {
+                    true => Err(place(node, GroupError::RemovesNothing)),
+                    false => Ok(Self::Pairs(groups)),
+                }
+            }
             _ => Err(node.mismatch("\"N:M\" or a list of [N, M]")),
         }
     }
@@ -138,15 +150,17 @@ enum Method {
     ShortGpt,
     FluxLite,
     Sensitivity,
+    Random,
     Kept,
 }
 
-const METHODS: [(&str, Method); 6] = [
+const METHODS: [(&str, Method); 7] = [
     ("learned", Method::Learned),
     ("oracle", Method::Oracle),
     ("shortgpt", Method::ShortGpt),
     ("flux-lite", Method::FluxLite),
     ("sensitivity", Method::Sensitivity),
+    ("random", Method::Random),
     ("kept", Method::Kept),
 ];
 
@@ -156,6 +170,7 @@ const KEYS: &[&str] = &[
     "keep",
     "kept",
     "batches",
+    "timesteps",
     "update",
     "rank",
     "alpha",
@@ -187,9 +202,13 @@ impl Prune {
                 let keep = section.integer("keep", 1..=MAX_DEPTH).optional();
                 Some(PruneMethod::Oracle { keep })
             }
-            Method::ShortGpt => Scored::read(section).map(PruneMethod::ShortGpt),
-            Method::FluxLite => Scored::read(section).map(PruneMethod::FluxLite),
-            Method::Sensitivity => Scored::read(section).map(PruneMethod::Sensitivity),
+            Method::ShortGpt => Scored::read(section, FEATURES).map(PruneMethod::ShortGpt),
+            Method::FluxLite => Scored::read(section, FEATURES).map(PruneMethod::FluxLite),
+            Method::Sensitivity => Scored::read(section, ALL).map(PruneMethod::Sensitivity),
+            Method::Random => {
+                let keep = section.integer("keep", 1..=MAX_DEPTH).required();
+                keep.map(|keep| PruneMethod::Random { keep })
+            }
             Method::Kept => {
                 let kept = section.integers("kept", 0..=MAX_DEPTH - 1).check(
                     |kept| kept.is_sorted_by(|a, b| a < b),
@@ -209,15 +228,23 @@ impl Prune {
     }
 }
 
+/// Timesteps of training.
+const ALL: usize = 1000;
+/// Timesteps that scores of features are read at: those below the steps of the reference's sampling, not mapped back to
+/// the 1000 of training.
+const FEATURES: usize = 250;
+
 impl Scored {
-    fn read(section: &Section<'_>) -> Option<Self> {
+    fn read(section: &Section<'_>, timesteps: usize) -> Option<Self> {
         let keep = section.integer("keep", 1..=MAX_DEPTH).required();
         let batches = section.integer("batches", 1..=1_000_000).or(4);
         let batch = section.integer("batch", 1..=65_536).or(64);
+        let timesteps = section.integer("timesteps", 1..=ALL).or(timesteps);
         Some(Self {
             keep: keep?,
             batches,
             batch,
+            timesteps,
         })
     }
 }
@@ -321,7 +348,15 @@ mod tests {
             ("'1-2'", "expected a group such as \"1:2\", found \"1-2\""),
             (
                 "'2:2'",
-                "group 2:2 removes no layer; N of N:M must be below M",
+                "the groups remove no layer; in one of them N of N:M must be below M",
+            ),
+            (
+                "[[4, 4], [2, 2]]",
+                "the groups remove no layer; in one of them N of N:M must be below M",
+            ),
+            (
+                "[[3, 2], [1, 2]]",
+                "group 3:2 keeps more layers than it has; N of N:M must be at most M",
             ),
             (
                 "[[1, 2], [0, 2]]",
@@ -353,6 +388,7 @@ mod tests {
             keep: 6,
             batches: 4,
             batch: 64,
+            timesteps: 250,
         };
         assert_eq!(
             prune("method = 'shortgpt'\nkeep = 6"),
@@ -363,8 +399,22 @@ mod tests {
             PruneMethod::FluxLite(scored.clone())
         );
         assert_eq!(
+            prune("method = 'sensitivity'\nkeep = 6\ntimesteps = 400"),
+            PruneMethod::Sensitivity(Scored {
+                timesteps: 400,
+                ..scored.clone()
+            })
+        );
+        assert_eq!(
             prune("method = 'sensitivity'\nkeep = 6"),
-            PruneMethod::Sensitivity(scored)
+            PruneMethod::Sensitivity(Scored {
+                timesteps: 1000,
+                ..scored
+            })
+        );
+        assert_eq!(
+            prune("method = 'random'\nkeep = 6"),
+            PruneMethod::Random { keep: 6 }
         );
         assert_eq!(
             prune("method = 'oracle'\nkeep = 3"),

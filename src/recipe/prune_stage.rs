@@ -18,6 +18,7 @@ use crate::process::GaussianDiffusion;
 use crate::pruning::{
     Annealing, Decision, Groups, LearnedPruner, Score, ScoreBatch, keep_by_scores, oracle, score,
 };
+use crate::random::{Stream, permutation};
 use crate::report::{self, DecisionGroup, DecisionHistory, decision_svg};
 use crate::training::{JsonLines, OnStep, ParameterGroup, TrainingError};
 use crate::weights::{Checkpoint, names};
@@ -56,6 +57,12 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
             PruneMethod::Sensitivity(scored) => {
                 self.score(Score::Sensitivity, scored, &parent, &config, folder)?
+            }
+            PruneMethod::Random { keep } => {
+                let mut kept = permutation(self.recipe.seed, Stream::Layers, 0, config.depth);
+                kept.truncate(*keep);
+                kept.sort_unstable();
+                kept
             }
             PruneMethod::Kept { kept } => {
                 let mut kept = kept.clone();
@@ -189,12 +196,6 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
         let network = parent.network::<B::InnerBackend>(self.device)?;
-        // Feature scores read timesteps of a process respaced to 250 steps, not mapped back, as the reference does.
-        let steps = if method == Score::Sensitivity {
-            1000
-        } else {
-            250
-        };
         let plan = BatchPlan {
             batch: scored.batch,
             seed: self.recipe.seed,
@@ -202,7 +203,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             size: config.input_size,
             classes: config.classes,
             label_drop: 0.0,
-            diffusion_steps: steps,
+            diffusion_steps: scored.timesteps,
             candidates: Vec::new(),
         };
         let source = BatchSource::new(plan, self.data()?);

@@ -72,6 +72,11 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
         directory.write("resolved.toml", &resolved)?;
     }
     crate::say!("run directory {}", directory.path().display());
+    for stage in &plan.stages {
+        for note in &stage.notes {
+            crate::say!("{}: note: {note}", stage.name);
+        }
+    }
     let started = Instant::now();
     let result = crate::with_backend!(options.backend, B, device => {
         crate::ops::set_compute::<B>(plan.recipe.compute, device).map_err(RecipeError::Run)?;

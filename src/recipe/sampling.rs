@@ -112,7 +112,7 @@ impl Evaluate {
             compare.required()
         };
         let reference = section.string("reference");
-        let count = if reference.is_absent() { 1000 } else { 50_000 };
+        let count = if reference.is_absent() { 2000 } else { 50_000 };
         let against = if reference.is_absent() {
             let features = section
                 .value("features", |node| lineage.source(node))

@@ -93,7 +93,7 @@ impl Verdicts {
 
 impl fmt::Display for Verdicts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut table = Table::new(["model", "FID", "IS", "precision", "recall", "as asked"]);
+        let mut table = Table::new(["model", "FID", "IS", "precision", "recall", "accuracy"]);
         let models = self.runs.first().map_or(&[][..], |run| &run.verdicts);
         for (index, model) in models.iter().enumerate() {
             let cell = |digits: usize, of: fn(&Verdict) -> f64| {

@@ -250,6 +250,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             weight_decay: o.weight_decay,
             clip: o.clip,
             ema: o.ema,
+            ema_warmup: o.ema_warmup,
             checkpoint_every: o.checkpoint_every,
             keep_last: o.keep_last,
             log_every: o.log_every,

@@ -9,6 +9,18 @@ use burn::tensor::{Tensor, TensorMetadata, TensorPrimitive};
 
 use crate::ops::FusedOps;
 
+/// The decay of an average's update after `step` others: `decay`, but at first `(1 + step) / (10 + step)`, so that a
+/// short training does not end with an average of the weights it began with. TensorFlow's `num_updates` is this rule,
+/// and the field's trainers have it.
+pub fn warmed_up(decay: f64, step: usize) -> f64 {
+    decay.min((1.0 + step as f64) / (10.0 + step as f64))
+}
+
+/// The share that the initial weights have in an average of constant decay after a number of steps.
+pub fn share_of_start(decay: f64, steps: usize) -> f64 {
+    decay.powf(steps as f64)
+}
+
 /// `average <- decay average + (1 - decay) parameter`, kept as a copy from the start, on the inner backend.
 #[derive(Debug, Clone)]
 pub struct Ema<B: Backend> {
@@ -30,12 +42,20 @@ impl<B: FusedOps> Ema<B> {
         ema
     }
 
-    /// Moves the average towards the current parameters.
+    /// Moves the average towards the current parameters, by the decay it was made with: the reference's rule.
     pub fn update<AB: AutodiffBackend<InnerBackend = B>, M: AutodiffModule<AB>>(
         &mut self,
         module: &M,
     ) {
-        let decay = self.decay;
+        self.update_by(module, self.decay);
+    }
+
+    /// Moves the average towards the current parameters by a decay of this step alone, as [`warmed_up`] gives it.
+    pub fn update_by<AB: AutodiffBackend<InnerBackend = B>, M: AutodiffModule<AB>>(
+        &mut self,
+        module: &M,
+        decay: f64,
+    ) {
         // The rank of a parameter says nothing to an average: all are passed over as vectors.
         let flat = |x: FloatTensor<B>| {
             let count = x.shape().num_elements();
@@ -115,5 +135,23 @@ impl<B: FusedOps> Ema<B> {
             }
         }
         module.visit(&mut Restore::<B>(&mut self.averages));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_warmed_up_average_of_a_short_run_forgets_where_it_began() {
+        assert_eq!(warmed_up(0.999, 0), 0.1);
+        assert_eq!(warmed_up(0.999, 90), 0.91);
+        assert_eq!(warmed_up(0.999, 100_000), 0.999);
+        assert_eq!(warmed_up(0.05, 0), 0.05);
+        let left: f64 = (0..300).map(|step| warmed_up(0.999, step)).product();
+        // 9! / (300 .. 309): what is left of the start is the product of all decays.
+        assert!(left < 1e-16, "{left}");
+        // 0.999^300, the three quarters of noise that a run of 300 steps was left with.
+        assert!((share_of_start(0.999, 300) - 0.7407).abs() < 1e-4);
     }
 }

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 pub use classifier::ClassifierTrainee;
-pub use ema::Ema;
+pub use ema::{Ema, share_of_start, warmed_up};
 pub use fit::{Fit, Fitted, Observe, OnStep, fit};
 pub use metrics::{JsonLines, Scalars, StepReport};
 pub use optimizer::{AdamW, ParameterGroup};

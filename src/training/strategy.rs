@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use super::TrainingError;
 use super::checkpoint::{Position, Store};
-use super::ema::Ema;
+use super::ema::{Ema, warmed_up};
 use super::fit::Observer;
 use super::metrics::{JsonLines, StepReport};
 use super::optimizer::AdamW;
@@ -48,6 +48,8 @@ pub struct Plan {
     pub clip: f64,
     /// Decay of the moving average.
     pub ema: f64,
+    /// Whether that decay grows to it; if not, it is constant, as the reference's.
+    pub ema_warmup: bool,
     /// Steps between checkpoints.
     pub checkpoint_every: usize,
     /// Checkpoints kept besides the best.
@@ -169,7 +171,11 @@ where
                 bad += 1;
             }
             // As the reference does, after a skipped step too.
-            ema.update(&learner.model());
+            let decay = match plan.ema_warmup {
+                true => warmed_up(plan.ema, position.step),
+                false => plan.ema,
+            };
+            ema.update_by(&learner.model(), decay);
             position.step += 1;
             let images = position.step * plan.batch;
             let done = position.step == plan.steps;

@@ -1,0 +1,58 @@
+//! A rate that was measured more than once.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The median of several measurements and how far they lie apart.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Speed {
+    /// The median.
+    pub median: f64,
+    /// Half the distance between the quartiles.
+    pub spread: f64,
+    /// How often it was measured.
+    pub rounds: usize,
+}
+
+impl Speed {
+    /// Of measurements in any order; none where there are none.
+    ///
+    /// ```
+    /// use tinyfusion::evaluation::Speed;
+    /// let speed = Speed::of(&[90.0, 101.0, 100.0, 40.0, 103.0]).unwrap();
+    /// assert_eq!((speed.median, speed.spread), (100.0, 5.5));
+    /// assert_eq!(speed.to_string(), "100 ± 6");
+    /// ```
+    pub fn of(measured: &[f64]) -> Option<Self> {
+        let mut sorted = measured.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let last = sorted.len().checked_sub(1)?;
+        let at = |share: f64| sorted[(last as f64 * share).round() as usize];
+        Some(Self {
+            median: at(0.5),
+            spread: (at(0.75) - at(0.25)) / 2.0,
+            rounds: sorted.len(),
+        })
+    }
+}
+
+impl fmt::Display for Speed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digits = if self.median < 10.0 { 1 } else { 0 };
+        write!(f, "{:.digits$} ± {:.digits$}", self.median, self.spread)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_slow_round_does_not_move_the_median() {
+        assert_eq!(Speed::of(&[]), None);
+        let speed = Speed::of(&[2.0, 2.1, 1.9, 0.1, 2.0]).unwrap();
+        assert_eq!((speed.median, speed.rounds), (2.0, 5));
+        assert_eq!(speed.to_string(), "2.0 ± 0.1");
+    }
+}

@@ -1,0 +1,54 @@
+//! How fast models draw, measured in turns, because machines are noisy and a model measured after another meets another
+//! machine.
+
+use std::time::Instant;
+
+
+use super::RecipeError;
+use super::draw::{labels, sampler};
+use super::sampling::Sampling;
+use crate::evaluation::Speed;
+use crate::ops::FusedOps;
+use crate::weights::Checkpoint;
+
+/// Rounds, in each of which every model is timed once.
+const ROUNDS: usize = 5;
+/// Steps that are timed in a round: every step is the same work, so that a few tell what all take.
+const STEPS: usize = 5;
+
+/// Images a second that each model draws: one batch of them, by all steps of the protocol. What an autoencoder takes is
+/// not counted. One network is in memory at a time.
+pub(super) fn speeds<B: FusedOps>(
+    checkpoints: &[Checkpoint],
+    sampling: &Sampling,
+    device: &B::Device,
+) -> Result<Vec<Option<Speed>>, RecipeError> {
+    let steps = sampling.steps.min(STEPS);
+    let batch = sampling.batch.min(sampling.count);
+    let indices: Vec<usize> = (0..batch).collect();
+    let mut measured = vec![Vec::with_capacity(ROUNDS); checkpoints.len()];
+    for _ in 0..ROUNDS {
+        for (checkpoint, rates) in checkpoints.iter().zip(&mut measured) {
+            if crate::interrupt::requested() {
+                return Err(RecipeError::Interrupted);
+            }
+            let network = checkpoint.network::<B>(device)?;
+            let config = network.config();
+            let labels = labels(sampling, config.classes);
+            let timed = |steps: usize| -> Result<f64, RecipeError> {
+                let sampler = sampler("speed", &Sampling { steps, ..sampling.clone() }, &config)?;
+                let begun = Instant::now();
+                let samples =
+                    sampler.generate(&network, 0, &indices, &labels[..batch], device, || {});
+                // Reading the result waits for a device that works behind our back.
+                let _ = samples.into_data();
+                Ok(begun.elapsed().as_secs_f64())
+            };
+            // The first pass finds cold caches and untuned kernels.
+            timed(1)?;
+            let seconds = timed(steps)? * sampling.steps as f64 / steps as f64;
+            rates.push(batch as f64 / seconds);
+        }
+    }
+    Ok(measured.iter().map(|rates| Speed::of(rates)).collect())
+}

@@ -6,7 +6,7 @@ mod extract;
 mod weights;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -16,9 +16,10 @@ use crate::interrupt;
 use crate::process::Solver;
 use crate::recipe::document::Document;
 use crate::recipe::draw::{self, Share};
+use crate::recipe::pictures::{refuse_existing, write_pictures};
 use crate::recipe::plan::Plan;
 use crate::recipe::run::{Options, run};
-use crate::recipe::sampling::{DEMO, DEMO_GUIDANCE, Sample, Sampling};
+use crate::recipe::sampling::{DEMO, DEMO_GUIDANCE, Labels, Sample, Sampling};
 use crate::recipe::schema::{Data, Recipe, Stage, StageKind};
 use crate::recipe::seeds::Verdicts;
 use crate::recipe::source::{EmbeddedName, Source};
@@ -55,8 +56,8 @@ enum Command {
     Recipe(RecipeArguments),
     /// Draw samples from a checkpoint, as a picture and an npz archive
     #[command(after_help = "Examples:
-  tinyfusion sample embedded:digits-teacher --count 100 --steps 50
-  tinyfusion sample artifacts/runs/quickstart/001/02-recover/model.safetensors --classes 3,8 --guidance 2 --solver ddim")]
+  tinyfusion sample embedded:digits-teacher --count 100 --steps 50 --images pictures
+  tinyfusion sample artifacts/runs/quickstart/001/02-learned/model.safetensors --classes 3,8 --guidance 2 --solver ddim")]
     Sample(SampleArguments),
     /// Measure samples against a reference batch, as ADM's evaluation does, or digit models side by side
     #[command(
@@ -65,7 +66,7 @@ measured in the features of the digit classifier.
 
 Examples:
   tinyfusion evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
-  tinyfusion evaluate embedded:digits-teacher artifacts/runs/quickstart/001/02-recover/model.safetensors"
+  tinyfusion evaluate embedded:digits-teacher artifacts/runs/quickstart/001/02-learned/model.safetensors"
     )]
     Evaluate(EvaluateArguments),
     /// Turn a folder of images into the latents that training reads
@@ -157,15 +158,15 @@ struct RunArguments {
     /// Folder of all runs
     #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
     runs: PathBuf,
-    /// How many samples
-    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
-    count: u32,
+    /// How many samples [default: 100; evaluate: 2000 of digit models, all of an archive or folder]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    count: Option<u32>,
     /// Samples made at once
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     batch: u32,
-    /// Sampling steps
-    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    steps: u32,
+    /// Sampling steps [default: 100; with --demo 250]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    steps: Option<u32>,
     /// Rule of a step
     #[arg(long, default_value = "ddpm", value_parser = ["ddpm", "ddim"])]
     solver: String,
@@ -178,9 +179,15 @@ struct RunArguments {
     /// Channels that are guided, from the first
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1024))]
     guidance_channels: u32,
-    /// Classes to draw, in turn; by default all
+    /// Classes to draw; by default all
     #[arg(long, value_delimiter = ',')]
     classes: Option<Vec<usize>>,
+    /// Whether the classes are taken in turn or drawn at random
+    #[arg(long, default_value = "balanced", value_parser = ["balanced", "drawn"])]
+    labels: String,
+    /// Type of the models' matrix products
+    #[arg(long, default_value = "f32")]
+    compute: Compute,
 }
 
 #[derive(Debug, clap::Args)]
@@ -198,6 +205,9 @@ struct SampleArguments {
     /// Draw every N-th part from the I-th (from 0) into --into; the process that ends last puts all together
     #[arg(long, value_name = "I/N", requires = "into", value_parser = share)]
     share: Option<Share>,
+    /// Write each sample as a PNG into this folder too, which must not exist
+    #[arg(long, value_name = "FOLDER")]
+    images: Option<PathBuf>,
     /// Draw into this folder, not a numbered run; go on with what is there
     #[arg(long, value_name = "FOLDER")]
     into: Option<PathBuf>,
@@ -348,7 +358,8 @@ fn source(name: &str) -> Result<Source, RecipeError> {
 }
 
 impl RunArguments {
-    fn sampling(&self) -> Result<Sampling, RecipeError> {
+    /// What to draw; `count` samples where none are asked for.
+    fn sampling(&self, count: u32) -> Result<Sampling, RecipeError> {
         if !(self.guidance >= 1.0 && self.guidance.is_finite()) {
             return Err(RecipeError::Run(format!(
                 "--guidance {} must be at least 1",
@@ -362,9 +373,13 @@ impl RunArguments {
             )));
         }
         Ok(Sampling {
-            count: self.count as usize,
+            count: self.count.unwrap_or(count) as usize,
             batch: self.batch as usize,
             classes: self.classes.clone(),
+            labels: match self.labels.as_str() {
+                "drawn" => Labels::Drawn,
+                _ => Labels::Balanced,
+            },
             guidance: self.guidance,
             guidance_channels: self.guidance_channels as usize,
             solver: if self.solver == "ddim" {
@@ -372,12 +387,12 @@ impl RunArguments {
             } else {
                 Solver::Ddpm
             },
-            steps: self.steps as usize,
+            steps: self.steps.unwrap_or(100) as usize,
         })
     }
 
-    /// Runs a recipe of one stage.
-    fn run(&self, name: &str, kind: StageKind) -> Result<(), RecipeError> {
+    /// Runs a recipe of one stage; returns its run directory, which is printed.
+    fn run(&self, name: &str, kind: StageKind) -> Result<PathBuf, RecipeError> {
         let plan = plan_one(name, self, kind)?;
         listen()?;
         let directory = run(
@@ -390,7 +405,7 @@ impl RunArguments {
             },
         )?;
         crate::tell!("{}", directory.display());
-        Ok(())
+        Ok(directory)
     }
 }
 
@@ -404,15 +419,19 @@ fn plan_one(name: &str, run: &RunArguments, kind: StageKind) -> Result<Plan, Rec
         name: name.to_owned(),
         seed: run.seed,
         backend: Some(run.backend),
-        compute: Compute::F32,
+        compute: run.compute,
         data: Data::Digits,
         stages: vec![stage],
     })
 }
 
 fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
-    let mut sampling = arguments.run.sampling()?;
+    let mut sampling = arguments.run.sampling(100)?;
+    if let Some(folder) = &arguments.images {
+        refuse_existing(folder)?;
+    }
     if arguments.demo {
+        sampling.steps = arguments.run.steps.unwrap_or(250) as usize;
         sampling.count = DEMO.len();
         sampling.classes = Some(DEMO.to_vec());
         sampling.guidance = DEMO_GUIDANCE;
@@ -423,7 +442,9 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
         sampling,
     };
     let Some(folder) = &arguments.into else {
-        return arguments.run.run("sample", StageKind::Sample(sample));
+        let directory = arguments.run.run("sample", StageKind::Sample(sample))?;
+        let archive = directory.join("01-sample").join(draw::SAMPLES);
+        return pictures(&archive, arguments.images.as_deref());
     };
     let run = &arguments.run;
     // Planned as a recipe is, so that mistakes are found before anything is drawn.
@@ -436,11 +457,24 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
     let share = arguments.share.unwrap_or(Share::WHOLE);
     let archive = crate::with_backend!(run.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
+        crate::ops::set_compute::<Inner>(run.compute, device).map_err(RecipeError::Run)?;
         draw::draw_into::<Inner>(&checkpoint, &sample, run.seed, folder, share, device)
     }, else Ok(None))?;
     match archive {
-        Some(archive) => crate::tell!("{}", archive.display()),
+        Some(archive) => {
+            crate::tell!("{}", archive.display());
+            pictures(&archive, arguments.images.as_deref())?;
+        }
         None => crate::say!("sample: this share is drawn; others have still to draw theirs"),
+    }
+    Ok(())
+}
+
+/// Writes samples as pictures, where a person asks for them.
+fn pictures(archive: &Path, folder: Option<&Path>) -> Result<(), RecipeError> {
+    if let Some(folder) = folder {
+        write_pictures(archive, folder)?;
+        crate::tell!("{}", folder.display());
     }
     Ok(())
 }

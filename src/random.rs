@@ -38,6 +38,8 @@ pub enum Stream {
     Posterior = 12,
     /// Layers that random pruning keeps.
     Layers = 13,
+    /// Class of a generated sample; `index` is the sample.
+    Class = 14,
 }
 
 /// A generator for one address.

@@ -91,7 +91,7 @@ fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
             features: source(&arguments.features)?,
         },
         neighbours: DEFAULT_NEIGHBOURS,
-        sampling: arguments.run.sampling()?,
+        sampling: arguments.run.sampling(2000)?,
     });
-    arguments.run.run("evaluate", kind)
+    arguments.run.run("evaluate", kind).map(|_| ())
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::listen;
-use crate::backend::BackendKind;
+use crate::backend::{BackendKind, Compute};
 use crate::recipe::extract::{Extract, Form};
 use crate::recipe::{RecipeError, extract_stage};
 
@@ -37,6 +37,9 @@ pub(super) struct ExtractArguments {
     /// Where to compute
     #[arg(long, default_value = "ndarray")]
     backend: BackendKind,
+    /// Type of matrix products
+    #[arg(long, default_value = "f32")]
+    compute: Compute,
 }
 
 /// Extracts, or goes on with what was begun.
@@ -61,6 +64,7 @@ pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), RecipeError> {
     listen()?;
     let to = crate::with_backend!(arguments.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
+        crate::ops::set_compute::<Inner>(arguments.compute, device).map_err(RecipeError::Run)?;
         extract_stage::run::<Inner>("extract", &job, arguments.seed, &arguments.to, device)
     }, else Err(RecipeError::Run("no backend".into())))?;
     crate::tell!("{}", to.display());

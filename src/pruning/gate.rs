@@ -171,7 +171,12 @@ mod tests {
             let e: Vec<f64> = z.iter().map(|z| (z - most).exp()).collect();
             let y: Vec<f64> = e.iter().map(|e_i| e_i / e.iter().sum::<f64>()).collect();
             let g: Vec<f64> = (masks.iter())
-                .map(|mask| mask.iter().zip(upstream).map(|(m, u)| f64::from(*m) * u).sum())
+                .map(|mask| {
+                    mask.iter()
+                        .zip(upstream)
+                        .map(|(m, u)| f64::from(*m) * u)
+                        .sum()
+                })
                 .collect();
             for i in 0..candidates {
                 let sum: f64 = (0..candidates).map(|j| y[j] * (g[i] - g[j])).sum();

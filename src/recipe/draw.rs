@@ -12,7 +12,7 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use super::RecipeError;
 use super::progress::Progress;
-use super::sampling::{Sample, Sampling};
+use super::sampling::{Labels, Sample, Sampling};
 use crate::atomic::write_atomic;
 use crate::evaluation::SampleWriter;
 use crate::images::Images;
@@ -20,6 +20,7 @@ use crate::models::vae::{Vae, VaeConfig, pixels};
 use crate::models::{DitConfig, Network};
 use crate::ops::FusedOps;
 use crate::process::{GaussianDiffusion, Guidance, Sampler, Variance};
+use crate::random::{self, Stream};
 use crate::report::grid_png;
 use crate::weights::{Checkpoint, Known, read_vae};
 
@@ -37,7 +38,7 @@ const PICTURE_FILE: &str = "samples.png";
 pub(super) const SAMPLING: &str = "sampling.json";
 
 /// File of the samples, in their folder.
-pub(super) const SAMPLES: &str = "samples.npz";
+pub const SAMPLES: &str = "samples.npz";
 
 /// Makes images of latents.
 pub(super) struct Decoder<B: Backend> {
@@ -111,7 +112,7 @@ impl<B: FusedOps> Draw<'_, B> {
     /// Draws what is not there yet of this share; with the last part, puts all together.
     pub(super) fn run(&self, device: &B::Device) -> Result<Drawn, RecipeError> {
         let sampling = self.sampling;
-        let labels = labels(sampling, self.network.config().classes);
+        let labels = labels(sampling, self.network.config().classes, self.seed);
         let archive = self.folder.join(SAMPLES);
         let sampler = sampler(self.name, sampling, &self.network.config())?;
         let parts = Parts {
@@ -126,10 +127,7 @@ impl<B: FusedOps> Draw<'_, B> {
             }
             parts.delete();
             let archive = Some(archive);
-            return Ok(Drawn {
-                labels,
-                archive,
-            });
+            return Ok(Drawn { labels, archive });
         }
         let ours = (0..parts.count()).filter(|part| part % self.share.of == self.share.index);
         let missing: Vec<usize> = ours.filter(|part| !parts.has(*part)).collect();
@@ -312,14 +310,17 @@ pub(super) fn first_images(archive: &Path, count: usize) -> Result<Images, Recip
         .ok_or_else(|| RecipeError::Run(format!("{}: holds no images", archive.display())))
 }
 
-/// The label of each sample: the classes in turn.
-pub(super) fn labels(sampling: &Sampling, classes: usize) -> Vec<usize> {
+/// The label of each sample. A sample's does not depend on how many there are.
+pub(super) fn labels(sampling: &Sampling, classes: usize, seed: u64) -> Vec<usize> {
     let all: Vec<usize> = sampling
         .classes
         .clone()
         .unwrap_or_else(|| (0..classes).collect());
     (0..sampling.count)
-        .map(|index| all[index % all.len()])
+        .map(|index| match sampling.labels {
+            Labels::Balanced => all[index % all.len()],
+            Labels::Drawn => all[random::below(seed, Stream::Class, 0, index as u64, all.len())],
+        })
         .collect()
 }
 

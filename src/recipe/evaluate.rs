@@ -148,6 +148,12 @@ struct Evaluation<'a> {
     verdicts: Vec<Verdict>,
 }
 
+/// What is read back of `eval.json`.
+#[derive(Debug, Deserialize)]
+pub(super) struct Evaluated {
+    pub(super) verdicts: Vec<Verdict>,
+}
+
 /// What a number can only be compared under.
 #[derive(Debug, Serialize)]
 struct Protocol<'a> {

@@ -8,6 +8,8 @@ mod cost;
 pub mod diagnostic;
 pub mod directory;
 pub mod document;
+#[cfg(test)]
+mod documents;
 pub mod draw;
 pub mod embedded;
 mod evaluate;
@@ -18,6 +20,7 @@ mod known;
 pub mod missing;
 mod models;
 pub mod optimisation;
+pub mod pictures;
 pub mod plan;
 mod progress;
 pub mod prune;

@@ -12,8 +12,8 @@ use super::cost::{
     training_memory,
 };
 use super::known::{Known, Problem};
-use super::optimisation::Optimisation;
 use super::missing::{Missing, MissingFile, Role};
+use super::optimisation::Optimisation;
 use super::prune::{Prune, PruneMethod, Scored};
 use super::recover::{Recover, RecoverMethod};
 use super::sampling::{Against, Sampling};
@@ -204,9 +204,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                 }
                 PruneMethod::Oracle { .. }
                 | PruneMethod::Random { .. }
-                | PruneMethod::Kept { .. } => {
-                    (0, 0, before.parameters() * 4, 0.0)
-                }
+                | PruneMethod::Kept { .. } => (0, 0, before.parameters() * 4, 0.0),
             };
             Ok(planned(
                 &format!("prune, {}", prune_method(&prune.method)),
@@ -284,7 +282,9 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             ))
         }
         StageKind::Evaluate(evaluate) => {
-            if let (Against::Digits { .. }, Some(data)) = (&evaluate.against, own(&known.recipe.data)) {
+            if let (Against::Digits { .. }, Some(data)) =
+                (&evaluate.against, own(&known.recipe.data))
+            {
                 return Err(Problem::Said(format!(
                     "without `reference` it would measure against the embedded digits, and this recipe's data are {data}; \
                      give `reference` (an npz archive of pictures or their statistics), `inception` (FID's weights) and, \
@@ -640,10 +640,17 @@ fn scientific(number: f64) -> String {
 pub(crate) fn short(number: usize) -> String {
     let units = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")];
     // What rounds up to a thousand of a unit is one of the next.
-    match units.into_iter().find(|(unit, _)| number as f64 >= 0.9995 * unit) {
+    match units
+        .into_iter()
+        .find(|(unit, _)| number as f64 >= 0.9995 * unit)
+    {
         Some((unit, name)) => {
             let value = number as f64 / unit;
-            let digits = if value < 9.995 { 2 } else { usize::from(value < 99.95) };
+            let digits = if value < 9.995 {
+                2
+            } else {
+                usize::from(value < 99.95)
+            };
             format!("{value:.digits$}{name}")
         }
         None => number.to_string(),

@@ -67,9 +67,11 @@ pub struct Sampling {
     pub count: usize,
     /// Images drawn together.
     pub batch: usize,
-    /// Classes to draw, repeated to fill `count`; `None` balances all classes.
+    /// Classes to draw; by default all of the model's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub classes: Option<Vec<usize>>,
+    /// Which of them each sample is of.
+    pub labels: Labels,
     /// Scale of classifier-free guidance; 1 is none.
     pub guidance: f64,
     /// How many channels are guided, from the first; 3 of 4 in the published numbers.
@@ -79,6 +81,22 @@ pub struct Sampling {
     pub solver: Solver,
     /// Steps, respaced over the 1000 of training.
     pub steps: usize,
+}
+
+/// Which class each sample is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Labels {
+    /// The classes in turn, so that all are drawn equally often.
+    Balanced,
+    /// Drawn at random, as the reference's `sample_ddp.py` has it.
+    Drawn,
+}
+
+impl Labels {
+    /// Their names.
+    pub const NAMES: [(&'static str, Self); 2] =
+        [("balanced", Self::Balanced), ("drawn", Self::Drawn)];
 }
 
 /// The classes of the reference's demonstration, of ImageNet, and the guidance it draws them with.
@@ -177,6 +195,9 @@ impl Sampling {
         let batch = section.integer("batch", 1..=65_536).or(100);
         let chosen = section.integers("classes", 0..=999_999).optional();
         let classes = chosen.or(classes);
+        let labels = section
+            .choice("labels", &Labels::NAMES)
+            .or(Labels::Balanced);
         let guidance = section.float("guidance", 1.0..).or(guidance);
         let guidance_channels = section.integer("guidance_channels", 1..=1024).or(3);
         let solver = section
@@ -195,6 +216,7 @@ impl Sampling {
             count: count?,
             batch,
             classes,
+            labels,
             guidance,
             guidance_channels,
             solver,

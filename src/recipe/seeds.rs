@@ -7,26 +7,20 @@ use serde::{Deserialize, Serialize};
 
 use super::RecipeError;
 use super::directory::json;
-use super::evaluate::{EVALUATION, Verdict};
+use super::evaluate::{EVALUATION, Evaluated, Verdict};
 use crate::atomic::write_atomic;
 use crate::report::Table;
 
 /// Verdicts of the same models, one list per seed.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Verdicts {
     runs: Vec<SeedVerdicts>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct SeedVerdicts {
     seed: u64,
     run: PathBuf,
-    verdicts: Vec<Verdict>,
-}
-
-/// The part of `eval.json` that is read back.
-#[derive(Deserialize)]
-struct Evaluation {
     verdicts: Vec<Verdict>,
 }
 
@@ -49,7 +43,7 @@ impl Verdicts {
             .filter(|path| path.exists())
         {
             let text = std::fs::read_to_string(&path).map_err(RecipeError::io(&path))?;
-            let evaluation: Evaluation = serde_json::from_str(&text)
+            let evaluation: Evaluated = serde_json::from_str(&text)
                 .map_err(|error| RecipeError::io(&path)(error.into()))?;
             verdicts.extend(evaluation.verdicts);
         }

@@ -3,7 +3,6 @@
 
 use std::time::Instant;
 
-
 use super::RecipeError;
 use super::draw::{labels, sampler};
 use super::sampling::Sampling;
@@ -34,9 +33,16 @@ pub(super) fn speeds<B: FusedOps>(
             }
             let network = checkpoint.network::<B>(device)?;
             let config = network.config();
-            let labels = labels(sampling, config.classes);
+            let labels = labels(sampling, config.classes, 0);
             let timed = |steps: usize| -> Result<f64, RecipeError> {
-                let sampler = sampler("speed", &Sampling { steps, ..sampling.clone() }, &config)?;
+                let sampler = sampler(
+                    "speed",
+                    &Sampling {
+                        steps,
+                        ..sampling.clone()
+                    },
+                    &config,
+                )?;
                 let begun = Instant::now();
                 let samples =
                     sampler.generate(&network, 0, &indices, &labels[..batch], device, || {});

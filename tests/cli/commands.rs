@@ -30,6 +30,7 @@ fn a_dry_run_prints_the_plan_and_writes_nothing() {
         "8 steps, 64 images",
         "recover, masked-kd",
         "prune, oracle",
+        "prune, random",
         "MiB",
     ] {
         assert!(plan.contains(part), "`{part}` is missing:\n{plan}");
@@ -125,6 +126,11 @@ fn every_method_of_pruning_and_recovery_runs() {
             "frozen",
             "groups = '2:4'\nupdate = 'frozen'\nsteps = 2\nbatch = 4",
         ),
+        (
+            "protected",
+            "groups = [[4, 4], [1, 2], [2, 4], [1, 2]]\nsteps = 2\nbatch = 4",
+        ),
+        ("random", "method = 'random'\nkeep = 6"),
     ] {
         stages += &format!(
             "[[stage]]\nkind = 'prune'\nname = '{name}'\nfrom = 'embedded:digits-teacher'\n{lines}\n"
@@ -157,7 +163,7 @@ fn every_method_of_pruning_and_recovery_runs() {
     let inspected = place
         .run(&[
             "inspect",
-            "artifacts/runs/all/001/10-masked/model.safetensors",
+            "artifacts/runs/all/001/12-masked/model.safetensors",
         ])
         .succeeded()
         .stdout;
@@ -165,6 +171,116 @@ fn every_method_of_pruning_and_recovery_runs() {
         inspected.contains("7 layers") && inspected.contains("of 12 layers"),
         "{inspected}"
     );
+    let kept = |stage: &str| {
+        let model = format!("artifacts/runs/all/001/{stage}/model.safetensors");
+        let json = place.run(&["inspect", &model, "--json"]).succeeded().stdout;
+        let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+        serde_json::from_value::<Vec<usize>>(value["provenance"]["kept"].clone()).unwrap()
+    };
+    let protected = kept("07-protected");
+    assert_eq!((&protected[..4], protected.len()), (&[0, 1, 2, 3][..], 8));
+    let random = kept("08-random");
+    assert!(random.len() == 6 && random.is_sorted(), "{random:?}");
+}
+
+#[test]
+fn a_budget_too_short_for_its_average_is_noted() {
+    let place = Place::new();
+    let recover = |more: &str| {
+        let text = format!(
+            "[[stage]]\nkind = 'recover'\nfrom = 'embedded:digits-teacher'\nmethod = 'fine-tune'\nsteps = 300\n{more}"
+        );
+        place.write("short.toml", text);
+        place
+            .run(&["recipe", "short.toml", "--dry-run"])
+            .succeeded()
+            .stdout
+    };
+    // 0.999^300 = 0.74; what a person gets who does not ask for the reference's rule is warmed up.
+    let reference = recover("ema_warmup = false");
+    assert!(
+        reference.contains("note: after 300 steps, 74% of the average (ema = 0.999)"),
+        "{reference}"
+    );
+    assert!(!recover("").contains("note:"));
+    assert!(!recover("ema_warmup = false\nema = 0.98").contains("note:"));
+}
+
+#[test]
+fn a_short_training_leaves_what_it_learned() {
+    let place = Place::new();
+    let train = "[[stage]]\nkind = 'train'\nsteps = 40\nbatch = 4\nema_warmup = WARM\n[stage.architecture]\nfamily = 'dit'\ndepth = 1\nwidth = 16\nheads = 2\n";
+    let distance = |warm: &str| {
+        let name = format!("average-{warm}");
+        place.write(&format!("{name}.toml"), train.replace("WARM", warm));
+        place.run(&["recipe", &format!("{name}.toml")]).succeeded();
+        let model = place.path(&format!(
+            "artifacts/runs/{name}/001/01-train/model.safetensors"
+        ));
+        let state = tinyfusion::weights::read_safetensors(&model).unwrap().0;
+        // It begins at zero and learns: what is left of it in the average is what it learned.
+        let last = &state["final_layer.linear.bias"].data;
+        last.iter().map(|value| value * value).sum::<f32>().sqrt()
+    };
+    // With the decay of 0.999 from the start, 40 steps leave an average that is 96% initial weights.
+    let (warmed, constant) = (distance("true"), distance("false"));
+    assert!(warmed > 10.0 * constant, "{warmed} {constant}");
+}
+
+#[test]
+fn data_of_ones_own_are_not_measured_against_the_digits() {
+    let place = Place::new();
+    place.write(
+        "own.toml",
+        "data = 'my/latents'\n[[stage]]\nkind = 'evaluate'\ncompare = ['embedded:digits-teacher']\n",
+    );
+    for more in [&["--dry-run"][..], &[]] {
+        let arguments = [&["recipe", "own.toml"], more].concat();
+        let refused = place.run(&arguments);
+        assert_eq!(refused.status, Some(2));
+        for part in [
+            "embedded digits",
+            "my/latents",
+            "`reference`",
+            "`inception`",
+        ] {
+            assert!(refused.stderr.contains(part), "{}", refused.stderr);
+        }
+    }
+}
+
+#[test]
+fn samples_are_written_as_pictures_with_drawn_labels() {
+    let place = Place::new();
+    let arguments = [
+        "sample",
+        "embedded:digits-teacher",
+        "--count",
+        "12",
+        "--steps",
+        "2",
+        "--labels",
+        "drawn",
+        "--images",
+        "pictures",
+    ];
+    let drawn = place.run(&arguments).succeeded();
+    assert!(drawn.stdout.ends_with("pictures\n"), "{}", drawn.stdout);
+    let archive = place.path("artifacts/runs/sample/001/01-sample/samples.npz");
+    let samples = tinyfusion::evaluation::read_samples(&archive).unwrap();
+    assert_eq!(
+        std::fs::read_dir(place.path("pictures")).unwrap().count(),
+        12
+    );
+    let labels = samples.labels.unwrap();
+    assert_ne!(labels[..10], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    // Another count draws the same labels first, and nothing is drawn where pictures can't be written.
+    let again = place.run(&arguments);
+    assert_eq!(again.status, Some(2));
+    assert!(again.stderr.contains("nothing is overwritten"));
+    assert!(!place.path("artifacts/runs/sample/002").exists());
+    let bf16 = place.run(&["sample", "embedded:digits-teacher", "--compute", "bf16"]);
+    assert!(bf16.stderr.contains("bf16"), "{}", bf16.stderr);
 }
 
 #[test]
@@ -212,9 +328,9 @@ fn seeds_are_summed_up() {
             "--set",
             "stage.prune.steps=1",
             "--set",
-            "stage.recover.steps=1",
+            "stage.learned.steps=1",
             "--set",
-            "stage.recover-oracle.steps=1",
+            "stage.oracle.steps=1",
         ])
         .collect();
     let text = place.run(&arguments).succeeded().stdout;
@@ -253,4 +369,21 @@ fn a_model_without_a_learned_variance_is_trained_and_sampled() {
         .succeeded()
         .stdout;
     assert!(inspected.contains("DiT, 1 layers, width 16"), "{inspected}");
+}
+
+#[test]
+fn the_recipes_of_the_readme_can_be_planned() {
+    let place = Place::new();
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let blocks: Vec<&str> = readme
+        .split("```toml\n")
+        .skip(1)
+        .filter_map(|rest| rest.split("```").next())
+        .collect();
+    assert!(blocks.len() >= 2 && blocks[0].contains("mine.toml"));
+    for block in blocks {
+        place.write("mine.toml", block);
+        let plan = place.run(&["recipe", "mine.toml", "--dry-run"]).succeeded();
+        assert!(plan.stdout.contains("prune, learned"), "{}", plan.stdout);
+    }
 }

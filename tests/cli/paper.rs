@@ -221,7 +221,7 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
     let overwritten = place.run(&measure);
     assert_eq!(overwritten.status, Some(2), "{}", overwritten.stderr);
 
-    // The student in the layout of diffusers, with a card that says what was measured.
+    // The student in a folder, with a card that says what was measured.
     let model = run.join("03-recover/model.safetensors");
     place
         .run(&[
@@ -242,6 +242,15 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
     ] {
         assert!(card.contains(words), "no {words}:\n{card}");
     }
+    // In the layout of diffusers the card has the lines without which its outputs are off.
+    place
+        .run(&["convert", model.to_str().unwrap(), "shifted", "--diffusers"])
+        .succeeded();
+    let card = std::fs::read_to_string(place.path("shifted/README.md")).unwrap();
+    assert!(
+        card.contains("    block.norm1.emb.time_proj.downscale_freq_shift = 0\n"),
+        "{card}"
+    );
     let converted = Checkpoint::read(&place.path("student")).unwrap();
     assert_eq!(
         converted.fingerprint().unwrap(),

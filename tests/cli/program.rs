@@ -105,7 +105,15 @@ pub fn short_quickstart(runs: &str) -> Vec<String> {
         "--runs".into(),
         runs.into(),
     ];
-    for stage in ["prune", "recover", "recover-oracle"] {
+    for stage in [
+        "prune",
+        "learned",
+        "oracle",
+        "shortgpt",
+        "flux-lite",
+        "sensitivity",
+        "random",
+    ] {
         for (key, value) in [
             ("steps", "8"),
             ("batch", "8"),

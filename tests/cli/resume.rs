@@ -7,7 +7,7 @@ use tinyfusion::weights::Checkpoint;
 use crate::program::{Finished, Place, short_quickstart};
 
 /// Stages of the quickstart that leave a model.
-const MODELS: [&str; 4] = ["01-prune", "02-recover", "03-oracle", "04-recover-oracle"];
+const MODELS: [&str; 4] = ["01-prune", "02-learned", "03-prune-oracle", "04-oracle"];
 
 /// Waits until the program says it has done a step of a stage; returns what it said until then.
 fn wait_for(child: &mut Child, stage: &str, step: &str) -> Vec<String> {
@@ -57,7 +57,7 @@ fn assert_same(actual: &Path, expected: &Path) {
     for log in [
         "01-prune/metrics.jsonl",
         "01-prune/decisions.jsonl",
-        "02-recover/metrics.jsonl",
+        "02-learned/metrics.jsonl",
     ] {
         let steps = |run: &Path| -> Vec<u64> {
             let text = std::fs::read_to_string(run.join(log)).unwrap();
@@ -89,11 +89,12 @@ fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
     let finished = run("whole", &[]).succeeded();
     for word in [
         "model",
-        "train images",
+        "1,437 training images",
         "embedded:digits-teacher",
         "prune",
-        "recover",
-        "recover-oracle",
+        "learned",
+        "flux-lite",
+        "random",
         "FID",
     ] {
         assert!(
@@ -108,10 +109,10 @@ fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
         "environment.json",
         "status.json",
         "01-prune/decisions.svg",
-        "05-sample/samples.png",
-        "05-sample/samples.npz",
-        "06-evaluate/eval.json",
-        "06-evaluate/comparison.png",
+        "13-sample/samples.png",
+        "13-sample/samples.npz",
+        "14-evaluate/eval.json",
+        "14-evaluate/comparison.png",
     ] {
         assert!(whole.join(file).is_file(), "{file}");
     }
@@ -134,7 +135,7 @@ fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
         .chain(["--resume"])
         .collect();
     let mut child = place.start(&resumed);
-    let said = wait_for(&mut child, "recover", "2");
+    let said = wait_for(&mut child, "learned", "2");
     assert_went_on(said.iter().map(String::as_str), "prune");
     let id = child.id().to_string();
     assert!(
@@ -153,7 +154,7 @@ fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
     assert!(status.contains("interrupted"), "{status}");
 
     let Finished { stderr, .. } = run("broken", &["--resume"]).succeeded();
-    assert_went_on(stderr.lines(), "recover");
+    assert_went_on(stderr.lines(), "learned");
     assert!(stderr.contains("prune: already done"), "{stderr}");
     assert_same(&place.path("broken/quickstart/001"), &whole);
 

@@ -1,0 +1,135 @@
+//! Tables of measurements in the README and in the cards are those of the committed files that they name.
+//!
+//! A line `<!-- table: FILE -->` before a table says where it is from. A table that nobody could have copied row by row
+//! from two runs is one that is compared whole.
+
+use std::path::{Path, PathBuf};
+
+use super::evaluate::{Evaluated, table};
+use super::seeds::Verdicts;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The README and the cards.
+fn documents() -> Vec<PathBuf> {
+    let cards = std::fs::read_dir(root().join("artifacts/pretrained")).unwrap();
+    let mut all: Vec<PathBuf> = cards
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|end| end == "md"))
+        .collect();
+    all.push(root().join("README.md"));
+    all
+}
+
+/// The table of a result file as the program prints it.
+fn printed(file: &Path) -> String {
+    let text =
+        std::fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+    match serde_json::from_str::<Evaluated>(&text) {
+        Ok(evaluation) => table(&evaluation.verdicts).to_string(),
+        Err(_) => serde_json::from_str::<Verdicts>(&text).unwrap().to_string(),
+    }
+}
+
+/// Tables of scores, each with the file that it names: blocks of code, or Markdown tables.
+fn tables(text: &str) -> Vec<(Option<String>, String)> {
+    let mut found = Vec::new();
+    let mut source = None;
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        if let Some(named) = line.strip_prefix("<!-- table: ") {
+            source = named.strip_suffix(" -->").map(str::to_owned);
+            continue;
+        }
+        let block: String = if line.starts_with("```") {
+            let inside = lines.by_ref().take_while(|line| !line.starts_with("```"));
+            inside.map(|line| format!("{line}\n")).collect()
+        } else if line.starts_with('|') {
+            let rest = lines.by_ref().take_while(|line| line.starts_with('|'));
+            std::iter::once(line)
+                .chain(rest)
+                .map(|line| format!("{line}\n"))
+                .collect()
+        } else {
+            if !line.trim().is_empty() {
+                source = None;
+            }
+            continue;
+        };
+        let header = block.lines().next().unwrap_or_default();
+        if header.split(['|', ' ']).any(|word| word == "FID") {
+            found.push((source.take(), block));
+        }
+    }
+    found
+}
+
+#[test]
+fn tables_of_scores_are_those_of_the_files_they_name() {
+    let mut held = 0;
+    for document in documents() {
+        let text = std::fs::read_to_string(&document).unwrap();
+        for (source, block) in tables(&text) {
+            let place = document.display();
+            let source =
+                source.unwrap_or_else(|| panic!("{place}: a table names no file:\n{block}"));
+            if source == "recipes" {
+                published(&block);
+            } else {
+                let printed = printed(&root().join(&source));
+                assert_eq!(block, printed, "{place} shows another table than {source}");
+            }
+            held += 1;
+        }
+    }
+    assert!(
+        held >= 4,
+        "{held} tables: those of the README and the teacher's card are missing"
+    );
+}
+
+/// Each row's recipes state the published scores that the row shows, in their first lines.
+fn published(block: &str) {
+    for row in block.lines().skip(2) {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').collect();
+        let headers: String = cells[0]
+            .split('(')
+            .filter_map(|part| part.split_once(')').map(|(path, _)| path))
+            .map(|path| {
+                let text = std::fs::read_to_string(root().join(path)).unwrap();
+                let head = text.lines().take_while(|line| line.starts_with('#'));
+                head.collect::<Vec<_>>().join("\n")
+            })
+            .collect();
+        for number in cells[2].split([',', ' ']).filter(|word| word.contains('.')) {
+            assert!(
+                headers.contains(number),
+                "{row}: no recipe says {number}:\n{headers}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_classifiers_card_says_what_its_file_says() {
+    let name = super::source::EmbeddedName::DigitsFeatures;
+    let note = super::embedded::checkpoint(name).unwrap().provenance.note;
+    let accuracy = note.split(' ').find(|word| word.starts_with("0.")).unwrap();
+    let card = root().join("artifacts/pretrained/digits-features.md");
+    let card = std::fs::read_to_string(card).unwrap();
+    assert!(
+        card.contains(&format!("| Test accuracy | {accuracy} ")),
+        "{note}"
+    );
+}
+
+#[test]
+fn a_spliced_table_is_found() {
+    let text = "<!-- table: a.json -->\n\n```\nmodel  FID\n-----  ---\nx  1\n```\n\n| a | FID |\n|---|---|\n| x | 1 |\n";
+    let found = tables(text);
+    assert_eq!(found.len(), 2);
+    assert_eq!(found[0].0.as_deref(), Some("a.json"));
+    assert_eq!(found[1].0, None);
+}

@@ -1,0 +1,122 @@
+//! An archive of samples as one PNG each, for people and programs that read folders.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use image::codecs::png::PngEncoder;
+use image::{ExtendedColorType, ImageEncoder};
+
+use super::RecipeError;
+use super::progress::Progress;
+use crate::evaluation::SampleReader;
+use crate::images::Images;
+
+/// Pictures that are read at once.
+const BLOCK: usize = 64;
+
+/// Refuses a folder that can't be written: one that is there, whatever it holds.
+///
+/// # Errors
+/// When something of that name exists.
+pub fn refuse_existing(folder: &Path) -> Result<(), RecipeError> {
+    match folder.symlink_metadata() {
+        Ok(_) => Err(RecipeError::Run(format!(
+            "{}: exists; nothing is overwritten, name another folder for the pictures",
+            folder.display()
+        ))),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Writes picture `i` of an archive as `00000i.png` into a new folder, which appears when all are there.
+///
+/// # Errors
+/// When the folder exists, the archive can't be read, or a picture can't be written.
+pub fn write_pictures(archive: &Path, folder: &Path) -> Result<(), RecipeError> {
+    refuse_existing(folder)?;
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let unfinished = folder.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
+    std::fs::create_dir_all(&unfinished).map_err(RecipeError::io(&unfinished))?;
+    let written = fill(archive, &unfinished).and_then(|()| {
+        refuse_existing(folder)?;
+        std::fs::rename(&unfinished, folder).map_err(RecipeError::io(folder))
+    });
+    if written.is_err() {
+        // What was written is of no use to anybody; the error that stopped it is the one to tell.
+        let _ = std::fs::remove_dir_all(&unfinished);
+    }
+    written
+}
+
+fn fill(archive: &Path, folder: &Path) -> Result<(), RecipeError> {
+    let mut reader = SampleReader::open(archive)?;
+    let total = reader.shape()[0];
+    let mut progress = Progress::new("pictures", "images", total);
+    let mut next = 0;
+    while let Some(images) = reader.next_block(BLOCK)? {
+        if crate::interrupt::requested() {
+            return Err(RecipeError::Interrupted);
+        }
+        for index in 0..images.shape()[0] {
+            let path = folder.join(format!("{next:06}.png"));
+            write(&path, &images, index).map_err(RecipeError::io(&path))?;
+            next += 1;
+        }
+        progress.add(images.shape()[0]);
+    }
+    progress.finish();
+    Ok(())
+}
+
+fn write(path: &PathBuf, images: &Images, index: usize) -> std::io::Result<()> {
+    let [_, height, width, channels] = images.shape();
+    let colour = match channels {
+        1 => ExtendedColorType::L8,
+        3 => ExtendedColorType::Rgb8,
+        _ => {
+            let problem = format!("pictures of {channels} channels are neither grey nor RGB");
+            return Err(std::io::Error::other(problem));
+        }
+    };
+    let mut file = BufWriter::new(File::create(path)?);
+    PngEncoder::new(&mut file)
+        .write_image(images.image(index), width as u32, height as u32, colour)
+        .map_err(std::io::Error::other)?;
+    file.flush()?;
+    file.get_ref().sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::evaluation::write_samples;
+
+    #[test]
+    fn each_picture_is_a_png_and_nothing_is_overwritten() {
+        let place = tempfile::tempdir().unwrap();
+        let archive = place.path().join("samples.npz");
+        for channels in [1, 3] {
+            let pixels: Vec<u8> = (0..70 * 2 * 5 * channels).map(|i| (i * 7) as u8).collect();
+            let images = Images::new(pixels, [70, 2, 5, channels]).unwrap();
+            let _ = std::fs::remove_file(&archive);
+            write_samples(&archive, &images, None).unwrap();
+            let folder = place.path().join(format!("png-{channels}"));
+            write_pictures(&archive, &folder).unwrap();
+            assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 70);
+            for index in [0, 63, 64, 69] {
+                let read = image::open(folder.join(format!("{index:06}.png"))).unwrap();
+                assert_eq!((read.width(), read.height()), (5, 2));
+                assert_eq!(read.as_bytes(), images.image(index));
+            }
+            let error = write_pictures(&archive, &folder).unwrap_err().to_string();
+            assert!(error.contains("nothing is overwritten"), "{error}");
+        }
+        // Nothing is left of a try that fails.
+        let broken = Images::new(vec![0; 8], [2, 2, 1, 2]).unwrap();
+        let _ = std::fs::remove_file(&archive);
+        write_samples(&archive, &broken, None).unwrap();
+        assert!(write_pictures(&archive, &place.path().join("none")).is_err());
+        assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 3);
+    }
+}

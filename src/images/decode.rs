@@ -60,10 +60,9 @@ pub enum PictureError {
 /// applied.
 ///
 /// PNG is exact. The standard does not prescribe JPEG's pixels to the last bit, and decoders differ by a few levels
-/// in some. Here they are libjpeg-turbo's, which Pillow and nearly all who train on ImageNet use, at its defaults:
-/// the accurate integer inverse cosine transform, interpolated chroma, and smoothed blocks where a progressive file
-/// lacks scans. Every byte equals that of Pillow 12.1.0 with its libjpeg-turbo 3.1.3, and of other versions as far
-/// as libjpeg-turbo has kept these steps.
+/// in some. Here they are libjpeg-turbo's at its defaults, which Pillow keeps: the accurate integer inverse cosine
+/// transform, interpolated chroma, and smoothed blocks where a progressive file ends before its last scan. Every byte
+/// equals Pillow's, from 9.5 to 13.0; but versions before 10.4 smooth such unfinished files otherwise.
 ///
 /// # Errors
 /// When the file can't be read, is neither PNG nor JPEG, is damaged or cut short, or states more than 2^26 pixels;

@@ -2,9 +2,13 @@
 //! for bit.
 //!
 //! While the shorter side is at least twice the target, the picture is halved with a box filter; then the shorter
-//! side is brought to the target by a bicubic filter, and the centre cut out. Each of these is Pillow's resampling
-//! of 8-bit pictures: rows first, then columns, weights in fixed point with 22 fractional bits, a rounding to a byte
-//! after *every* pass. Real arithmetic differs in every second pixel.
+//! side is brought to the target by a bicubic filter, and the centre cut out. Each of these is the resampling of
+//! 8-bit pictures of Pillow 9.5 to 12.1: rows first, then columns, weights in fixed point with 22 fractional bits, a
+//! rounding to a byte after *every* pass. Real arithmetic differs in every second pixel.
+//!
+//! Pillow 13.0.0 gives the same for pictures at most twice as high as wide. Of taller ones it resamples the columns
+//! first, and since every pass rounds, its pixels differ there by up to 31 levels. Here they stay those of the
+//! older versions.
 //!
 //! Only the pixels the crop is made of are computed: from the crop backwards, each pass knows the range it must
 //! deliver. So an extremely long picture costs no more memory than a square one.

@@ -31,14 +31,20 @@ fn vae() -> (Vae<NdArray>, VaeConfig) {
     (vae, config)
 }
 
-/// Eleven pictures of three classes, two of them broken.
+/// Eleven pictures of three classes. Two of them are broken: one is none, and of one half the scan is missing.
 fn pictures(root: &Path) -> ImageFolder {
     for index in 0..11u8 {
         let class = root.join(["cat", "dog", "eel"][usize::from(index) / 4]);
         std::fs::create_dir_all(&class).unwrap();
         let path = class.join(format!("{index:02}.png"));
-        if index == 3 || index == 9 {
+        if index == 3 {
             std::fs::write(path, "no picture").unwrap();
+            continue;
+        }
+        if index == 9 {
+            let jpeg = include_bytes!("../../../tests/fixtures/jpeg/baseline_420.jpg");
+            let (half, end) = (jpeg.len() - 50, jpeg.len() - 2);
+            std::fs::write(path, [&jpeg[..half], &jpeg[end..]].concat()).unwrap();
             continue;
         }
         let pixel = |x: u32, y: u32| Rgb([x as u8 * 8, y as u8 * 7, index * 20]);
@@ -105,6 +111,12 @@ fn interrupted_work_goes_on_to_the_same_bytes() {
         assert!(whole.finished);
         assert_eq!(whole.images, 9);
         assert_eq!(whole.skipped.keys().collect::<Vec<_>>(), [&3, &9]);
+        let listed = std::fs::read_to_string(at("whole").join(SKIPPED)).unwrap();
+        let damaged = listed.lines().find(|line| line.contains("09.png"));
+        assert!(
+            damaged.is_some_and(|line| line.contains("premature end of data segment")),
+            "{listed}"
+        );
         // Killed after every number of batches, one after another, with another number of threads each time.
         for (killed, workers) in [(1, 1), (2, 2), (1, 5)] {
             let how = Extraction {

@@ -16,6 +16,7 @@ use crate::interrupt;
 use crate::process::Solver;
 use crate::recipe::document::Document;
 use crate::recipe::draw::{self, Share};
+use crate::recipe::models::read_file;
 use crate::recipe::plan::Plan;
 use crate::recipe::run::{Options, run};
 use crate::recipe::sampling::{DEMO, DEMO_GUIDANCE, Sample, Sampling};
@@ -185,7 +186,7 @@ struct RunArguments {
 
 #[derive(Debug, clap::Args)]
 struct SampleArguments {
-    /// A .safetensors, .safetensors.index.json, .pt or .pth file, a folder, or an embedded checkpoint
+    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an embedded checkpoint
     checkpoint: String,
     #[command(flatten)]
     stated: StatedArguments,
@@ -405,6 +406,7 @@ fn plan_one(name: &str, run: &RunArguments, kind: StageKind) -> Result<Plan, Rec
         seed: run.seed,
         backend: Some(run.backend),
         compute: Compute::F32,
+        heads: None,
         data: Data::Digits,
         stages: vec![stage],
     })
@@ -449,7 +451,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
 fn open(source: &Source) -> Result<Checkpoint, RecipeError> {
     match source {
         Source::Embedded(name) => Ok(embedded::checkpoint(*name)?),
-        Source::File(file) => Ok(Checkpoint::read_stated(&file.path, &file.stated)?),
+        Source::File(file) => Ok(read_file(file, None)?),
         Source::Stage(name) => Err(RecipeError::Run(format!("{name}: not a file"))),
     }
 }

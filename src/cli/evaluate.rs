@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::weights::{StatedArguments, stated_sources};
 use super::{RunArguments, listen, source};
 use crate::evaluation::DEFAULT_NEIGHBOURS;
 use crate::recipe::RecipeError;
@@ -29,6 +30,8 @@ pub(super) struct EvaluateArguments {
     /// The classifier whose features digit models are compared in
     #[arg(long, default_value = "embedded:digits-features")]
     features: String,
+    #[command(flatten)]
+    stated: StatedArguments,
     #[command(flatten)]
     run: RunArguments,
 }
@@ -80,11 +83,7 @@ fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
 }
 
 fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
-    let compare = arguments
-        .inputs
-        .iter()
-        .map(|name| source(name))
-        .collect::<Result<_, _>>()?;
+    let compare = stated_sources(&arguments.inputs, &arguments.stated)?;
     let kind = StageKind::Evaluate(Evaluate {
         compare,
         against: Against::Digits {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use safetensors::Dtype;
 
 use super::{open, source};
+use crate::process::ProcessKind;
 use crate::recipe::RecipeError;
 use crate::recipe::plan::thousands;
 use crate::recipe::source::{FileSource, Source};
@@ -18,11 +19,14 @@ pub(super) struct StatedArguments {
     /// Attention heads, if the file doesn't say and no published model has its width
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     heads: Option<u32>,
+    /// The process it was trained under, if the file doesn't say: gaussian as DiT, interpolant as SiT
+    #[arg(long, value_name = "PROCESS", hide_possible_values = true)]
+    process: Option<ProcessKind>,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct InspectArguments {
-    /// A .safetensors, .safetensors.index.json, .pt or .pth file, a folder, or an embedded checkpoint
+    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an embedded checkpoint
     checkpoint: String,
     #[command(flatten)]
     stated: StatedArguments,
@@ -33,7 +37,7 @@ pub(super) struct InspectArguments {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ConvertArguments {
-    /// A .safetensors, .safetensors.index.json, .pt or .pth file, a folder, or an embedded checkpoint
+    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an embedded checkpoint
     from: String,
     /// The file or folder to write, which must not exist
     to: PathBuf,
@@ -53,20 +57,51 @@ pub(super) struct ConvertArguments {
     licence: Option<String>,
 }
 
+impl StatedArguments {
+    fn stated(&self) -> Stated {
+        Stated {
+            weights_key: self.weights_key.clone(),
+            heads: self.heads.map(|heads| heads as usize),
+            process: self.process,
+            ..Stated::default()
+        }
+    }
+}
+
 /// A checkpoint named on the command line, with what is stated of it.
 pub(super) fn stated_source(name: &str, stated: &StatedArguments) -> Result<Source, RecipeError> {
-    let stated = Stated {
-        weights_key: stated.weights_key.clone(),
-        heads: stated.heads.map(|heads| heads as usize),
-        model: None,
-    };
-    match source(name)? {
-        Source::File(file) => Ok(Source::File(FileSource { stated, ..file })),
-        other if stated == Stated::default() => Ok(other),
-        _ => Err(RecipeError::Run(format!(
-            "{name}: --weights-key and --heads are for files"
-        ))),
+    let mut sources = stated_sources(&[name.to_owned()], stated)?;
+    sources.pop().ok_or_else(|| unused(name))
+}
+
+/// Checkpoints named on the command line, with what is stated of those that are files.
+pub(super) fn stated_sources(
+    names: &[String],
+    stated: &StatedArguments,
+) -> Result<Vec<Source>, RecipeError> {
+    let stated = stated.stated();
+    let mut sources = Vec::with_capacity(names.len());
+    for name in names {
+        sources.push(match source(name)? {
+            Source::File(file) => Source::File(FileSource {
+                stated: stated.clone(),
+                ..file
+            }),
+            other => other,
+        });
     }
+    let of_file = |source: &Source| matches!(source, Source::File(_));
+    if stated != Stated::default() && !sources.iter().any(of_file) {
+        return Err(unused(&names.join(" ")));
+    }
+    Ok(sources)
+}
+
+/// The error of a statement that says nothing.
+fn unused(names: &str) -> RecipeError {
+    RecipeError::Run(format!(
+        "{names}: --weights-key, --heads and --process are for files"
+    ))
 }
 
 /// Writes a checkpoint in another form.
@@ -95,20 +130,27 @@ pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), RecipeError> {
     let parameters = checkpoint.tensors.parameters();
     let Checkpoint {
         architecture,
+        process,
         provenance,
         ..
     } = &checkpoint;
     if arguments.json {
-        let value = serde_json::json!({ "file": name, "architecture": architecture, "parameters": parameters, "weights_sha256": checkpoint.fingerprint()?, "provenance": provenance });
+        let value = serde_json::json!({ "file": name, "architecture": architecture, "process": process, "parameters": parameters, "weights_sha256": checkpoint.fingerprint()?, "provenance": provenance });
         crate::tell!("{value:#}");
         return Ok(());
     }
     crate::tell!(
-        "{name}\n  model       {architecture}\n  parameters  {} in {} tensors\n  sha-256     {}",
+        "{name}\n  model       {}\n  parameters  {} in {} tensors\n  sha-256     {}",
+        checkpoint.model(),
         thousands(parameters),
         checkpoint.tensors.len(),
         checkpoint.fingerprint()?
     );
+    match process {
+        Some(process) => crate::tell!("  process     {process}"),
+        None if checkpoint.is_unmarked() => crate::tell!("  process     not stated"),
+        None => {}
+    }
     if *provenance == Provenance::default() {
         crate::tell!("  provenance  not stated (a file of another program)");
         return Ok(());

@@ -49,6 +49,7 @@ pub(super) fn evaluate(arguments: &EvaluateArguments) -> Result<(), RecipeError>
 }
 
 fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
+    arguments.stated.refuse(&arguments.inputs.join(" "))?;
     let inputs: Vec<PathBuf> = arguments.inputs.iter().map(PathBuf::from).collect();
     let (reference, samples) = match inputs.split_last() {
         Some((reference, samples)) if !samples.is_empty() => (reference, samples),

@@ -66,12 +66,27 @@ impl StatedArguments {
             ..Stated::default()
         }
     }
+
+    /// Refuses what is stated where nothing is a checkpoint in a file.
+    pub(super) fn refuse(&self, names: &str) -> Result<(), RecipeError> {
+        if self.stated() == Stated::default() {
+            return Ok(());
+        }
+        Err(RecipeError::Run(format!(
+            "{names}: --weights-key, --heads and --process are for checkpoints in files"
+        )))
+    }
 }
 
 /// A checkpoint named on the command line, with what is stated of it.
 pub(super) fn stated_source(name: &str, stated: &StatedArguments) -> Result<Source, RecipeError> {
-    let mut sources = stated_sources(&[name.to_owned()], stated)?;
-    sources.pop().ok_or_else(|| unused(name))
+    match source(name)? {
+        Source::File(file) => Ok(Source::File(FileSource {
+            stated: stated.stated(),
+            ..file
+        })),
+        other => stated.refuse(name).map(|()| other),
+    }
 }
 
 /// Checkpoints named on the command line, with what is stated of those that are files.
@@ -79,29 +94,18 @@ pub(super) fn stated_sources(
     names: &[String],
     stated: &StatedArguments,
 ) -> Result<Vec<Source>, RecipeError> {
-    let stated = stated.stated();
-    let mut sources = Vec::with_capacity(names.len());
-    for name in names {
-        sources.push(match source(name)? {
-            Source::File(file) => Source::File(FileSource {
-                stated: stated.clone(),
-                ..file
-            }),
-            other => other,
-        });
-    }
-    let of_file = |source: &Source| matches!(source, Source::File(_));
-    if stated != Stated::default() && !sources.iter().any(of_file) {
-        return Err(unused(&names.join(" ")));
-    }
+    let sources = names.iter().map(|name| source(name));
+    let mut sources = sources.collect::<Result<Vec<_>, _>>()?;
+    let mut files = sources.iter_mut().filter_map(|source| match source {
+        Source::File(file) => Some(file),
+        _ => None,
+    });
+    let Some(first) = files.next() else {
+        return stated.refuse(&names.join(" ")).map(|()| sources);
+    };
+    first.stated = stated.stated();
+    files.for_each(|file| file.stated = stated.stated());
     Ok(sources)
-}
-
-/// The error of a statement that says nothing.
-fn unused(names: &str) -> RecipeError {
-    RecipeError::Run(format!(
-        "{names}: --weights-key, --heads and --process are for files"
-    ))
 }
 
 /// Writes a checkpoint in another form.

@@ -110,6 +110,14 @@ fn a_training_is_a_model_at_every_checkpoint() {
         "low-rank updates",
     ];
     refused(&place, &["inspect", &at("04-lora", 2)], &says);
+    for inputs in [["embedded:digits-teacher"].as_slice(), &["a.npz", "b.npz"]] {
+        let arguments: Vec<&str> = (["evaluate"].iter())
+            .chain(inputs)
+            .chain(&["--weights-key", "model"])
+            .copied()
+            .collect();
+        refused(&place, &arguments, &["are for checkpoints in files"]);
+    }
     refused(
         &place,
         &["inspect", &dit, "--weights-key", "opt"],

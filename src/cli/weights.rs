@@ -9,7 +9,7 @@ use crate::process::ProcessKind;
 use crate::recipe::RecipeError;
 use crate::recipe::plan::thousands;
 use crate::recipe::source::{FileSource, Source};
-use crate::weights::{self, Checkpoint, Conversion, Provenance, Stated};
+use crate::weights::{self, Checkpoint, Conversion, Provenance, Stated, WeightFile};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct StatedArguments {
@@ -123,6 +123,14 @@ pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
     };
     for path in weights::convert(&checkpoint, &arguments.to, &conversion)? {
         crate::tell!("{}", path.display());
+    }
+    if checkpoint.process == Some(ProcessKind::Interpolant)
+        && WeightFile::of(&arguments.to) == Some(WeightFile::Torch)
+    {
+        crate::say!(
+            "note: {}: a PyTorch state dict can't say that it is a SiT; state `--process interpolant` where it is read",
+            arguments.to.display()
+        );
     }
     Ok(())
 }

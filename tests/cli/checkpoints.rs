@@ -144,6 +144,12 @@ fn a_sit_is_not_taken_for_a_dit() {
         &["stated to be trained by gaussian"],
     );
 
+    // What a form can't carry is said when it is written.
+    for (to, notes) in [("sit.safetensors", 0), ("bare.pt", 1)] {
+        let converted = place.run(&["convert", "sit.pt", to, "--heads", "3"]);
+        let said = converted.succeeded().stderr;
+        assert_eq!(said.matches("note:").count(), notes, "{said}");
+    }
     // Taking layers out needs no process; what is left is still a SiT, for a later stage and for a later run.
     let kept =
         "heads = 3\n[[stage]]\nkind = 'prune'\nfrom = 'sit.pt'\nmethod = 'kept'\nkept = [0, 2]\n";

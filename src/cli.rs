@@ -16,6 +16,7 @@ use crate::interrupt;
 use crate::process::Solver;
 use crate::recipe::document::Document;
 use crate::recipe::draw::{self, Share};
+use crate::recipe::models::read_file;
 use crate::recipe::pictures::{refuse_existing, write_pictures};
 use crate::recipe::plan::Plan;
 use crate::recipe::run::{Options, run};
@@ -192,7 +193,7 @@ struct RunArguments {
 
 #[derive(Debug, clap::Args)]
 struct SampleArguments {
-    /// A .safetensors, .safetensors.index.json, .pt or .pth file, a folder, or an embedded checkpoint
+    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an embedded checkpoint
     checkpoint: String,
     #[command(flatten)]
     stated: StatedArguments,
@@ -420,6 +421,7 @@ fn plan_one(name: &str, run: &RunArguments, kind: StageKind) -> Result<Plan, Rec
         seed: run.seed,
         backend: Some(run.backend),
         compute: run.compute,
+        heads: None,
         data: Data::Digits,
         stages: vec![stage],
     })
@@ -483,7 +485,7 @@ fn pictures(archive: &Path, folder: Option<&Path>) -> Result<(), RecipeError> {
 fn open(source: &Source) -> Result<Checkpoint, RecipeError> {
     match source {
         Source::Embedded(name) => Ok(embedded::checkpoint(*name)?),
-        Source::File(file) => Ok(Checkpoint::read_stated(&file.path, &file.stated)?),
+        Source::File(file) => Ok(read_file(file, None)?),
         Source::Stage(name) => Err(RecipeError::Run(format!("{name}: not a file"))),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::weights::{StatedArguments, stated_sources};
 use super::{RunArguments, listen, source};
 use crate::evaluation::DEFAULT_NEIGHBOURS;
 use crate::recipe::RecipeError;
@@ -30,6 +31,8 @@ pub(super) struct EvaluateArguments {
     #[arg(long, default_value = "embedded:digits-features")]
     features: String,
     #[command(flatten)]
+    stated: StatedArguments,
+    #[command(flatten)]
     run: RunArguments,
 }
 
@@ -46,6 +49,7 @@ pub(super) fn evaluate(arguments: &EvaluateArguments) -> Result<(), RecipeError>
 }
 
 fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
+    arguments.stated.refuse(&arguments.inputs.join(" "))?;
     let inputs: Vec<PathBuf> = arguments.inputs.iter().map(PathBuf::from).collect();
     let (reference, samples) = match inputs.split_last() {
         Some((reference, samples)) if !samples.is_empty() => (reference, samples),
@@ -80,11 +84,7 @@ fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
 }
 
 fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
-    let compare = arguments
-        .inputs
-        .iter()
-        .map(|name| source(name))
-        .collect::<Result<_, _>>()?;
+    let compare = stated_sources(&arguments.inputs, &arguments.stated)?;
     let kind = StageKind::Evaluate(Evaluate {
         compare,
         against: Against::Digits {

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use safetensors::Dtype;
 
 use super::{open, source};
+use crate::process::ProcessKind;
 use crate::recipe::RecipeError;
 use crate::recipe::plan::thousands;
 use crate::recipe::source::{FileSource, Source};
-use crate::weights::{self, Checkpoint, Conversion, Provenance, Stated};
+use crate::weights::{self, Checkpoint, Conversion, Provenance, Stated, WeightFile};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct StatedArguments {
@@ -18,11 +19,14 @@ pub(super) struct StatedArguments {
     /// Attention heads, if the file doesn't say and no published model has its width
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     heads: Option<u32>,
+    /// The process it was trained under, if the file doesn't say: gaussian as DiT, interpolant as SiT
+    #[arg(long, value_name = "PROCESS", hide_possible_values = true)]
+    process: Option<ProcessKind>,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct InspectArguments {
-    /// A .safetensors, .safetensors.index.json, .pt or .pth file, a folder, or an embedded checkpoint
+    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an embedded checkpoint
     checkpoint: String,
     #[command(flatten)]
     stated: StatedArguments,
@@ -33,7 +37,7 @@ pub(super) struct InspectArguments {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ConvertArguments {
-    /// A .safetensors, .safetensors.index.json, .pt or .pth file, a folder, or an embedded checkpoint
+    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an embedded checkpoint
     from: String,
     /// The file or folder to write, which must not exist
     to: PathBuf,
@@ -53,20 +57,55 @@ pub(super) struct ConvertArguments {
     licence: Option<String>,
 }
 
+impl StatedArguments {
+    fn stated(&self) -> Stated {
+        Stated {
+            weights_key: self.weights_key.clone(),
+            heads: self.heads.map(|heads| heads as usize),
+            process: self.process,
+            ..Stated::default()
+        }
+    }
+
+    /// Refuses what is stated where nothing is a checkpoint in a file.
+    pub(super) fn refuse(&self, names: &str) -> Result<(), RecipeError> {
+        if self.stated() == Stated::default() {
+            return Ok(());
+        }
+        Err(RecipeError::Run(format!(
+            "{names}: --weights-key, --heads and --process are for checkpoints in files"
+        )))
+    }
+}
+
 /// A checkpoint named on the command line, with what is stated of it.
 pub(super) fn stated_source(name: &str, stated: &StatedArguments) -> Result<Source, RecipeError> {
-    let stated = Stated {
-        weights_key: stated.weights_key.clone(),
-        heads: stated.heads.map(|heads| heads as usize),
-        model: None,
-    };
     match source(name)? {
-        Source::File(file) => Ok(Source::File(FileSource { stated, ..file })),
-        other if stated == Stated::default() => Ok(other),
-        _ => Err(RecipeError::Run(format!(
-            "{name}: --weights-key and --heads are for files"
-        ))),
+        Source::File(file) => Ok(Source::File(FileSource {
+            stated: stated.stated(),
+            ..file
+        })),
+        other => stated.refuse(name).map(|()| other),
     }
+}
+
+/// Checkpoints named on the command line, with what is stated of those that are files.
+pub(super) fn stated_sources(
+    names: &[String],
+    stated: &StatedArguments,
+) -> Result<Vec<Source>, RecipeError> {
+    let sources = names.iter().map(|name| source(name));
+    let mut sources = sources.collect::<Result<Vec<_>, _>>()?;
+    let mut files = sources.iter_mut().filter_map(|source| match source {
+        Source::File(file) => Some(file),
+        _ => None,
+    });
+    let Some(first) = files.next() else {
+        return stated.refuse(&names.join(" ")).map(|()| sources);
+    };
+    first.stated = stated.stated();
+    files.for_each(|file| file.stated = stated.stated());
+    Ok(sources)
 }
 
 /// Writes a checkpoint in another form.
@@ -85,6 +124,14 @@ pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
     for path in weights::convert(&checkpoint, &arguments.to, &conversion)? {
         crate::tell!("{}", path.display());
     }
+    if checkpoint.process == Some(ProcessKind::Interpolant)
+        && WeightFile::of(&arguments.to) == Some(WeightFile::Torch)
+    {
+        crate::say!(
+            "note: {}: a PyTorch state dict can't say that it is a SiT; state `--process interpolant` where it is read",
+            arguments.to.display()
+        );
+    }
     Ok(())
 }
 
@@ -95,20 +142,27 @@ pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), RecipeError> {
     let parameters = checkpoint.tensors.parameters();
     let Checkpoint {
         architecture,
+        process,
         provenance,
         ..
     } = &checkpoint;
     if arguments.json {
-        let value = serde_json::json!({ "file": name, "architecture": architecture, "parameters": parameters, "weights_sha256": checkpoint.fingerprint()?, "provenance": provenance });
+        let value = serde_json::json!({ "file": name, "architecture": architecture, "process": process, "parameters": parameters, "weights_sha256": checkpoint.fingerprint()?, "provenance": provenance });
         crate::tell!("{value:#}");
         return Ok(());
     }
     crate::tell!(
-        "{name}\n  model       {architecture}\n  parameters  {} in {} tensors\n  sha-256     {}",
+        "{name}\n  model       {}\n  parameters  {} in {} tensors\n  sha-256     {}",
+        checkpoint.model(),
         thousands(parameters),
         checkpoint.tensors.len(),
         checkpoint.fingerprint()?
     );
+    match process {
+        Some(process) => crate::tell!("  process     {process}"),
+        None if checkpoint.is_unmarked() => crate::tell!("  process     not stated"),
+        None => {}
+    }
     if *provenance == Provenance::default() {
         crate::tell!("  provenance  not stated (a file of another program)");
         return Ok(());

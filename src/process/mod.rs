@@ -1,12 +1,14 @@
 //! What a network learns: the process that turns data into noise, its losses, and its samplers.
 
 mod gaussian;
+mod kind;
 mod likelihood;
 mod losses;
 mod sampler;
 mod schedule;
 
 pub use gaussian::{GaussianDiffusion, Prediction, Variance};
+pub use kind::ProcessKind;
 pub use likelihood::{discretized_gaussian_log_likelihood, normal_kl};
 pub use losses::{
     Distillation, MaskedFeatures, Objective, TeacherOutput, Terms, masked_feature_loss, typical,

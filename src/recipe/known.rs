@@ -1,16 +1,19 @@
 //! What planning knows so far: the models earlier stages leave, the files that are there, and what is missing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::embedded;
 use super::missing::{MissingFile, Role, note};
+use super::models::read_file;
+use super::prune::PruneMethod;
 use super::public::public_file;
 use super::schema::{Data, Recipe, Stage, StageKind};
 use super::source::Source;
 use crate::data::Latents;
 use crate::models::{Architecture, DitConfig, digits, zoo};
-use crate::weights::{Checkpoint, vae_config};
+use crate::process::ProcessKind;
+use crate::weights::vae_config;
 
 /// How many times an autoencoder of latents reduces each side, where its configuration is not there to say.
 const AUTOENCODER_REDUCTION: usize = 8;
@@ -28,11 +31,27 @@ impl<E: std::error::Error> From<E> for Problem {
     }
 }
 
+/// Whether a stage only takes layers out, so that it is all the same to it how the model was trained.
+fn keeps_weights(kind: &StageKind) -> bool {
+    let StageKind::Prune(prune) = kind else {
+        return false;
+    };
+    match prune.method {
+        PruneMethod::Oracle { .. } | PruneMethod::Random { .. } | PruneMethod::Kept { .. } => true,
+        PruneMethod::Learned(_)
+        | PruneMethod::ShortGpt(_)
+        | PruneMethod::FluxLite(_)
+        | PruneMethod::Sensitivity(_) => false,
+    }
+}
+
 /// What planning knows so far.
 pub(super) struct Known<'a> {
     pub(super) recipe: &'a Recipe,
     /// What earlier stages leave.
     pub(super) made: BTreeMap<String, Architecture>,
+    /// Stages that leave a model of another process than Gaussian diffusion.
+    pub(super) interpolants: BTreeSet<String>,
     pub(super) missing: Vec<MissingFile>,
 }
 
@@ -42,17 +61,43 @@ impl Known<'_> {
         note(&mut self.missing, &stage.name, path, role)
     }
 
+    /// What a stage's source holds; refuses a model of a process that the stage can't compute.
     pub(super) fn architecture(
         &mut self,
         stage: &Stage,
         source: &Source,
     ) -> Result<Architecture, Problem> {
+        let (architecture, process) = self.model(stage, source)?;
+        if process == Some(ProcessKind::Interpolant) {
+            if !keeps_weights(&stage.kind) {
+                return Err(Problem::Said(format!(
+                    "`{source}` is a SiT, trained by an interpolant; this stage computes by Gaussian diffusion, as for a DiT. A SiT can be inspected, converted, and pruned by the methods `kept`, `oracle` and `random`"
+                )));
+            }
+            self.interpolants.insert(stage.name.clone());
+        }
+        Ok(architecture)
+    }
+
+    fn model(
+        &mut self,
+        stage: &Stage,
+        source: &Source,
+    ) -> Result<(Architecture, Option<ProcessKind>), Problem> {
         match source {
-            Source::Stage(name) => self.made.get(name).cloned().ok_or(Problem::Unknown),
-            Source::Embedded(name) => Ok(embedded::checkpoint(*name)?.architecture),
+            Source::Stage(name) => {
+                let made = self.made.get(name).cloned().ok_or(Problem::Unknown)?;
+                let interpolant = self.interpolants.contains(name);
+                Ok((made, interpolant.then_some(ProcessKind::Interpolant)))
+            }
+            Source::Embedded(name) => {
+                let checkpoint = embedded::checkpoint(*name)?;
+                Ok((checkpoint.architecture, checkpoint.process))
+            }
             Source::File(file) => {
                 if self.need(stage, &file.path, Role::Weights) {
-                    return Ok(Checkpoint::read_stated(&file.path, &file.stated)?.architecture);
+                    let checkpoint = read_file(file, self.recipe.heads)?;
+                    return Ok((checkpoint.architecture, checkpoint.process));
                 }
                 // A recipe can be planned without its files where it is known what they hold.
                 let stated = file.stated.model.as_deref();
@@ -62,11 +107,12 @@ impl Known<'_> {
                 if stated.is_none() && public.is_none() && public_file(&file.path).is_some() {
                     return Err(Problem::Unknown);
                 }
-                stated.map(Architecture::Dit).or(public).ok_or_else(|| {
+                let known = stated.map(Architecture::Dit).or(public).ok_or_else(|| {
                     Problem::Said(format!(
                         "`{source}` is not there, and nothing says what it holds"
                     ))
-                })
+                })?;
+                Ok((known, file.stated.process))
             }
         }
     }

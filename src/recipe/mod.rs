@@ -18,7 +18,7 @@ pub mod extract;
 pub(crate) mod extract_stage;
 mod known;
 pub mod missing;
-mod models;
+pub(crate) mod models;
 pub mod optimisation;
 pub mod pictures;
 pub mod plan;

@@ -1,13 +1,16 @@
 //! Where a stage's model comes from.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use super::RecipeError;
 use super::directory::RunDirectory;
 use super::embedded;
+use super::public::public_file;
 use super::schema::Recipe;
-use super::source::Source;
-use crate::weights::Checkpoint;
+use super::source::{FileSource, Source};
+use crate::weights::{Checkpoint, Stated, WeightsError};
 
 /// File of a stage's model, in the stage's folder.
 pub(super) const MODEL: &str = "model.safetensors";
@@ -35,6 +38,41 @@ pub(super) fn checkpoint(
             Checkpoint::read(&stage_folder(recipe, directory, stage)?.join(MODEL))?
         }
         Source::Embedded(name) => embedded::checkpoint(*name)?,
-        Source::File(file) => Checkpoint::read_stated(&file.path, &file.stated)?,
+        Source::File(file) => read_file(file, recipe.heads)?,
     })
+}
+
+/// Reads a checkpoint from a file; `heads` are those of a file that neither says them nor has a published model's
+/// width. A diffusion network of which nothing says how it was trained is taken for a DiT, and that is told once.
+///
+/// # Errors
+/// As [`Checkpoint::read_stated`].
+pub(crate) fn read_file(
+    file: &FileSource,
+    heads: Option<usize>,
+) -> Result<Checkpoint, WeightsError> {
+    let stated = Stated {
+        heads_otherwise: heads,
+        ..file.stated.clone()
+    };
+    let mut checkpoint = Checkpoint::read_stated(&file.path, &stated)?;
+    if checkpoint.is_unmarked() {
+        match public_file(&file.path).and_then(|file| file.process()) {
+            Some(process) => checkpoint = checkpoint.of_process(Some(process)),
+            None => tell_unmarked(&file.path),
+        }
+    }
+    Ok(checkpoint)
+}
+
+/// Says once of a file that nothing tells how its model was trained.
+fn tell_unmarked(path: &std::path::Path) {
+    static TOLD: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    if told.insert(path.to_owned()) {
+        crate::say!(
+            "note: {}: nothing in it says whether it is a DiT or a SiT, whose tensors are alike; taken for a DiT. To state it: `--process gaussian` or `--process interpolant` on the command line, `process = \"gaussian\"` or `process = \"interpolant\"` beside `path` in a recipe",
+            path.display()
+        );
+    }
 }

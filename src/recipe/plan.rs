@@ -1,7 +1,7 @@
 //! What a recipe will do: each stage's model before and after, its steps, images and memory. Everything that can be
 //! known without training is checked here, before anything is computed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::Serialize;
@@ -68,6 +68,7 @@ impl Plan {
         let mut known = Known {
             recipe,
             made: BTreeMap::new(),
+            interpolants: BTreeSet::new(),
             missing: Vec::new(),
         };
         let (mut stages, mut problems) = (Vec::new(), Vec::new());

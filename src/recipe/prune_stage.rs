@@ -12,11 +12,12 @@ use super::prune::{Learned, Prune, PruneMethod, Scored};
 use super::schema::Stage;
 use super::stages::Context;
 use crate::data::{BatchPlan, BatchSource};
-use crate::models::DitConfig;
+use crate::models::{Architecture, DitConfig};
 use crate::ops::TrainingBackend;
 use crate::process::GaussianDiffusion;
 use crate::pruning::{
-    Annealing, Decision, Groups, LearnedPruner, Score, ScoreBatch, keep_by_scores, oracle, score,
+    Annealing, Decision, Groups, LearnedPruner, Score, ScoreBatch, Update, keep_by_scores, oracle,
+    score,
 };
 use crate::random::{Stream, permutation};
 use crate::report::{self, DecisionGroup, DecisionHistory, decision_svg};
@@ -104,7 +105,15 @@ impl<B: TrainingBackend> Context<'_, B> {
             config.depth
         );
         provenance.kept = Some(kept);
-        Ok(Checkpoint::of(&pruned, provenance, &folder.join(MODEL)).write()?)
+        let pruned = Checkpoint::of(&pruned, provenance, &folder.join(MODEL));
+        let process = match prune.method {
+            // Layers were taken out: nobody has asked how the model was trained, and what isn't known stays so.
+            PruneMethod::Oracle { .. } | PruneMethod::Random { .. } | PruneMethod::Kept { .. } => {
+                parent.process
+            }
+            _ => pruned.process,
+        };
+        Ok(pruned.of_process(process).write()?)
     }
 
     /// Learns which layers to keep.
@@ -144,7 +153,18 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         let candidates = groups.iter().map(|group| group.num_candidates()).collect();
         let source = self.source(config, optimisation, learned.label_drop, candidates)?;
-        let plan = self.plan(stage, optimisation, folder, &[Some(parent)])?;
+        let mut plan = self.plan(stage, optimisation, folder, &[Some(parent)])?;
+        // A low-rank update, or gates alone, are no model.
+        if learned.update == Update::Full {
+            let mut provenance = self.provenance(
+                &stage.name,
+                prune_method(&PruneMethod::Learned(learned.clone())),
+                Some(optimisation),
+                Some(parent),
+            )?;
+            provenance.note = "all layers, as a pruning that is under way has changed them".into();
+            plan.describe(Architecture::Dit(config.clone()), provenance);
+        }
         let (every, steps) = (plan.log_every, plan.steps);
         let log_path = folder.join("decisions.jsonl");
         let observe_path = log_path.clone();

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::models::{Architecture, zoo};
+use crate::process::ProcessKind;
 
 /// A file that others publish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +26,18 @@ impl PublicFile {
         // All of them are of ImageNet at 256 x 256, in latents of a VAE that reduces each side eight times.
         zoo::config(self.model?, 32, 4, 1000).map(Architecture::Dit)
     }
+
+    /// The process it was trained under, if it is a diffusion network; the file itself may not say it.
+    pub fn process(&self) -> Option<ProcessKind> {
+        match self.model {
+            Some(model) => ProcessKind::of_model(model),
+            None => (self.name == STANDIN_DIT).then_some(ProcessKind::Gaussian),
+        }
+    }
 }
+
+/// The stand-in for a published diffusion network.
+const STANDIN_DIT: &str = "standin-dit.pt";
 
 /// What makes the stand-ins of `recipes/standin.toml`.
 const STANDIN: &str = "`tinyfusion standin FOLDER`, which makes all stand-ins";
@@ -81,7 +93,7 @@ const FILES: [PublicFile; 11] = [
         model: None,
     },
     PublicFile {
-        name: "standin-dit.pt",
+        name: STANDIN_DIT,
         what: "a random stand-in for DiT-XL/2",
         size: "0.4 MB",
         from: STANDIN,
@@ -143,6 +155,9 @@ mod tests {
                 file.architecture().is_some(),
                 "{file:?}"
             );
+            let is_dit = file.model.is_some() || file.name == "standin-dit.pt";
+            let process = is_dit.then_some(ProcessKind::Gaussian);
+            assert_eq!(file.process(), process, "{file:?}");
         }
     }
 }

@@ -9,6 +9,7 @@ use super::plan::{check_taps, recover_method};
 use super::recover::{Recover, RecoverMethod, Representation};
 use super::schema::Stage;
 use super::stages::Context;
+use crate::models::Architecture;
 use crate::ops::TrainingBackend;
 use crate::process::{Distillation, GaussianDiffusion, MaskedFeatures};
 use crate::pruning::{self, Groups};
@@ -79,12 +80,27 @@ impl<B: TrainingBackend> Context<'_, B> {
             )),
             None => None,
         };
-        let plan = self.plan(
+        let mut provenance = self.provenance(
+            &stage.name,
+            recover_method(&recover.method),
+            Some(&recover.optimisation),
+            Some(&parent),
+        )?;
+        // A healed model still is the one whose layers were kept.
+        provenance.kept.clone_from(&parent.provenance.kept);
+        provenance.parent_depth = parent.provenance.parent_depth;
+        provenance.groups.clone_from(&parent.provenance.groups);
+        provenance.teacher = teacher_checkpoint
+            .as_ref()
+            .map(Checkpoint::fingerprint)
+            .transpose()?;
+        let mut plan = self.plan(
             stage,
             &recover.optimisation,
             folder,
             &[Some(&parent), teacher_checkpoint.as_ref()],
         )?;
+        plan.describe(Architecture::Dit(config.clone()), provenance.clone());
         let student = Student::new(
             parent.network::<B>(self.device)?,
             distillation,
@@ -106,25 +122,6 @@ impl<B: TrainingBackend> Context<'_, B> {
             vec!["mse", "vb", "kd", "vb kd", "features"],
             None,
         )?;
-        let mut provenance = self.provenance(
-            &stage.name,
-            recover_method(&recover.method),
-            Some(&recover.optimisation),
-            Some(&parent),
-        )?;
-        // A healed model still is the one whose layers were kept.
-        let Provenance {
-            kept,
-            parent_depth,
-            groups,
-            ..
-        } = parent.provenance;
-        provenance.teacher = teacher_checkpoint
-            .as_ref()
-            .map(Checkpoint::fingerprint)
-            .transpose()?;
-        (provenance.kept, provenance.parent_depth, provenance.groups) =
-            (kept, parent_depth, groups);
         Ok(Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL)).write()?)
     }
 }

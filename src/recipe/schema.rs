@@ -16,7 +16,7 @@ use super::prune::Prune;
 use super::reader::{Section, Sink};
 use super::recover::Recover;
 use super::sampling::{Evaluate, Sample};
-use super::source::{Lineage, Listing};
+use super::source::{HEADS, Lineage, Listing};
 use super::train::Train;
 use crate::backend::{BackendKind, Compute};
 
@@ -50,6 +50,10 @@ pub struct Recipe {
     pub backend: Option<BackendKind>,
     /// Type of matrix products.
     pub compute: Compute,
+    /// Attention heads of every file that neither says them itself nor has the width of a published model; what is
+    /// stated beside a file's `path` counts more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heads: Option<usize>,
     /// What to train on and compare with.
     pub data: Data,
     /// What is done, in order.
@@ -204,6 +208,7 @@ impl Recipe {
         let backend = section.choice("backend", &backends).optional();
         let computes = [("f32", Compute::F32), ("bf16", Compute::Bf16)];
         let compute = section.choice("compute", &computes).or(Compute::F32);
+        let heads = section.integer("heads", HEADS).optional();
         let stages = section.sections("stage").required();
         let extracts: Vec<String> = (stages.iter().flatten())
             .filter(|stage| string_in(stage.table(), "kind") == Some("extract"))
@@ -219,6 +224,7 @@ impl Recipe {
             seed,
             backend,
             compute,
+            heads,
             data,
             stages: stages??,
         })

@@ -1,6 +1,7 @@
 //! Where a stage takes a checkpoint from.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use serde::{Serialize, Serializer};
@@ -10,7 +11,11 @@ use super::document::{Node, Table, Value};
 use super::public::public_file;
 use super::reader::Section;
 use crate::models::zoo;
+use crate::process::ProcessKind;
 use crate::weights::{Stated, WeightFile};
+
+/// Heads that a recipe can state.
+pub(super) const HEADS: RangeInclusive<usize> = 1..=1024;
 
 const EMBEDDED: &str = "embedded:";
 
@@ -204,7 +209,7 @@ fn there(node: &Node, file: FileSource) -> Result<FileSource, Diagnostic> {
 
 /// A file with what a recipe says of it: `{ path = "x.pt", weights_key = "model" }`.
 fn file(node: &Node, table: &Table) -> Result<FileSource, Diagnostic> {
-    const KEYS: [&str; 4] = ["path", "weights_key", "heads", "model"];
+    const KEYS: [&str; 5] = ["path", "weights_key", "heads", "model", "process"];
     if let Some((key, entry)) = table.iter().find(|(key, _)| !KEYS.contains(&key.as_str())) {
         let fault = Diagnostic::new(&entry.key, format!("unknown key `{}`", key.escape_debug()));
         return Err(fault.suggesting(key, KEYS));
@@ -217,11 +222,16 @@ fn file(node: &Node, table: &Table) -> Result<FileSource, Diagnostic> {
         .map(|node| node.choice(&models))
         .transpose()?;
     let heads = entry("heads")
-        .map(|node| node.integer(&(1..=1024)))
+        .map(|node| node.integer(&HEADS))
+        .transpose()?;
+    let process = entry("process")
+        .map(|node| node.choice(&ProcessKind::NAMES))
         .transpose()?;
     let stated = Stated {
         weights_key: text("weights_key")?.map(str::to_owned),
         heads,
+        heads_otherwise: None,
+        process,
         model: model.map(str::to_owned),
     };
     let path = PathBuf::from(path);
@@ -240,7 +250,7 @@ mod tests {
         for (from, message) in [
             (
                 "'base2'",
-                "`from`: \"base2\" is not an earlier stage, an embedded checkpoint, or a path ending in .safetensors, .safetensors.index.json, .pt, .pth",
+                "`from`: \"base2\" is not an earlier stage, an embedded checkpoint, or a path ending in .safetensors, .safetensors.index.json, .pt, .pth, .bin, .ckpt",
             ),
             (
                 "'sample'",
@@ -263,6 +273,10 @@ mod tests {
             (
                 "{ path = 'x.pt', heads = 3 }",
                 "`from`: file not found: \"x.pt\"",
+            ),
+            (
+                "{ path = 'x.pt', process = 'gauss' }",
+                "`from`: expected one of \"gaussian\", \"interpolant\", found \"gauss\"",
             ),
             (
                 "1",

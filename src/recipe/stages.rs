@@ -50,13 +50,16 @@ impl<B: TrainingBackend> Context<'_, B> {
             .map(|source| self.load(source))
             .transpose()?;
         let seed = self.recipe.seed;
-        let plan = self.plan(stage, &train.optimisation, folder, &[parent.as_ref()])?;
+        let mut plan = self.plan(stage, &train.optimisation, folder, &[parent.as_ref()])?;
         let provenance = self.provenance(
             &stage.name,
             "train",
             Some(&train.optimisation),
             parent.as_ref(),
         )?;
+        if let Some(architecture) = &planned.after {
+            plan.describe(architecture.clone(), provenance.clone());
+        }
         let at = folder.join(MODEL);
         match planned.after.as_ref() {
             Some(Architecture::Dit(config)) => {
@@ -256,6 +259,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             log_every: o.log_every,
             max_bad_steps: o.max_bad_steps,
             fingerprint: hex(&hash.finalize()),
+            description: None,
             directory: folder.to_owned(),
         })
     }

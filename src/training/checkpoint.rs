@@ -12,11 +12,9 @@ use super::ema::Ema;
 use super::optimizer::{AdamW, Moments};
 use super::{TrainingError, strategy::Plan};
 use crate::weights::{
-    Array, StateDict, collect, floats, names, overlay, read_safetensors, write_safetensors,
+    Array, Description, EMA, FIXED, MODEL, MOMENTS, StateDict, TRAINING, collect, floats, names,
+    overlay, read_safetensors, write_safetensors,
 };
-
-/// Metadata key of the position.
-const POSITION: &str = "tinyfusion.training";
 
 /// Where a training stands. Data order, noise and learning rate are functions of the step, so the step is all of
 /// their state.
@@ -72,15 +70,20 @@ impl Store {
         steps
     }
 
-    /// Saves, then deletes all but the last `keep` and the best.
+    /// Saves, then deletes all but the last few that the plan keeps and the best. Where the plan says what model is
+    /// trained, the file says it too and holds the model whole: what does not learn lies beside what does.
     pub(super) fn save<B: TrainingBackend, M: AutodiffModule<B>>(
         &self,
         position: &Position,
         model: &M,
         ema: &Ema<B::InnerBackend>,
         optimizer: &AdamW<B>,
-        keep: usize,
+        plan: &Plan,
     ) -> Result<(), TrainingError> {
+        let broken = |error: serde_json::Error| TrainingError::Resume {
+            path: self.directory.clone(),
+            problem: error.to_string(),
+        };
         let mut state = StateDict::new();
         let mut put = |prefix: &str, part: StateDict| {
             state.extend(
@@ -91,28 +94,34 @@ impl Store {
         let weights = learning::<B, M>(model);
         // A module of the inner backend does not know what learns; the names do.
         let mut averages = collect::<B::InnerBackend, M::InnerModule>(&ema.apply(model.valid()));
+        let fixed = match plan.description {
+            Some(_) => (averages.iter())
+                .filter(|(name, _)| !weights.contains_key(*name))
+                .map(|(name, array)| (name.clone(), array.clone()))
+                .collect(),
+            None => StateDict::new(),
+        };
         averages.retain(|name, _| weights.contains_key(name));
-        put("ema", averages);
-        put("model", weights);
+        put(EMA, averages);
+        put(MODEL, weights);
+        put(FIXED, fixed);
         let moments = moments::<B, M>(model, optimizer);
         let position = Position {
             moments: moments.len(),
             ..position.clone()
         };
-        put("moments", moments);
-        let position_text =
-            serde_json::to_string(&position).map_err(|error| TrainingError::Resume {
-                path: self.directory.clone(),
-                problem: error.to_string(),
-            })?;
-        write_safetensors(
-            &self.path(position.step),
-            &state.into(),
-            BTreeMap::from([(POSITION.to_owned(), position_text)]),
-            None,
-        )?;
+        put(MOMENTS, moments);
+        let mut metadata = match &plan.description {
+            Some(description) => at_step(description, plan, position.step)
+                .metadata()
+                .map_err(broken)?,
+            None => BTreeMap::new(),
+        };
+        let position_text = serde_json::to_string(&position).map_err(broken)?;
+        metadata.insert(TRAINING.to_owned(), position_text);
+        write_safetensors(&self.path(position.step), &state.into(), metadata, None)?;
         let steps = self.steps();
-        for &step in steps.iter().rev().skip(keep) {
+        for &step in steps.iter().rev().skip(plan.keep_last) {
             if position.best.is_none_or(|(best, _)| best != step) {
                 let path = self.path(step);
                 std::fs::remove_file(&path).map_err(|source| TrainingError::Io { path, source })?;
@@ -140,22 +149,24 @@ impl Store {
         };
         let position: Position = serde_json::from_str(
             metadata
-                .get(POSITION)
+                .get(TRAINING)
                 .ok_or_else(|| resume("is no training checkpoint".into()))?,
         )
         .map_err(|error| resume(format!("its position is not understood: {error}")))?;
         if position.fingerprint != plan.fingerprint {
             return Err(resume("belongs to a run with other settings; start a new run, or restore the recipe it was made with".into()));
         }
-        let part = |prefix: &str| -> StateDict {
+        let part = |part: &str| -> StateDict {
+            let within = |name: &str| {
+                let name = name.strip_prefix(part)?.strip_prefix('.')?;
+                Some(name.to_owned())
+            };
             state
                 .iter()
-                .filter_map(|(name, array)| {
-                    Some((name.strip_prefix(prefix)?.to_owned(), array.clone()))
-                })
+                .filter_map(|(name, array)| Some((within(name)?, array.clone())))
                 .collect()
         };
-        let (weights, averages, moments) = (part("model."), part("ema."), part("moments."));
+        let (weights, averages, moments) = (part(MODEL), part(EMA), part(MOMENTS));
         for parameter in names::<B, M>(&model) {
             for part in [&weights, &averages] {
                 if part
@@ -210,6 +221,20 @@ impl Store {
         restore_moments::<B, M>(&model, optimizer, &moments);
         Ok((model, Some(position)))
     }
+}
+
+/// What a checkpoint in the middle of a training says of itself: how far it had come.
+fn at_step(description: &Description, plan: &Plan, step: usize) -> Description {
+    let mut description = description.clone();
+    let provenance = &mut description.provenance;
+    provenance.steps = step;
+    provenance.images = step * plan.batch;
+    let middle = format!("in training: after step {step} of {}", plan.steps);
+    provenance.note = match provenance.note.as_str() {
+        "" => middle,
+        note => format!("{middle}; {note}"),
+    };
+    description
 }
 
 /// A visitor over the learning parameters, by name.

@@ -24,6 +24,9 @@ use super::optimizer::AdamW;
 use super::renderer::Lines;
 use super::schedule::Schedule;
 use crate::interrupt;
+use crate::models::Architecture;
+use crate::process::ProcessKind;
+use crate::weights::{Description, Provenance};
 
 /// How long to train, and what to keep.
 #[derive(Debug, Clone, Serialize)]
@@ -60,11 +63,27 @@ pub struct Plan {
     pub max_bad_steps: usize,
     /// Hash of what defines the training; a checkpoint of another can't be resumed.
     pub fingerprint: String,
+    /// What each checkpoint says of the model in it; None where what is trained is no whole model.
+    pub description: Option<Description>,
     /// Folder of the stage: `metrics.jsonl` and `checkpoints/`.
     pub directory: PathBuf,
 }
 
 impl Plan {
+    /// Has each checkpoint say what model it holds, so that it can be opened as one; a diffusion network is trained
+    /// by Gaussian diffusion.
+    pub fn describe(&mut self, architecture: Architecture, provenance: Provenance) {
+        let process = match architecture {
+            Architecture::Dit(_) => Some(ProcessKind::Gaussian),
+            Architecture::DigitsClassifier(_) => None,
+        };
+        self.description = Some(Description {
+            architecture,
+            process,
+            provenance,
+        });
+    }
+
     /// The learning rate of each step.
     pub fn schedule(&self) -> Schedule {
         Schedule::new(self.lr, self.final_lr, self.warmup, self.steps)
@@ -235,13 +254,7 @@ where
                     position.best = Some((position.step, position.mean_loss));
                 }
                 losses.clear();
-                store.save(
-                    position,
-                    &learner.model(),
-                    ema,
-                    &self.optimizer,
-                    plan.keep_last,
-                )?;
+                store.save(position, &learner.model(), ema, &self.optimizer, plan)?;
             }
             if stopping {
                 break;

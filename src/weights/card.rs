@@ -30,7 +30,6 @@ fn write_card(
     fingerprint: &str,
 ) -> std::fmt::Result {
     let Checkpoint {
-        architecture,
         tensors,
         provenance,
         path,
@@ -42,7 +41,7 @@ fn write_card(
         writeln!(out, "library_name: diffusers")?;
     }
     writeln!(out, "tags: [diffusion, pruned, tinyfusion]\n---\n")?;
-    writeln!(out, "# {architecture}\n")?;
+    writeln!(out, "# {}\n", checkpoint.model())?;
     match (&provenance.kept, provenance.parent_depth) {
         (Some(kept), Some(depth)) => writeln!(
             out,
@@ -151,8 +150,11 @@ fn verdict(checkpoint: &Path) -> Option<(Value, Value)> {
     let stage = checkpoint.parent()?;
     let (_, name) = stage.file_name()?.to_str()?.split_once('-')?;
     let stages = std::fs::read_dir(stage.parent()?).ok()?;
-    stages.flatten().find_map(|folder| {
-        let text = std::fs::read_to_string(folder.path().join("eval.json")).ok()?;
+    let mut folders: Vec<_> = stages.flatten().map(|folder| folder.path()).collect();
+    // A folder lists its entries in any order; of several evaluations the first stage's counts.
+    folders.sort();
+    folders.iter().find_map(|folder| {
+        let text = std::fs::read_to_string(folder.join("eval.json")).ok()?;
         let json: Value = serde_json::from_str(&text).ok()?;
         let verdicts = json.get("verdicts")?.as_array()?;
         let ours = verdicts.iter().find(|verdict| verdict["model"] == name)?;

@@ -10,18 +10,24 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::infer::{self, Heads};
 use super::layout::{DiffusersConfig, from_diffusers, is_diffusers};
-use super::safetensors::{open, open_safetensors, write_safetensors};
-use super::shards::open_shards;
+use super::opened::Opened;
+use super::safetensors::{open, write_safetensors};
 use super::state::encode;
 use super::tensors::{Bytes, Tensors};
-use super::torch::open_torch;
-use super::{WeightFile, WeightsError, assign, collect, infer};
+use super::{WeightFile, WeightsError, assign, collect};
 use crate::models::{Architecture, DigitsClassifier, DitConfig, Network, zoo};
+use crate::process::ProcessKind;
 
 /// Metadata keys of our files.
-const ARCHITECTURE: &str = "tinyfusion.architecture";
+pub(super) const ARCHITECTURE: &str = "tinyfusion.architecture";
 const PROVENANCE: &str = "tinyfusion.provenance";
+const PROCESS: &str = "tinyfusion.process";
+
+/// The mark of a diffusion network of which nobody has said how it was trained. Without any mark, a file of ours is of
+/// the time when all were trained by Gaussian diffusion.
+const UNSTATED: &str = "unstated";
 
 /// File beside weights that rebuilds their model.
 pub(super) const CONFIG: &str = "config.json";
@@ -72,9 +78,71 @@ pub struct Stated {
     /// Attention heads, which no tensor tells.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heads: Option<usize>,
+    /// Attention heads of a file that doesn't say them and has the width of no published model.
+    #[serde(skip)]
+    pub heads_otherwise: Option<usize>,
+    /// The process it was trained under, which no tensor tells either.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process: Option<ProcessKind>,
     /// The published model it must be, but for the size of its images and the number of classes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+}
+
+/// What a file of ours says of the model in it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Description {
+    /// What the weights are of.
+    pub architecture: Architecture,
+    /// The process a diffusion network was trained under; None where nobody has said it.
+    pub process: Option<ProcessKind>,
+    /// Where the weights came from.
+    pub provenance: Provenance,
+}
+
+impl Description {
+    /// The metadata that says it.
+    ///
+    /// # Errors
+    /// None of values that can be written as JSON.
+    pub(crate) fn metadata(&self) -> Result<BTreeMap<String, String>, serde_json::Error> {
+        let mut metadata = BTreeMap::from([
+            (
+                ARCHITECTURE.to_owned(),
+                serde_json::to_string(&self.architecture)?,
+            ),
+            (
+                PROVENANCE.to_owned(),
+                serde_json::to_string(&self.provenance)?,
+            ),
+            // Other programs' loaders ask whose conventions the names follow.
+            ("format".to_owned(), "pt".to_owned()),
+        ]);
+        if let Architecture::Dit(_) = self.architecture {
+            metadata.insert(PROCESS.to_owned(), mark(self.process).to_owned());
+        }
+        Ok(metadata)
+    }
+}
+
+/// How a process is marked in files.
+pub(super) fn mark(process: Option<ProcessKind>) -> &'static str {
+    process.map_or(UNSTATED, ProcessKind::name)
+}
+
+/// The process of a mark; `None` within where it is marked as unstated.
+fn marked(mark: &str) -> Result<Option<ProcessKind>, String> {
+    if mark == UNSTATED {
+        return Ok(None);
+    }
+    let known = ProcessKind::NAMES.iter().find(|(name, _)| *name == mark);
+    known.map(|(_, kind)| Some(*kind)).ok_or_else(|| {
+        format!(
+            "it is marked for the process {mark:?}; expected one of {}, {}, {UNSTATED}",
+            ProcessKind::NAMES[0].0,
+            ProcessKind::NAMES[1].0
+        )
+    })
 }
 
 /// A model file's content; its tensors are read when they are asked for.
@@ -82,6 +150,8 @@ pub struct Stated {
 pub struct Checkpoint {
     /// What the weights are of.
     pub architecture: Architecture,
+    /// The process it was trained under; None of a classifier, and of a diffusion network where nothing says it.
+    pub process: Option<ProcessKind>,
     /// The weights, under the reference's names.
     pub tensors: Tensors,
     /// Where they came from; default for files of other programs.
@@ -92,15 +162,20 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// A checkpoint of weights in memory, to be written to `path`.
+    /// A checkpoint of weights in memory, to be written to `path`; a diffusion network's process is Gaussian.
     pub fn new(
         architecture: Architecture,
         tensors: Tensors,
         provenance: Provenance,
         path: &Path,
     ) -> Self {
+        let process = match &architecture {
+            Architecture::Dit(_) => Some(ProcessKind::Gaussian),
+            Architecture::DigitsClassifier(_) => None,
+        };
         Self {
             architecture,
+            process,
             tensors,
             provenance,
             path: path.to_owned(),
@@ -124,23 +199,8 @@ impl Checkpoint {
     /// As [`read`](Self::read), and when the file contradicts them.
     pub fn read_stated(path: &Path, stated: &Stated) -> Result<Self, WeightsError> {
         let (kind, file) = WeightFile::locate(path)?;
-        let (tensors, metadata) = match kind {
-            WeightFile::Safetensors => open_safetensors(&file)?,
-            WeightFile::Shards => open_shards(&file)?,
-            WeightFile::Torch => {
-                let tensors = open_torch(&file, stated.weights_key.as_deref())?;
-                return Self::from_tensors(tensors, BTreeMap::new(), &file, stated);
-            }
-        };
-        if let Some(key) = &stated.weights_key {
-            return Err(WeightsError::Model {
-                path: file,
-                problem: format!(
-                    "weights_key `{key}` is for .pt and .pth files; this one holds one model"
-                ),
-            });
-        }
-        Self::from_tensors(tensors, metadata, &file, stated)
+        let opened = Opened::open(kind, &file, stated.weights_key.as_deref())?;
+        Self::from_opened(opened, &file, stated)
     }
 
     /// Opens the bytes of a safetensors file inside the binary; `path` is for messages.
@@ -149,15 +209,20 @@ impl Checkpoint {
     /// As [`read`](Self::read).
     pub fn embedded(bytes: &'static [u8], path: &Path) -> Result<Self, WeightsError> {
         let (tensors, metadata) = open(&Bytes::embedded(path, bytes), bytes.len() as u64, path)?;
-        Self::from_tensors(tensors, metadata, path, &Stated::default())
+        let opened = Opened {
+            tensors,
+            metadata,
+            process: None,
+        };
+        Self::from_opened(opened, path, &Stated::default())
     }
 
-    fn from_tensors(
-        tensors: Tensors,
-        metadata: BTreeMap<String, String>,
-        path: &Path,
-        stated: &Stated,
-    ) -> Result<Self, WeightsError> {
+    fn from_opened(opened: Opened, path: &Path, stated: &Stated) -> Result<Self, WeightsError> {
+        let Opened {
+            tensors,
+            metadata,
+            process: arguments,
+        } = opened;
         let problem = |problem: String| WeightsError::Model {
             path: path.to_owned(),
             problem,
@@ -172,9 +237,17 @@ impl Checkpoint {
         }
         let known: Option<Architecture> = said(&metadata, ARCHITECTURE).map_err(problem)?;
         let provenance = said(&metadata, PROVENANCE).map_err(problem)?;
+        let mut process = match (metadata.get(PROCESS), &known) {
+            (Some(mark), _) => marked(mark).map_err(problem)?,
+            (None, Some(Architecture::Dit(_))) => Some(ProcessKind::Gaussian),
+            (None, _) => arguments,
+        };
         let known = match known {
             Some(known) => Some(known),
-            None => beside(path)?,
+            None => beside(path)?.map(|(known, beside)| {
+                process = process.or(beside);
+                known
+            }),
         };
         let (mut tensors, mut known) = (tensors, known);
         if is_diffusers(&tensors) {
@@ -185,12 +258,15 @@ impl Checkpoint {
                 ));
             };
             check(config, path)?;
-            tensors = from_diffusers(tensors, config.input_size / config.patch_size, path)?;
+            tensors = from_diffusers(tensors, config, path)?;
         }
         if !matches!(known, Some(Architecture::DigitsClassifier(_))) {
-            let heads = match &known {
-                Some(Architecture::Dit(config)) => Some(config.heads),
-                _ => stated.heads,
+            let heads = Heads {
+                known: match &known {
+                    Some(Architecture::Dit(config)) => Some(config.heads),
+                    _ => stated.heads,
+                },
+                otherwise: stated.heads_otherwise,
             };
             let found = infer::dit(&tensors, heads, path)?;
             if let Some(heads) = stated.heads
@@ -218,14 +294,35 @@ impl Checkpoint {
             check(&config, path)?;
             infer::check_dit(&tensors, &config, path)?;
             known = Some(Architecture::Dit(config));
+            process = agreed(process, stated).map_err(problem)?;
         }
         let architecture = known.ok_or_else(|| problem("it holds no model".into()))?;
-        Ok(Self::new(
-            architecture,
-            tensors,
-            provenance.unwrap_or_default(),
-            path,
-        ))
+        let provenance = provenance.unwrap_or_default();
+        let checkpoint = Self::new(architecture, tensors, provenance, path);
+        Ok(checkpoint.of_process(process))
+    }
+
+    /// The same weights, said to be trained under another process; None says that nobody knows.
+    pub fn of_process(self, process: Option<ProcessKind>) -> Self {
+        let process = match &self.architecture {
+            Architecture::Dit(_) => process,
+            Architecture::DigitsClassifier(_) => None,
+        };
+        Self { process, ..self }
+    }
+
+    /// Whether this is a diffusion network of which nothing says how it was trained.
+    pub fn is_unmarked(&self) -> bool {
+        matches!(self.architecture, Architecture::Dit(_)) && self.process.is_none()
+    }
+
+    /// What the weights are of, in words, the family by the process.
+    pub fn model(&self) -> String {
+        let text = self.architecture.to_string();
+        match (self.process, text.strip_prefix("DiT")) {
+            (Some(process), Some(sizes)) => format!("{}{sizes}", process.family()),
+            _ => text,
+        }
     }
 
     /// A checkpoint of a network.
@@ -249,18 +346,15 @@ impl Checkpoint {
 
     /// What our files say of themselves.
     pub(super) fn metadata(&self) -> Result<BTreeMap<String, String>, WeightsError> {
-        let encode = |problem: serde_json::Error| WeightsError::Model {
-            path: self.path.clone(),
-            problem: problem.to_string(),
+        let description = Description {
+            architecture: self.architecture.clone(),
+            process: self.process,
+            provenance: self.provenance.clone(),
         };
-        let architecture = serde_json::to_string(&self.architecture).map_err(encode)?;
-        let provenance = serde_json::to_string(&self.provenance).map_err(encode)?;
-        Ok(BTreeMap::from([
-            (ARCHITECTURE.to_owned(), architecture),
-            (PROVENANCE.to_owned(), provenance),
-            // Other programs' loaders ask whose conventions the names follow.
-            ("format".to_owned(), "pt".to_owned()),
-        ]))
+        description.metadata().map_err(|error| WeightsError::Model {
+            path: self.path.clone(),
+            problem: error.to_string(),
+        })
     }
 
     /// The configuration, if this is a diffusion network.
@@ -338,6 +432,27 @@ impl Checkpoint {
     }
 }
 
+/// The process that a file says and a person states.
+fn agreed(said: Option<ProcessKind>, stated: &Stated) -> Result<Option<ProcessKind>, String> {
+    let model = stated.model.as_deref();
+    let named = model.and_then(|model| Some((ProcessKind::of_model(model)?, model)));
+    if let (Some(process), Some((named, model))) = (stated.process, named)
+        && process != named
+    {
+        return Err(format!(
+            "the process is stated as {}, but {model} is trained by {named}",
+            process.name()
+        ));
+    }
+    let stated = stated.process.or(named.map(|(named, _)| named));
+    match (said, stated) {
+        (Some(said), Some(stated)) if said != stated => Err(format!(
+            "it is stated to be trained by {stated}, but it says that it was trained by {said}"
+        )),
+        _ => Ok(said.or(stated)),
+    }
+}
+
 /// Refuses a configuration that no model can have.
 fn check(config: &DitConfig, path: &Path) -> Result<(), WeightsError> {
     config.problem().map_or(Ok(()), |why| {
@@ -348,30 +463,38 @@ fn check(config: &DitConfig, path: &Path) -> Result<(), WeightsError> {
     })
 }
 
-/// The architecture in a `config.json` beside a file: ours, or that of diffusers' DiT.
-fn beside(path: &Path) -> Result<Option<Architecture>, WeightsError> {
+/// The architecture in a `config.json` beside a file, ours or that of diffusers' DiT, and the process it says.
+fn beside(path: &Path) -> Result<Option<(Architecture, Option<ProcessKind>)>, WeightsError> {
     let path = path.with_file_name(CONFIG);
     let text = match std::fs::read_to_string(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(WeightsError::io(&path)(error)),
     };
-    let format = |found: String| WeightsError::Format {
+    let broken = |found: String| WeightsError::Format {
         path: path.clone(),
         expected: "config.json",
         found,
     };
     let Ok(json) = serde_json::from_str::<serde_json::Value>(&text) else {
-        return Err(format("it is no JSON".into()));
+        return Err(broken("it is no JSON".into()));
     };
     if let Some(config) = DiffusersConfig::of(&json) {
-        let config = config.and_then(|config| config.dit()).map_err(format)?;
-        return Ok(Some(Architecture::Dit(config)));
+        let config = config.and_then(|config| config.dit()).map_err(broken)?;
+        return Ok(Some((
+            Architecture::Dit(config),
+            Some(ProcessKind::Gaussian),
+        )));
     }
     // Somebody else's configuration may lie there too.
     if json.get("family").is_none() {
         return Ok(None);
     }
-    let architecture = serde_json::from_value(json).map_err(|error| format(error.to_string()))?;
-    Ok(Some(architecture))
+    let process = match json.get("process") {
+        Some(serde_json::Value::String(mark)) => marked(mark).map_err(broken)?,
+        Some(other) => return Err(broken(format!("`process` is {other}, expected a string"))),
+        None => Some(ProcessKind::Gaussian),
+    };
+    let architecture = serde_json::from_value(json).map_err(|error| broken(error.to_string()))?;
+    Ok(Some((architecture, process)))
 }

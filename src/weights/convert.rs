@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use super::card::card;
-use super::checkpoint::CONFIG;
+use super::checkpoint::{CONFIG, mark};
 use super::layout::{diffusers_config, to_diffusers};
 use super::safetensors::write_safetensors;
 use super::shards::write_shards;
@@ -15,6 +15,7 @@ use super::torch::write_torch;
 use super::{Checkpoint, WeightFile, WeightsError};
 use crate::atomic::write_atomic;
 use crate::models::Architecture;
+use crate::process::ProcessKind;
 
 /// How to write a checkpoint.
 #[derive(Debug, Clone, Default)]
@@ -90,6 +91,12 @@ fn folder(
         problem,
     };
     let (stem, tensors, config) = match (&checkpoint.architecture, conversion.diffusers) {
+        (Architecture::Dit(_), true) if checkpoint.process == Some(ProcessKind::Interpolant) => {
+            return Err(wrong(
+                "diffusers has no SiT: it would sample the model as a DiT; leave out --diffusers"
+                    .into(),
+            ));
+        }
         (Architecture::Dit(config), true) => {
             let tensors = to_diffusers(checkpoint.tensors.clone(), config, &checkpoint.path)?;
             if config.hidden() != 4 * config.width {
@@ -102,7 +109,10 @@ fn folder(
         (other, true) => return Err(wrong(format!("diffusers has no {other}"))),
         (architecture, false) => {
             let config = serde_json::to_value(architecture);
-            let config: Value = config.map_err(|error| wrong(error.to_string()))?;
+            let mut config: Value = config.map_err(|error| wrong(error.to_string()))?;
+            if let (Architecture::Dit(_), Some(config)) = (architecture, config.as_object_mut()) {
+                config.insert("process".to_owned(), mark(checkpoint.process).into());
+            }
             ("model", checkpoint.tensors.clone(), config)
         }
     };

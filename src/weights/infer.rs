@@ -1,34 +1,47 @@
 //! What model a file's tensors are of.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
+use super::misfits::some;
 use super::tensors::Tensors;
 use super::{Misfits, WeightsError};
 use crate::models::{DitConfig, zoo};
 
-/// The DiT whose state dict this is; `heads` where something states them, else those of the published model of that
-/// width.
+/// Heads of a model, which no tensor tells.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Heads {
+    /// What is known.
+    pub(super) known: Option<usize>,
+    /// What holds where nothing is known and no published model has the width.
+    pub(super) otherwise: Option<usize>,
+}
+
+/// The DiT whose state dict this is, as deep as its highest block. Without known heads it has those of the published
+/// model of its width.
 ///
 /// # Errors
 /// What makes it none.
-pub(super) fn dit(
-    tensors: &Tensors,
-    heads: Option<usize>,
-    path: &Path,
-) -> Result<DitConfig, WeightsError> {
+pub(super) fn dit(tensors: &Tensors, heads: Heads, path: &Path) -> Result<DitConfig, WeightsError> {
     let problem = |problem: String| WeightsError::Model {
         path: path.to_owned(),
         problem,
     };
-    const NEEDED: [(&str, usize); 5] = [
+    let blocks = blocks(tensors);
+    // Any block tells how wide an MLP is: a lost tensor of the first is named with all that are lost.
+    let mlp = (blocks.iter())
+        .map(|block| format!("blocks.{block}.mlp.fc1.weight"))
+        .find(|name| tensors.get(name).is_some())
+        .unwrap_or_else(|| "blocks.0.mlp.fc1.weight".into());
+    let needed: [(&str, usize); 5] = [
         ("x_embedder.proj.weight", 4),
         ("pos_embed", 3),
         ("y_embedder.embedding_table.weight", 2),
-        ("blocks.0.mlp.fc1.weight", 2),
+        (&mlp, 2),
         ("final_layer.linear.weight", 2),
     ];
     let mut missing = Vec::new();
-    let shapes = NEEDED.map(|(name, rank)| {
+    let shapes = needed.map(|(name, rank)| {
         let shape = tensors.get(name).map(|tensor| tensor.shape().to_vec());
         shape
             .filter(|shape| shape.len() == rank)
@@ -65,18 +78,16 @@ pub(super) fn dit(
             "a dimension of its embedders is 0, or beyond any model".into(),
         ));
     }
-    let heads = heads.or_else(|| zoo::heads_of_width(width)).ok_or_else(|| {
-        problem(format!(
-            "the number of heads is not stored, and no published model is {width} wide; state it (`heads`)"
-        ))
-    })?;
-    let depth = (0..)
-        .take_while(|layer| {
-            tensors
-                .get(&format!("blocks.{layer}.attn.qkv.weight"))
-                .is_some()
-        })
-        .count();
+    let heads = heads
+        .known
+        .or_else(|| zoo::heads_of_width(width))
+        .or(heads.otherwise)
+        .ok_or_else(|| {
+            problem(format!(
+                "the number of heads is not stored, and no published model is {width} wide; state it: `--heads N` on the command line, `heads = N` in a recipe"
+            ))
+        })?;
+    let depth = depth(&blocks).map_err(problem)?;
     Ok(DitConfig {
         input_size: positions[1].isqrt() * patch_size,
         patch_size,
@@ -88,6 +99,35 @@ pub(super) fn dit(
         classes: labels[0] - 1,
         learn_sigma: output[0] == 2 * channels * patch_size * patch_size,
     })
+}
+
+/// Indices of the blocks that some tensor belongs to.
+fn blocks(tensors: &Tensors) -> BTreeSet<usize> {
+    let index = |name: &str| -> Option<usize> {
+        let (index, _) = name.strip_prefix("blocks.")?.split_once('.')?;
+        index.parse().ok()
+    };
+    tensors.iter().filter_map(|(name, _)| index(name)).collect()
+}
+
+/// Depth of a trunk of these blocks: the highest, counted from 0, is its last.
+///
+/// # Errors
+/// When most of the blocks below it are missing: then a name is wrong, and nothing is to be made as large as it says.
+fn depth(blocks: &BTreeSet<usize>) -> Result<usize, String> {
+    let Some(&highest) = blocks.last() else {
+        return Ok(0);
+    };
+    let absent = highest - (blocks.len() - 1);
+    if absent <= blocks.len() {
+        return Ok(highest + 1);
+    }
+    // At most as many are passed over as there are blocks, before those that are shown.
+    let missing = (0..highest).filter(|index| !blocks.contains(index));
+    Err(format!(
+        "its highest block is {highest}, but blocks {} are missing",
+        some(missing, absent)
+    ))
 }
 
 /// Refuses tensors that are not those of the model, naming all that are missing, surplus or misshapen.
@@ -105,4 +145,25 @@ pub(super) fn check_dit(
             .map(|(name, shape)| (name.as_str(), shape.as_slice())),
     );
     misfits.into_result(path, &config.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_highest_block_is_the_last() {
+        let depth = |blocks: &[usize]| depth(&blocks.iter().copied().collect());
+        assert_eq!(depth(&[]), Ok(0));
+        assert_eq!(depth(&[0, 1, 2]), Ok(3));
+        assert_eq!(depth(&[0, 1, 2, 4, 5]), Ok(6));
+        assert_eq!(
+            depth(&[0, 2, usize::MAX]).unwrap_err(),
+            format!(
+                "its highest block is {}, but blocks 1, 3, 4, 5, 6, 7, 8, 9, and {} more are missing",
+                usize::MAX,
+                usize::MAX - 2 - 8
+            )
+        );
+    }
 }

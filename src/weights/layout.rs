@@ -58,9 +58,8 @@ const ROUNDING: f32 = 2.0;
 
 /// Whether tensors are named as diffusers names DiT's.
 pub(super) fn is_diffusers(tensors: &Tensors) -> bool {
-    tensors
-        .get("transformer_blocks.0.attn1.to_q.weight")
-        .is_some()
+    let mut names = tensors.iter().map(|(name, _)| name);
+    names.any(|name| name.starts_with("transformer_blocks."))
 }
 
 /// What is used of the `config.json` of a `DiTTransformer2DModel`.
@@ -163,22 +162,17 @@ pub(super) fn diffusers_config(config: &DitConfig) -> Value {
     Value::Object(json)
 }
 
-/// Reads diffusers' tensors as the reference's. `side` is the number of patches along a side, which no tensor tells.
+/// Reads diffusers' tensors as the reference's, of a configuration whose sizes can be built.
 ///
 /// # Errors
 /// When names are missing or surplus, or a block's embedders differ from the first block's; when a file can't be read.
 pub(super) fn from_diffusers(
     mut found: Tensors,
-    side: usize,
+    config: &DitConfig,
     path: &Path,
 ) -> Result<Tensors, WeightsError> {
-    let depth = (0..)
-        .take_while(|layer| {
-            found
-                .get(&format!("transformer_blocks.{layer}.attn1.to_q.weight"))
-                .is_some()
-        })
-        .count();
+    // No tensor tells the number of patches along a side.
+    let (side, depth) = (config.input_size / config.patch_size, config.depth);
     let mut misfits = Misfits::default();
     let mut tensors = Tensors::default();
     let mut take = |name: String, misfits: &mut Misfits| {

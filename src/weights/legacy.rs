@@ -8,7 +8,8 @@ use std::path::Path;
 
 use super::pickle::{Node, Pickle};
 use super::tensors::{Bytes, Stored, Tensors, size_of_value};
-use super::torch::{MOST, wanted};
+use super::torch::{MOST, process, wanted};
+use crate::process::ProcessKind;
 
 /// The first pickle: protocol 2, the magic number 0x1950a86a20f9469cfc6c as a long of ten bytes, the end.
 const BEGINNING: &[u8; 15] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e";
@@ -34,13 +35,14 @@ pub(super) fn is_legacy(reader: &mut BufReader<File>) -> io::Result<bool> {
     Ok(begins)
 }
 
-/// Opens the state dict of that key, or the best there is, in a file of `length` bytes; `path` is for messages.
+/// Opens the state dict of that key, or the best there is, in a file of `length` bytes, and says what the training's
+/// arguments tell of its process; `path` is for messages.
 pub(super) fn open(
     mut file: File,
     length: u64,
     key: Option<&str>,
     path: &Path,
-) -> Result<Tensors, String> {
+) -> Result<(Tensors, Option<ProcessKind>), String> {
     let unreadable = |error: io::Error| error.to_string();
     let mut head = Vec::new();
     file.rewind().map_err(unreadable)?;
@@ -120,7 +122,7 @@ pub(super) fn open(
         let stored = Stored::strided(tensor.shape, tensor.strides, tensor.dtype, &bytes, start);
         tensors.insert(name, stored);
     }
-    Ok(tensors)
+    Ok((tensors, process(&object)))
 }
 
 #[cfg(test)]

@@ -1,29 +1,54 @@
 //! All that is wrong with a file's tensors, said at once.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::path::Path;
 
 use super::{TensorSource, WeightsError};
 
+/// Lines of each kind that are written out; a file of another model may have hundreds.
+const SHOWN: usize = 8;
+
 /// Tensors that do not fit a model, one line each.
 #[derive(Debug, Default)]
-pub(crate) struct Misfits(Vec<String>);
+pub(crate) struct Misfits {
+    missing: Lines,
+    misshapen: Lines,
+    surplus: Lines,
+    others: Lines,
+}
+
+/// Lines of one kind: the first few, and how many there are in all.
+#[derive(Debug, Default)]
+struct Lines {
+    shown: Vec<String>,
+    count: usize,
+}
+
+impl Lines {
+    fn push(&mut self, line: String) {
+        if self.count < SHOWN {
+            self.shown.push(line);
+        }
+        self.count += 1;
+    }
+}
 
 impl Misfits {
     /// A tensor that should be there.
     pub(crate) fn missing(&mut self, name: &str, shape: Option<&[usize]>) {
         let shape = shape.map(|shape| format!(" {shape:?}")).unwrap_or_default();
-        self.0.push(format!("  missing   {name}{shape}"));
+        self.missing.push(format!("missing   {name}{shape}"));
     }
 
     /// A tensor that should not be there.
     pub(crate) fn surplus(&mut self, name: &str, shape: &[usize]) {
-        self.0.push(format!("  surplus   {name} {shape:?}"));
+        self.surplus.push(format!("surplus   {name} {shape:?}"));
     }
 
     /// Anything else.
     pub(crate) fn other(&mut self, problem: String) {
-        self.0.push(format!("  {problem}"));
+        self.others.push(problem);
     }
 
     /// Compares names and shapes that are there with those expected.
@@ -36,8 +61,8 @@ impl Misfits {
         for (name, shape) in expected {
             match left.remove(name) {
                 None => self.missing(name, Some(shape)),
-                Some(found) if found != shape => self.0.push(format!(
-                    "  misshapen {name}: expected {shape:?}, found {found:?}"
+                Some(found) if found != shape => self.misshapen.push(format!(
+                    "misshapen {name}: expected {shape:?}, found {found:?}"
                 )),
                 Some(_) => {}
             }
@@ -49,13 +74,64 @@ impl Misfits {
 
     /// The error, if anything was wrong; `path` and `model` are for its message.
     pub(crate) fn into_result(self, path: &Path, model: &str) -> Result<(), WeightsError> {
-        if self.0.is_empty() {
+        let kinds = [
+            (self.missing, " missing"),
+            (self.misshapen, " misshapen"),
+            (self.surplus, " surplus"),
+            (self.others, ""),
+        ];
+        let mut problems = String::new();
+        for (lines, kind) in kinds {
+            for line in &lines.shown {
+                // Writing to a string does not fail.
+                let _ = writeln!(problems, "  {line}");
+            }
+            let more = lines.count - lines.shown.len();
+            if more > 0 {
+                let _ = writeln!(problems, "  and {more} more{kind}");
+            }
+        }
+        if problems.is_empty() {
             return Ok(());
         }
         Err(WeightsError::Mismatch {
             path: path.to_owned(),
             model: model.to_owned(),
-            problems: self.0.join("\n"),
+            problems: problems.trim_end().to_owned(),
         })
+    }
+}
+
+/// At most eight items with commas between them, and how many more there are.
+pub(super) fn some<T: std::fmt::Display>(items: impl Iterator<Item = T>, count: usize) -> String {
+    let shown: Vec<String> = items.take(SHOWN).map(|item| item.to_string()).collect();
+    let more = count.saturating_sub(shown.len());
+    let rest = match more {
+        0 => String::new(),
+        more => format!(", and {more} more"),
+    };
+    format!("{}{rest}", shown.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::{Array, StateDict};
+
+    #[test]
+    fn long_lists_are_cut_off_kind_by_kind() {
+        let names: Vec<String> = (0..10).map(|i| format!("a{i}")).collect();
+        let found: StateDict = (0..93)
+            .map(|i| (format!("b{i:02}"), Array::new([1], vec![0.0])))
+            .collect();
+        let mut misfits = Misfits::default();
+        misfits.compare(&found, names.iter().map(|name| (name.as_str(), &[2][..])));
+        let error = misfits.into_result(Path::new("x.pt"), "a model");
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("missing   a7 [2]\n  and 2 more missing\n"));
+        assert!(error.ends_with("surplus   b07 [1]\n  and 85 more surplus"));
+        assert_eq!(error.lines().count(), 1 + 9 + 9);
+        assert_eq!(some([1, 2].iter(), 2), "1, 2");
+        assert_eq!(some(0..9, 9), "0, 1, 2, 3, 4, 5, 6, 7, and 1 more");
     }
 }

@@ -14,24 +14,31 @@ mod legacy;
 mod misfits;
 mod module;
 mod networks;
+mod opened;
 mod pickle;
 mod safetensors;
 mod shards;
+mod snapshot;
 mod state;
 mod tensors;
 mod torch;
+
+#[cfg(test)]
+mod tests;
 
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-pub use checkpoint::{Checkpoint, Provenance, Stated};
+pub use checkpoint::{Checkpoint, Description, Provenance, Stated};
 pub use convert::{Conversion, convert};
 pub(crate) use misfits::Misfits;
 pub use module::{ParameterName, assign, collect, names, reference_name};
 pub(crate) use module::{floats, overlay};
 pub use networks::{Known, file_sha256, read_inception, read_vae, vae_config};
+use opened::Opened;
 pub use safetensors::{open_safetensors, read_safetensors, write_safetensors};
+pub(crate) use snapshot::{EMA, FIXED, MODEL, MOMENTS, TRAINING};
 pub use state::{Array, StateDict, TensorSource};
 pub use tensors::{Stored, Tensors};
 pub use torch::{open_torch, write_torch};
@@ -43,13 +50,20 @@ pub enum WeightFile {
     Safetensors,
     /// `.safetensors.index.json`, which says which tensors lie in which safetensors file beside it.
     Shards,
-    /// `.pt` or `.pth`
+    /// `.pt`, `.pth`, `.bin` or `.ckpt`: what `torch.save` writes.
     Torch,
 }
 
 impl WeightFile {
     /// All endings, as messages name them.
-    pub const ENDINGS: [&str; 4] = [".safetensors", ".safetensors.index.json", ".pt", ".pth"];
+    pub const ENDINGS: [&str; 6] = [
+        ".safetensors",
+        ".safetensors.index.json",
+        ".pt",
+        ".pth",
+        ".bin",
+        ".ckpt",
+    ];
 
     /// The kind of a file; letters may be large or small.
     pub fn of(path: &Path) -> Option<Self> {
@@ -74,15 +88,24 @@ impl WeightFile {
             problem,
         };
         if path.is_dir() {
-            let names = FOLDER_NAMES.map(|name| path.join(name));
-            let there: Vec<PathBuf> = names.into_iter().filter(|name| name.is_file()).collect();
-            return match there.as_slice() {
+            let there = |names: &[&str]| -> Vec<PathBuf> {
+                let paths = names.iter().map(|name| path.join(name));
+                paths.filter(|path| path.is_file()).collect()
+            };
+            let mut found = there(&FOLDER_NAMES);
+            if found.is_empty() {
+                // Diffusers keeps the same weights in several forms side by side: the first is enough.
+                found = there(&OTHER_FOLDER_NAMES);
+                found.truncate(1);
+            }
+            return match found.as_slice() {
                 [file] => Self::of(file)
                     .map(|kind| (kind, file.clone()))
                     .ok_or_else(|| problem("holds no weights".into())),
                 [] => Err(problem(format!(
-                    "is a folder without weights: expected one of {}",
-                    FOLDER_NAMES.join(", ")
+                    "is a folder without weights: expected one of {}, {}",
+                    FOLDER_NAMES.join(", "),
+                    OTHER_FOLDER_NAMES.join(", ")
                 ))),
                 _ => Err(problem(
                     "is a folder with more than one model; name the file".into(),
@@ -107,12 +130,7 @@ impl WeightFile {
 /// When it is none, can't be read, or is damaged.
 pub fn open_weights(path: &Path) -> Result<(Tensors, PathBuf), WeightsError> {
     let (kind, file) = WeightFile::locate(path)?;
-    let tensors = match kind {
-        WeightFile::Safetensors => open_safetensors(&file)?.0,
-        WeightFile::Shards => shards::open_shards(&file)?.0,
-        WeightFile::Torch => open_torch(&file, None)?,
-    };
-    Ok((tensors, file))
+    Ok((Opened::open(kind, &file, None)?.tensors, file))
 }
 
 /// What the weights in a folder are called: ours, then diffusers'.
@@ -121,6 +139,13 @@ pub(crate) const FOLDER_NAMES: [&str; 4] = [
     "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
+];
+
+/// What else diffusers calls them, best first: pickles of the same precision, then variants of half of it.
+pub(crate) const OTHER_FOLDER_NAMES: [&str; 3] = [
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors.index.json",
 ];
 
 /// What can go wrong with a weight file.

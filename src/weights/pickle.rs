@@ -26,6 +26,8 @@ pub(super) enum Node {
     Global(String),
     /// What is called, and a tuple of arguments. Instances are calls of their class.
     Call(Id, Id),
+    /// The arguments of a training script, which are an object's attributes: the dict of them, once it was given.
+    Namespace(Option<Id>),
     /// Something that lies beside the pickle.
     Persistent(Id),
 }
@@ -121,8 +123,12 @@ impl Pickle {
         }
     }
 
-    /// The value of a dict's text key.
+    /// The value of a dict's text key, or of a namespace's attribute.
     pub(super) fn entry(&self, dict: &Node, key: &str) -> Option<Id> {
+        let dict = match dict {
+            Node::Namespace(attributes) => self.get((*attributes)?),
+            other => other,
+        };
         match dict {
             Node::Dict(entries) => entries
                 .iter()
@@ -235,12 +241,15 @@ impl<'a> Machine<'a> {
     fn call(&mut self) -> Result_<()> {
         let arguments = self.pop()?;
         let callee = self.pop()?;
-        // The one class whose instances are read: an ordered dict is a dict.
-        let ordered = Node::Global("collections OrderedDict".into());
-        let node = if self.nodes[callee] == ordered {
-            Node::Dict(Vec::new())
-        } else {
-            Node::Call(callee, arguments)
+        let class = match &self.nodes[callee] {
+            Node::Global(class) => class.as_str(),
+            _ => "",
+        };
+        // The two classes whose instances are read: an ordered dict is a dict, a namespace has attributes.
+        let node = match class {
+            "collections OrderedDict" => Node::Dict(Vec::new()),
+            "argparse Namespace" => Node::Namespace(None),
+            _ => Node::Call(callee, arguments),
         };
         self.push(node);
         Ok(())
@@ -407,8 +416,14 @@ impl<'a> Machine<'a> {
                     let arguments = self.make(Node::List(items));
                     self.push(Node::Call(class, arguments));
                 }
-                // An object's state: what it is stays what it was made as.
-                b'b' => drop(self.pop()?),
+                // An object's state: but for a namespace, what it is stays what it was made as.
+                b'b' => {
+                    let state = self.pop()?;
+                    let object = self.top()?;
+                    if let Node::Namespace(attributes) = &mut self.nodes[object] {
+                        *attributes = Some(state);
+                    }
+                }
                 b'p' | b'g' => {
                     let place = self.line()?.parse().map_err(|_| "holds no number")?;
                     if instruction == b'p' {
@@ -493,6 +508,21 @@ mod tests {
             (name, pickle.text(arguments[0])),
             ("os system", Some("true"))
         );
+    }
+
+    #[test]
+    fn the_attributes_of_a_namespace_are_read() {
+        // {"args": Namespace(model="SiT-S/2"), "own": Namespace of itself}, as protocol 2 has it.
+        let mut bytes = b"\x80\x02}(X\x04\x00\x00\x00args".to_vec();
+        bytes.extend(
+            b"cargparse\nNamespace\n)\x81}X\x05\x00\x00\x00modelX\x07\x00\x00\x00SiT-S/2sb",
+        );
+        bytes.extend(b"X\x03\x00\x00\x00owncargparse\nNamespace\n)\x81q\x01h\x01bu.");
+        let pickle = Pickle::read(&bytes).unwrap();
+        let entry = |key| pickle.entry(pickle.root(), key).unwrap();
+        let model = pickle.entry(pickle.get(entry("args")), "model").unwrap();
+        assert_eq!(pickle.text(model), Some("SiT-S/2"));
+        assert_eq!(pickle.entry(pickle.get(entry("own")), "model"), None);
     }
 
     #[test]

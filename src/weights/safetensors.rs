@@ -7,6 +7,7 @@ use std::path::Path;
 
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
+use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::state::encode;
 use super::tensors::{Bytes, Stored, Tensors, size_of_value};
@@ -18,6 +19,8 @@ use crate::atomic::write_atomic;
 const SIZE: usize = 8;
 /// The largest header that is read, the limit of the format's own library.
 const MOST: u64 = 100_000_000;
+/// The header's key for what is no tensor.
+const METADATA: &str = "__metadata__";
 
 /// Opens a safetensors file: its float tensors, unread, and its metadata.
 ///
@@ -132,8 +135,7 @@ pub fn write_safetensors(
         expected: "safetensors",
         found,
     };
-    let metadata = (!metadata.is_empty()).then(|| metadata.into_iter().collect());
-    let header = Metadata::new(metadata, infos).map_err(|error| broken(error.to_string()))?;
+    let header = Header { metadata, infos };
     let mut header = serde_json::to_vec(&header).map_err(|error| broken(error.to_string()))?;
     // Values begin at a multiple of 8 bytes, so that a mapped file can be read in place.
     header.resize(header.len().next_multiple_of(8), b' ');
@@ -145,6 +147,27 @@ pub fn write_safetensors(
         }
         Ok(())
     })
+}
+
+/// A file's header. The format's own library keeps metadata in a hash map, whose order differs from one run to the
+/// next; here it is sorted, so that the same weights always make the same bytes.
+struct Header {
+    metadata: BTreeMap<String, String>,
+    /// By increasing offsets.
+    infos: Vec<(String, TensorInfo)>,
+}
+
+impl Serialize for Header {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        if !self.metadata.is_empty() {
+            map.serialize_entry(METADATA, &self.metadata)?;
+        }
+        for (name, info) in &self.infos {
+            map.serialize_entry(name, info)?;
+        }
+        map.end()
+    }
 }
 
 /// Writes a file atomically; what is wrong with a tensor that is read meanwhile is the error, if that is why.
@@ -195,6 +218,32 @@ mod tests {
         assert_eq!(tensors.get("b").unwrap().dtype(), Dtype::BF16);
         assert_eq!(tensors.get("b").unwrap().read().unwrap().data, [1.0, -2.5]);
         assert!(said.is_empty());
+    }
+
+    #[test]
+    fn the_same_weights_are_the_same_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let tensors = Tensors::from(StateDict::from([
+            ("b".to_owned(), Array::new([2], vec![1.0, 2.0])),
+            ("a".to_owned(), Array::new([1], vec![3.0])),
+        ]));
+        let said: BTreeMap<String, String> = (0..8)
+            .map(|i| (format!("key{i}"), format!("value{i}")))
+            .collect();
+        let write = |run: usize| {
+            let path = folder.path().join(format!("{run}.safetensors"));
+            write_safetensors(&path, &tensors, said.clone(), None).unwrap();
+            std::fs::read(path).unwrap()
+        };
+        let first = write(0);
+        for run in 1..4 {
+            assert!(write(run) == first, "write {run} differs");
+        }
+        let text = String::from_utf8_lossy(&first);
+        let places: Vec<_> = (said.keys())
+            .map(|key| text.find(&format!("\"{key}\"")).unwrap())
+            .collect();
+        assert!(places.is_sorted(), "{places:?}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::WeightsError;
+use super::misfits::some;
 use super::safetensors::{open_safetensors, write_safetensors};
 use super::tensors::{Tensors, size_of_value};
 use crate::atomic::write_atomic;
@@ -64,7 +65,11 @@ pub(super) fn open_shards(
         .map(String::as_str)
         .collect();
     if !missing.is_empty() {
-        return Err(broken(format!("the files lack {}", missing.join(", "))));
+        let count = missing.len();
+        return Err(broken(format!(
+            "the files lack {}",
+            some(missing.into_iter(), count)
+        )));
     }
     Ok((state, metadata))
 }

@@ -335,6 +335,34 @@ impl Tensors {
         self.0.values().map(Stored::count).sum()
     }
 
+    /// The tensors of some names, under what is left of these.
+    pub(super) fn renamed(&self, rename: impl Fn(&str) -> Option<&str>) -> Self {
+        let renamed = |(name, tensor): (&String, &Stored)| {
+            rename(name).map(|name| (name.to_owned(), tensor.clone()))
+        };
+        Self(self.0.iter().filter_map(renamed).collect())
+    }
+
+    /// Takes off the prefixes of PyTorch's wrappers, in any order and number, as far as all names carry the same:
+    /// a model that was compiled or trained on several devices is saved under them.
+    pub(super) fn unwrapped(self) -> Self {
+        const WRAPPERS: [&str; 2] = ["module.", "_orig_mod."];
+        let mut taken = 0;
+        while let Some(wrapper) = WRAPPERS.into_iter().find(|wrapper| {
+            let carries = |name: &String| {
+                name.get(taken..)
+                    .is_some_and(|name| name.starts_with(wrapper))
+            };
+            !self.is_empty() && self.0.keys().all(carries)
+        }) {
+            taken += wrapper.len();
+        }
+        if taken == 0 {
+            return self;
+        }
+        self.renamed(|name| name.get(taken..))
+    }
+
     /// Reads all of them.
     ///
     /// # Errors
@@ -424,6 +452,22 @@ mod tests {
         assert!(stacked.rows(3, 3).is_none());
         let wide = Stored::dense(vec![2, 3], Dtype::F32, &bytes, 0);
         assert!(Stored::stack(&[&at(0, 1), &wide]).is_none());
+    }
+
+    #[test]
+    fn prefixes_of_wrappers_are_taken_off_where_all_names_carry_them() {
+        let names = |names: &[&str]| -> Vec<String> {
+            let array = |name: &&str| (name.to_string(), Array::new([1], vec![0.0]));
+            let tensors = Tensors::from(names.iter().map(array).collect::<StateDict>());
+            tensors.unwrapped().0.into_keys().collect()
+        };
+        assert_eq!(names(&["module.a", "module.b"]), ["a", "b"]);
+        assert_eq!(names(&["_orig_mod.module.a.module.b"]), ["a.module.b"]);
+        let nested = ["module._orig_mod.module.a", "module._orig_mod.b"];
+        assert_eq!(names(&nested), ["b", "module.a"]);
+        assert_eq!(names(&["a", "module.b"]), ["a", "module.b"]);
+        assert_eq!(names(&[]), [""; 0]);
+        assert_eq!(names(&["module.".repeat(100_000).as_str()]), [""]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! PyTorch's `.pt` and `.pth` files: an archive of a pickle, which says what there is, and of the bytes of each storage;
+//! PyTorch's files, `.pt`, `.pth`, `.bin` or `.ckpt`: an archive of a pickle, which says what there is, and of the bytes of each storage;
 //! or, before PyTorch 1.6, the same one after another ([`legacy`]).
 
 use std::fs::File;
@@ -8,12 +8,13 @@ use std::path::Path;
 use safetensors::Dtype;
 use zip::result::ZipError;
 use zip::write::SimpleFileOptions;
-use zip::{CompressionMethod, ZipArchive, ZipWriter};
+use zip::{CompressionMethod, DateTime, ZipArchive, ZipWriter};
 
 use super::pickle::{Id, Node, Pickle};
 use super::safetensors::{encoded, write_tensors};
 use super::tensors::{Bytes, Stored, Tensors, size_of_value};
 use super::{WeightsError, legacy};
+use crate::process::ProcessKind;
 
 /// Where a training checkpoint keeps its weights, best first: published samples come from the EMA.
 const PRECEDENCE: [&str; 2] = ["ema", "model"];
@@ -23,12 +24,23 @@ pub(super) const MOST: u64 = 256 << 20;
 
 /// Opens a state dict, either bare or inside a training checkpoint (`ema`, else `model`; `key` overrides).
 ///
-/// Whatever else a checkpoint holds (optimizer, arguments, schedules) is passed over, and nothing in it is run.
+/// Whatever else a checkpoint holds (optimizer, schedules) is passed over, and nothing in it is run.
 ///
 /// # Errors
 /// When the file can't be read, is no PyTorch file, or lacks `key`; when a tensor is not of a float type, or lies
 /// outside its storage.
 pub fn open_torch(path: &Path, key: Option<&str>) -> Result<Tensors, WeightsError> {
+    open_said(path, key).map(|(tensors, _)| tensors)
+}
+
+/// As [`open_torch`], and the process that the training's arguments beside the weights tell, if they are there.
+///
+/// # Errors
+/// As [`open_torch`].
+pub(super) fn open_said(
+    path: &Path,
+    key: Option<&str>,
+) -> Result<(Tensors, Option<ProcessKind>), WeightsError> {
     let file = File::open(path).map_err(WeightsError::io(path))?;
     let length = file.metadata().map_err(WeightsError::io(path))?.len();
     let broken = |found: String| WeightsError::Format {
@@ -47,6 +59,15 @@ pub fn open_torch(path: &Path, key: Option<&str>) -> Result<Tensors, WeightsErro
     Checkpoint::open(archive, length)
         .and_then(|checkpoint| checkpoint.tensors(key, path))
         .map_err(broken)
+}
+
+/// The process that a training was of, by its arguments: the model's name, else what only transport has.
+pub(super) fn process(pickle: &Pickle) -> Option<ProcessKind> {
+    let arguments = pickle.get(pickle.entry(pickle.root(), "args")?);
+    let model = pickle.entry(arguments, "model");
+    let named = model.and_then(|id| ProcessKind::of_model(pickle.text(id)?));
+    let transport = || pickle.entry(arguments, "path_type");
+    named.or_else(|| transport().map(|_| ProcessKind::Interpolant))
 }
 
 /// The storage classes of float values.
@@ -170,7 +191,12 @@ impl Checkpoint {
     }
 
     /// The state dict of that key, or the best there is.
-    fn tensors(mut self, key: Option<&str>, path: &Path) -> Result<Tensors, String> {
+    fn tensors(
+        mut self,
+        key: Option<&str>,
+        path: &Path,
+    ) -> Result<(Tensors, Option<ProcessKind>), String> {
+        let process = process(&self.pickle);
         let wanted = wanted(&self.pickle, key, self.length)?;
         let mut places = Vec::with_capacity(wanted.len());
         for (name, tensor) in &wanted {
@@ -207,7 +233,7 @@ impl Checkpoint {
             let stored = Stored::strided(tensor.shape, tensor.strides, tensor.dtype, &file, start);
             tensors.insert(name, stored);
         }
-        Ok(tensors)
+        Ok((tensors, process))
     }
 }
 
@@ -307,9 +333,11 @@ fn write_archive(
     dtype: Option<Dtype>,
 ) -> io::Result<()> {
     let mut archive = ZipWriter::new(file);
-    // PyTorch maps files whose storages begin at multiples of 64 bytes.
+    // PyTorch maps files whose storages begin at multiples of 64 bytes. Without a date, the same weights always make
+    // the same bytes.
     let options = SimpleFileOptions::default()
         .compression_method(CompressionMethod::Stored)
+        .last_modified_time(DateTime::default())
         .with_alignment(64);
     archive.start_file("archive/data.pkl", options)?;
     archive.write_all(&state_dict(tensors, dtype))?;

@@ -270,8 +270,20 @@ fn broken_checkpoints() {
         ),
         ("heads unknown", "a.pt", pickle, vec!["heads"]),
         (
-            "another ending",
+            "no pickle called .bin",
             "a.bin",
+            whole.clone(),
+            vec!["neither an archive nor a pickle"],
+        ),
+        (
+            "no pickle called .ckpt",
+            "a.ckpt",
+            b"model".to_vec(),
+            vec!["neither an archive nor a pickle"],
+        ),
+        (
+            "another ending",
+            "a.npz",
             whole.clone(),
             vec![".safetensors"],
         ),

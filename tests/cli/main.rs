@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod broken;
+mod checkpoints;
 mod commands;
 mod paper;
 mod program;

@@ -2,7 +2,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Child;
 
-use tinyfusion::weights::Checkpoint;
+use tinyfusion::weights::{Checkpoint, read_safetensors, write_safetensors};
 
 use crate::program::{Finished, Place, short_quickstart};
 
@@ -177,6 +177,54 @@ fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
         "{}",
         changed.stderr
     );
+}
+
+/// Makes a training's checkpoint one as they were before they said what model they hold.
+fn make_old(path: &Path) {
+    let (mut state, mut metadata) = read_safetensors(path).unwrap();
+    let tensors = state.len();
+    state.retain(|name, _| !name.starts_with("fixed."));
+    assert!(state.len() < tensors && metadata.contains_key("tinyfusion.architecture"));
+    metadata.retain(|key, _| key == "tinyfusion.training");
+    write_safetensors(path, &state.into(), metadata, None).unwrap();
+}
+
+#[test]
+fn checkpoints_that_do_not_say_their_model_are_resumed() {
+    let place = Place::new();
+    place.write(
+        "train.toml",
+        "[[stage]]\nkind = 'train'\nsteps = 8\nbatch = 4\ncheckpoint_every = 2\nlog_every = 1\narchitecture = { family = 'dit', depth = 2, width = 16, heads = 2 }\n",
+    );
+    place
+        .run(&["recipe", "train.toml", "--runs", "whole"])
+        .succeeded();
+    let mut child = place.start(&["recipe", "train.toml", "--runs", "old"]);
+    wait_for(&mut child, "train", "5");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let folder = place.path("old/train/001/01-train/checkpoints");
+    let mut made: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|end| end == "safetensors"))
+        .collect();
+    made.sort();
+    made.iter().for_each(|path| make_old(path));
+    let last = made.last().unwrap().display().to_string();
+    let inspected = place.run(&["inspect", &last]);
+    assert_eq!(inspected.status, Some(2));
+    let says = "does not say of which model";
+    assert!(inspected.stderr.contains(says), "{}", inspected.stderr);
+    let resumed = ["recipe", "train.toml", "--runs", "old", "--resume"];
+    let resumed = place.run(&resumed).succeeded();
+    assert_went_on(resumed.stderr.lines(), "train");
+    let weights = |runs: &str| {
+        let model = format!("{runs}/train/001/01-train/model.safetensors");
+        let read = Checkpoint::read(&place.path(&model)).unwrap();
+        read.tensors.read_all().unwrap()
+    };
+    assert_eq!(weights("old"), weights("whole"));
 }
 
 #[test]

@@ -131,7 +131,8 @@ fn quickstart_reads_with_its_defaults() {
 
 #[test]
 fn a_resolved_recipe_is_a_recipe_that_says_the_same() {
-    let every_kind = QUICKSTART.to_owned()
+    let every_kind = "heads = 3\n".to_owned()
+        + QUICKSTART
         + "[[stage]]\nkind = 'train'\nsteps = 9\narchitecture = { family = 'dit' }\n\
            [[stage]]\nkind = 'train'\nname = 'features'\nsteps = 9\n\
            architecture = { family = 'digits-classifier' }\n\
@@ -149,6 +150,22 @@ fn a_resolved_recipe_is_a_recipe_that_says_the_same() {
     let recipe = read(&every_kind);
     let resolved = recipe.to_toml().unwrap();
     assert_eq!(read(&resolved), recipe, "{resolved}");
+}
+
+#[test]
+fn heads_are_stated_once() {
+    let recipe = read(&format!("heads = 12{QUICKSTART}"));
+    assert_eq!(recipe.heads, Some(12));
+    assert!(recipe.to_toml().unwrap().contains("heads = 12\n"));
+    assert_eq!(read(QUICKSTART).heads, None);
+    for wrong in ["0", "1025"] {
+        assert_eq!(
+            messages(&format!("heads = {wrong}{QUICKSTART}")),
+            [format!(
+                "`heads`: must be between 1 and 1024, found {wrong}"
+            )]
+        );
+    }
 }
 
 #[test]

@@ -1,0 +1,90 @@
+//! The checkpoints that a training leaves to be resumed from, opened as the models they hold.
+//!
+//! Such a file has the learning weights and their moving average, the optimizer's moments, and what does not learn; each
+//! name begins with the part it belongs to. The training room writes it and resumes from it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use super::WeightsError;
+use super::checkpoint::ARCHITECTURE;
+use super::misfits::some;
+use super::tensors::Tensors;
+
+/// Metadata key of a training's position, which no other file has.
+pub(crate) const TRAINING: &str = "tinyfusion.training";
+
+/// The moving average of what learns.
+pub(crate) const EMA: &str = "ema";
+/// What learns.
+pub(crate) const MODEL: &str = "model";
+/// What does not learn, the table of positions say; only where the whole model is written.
+pub(crate) const FIXED: &str = "fixed";
+/// The optimizer's state.
+pub(crate) const MOMENTS: &str = "moments";
+
+/// What begins the names of a classifier in training.
+const CLASSIFIER: &str = "classifier.";
+/// What begins the names of the gates that a pruning learns, which are no part of a model.
+const GATES: &str = "gumbel_gates.";
+
+/// Whether the file of this metadata is a training's checkpoint.
+pub(super) fn is_snapshot(metadata: &BTreeMap<String, String>) -> bool {
+    metadata.contains_key(TRAINING)
+}
+
+/// The model in a training's checkpoint: of its weights those of `key`, by default the moving average.
+///
+/// # Errors
+/// When there is no such part; when the file holds a part of a model, or doesn't say of which model it is.
+pub(super) fn model(
+    tensors: &Tensors,
+    metadata: &BTreeMap<String, String>,
+    key: Option<&str>,
+    path: &Path,
+) -> Result<Tensors, WeightsError> {
+    let problem = |problem: String| WeightsError::Model {
+        path: path.to_owned(),
+        problem,
+    };
+    let key = key.unwrap_or(EMA);
+    if ![EMA, MODEL].contains(&key) {
+        return Err(problem(format!(
+            "it has no `{key}`; it is a checkpoint of a training, which has {EMA}, {MODEL}"
+        )));
+    }
+    let part = |part: &str| {
+        let prefix = format!("{part}.");
+        tensors.renamed(|name| name.strip_prefix(&prefix))
+    };
+    let mut chosen = part(key);
+    let gates = chosen.iter().filter(|(name, _)| name.starts_with(GATES));
+    let gates = gates.count();
+    let updates = chosen.iter().filter(|(name, _)| name.contains(".lora_a."));
+    let updates = updates.count();
+    if updates > 0 || (gates > 0 && gates == chosen.len()) {
+        return Err(problem(format!(
+            "it is a checkpoint of a pruning that is under way, and holds no whole model: the gates of {gates} groups{} are of use only beside the model that is pruned. Go on with its run by `--resume`; the pruned model is the stage's model.safetensors",
+            match updates {
+                0 => String::new(),
+                updates => format!(" and low-rank updates of {updates} linear layers"),
+            }
+        )));
+    }
+    if !metadata.contains_key(ARCHITECTURE) {
+        let parts: BTreeSet<&str> = (tensors.iter())
+            .filter_map(|(name, _)| name.split('.').next())
+            .collect();
+        return Err(problem(format!(
+            "it is a checkpoint of a training, but does not say of which model: it was written before checkpoints said so (it holds {}). Go on with its run by `--resume`; later checkpoints say it",
+            some(parts.iter(), parts.len())
+        )));
+    }
+    for (name, tensor) in part(FIXED) {
+        chosen.insert(name, tensor);
+    }
+    Ok(chosen.renamed(|name| {
+        let name = name.strip_prefix(CLASSIFIER).unwrap_or(name);
+        (!name.starts_with(GATES)).then_some(name)
+    }))
+}

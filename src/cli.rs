@@ -60,11 +60,18 @@ enum Command {
     Sample(SampleArguments),
     /// Measure samples against a reference batch, as ADM's evaluation does, or digit models side by side
     #[command(
-        after_help = "Archives are npz files of 8-bit images; the last one is the reference. Models of digits are sampled, and
-measured in the features of the digit classifier.
+        after_help = "Samples are .npz archives of 8-bit images, or folders of PNG and JPEG pictures of one size, in the folder itself or in
+one folder for each class. The last one is the reference; it may also be an archive of statistics (mu, sigma, and for
+sFID mu_s, sigma_s), which must have been measured by the protocol of ADM's evaluation: those of another, such as
+pytorch-fid's, are not comparable. A folder with config.json or weights is a checkpoint. Models of digits are sampled, and measured in the
+features of the digit classifier.
+
+FID depends on the number of samples: archives of unlike numbers are refused unless --count says how many are measured.
 
 Examples:
   tinyfusion evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
+  tinyfusion evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --distances f16
+  tinyfusion evaluate ours.npz theirs pictures-of-reference --count 10000 --cache artifacts/cache
   tinyfusion evaluate embedded:digits-teacher artifacts/runs/quickstart/001/02-recover/model.safetensors"
     )]
     Evaluate(EvaluateArguments),
@@ -157,9 +164,9 @@ struct RunArguments {
     /// Folder of all runs
     #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
     runs: PathBuf,
-    /// How many samples
-    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
-    count: u32,
+    /// How many samples [default: 100; evaluate: 2000 of digit models, all of an archive or folder]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    count: Option<u32>,
     /// Samples made at once
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     batch: u32,
@@ -348,7 +355,8 @@ fn source(name: &str) -> Result<Source, RecipeError> {
 }
 
 impl RunArguments {
-    fn sampling(&self) -> Result<Sampling, RecipeError> {
+    /// What to draw; `count` samples where none are asked for.
+    fn sampling(&self, count: u32) -> Result<Sampling, RecipeError> {
         if !(self.guidance >= 1.0 && self.guidance.is_finite()) {
             return Err(RecipeError::Run(format!(
                 "--guidance {} must be at least 1",
@@ -362,7 +370,7 @@ impl RunArguments {
             )));
         }
         Ok(Sampling {
-            count: self.count as usize,
+            count: self.count.unwrap_or(count) as usize,
             batch: self.batch as usize,
             classes: self.classes.clone(),
             guidance: self.guidance,
@@ -411,7 +419,7 @@ fn plan_one(name: &str, run: &RunArguments, kind: StageKind) -> Result<Plan, Rec
 }
 
 fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
-    let mut sampling = arguments.run.sampling()?;
+    let mut sampling = arguments.run.sampling(100)?;
     if arguments.demo {
         sampling.count = DEMO.len();
         sampling.classes = Some(DEMO.to_vec());

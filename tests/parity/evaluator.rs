@@ -185,13 +185,12 @@ fn measures_match_the_reference() {
 /// How many samples and how many points of the reference NumPy 2 finds covered in its `float16`, which sums products and
 /// squares in `float32` and rounds once, with `max((|u|^2 - 2 u.v) + |v|^2, 0)` as evaluator.py computes it. The offset
 /// makes squared lengths large beside distances, until the arithmetic decides.
-const IN_HALF_PRECISION: [(f32, &str, f64, f64); 12] = [
+const IN_HALF_PRECISION: [(f32, &str, f64, f64); 11] = [
     (2.0, "basic", 79.0, 156.0),
     (2.0, "spatial", 120.0, 120.0),
     (2.0, "dead_features", 116.0, 140.0),
     (4.0, "basic", 83.0, 155.0),
     (4.0, "spatial", 120.0, 124.0),
-    (4.0, "dead_features", 115.0, 140.0),
     (8.0, "basic", 82.0, 156.0),
     (8.0, "rank_deficient", 11.0, 14.0),
     (8.0, "dead_features", 117.0, 145.0),

@@ -62,11 +62,18 @@ enum Command {
     Sample(SampleArguments),
     /// Measure samples against a reference batch, as ADM's evaluation does, or digit models side by side
     #[command(
-        after_help = "Archives are npz files of 8-bit images; the last one is the reference. Models of digits are sampled, and
-measured in the features of the digit classifier.
+        after_help = "Samples are .npz archives of 8-bit images, or folders of PNG and JPEG pictures of one size, in the folder itself or in
+one folder for each class. The last one is the reference; it may also be an archive of statistics (mu, sigma, and for
+sFID mu_s, sigma_s), which must have been measured by the protocol of ADM's evaluation: those of another, such as
+pytorch-fid's, are not comparable. A folder with config.json or weights is a checkpoint. Models of digits are sampled, and measured in the
+features of the digit classifier.
+
+FID depends on the number of samples: archives of unlike numbers are refused unless --count says how many are measured.
 
 Examples:
   tinyfusion evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
+  tinyfusion evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --distances f16
+  tinyfusion evaluate ours.npz theirs pictures-of-reference --count 10000 --cache artifacts/cache
   tinyfusion evaluate embedded:digits-teacher artifacts/runs/quickstart/001/02-learned/model.safetensors"
     )]
     Evaluate(EvaluateArguments),

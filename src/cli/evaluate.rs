@@ -4,15 +4,19 @@ use std::path::{Path, PathBuf};
 
 use super::weights::{StatedArguments, stated_sources};
 use super::{RunArguments, listen, source};
-use crate::evaluation::DEFAULT_NEIGHBOURS;
+use crate::evaluation::{DEFAULT_NEIGHBOURS, Distances};
 use crate::recipe::RecipeError;
 use crate::recipe::evaluate_reference::{ReferenceFiles, archives};
 use crate::recipe::sampling::{Against, Evaluate};
 use crate::recipe::schema::StageKind;
+use crate::weights::WeightFile;
+
+/// Samples of a digit model, by default. With few, FID is biased upwards by more than models differ.
+const MODEL_SAMPLES: u32 = 2000;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct EvaluateArguments {
-    /// Archives of samples and last the reference batch, all .npz; or checkpoints of digit models
+    /// Samples and last the reference, each an .npz archive or a folder of pictures; or checkpoints of digit models
     #[arg(required = true)]
     inputs: Vec<String>,
     /// Weights of the Inception network that archives are measured in
@@ -27,6 +31,9 @@ pub(super) struct EvaluateArguments {
     /// Folder that keeps what was measured of a reference for the next time
     #[arg(long, value_name = "FOLDER")]
     cache: Option<PathBuf>,
+    /// Arithmetic of the distances of precision and recall; f16 as ADM's evaluator, for comparison with published numbers
+    #[arg(long, value_enum, default_value_t = Distances::F64)]
+    distances: Distances,
     /// The classifier whose features digit models are compared in
     #[arg(long, default_value = "embedded:digits-features")]
     features: String,
@@ -36,16 +43,40 @@ pub(super) struct EvaluateArguments {
     run: RunArguments,
 }
 
-/// Measures archives, or digit models.
+/// Measures archives and folders of pictures, or digit models.
 pub(super) fn evaluate(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
-    let is_archive = |name: &&String| Path::new(name).extension().is_some_and(|end| end == "npz");
-    match arguments.inputs.iter().filter(is_archive).count() {
-        0 => models(arguments),
-        count if count == arguments.inputs.len() => measure_archives(arguments),
-        _ => Err(RecipeError::Run(
-            "archives (.npz) and checkpoints can't be measured together".into(),
-        )),
+    let inputs = arguments.inputs.iter();
+    let (pictures, others): (Vec<_>, Vec<_>) =
+        inputs.partition(|input| is_pictures(Path::new(input)));
+    let (Some(pictures), Some(other)) = (pictures.first(), others.first()) else {
+        return match others.is_empty() {
+            true => measure_archives(arguments),
+            false => models(arguments),
+        };
+    };
+    // What is not there at all is said to be missing.
+    source(other)?;
+    Err(RecipeError::Run(format!(
+        "{pictures} is taken for samples and {other} for a checkpoint; they can't be measured together"
+    )))
+}
+
+/// Whether a path names an archive, or a folder that holds no model.
+fn is_pictures(path: &Path) -> bool {
+    let is_archive = path
+        .extension()
+        .is_some_and(|ending| ending.eq_ignore_ascii_case("npz"));
+    if !path.is_dir() {
+        return is_archive;
     }
+    let of_a_model = |path: PathBuf| {
+        WeightFile::of(&path).is_some()
+            || path.file_name().is_some_and(|name| name == "config.json")
+    };
+    !path.read_dir().is_ok_and(|entries| {
+        let mut entries = entries.flatten();
+        entries.any(|entry| of_a_model(entry.path()))
+    })
 }
 
 fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
@@ -55,7 +86,7 @@ fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
         Some((reference, samples)) if !samples.is_empty() => (reference, samples),
         _ => {
             return Err(RecipeError::Run(format!(
-                "{}: a reference batch must follow: evaluate SAMPLES.npz REFERENCE.npz",
+                "{}: a reference must follow, an archive or a folder of pictures: evaluate SAMPLES.npz REFERENCE.npz",
                 arguments.inputs.join(" ")
             )));
         }
@@ -74,12 +105,14 @@ fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
         inception: &arguments.inception,
         vae: None,
         samples,
+        distances: arguments.distances,
     };
+    let count = arguments.run.count.map(|count| count as usize);
     listen()?;
     crate::with_backend!(arguments.run.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         let (cache, out) = (arguments.cache.as_deref(), arguments.out.as_deref());
-        archives::<Inner>(&files, DEFAULT_NEIGHBOURS, cache, out, device)
+        archives::<Inner>(&files, count, DEFAULT_NEIGHBOURS, cache, out, device)
     }, else Ok(()))
 }
 
@@ -91,7 +124,33 @@ fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
             features: source(&arguments.features)?,
         },
         neighbours: DEFAULT_NEIGHBOURS,
-        sampling: arguments.run.sampling(2000)?,
+        sampling: arguments.run.sampling(MODEL_SAMPLES)?,
     });
     arguments.run.run("evaluate", kind).map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn archives_and_folders_of_pictures_are_told_from_models() {
+        let folder = tempfile::tempdir().unwrap();
+        let with = |name: &str, file: &str| {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(&path).unwrap();
+            std::fs::write(path.join(file), "").unwrap();
+            path
+        };
+        assert!(is_pictures(Path::new("missing.npz")));
+        assert!(is_pictures(Path::new("missing.NPZ")));
+        assert!(!is_pictures(Path::new("missing")));
+        assert!(!is_pictures(Path::new("model.safetensors")));
+        assert!(is_pictures(&with("flat", "a.png")));
+        assert!(is_pictures(&with("odd.npz", "a.png")));
+        assert!(is_pictures(&with("mixed", "notes.txt")));
+        assert!(!is_pictures(&with("diffusers", "config.json")));
+        assert!(!is_pictures(&with("run", "model.safetensors")));
+        assert!(!is_pictures(&with("torch", "DiT.pt")));
+    }
 }

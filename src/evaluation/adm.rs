@@ -8,8 +8,8 @@ use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    DEFAULT_SPLIT_SIZE, EvaluationError, Features, InceptionScore, ReferenceMeasured, SampleReader,
-    Statistics, StatisticsAccumulator, frechet_distance, precision_recall,
+    DEFAULT_SPLIT_SIZE, Distances, EvaluationError, Features, InceptionScore, ReferenceMeasured,
+    SampleReader, Statistics, StatisticsAccumulator, frechet_distance, precision_recall_with,
 };
 use crate::models::inception::{Inception, POOLED, SPATIAL};
 use crate::ops::FusedOps;
@@ -108,8 +108,8 @@ fn rows<B: Backend>(values: Tensor<B, 2>) -> Result<Features, EvaluationError> {
 pub struct Scores {
     /// Fréchet distance of the pooled activations; lower is better.
     pub fid: f64,
-    /// Fréchet distance of the spatial activations; lower is better.
-    pub sfid: f64,
+    /// Fréchet distance of the spatial activations; lower is better. None when the reference has no statistics of them.
+    pub sfid: Option<f64>,
     /// Higher is better, 1 at least.
     pub inception_score: f64,
     /// Share of the samples on the reference's manifold; none when the reference has statistics alone.
@@ -119,23 +119,27 @@ pub struct Scores {
 }
 
 /// Holds samples against a reference, with manifolds of balls that reach to the `neighbours`-th nearest point
-/// ([`DEFAULT_NEIGHBOURS`](super::DEFAULT_NEIGHBOURS) in published numbers). All activations of both sides enter.
+/// ([`DEFAULT_NEIGHBOURS`](super::DEFAULT_NEIGHBOURS) in published numbers), by `distances` of that arithmetic. All
+/// activations of both sides enter.
 ///
 /// # Errors
 ///
-/// Those of [`frechet_distance`] and [`precision_recall`].
+/// Those of [`frechet_distance`] and [`precision_recall_with`].
 pub fn compare(
     reference: &ReferenceMeasured,
     samples: &Measured,
     neighbours: usize,
+    distances: Distances,
 ) -> Result<Scores, EvaluationError> {
     let features = reference.features.as_ref();
     let manifolds = features
-        .map(|features| precision_recall(features, &samples.features, neighbours))
+        .map(|features| precision_recall_with(features, &samples.features, neighbours, distances))
         .transpose()?;
+    let spatial = reference.spatial.as_ref();
+    let sfid = spatial.map(|spatial| frechet_distance(spatial, &samples.spatial));
     Ok(Scores {
         fid: frechet_distance(&reference.pooled, &samples.pooled)?,
-        sfid: frechet_distance(&reference.spatial, &samples.spatial)?,
+        sfid: sfid.transpose()?,
         inception_score: samples.inception_score,
         precision: manifolds.map(|manifolds| manifolds.precision),
         recall: manifolds.map(|manifolds| manifolds.recall),
@@ -211,30 +215,39 @@ mod tests {
         assert_eq!(reference.moments, Moments::Measured);
         // Whatever the blocks, statistics take the same rows in the same order; but the network may round otherwise in
         // another batch, to 1e-6 of activations of size one.
+        let spatial = reference.spatial.as_ref().unwrap();
         for (one, other) in [
             (&samples.pooled, &reference.pooled),
-            (&samples.spatial, &reference.spatial),
+            (&samples.spatial, spatial),
         ] {
             assert!((one.mean() - other.mean()).amax() < 1e-5);
             assert!((one.covariance() - other.covariance()).amax() < 1e-5);
         }
         // A set against itself, up to that rounding in traces of some hundreds.
-        let scores = compare(&reference, &samples, 3).unwrap();
+        let scores = compare(&reference, &samples, 3, Distances::F64).unwrap();
         assert!(scores.fid.abs() < 1e-3, "{scores:?}");
-        assert!(scores.sfid.abs() < 1e-3, "{scores:?}");
+        assert!(scores.sfid.unwrap().abs() < 1e-3, "{scores:?}");
         assert_eq!((scores.precision, scores.recall), (Some(1.0), Some(1.0)));
         assert_eq!(scores.inception_score, samples.inception_score);
 
         // Against other pictures.
         let other = archive(folder.path(), "b.npz", 4, 3, 40);
         let (other, _) = measured(&other, 4);
-        let far = compare(&reference, &other, 3).unwrap();
+        let far = compare(&reference, &other, 3, Distances::F64).unwrap();
         let expected = frechet_distance(&samples.pooled, &other.pooled).unwrap();
         assert!(
             far.fid > 1.0 && (far.fid / expected - 1.0).abs() < 1e-9,
             "{far:?}"
         );
-        assert!(far.sfid > 1.0 && far.sfid != far.fid);
+        assert!(far.sfid > Some(1.0) && far.sfid != Some(far.fid));
+        // The arithmetic is passed on: the formula's own value of the same activations.
+        let half = compare(&reference, &other, 3, Distances::F16).unwrap();
+        let features = reference.features.as_ref().unwrap();
+        let expected = precision_recall_with(features, &other.features, 3, Distances::F16).unwrap();
+        assert_eq!(
+            half.precision.zip(half.recall),
+            Some((expected.precision, expected.recall))
+        );
 
         // Against the moments alone, the network being asked nothing.
         let moments = ReferenceMeasured {
@@ -251,9 +264,48 @@ mod tests {
         let alone = alone.unwrap();
         assert!(!nothing.exists());
         assert_eq!(alone.moments, Moments::Stated);
-        let scores = compare(&alone, &other, 3).unwrap();
+        let scores = compare(&alone, &other, 3, Distances::F64).unwrap();
         assert_eq!((scores.precision, scores.recall), (None, None));
         assert_eq!((scores.fid, scores.sfid), (far.fid, far.sfid));
+
+        // Against the moments of the pooled activations alone, as most files have them: no sFID either.
+        let pooled = ReferenceMeasured {
+            spatial: None,
+            ..alone
+        };
+        pooled.write(&path).unwrap();
+        let pooled = Reference::open(&path).unwrap();
+        assert_eq!(pooled.pictures(), None);
+        let pooled = pooled.measure(&INCEPTION, 1, |_| panic!("no pictures"));
+        let scores = compare(&pooled.unwrap(), &other, 3, Distances::F64).unwrap();
+        assert_eq!(
+            (scores.fid, scores.sfid, scores.precision),
+            (far.fid, None, None)
+        );
+        assert_eq!(scores.inception_score, other.inception_score);
+    }
+
+    #[test]
+    fn a_folder_of_pictures_is_measured_as_their_archive() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = archive(folder.path(), "a.npz", 3, 3, 0);
+        let images = crate::evaluation::read_samples(&path).unwrap().images;
+        let pictures = folder.path().join("pictures");
+        std::fs::create_dir(&pictures).unwrap();
+        for index in 0..3 {
+            let pixels = images.image(index).to_vec();
+            let picture = image::RgbImage::from_raw(24, 20, pixels).unwrap();
+            picture.save(pictures.join(format!("{index}.png"))).unwrap();
+        }
+        assert_eq!(measured(&pictures, 2).0, measured(&path, 2).0);
+        let reference = Reference::open(&pictures).unwrap();
+        assert_eq!((reference.pictures(), reference.ignored()), (Some(3), 0));
+        let reference = reference.measure(&INCEPTION, 2, |_| ()).unwrap();
+        let of_archive = Reference::open(&path).unwrap();
+        assert_eq!(
+            reference,
+            of_archive.measure(&INCEPTION, 2, |_| ()).unwrap()
+        );
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! FID and sFID ([`frechet_distance`]), the Inception Score ([`inception_score`]) and precision and
 //! recall ([`precision_recall`]) are computed from activations, in `f64`, on the CPU. Pictures and
 //! precomputed reference statistics are exchanged as `.npz` archives ([`SampleReader`],
-//! [`SampleWriter`], [`read_reference_statistics`]).
+//! [`SampleWriter`], [`read_reference_statistics`]); pictures are also read from folders of PNG and JPEG.
 //!
 //! The suite as a whole, on Inception's activations:
 //!
@@ -14,22 +14,33 @@
 //! ```
 //!
 //! The definitions follow `guided-diffusion/evaluations/evaluator.py` (Dhariwal and Nichol 2021,
-//! arXiv:2105.05233), with one deliberate difference: that code computes precision and recall in
-//! `float16` where it can, and its published numbers carry the noise; here they are exact.
+//! arXiv:2105.05233). One thing is a choice: that code computes the distances of precision and recall in `float16`
+//! where it can, which raises published numbers by some thousandths. [`Distances::F16`] follows its arithmetic; by
+//! default they are computed in `f64`.
+//!
+//! All of it depends on the protocol. FID is biased upwards for few samples, roughly by `c / N` (Chong and Forsyth
+//! 2020, arXiv:1911.07023), so that it can be compared between sets of the same size only. And pictures must have come
+//! to Inception in the same way: statistics of another protocol can be read, and nothing in the file says that they
+//! are, but samples as they are measured here can't be compared with them. (pytorch-fid resizes and scales pictures
+//! otherwise, by which its FID is some per cent off; torch-fidelity follows the same protocol.)
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::images::PictureError;
 use crate::models::inception::UnreadablePictures;
+use crate::weights::WeightsError;
 
 mod adm;
 mod archive;
 mod features;
 mod frechet;
+mod half_distances;
 mod inception_score;
 mod moments;
+mod picture_folder;
 mod precision_recall;
 mod reference;
 mod samples;
@@ -43,7 +54,8 @@ pub use frechet::frechet_distance;
 pub use inception_score::{DEFAULT_SPLIT_SIZE, InceptionScore, inception_score};
 pub use moments::{ReferenceStatistics, read_reference_statistics};
 pub use precision_recall::{
-    DEFAULT_NEIGHBOURS, PrecisionRecall, neighbour_radii, precision_recall,
+    DEFAULT_NEIGHBOURS, Distances, PrecisionRecall, neighbour_radii, precision_recall,
+    precision_recall_with,
 };
 pub use reference::{Moments, Reference, ReferenceMeasured, cache_file};
 pub use samples::{SampleReader, SampleWriter, Samples, read_samples, write_samples};
@@ -98,6 +110,39 @@ pub enum EvaluationError {
         /// What it reads, and what they are.
         source: UnreadablePictures,
     },
+    /// A picture of a folder that can't be read.
+    #[error(transparent)]
+    Picture(#[from] PictureError),
+    /// Pictures of a folder that are not all of one size.
+    #[error(
+        "{}: {} is {} x {} pixels and {} {} x {}; crop them to one size, as `tinyfusion extract` crops its images",
+        .path.display(), .first.display(), .size[1], .size[0], .other.display(), .other_size[1], .other_size[0]
+    )]
+    Sizes {
+        /// The folder.
+        path: PathBuf,
+        /// The first picture, below the folder.
+        first: PathBuf,
+        /// Its `[height, width]`.
+        size: [usize; 2],
+        /// The first of another size.
+        other: PathBuf,
+        /// Its `[height, width]`.
+        other_size: [usize; 2],
+    },
+    /// A folder that is not what it should be.
+    #[error("{}: expected {expected}, found {found}", .path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What was asked for.
+        expected: String,
+        /// What is in it.
+        found: String,
+    },
+    /// A file whose digest can't be taken.
+    #[error(transparent)]
+    Digest(#[from] WeightsError),
     /// A stop was requested, see [`crate::interrupt`].
     #[error("interrupted")]
     Interrupted,

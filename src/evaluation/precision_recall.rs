@@ -5,12 +5,15 @@
 //! reference manifold (are they plausible?), recall the fraction of reference points on the sample
 //! manifold (is everything covered?).
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nalgebra::DMatrix;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
+use super::half_distances::Half;
 use super::{EvaluationError, Features};
 
 /// The `k` of the published numbers (the paper, and `evaluator.py`'s `nhood_sizes`).
@@ -18,11 +21,52 @@ pub const DEFAULT_NEIGHBOURS: usize = 3;
 
 /// Points per side of a tile of pairwise distances. A thread holds two blocks of points and one
 /// tile: about 40 MiB for `dim = 2048`.
-const BLOCK: usize = 1024;
+pub(super) const BLOCK: usize = 1024;
 
 /// Squared distances below this fraction of the squared lengths are rounding, see
 /// [`squared_distances`].
 const ROUNDING: f64 = 1e-13;
+
+/// Arithmetic of the distances between activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Distances {
+    /// Double precision: the distances of the definition.
+    #[default]
+    F64,
+    /// Half precision, as `guided-diffusion/evaluations/evaluator.py` computes them: for comparison with published
+    /// numbers, which this arithmetic raises.
+    ///
+    /// Of activations `u` and `v`, rounded to 16 bits, it takes `max((|u|^2 - 2 u.v) + |v|^2, 0)`, where each square,
+    /// each of the two sums of squares, `u.v`, `2 u.v`, the difference and the sum are rounded to 16 bits. Activations
+    /// of Inception have squared lengths of some hundreds, where 16 bits count in steps of a half: distances coincide,
+    /// and what coincides with a radius is inside. On samples of that kind both precision and recall come out 0.0005 to
+    /// 0.004 higher. The distance of a point to itself, which may not be zero then, counts among the neighbours.
+    ///
+    /// Sums of products are accumulated in 32 bits from the first term to the last and rounded once, as graphics cards
+    /// multiply matrices of half precision. Other devices and libraries add in another order or round in between, and
+    /// get other last bits; so the numbers agree with those of that program in kind, not to the last sample.
+    ///
+    /// As there, distances are computed in blocks of 10 000 x 10 000, and a block in which one is not finite in 16 bits
+    /// (squared distances above 65 504, which Inception's are far below) is computed in 32 bits.
+    F16,
+}
+
+impl Distances {
+    /// The name in recipes, on the command line and in results.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F64 => "f64",
+            Self::F16 => "f16",
+        }
+    }
+}
+
+impl fmt::Display for Distances {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
 
 /// Precision and recall, fractions between 0 and 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,6 +101,35 @@ pub fn precision_recall(
     samples: &Features,
     neighbours: usize,
 ) -> Result<PrecisionRecall, EvaluationError> {
+    precision_recall_with(reference, samples, neighbours, Distances::F64)
+}
+
+/// As [`precision_recall`], with the arithmetic of the distances as it is asked for.
+///
+/// # Errors
+///
+/// As [`precision_recall`]; with [`Distances::F16`] also [`EvaluationError::Value`] when activations are so large that
+/// their distances aren't finite in 32 bits.
+///
+/// # Examples
+///
+/// ```
+/// use tinyfusion::evaluation::{Distances, Features, precision_recall_with};
+/// let reference = Features::new(1, vec![32.0, 33.0])?;
+/// let samples = Features::new(1, vec![34.03125, 50.0])?;
+/// // The ball around 33 reaches to 34. In half precision, whose numbers above 1024 (the square of 32) are whole, the
+/// // distance of 34.03125 comes out as 1 too.
+/// let exact = precision_recall_with(&reference, &samples, 1, Distances::F64)?;
+/// let half = precision_recall_with(&reference, &samples, 1, Distances::F16)?;
+/// assert_eq!((exact.precision, half.precision), (0.0, 0.5));
+/// # Ok::<(), tinyfusion::evaluation::EvaluationError>(())
+/// ```
+pub fn precision_recall_with(
+    reference: &Features,
+    samples: &Features,
+    neighbours: usize,
+    distances: Distances,
+) -> Result<PrecisionRecall, EvaluationError> {
     if reference.dim() != samples.dim() {
         return Err(EvaluationError::Shape {
             what: "feature dimension of the samples",
@@ -64,27 +137,54 @@ pub fn precision_recall(
             found: samples.dim().to_string(),
         });
     }
-    let reference_radii = neighbour_radii(reference, neighbours)?;
-    let sample_radii = neighbour_radii(samples, neighbours)?;
-    let outside = |points: &Features| -> Vec<AtomicBool> {
-        (0..points.rows()).map(|_| AtomicBool::new(false)).collect()
+    match distances {
+        Distances::F64 => {
+            let radii = Radii {
+                reference: &neighbour_radii(reference, neighbours)?,
+                samples: &neighbour_radii(samples, neighbours)?,
+            };
+            let pairs = pairs(&starts(reference), &starts(samples));
+            Ok(coverage(&pairs, &radii, |first, second| {
+                squared_distances(&Block::new(reference, first), &Block::new(samples, second))
+            }))
+        }
+        Distances::F16 => Half::default().precision_recall(reference, samples, neighbours),
+    }
+}
+
+/// Squared radii of the balls of both sides.
+pub(super) struct Radii<'a> {
+    pub(super) reference: &'a [f64],
+    pub(super) samples: &'a [f64],
+}
+
+/// Every block of one side with every block of the other.
+pub(super) fn pairs(reference: &[usize], samples: &[usize]) -> Vec<(usize, usize)> {
+    let with = |&first: &usize| samples.iter().map(move |&second| (first, second));
+    reference.iter().flat_map(with).collect()
+}
+
+/// Which points lie in a ball of the other side. `distances` gives the squared distances of the block of the reference
+/// that begins at the first of its arguments to the block of the samples that begins at the second.
+pub(super) fn coverage(
+    pairs: &[(usize, usize)],
+    radii: &Radii<'_>,
+    distances: impl Fn(usize, usize) -> DMatrix<f64> + Send + Sync,
+) -> PrecisionRecall {
+    let outside = |points: &[f64]| -> Vec<AtomicBool> {
+        points.iter().map(|_| AtomicBool::new(false)).collect()
     };
-    let (covered_reference, covered_samples) = (outside(reference), outside(samples));
-    let samples_starts = starts(samples);
-    let pairs: Vec<_> = starts(reference)
-        .into_iter()
-        .flat_map(|first| samples_starts.iter().map(move |&second| (first, second)))
-        .collect();
+    let covered_reference = outside(radii.reference);
+    let covered_samples = outside(radii.samples);
     // Every distance is computed once and asked both ways.
-    each(&pairs, |&(first, second)| {
-        let distances =
-            squared_distances(&Block::new(reference, first), &Block::new(samples, second));
+    each(pairs, |&(first, second)| {
+        let distances = distances(first, second);
         let covered = &covered_reference[first..][..distances.nrows()];
-        let radii = &reference_radii[first..][..distances.nrows()];
+        let reaches = &radii.reference[first..][..distances.nrows()];
         for (index, column) in distances.column_iter().enumerate() {
-            let radius = sample_radii[second + index];
+            let radius = radii.samples[second + index];
             let mut inside = false;
-            for ((&distance, covered), &reach) in column.iter().zip(covered).zip(radii) {
+            for ((&distance, covered), &reach) in column.iter().zip(covered).zip(reaches) {
                 if distance <= radius {
                     covered.store(true, Ordering::Relaxed);
                 }
@@ -95,10 +195,10 @@ pub fn precision_recall(
             }
         }
     });
-    Ok(PrecisionRecall {
+    PrecisionRecall {
         precision: fraction(covered_samples),
         recall: fraction(covered_reference),
-    })
+    }
 }
 
 /// The fraction that is true.
@@ -118,23 +218,7 @@ pub fn neighbour_radii(
     features: &Features,
     neighbours: usize,
 ) -> Result<Vec<f64>, EvaluationError> {
-    if neighbours == 0 {
-        let (expected, found) = ("at least 1".to_owned(), "0".to_owned());
-        return Err(EvaluationError::Shape {
-            what: "number of neighbours",
-            expected,
-            found,
-        });
-    }
-    if features.rows() <= neighbours {
-        let needed = neighbours.saturating_add(1);
-        let what = "a neighbourhood of that size";
-        return Err(EvaluationError::TooFew {
-            what,
-            needed,
-            found: features.rows(),
-        });
-    }
+    check_neighbours(features, neighbours)?;
     let starts = starts(features);
     let nearest: Vec<_> = starts
         .iter()
@@ -182,12 +266,37 @@ pub fn neighbour_radii(
     Ok(nearest.map(|nearest| nearest.farthest()).collect())
 }
 
+/// Refuses a neighbourhood that isn't there.
+pub(super) fn check_neighbours(
+    features: &Features,
+    neighbours: usize,
+) -> Result<(), EvaluationError> {
+    if neighbours == 0 {
+        let (expected, found) = ("at least 1".to_owned(), "0".to_owned());
+        return Err(EvaluationError::Shape {
+            what: "number of neighbours",
+            expected,
+            found,
+        });
+    }
+    if features.rows() <= neighbours {
+        let needed = neighbours.saturating_add(1);
+        let what = "a neighbourhood of that size";
+        return Err(EvaluationError::TooFew {
+            what,
+            needed,
+            found: features.rows(),
+        });
+    }
+    Ok(())
+}
+
 /// Runs `work` on every pair of blocks, on all cores. A pair is a good part of a second's work and is handed out alone.
-fn each<T: Sync>(pairs: &[T], work: impl Fn(&T) + Send + Sync) {
+pub(super) fn each<T: Sync>(pairs: &[T], work: impl Fn(&T) + Send + Sync) {
     pairs.par_iter().with_max_len(1).for_each(work);
 }
 
-fn locked(nearest: &Mutex<Vec<Nearest>>) -> MutexGuard<'_, Vec<Nearest>> {
+pub(super) fn locked(nearest: &Mutex<Vec<Nearest>>) -> MutexGuard<'_, Vec<Nearest>> {
     nearest.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -242,14 +351,14 @@ fn squared_distances(a: &Block, b: &Block) -> DMatrix<f64> {
 
 /// The smallest few of the distances seen, in ascending order.
 #[derive(Clone)]
-struct Nearest(Vec<f64>);
+pub(super) struct Nearest(Vec<f64>);
 
 impl Nearest {
-    fn new(count: usize) -> Self {
+    pub(super) fn new(count: usize) -> Self {
         Self(vec![f64::INFINITY; count])
     }
 
-    fn insert(&mut self, distance: f64) {
+    pub(super) fn insert(&mut self, distance: f64) {
         if distance < self.farthest() {
             let place = self.0.partition_point(|&kept| kept <= distance);
             self.0[place..].rotate_right(1);
@@ -257,7 +366,7 @@ impl Nearest {
         }
     }
 
-    fn farthest(&self) -> f64 {
+    pub(super) fn farthest(&self) -> f64 {
         self.0[self.0.len() - 1]
     }
 }

@@ -18,7 +18,11 @@ use crate::ops::FusedOps;
 /// An open reference batch of the ADM suite, such as `VIRTUAL_imagenet256_labeled.npz`.
 ///
 /// As `evaluator.py` has it, FID and sFID take the moments that the archive states (`mu`, `sigma`, `mu_s`, `sigma_s`)
-/// if it does, else those of its pictures (`arr_0`); precision and recall need the pictures.
+/// if it does, else those of its pictures (`arr_0`); precision and recall need the pictures. A folder of pictures is a
+/// reference too, and so is an archive of `mu` and `sigma` alone, with which there is no more than FID.
+///
+/// Moments that an archive states are comparable with samples if they were measured as samples are measured here;
+/// nothing in the file says so.
 pub struct Reference {
     moments: Option<ReferenceStatistics>,
     pictures: Option<SampleReader>,
@@ -28,7 +32,7 @@ pub struct Reference {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Moments {
-    /// The archive states them.
+    /// The archive states them, and who made it knows how they were measured.
     Stated,
     /// They are those of its pictures, as this program's Inception sees them.
     Measured,
@@ -39,8 +43,9 @@ pub enum Moments {
 pub struct ReferenceMeasured {
     /// Moments of the pooled activations, `[2048]`: FID's.
     pub pooled: Statistics,
-    /// Moments of the spatial activations, `[2023]`: sFID's.
-    pub spatial: Statistics,
+    /// Moments of the spatial activations, `[2023]`: sFID's. None when the archive has `mu` and `sigma` alone: there is
+    /// no sFID then.
+    pub spatial: Option<Statistics>,
     /// The pooled activations `[pictures, 2048]`; none when the archive has moments alone. Without them there are no
     /// precision and recall.
     pub features: Option<Features>,
@@ -54,15 +59,25 @@ impl Reference {
     /// # Errors
     ///
     /// Those of [`read_reference_statistics`] and [`SampleReader::open`], and [`EvaluationError::Array`] when the
-    /// archive has neither moments nor pictures, or moments of another network's activations.
+    /// archive has neither moments nor pictures, moments of another network's activations, or pictures beside moments
+    /// for FID alone: whether its sFID is to be that of the pictures nobody could tell from the result.
     pub fn open(path: &Path) -> Result<Self, EvaluationError> {
+        if path.is_dir() {
+            let pictures = Some(SampleReader::open(path)?);
+            return Ok(Self {
+                moments: None,
+                pictures,
+            });
+        }
         let moments = read_reference_statistics(path)?;
         if let Some(moments) = &moments {
             for (array, moments, dim) in [
-                ("mu", &moments.pooled, POOLED),
-                ("mu_s", &moments.spatial, SPATIAL),
+                ("mu", Some(&moments.pooled), POOLED),
+                ("mu_s", moments.spatial.as_ref(), SPATIAL),
             ] {
-                if moments.mean().len() != dim {
+                if let Some(moments) = moments
+                    && moments.mean().len() != dim
+                {
                     return Err(EvaluationError::Array {
                         path: path.to_owned(),
                         array: array.to_owned(),
@@ -72,7 +87,15 @@ impl Reference {
                 }
             }
         }
-        let alone = moments.is_some() && !Archive::open(path)?.contains("arr_0");
+        let mut archive = Archive::open(path)?;
+        let alone = moments.is_some() && !archive.contains("arr_0");
+        if moments
+            .as_ref()
+            .is_some_and(|moments| moments.spatial.is_none())
+            && !alone
+        {
+            archive.required("mu_s")?;
+        }
         let pictures = (!alone).then(|| SampleReader::open(path)).transpose()?;
         Ok(Self { moments, pictures })
     }
@@ -80,6 +103,11 @@ impl Reference {
     /// How many pictures it has; none when it has moments alone.
     pub fn pictures(&self) -> Option<usize> {
         self.pictures.as_ref().map(|pictures| pictures.shape()[0])
+    }
+
+    /// Entries of a folder that were passed over because they are no pictures.
+    pub fn ignored(&self) -> usize {
+        self.pictures.as_ref().map_or(0, SampleReader::ignored)
     }
 
     /// Reads the pictures, if there are any, through the network; arguments and `progress` as [`measure`]'s.
@@ -99,7 +127,7 @@ impl Reference {
             .transpose()?;
         let (features, measured) = match measured {
             Some(measured) => {
-                let (pooled, spatial) = (measured.pooled, measured.spatial);
+                let (pooled, spatial) = (measured.pooled, Some(measured.spatial));
                 let moments = ReferenceStatistics { pooled, spatial };
                 (Some(measured.features), Some(moments))
             }
@@ -173,10 +201,12 @@ impl ReferenceMeasured {
         let write = || -> io::Result<()> {
             let mut archive = ZipWriter::new(AtomicFile::create(path)?);
             let moments = [
-                ("mu", "sigma", &self.pooled),
-                ("mu_s", "sigma_s", &self.spatial),
+                ("mu", "sigma", Some(&self.pooled)),
+                ("mu_s", "sigma_s", self.spatial.as_ref()),
             ];
-            for (mean, covariance, moments) in moments {
+            let moments =
+                moments.map(|(mean, covariance, moments)| Some((mean, covariance, moments?)));
+            for (mean, covariance, moments) in moments.into_iter().flatten() {
                 let doubles = |values: &[f64]| -> Vec<u8> {
                     values
                         .iter()
@@ -209,6 +239,9 @@ impl ReferenceMeasured {
             return Err(pool.mismatch(&expected));
         }
         let features = Features::new(POOLED, pool.values("<f4", f32::from_le_bytes)?)?;
+        for array in ["mu", "mu_s"] {
+            archive.required(array)?;
+        }
         let Some(statistics) = read_reference_statistics(path)? else {
             return Err(archive.required("mu")?.mismatch("the measured moments"));
         };

@@ -1,4 +1,4 @@
-//! Pictures as `.npz` archives, the exchange format of the ADM evaluation suite.
+//! Pictures as `.npz` archives, the exchange format of the ADM evaluation suite, or as folders of files.
 //!
 //! A batch holds `arr_0`, `u8` `[count, height, width, 3]`, and with class labels `arr_1`, `i64` `[count]`. 50 000
 //! pictures of 256 x 256 are 10 GB, so [`SampleReader`] and [`SampleWriter`] hold no more of them than a block.
@@ -10,6 +10,7 @@ use zip::ZipWriter;
 
 use super::EvaluationError;
 use super::archive::{Archive, Array, start_array, write_array};
+use super::picture_folder::PictureFolder;
 use crate::atomic::AtomicFile;
 use crate::images::Images;
 
@@ -68,7 +69,7 @@ fn images(path: &Path, pixels: Vec<u8>, shape: [usize; 4]) -> Result<Images, Eva
     })
 }
 
-/// Reads the pictures of an archive in order, a block at a time.
+/// Reads the pictures of an archive or a folder in order, a block at a time.
 ///
 /// # Examples
 ///
@@ -89,6 +90,8 @@ fn images(path: &Path, pixels: Vec<u8>, shape: [usize; 4]) -> Result<Images, Eva
 pub struct SampleReader {
     path: PathBuf,
     shape: [usize; 4],
+    /// Pictures in the archive, those after the first few that are asked for among them.
+    whole: usize,
     /// Pictures that have been given out.
     given: usize,
     source: Source,
@@ -99,16 +102,35 @@ enum Source {
     File(Box<Array>),
     /// In memory: in Fortran order the first pixels of all pictures come first.
     Memory(Images),
+    /// Each in a file of its own.
+    Folder(PictureFolder),
 }
 
 impl SampleReader {
     /// Opens an archive as [`read_samples`] reads it. Pictures in Fortran order, which nobody's sampler writes, are
     /// read now and held whole.
     ///
+    /// A folder is opened as an archive of the pictures in it and in its sub-folders (one for each class, say), PNG and
+    /// JPEG by their endings, in the byte order of their names below the folder. They are read as 8-bit RGB
+    /// ([`read_rgb`](crate::images::read_rgb)) and must be of one size, which is looked at now.
+    ///
     /// # Errors
     ///
-    /// As [`read_samples`]; also when the archive holds less data than the shape asks for. `arr_1` is not looked at.
+    /// As [`read_samples`]; also when the archive holds less data than the shape asks for. `arr_1` is not looked at. Of
+    /// a folder [`EvaluationError::Folder`] when it has no pictures, [`EvaluationError::Picture`] when one of them is
+    /// none, and [`EvaluationError::Sizes`] when two differ in size.
     pub fn open(path: &Path) -> Result<Self, EvaluationError> {
+        if path.is_dir() {
+            let folder = PictureFolder::list(path)?;
+            let [height, width] = folder.size(path)?;
+            return Ok(Self {
+                path: path.to_owned(),
+                shape: [folder.count(), height, width, 3],
+                whole: folder.count(),
+                given: 0,
+                source: Source::Folder(folder),
+            });
+        }
         let (pixels, shape) = pixels(&mut Archive::open(path)?)?;
         pixels.expect_whole()?;
         let source = if pixels.is_fortran() {
@@ -119,12 +141,21 @@ impl SampleReader {
         Ok(Self {
             path: path.to_owned(),
             shape,
+            whole: shape[0],
             given: 0,
             source,
         })
     }
 
-    /// The file.
+    /// The first `count` pictures alone; all, if there are no more. What comes after them is not read, so that the
+    /// checksum of the archive is not compared.
+    #[must_use]
+    pub fn first(mut self, count: usize) -> Self {
+        self.shape[0] = self.shape[0].min(count);
+        self
+    }
+
+    /// The file or folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -134,13 +165,28 @@ impl SampleReader {
         self.shape
     }
 
-    /// The classes, `arr_1`, `[count]`, if the archive has them.
+    /// Entries of a folder that were passed over because they are no pictures; hidden files don't count.
+    pub fn ignored(&self) -> usize {
+        match &self.source {
+            Source::Folder(folder) => folder.ignored(),
+            Source::File(_) | Source::Memory(_) => 0,
+        }
+    }
+
+    /// The classes, `arr_1`, `[count]`, if the archive has them. A folder has none.
     ///
     /// # Errors
     ///
     /// [`EvaluationError::Array`] when `arr_1` is not `i64` `[count]`.
     pub fn labels(&self) -> Result<Option<Vec<i64>>, EvaluationError> {
-        labels(&mut Archive::open(&self.path)?, self.shape[0])
+        if let Source::Folder(_) = self.source {
+            return Ok(None);
+        }
+        let mut labels = labels(&mut Archive::open(&self.path)?, self.whole)?;
+        if let Some(labels) = &mut labels {
+            labels.truncate(self.shape[0]);
+        }
+        Ok(labels)
     }
 
     /// The next pictures, at most `most` and at least one, `[pictures, height, width, channels]`; `None` when all
@@ -148,11 +194,11 @@ impl SampleReader {
     ///
     /// # Errors
     ///
-    /// [`EvaluationError::Array`] when the data are damaged, end early or don't fit the memory. The reader is of no
-    /// use then.
+    /// [`EvaluationError::Array`] when the data are damaged, end early or don't fit the memory,
+    /// [`EvaluationError::Picture`] when a picture of a folder can't be read. The reader is of no use then.
     pub fn next_block(&mut self, most: usize) -> Result<Option<Images>, EvaluationError> {
         let [count, height, width, channels] = self.shape;
-        let pictures = most.max(1).min(count - self.given);
+        let pictures = most.max(1).min(count.saturating_sub(self.given));
         if pictures == 0 {
             return Ok(None);
         }
@@ -162,6 +208,11 @@ impl SampleReader {
             Source::File(pixels) => pixels.read(pictures * size)?,
             Source::Memory(images) => {
                 images.pixels()[self.given * size..(self.given + pictures) * size].to_vec()
+            }
+            Source::Folder(folder) => {
+                let block = folder.read(&self.path, self.given, pictures, [height, width])?;
+                self.given += pictures;
+                return Ok(Some(block));
             }
         };
         self.given += pictures;
@@ -435,6 +486,21 @@ mod tests {
                 assert!(blocks.iter().all(|block| block.shape()[1..] == size));
             }
             assert_eq!(blocks(&path, 0).unwrap().len(), count);
+            // The first few alone, and no more than there are.
+            for few in [0, 1, 3, count + 1] {
+                let mut reader = SampleReader::open(&path).unwrap().first(few);
+                let few = few.min(count);
+                assert_eq!(reader.shape()[0], few);
+                let labels = whole.labels.as_ref().map(|labels| labels[..few].to_vec());
+                assert_eq!(reader.labels().unwrap(), labels);
+                let block = reader.next_block(usize::MAX).unwrap();
+                let read = block.as_ref().map_or(&[][..], Images::pixels);
+                assert_eq!(
+                    read,
+                    &whole.images.pixels()[..few * whole.images.image(0).len()]
+                );
+                assert!(reader.next_block(1).unwrap().is_none());
+            }
         }
         assert_eq!(archives, 6);
     }

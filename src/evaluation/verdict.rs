@@ -6,28 +6,35 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{EvaluationError, Measured, Moments, Scores, Speed};
+use super::picture_folder::PictureFolder;
+use super::{Distances, EvaluationError, Measured, Moments, Scores, Speed};
 use crate::atomic::write_atomic;
 use crate::report::Table;
-use crate::weights::{WeightsError, file_sha256};
+use crate::weights::file_sha256;
 
-/// A file by its name and content.
+/// A file, or a folder of pictures, by its name and content.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileDigest {
     /// Its name, without folders.
     pub file: String,
-    /// SHA-256 of its bytes, in hexadecimal.
+    /// SHA-256 of its bytes, in hexadecimal. Of a folder, of what `sha256sum` prints of its pictures, in the byte order
+    /// of their names below it: a line for each with the SHA-256 of its bytes and its name.
     pub sha256: String,
 }
 
 impl FileDigest {
-    /// Reads the file once, a piece at a time.
+    /// Reads the file once, a piece at a time; or all pictures of a folder.
     ///
     /// # Errors
     ///
-    /// When it can't be read.
-    pub fn of(path: &Path) -> Result<Self, WeightsError> {
-        Ok(Self::known(path, &file_sha256(path)?))
+    /// When it can't be read; when a folder has no pictures.
+    pub fn of(path: &Path) -> Result<Self, EvaluationError> {
+        let sha256 = if path.is_dir() {
+            PictureFolder::list(path)?.sha256()?
+        } else {
+            file_sha256(path)?
+        };
+        Ok(Self::known(path, &sha256))
     }
 
     /// Of a file whose SHA-256 is known.
@@ -82,7 +89,7 @@ impl AdmVerdict {
 /// What the numbers can only be compared under.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdmProtocol {
-    /// Number of samples; FID falls as it grows.
+    /// Number of samples of each set; FID falls as it grows.
     pub samples: usize,
     /// The reference batch.
     pub reference: FileDigest,
@@ -94,6 +101,9 @@ pub struct AdmProtocol {
     pub inception: FileDigest,
     /// Neighbours that the balls of precision and recall reach to.
     pub neighbours: usize,
+    /// Arithmetic of the distances between activations that precision and recall are computed from.
+    #[serde(default)]
+    pub distances: Distances,
     /// Pictures per split of the Inception Score.
     pub split_size: usize,
     /// Type that Inception is computed in: `f32`. All that follows is in f64.
@@ -154,7 +164,7 @@ impl AdmEvaluation {
                 model.clone(),
                 count.to_string(),
                 distance(scores.fid),
-                distance(scores.sfid),
+                scores.sfid.map_or("-".into(), distance),
                 format!("{:.2}", scores.inception_score),
                 share(scores.precision),
                 share(scores.recall),
@@ -166,15 +176,41 @@ impl AdmEvaluation {
 
 impl fmt::Display for AdmEvaluation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.table())?;
-        if self.protocol.reference_pictures.is_none() {
-            let file = &self.protocol.reference.file;
+        let protocol = &self.protocol;
+        writeln!(f, "{}", self.table())?;
+        writeln!(
+            f,
+            "FID of {} samples: it is too high by an amount that falls roughly as one over their number, so compare it \
+             only with FIDs of as many samples.",
+            protocol.samples
+        )?;
+        let file = &protocol.reference.file;
+        if self
+            .verdicts
+            .iter()
+            .any(|verdict| verdict.scores.sfid.is_none())
+        {
             writeln!(
                 f,
-                "{file} has statistics and no pictures: no precision and recall"
+                "No sFID: {file} has no statistics of spatial features (mu_s, sigma_s)."
             )?;
         }
-        Ok(())
+        if protocol.reference_pictures.is_none() {
+            return writeln!(
+                f,
+                "No precision and recall: {file} has statistics and no pictures."
+            );
+        }
+        match protocol.distances {
+            Distances::F64 => writeln!(
+                f,
+                "Precision and recall: distances in f64; ADM's evaluator, in f16, reports 0.0005 to 0.004 more."
+            ),
+            Distances::F16 => writeln!(
+                f,
+                "Precision and recall: distances in f16, as in ADM's evaluator; they are 0.0005 to 0.004 more than in f64."
+            ),
+        }
     }
 }
 
@@ -189,7 +225,7 @@ mod tests {
         };
         let scores = Scores {
             fid: -1e-7,
-            sfid: 4.256,
+            sfid: Some(4.256),
             inception_score: 231.5,
             precision,
             recall: precision,
@@ -202,6 +238,7 @@ mod tests {
                 reference_moments: Moments::Stated,
                 inception: digest("inception.pth", "34"),
                 neighbours: 3,
+                distances: Distances::F64,
                 split_size: 5000,
                 inception_compute: "f32".into(),
                 backend: "ndarray".into(),
@@ -234,23 +271,60 @@ mod tests {
         assert!(json["verdicts"][0]["precision"].is_null());
         assert_eq!(json["verdicts"][0]["sfid"], 4.256);
         assert_eq!(json["protocol"]["reference_moments"], "stated");
+        assert_eq!(json["protocol"]["distances"], "f64");
+        let mut without = evaluation(None, None);
+        without.verdicts[0].scores.sfid = None;
+        without.protocol.distances = Distances::F16;
+        without.write(&path).unwrap();
+        let mut json: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert!(json["verdicts"][0]["sfid"].is_null());
+        assert_eq!(json["protocol"]["distances"], "f16");
+        // Results from before there was a choice had no other distances.
+        json["protocol"]
+            .as_object_mut()
+            .unwrap()
+            .remove("distances");
+        let before: AdmEvaluation = serde_json::from_value(json).unwrap();
+        assert_eq!(before.protocol.distances, Distances::F64);
     }
 
     #[test]
     fn the_table_is_what_papers_print() {
+        let mut whole = evaluation(Some(10_000), Some(0.82));
+        let text = whole.to_string();
+        let (table, foot) = text.split_once("\n\n").unwrap();
         assert_eq!(
-            evaluation(Some(10_000), Some(0.82)).to_string(),
+            table,
             "samples  count   FID  sFID      IS  precision  recall\n\
              -------  -----  ----  ----  ------  ---------  ------\n\
-             teacher  50000  0.00  4.26  231.50      0.820   0.820\n"
+             teacher  50000  0.00  4.26  231.50      0.820   0.820"
         );
-        let alone = evaluation(None, None).to_string();
-        assert!(alone.contains("231.50  -          -\n"), "{alone}");
+        let lines: Vec<&str> = foot.lines().collect();
+        assert_eq!(lines.len(), 2, "{foot}");
+        assert!(lines[0].starts_with("FID of 50000 samples: "), "{foot}");
+        assert!(lines[1].contains("distances in f64; "), "{foot}");
+        whole.protocol.distances = Distances::F16;
+        assert!(whole.to_string().contains("distances in f16, as in ADM's"));
+
+        let mut alone = evaluation(None, None);
+        let text = alone.to_string();
+        assert!(text.contains("231.50  -          -\n"), "{text}");
+        let no_pictures =
+            "No precision and recall: reference.npz has statistics and no pictures.\n";
+        assert!(text.ends_with(no_pictures), "{text}");
+        assert!(!text.contains("No sFID"), "{text}");
+        alone.verdicts[0].scores.sfid = None;
+        let text = alone.to_string();
         assert!(
-            alone.ends_with(
-                "reference.npz has statistics and no pictures: no precision and recall\n"
-            )
+            text.contains("0.00  -     231.50  -          -\n"),
+            "{text}"
         );
+        assert!(
+            text.contains("No sFID: reference.npz has no statistics"),
+            "{text}"
+        );
+        assert!(text.ends_with(no_pictures), "{text}");
     }
 
     #[test]

@@ -222,12 +222,14 @@ impl<B: TrainingBackend> Context<'_, B> {
                 inception,
                 vae,
                 samples,
+                distances,
             } => {
                 let files = ReferenceFiles {
                     reference,
                     inception,
                     vae: vae.as_deref(),
                     samples,
+                    distances: *distances,
                 };
                 return self.evaluate_reference(stage, evaluate, &files, folder);
             }

@@ -8,11 +8,11 @@ use super::RecipeError;
 use super::draw::{Draw, SAMPLING, Share, first_images, grid};
 use super::evaluate::{EVALUATION, file_name, not_whole};
 use super::progress::Progress;
-use super::sampling::Evaluate;
+use super::sampling::{Evaluate, Sampling};
 use super::speed::speeds;
 use super::stages::Context;
 use crate::evaluation::{
-    AdmEvaluation, AdmProtocol, AdmVerdict, DEFAULT_SPLIT_SIZE, FileDigest, Reference,
+    AdmEvaluation, AdmProtocol, AdmVerdict, DEFAULT_SPLIT_SIZE, Distances, FileDigest, Reference,
     ReferenceMeasured, SampleReader, cache_file, compare, measure,
 };
 use crate::images::Images;
@@ -32,6 +32,8 @@ pub(crate) struct ReferenceFiles<'a> {
     pub(crate) inception: &'a Path,
     pub(crate) vae: Option<&'a Path>,
     pub(crate) samples: &'a [PathBuf],
+    /// Arithmetic of the distances of precision and recall.
+    pub(crate) distances: Distances,
 }
 
 /// Inception, and what is known of the reference.
@@ -54,16 +56,17 @@ impl<B: FusedOps> Judge<B> {
         let inception_digest = FileDigest::known(&inception.path, &inception.sha256);
         let reference = Reference::open(files.reference)?;
         let pictures = reference.pictures();
+        told(files.reference, reference.ignored());
         enough(files.reference, pictures.unwrap_or(usize::MAX))?;
         let mut progress = Progress::new("reference", "images", pictures.unwrap_or(0));
         let network = &inception.network;
-        let mut told = |done| progress.reach(done);
+        let mut reached = |done| progress.reach(done);
         let reference = match cache {
             Some(folder) => {
                 let cache = cache_file(folder, &digest, &inception_digest);
-                reference.measure_cached(network, &cache, READ_BATCH, &mut told)?
+                reference.measure_cached(network, &cache, READ_BATCH, &mut reached)?
             }
-            None => reference.measure(network, READ_BATCH, &mut told)?,
+            None => reference.measure(network, READ_BATCH, &mut reached)?,
         };
         progress.finish();
         let protocol = AdmProtocol {
@@ -73,6 +76,7 @@ impl<B: FusedOps> Judge<B> {
             reference_moments: reference.moments,
             inception: inception_digest,
             neighbours,
+            distances: files.distances,
             split_size: DEFAULT_SPLIT_SIZE,
             inception_compute: "f32".into(),
             backend: B::name(device),
@@ -85,14 +89,20 @@ impl<B: FusedOps> Judge<B> {
         })
     }
 
-    fn verdict(&self, name: &str, archive: &Path) -> Result<AdmVerdict, RecipeError> {
-        let reader = SampleReader::open(archive)?;
-        enough(archive, reader.shape()[0])?;
+    /// Measures the first `count` pictures.
+    fn verdict(&self, name: &str, archive: &Path, count: usize) -> Result<AdmVerdict, RecipeError> {
+        let reader = SampleReader::open(archive)?.first(count);
+        told(archive, reader.ignored());
         let mut progress = Progress::new(name, "images measured", reader.shape()[0]);
         let network = &self.inception.network;
         let measured = measure(network, reader, READ_BATCH, |done| progress.reach(done))?;
         progress.finish();
-        let scores = compare(&self.reference, &measured, self.protocol.neighbours)?;
+        let AdmProtocol {
+            neighbours,
+            distances,
+            ..
+        } = self.protocol;
+        let scores = compare(&self.reference, &measured, neighbours, distances)?;
         Ok(AdmVerdict::new(name, &measured, scores))
     }
 
@@ -132,6 +142,10 @@ impl<B: TrainingBackend> Context<'_, B> {
         let mut verdicts = Vec::new();
         let (mut archives, mut vae_sha256) = (Vec::new(), None);
         let mut checkpoints = Vec::new();
+        let count = evaluate.sampling.count;
+        let count = (count != Sampling::ALL).then_some(count);
+        // What is there is counted before anything is drawn.
+        let mut count = common_count(files.samples, count)?;
         // All samples first: a mistake in a model shows before the long measuring.
         for (index, source) in evaluate.compare.iter().enumerate() {
             let (name, checkpoint) = (source.to_string(), self.load(source)?);
@@ -150,6 +164,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             .run(self.device)?;
             vae_sha256 = decoder.map(|decoder| decoder.sha256().to_owned());
             let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
+            count = evaluate.sampling.count;
             archives.push((name, archive, Some(config)));
             checkpoints.push(checkpoint);
         }
@@ -159,7 +174,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let (neighbours, cache) = (evaluate.neighbours, Some(folder));
         let mut judge = Judge::<B::InnerBackend>::new(files, neighbours, cache, self.device)?;
         for (name, archive, model) in &archives {
-            let mut verdict = judge.verdict(name, archive)?;
+            let mut verdict = judge.verdict(name, archive, count)?;
             if let Some(config) = model {
                 verdict.parameters = Some(config.parameters());
                 verdict.depth = Some(config.depth);
@@ -182,6 +197,52 @@ impl<B: TrainingBackend> Context<'_, B> {
             })
         });
         judge.finish(verdicts, stage, Some(&folder.join(EVALUATION)))
+    }
+}
+
+/// How many pictures of each are measured: the first `count`, or all, of which there must be as many in each. Zero of
+/// none.
+///
+/// FID falls with the number of samples, so that sets of unlike sizes have nothing to say of each other.
+fn common_count(archives: &[PathBuf], count: Option<usize>) -> Result<usize, RecipeError> {
+    let mut first: Option<(&Path, usize)> = None;
+    for archive in archives {
+        let found = SampleReader::open(archive)?.shape()[0];
+        enough(archive, count.map_or(found, |count| count.min(found)))?;
+        match (count, first) {
+            (Some(count), _) if found < count => {
+                return Err(RecipeError::Run(format!(
+                    "{}: expected at least the {count} pictures of the count asked for, found {found}",
+                    archive.display()
+                )));
+            }
+            (None, Some((other, others))) if others != found => {
+                return Err(RecipeError::Run(format!(
+                    "{} has {others} pictures and {} has {found}; FID depends on their number, so give a count \
+                     (`--count N`, in a recipe `count = N`), and the first N of each are measured",
+                    other.display(),
+                    archive.display()
+                )));
+            }
+            (_, None) => first = Some((archive, found)),
+            _ => {}
+        }
+    }
+    Ok(first.map_or(0, |(_, found)| count.unwrap_or(found)))
+}
+
+/// Says what was passed over in a folder of pictures.
+fn told(folder: &Path, ignored: usize) {
+    if ignored > 0 {
+        crate::say!(
+            "{}: {ignored} other {} passed over; pictures are .png, .jpg and .jpeg, in the folder or one below",
+            folder.display(),
+            if ignored == 1 {
+                "entry is"
+            } else {
+                "entries are"
+            }
+        );
     }
 }
 
@@ -216,22 +277,25 @@ fn picture(path: &Path, archives: &[Measurable]) -> Result<(), RecipeError> {
     Ok(comparison_png(path, &rows, columns, scale)?)
 }
 
-/// Measures archives of samples, prints the scores, and writes them with their protocol to `to`. What is measured of
-/// the reference is kept in the folder `cache`, if there is one.
+/// Measures archives or folders of samples, prints the scores, and writes them with their protocol to `to`. Of each the
+/// first `count` pictures are measured; without it all, of which there must be as many in each. What is measured of the
+/// reference is kept in the folder `cache`, if there is one.
 ///
 /// # Errors
-/// When a file can't be read, or holds something else.
+/// When a file can't be read, or holds something else; when there are fewer pictures than `count`, or unlike numbers.
 pub(crate) fn archives<B: FusedOps>(
     files: &ReferenceFiles<'_>,
+    count: Option<usize>,
     neighbours: usize,
     cache: Option<&Path>,
     to: Option<&Path>,
     device: &B::Device,
 ) -> Result<(), RecipeError> {
+    let count = common_count(files.samples, count)?;
     let mut judge = Judge::<B>::new(files, neighbours, cache, device)?;
     judge.protocol.sampling = said_of(files.samples);
     let verdicts = (files.samples.iter())
-        .map(|archive| judge.verdict(&archive.display().to_string(), archive))
+        .map(|archive| judge.verdict(&archive.display().to_string(), archive, count))
         .collect::<Result<_, _>>()?;
     judge.finish(verdicts, "evaluate", to)
 }
@@ -240,7 +304,11 @@ pub(crate) fn archives<B: FusedOps>(
 fn said_of(archives: &[PathBuf]) -> Option<serde_json::Value> {
     let said: serde_json::Map<String, serde_json::Value> = (archives.iter())
         .filter_map(|archive| {
-            let text = std::fs::read_to_string(archive.with_file_name(SAMPLING)).ok()?;
+            let beside = match archive.is_dir() {
+                true => archive.join(SAMPLING),
+                false => archive.with_file_name(SAMPLING),
+            };
+            let text = std::fs::read_to_string(beside).ok()?;
             Some((
                 archive.display().to_string(),
                 serde_json::from_str(&text).ok()?,
@@ -248,4 +316,49 @@ fn said_of(archives: &[PathBuf]) -> Option<serde_json::Value> {
         })
         .collect();
     (!said.is_empty()).then(|| said.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::evaluation::write_samples;
+
+    #[test]
+    fn unlike_counts_are_refused_and_a_count_takes_the_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let archive = |name: &str, count: usize| {
+            let path = folder.path().join(name);
+            let images = Images::new(vec![7; count * 3], [count, 1, 1, 3]).unwrap();
+            write_samples(&path, &images, None).unwrap();
+            path
+        };
+        let (five, also, three) = (
+            archive("5.npz", 5),
+            archive("x.npz", 5),
+            archive("3.npz", 3),
+        );
+        let count = |archives: &[&PathBuf], count| {
+            let archives: Vec<PathBuf> = archives.iter().map(|path| (*path).clone()).collect();
+            common_count(&archives, count).map_err(|error| error.to_string())
+        };
+        assert_eq!(count(&[&five, &also], None), Ok(5));
+        assert_eq!(count(&[&three], None), Ok(3));
+        assert_eq!(count(&[&five, &three], Some(3)), Ok(3));
+        assert_eq!(count(&[], Some(3)), Ok(0));
+        let error = count(&[&five, &also, &three], None).unwrap_err();
+        for words in [
+            "5.npz has 5 pictures",
+            "3.npz has 3;",
+            "--count N",
+            "count = N",
+        ] {
+            assert!(error.contains(words), "{error}");
+        }
+        let error = count(&[&five, &three], Some(4)).unwrap_err();
+        for words in ["3.npz: expected at least the 4", "found 3"] {
+            assert!(error.contains(words), "{error}");
+        }
+        let error = count(&[&five], Some(1)).unwrap_err();
+        assert!(error.contains("at least 2"), "{error}");
+    }
 }

@@ -35,8 +35,12 @@ impl Role {
                 "an autoencoder: a folder with config.json and diffusion_pytorch_model.safetensors"
             }
             Self::Inception => "the Inception network that FID is measured in",
-            Self::Reference => "a reference batch, as ADM's evaluation reads it",
-            Self::Samples => "an archive of samples, as ADM's evaluation reads it",
+            Self::Reference => {
+                "a reference batch, as ADM's evaluation reads it, or a folder of pictures"
+            }
+            Self::Samples => {
+                "an archive of samples, as ADM's evaluation reads it, or a folder of pictures"
+            }
             Self::Images => "a folder with one folder of images for each class",
             Self::Latents => {
                 "latents of the training images; `tinyfusion extract IMAGES THIS_FOLDER --vae VAE` makes them"

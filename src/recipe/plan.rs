@@ -331,6 +331,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                     inception,
                     vae,
                     samples,
+                    ..
                 } => {
                     for archive in samples {
                         known.need(stage, archive, Role::Samples);

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::reader::Section;
 use super::source::{EmbeddedName, Lineage, Source};
+use crate::evaluation::Distances;
 use crate::process::Solver;
 
 /// `kind = "sample"`.
@@ -25,6 +26,7 @@ pub struct Sample {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Evaluate {
     /// The models to compare, all sampled in the same way.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub compare: Vec<Source>,
     /// What they are compared with.
     #[serde(flatten)]
@@ -42,16 +44,19 @@ pub struct Evaluate {
 pub enum Against {
     /// A reference batch, by the protocol of ADM's evaluation.
     Reference {
-        /// Its npz archive: images, or their statistics.
+        /// Its npz archive, images or their statistics; or a folder of pictures.
         reference: PathBuf,
         /// The Inception network's weights.
         inception: PathBuf,
         /// The autoencoder that makes images of latents; none for models of pixels.
         #[serde(skip_serializing_if = "Option::is_none")]
         vae: Option<PathBuf>,
-        /// Archives of samples drawn elsewhere, measured beside the models'.
+        /// Archives or folders of samples drawn elsewhere, measured beside the models'; of each the first
+        /// [`count`](Sampling::count).
         #[serde(skip_serializing_if = "Vec::is_empty")]
         samples: Vec<PathBuf>,
+        /// Arithmetic of the distances that precision and recall are computed from.
+        distances: Distances,
     },
     /// The test split of the digits.
     Digits {
@@ -63,7 +68,8 @@ pub enum Against {
 /// What to draw, and how.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Sampling {
-    /// How many images.
+    /// How many images; [`ALL`](Self::ALL) where none are drawn and as many are measured as there are.
+    #[serde(skip_serializing_if = "is_all")]
     pub count: usize,
     /// Images drawn together.
     pub batch: usize,
@@ -130,19 +136,25 @@ impl Evaluate {
             compare.required()
         };
         let reference = section.string("reference");
-        let count = if reference.is_absent() { 2000 } else { 50_000 };
+        let count = match (reference.is_absent(), compare.as_deref()) {
+            (true, _) => 2000,
+            (false, Some([])) => Sampling::ALL,
+            (false, _) => 50_000,
+        };
         let against = if reference.is_absent() {
             let features = section
                 .value("features", |node| lineage.source(node))
                 .or(Source::Embedded(EmbeddedName::DigitsFeatures));
             let why = "an evaluation without `reference`";
-            section.refuse(&["inception", "vae", "samples"], why);
+            section.refuse(&["inception", "vae", "samples", "distances"], why);
             Some(Against::Digits { features })
         } else {
             let inception = section.string("inception").required();
             let vae = section.string("vae").optional().map(PathBuf::from);
             let samples = section.list("samples", |node| node.string().map(PathBuf::from));
             let samples = samples.optional().unwrap_or_default();
+            let distances = [Distances::F64, Distances::F16].map(|kind| (kind.as_str(), kind));
+            let distances = section.choice("distances", &distances).or(Distances::F64);
             section.refuse(&["features"], "an evaluation against a `reference`");
             reference
                 .optional()
@@ -154,6 +166,7 @@ impl Evaluate {
                         inception,
                         vae,
                         samples,
+                        distances,
                     }
                 })
         };
@@ -177,7 +190,14 @@ impl Evaluate {
     }
 }
 
+fn is_all(count: &usize) -> bool {
+    *count == Sampling::ALL
+}
+
 impl Sampling {
+    /// As many images as there are: the count of an evaluation that draws none and states none.
+    pub const ALL: usize = usize::MAX;
+
     /// Reads the keys that sampling and evaluation share; without a default `count` is required.
     fn read(section: &Section<'_>, count: Option<usize>) -> Option<Self> {
         let demo = section.choice("preset", &[("evaluation", false), ("demo", true)]);
@@ -265,6 +285,42 @@ mod tests {
             "`classes`: must not be empty",
         ];
         assert_eq!(messages(&stage(text)), expected);
+    }
+
+    #[test]
+    fn evaluations_against_a_reference() {
+        let read = |more: &str| {
+            let text = format!("kind = 'evaluate'\nreference = 'r'\ninception = 'i.pth'\n{more}");
+            let StageKind::Evaluate(evaluate) = second(&text) else {
+                panic!()
+            };
+            evaluate
+        };
+        let of = |evaluate: &Evaluate| match &evaluate.against {
+            Against::Reference {
+                samples, distances, ..
+            } => (samples.len(), *distances),
+            Against::Digits { .. } => panic!(),
+        };
+        let drawn = read("compare = ['base']");
+        assert_eq!(of(&drawn), (0, Distances::F64));
+        assert_eq!(drawn.sampling.count, 50_000);
+        // Without a model all samples are measured, unless it is said how many.
+        let given = read("samples = ['a.npz', 'b']\ndistances = 'f16'");
+        assert_eq!(of(&given), (2, Distances::F16));
+        assert_eq!(given.sampling.count, Sampling::ALL);
+        assert_eq!(read("samples = ['a.npz']\ncount = 9").sampling.count, 9);
+        let both = read("compare = ['base']\nsamples = ['a.npz']");
+        assert_eq!(both.sampling.count, 50_000);
+
+        let wrong = "kind = 'evaluate'\ncompare = ['base']\ndistances = 'f16'";
+        assert_eq!(
+            messages(&stage(wrong)),
+            ["`distances` is not used by an evaluation without `reference`"]
+        );
+        let wrong = "kind = 'evaluate'\nreference = 'r'\ninception = 'i'\nsamples = ['a']\ndistances = 'f8'";
+        let found = messages(&stage(wrong));
+        assert!(found[0].starts_with("`distances`: "), "{found:?}");
     }
 
     #[test]

@@ -387,3 +387,50 @@ fn the_recipes_of_the_readme_can_be_planned() {
         assert!(plan.stdout.contains("prune, learned"), "{}", plan.stdout);
     }
 }
+
+#[test]
+fn sets_that_can_not_be_compared_are_refused_before_anything_is_measured() {
+    let place = Place::new();
+    let archive = |name: &str, count: usize| {
+        let images =
+            tinyfusion::images::Images::new(vec![7; count * 12], [count, 2, 2, 3]).unwrap();
+        tinyfusion::evaluation::write_samples(&place.path(name), &images, None).unwrap();
+    };
+    archive("ours.npz", 5);
+    archive("theirs.npz", 4);
+    for (name, width) in [("mixed/a/1.png", 4), ("mixed/b/2.png", 6)] {
+        let path = place.write(name, "");
+        image::RgbImage::new(width, 3).save(path).unwrap();
+    }
+    place.write("nothing/notes.txt", "");
+    place.write("model/config.json", "{}");
+    for (arguments, expected) in [
+        (
+            &["ours.npz", "theirs.npz", "theirs.npz"][..],
+            &["ours.npz has 5 pictures", "theirs.npz has 4", "--count N"][..],
+        ),
+        (
+            &["ours.npz", "theirs.npz", "theirs.npz", "--count", "5"],
+            &["theirs.npz: expected at least the 5", "found 4"],
+        ),
+        (
+            &["mixed", "theirs.npz"],
+            &["a/1.png is 4 x 3", "b/2.png 6 x 3", "crop"],
+        ),
+        (&["nothing", "theirs.npz"], &["nothing: expected pictures"]),
+        (&["ours.npz"], &["ours.npz: a reference must follow"]),
+        (
+            &["ours.npz", "model"],
+            &["ours.npz is taken for samples and model for a checkpoint"],
+        ),
+        (&["ours.npz", "nowhere"], &["nowhere: no such file"]),
+        (&["ours.npz", "theirs.npz", "--distances", "f8"], &["f16"]),
+    ] {
+        let arguments = [&["evaluate"], arguments].concat();
+        let finished = place.run(&arguments);
+        assert_eq!(finished.status, Some(2), "{}", finished.stderr);
+        for words in expected {
+            assert!(finished.stderr.contains(words), "{}", finished.stderr);
+        }
+    }
+}

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tinyfusion::data::Latents;
+use tinyfusion::evaluation::read_samples;
 use tinyfusion::weights::Checkpoint;
 
 use crate::program::{Place, root};
@@ -220,6 +221,57 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
     assert_eq!(measured["verdicts"][0]["fid"], verdicts[1]["fid"]);
     let overwritten = place.run(&measure);
     assert_eq!(overwritten.status, Some(2), "{}", overwritten.stderr);
+
+    // A folder of its pictures has its scores, of as many as are asked for.
+    let images = read_samples(&samples).unwrap().images;
+    let [count, height, width, _] = images.shape();
+    for index in 0..count {
+        let path = place.write(&format!("pictures/{}/{index:02}.png", index / 10), "");
+        let (width, height) = (width as u32, height as u32);
+        let picture = image::RgbImage::from_raw(width, height, images.image(index).to_vec());
+        picture.unwrap().save(path).unwrap();
+    }
+    place.write("pictures/list.txt", "");
+    let both = place.run(&[
+        "evaluate",
+        samples.to_str().unwrap(),
+        "pictures",
+        &reference,
+        "--inception",
+        &inception,
+        "--out",
+        "both.json",
+        "--cache",
+        cache,
+        "--count",
+        "12",
+        "--distances",
+        "f16",
+    ]);
+    let both = both.succeeded();
+    for words in ["FID of 12 samples", "distances in f16"] {
+        assert!(both.stdout.contains(words), "{}", both.stdout);
+    }
+    assert!(
+        both.stderr.contains("pictures: 1 other entry"),
+        "{}",
+        both.stderr
+    );
+    let both = json(&place.path("both.json"));
+    assert_eq!(both["protocol"]["samples"], 12);
+    assert_eq!(both["protocol"]["distances"], "f16");
+    let [of_archive, of_folder] = [0, 1].map(|index| &both["verdicts"][index]);
+    for score in [
+        "count",
+        "fid",
+        "sfid",
+        "inception_score",
+        "precision",
+        "recall",
+    ] {
+        assert_eq!(of_archive[score], of_folder[score], "{score}");
+    }
+    assert_ne!(of_archive["fid"], verdicts[1]["fid"]);
 
     // The student in a folder, with a card that says what was measured.
     let model = run.join("03-recover/model.safetensors");

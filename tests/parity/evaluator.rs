@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use safetensors::SafeTensors;
 use serde_json::Value;
 use tinyfusion::evaluation::{
-    Features, Statistics, StatisticsAccumulator, frechet_distance, inception_score,
-    neighbour_radii, precision_recall, read_reference_statistics, read_samples, write_samples,
+    Distances, Features, Statistics, StatisticsAccumulator, frechet_distance, inception_score,
+    neighbour_radii, precision_recall, precision_recall_with, read_reference_statistics,
+    read_samples, write_samples,
 };
 
 fn group(name: &str) -> PathBuf {
@@ -181,6 +182,49 @@ fn measures_match_the_reference() {
     }
 }
 
+/// How many samples and how many points of the reference NumPy 2 finds covered in its `float16`, which sums products and
+/// squares in `float32` and rounds once, with `max((|u|^2 - 2 u.v) + |v|^2, 0)` as evaluator.py computes it. The offset
+/// makes squared lengths large beside distances, until the arithmetic decides.
+const IN_HALF_PRECISION: [(f32, &str, f64, f64); 11] = [
+    (2.0, "basic", 79.0, 156.0),
+    (2.0, "spatial", 120.0, 120.0),
+    (2.0, "dead_features", 116.0, 140.0),
+    (4.0, "basic", 83.0, 155.0),
+    (4.0, "spatial", 120.0, 124.0),
+    (8.0, "basic", 82.0, 156.0),
+    (8.0, "rank_deficient", 11.0, 14.0),
+    (8.0, "dead_features", 117.0, 145.0),
+    (16.0, "basic", 93.0, 157.0),
+    (16.0, "spatial", 127.0, 146.0),
+    (16.0, "rank_deficient", 11.0, 15.0),
+];
+
+#[test]
+fn half_precision_matches_numpy() {
+    let bytes = fs::read(group("evaluator").join("activations.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    for (offset, set, samples_covered, reference_covered) in IN_HALF_PRECISION {
+        let [reference, samples] = ["ref", "sample"].map(|side| {
+            let points = features(&tensors, &format!("{set}.{side}"));
+            let data = points.data().iter().map(|value| value + offset).collect();
+            Features::new(points.dim(), data).unwrap()
+        });
+        let score = precision_recall_with(&reference, &samples, 3, Distances::F16).unwrap();
+        let precision = samples_covered / samples.rows() as f64;
+        let recall = reference_covered / reference.rows() as f64;
+        assert_eq!(
+            (score.precision, score.recall),
+            (precision, recall),
+            "{set} + {offset}"
+        );
+        let exact = precision_recall(&reference, &samples, 3).unwrap();
+        assert!(
+            exact.precision < score.precision || exact.recall < score.recall,
+            "{set} + {offset} {exact:?}"
+        );
+    }
+}
+
 #[test]
 fn archives_match_numpy() {
     let case = json("npz", "case.json");
@@ -221,7 +265,8 @@ fn archives_match_numpy() {
 
     let path = group("npz").join("reference.npz");
     let statistics = read_reference_statistics(&path).unwrap().unwrap();
-    for (moments, suffix) in [(&statistics.pooled, ""), (&statistics.spatial, "_s")] {
+    let spatial = statistics.spatial.unwrap();
+    for (moments, suffix) in [(&statistics.pooled, ""), (&spatial, "_s")] {
         let mean = worst(moments.mean(), &floats(&tensors, &format!("mu{suffix}")));
         assert_eq!(mean, case["tolerance"]["mu"].as_f64().unwrap());
         let sigma = worst(

@@ -146,7 +146,11 @@ fn a_resolved_recipe_is_a_recipe_that_says_the_same() {
            [[stage]]\nkind = 'recover'\nname = 'ft'\nmethod = 'fine-tune'\nsteps = 9\n\
            [[stage]]\nkind = 'recover'\nname = 'rep'\nmethod = 'rep-kd'\nsteps = 9\n\
            teacher = 'train'\ntaps = [[0, 1], [1, 3]]\n\
-           [[stage]]\nkind = 'sample'\nname = 'fast'\ncount = 4\nsolver = 'ddim'\nclasses = [0, 7]\n";
+           [[stage]]\nkind = 'sample'\nname = 'fast'\ncount = 4\nsolver = 'ddim'\nclasses = [0, 7]\n\
+           [[stage]]\nkind = 'evaluate'\nname = 'adm'\ncompare = ['train']\nreference = 'r.npz'\n\
+           inception = 'i.pth'\ndistances = 'f16'\n\
+           [[stage]]\nkind = 'evaluate'\nname = 'given'\nsamples = ['a.npz', 'b']\nreference = 'r'\n\
+           inception = 'i.pth'\n";
     let recipe = read(&every_kind);
     let resolved = recipe.to_toml().unwrap();
     assert_eq!(read(&resolved), recipe, "{resolved}");

@@ -1,0 +1,315 @@
+//! Folders of PNG and JPEG pictures, read as an archive is: `u8` RGB, a block at a time.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use image::ImageReader;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::EvaluationError;
+use crate::images::{Images, PictureError, read_rgb};
+use crate::weights::file_sha256;
+
+/// The pictures of a folder, and of its sub-folders if it has one for each class.
+///
+/// They are listed in the byte order of their names below the folder, with `/` between; which are pictures their
+/// endings say.
+pub(super) struct PictureFolder {
+    /// Name below the folder, and path.
+    pictures: Vec<(Vec<u8>, PathBuf)>,
+    /// Entries that are no pictures; names that begin with a dot are not counted.
+    ignored: usize,
+}
+
+impl PictureFolder {
+    /// Lists a folder; no picture is opened.
+    ///
+    /// # Errors
+    ///
+    /// [`EvaluationError::Io`] when it can't be read, [`EvaluationError::Folder`] when it has no picture.
+    pub(super) fn list(path: &Path) -> Result<Self, EvaluationError> {
+        let mut folder = Self {
+            pictures: Vec::new(),
+            ignored: 0,
+        };
+        folder.enter(path, None)?;
+        if folder.pictures.is_empty() {
+            return Err(EvaluationError::Folder {
+                path: path.to_owned(),
+                expected: "pictures (.png, .jpg, .jpeg), or sub-folders of them".to_owned(),
+                found: format!("none, and {} other entries", folder.ignored),
+            });
+        }
+        folder.pictures.sort_unstable();
+        Ok(folder)
+    }
+
+    /// Adds a folder's entries, those of the sub-folder of that name if it is one.
+    fn enter(&mut self, path: &Path, class: Option<&[u8]>) -> Result<(), EvaluationError> {
+        for entry in fs::read_dir(path).map_err(EvaluationError::io(path))? {
+            let entry = entry.map_err(EvaluationError::io(path))?;
+            let (name, path) = (entry.file_name(), entry.path());
+            let name = name.as_encoded_bytes();
+            if name.starts_with(b".") {
+                continue;
+            }
+            match class {
+                // Links are followed.
+                None if path.is_dir() => self.enter(&path, Some(name))?,
+                _ if !is_picture(&path) || path.is_dir() => self.ignored += 1,
+                None => self.pictures.push((name.to_vec(), path)),
+                Some(class) => self.pictures.push(([class, b"/", name].concat(), path)),
+            }
+        }
+        Ok(())
+    }
+
+    /// How many pictures there are, at least one.
+    pub(super) fn count(&self) -> usize {
+        self.pictures.len()
+    }
+
+    /// How many entries were passed over.
+    pub(super) fn ignored(&self) -> usize {
+        self.ignored
+    }
+
+    /// `[height, width]` of all pictures, of which the first bytes are read.
+    ///
+    /// # Errors
+    ///
+    /// [`EvaluationError::Picture`] for the first that is no PNG or JPEG, [`EvaluationError::Sizes`] for the first of
+    /// another size than those before it.
+    pub(super) fn size(&self, folder: &Path) -> Result<[usize; 2], EvaluationError> {
+        let size = |(_, path): &(_, PathBuf)| -> Result<[usize; 2], EvaluationError> {
+            let sides = ImageReader::open(path)
+                .and_then(ImageReader::with_guessed_format)
+                .map_err(EvaluationError::io(path))?
+                .into_dimensions();
+            let (width, height) = sides.map_err(|source| PictureError::Decode {
+                path: path.clone(),
+                source,
+            })?;
+            Ok([height as usize, width as usize])
+        };
+        let sizes: Vec<_> = self.pictures.par_iter().map(size).collect();
+        let mut first = None;
+        for (size, (_, path)) in sizes.into_iter().zip(&self.pictures) {
+            let size = size?;
+            match first {
+                None => first = Some((size, path)),
+                Some((expected, _)) if expected == size => {}
+                Some((expected, before)) => {
+                    return Err(unlike(folder, (before, expected), (path, size)));
+                }
+            }
+        }
+        Ok(first.map_or([0, 0], |(size, _)| size))
+    }
+
+    /// The pictures `from..from + count` as `[count, height, width, 3]`, read on all cores.
+    ///
+    /// # Errors
+    ///
+    /// [`EvaluationError::Picture`] when one can't be read, [`EvaluationError::Sizes`] when one has changed its size.
+    pub(super) fn read(
+        &self,
+        folder: &Path,
+        from: usize,
+        count: usize,
+        [height, width]: [usize; 2],
+    ) -> Result<Images, EvaluationError> {
+        let pictures = &self.pictures[from..from + count];
+        let read: Vec<_> = (pictures.par_iter())
+            .map(|(_, path)| read_rgb(path))
+            .collect();
+        let mut pixels = Vec::with_capacity(count * height * width * 3);
+        for (picture, (_, path)) in read.into_iter().zip(pictures) {
+            let picture = picture?;
+            let size = [picture.height() as usize, picture.width() as usize];
+            if size != [height, width] {
+                let first = (&self.pictures[0].1, [height, width]);
+                return Err(unlike(folder, first, (path, size)));
+            }
+            pixels.extend_from_slice(&picture);
+        }
+        Images::new(pixels, [count, height, width, 3]).map_err(|error| {
+            EvaluationError::io(folder)(io::Error::new(io::ErrorKind::InvalidData, error))
+        })
+    }
+
+    /// SHA-256 over names and content, in hexadecimal: that of the lines `SHA-256 of the file, two spaces, name`, which
+    /// is what `sha256sum` prints of the names in this order.
+    ///
+    /// # Errors
+    ///
+    /// When a file can't be read.
+    pub(super) fn sha256(&self) -> Result<String, EvaluationError> {
+        let hashes: Result<Vec<String>, _> = (self.pictures.par_iter())
+            .map(|(_, path)| file_sha256(path))
+            .collect();
+        let mut whole = Sha256::new();
+        for (hash, (name, _)) in hashes?.iter().zip(&self.pictures) {
+            whole.update(hash);
+            whole.update("  ");
+            whole.update(name);
+            whole.update("\n");
+        }
+        let hash = whole.finalize();
+        Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+}
+
+fn is_picture(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| {
+        ["png", "jpg", "jpeg"]
+            .iter()
+            .any(|known| ending.eq_ignore_ascii_case(known))
+    })
+}
+
+type WithSize<'a> = (&'a PathBuf, [usize; 2]);
+
+fn unlike(
+    folder: &Path,
+    (first, size): WithSize<'_>,
+    (other, other_size): WithSize<'_>,
+) -> EvaluationError {
+    let below = |path: &Path| path.strip_prefix(folder).unwrap_or(path).to_owned();
+    EvaluationError::Sizes {
+        path: folder.to_owned(),
+        first: below(first),
+        size,
+        other: below(other),
+        other_size,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{FileDigest, SampleReader};
+    use super::*;
+
+    fn write(folder: &Path, name: &str, width: u32, height: u32, salt: u8) -> Vec<u8> {
+        let path = folder.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let picture = image::RgbImage::from_fn(width, height, |x, y| {
+            image::Rgb([salt, (10 * x % 256) as u8, (20 * y % 256) as u8])
+        });
+        picture.save(&path).unwrap();
+        picture.into_raw()
+    }
+
+    #[test]
+    fn a_folder_is_read_as_an_archive_in_the_order_of_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        // Byte order: digits before capitals before small letters, and `b.png` before `b/a.png`, as `.` is before `/`.
+        let names = ["10.png", "9.PNG", "B/2.png", "b.png", "b/a.png"];
+        let mut expected = Vec::new();
+        for (index, name) in names.iter().enumerate() {
+            expected.extend(write(path, name, 3, 2, index as u8));
+        }
+        for other in [
+            "notes.txt",
+            "b/list.csv",
+            "b/deep/x.png",
+            ".hidden.png",
+            "B/.DS_Store",
+        ] {
+            fs::create_dir_all(path.join(other).parent().unwrap()).unwrap();
+            fs::write(path.join(other), "no picture").unwrap();
+        }
+        for most in [1, 2, 5, usize::MAX] {
+            let mut reader = SampleReader::open(path).unwrap();
+            assert_eq!(reader.shape(), [5, 2, 3, 3]);
+            // Not those with a dot; a folder within a class counts as one.
+            assert_eq!(reader.ignored(), 3);
+            assert_eq!(reader.labels().unwrap(), None);
+            let mut pixels = Vec::new();
+            while let Some(block) = reader.next_block(most).unwrap() {
+                assert!(block.shape()[0] <= most);
+                pixels.extend_from_slice(block.pixels());
+            }
+            assert_eq!(pixels, expected, "{most}");
+        }
+        let mut first = SampleReader::open(path).unwrap().first(2);
+        assert_eq!(first.shape()[0], 2);
+        let block = first.next_block(9).unwrap().unwrap();
+        assert_eq!(block.pixels(), &expected[..36]);
+        assert!(first.next_block(9).unwrap().is_none());
+    }
+
+    #[test]
+    fn the_digest_is_of_names_and_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pictures");
+        fs::create_dir_all(path.join("z")).unwrap();
+        fs::write(path.join("z/a.png"), "a").unwrap();
+        fs::write(path.join("y.jpg"), "b").unwrap();
+        // sha256sum y.jpg z/a.png | sha256sum
+        let lines = [("b", "y.jpg"), ("a", "z/a.png")].map(|(content, name)| {
+            let hash = Sha256::digest(content);
+            let hash: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+            format!("{hash}  {name}\n")
+        });
+        let expected = Sha256::digest(lines.concat());
+        let expected: String = expected.iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = FileDigest::of(&path).unwrap();
+        assert_eq!(
+            (digest.file.as_str(), &digest.sha256),
+            ("pictures", &expected)
+        );
+        // What is no picture changes nothing; a byte or a name does.
+        fs::write(path.join("notes.txt"), "c").unwrap();
+        assert_eq!(FileDigest::of(&path).unwrap(), digest);
+        fs::write(path.join("y.jpg"), "c").unwrap();
+        let other = FileDigest::of(&path).unwrap();
+        assert_ne!(other, digest);
+        fs::rename(path.join("y.jpg"), path.join("x.jpg")).unwrap();
+        assert_ne!(FileDigest::of(&path).unwrap(), other);
+    }
+
+    #[test]
+    fn pictures_of_unlike_sizes_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        for (name, width) in [("a.png", 3), ("b/c.png", 4), ("d.png", 5)] {
+            write(path, name, width, 2, 0);
+        }
+        let error = SampleReader::open(path).err().unwrap().to_string();
+        for words in ["a.png is 3 x 2", "b/c.png 4 x 2", "crop"] {
+            assert!(error.contains(words), "{error}");
+        }
+        assert!(error.contains(&path.display().to_string()), "{error}");
+        // One that changes while the others are read.
+        fs::remove_file(path.join("d.png")).unwrap();
+        write(path, "b/c.png", 3, 2, 0);
+        let mut reader = SampleReader::open(path).unwrap();
+        write(path, "b/c.png", 3, 3, 0);
+        let error = reader.next_block(2).unwrap_err().to_string();
+        assert!(error.contains("b/c.png 3 x 3"), "{error}");
+    }
+
+    #[test]
+    fn folders_without_pictures_and_damaged_pictures_are_errors() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        fs::write(path.join("a.txt"), "").unwrap();
+        let error = SampleReader::open(path).err().unwrap().to_string();
+        assert!(error.contains("found none, and 1 other entries"), "{error}");
+        assert!(FileDigest::of(path).is_err());
+        fs::write(path.join("b.png"), "no picture").unwrap();
+        let error = SampleReader::open(path).err().unwrap().to_string();
+        assert!(error.contains("b.png"), "{error}");
+        // The size can be read, the pixels can't.
+        write(path, "b.png", 30, 20, 0);
+        let whole = fs::read(path.join("b.png")).unwrap();
+        fs::write(path.join("b.png"), &whole[..whole.len() - 20]).unwrap();
+        let mut reader = SampleReader::open(path).unwrap();
+        let error = reader.next_block(1).unwrap_err().to_string();
+        assert!(error.contains("b.png"), "{error}");
+    }
+}

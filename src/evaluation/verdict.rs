@@ -204,11 +204,11 @@ impl fmt::Display for AdmEvaluation {
         match protocol.distances {
             Distances::F64 => writeln!(
                 f,
-                "Precision and recall: distances in f64; ADM's evaluator, in f16, reports 0.0005 to 0.004 more."
+                "Precision and recall: distances in f64; ADM's evaluator computes them in f16 and reports some thousandths more."
             ),
             Distances::F16 => writeln!(
                 f,
-                "Precision and recall: distances in f16, as in ADM's evaluator; they are 0.0005 to 0.004 more than in f64."
+                "Precision and recall: distances in f16, as in ADM's evaluator, which reports some thousandths more than f64."
             ),
         }
     }

@@ -92,7 +92,8 @@ fn every_recipe_can_be_planned_without_its_files() {
 /// Images and operations of all stages of a plan, as a recipe's first lines state them.
 fn cost(plan: &str) -> (String, String) {
     let (mut images, mut flops) = (0u64, 0f64);
-    for line in plan.lines().filter(|line| line.contains(" steps, ")) {
+    let stages = plan.lines().filter(|line| line.contains(" MiB"));
+    for line in stages {
         let number = |before: &str| {
             let end = line.find(before).unwrap();
             line[..end].rsplit(' ').next().unwrap().replace(',', "")

@@ -126,7 +126,7 @@ fn quickstart_reads_with_its_defaults() {
             features: Source::Embedded(EmbeddedName::DigitsFeatures)
         }
     );
-    assert_eq!((evaluate.neighbours, evaluate.sampling.count), (3, 1000));
+    assert_eq!((evaluate.neighbours, evaluate.sampling.count), (3, 2000));
 }
 
 #[test]

@@ -21,7 +21,7 @@ use super::schema::{Data, Recipe, Stage, StageKind};
 use super::source::Source;
 use super::train::{Architecture as Wanted, Dit, Train};
 use crate::data::{Digits, ImageFolder, Split};
-use crate::models::{Architecture, DigitsClassifierConfig, DitConfig, zoo};
+use crate::models::{Architecture, DigitsClassifierConfig, DitConfig, digits, zoo};
 use crate::pruning::{Update, oracle};
 use crate::training::share_of_start;
 
@@ -307,7 +307,15 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             for source in &evaluate.compare {
                 let config = known.dit(stage, source)?;
                 match &evaluate.against {
-                    Against::Digits { .. } => known.fits_data(stage, &config)?,
+                    Against::Digits { .. } if !draws_digits(&config) => {
+                        return Err(Problem::Said(format!(
+                            "`{source}` draws {0}x{1}x{1} in {2} classes, which can't be measured against the embedded \
+                             digits; a recipe's `reference` and `inception` say what to measure it against, and \
+                             `tinyfusion evaluate SAMPLES REFERENCE` measures what `tinyfusion sample` drew",
+                            config.channels, config.input_size, config.classes
+                        )));
+                    }
+                    Against::Digits { .. } => {}
                     Against::Reference { vae: None, .. } if !is_pixels(&config) => {
                         return Err(latents_need_a_vae(&config));
                     }
@@ -392,6 +400,11 @@ fn own(data: &Data) -> Option<String> {
         Data::Latents(path) => Some(path.display().to_string()),
         Data::Stage(name) => Some(format!("those of stage `{name}`")),
     }
+}
+
+/// Whether a model's samples are of the size and the classes of the embedded digits.
+fn draws_digits(config: &DitConfig) -> bool {
+    (config.channels, config.input_size, config.classes) == (1, digits::SIDE, digits::CLASSES)
 }
 
 /// The largest share of the initial weights that an average may end with unmentioned.

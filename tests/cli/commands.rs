@@ -250,6 +250,38 @@ fn data_of_ones_own_are_not_measured_against_the_digits() {
 }
 
 #[test]
+fn a_model_of_other_pictures_is_told_what_to_be_measured_against() {
+    let place = Place::new();
+    let config = tinyfusion::models::DitConfig {
+        input_size: 32,
+        patch_size: 4,
+        channels: 3,
+        width: 16,
+        depth: 1,
+        heads: 2,
+        mlp_ratio: 4.0,
+        classes: 10,
+        learn_sigma: false,
+    };
+    let network =
+        tinyfusion::models::Network::<burn_ndarray::NdArray>::zeros(&config, &Default::default());
+    let model = place.path("own.safetensors");
+    tinyfusion::weights::Checkpoint::of(&network, Default::default(), &model)
+        .write()
+        .unwrap();
+    let refused = place.run(&["evaluate", "own.safetensors"]);
+    assert_eq!(refused.status, Some(2));
+    for part in [
+        "draws 3x32x32",
+        "`reference`",
+        "`inception`",
+        "tinyfusion evaluate SAMPLES",
+    ] {
+        assert!(refused.stderr.contains(part), "{}", refused.stderr);
+    }
+}
+
+#[test]
 fn samples_are_written_as_pictures_with_drawn_labels() {
     let place = Place::new();
     let arguments = [

@@ -126,6 +126,23 @@ fn the_classifiers_card_says_what_its_file_says() {
 }
 
 #[test]
+fn the_readme_says_how_fast_as_the_benches_do() {
+    let read = |name: &str| std::fs::read_to_string(root().join(name)).unwrap();
+    let benches = read("benches/README.md");
+    let table = benches
+        .lines()
+        .skip_while(|line| !line.starts_with("| size | workload | PyTorch, ms | TinyFusion, ms |"))
+        .skip(2)
+        .take_while(|line| line.starts_with('|'));
+    let mut times: Vec<&str> = table
+        .map(|row| row.split('|').nth(5).unwrap().trim())
+        .collect();
+    times.sort_by(|a, b| f64::total_cmp(&a.parse().unwrap(), &b.parse().unwrap()));
+    let said = format!("{} to {} times as fast", times[0], times[times.len() - 1]);
+    assert!(read("README.md").contains(&said), "{said}");
+}
+
+#[test]
 fn a_spliced_table_is_found() {
     let text = "<!-- table: a.json -->\n\n```\nmodel  FID\n-----  ---\nx  1\n```\n\n| a | FID |\n|---|---|\n| x | 1 |\n";
     let found = tables(text);

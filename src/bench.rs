@@ -13,6 +13,7 @@ use serde::Serialize;
 use burn_dataset::Dataset;
 
 use crate::data::{Batch, BatchPlan, BatchSource, DataError, Image, Samples, plain};
+use crate::evaluation::median_and_spread;
 use crate::models::{DitConfig, Network, zoo};
 use crate::ops::TrainingBackend;
 use crate::process::{
@@ -257,9 +258,8 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             })
         }
     };
-    let mut sorted = runs.clone();
-    sorted.sort_by(f64::total_cmp);
-    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
+    // Of no runs there is nothing to say; the command asks for at least one.
+    let (median, spread) = median_and_spread(&runs).unwrap_or((f64::NAN, f64::NAN));
     Measurement {
         workload: plan.workload,
         backend: <B::InnerBackend as Backend>::name(device),
@@ -267,9 +267,9 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
         parameters: config.parameters(),
         batch: plan.batch,
         threads: rayon::current_num_threads(),
-        median_ms: at(0.5),
-        spread_ms: (at(0.75) - at(0.25)) / 2.0,
-        images_per_second: plan.batch as f64 * 1000.0 / at(0.5),
+        median_ms: median,
+        spread_ms: spread,
+        images_per_second: plan.batch as f64 * 1000.0 / median,
         runs_ms: runs,
         peak_memory_mib: peak_memory(),
     }

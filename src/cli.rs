@@ -65,8 +65,8 @@ enum Command {
         after_help = "Samples are .npz archives of 8-bit images, or folders of PNG and JPEG pictures of one size, in the folder itself or in
 one folder for each class. The last one is the reference; it may also be an archive of statistics (mu, sigma, and for
 sFID mu_s, sigma_s), which must have been measured by the protocol of ADM's evaluation: those of another, such as
-pytorch-fid's, are not comparable. A folder with config.json or weights is a checkpoint. Models of digits are sampled, and measured in the
-features of the digit classifier.
+pytorch-fid's, are not comparable. A folder with config.json or weights is a checkpoint. Models of digits are sampled,
+and measured in the features of the digit classifier.
 
 FID depends on the number of samples: archives of unlike numbers are refused unless --count says how many are measured.
 
@@ -190,9 +190,9 @@ struct RunArguments {
     /// Classes to draw; by default all
     #[arg(long, value_delimiter = ',')]
     classes: Option<Vec<usize>>,
-    /// Whether the classes are taken in turn or drawn at random
-    #[arg(long, default_value = "balanced", value_parser = ["balanced", "drawn"])]
-    labels: String,
+    /// Classes in turn (balanced) or at random (drawn)
+    #[arg(long, value_enum, default_value_t = Labels::Balanced, hide_possible_values = true)]
+    labels: Labels,
     /// Type of the models' matrix products
     #[arg(long, default_value = "f32")]
     compute: Compute,
@@ -384,10 +384,7 @@ impl RunArguments {
             count: self.count.unwrap_or(count) as usize,
             batch: self.batch as usize,
             classes: self.classes.clone(),
-            labels: match self.labels.as_str() {
-                "drawn" => Labels::Drawn,
-                _ => Labels::Balanced,
-            },
+            labels: self.labels,
             guidance: self.guidance,
             guidance_channels: self.guidance_channels as usize,
             solver: if self.solver == "ddim" {

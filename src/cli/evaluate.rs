@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::weights::{StatedArguments, stated_sources};
 use super::{RunArguments, listen, source};
+use crate::backend::Compute;
 use crate::evaluation::{DEFAULT_NEIGHBOURS, Distances};
 use crate::recipe::RecipeError;
 use crate::recipe::evaluate_reference::{ReferenceFiles, archives};
@@ -81,6 +82,12 @@ fn is_pictures(path: &Path) -> bool {
 
 fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
     arguments.stated.refuse(&arguments.inputs.join(" "))?;
+    if arguments.run.compute != Compute::F32 {
+        return Err(RecipeError::Run(
+            "--compute is for the models of digits; archives and folders are measured in f32"
+                .into(),
+        ));
+    }
     let inputs: Vec<PathBuf> = arguments.inputs.iter().map(PathBuf::from).collect();
     let (reference, samples) = match inputs.split_last() {
         Some((reference, samples)) if !samples.is_empty() => (reference, samples),
@@ -117,6 +124,11 @@ fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
 }
 
 fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
+    if arguments.distances != Distances::F64 {
+        return Err(RecipeError::Run(
+            "--distances is for archives and folders; digits are measured in f64".into(),
+        ));
+    }
     let compare = stated_sources(&arguments.inputs, &arguments.stated)?;
     let kind = StageKind::Evaluate(Evaluate {
         compare,

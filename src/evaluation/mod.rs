@@ -60,7 +60,9 @@ pub use precision_recall::{
 pub use reference::{Moments, Reference, ReferenceMeasured, cache_file};
 pub use samples::{SampleReader, SampleWriter, Samples, read_samples, write_samples};
 pub use speed::Speed;
+pub(crate) use speed::median_and_spread;
 pub use statistics::{Statistics, StatisticsAccumulator};
+pub(crate) use verdict::bias;
 pub use verdict::{AdmEvaluation, AdmProtocol, AdmVerdict, FileDigest};
 
 /// Why an evaluation could not be carried out.

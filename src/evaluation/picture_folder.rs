@@ -58,7 +58,8 @@ impl PictureFolder {
             match class {
                 // Links are followed.
                 None if path.is_dir() => self.enter(&path, Some(name))?,
-                _ if !is_picture(&path) || path.is_dir() => self.ignored += 1,
+                // A pipe of that name would be waited for, for ever.
+                _ if !is_picture(&path) || !path.is_file() => self.ignored += 1,
                 None => self.pictures.push((name.to_vec(), path)),
                 Some(class) => self.pictures.push(([class, b"/", name].concat(), path)),
             }
@@ -200,6 +201,18 @@ mod tests {
         });
         picture.save(&path).unwrap();
         picture.into_raw()
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), "a.png", 3, 2, 0);
+        let pipe = folder.path().join("b.png");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        let reader = SampleReader::open(folder.path()).unwrap();
+        assert_eq!((reader.shape()[0], reader.ignored()), (1, 1));
     }
 
     #[test]

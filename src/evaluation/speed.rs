@@ -25,16 +25,22 @@ impl Speed {
     /// assert_eq!(speed.to_string(), "100 ± 6");
     /// ```
     pub fn of(measured: &[f64]) -> Option<Self> {
-        let mut sorted = measured.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        let last = sorted.len().checked_sub(1)?;
-        let at = |share: f64| sorted[(last as f64 * share).round() as usize];
+        let (median, spread) = median_and_spread(measured)?;
         Some(Self {
-            median: at(0.5),
-            spread: (at(0.75) - at(0.25)) / 2.0,
-            rounds: sorted.len(),
+            median,
+            spread,
+            rounds: measured.len(),
         })
     }
+}
+
+/// The median of measurements in any order, and half the distance between their quartiles; none of none.
+pub(crate) fn median_and_spread(measured: &[f64]) -> Option<(f64, f64)> {
+    let mut sorted = measured.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let last = sorted.len().checked_sub(1)?;
+    let at = |share: f64| sorted[(last as f64 * share).round() as usize];
+    Some((at(0.5), (at(0.75) - at(0.25)) / 2.0))
 }
 
 impl fmt::Display for Speed {

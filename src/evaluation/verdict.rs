@@ -174,16 +174,19 @@ impl AdmEvaluation {
     }
 }
 
+/// What must be said of a FID of so many samples.
+pub(crate) fn bias(samples: usize) -> String {
+    format!(
+        "FID of {samples} samples: it is too high by an amount that falls roughly as one over their number, so compare it \
+         only with FIDs of as many samples."
+    )
+}
+
 impl fmt::Display for AdmEvaluation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let protocol = &self.protocol;
         writeln!(f, "{}", self.table())?;
-        writeln!(
-            f,
-            "FID of {} samples: it is too high by an amount that falls roughly as one over their number, so compare it \
-             only with FIDs of as many samples.",
-            protocol.samples
-        )?;
+        writeln!(f, "{}", bias(protocol.samples))?;
         let file = &protocol.reference.file;
         if self
             .verdicts

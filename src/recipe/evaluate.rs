@@ -10,20 +10,19 @@ use serde::{Deserialize, Serialize};
 use super::RecipeError;
 use super::draw::{COLUMNS, Decoder, Draw, Share, byte, first_images};
 use super::evaluate_reference::ReferenceFiles;
-use super::plan::{short, thousands};
 use super::sampling::{Against, Evaluate, Sample, Sampling};
 use super::speed::speeds;
 use super::stages::{Context, images};
 use crate::backend::Compute;
 use crate::data::{Digits, Image, Split};
 use crate::evaluation::{
-    Features, PrecisionRecall, Speed, Statistics, StatisticsAccumulator, frechet_distance,
+    Features, PrecisionRecall, Speed, Statistics, StatisticsAccumulator, bias, frechet_distance,
     inception_score, precision_recall, read_samples,
 };
 use crate::images::Images;
 use crate::models::{DigitsClassifier, DitConfig, digits};
 use crate::ops::{FusedOps, TrainingBackend};
-use crate::report::{Table, comparison_png};
+use crate::report::{Table, comparison_png, short, thousands};
 
 /// Images a classifier reads at once.
 const READ_BATCH: usize = 256;
@@ -366,14 +365,6 @@ pub(super) fn not_whole(stage: &str) -> RecipeError {
 pub(super) fn file_name(name: &str) -> String {
     let last = name.rsplit(['/', '\\']).next().unwrap_or(name);
     last.replace(':', "-")
-}
-
-/// What must be said of a FID of so many samples.
-fn bias(count: usize) -> String {
-    format!(
-        "FID is biased upwards, the more the fewer the samples: these are of {}, to be compared with FIDs of as many alone.",
-        thousands(count)
-    )
 }
 
 /// The verdicts as a person reads them. Accuracy is the share of samples that the classifier reads as their class;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
-use super::plan::thousands;
+use crate::report::thousands;
 use crate::training::renderer::brief;
 
 /// Time between lines where there is no terminal.

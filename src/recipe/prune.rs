@@ -122,23 +122,19 @@ impl GroupsSpec {
             let [keep, of] = node.pair("two integers", |item| item.integer(&(0..=MAX_DEPTH)))?;
             Group::new(keep, of).map_err(|error| place(node, error))
         };
-        match &node.value {
-            Value::String(ratio) => match ratio.parse::<Group>() {
-                Ok(group) if group.keep() == group.of() => {
-                    Err(place(node, GroupError::RemovesNothing))
-                }
-                Ok(group) => Ok(Self::Ratio(group)),
-                Err(error) => Err(place(node, error)),
-            },
-            Value::Array(items) if items.is_empty() => Err(node.fault("must not be empty")),
-            Value::Array(items) => {
-                let groups: Vec<Group> = items.iter().map(group).collect::<Result<_, _>>()?;
-                match groups.iter().all(|group| group.keep() == group.of()) {
-                    true => Err(place(node, GroupError::RemovesNothing)),
-                    false => Ok(Self::Pairs(groups)),
-                }
-            }
-            _ => Err(node.mismatch("\"N:M\" or a list of [N, M]")),
+        let spec = match &node.value {
+            Value::String(ratio) => Self::Ratio(ratio.parse().map_err(|error| place(node, error))?),
+            Value::Array(items) if items.is_empty() => return Err(node.fault("must not be empty")),
+            Value::Array(items) => Self::Pairs(items.iter().map(group).collect::<Result<_, _>>()?),
+            _ => return Err(node.mismatch("\"N:M\" or a list of [N, M]")),
+        };
+        let groups = match &spec {
+            Self::Ratio(group) => std::slice::from_ref(group),
+            Self::Pairs(groups) => groups,
+        };
+        match groups.iter().all(|group| group.keep() == group.of()) {
+            true => Err(place(node, GroupError::RemovesNothing)),
+            false => Ok(spec),
         }
     }
 }

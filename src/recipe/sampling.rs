@@ -90,7 +90,7 @@ pub struct Sampling {
 }
 
 /// Which class each sample is of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Labels {
     /// The classes in turn, so that all are drawn equally often.

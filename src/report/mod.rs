@@ -8,11 +8,13 @@ mod decision_history;
 mod decisions;
 mod glyphs;
 mod grid;
+mod numbers;
 mod table;
 
 pub use decision_history::{Decision, DecisionGroup, DecisionHistory};
 pub use decisions::decision_svg;
 pub use grid::{comparison_png, grid_png};
+pub(crate) use numbers::{scientific, short, thousands};
 pub use table::Table;
 
 /// Why a picture could not be made.

@@ -457,6 +457,11 @@ fn sets_that_can_not_be_compared_are_refused_before_anything_is_measured() {
         ),
         (&["ours.npz", "nowhere"], &["nowhere: no such file"]),
         (&["ours.npz", "theirs.npz", "--distances", "f8"], &["f16"]),
+        (&["ours.npz", "theirs.npz", "--compute", "bf16"], &["f32"]),
+        (
+            &["embedded:digits-teacher", "--distances", "f16"],
+            &["--distances"],
+        ),
     ] {
         let arguments = [&["evaluate"], arguments].concat();
         let finished = place.run(&arguments);

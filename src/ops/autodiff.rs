@@ -12,7 +12,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, TensorPrimitive};
 
-use super::{Activation, FusedOps, LinearWants, LinearWeights, LoraWeights};
+use super::{Activation, FusedOps, LinearWants, LinearWeights, LoraWeights, Window};
 
 /// A tensor of the graph.
 type Tracked<B> = FloatTensor<Autodiff<B>>;
@@ -228,6 +228,43 @@ impl<B: FusedOps> Backward<B, 3> for GatedResidual {
 }
 
 #[derive(Debug)]
+struct ConvolutionNode;
+
+/// x, weight, window
+type ConvolutionState<B> = (Tensor<B, 4>, Tensor<B, 4>, Window);
+
+impl ConvolutionNode {
+    /// The backward step for the parents x, weight and perhaps bias.
+    fn run<B: FusedOps, const N: usize>(ops: Ops<ConvolutionState<B>, N>, grads: &mut Gradients) {
+        let gradient = tensor(grads.consume::<B>(&ops.node));
+        let (x, weight, window) = ops.state;
+        let wants_x = ops.parents[0].is_some();
+        let gradients = B::convolution_backward(gradient, x, weight, window, wants_x);
+        give!(grads, ops.parents[0], gradients.x);
+        give!(grads, ops.parents[1], Some(gradients.weight));
+        if let [bias] = &ops.parents[2..] {
+            give!(grads, bias, Some(gradients.bias));
+        }
+    }
+}
+
+impl<B: FusedOps> Backward<B, 2> for ConvolutionNode {
+    type State = ConvolutionState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        Self::run(ops, grads);
+    }
+}
+
+impl<B: FusedOps> Backward<B, 3> for ConvolutionNode {
+    type State = ConvolutionState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        Self::run(ops, grads);
+    }
+}
+
+#[derive(Debug)]
 struct Blend;
 
 impl<B: FusedOps> Backward<B, 3> for Blend {
@@ -350,6 +387,22 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
         let output = B::gated_residual(inner(&x), inner(&gate), inner(&y));
         let state = (inner(&gate), inner(&y));
         node!(GatedResidual, [x, gate, y], output, state)
+    }
+
+    fn convolution(
+        x: Tensor<Self, 4>,
+        weight: Tensor<Self, 4>,
+        bias: Option<Tensor<Self, 1>>,
+        window: Window,
+    ) -> Tensor<Self, 4> {
+        let (x, weight, bias) = (tracked(x), tracked(weight), bias.map(tracked));
+        let state = (inner(&x), inner(&weight), window);
+        let of = bias.as_ref().map(inner);
+        let output = B::convolution(state.0.clone(), state.1.clone(), of, window);
+        match bias {
+            None => node!(ConvolutionNode, [x, weight], output, state),
+            Some(bias) => node!(ConvolutionNode, [x, weight, bias], output, state),
+        }
     }
 
     fn blend(x: Tensor<Self, 3>, y: Tensor<Self, 3>, share: Tensor<Self, 1>) -> Tensor<Self, 3> {

@@ -100,6 +100,17 @@ pub struct NormGradients<B: Backend> {
     pub scale: Tensor<B, 2>,
 }
 
+/// Gradients of [`FusedOps::convolution`].
+#[derive(Debug, Clone)]
+pub struct ConvolutionGradients<B: Backend> {
+    /// `[batch, in, height, width]`
+    pub x: Option<Tensor<B, 4>>,
+    /// `[out, in, kernel height, kernel width]`
+    pub weight: Tensor<B, 4>,
+    /// `[out]`
+    pub bias: Tensor<B, 1>,
+}
+
 /// What [`FusedOps::group_norm`] does besides its tensors.
 #[derive(Debug, Clone, Copy)]
 pub struct GroupNormOptions {
@@ -269,8 +280,6 @@ pub trait FusedOps: Backend {
 
     /// A convolution: `x` is `[batch, in, height, width]`, `weight` `[out, in, kernel height, kernel width]`, `bias`
     /// `[out]`, the result `[batch, out, height', width']` by [`Window::output`].
-    ///
-    /// Gradients are Burn's own: nothing large is trained through one.
     fn convolution(
         x: Tensor<Self, 4>,
         weight: Tensor<Self, 4>,
@@ -278,6 +287,21 @@ pub trait FusedOps: Backend {
         window: Window,
     ) -> Tensor<Self, 4> {
         reference::convolution(x, weight, bias, window)
+    }
+
+    /// Gradients of [`convolution`](Self::convolution); that of `x` only where somebody waits for it.
+    fn convolution_backward(
+        gradient: Tensor<Self, 4>,
+        x: Tensor<Self, 4>,
+        weight: Tensor<Self, 4>,
+        window: Window,
+        wants_x: bool,
+    ) -> ConvolutionGradients<Self> {
+        let gradients = reference::convolution_backward(gradient, x, weight, window);
+        ConvolutionGradients {
+            x: gradients.x.filter(|_| wants_x),
+            ..gradients
+        }
     }
 
     /// Group normalisation (arXiv 1803.08494), activated: `x` is `[batch, channels, height, width]`, normalised

@@ -2,12 +2,12 @@
 //!
 //! The forward halves are differentiable by Burn as well, which is what the backward halves are tested against.
 
-use burn::tensor::ops::PaddedConvOptions;
-use burn::tensor::{DType, Tensor, activation, backend::Backend, module};
+use burn::tensor::ops::{ConvOptions, PaddedConvOptions};
+use burn::tensor::{DType, Tensor, TensorPrimitive, activation, backend::Backend, module};
 
 use super::{
-    Activation, AdamWState, AdamWStep, GroupNormOptions, LinearGradients, LinearWants,
-    LinearWeights, NormGradients, Window,
+    Activation, AdamWState, AdamWStep, ConvolutionGradients, GroupNormOptions, LinearGradients,
+    LinearWants, LinearWeights, NormGradients, Window,
 };
 use crate::backend::Compute;
 
@@ -160,6 +160,49 @@ pub fn convolution<B: Backend>(
     } = window;
     let options = PaddedConvOptions::asymmetric(stride, before, after, [1; 2], 1);
     module::conv2d(x, weight, bias, options)
+}
+
+/// See [`FusedOps::convolution_backward`](super::FusedOps::convolution_backward); the gradient of `x` is always there.
+pub fn convolution_backward<B: Backend>(
+    gradient: Tensor<B, 4>,
+    x: Tensor<B, 4>,
+    weight: Tensor<B, 4>,
+    window: Window,
+) -> ConvolutionGradients<B> {
+    let Window {
+        stride,
+        before,
+        after,
+    } = window;
+    let [_, _, height, width] = x.dims();
+    // Burn's own know the same padding on either side alone.
+    let x = x.pad((before[1], after[1], before[0], after[0]), 0.0);
+    let options = ConvOptions::new(stride, [0; 2], [1; 2], 1);
+    let primitive = |x: &Tensor<B, 4>| x.clone().into_primitive().tensor();
+    let tensor = |x| Tensor::<B, 4>::from_primitive(TensorPrimitive::Float(x));
+    let [dx, dweight] = [
+        B::conv2d_x_backward(
+            primitive(&x),
+            primitive(&weight),
+            primitive(&gradient),
+            options.clone(),
+        ),
+        B::conv2d_weight_backward(
+            primitive(&x),
+            primitive(&weight),
+            primitive(&gradient),
+            options,
+        ),
+    ];
+    let rows = before[0]..before[0] + height;
+    let columns = before[1]..before[1] + width;
+    let [batch, output, down, along] = gradient.dims();
+    let by_channel = gradient.reshape([batch, output, down * along]);
+    ConvolutionGradients {
+        x: Some(tensor(dx).slice([0..batch, 0..weight.dims()[1], rows, columns])),
+        weight: tensor(dweight),
+        bias: by_channel.sum_dim(2).sum_dim(0).reshape([output]),
+    }
 }
 
 /// See [`FusedOps::group_norm`](super::FusedOps::group_norm).

@@ -26,22 +26,22 @@ const SHARE: usize = 32;
 
 /// Sizes of a convolution.
 #[derive(Debug, Clone, Copy)]
-struct Sizes {
-    batch: usize,
+pub(super) struct Sizes {
+    pub(super) batch: usize,
     /// Channels of the image.
-    input: usize,
+    pub(super) input: usize,
     /// Height and width of the image.
-    image: [usize; 2],
+    pub(super) image: [usize; 2],
     /// Channels of the result.
-    output: usize,
-    kernel: [usize; 2],
+    pub(super) output: usize,
+    pub(super) kernel: [usize; 2],
     /// Height and width of the result.
-    result: [usize; 2],
-    window: Window,
+    pub(super) result: [usize; 2],
+    pub(super) window: Window,
 }
 
 impl Sizes {
-    fn of(x: [usize; 4], weight: [usize; 4], window: Window) -> Self {
+    pub(super) fn of(x: [usize; 4], weight: [usize; 4], window: Window) -> Self {
         let [batch, input, height, width] = x;
         let [output, channels, kernel @ ..] = weight;
         assert_eq!(
@@ -73,11 +73,11 @@ impl Sizes {
         }
     }
 
-    fn places(&self) -> usize {
+    pub(super) fn places(&self) -> usize {
         self.result[0] * self.result[1]
     }
 
-    fn depth(&self) -> usize {
+    pub(super) fn depth(&self) -> usize {
         self.input * self.kernel[0] * self.kernel[1]
     }
 

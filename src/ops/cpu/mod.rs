@@ -11,6 +11,7 @@
 
 mod attention;
 mod convolution;
+mod convolution_backward;
 mod elementwise;
 mod group_norm;
 mod linear;
@@ -30,8 +31,8 @@ use burn_ndarray::NdArray;
 
 use self::memory::{Rows, Values};
 use super::{
-    Activation, AdamWState, AdamWStep, FusedOps, GroupNormOptions, LinearGradients, LinearWants,
-    LinearWeights, NormGradients, Window, reference,
+    Activation, AdamWState, AdamWStep, ConvolutionGradients, FusedOps, GroupNormOptions,
+    LinearGradients, LinearWants, LinearWeights, NormGradients, Window, reference,
 };
 
 /// Looks at tensors as rows of f32, or returns what the reference makes of them.
@@ -193,6 +194,20 @@ impl FusedOps for NdArray {
         let bias = bias.and_then(Values::of);
         let [x, weight] = [(&x, shapes[0]), (&weight, shapes[1])];
         convolution::forward(x, weight, bias.as_ref(), window)
+    }
+
+    fn convolution_backward(
+        gradient: Tensor<Self, 4>,
+        x: Tensor<Self, 4>,
+        weight: Tensor<Self, 4>,
+        window: Window,
+        wants_x: bool,
+    ) -> ConvolutionGradients<Self> {
+        let types = [gradient.dtype(), x.dtype(), weight.dtype()];
+        if types.iter().any(|dtype| *dtype != DType::F32) {
+            return reference::convolution_backward(gradient, x, weight, window);
+        }
+        convolution_backward::backward(gradient, x, weight, window, wants_x)
     }
 
     fn group_norm(

@@ -1,4 +1,4 @@
-//! The centre crop of ADM's preprocessing (`center_crop_arr` of guided-diffusion, which DiT, SiT and MAR share), bit
+//! Pictures brought to a square: the centre crop of ADM's preprocessing (`center_crop_arr` of guided-diffusion, which DiT, SiT and MAR share), bit
 //! for bit.
 //!
 //! While the shorter side is at least twice the target, the picture is halved with a box filter; then the shorter
@@ -147,7 +147,9 @@ struct Side {
 
 impl Side {
     fn new(length: usize, halvings: usize, resized: usize, size: usize) -> Self {
-        let mut lengths: Vec<usize> = (0..=halvings).map(|times| length >> times).collect();
+        // A long picture's short side may be halved to nothing.
+        let halved = |times: usize| (length >> times).max(1);
+        let mut lengths: Vec<usize> = (0..=halvings).map(halved).collect();
         lengths.push(resized);
         let start = (resized - size) / 2;
         let mut inputs = start..start + size;
@@ -208,25 +210,61 @@ impl CenterCrop {
         let Some([horizontal, vertical]) = &self.sides else {
             return Vec::new();
         };
-        let mut pixels = Vec::new();
-        let rows = picture
-            .as_raw()
-            .chunks_exact(picture.width() as usize * CHANNELS);
-        for row in rows.skip(vertical.inputs.start).take(vertical.inputs.len()) {
-            let Range { start, end } = horizontal.inputs;
-            pixels.extend_from_slice(&row[start * CHANNELS..end * CHANNELS]);
-        }
-        // Every pass delivers exactly what the next one reads.
-        for (across, down) in horizontal.passes.iter().zip(&vertical.passes) {
-            if let Some(pass) = across {
-                pixels = pass.along_rows(&pixels);
-            }
-            if let Some(pass) = down {
-                pixels = pass.along_columns(&pixels);
-            }
-        }
-        pixels
+        resample(picture, horizontal, vertical)
     }
+}
+
+/// The part of a picture that the sides' passes deliver, rows top to bottom.
+fn resample(picture: &RgbImage, horizontal: &Side, vertical: &Side) -> Vec<u8> {
+    let mut pixels = Vec::new();
+    let rows = picture
+        .as_raw()
+        .chunks_exact(picture.width() as usize * CHANNELS);
+    for row in rows.skip(vertical.inputs.start).take(vertical.inputs.len()) {
+        let Range { start, end } = horizontal.inputs;
+        pixels.extend_from_slice(&row[start * CHANNELS..end * CHANNELS]);
+    }
+    // Every pass delivers exactly what the next one reads.
+    for (across, down) in horizontal.passes.iter().zip(&vertical.passes) {
+        if let Some(pass) = across {
+            pixels = pass.along_rows(&pixels);
+        }
+        if let Some(pass) = down {
+            pixels = pass.along_columns(&pixels);
+        }
+    }
+    pixels
+}
+
+/// A whole picture `[size, size, 3]` with `fill` around it. The longer side is brought to `size` as [`center_crop`]
+/// brings the shorter one, if it is longer than that; a smaller picture is not enlarged. It lies in the middle, a
+/// pixel to the left and above where the margins can't be equal. All `fill` if the picture has no pixels.
+pub fn pad(picture: &RgbImage, size: usize, fill: u8) -> Vec<u8> {
+    let lengths = [picture.width() as usize, picture.height() as usize];
+    let mut padded = vec![fill; size * size * CHANNELS];
+    let longer = lengths[0].max(lengths[1]);
+    if lengths.contains(&0) || size == 0 {
+        return padded;
+    }
+    let mut halvings = 0;
+    while longer >> halvings >= size.saturating_mul(2) {
+        halvings += 1;
+    }
+    let scale = (size as f64 / (longer >> halvings) as f64).min(1.0);
+    let resized = lengths.map(|length| {
+        let resized = ((length >> halvings) as f64 * scale).round_ties_even() as usize;
+        resized.clamp(1, size)
+    });
+    let [horizontal, vertical] =
+        [0, 1].map(|side| Side::new(lengths[side], halvings, resized[side], resized[side]));
+    let pixels = resample(picture, &horizontal, &vertical);
+    let [left, top] = resized.map(|length| (size - length) / 2);
+    let width = resized[0] * CHANNELS;
+    for (row, pixels) in pixels.chunks_exact(width).enumerate() {
+        let start = ((top + row) * size + left) * CHANNELS;
+        padded[start..start + width].copy_from_slice(pixels);
+    }
+    padded
 }
 
 /// The centre crop `[size, size, 3]` of a picture, as ADM, DiT, SiT and MAR prepare ImageNet; the module's text says
@@ -272,6 +310,37 @@ mod tests {
             let mix = x.wrapping_mul(2_654_435_761) ^ y.wrapping_mul(40_503).wrapping_add(x * y);
             Rgb([mix as u8, (mix >> 8) as u8, (mix >> 16) as u8])
         })
+    }
+
+    #[test]
+    fn a_padded_picture_is_whole_and_in_the_middle() {
+        // Not enlarged: 3 x 2 in 6 x 6 has margins of 1 and 2 across, 2 and 2 down.
+        let picture = pattern(3, 2);
+        let padded = pad(&picture, 6, 9);
+        for y in 0..6 {
+            for x in 0..6 {
+                let pixel = &padded[(y * 6 + x) * 3..][..3];
+                match (x.checked_sub(1), y.checked_sub(2)) {
+                    (Some(x), Some(y)) if x < 3 && y < 2 => {
+                        assert_eq!(pixel, picture.get_pixel(x as u32, y as u32).0);
+                    }
+                    _ => assert_eq!(pixel, [9; 3]),
+                }
+            }
+        }
+        // A square one is resampled as the crop resamples it, whole.
+        for side in [8, 17, 40] {
+            let picture = pattern(side, side);
+            assert_eq!(pad(&picture, 8, 0), center_crop(&picture, 8), "{side}");
+        }
+        // 40 x 20 in 8 x 8 is 8 x 4: two rows above and below.
+        let padded = pad(&RgbImage::from_pixel(40, 20, Rgb([51; 3])), 8, 255);
+        let rows: Vec<u8> = padded.chunks_exact(24).map(|row| row[12]).collect();
+        assert_eq!(rows, [255, 255, 51, 51, 51, 51, 255, 255]);
+        // Of an extremely long one a line remains.
+        let padded = pad(&RgbImage::from_pixel(1, 5000, Rgb([0; 3])), 4, 255);
+        assert_eq!(padded.iter().filter(|byte| **byte == 0).count(), 4 * 3);
+        assert_eq!(pad(&RgbImage::new(0, 7), 2, 3), [3; 12]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! 8-bit pictures.
 //!
 //! [`Images`] is a batch of one size, as samplers make them and the evaluation and the report read them.
-//! [`read_rgb`] reads a picture from a file, [`center_crop`] and [`to_chw`] prepare it for a network. All of it equals
+//! [`read_rgb`] reads a picture from a file, [`center_crop`], [`pad`] and [`to_chw`] prepare it for a network. All of it equals
 //! the reference's preprocessing to the last bit, if that runs with Pillow 9.5 to 12.1. Pillow 13.0.0 crops pictures
 //! more than twice as high as wide otherwise.
 
@@ -11,7 +11,7 @@ mod crop;
 mod decode;
 mod jpeg;
 
-pub use crop::{CenterCrop, center_crop, to_chw};
+pub use crop::{CenterCrop, center_crop, pad, to_chw};
 pub use decode::{PictureError, read_rgb};
 
 /// Pictures of one size: `u8` in `[count, height, width, channels]` order (NHWC), rows top to

@@ -14,6 +14,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::backend::{BackendKind, Compute};
 use crate::interrupt;
 use crate::process::Solver;
+use crate::recipe::data::Data;
 use crate::recipe::document::Document;
 use crate::recipe::draw::{self, Share};
 use crate::recipe::models::read_file;
@@ -21,7 +22,7 @@ use crate::recipe::pictures::{refuse_existing, write_pictures};
 use crate::recipe::plan::Plan;
 use crate::recipe::run::{Options, run};
 use crate::recipe::sampling::{DEMO, DEMO_GUIDANCE, Labels, Sample, Sampling};
-use crate::recipe::schema::{Data, Recipe, Stage, StageKind};
+use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::recipe::seeds::Verdicts;
 use crate::recipe::source::{EmbeddedName, Source};
 use crate::recipe::{RecipeError, embedded};
@@ -60,13 +61,13 @@ enum Command {
   tinyfusion sample embedded:digits-teacher --count 100 --steps 50 --images pictures
   tinyfusion sample artifacts/runs/quickstart/001/02-learned/model.safetensors --classes 3,8 --guidance 2 --solver ddim")]
     Sample(SampleArguments),
-    /// Measure samples against a reference batch, as ADM's evaluation does, or digit models side by side
+    /// Measure samples against a reference batch, as ADM's evaluation does, or models of pixels side by side
     #[command(
         after_help = "Samples are .npz archives of 8-bit images, or folders of PNG and JPEG pictures of one size, in the folder itself or in
 one folder for each class. The last one is the reference; it may also be an archive of statistics (mu, sigma, and for
 sFID mu_s, sigma_s), which must have been measured by the protocol of ADM's evaluation: those of another, such as
-pytorch-fid's, are not comparable. A folder with config.json or weights is a checkpoint. Models of digits are sampled,
-and measured in the features of the digit classifier.
+pytorch-fid's, are not comparable. A folder with config.json or weights is a checkpoint. Models are sampled, and
+measured against the held-out pictures of --data in the features of a classifier of such pictures.
 
 FID depends on the number of samples: archives of unlike numbers are refused unless --count says how many are measured.
 
@@ -74,12 +75,13 @@ Examples:
   tinyfusion evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
   tinyfusion evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --distances f16
   tinyfusion evaluate ours.npz theirs pictures-of-reference --count 10000 --cache artifacts/cache
-  tinyfusion evaluate embedded:digits-teacher artifacts/runs/quickstart/001/02-learned/model.safetensors"
+  tinyfusion evaluate embedded:digits-teacher artifacts/runs/quickstart/001/02-learned/model.safetensors
+  tinyfusion evaluate model.safetensors --data '{ images = \"flowers\", size = 32 }' --features classifier.safetensors"
     )]
     Evaluate(EvaluateArguments),
     /// Turn a folder of images into the latents that training reads
     #[command(
-        after_help = "The folder of images has one folder for each class; classes are numbered in sorted order.
+        after_help = "The folder of images has one folder for each class, numbered in sorted order; a flat folder is one class.
 Started again with the same arguments, it goes on where it stopped.
 
 Examples:
@@ -166,7 +168,7 @@ struct RunArguments {
     /// Folder of all runs
     #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
     runs: PathBuf,
-    /// How many samples [default: 100; evaluate: 2000 of digit models, all of an archive or folder]
+    /// How many samples [default: 100; evaluate: 2000 of a model, all of an archive or folder]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     count: Option<u32>,
     /// Samples made at once
@@ -397,8 +399,8 @@ impl RunArguments {
     }
 
     /// Runs a recipe of one stage; returns its run directory, which is printed.
-    fn run(&self, name: &str, kind: StageKind) -> Result<PathBuf, RecipeError> {
-        let plan = plan_one(name, self, kind)?;
+    fn run(&self, name: &str, kind: StageKind, data: Data) -> Result<PathBuf, RecipeError> {
+        let plan = plan_one(name, self, kind, data)?;
         listen()?;
         let directory = run(
             &plan,
@@ -415,7 +417,12 @@ impl RunArguments {
 }
 
 /// Plans a recipe of one stage.
-fn plan_one(name: &str, run: &RunArguments, kind: StageKind) -> Result<Plan, RecipeError> {
+fn plan_one(
+    name: &str,
+    run: &RunArguments,
+    kind: StageKind,
+    data: Data,
+) -> Result<Plan, RecipeError> {
     let stage = Stage {
         name: name.to_owned(),
         kind,
@@ -426,7 +433,7 @@ fn plan_one(name: &str, run: &RunArguments, kind: StageKind) -> Result<Plan, Rec
         backend: Some(run.backend),
         compute: run.compute,
         heads: None,
-        data: Data::Digits,
+        data,
         stages: vec![stage],
     })
 }
@@ -448,13 +455,21 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
         sampling,
     };
     let Some(folder) = &arguments.into else {
-        let directory = arguments.run.run("sample", StageKind::Sample(sample))?;
+        let directory = arguments
+            .run
+            .run("sample", StageKind::Sample(sample), Data::Digits)?;
         let archive = directory.join("01-sample").join(draw::SAMPLES);
         return pictures(&archive, arguments.images.as_deref());
     };
     let run = &arguments.run;
     // Planned as a recipe is, so that mistakes are found before anything is drawn.
-    plan_one("sample", run, StageKind::Sample(sample.clone()))?.complete()?;
+    plan_one(
+        "sample",
+        run,
+        StageKind::Sample(sample.clone()),
+        Data::Digits,
+    )?
+    .complete()?;
     if let Some(problem) = run.backend.missing() {
         return Err(RecipeError::Run(problem));
     }

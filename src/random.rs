@@ -36,7 +36,7 @@ pub enum Stream {
     Mirror = 11,
     /// Draw from an autoencoder's posterior; `step` is the view, `index` the image.
     Posterior = 12,
-    /// Layers that random pruning keeps.
+    /// Layers that random pruning keeps; `step` counts choices.
     Layers = 13,
     /// Class of a generated sample; `index` is the sample.
     Class = 14,

@@ -7,17 +7,19 @@ use super::{RunArguments, listen, source};
 use crate::backend::Compute;
 use crate::evaluation::{DEFAULT_NEIGHBOURS, Distances};
 use crate::recipe::RecipeError;
+use crate::recipe::data::Data;
 use crate::recipe::evaluate_reference::{ReferenceFiles, archives};
 use crate::recipe::sampling::{Against, Evaluate};
 use crate::recipe::schema::StageKind;
+use crate::recipe::source::{EmbeddedName, Source};
 use crate::weights::WeightFile;
 
-/// Samples of a digit model, by default. With few, FID is biased upwards by more than models differ.
+/// Samples of a model, by default. With few, FID is biased upwards by more than models differ.
 const MODEL_SAMPLES: u32 = 2000;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct EvaluateArguments {
-    /// Samples and last the reference, each an .npz archive or a folder of pictures; or checkpoints of digit models
+    /// Samples and last the reference, each an .npz archive or a folder of pictures; or checkpoints of models of pixels
     #[arg(required = true)]
     inputs: Vec<String>,
     /// Weights of the Inception network that archives are measured in
@@ -35,16 +37,20 @@ pub(super) struct EvaluateArguments {
     /// Arithmetic of the distances of precision and recall; f16 as ADM's evaluator, for comparison with published numbers
     #[arg(long, value_enum, default_value_t = Distances::F64)]
     distances: Distances,
-    /// The classifier whose features digit models are compared in
-    #[arg(long, default_value = "embedded:digits-features")]
-    features: String,
+    /// What models are measured against: digits, fashion, or a table as a recipe has it [default: what the first model
+    /// says it learned from, else digits]
+    #[arg(long, value_name = "DATA")]
+    data: Option<String>,
+    /// The classifier whose features models are compared in [default: the embedded one of such pictures]
+    #[arg(long, value_name = "CHECKPOINT")]
+    features: Option<String>,
     #[command(flatten)]
     stated: StatedArguments,
     #[command(flatten)]
     run: RunArguments,
 }
 
-/// Measures archives and folders of pictures, or digit models.
+/// Measures archives and folders of pictures, or models.
 pub(super) fn evaluate(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
     let inputs = arguments.inputs.iter();
     let (pictures, others): (Vec<_>, Vec<_>) =
@@ -82,10 +88,14 @@ fn is_pictures(path: &Path) -> bool {
 
 fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
     arguments.stated.refuse(&arguments.inputs.join(" "))?;
+    if arguments.data.is_some() || arguments.features.is_some() {
+        return Err(RecipeError::Run(
+            "--data and --features are for models; archives and folders are measured against the last of them".into(),
+        ));
+    }
     if arguments.run.compute != Compute::F32 {
         return Err(RecipeError::Run(
-            "--compute is for the models of digits; archives and folders are measured in f32"
-                .into(),
+            "--compute is for models; archives and folders are measured in f32".into(),
         ));
     }
     let inputs: Vec<PathBuf> = arguments.inputs.iter().map(PathBuf::from).collect();
@@ -126,19 +136,46 @@ fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
 fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
     if arguments.distances != Distances::F64 {
         return Err(RecipeError::Run(
-            "--distances is for archives and folders; digits are measured in f64".into(),
+            "--distances is for archives and folders; models are measured in f64".into(),
         ));
     }
     let compare = stated_sources(&arguments.inputs, &arguments.stated)?;
+    let data = match (&arguments.data, compare.first()) {
+        (Some(data), _) => Data::from_argument(data)?,
+        (None, Some(first)) => of_model(&super::open(first)?.provenance.data)?,
+        (None, None) => Data::Digits,
+    };
+    let features = match (&arguments.features, data.shape_at_once()) {
+        (Some(features), _) => source(features)?,
+        (None, Some(shape)) if shape.features.is_none() => {
+            return Err(RecipeError::Run(format!(
+                "{data}: no embedded classifier knows these pictures; name one with --features, made by a stage of kind \
+                 \"train\" with family = \"classifier\""
+            )));
+        }
+        (None, shape) => Source::Embedded(
+            (shape.and_then(|shape| shape.features)).unwrap_or(EmbeddedName::DigitsFeatures),
+        ),
+    };
     let kind = StageKind::Evaluate(Evaluate {
         compare,
-        against: Against::Digits {
-            features: source(&arguments.features)?,
-        },
+        against: Against::HeldOut { features },
         neighbours: DEFAULT_NEIGHBOURS,
         sampling: arguments.run.sampling(MODEL_SAMPLES)?,
     });
-    arguments.run.run("evaluate", kind).map(|_| ())
+    arguments.run.run("evaluate", kind, data).map(|_| ())
+}
+
+/// The data to measure a model against that says what it learned from; digits if it doesn't.
+fn of_model(said: &str) -> Result<Data, RecipeError> {
+    match Data::of_model(said) {
+        Some(data) => Ok(data),
+        None if said.is_empty() => Ok(Data::Digits),
+        None => Err(RecipeError::Run(format!(
+            "the model learned from {said}; --data says which pictures it is measured against, such as \
+             --data '{{ images = \"folder\", size = 32 }}'"
+        ))),
+    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use crate::recipe::{RecipeError, extract_stage};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ExtractArguments {
-    /// A folder with one folder of images for each class
+    /// A folder with one folder of images for each class, or a flat one
     images: PathBuf,
     /// The folder to write, new or begun by this command
     to: PathBuf,

@@ -11,6 +11,9 @@ use crate::recipe::source::{FileSource, Source};
 use crate::report::thousands;
 use crate::weights::{self, Checkpoint, Conversion, Provenance, Stated, WeightFile};
 
+/// Classes that are named one by one.
+const NAMED: usize = 20;
+
 #[derive(Debug, clap::Args)]
 pub(super) struct StatedArguments {
     /// Which state dict of a training checkpoint to read [default: ema, else model]
@@ -180,6 +183,18 @@ pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), RecipeError> {
     }
     if let Some(parent) = &provenance.parent {
         crate::tell!("  parent      {parent}");
+    }
+    if !provenance.data.is_empty() {
+        crate::tell!("  data        {}", provenance.data);
+    }
+    if !provenance.class_names.is_empty() {
+        let named = provenance.class_names.len().min(NAMED);
+        let more = provenance.class_names.len() - named;
+        let names = provenance.class_names[..named].join(", ");
+        match more {
+            0 => crate::tell!("  classes     {names}"),
+            more => crate::tell!("  classes     {names} and {more} more"),
+        }
     }
     if !provenance.note.is_empty() {
         crate::tell!("  note        {}", provenance.note);

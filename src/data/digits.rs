@@ -9,8 +9,12 @@ use std::sync::OnceLock;
 use burn_dataset::Dataset;
 
 use super::{DataError, Samples, plain};
-use crate::models::digits::{CLASSES, SIDE};
 use crate::random::{self, Stream};
+
+/// Number of digits.
+pub const CLASSES: usize = 10;
+/// Side of a digit's image.
+pub const SIDE: usize = 8;
 
 /// Largest pixel value.
 const WHITE: f32 = 16.0;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::latents::{Dtype, Layout, ShardWriter, npy_written, write_npy};
-use super::{DataError, ImageFolder};
+use super::{DataError, ImageFolder, with_cause};
 use crate::atomic::write_atomic;
 use crate::backend::Compute;
 use crate::images::{center_crop, read_rgb, to_chw};
@@ -319,10 +319,7 @@ fn resume_at(records: usize, images: usize, skipped: &BTreeMap<usize, String>) -
 
 /// Reads, crops and scales a picture.
 fn picture(path: &Path, how: &Extraction) -> Picture {
-    let picture = read_rgb(path).map_err(|error| {
-        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
-        format!("{error}{}", cause.unwrap_or_default())
-    })?;
+    let picture = read_rgb(path).map_err(|error| with_cause(&error))?;
     let pixels = center_crop(&picture, how.size);
     let mut views = to_chw(&pixels, how.size, false);
     if how.mirror {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::DataError;
 
 /// A folder of images, its sub-folders the classes; as torchvision's `ImageFolder`, but only one level deep, and of
-/// PNG and JPEG alone.
+/// PNG and JPEG alone. A folder without sub-folders is a single class, called as the folder is.
 ///
 /// Classes are numbered in the byte order of their names, images listed class by class in the byte order of theirs:
 /// the same list on every system. A sub-folder without images is a class all the same, so that the numbering is that
@@ -23,31 +23,23 @@ impl ImageFolder {
     /// Lists a folder. No image is opened. Names that begin with a dot are passed over.
     ///
     /// # Errors
-    /// When the folder can't be read, has no sub-folder, or none of them has an image; and when the name of a class
-    /// is not UTF-8.
+    /// When the folder can't be read, or neither it nor a sub-folder has an image; and when the name of a class is not
+    /// UTF-8.
     pub fn open(path: &Path) -> Result<Self, DataError> {
         let unexpected = |expected: &str, found: String| DataError::Unexpected {
             path: path.to_owned(),
             expected: expected.to_owned(),
             found,
         };
-        let mut names = Vec::new();
-        let mut ignored = 0;
-        for (name, is_folder) in entries(path)? {
-            if is_folder {
-                names.push(name);
-            } else {
-                ignored += 1;
-            }
+        let (folders, files): (Vec<_>, Vec<_>) =
+            (entries(path)?.into_iter()).partition(|(_, is_folder)| *is_folder);
+        if folders.is_empty() {
+            return Self::flat(path, files.into_iter().map(|(name, _)| path.join(name)));
         }
-        if names.is_empty() {
-            return Err(unexpected(
-                "a sub-folder for each class",
-                format!("none, and {ignored} files"),
-            ));
-        }
+        let mut ignored = files.len();
+        let names = folders.into_iter().map(|(name, _)| name);
         let (mut classes, mut images) = (Vec::new(), Vec::new());
-        for (label, name) in names.into_iter().enumerate() {
+        for (label, name) in names.enumerate() {
             let folder = path.join(&name);
             for (file, is_folder) in entries(&folder)? {
                 let file = folder.join(file);
@@ -57,9 +49,7 @@ impl ImageFolder {
                     images.push((file, label));
                 }
             }
-            classes.push(name.into_string().map_err(|name| {
-                unexpected("class names in UTF-8", format!("{}", name.display()))
-            })?);
+            classes.push(utf8(path, name)?);
         }
         if images.is_empty() {
             return Err(unexpected(
@@ -74,9 +64,48 @@ impl ImageFolder {
         })
     }
 
+    /// The classes of a folder, without a look into them; see [`open`](Self::open).
+    ///
+    /// # Errors
+    /// When the folder can't be read, and when the name of a class is not UTF-8.
+    pub fn list_classes(path: &Path) -> Result<Vec<String>, DataError> {
+        let entries = entries(path)?.into_iter();
+        let folders: Vec<OsString> = (entries.filter(|(_, is_folder)| *is_folder))
+            .map(|(name, _)| name)
+            .collect();
+        match folders.is_empty() {
+            true => Ok(vec![name_of(path)?]),
+            false => folders.into_iter().map(|name| utf8(path, name)).collect(),
+        }
+    }
+
+    /// A folder without sub-folders.
+    fn flat(path: &Path, files: impl Iterator<Item = PathBuf>) -> Result<Self, DataError> {
+        let (images, others): (Vec<_>, Vec<_>) = files.partition(|file| is_image(file));
+        if images.is_empty() {
+            return Err(DataError::unexpected(
+                path,
+                "images (.jpg, .jpeg, .png), or a sub-folder of them for each class",
+                format!("neither, and {} other files", others.len()),
+            ));
+        }
+        Ok(Self {
+            classes: vec![name_of(path)?],
+            images: images.into_iter().map(|image| (image, 0)).collect(),
+            ignored: others.len(),
+        })
+    }
+
     /// Names of the classes; a label is a place in this list.
     pub fn classes(&self) -> &[String] {
         &self.classes
+    }
+
+    /// The same images with other names for the classes, of which there must be as many.
+    pub(super) fn named(mut self, classes: &[String]) -> Self {
+        debug_assert_eq!(self.classes.len(), classes.len());
+        self.classes = classes.to_vec();
+        self
     }
 
     /// Path and label of each image.
@@ -89,6 +118,20 @@ impl ImageFolder {
     pub fn ignored(&self) -> usize {
         self.ignored
     }
+}
+
+/// A folder's own name.
+fn name_of(path: &Path) -> Result<String, DataError> {
+    // `.` and `/` have none.
+    let whole = path.canonicalize().map_err(DataError::io(path))?;
+    let name = whole.file_name().unwrap_or(whole.as_os_str());
+    utf8(path, name.to_owned())
+}
+
+fn utf8(path: &Path, name: OsString) -> Result<String, DataError> {
+    name.into_string().map_err(|name| {
+        DataError::unexpected(path, "class names in UTF-8", name.display().to_string())
+    })
 }
 
 /// Names in byte order, and whether each is a folder; links are followed.
@@ -173,11 +216,24 @@ mod tests {
     }
 
     #[test]
+    fn a_flat_folder_is_one_class() {
+        let root = folder(&["cats/b.png", "cats/a.jpg", "cats/list.txt", "cats/.x.png"]);
+        let listed = ImageFolder::open(&root.path().join("cats")).unwrap();
+        let names = listed.images().iter().map(|(path, label)| {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            (name, *label)
+        });
+        assert!(names.eq([("a.jpg", 0), ("b.png", 0)]));
+        assert_eq!(listed.classes(), ["cats"]);
+        assert_eq!(listed.ignored(), 1);
+    }
+
+    #[test]
     fn folders_that_are_no_image_folders_are_errors_that_name_them() {
         for (files, expected) in [
             (
-                &["a.png", "b.png"][..],
-                "a sub-folder for each class, found none, and 2 files",
+                &["a.txt", "b.gif"][..],
+                "a sub-folder of them for each class, found neither, and 2 other files",
             ),
             (
                 &["x/a.txt", "y/b.gif"],

@@ -1,4 +1,5 @@
-//! Training data: the embedded digits, image folders, latents on disk, and the deterministic loader.
+//! Training data: the embedded digits, Fashion-MNIST and other IDX files, folders of pictures, latents on disk, and the
+//! deterministic loader.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,20 +7,27 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 mod batches;
-mod digits;
+pub mod digits;
 mod extract;
+pub mod fashion;
 mod folder;
+mod idx;
 pub mod latents;
 mod loader;
+mod pictures;
 mod samples;
 
 pub use batches::{Batches, Feed, Teacher};
 pub use digits::{Digits, Image, Split};
 pub use extract::{Extracted, Extraction, Form, extract};
 pub use folder::ImageFolder;
+pub use idx::IdxPictures;
 pub use latents::Latents;
 pub use loader::{Batch, BatchPlan, BatchSource, HostBatch};
-pub use samples::{Samples, plain, view};
+pub use pictures::{Fit, HeldOut, PictureSet, Rule, is_packed, open_records};
+pub use samples::{Mirrored, Samples, plain, view};
+
+use samples::level;
 
 /// Why data can't be read or written.
 #[derive(Debug, Error)]
@@ -43,6 +51,12 @@ pub enum DataError {
         /// What is there.
         found: String,
     },
+    /// Pictures that can't be read.
+    #[error("{} can't be read; mend them or take them away:{}", count(.pictures.len()), list(.pictures))]
+    Broken {
+        /// Path and reason of each.
+        pictures: Vec<String>,
+    },
     /// A sample does not fit what it is asked or given for.
     #[error("sample {index}: expected {expected}, found {found}")]
     Sample {
@@ -53,6 +67,31 @@ pub enum DataError {
         /// What is there.
         found: String,
     },
+}
+
+/// An error with its cause, as one line.
+pub(crate) fn with_cause(error: &dyn std::error::Error) -> String {
+    match error.source().map(ToString::to_string) {
+        Some(cause) if !error.to_string().contains(&cause) => format!("{error}: {cause}"),
+        _ => error.to_string(),
+    }
+}
+
+/// How many broken pictures are named one by one.
+const NAMED: usize = 20;
+
+fn count(pictures: usize) -> String {
+    let noun = if pictures == 1 { "picture" } else { "pictures" };
+    format!("{pictures} {noun}")
+}
+
+fn list(pictures: &[String]) -> String {
+    let named = pictures.iter().take(NAMED);
+    let mut text: String = named.map(|picture| format!("\n  {picture}")).collect();
+    if pictures.len() > NAMED {
+        text += &format!("\n  and {} more", pictures.len() - NAMED);
+    }
+    text
 }
 
 impl DataError {

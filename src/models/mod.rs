@@ -8,7 +8,7 @@
 //! Two networks are not of the family, as nothing here trains or prunes them: [`Vae`] stands between images and the
 //! latents a model sees, [`Inception`] measures images for FID.
 
-pub mod digits;
+mod classifier;
 pub mod dit;
 mod embeddings;
 pub mod inception;
@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use crate::ops::{FusedOps, Linear};
 use crate::trunk::BlockHook;
 
-pub use digits::{DigitsClassifier, DigitsClassifierConfig};
+pub use classifier::{Classifier, ClassifierConfig, Reading};
 pub use dit::{Dit, DitConfig};
 pub use embeddings::{position_table, timestep_features};
 pub use inception::Inception;
@@ -36,15 +36,16 @@ pub use vae::{Posterior, Vae, VaeConfig};
 pub enum Architecture {
     /// A diffusion transformer.
     Dit(DitConfig),
-    /// The digit classifier whose features evaluation uses.
-    DigitsClassifier(DigitsClassifierConfig),
+    /// The classifier whose features evaluation uses.
+    #[serde(alias = "digits-classifier")]
+    Classifier(ClassifierConfig),
 }
 
 impl std::fmt::Display for Architecture {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Dit(config) => config.fmt(f),
-            Self::DigitsClassifier(config) => write!(f, "digit classifier, width {}", config.width),
+            Self::Classifier(config) => config.fmt(f),
         }
     }
 }

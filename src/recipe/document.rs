@@ -140,7 +140,12 @@ impl Document {
     /// An override that cannot be applied is kept, and reported with the other mistakes of the
     /// recipe by [`Recipe::from_document`](super::schema::Recipe::from_document).
     pub fn set(&mut self, assignment: &str) {
-        let origin = Origin::Flag(format!("--set {assignment}"));
+        self.set_by(&format!("--set {assignment}"), assignment);
+    }
+
+    /// As [`set`](Self::set), of what a person has typed as `flag`.
+    pub fn set_by(&mut self, flag: &str, assignment: &str) {
+        let origin = Origin::Flag(flag.to_owned());
         if let Err(fault) = assign(&mut self.root, assignment, &origin) {
             self.refused.push(fault);
         }

@@ -113,16 +113,27 @@ fn published(block: &str) {
 }
 
 #[test]
-fn the_classifiers_card_says_what_its_file_says() {
-    let name = super::source::EmbeddedName::DigitsFeatures;
-    let note = super::embedded::checkpoint(name).unwrap().provenance.note;
-    let accuracy = note.split(' ').find(|word| word.starts_with("0.")).unwrap();
-    let card = root().join("artifacts/pretrained/digits-features.md");
-    let card = std::fs::read_to_string(card).unwrap();
-    assert!(
-        card.contains(&format!("| Test accuracy | {accuracy} ")),
-        "{note}"
-    );
+fn the_classifiers_cards_say_what_their_files_say() {
+    use super::source::EmbeddedName;
+    for (name, card) in [
+        (EmbeddedName::DigitsFeatures, "digits-features"),
+        (EmbeddedName::FashionFeatures, "fashion-features"),
+    ] {
+        let checkpoint = super::embedded::checkpoint(name).unwrap();
+        let note = &checkpoint.provenance.note;
+        let accuracy = note.split(' ').find(|word| word.starts_with("0.")).unwrap();
+        let card = root().join(format!("artifacts/pretrained/{card}.md"));
+        let card = std::fs::read_to_string(card).unwrap();
+        for said in [
+            format!("| Test accuracy | {accuracy} "),
+            format!(
+                "| Weights, SHA-256 | {} |",
+                checkpoint.fingerprint().unwrap()
+            ),
+        ] {
+            assert!(card.contains(&said), "{said}");
+        }
+    }
 }
 
 #[test]

@@ -1,34 +1,32 @@
 //! Sampling and the verdict.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
 use super::RecipeError;
-use super::draw::{COLUMNS, Decoder, Draw, Share, byte, first_images};
+use super::data::Shape;
+use super::draw::{COLUMNS, Decoder, Draw, Share, byte, first_images, grid};
 use super::evaluate_reference::ReferenceFiles;
 use super::sampling::{Against, Evaluate, Sample, Sampling};
 use super::speed::speeds;
 use super::stages::{Context, images};
 use crate::backend::Compute;
-use crate::data::{Digits, Image, Split};
+use crate::data::{Samples, Split};
 use crate::evaluation::{
     Features, PrecisionRecall, Speed, Statistics, StatisticsAccumulator, bias, frechet_distance,
-    inception_score, precision_recall, read_samples,
+    inception_score, precision_recall, read_samples, write_samples,
 };
 use crate::images::Images;
-use crate::models::{DigitsClassifier, DitConfig, digits};
+use crate::models::{Classifier, ClassifierConfig, DitConfig};
 use crate::ops::{FusedOps, TrainingBackend};
+use crate::random::{self, Stream};
 use crate::report::{Table, comparison_png, short, thousands};
 
 /// Images a classifier reads at once.
 const READ_BATCH: usize = 256;
-/// Pixels of a digit's pixel in a picture.
-const SCALE: u32 = 5;
-
 /// What the classifier says of 8-bit images.
 struct Reading {
     features: Features,
@@ -36,12 +34,19 @@ struct Reading {
     classes: Vec<usize>,
 }
 
+/// `pixels` are `[count, size, size, channels]`.
 fn read<B: FusedOps>(
-    classifier: &DigitsClassifier<B>,
+    classifier: &Classifier<B>,
+    config: &ClassifierConfig,
     pixels: &[u8],
     device: &B::Device,
 ) -> Result<Reading, RecipeError> {
-    let area = digits::SIDE * digits::SIDE;
+    let ClassifierConfig {
+        channels,
+        input_size: size,
+        ..
+    } = *config;
+    let area = size * size * channels;
     let (mut features, mut probabilities, mut classes, mut width) =
         (Vec::new(), Vec::new(), Vec::new(), 0);
     for chunk in pixels.chunks(READ_BATCH * area) {
@@ -49,11 +54,9 @@ fn read<B: FusedOps>(
             .iter()
             .map(|byte| f32::from(*byte) / 127.5 - 1.0)
             .collect();
-        let read = classifier.forward(images::<B>(
-            values,
-            [chunk.len() / area, 1, digits::SIDE, digits::SIDE],
-            device,
-        ));
+        let shape = [chunk.len() / area, size, size, channels];
+        let pictures = images::<B>(values, shape, device).permute([0, 3, 1, 2]);
+        let read = classifier.forward(pictures);
         width = read.features.dims()[1];
         features.extend(read.features.into_data().iter::<f32>());
         classes.extend(
@@ -72,44 +75,71 @@ fn read<B: FusedOps>(
     }
     Ok(Reading {
         features: Features::new(width, features)?,
-        probabilities: Features::new(digits::CLASSES, probabilities)?,
+        probabilities: Features::new(config.classes, probabilities)?,
         classes,
     })
 }
 
-/// Share of a split that a classifier reads right.
+/// Share of samples that a classifier reads right.
 pub(super) fn accuracy<B: FusedOps>(
-    classifier: &DigitsClassifier<B>,
-    split: &Digits,
+    classifier: &Classifier<B>,
+    config: &ClassifierConfig,
+    samples: &dyn Samples,
     device: &B::Device,
-) -> f64 {
-    let pixels: Vec<f32> = split
-        .images()
-        .iter()
-        .flat_map(|image| image.pixels.iter().copied())
-        .collect();
-    let logits: Tensor<B, 2> = classifier
-        .forward(images::<B>(
-            pixels,
-            [split.count(), 1, digits::SIDE, digits::SIDE],
-            device,
-        ))
-        .logits;
-    let read: Vec<i64> = logits.argmax(1).into_data().iter::<i64>().collect();
-    let right = read
-        .iter()
-        .zip(split.images())
-        .filter(|(class, image)| **class == image.label as i64)
-        .count();
-    right as f64 / split.count() as f64
+) -> Result<f64, RecipeError> {
+    let all: Vec<usize> = (0..samples.len()).collect();
+    let Pictured { pixels, labels } = pictured(samples, &all, config)?;
+    let read = read(classifier, config, &pixels, device)?;
+    Ok(share_right(&read.classes, &labels))
 }
 
-/// Real images as bytes, in the same 8 bits that samples are measured in.
-fn bytes(images: &[Image]) -> Vec<u8> {
-    images
-        .iter()
-        .flat_map(|image| image.pixels.iter().copied().map(byte))
-        .collect()
+fn share_right(classes: &[usize], labels: &[usize]) -> f64 {
+    let pairs = classes.iter().zip(labels);
+    let right = pairs.filter(|(class, label)| class == label).count();
+    right as f64 / labels.len() as f64
+}
+
+/// Real pictures as bytes, in the same 8 bits that samples are measured in.
+struct Pictured {
+    /// `[count, size, size, channels]`
+    pixels: Vec<u8>,
+    labels: Vec<usize>,
+}
+
+fn pictured(
+    samples: &dyn Samples,
+    indices: &[usize],
+    config: &ClassifierConfig,
+) -> Result<Pictured, RecipeError> {
+    let area = config.input_size * config.input_size;
+    let mut pictured = Pictured {
+        pixels: Vec::with_capacity(indices.len() * area * config.channels),
+        labels: Vec::with_capacity(indices.len()),
+    };
+    let mut planes = Vec::new();
+    for &index in indices {
+        planes.clear();
+        let label = samples.read(index, 0, &mut planes)?;
+        if planes.len() != area * config.channels || label >= config.classes {
+            return Err(RecipeError::Run(format!(
+                "picture {index}: expected what a {config} reads, found {} numbers and class {label}",
+                planes.len()
+            )));
+        }
+        let pixel = |at: usize| planes[at..].iter().step_by(area).copied().map(byte);
+        pictured.pixels.extend((0..area).flat_map(pixel));
+        pictured.labels.push(label);
+    }
+    Ok(pictured)
+}
+
+/// As many training pictures as there are samples, or all: FID depends on their number. Drawn without regard to the
+/// recipe's seed, so that the floor is that of the data.
+fn floor(train: &dyn Samples, count: usize) -> Vec<usize> {
+    let mut chosen = random::permutation(0, Stream::Split, 1, train.len());
+    chosen.truncate(count);
+    chosen.sort_unstable();
+    chosen
 }
 
 /// One line of the verdict.
@@ -123,15 +153,15 @@ pub struct Verdict {
     pub depth: Option<usize>,
     /// Multiply-accumulates of one pass of one image.
     pub macs: Option<usize>,
-    /// Fréchet distance to the test split in the classifier's features; lower is better.
+    /// Fréchet distance to the held-out pictures in the classifier's features; lower is better.
     pub fid: f64,
     /// Inception Score from the classifier's probabilities; higher is better.
     pub inception_score: f64,
-    /// Share of samples on the manifold of the test images.
+    /// Share of samples on the manifold of the held-out images.
     pub precision: f64,
-    /// Share of test images on the manifold of the samples.
+    /// Share of held-out images on the manifold of the samples.
     pub recall: f64,
-    /// Share of samples read as the digit that was asked for.
+    /// Share of samples read as the class that was asked for.
     pub accuracy: f64,
     /// Sampling speed, of one batch by all steps; none for real images.
     pub images_per_second: Option<Speed>,
@@ -208,6 +238,37 @@ impl<B: TrainingBackend> Context<'_, B> {
             .transpose()
     }
 
+    /// The held-out pictures as an archive in a stage's folder.
+    fn held_out_archive(&self, folder: &Path) -> Result<PathBuf, RecipeError> {
+        let path = folder.join("held-out.npz");
+        if path.exists() {
+            return Ok(path);
+        }
+        let test = self.part(Split::Test)?;
+        let shape = (self.recipe.data.shape_at_once())
+            .ok_or_else(|| RecipeError::Run(format!("{}: not found", self.recipe.data)))?;
+        let Shape {
+            channels,
+            side: size,
+            classes,
+            ..
+        } = shape;
+        // What reads them is no classifier, but pictures are pictures.
+        let as_read = ClassifierConfig {
+            width: 4,
+            channels,
+            input_size: size,
+            classes,
+        };
+        let all: Vec<usize> = (0..test.len()).collect();
+        let Pictured { pixels, labels } = pictured(&*test, &all, &as_read)?;
+        let labels: Vec<i64> = labels.into_iter().map(|label| label as i64).collect();
+        let images = Images::new(pixels, [test.len(), size, size, channels])
+            .map_err(|error| RecipeError::Run(error.to_string()))?;
+        write_samples(&path, &images, Some(&labels))?;
+        Ok(path)
+    }
+
     pub(super) fn evaluate(
         &self,
         stage: &str,
@@ -215,7 +276,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<(), RecipeError> {
         let features = match &evaluate.against {
-            Against::Digits { features } => features,
+            Against::HeldOut { features } => features,
             Against::Reference {
                 reference,
                 inception,
@@ -223,6 +284,14 @@ impl<B: TrainingBackend> Context<'_, B> {
                 samples,
                 distances,
             } => {
+                let held_out;
+                let reference = match reference {
+                    Some(reference) => reference,
+                    None => {
+                        held_out = self.held_out_archive(folder)?;
+                        &held_out
+                    }
+                };
                 let files = ReferenceFiles {
                     reference,
                     inception,
@@ -234,18 +303,25 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
         };
         let classifier_checkpoint = self.load(features)?;
-        let classifier = classifier_checkpoint.digits_classifier::<B::InnerBackend>(self.device)?;
-        let (train, test) = (Digits::new(Split::Train), Digits::new(Split::Test));
-        let reference = read(&classifier, &bytes(test.images()), self.device)?;
+        let classifier = classifier_checkpoint.classifier::<B::InnerBackend>(self.device)?;
+        let config = classifier_checkpoint.classifier_config()?;
+        let read_all = |samples: &dyn Samples, indices: &[usize]| {
+            let Pictured { pixels, labels } = pictured(samples, indices, config)?;
+            Ok::<_, RecipeError>((read(&classifier, config, &pixels, self.device)?, labels))
+        };
+        let (train, test) = (self.part(Split::Train)?, self.part(Split::Test)?);
+        let all: Vec<usize> = (0..test.len()).collect();
+        let (reference, _) = read_all(&*test, &all)?;
         let judge = Judge {
             reference_statistics: statistics(&reference.features)?,
             reference: reference.features,
             neighbours: evaluate.neighbours,
         };
-        let real = read(&classifier, &bytes(train.images()), self.device)?;
-        let real_labels: Vec<usize> = train.images().iter().map(|image| image.label).collect();
         // The floor: even real images are this far from other real images.
-        let floor = format!("{} training images", thousands(train.count()));
+        let floor = floor(&*train, evaluate.sampling.count);
+        let floor_count = floor.len();
+        let (real, real_labels) = read_all(&*train, &floor)?;
+        let floor = format!("{} training images", thousands(floor_count));
         let mut verdicts = vec![judge.verdict(&floor, &real, &real_labels)?];
         let (mut rows, mut checkpoints) = (Vec::new(), Vec::new());
         for (index, source) in evaluate.compare.iter().enumerate() {
@@ -263,7 +339,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             .run(self.device)?;
             let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
             let samples = read_samples(&archive)?.images;
-            let read = read(&classifier, samples.pixels(), self.device)?;
+            let read = read(&classifier, config, samples.pixels(), self.device)?;
             let mut verdict = judge.verdict(&name, &read, &drawn.labels)?;
             verdict.parameters = Some(network.config().parameters());
             verdict.depth = Some(network.depth());
@@ -280,12 +356,17 @@ impl<B: TrainingBackend> Context<'_, B> {
             .iter()
             .map(|(name, images)| (name.as_str(), images))
             .collect();
-        comparison_png(&folder.join("comparison.png"), &rows, COLUMNS, SCALE)?;
+        let (columns, scale) = grid(config.input_size, COLUMNS);
+        comparison_png(&folder.join("comparison.png"), &rows, columns, scale)?;
         let protocol = Protocol {
             sampling: &evaluate.sampling,
             seed: self.recipe.seed,
-            floor: train.count(),
-            reference: format!("{} test digits, 8 bits", test.count()),
+            floor: floor_count,
+            reference: format!(
+                "{} held-out pictures of {}, 8 bits",
+                test.len(),
+                self.recipe.data
+            ),
             features: features.to_string(),
             features_fingerprint: classifier_checkpoint.fingerprint()?,
             neighbours: evaluate.neighbours,
@@ -299,11 +380,12 @@ impl<B: TrainingBackend> Context<'_, B> {
             .map_err(RecipeError::io(&path))?;
         let sampling = &evaluate.sampling;
         crate::tell!(
-            "\n{stage}: {} samples, {} steps, guidance {}, against {} test images (FID in the digit classifier's features)\n\n{table}\n{}",
+            "\n{stage}: {} samples, {} steps, guidance {}, against {} held-out images of {} (FID in the features of {features})\n\n{table}\n{}",
             thousands(sampling.count),
             sampling.steps,
             sampling.guidance,
-            test.count(),
+            thousands(test.len()),
+            self.recipe.data,
             bias(sampling.count)
         );
         Ok(())
@@ -326,12 +408,6 @@ impl Judge {
     ) -> Result<Verdict, RecipeError> {
         let PrecisionRecall { precision, recall } =
             precision_recall(&self.reference, &read.features, self.neighbours)?;
-        let right = read
-            .classes
-            .iter()
-            .zip(labels)
-            .filter(|(class, label)| class == label)
-            .count();
         Ok(Verdict {
             model: model.to_owned(),
             parameters: None,
@@ -341,7 +417,7 @@ impl Judge {
             inception_score: inception_score(&read.probabilities, labels.len())?,
             precision,
             recall,
-            accuracy: right as f64 / labels.len() as f64,
+            accuracy: share_right(&read.classes, labels),
             images_per_second: None,
         })
     }

@@ -9,7 +9,7 @@ use super::reader::Section;
 /// `kind = "extract"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Extract {
-    /// A folder with one folder of images for each class, in sorted order.
+    /// A folder with one folder of images for each class, in sorted order, or a flat one, which is one class.
     pub images: PathBuf,
     /// The autoencoder: a folder with `config.json` and weights, or a weight file.
     pub vae: PathBuf,

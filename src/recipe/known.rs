@@ -3,15 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use burn_dataset::Dataset;
+
+use super::data::{Data, Fashion, Idx, Pictures, Shape};
 use super::embedded;
 use super::missing::{MissingFile, Role, note};
 use super::models::read_file;
 use super::prune::PruneMethod;
 use super::public::public_file;
-use super::schema::{Data, Recipe, Stage, StageKind};
+use super::schema::{Recipe, Stage, StageKind};
 use super::source::Source;
-use crate::data::Latents;
-use crate::models::{Architecture, DitConfig, digits, zoo};
+use crate::data::{Digits, IdxPictures, Latents, PictureSet, Split, fashion, with_cause};
+use crate::models::{Architecture, ClassifierConfig, DitConfig, zoo};
 use crate::process::ProcessKind;
 use crate::weights::vae_config;
 
@@ -27,12 +30,12 @@ pub(super) enum Problem {
 
 impl<E: std::error::Error> From<E> for Problem {
     fn from(error: E) -> Self {
-        Self::Said(error.to_string())
+        Self::Said(with_cause(&error))
     }
 }
 
 /// Whether a stage only takes layers out, so that it is all the same to it how the model was trained.
-fn keeps_weights(kind: &StageKind) -> bool {
+pub(super) fn keeps_weights(kind: &StageKind) -> bool {
     let StageKind::Prune(prune) = kind else {
         return false;
     };
@@ -53,6 +56,8 @@ pub(super) struct Known<'a> {
     /// Stages that leave a model of another process than Gaussian diffusion.
     pub(super) interpolants: BTreeSet<String>,
     pub(super) missing: Vec<MissingFile>,
+    /// The recipe's pictures to train on and those held out, and how many there are, once they have been looked at.
+    pub(super) looked: [Option<(Shape, usize)>; 2],
 }
 
 impl Known<'_> {
@@ -149,11 +154,88 @@ impl Known<'_> {
         }
     }
 
+    /// What the pictures of the recipe's data are, in pixel space, and how many a part has; None where they are
+    /// missing, which is noted.
+    pub(super) fn pictures(
+        &mut self,
+        stage: &Stage,
+        split: Split,
+    ) -> Result<Option<(Shape, usize)>, Problem> {
+        let data = &self.recipe.data;
+        let at = usize::from(split == Split::Test);
+        if let Some(looked) = &self.looked[at] {
+            return Ok(Some(looked.clone()));
+        }
+        let count = match data {
+            Data::Digits => Digits::new(split).count(),
+            Data::Fashion(data) if !data.needs_files(split) => fashion::EMBEDDED_COUNT,
+            Data::Fashion(Fashion {
+                folder: Some(folder),
+                ..
+            }) => fashion::open(folder, split)?.len(),
+            Data::Fashion(data) if data.files().is_err() => {
+                // The folder may be there, and not all of its files.
+                if self.need(stage, Path::new(fashion::FOLDERS[0]), Role::Fashion) {
+                    data.files()?;
+                }
+                return Ok(None);
+            }
+            Data::Fashion(_) => fashion::COUNTS[at],
+            Data::Idx(Idx { idx, .. }) => {
+                let pictures = IdxPictures::open(idx, split)?;
+                let shape = data.shape_at_once();
+                let fits = shape.is_none_or(|shape| {
+                    shape.side == pictures.side() && shape.classes >= pictures.classes()
+                });
+                if !fits {
+                    return Err(Problem::Said(format!(
+                        "{}: the test part's pictures have sides of {} and {} classes, unlike those to train on",
+                        idx.display(),
+                        pictures.side(),
+                        pictures.classes()
+                    )));
+                }
+                pictures.len()
+            }
+            Data::Pictures(Pictures {
+                images,
+                rule,
+                held_out,
+                ..
+            }) => PictureSet::open(images, held_out, *rule)?.count(split),
+            Data::Stage(_) | Data::Latents(_) => return Ok(None),
+        };
+        self.looked[at] = data.shape_at_once().map(|shape| (shape, count));
+        Ok(self.looked[at].clone())
+    }
+
+    /// Names of the classes of a model, where they are known before anything runs.
+    pub(super) fn class_names(&self, source: &Source) -> Result<Vec<String>, Problem> {
+        Ok(match source {
+            Source::Stage(_) => Vec::new(),
+            Source::Embedded(name) => embedded::checkpoint(*name)?.provenance.class_names,
+            Source::File(file) if file.path.exists() => {
+                read_file(file, self.recipe.heads)?.provenance.class_names
+            }
+            Source::File(_) => Vec::new(),
+        })
+    }
+
     /// Refuses a model that can't learn from the recipe's data.
     pub(super) fn fits_data(&mut self, stage: &Stage, config: &DitConfig) -> Result<(), Problem> {
         let recipe = self.recipe;
         let (name, channels, size, classes) = match &recipe.data {
-            Data::Digits => ("digits".to_owned(), 1, digits::SIDE, digits::CLASSES),
+            Data::Digits | Data::Fashion(_) | Data::Idx(_) | Data::Pictures(_) => {
+                let Some((shape, _)) = self.pictures(stage, Split::Train)? else {
+                    return Ok(());
+                };
+                (
+                    recipe.data.to_string(),
+                    shape.channels,
+                    shape.side,
+                    shape.classes,
+                )
+            }
             Data::Latents(path) => {
                 if !self.need(stage, path, Role::Latents) {
                     return Ok(());
@@ -182,10 +264,11 @@ impl Known<'_> {
                 (name.clone(), config.channels, size, config.classes)
             }
         };
-        // A model may know more classes than the data has: a part of a data set is one too.
+        // A model may know more classes than latents have: a part of a data set is one too. Those of pictures are numbered
+        // by the names there are.
         let fits = match recipe.data {
-            Data::Digits => config.classes == classes,
-            _ => config.classes >= classes,
+            Data::Latents(_) | Data::Stage(_) => config.classes >= classes,
+            _ => config.classes == classes,
         };
         if (config.input_size, config.channels) == (size, channels) && fits {
             return Ok(());
@@ -193,6 +276,118 @@ impl Known<'_> {
         Err(Problem::Said(format!(
             "the data are {name}, {channels}x{size}x{size} in {classes} classes, but the model is for {}x{}x{} in {}",
             config.channels, config.input_size, config.input_size, config.classes
+        )))
+    }
+
+    /// Refuses a classifier that can't learn from the recipe's data.
+    pub(super) fn classifies(
+        &mut self,
+        stage: &Stage,
+        config: &ClassifierConfig,
+        named: &Architecture,
+    ) -> Result<(), Problem> {
+        if let Some(why) = config.problem() {
+            return Err(Problem::Said(format!("the {named} can't be built: {why}")));
+        }
+        let data = &self.recipe.data;
+        if !data.has_held_out() {
+            return Err(Problem::Said(format!(
+                "a classifier learns from pictures, and the recipe's data, {data}, are latents"
+            )));
+        }
+        let Some((shape, _)) = self.pictures(stage, Split::Train)? else {
+            return Ok(());
+        };
+        let Shape {
+            channels,
+            side,
+            classes,
+            ..
+        } = shape;
+        if (config.channels, config.input_size, config.classes) == (channels, side, classes) {
+            return Ok(());
+        }
+        Err(Problem::Said(format!(
+            "the data are {}, {channels}x{side}x{side} in {classes} classes, but the model is a {config}",
+            self.recipe.data
+        )))
+    }
+
+    /// Refuses a model of other classes than the data's, where both have names.
+    pub(super) fn same_classes(&self, source: &Source) -> Result<(), Problem> {
+        let names = self.class_names(source)?;
+        let data = &self.recipe.data;
+        let of_data = (data.shape_at_once()).map_or_else(Vec::new, |shape| shape.class_names);
+        if names.is_empty() || of_data.is_empty() || names == of_data {
+            return Ok(());
+        }
+        Err(Problem::Said(format!(
+            "`{source}` is of other pictures: its classes are {}, those of the data, {data}, are {}",
+            names.join(", "),
+            of_data.join(", ")
+        )))
+    }
+
+    /// Refuses a classifier of other pictures than the recipe's.
+    pub(super) fn reads(
+        &self,
+        source: &Source,
+        config: &ClassifierConfig,
+        pictures: &Shape,
+    ) -> Result<(), Problem> {
+        let Shape {
+            channels,
+            side,
+            classes,
+            ..
+        } = pictures;
+        let data = &self.recipe.data;
+        if (config.channels, config.input_size, config.classes) != (*channels, *side, *classes) {
+            return Err(Problem::Said(format!(
+                "`{source}` is a {config}, and the data, {data}, are {channels}x{side}x{side} in {classes} classes; \
+                 `features` needs a classifier trained on them"
+            )));
+        }
+        self.same_classes(source)
+    }
+
+    /// Refuses a model whose samples can't be compared with the recipe's pictures.
+    pub(super) fn draws(
+        &self,
+        source: &Source,
+        config: &DitConfig,
+        pictures: &Shape,
+    ) -> Result<(), Problem> {
+        let Shape {
+            channels,
+            side,
+            classes,
+            ..
+        } = pictures;
+        if (config.channels, config.input_size, config.classes) == (*channels, *side, *classes) {
+            return self.same_classes(source);
+        }
+        Err(Problem::Said(format!(
+            "`{source}` draws {0}x{1}x{1} in {2} classes, and the data, {3}, are {channels}x{side}x{side} in {classes}; \
+             `data` (`--data` on the command line) names the pictures that a model is measured against, or `reference` and `inception` do in a recipe; `tinyfusion evaluate SAMPLES REFERENCE` measures what `tinyfusion sample` drew",
+            config.channels, config.input_size, config.classes, self.recipe.data
+        )))
+    }
+
+    /// Refuses a model of latents whose decoded samples are no pictures of the recipe's classes.
+    pub(super) fn decodes(
+        &self,
+        source: &Source,
+        config: &DitConfig,
+        pictures: &Shape,
+    ) -> Result<(), Problem> {
+        if config.classes == pictures.classes {
+            return self.same_classes(source);
+        }
+        Err(Problem::Said(format!(
+            "`{source}` draws pictures of {} classes, and the data, {}, have {}; `data` or `reference` names the pictures \
+             that a model is measured against",
+            config.classes, self.recipe.data, pictures.classes
         )))
     }
 }

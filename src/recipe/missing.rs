@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::public::public_file;
+use crate::data::fashion;
 
 /// What a file is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -25,6 +26,8 @@ pub enum Role {
     Images,
     /// A folder of latents.
     Latents,
+    /// The files of Fashion-MNIST.
+    Fashion,
 }
 
 impl Role {
@@ -41,7 +44,8 @@ impl Role {
             Self::Samples => {
                 "an archive of samples, as ADM's evaluation reads it, or a folder of pictures"
             }
-            Self::Images => "a folder with one folder of images for each class",
+            Self::Fashion => fashion::HOW_TO_GET,
+            Self::Images => "a folder with one folder of images for each class, or a flat one",
             Self::Latents => {
                 "latents of the training images; `tinyfusion extract IMAGES THIS_FOLDER --vae VAE` makes them"
             }

@@ -5,6 +5,8 @@
 //! Parsing is our own over `toml`'s positions rather than serde's derive, which stops at the first mistake.
 
 mod cost;
+pub mod data;
+mod dataset;
 pub mod diagnostic;
 pub mod directory;
 pub mod document;

@@ -11,17 +11,17 @@ use super::cost::{
     FROZEN, TRAINING, flops, images, inference_memory, lora_parameters, sampling_flops,
     training_memory,
 };
-use super::known::{Known, Problem};
+use super::known::{Known, Problem, keeps_weights};
 use super::missing::{Missing, MissingFile, Role};
 use super::optimisation::Optimisation;
 use super::prune::{Prune, PruneMethod, Scored};
 use super::recover::{Recover, RecoverMethod};
 use super::sampling::{Against, Sampling};
-use super::schema::{Data, Recipe, Stage, StageKind};
+use super::schema::{Recipe, Stage, StageKind};
 use super::source::Source;
 use super::train::{Architecture as Wanted, Dit, Train};
-use crate::data::{Digits, ImageFolder, Split};
-use crate::models::{Architecture, DigitsClassifierConfig, DitConfig, digits, zoo};
+use crate::data::{ImageFolder, Split};
+use crate::models::{Architecture, DitConfig, zoo};
 use crate::pruning::{Update, oracle};
 use crate::report::{scientific, thousands};
 use crate::training::share_of_start;
@@ -71,6 +71,7 @@ impl Plan {
             made: BTreeMap::new(),
             interpolants: BTreeSet::new(),
             missing: Vec::new(),
+            looked: [None, None],
         };
         let (mut stages, mut problems) = (Vec::new(), Vec::new());
         for stage in &recipe.stages {
@@ -135,6 +136,9 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
     match &stage.kind {
         StageKind::Train(train) => {
             let (before, after) = train_architecture(stage, train, known)?;
+            if let Some(from) = &train.from {
+                known.same_classes(from)?;
+            }
             let seen = images(&train.optimisation);
             let (memory, flops) = match &after {
                 Architecture::Dit(config) => {
@@ -142,13 +146,11 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                     let memory = training_memory(config, config.parameters(), &train.optimisation);
                     (memory, TRAINING * flops(config, seen))
                 }
-                Architecture::DigitsClassifier(_) if known.recipe.data == Data::Digits => {
-                    (64 << 20, 0.0)
-                }
-                Architecture::DigitsClassifier(_) => {
-                    return Err(Problem::Said(
-                        "a digit classifier learns from digits alone".into(),
-                    ));
+                Architecture::Classifier(config) => {
+                    known.classifies(stage, config, &after)?;
+                    // Each activation with its gradient and what it was computed from.
+                    let memory = 4 * 4 * train.optimisation.batch * config.activations();
+                    (memory, TRAINING * 2.0 * config.macs() as f64 * seen as f64)
                 }
             };
             Ok(planned(
@@ -163,6 +165,9 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
         }
         StageKind::Prune(prune) => {
             let before = known.dit(stage, &prune.from)?;
+            if !keeps_weights(&stage.kind) {
+                known.same_classes(&prune.from)?;
+            }
             let kept = kept_depth(prune, &before)?;
             let after = DitConfig {
                 depth: kept,
@@ -220,6 +225,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
         }
         StageKind::Recover(recover) => {
             let config = known.dit(stage, &recover.from)?;
+            known.same_classes(&recover.from)?;
             known.fits_data(stage, &config)?;
             let seen = images(&recover.optimisation);
             let mut flops_ = TRAINING * flops(&config, seen);
@@ -284,19 +290,37 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             ))
         }
         StageKind::Evaluate(evaluate) => {
-            if let (Against::Digits { .. }, Some(data)) =
-                (&evaluate.against, own(&known.recipe.data))
-            {
+            let data = &known.recipe.data;
+            let held_out = match &evaluate.against {
+                Against::HeldOut { .. }
+                | Against::Reference {
+                    reference: None, ..
+                } => true,
+                Against::Reference { .. } => false,
+            };
+            if held_out && !data.has_held_out() {
                 return Err(Problem::Said(format!(
-                    "without `reference` it would measure against the embedded digits, and this recipe's data are {data}; \
-                     give `reference` (an npz archive of pictures or their statistics), `inception` (FID's weights) and, \
-                     for latents, `vae`"
+                    "without `reference` it would measure against held-out pictures, and this recipe's data, {data}, are \
+                     latents; give `reference` (an npz archive of pictures or their statistics), `inception` (FID's \
+                     weights) and `vae`"
                 )));
             }
-            let most = match &evaluate.against {
-                Against::Digits { .. } => Digits::new(Split::Test).count(),
-                Against::Reference { .. } => usize::MAX,
+            let pictures = match held_out {
+                true => known.pictures(stage, Split::Test)?,
+                false => None,
             };
+            let mut most = pictures.as_ref().map_or(usize::MAX, |(_, count)| *count);
+            if most == 0 {
+                return Err(Problem::Said(format!(
+                    "no pictures of the data, {}, are held out to measure against",
+                    known.recipe.data
+                )));
+            }
+            if pictures.is_some()
+                && let Some((_, train)) = known.pictures(stage, Split::Train)?
+            {
+                most = most.min(train);
+            }
             let most = evaluate.sampling.count.min(most);
             if evaluate.neighbours >= most {
                 return Err(Problem::Said(format!(
@@ -308,31 +332,37 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             for source in &evaluate.compare {
                 let config = known.dit(stage, source)?;
                 match &evaluate.against {
-                    Against::Digits { .. } if !draws_digits(&config) => {
-                        return Err(Problem::Said(format!(
-                            "`{source}` draws {0}x{1}x{1} in {2} classes, which can't be measured against the embedded \
-                             digits; a recipe's `reference` and `inception` say what to measure it against, and \
-                             `tinyfusion evaluate SAMPLES REFERENCE` measures what `tinyfusion sample` drew",
-                            config.channels, config.input_size, config.classes
-                        )));
+                    Against::HeldOut { .. } => {
+                        if let Some((pictures, _)) = &pictures {
+                            known.draws(source, &config, pictures)?;
+                        }
                     }
-                    Against::Digits { .. } => {}
                     Against::Reference { vae: None, .. } if !is_pixels(&config) => {
                         return Err(latents_need_a_vae(&config));
                     }
                     Against::Reference { vae: Some(vae), .. } => known.vae(stage, vae, &config)?,
                     Against::Reference { .. } => {}
                 }
+                // Held-out pictures of other things than the model draws say nothing of it.
+                if let (Against::Reference { vae, .. }, Some((pictures, _))) =
+                    (&evaluate.against, &pictures)
+                {
+                    match vae {
+                        None => known.draws(source, &config, pictures)?,
+                        Some(_) => known.decodes(source, &config, pictures)?,
+                    }
+                }
                 memory = memory.max(check_sampling(&evaluate.sampling, &config)?);
                 flops += sampling_flops(&evaluate.sampling, &config);
             }
             match &evaluate.against {
-                Against::Digits { features } => {
-                    let features_are = known.architecture(stage, features)?;
-                    if !matches!(features_are, Architecture::DigitsClassifier(_)) {
-                        return Err(Problem::Said(format!(
-                            "`{features}` is no digit classifier"
-                        )));
+                Against::HeldOut { features } => {
+                    let Architecture::Classifier(config) = known.architecture(stage, features)?
+                    else {
+                        return Err(Problem::Said(format!("`{features}` is no classifier")));
+                    };
+                    if let Some((pictures, _)) = &pictures {
+                        known.reads(features, &config, pictures)?;
                     }
                 }
                 Against::Reference {
@@ -345,7 +375,9 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                     for archive in samples {
                         known.need(stage, archive, Role::Samples);
                     }
-                    known.need(stage, reference, Role::Reference);
+                    if let Some(reference) = reference {
+                        known.need(stage, reference, Role::Reference);
+                    }
                     known.need(stage, inception, Role::Inception);
                     if let Some(vae) = vae {
                         known.need(stage, vae, Role::Vae);
@@ -355,7 +387,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             let models = evaluate.compare.len();
             let archives = match &evaluate.against {
                 Against::Reference { samples, .. } => samples.len(),
-                Against::Digits { .. } => 0,
+                Against::HeldOut { .. } => 0,
             };
             let what = match (models, archives) {
                 (models, 0) => format!("evaluate {models} models"),
@@ -392,20 +424,6 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             ))
         }
     }
-}
-
-/// What a recipe learns from, unless it is the embedded digits.
-fn own(data: &Data) -> Option<String> {
-    match data {
-        Data::Digits => None,
-        Data::Latents(path) => Some(path.display().to_string()),
-        Data::Stage(name) => Some(format!("those of stage `{name}`")),
-    }
-}
-
-/// Whether a model's samples are of the size and the classes of the embedded digits.
-fn draws_digits(config: &DitConfig) -> bool {
-    (config.channels, config.input_size, config.classes) == (1, digits::SIDE, digits::CLASSES)
 }
 
 /// The largest share of the initial weights that an average may end with unmentioned.
@@ -453,11 +471,7 @@ fn train_architecture(
 ) -> Result<(Option<Architecture>, Architecture), Problem> {
     let wanted = match &train.architecture {
         None => None,
-        Some(Wanted::DigitsClassifier { width }) => {
-            Some(Architecture::DigitsClassifier(DigitsClassifierConfig {
-                width: *width,
-            }))
-        }
+        Some(Wanted::Classifier(config)) => Some(Architecture::Classifier(config.clone())),
         Some(Wanted::Dit(Dit::Sizes(config))) => Some(Architecture::Dit(config.clone())),
         Some(Wanted::Dit(Dit::Preset { preset })) => {
             let config = zoo::config(preset, 32, 4, 1000)
@@ -500,7 +514,7 @@ fn kept_depth(prune: &Prune, before: &DitConfig) -> Result<usize, Problem> {
         PruneMethod::ShortGpt(Scored { keep, .. })
         | PruneMethod::FluxLite(Scored { keep, .. })
         | PruneMethod::Sensitivity(Scored { keep, .. })
-        | PruneMethod::Random { keep } => {
+        | PruneMethod::Random { keep, .. } => {
             if *keep == 0 || *keep >= depth {
                 return Err(Problem::Said(format!(
                     "`keep` is {keep}, which must lie between 1 and {} for {depth} layers",

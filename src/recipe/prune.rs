@@ -45,6 +45,8 @@ pub enum PruneMethod {
     Random {
         /// Layers that stay.
         keep: usize,
+        /// Which of the choices that the seed gives, from 0.
+        draw: u64,
     },
     /// Keeps the listed layers.
     Kept {
@@ -160,11 +162,15 @@ const METHODS: [(&str, Method); 7] = [
     ("kept", Method::Kept),
 ];
 
+/// The largest number of a random choice.
+const MOST_DRAWS: u64 = 1_000_000;
+
 /// What some method reads, besides [`Optimisation::KEYS`].
 const KEYS: &[&str] = &[
     "groups",
     "keep",
     "kept",
+    "draw",
     "batches",
     "timesteps",
     "update",
@@ -203,7 +209,8 @@ impl Prune {
             Method::Sensitivity => Scored::read(section, ALL).map(PruneMethod::Sensitivity),
             Method::Random => {
                 let keep = section.integer("keep", 1..=MAX_DEPTH).required();
-                keep.map(|keep| PruneMethod::Random { keep })
+                let draw = section.integer("draw", 0..=MOST_DRAWS).or(0);
+                keep.map(|keep| PruneMethod::Random { keep, draw })
             }
             Method::Kept => {
                 let kept = section.integers("kept", 0..=MAX_DEPTH - 1).check(
@@ -410,7 +417,7 @@ mod tests {
         );
         assert_eq!(
             prune("method = 'random'\nkeep = 6"),
-            PruneMethod::Random { keep: 6 }
+            PruneMethod::Random { keep: 6, draw: 0 }
         );
         assert_eq!(
             prune("method = 'oracle'\nkeep = 3"),

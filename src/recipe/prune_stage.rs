@@ -11,7 +11,7 @@ use super::plan::prune_method;
 use super::prune::{Learned, Prune, PruneMethod, Scored};
 use super::schema::Stage;
 use super::stages::Context;
-use crate::data::{BatchPlan, BatchSource};
+use crate::data::{BatchPlan, BatchSource, Split};
 use crate::models::{Architecture, DitConfig};
 use crate::ops::TrainingBackend;
 use crate::process::GaussianDiffusion;
@@ -59,8 +59,8 @@ impl<B: TrainingBackend> Context<'_, B> {
             PruneMethod::Sensitivity(scored) => {
                 self.score(Score::Sensitivity, scored, &parent, &config, folder)?
             }
-            PruneMethod::Random { keep } => {
-                let mut kept = permutation(self.recipe.seed, Stream::Layers, 0, config.depth);
+            PruneMethod::Random { keep, draw } => {
+                let mut kept = permutation(self.recipe.seed, Stream::Layers, *draw, config.depth);
                 kept.truncate(*keep);
                 kept.sort_unstable();
                 kept
@@ -226,7 +226,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             diffusion_steps: scored.timesteps,
             candidates: Vec::new(),
         };
-        let source = BatchSource::new(plan, self.data()?);
+        let source = BatchSource::new(plan, self.part(Split::Train)?);
         let mut scores = vec![0.0; config.depth];
         for step in 0..scored.batches {
             if crate::interrupt::requested() {

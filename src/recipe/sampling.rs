@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::data::Shape;
 use super::reader::Section;
 use super::source::{EmbeddedName, Lineage, Source};
 use crate::evaluation::Distances;
@@ -42,10 +43,12 @@ pub struct Evaluate {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Against {
-    /// A reference batch, by the protocol of ADM's evaluation.
+    /// A reference batch in Inception's features, by the protocol of ADM's evaluation.
     Reference {
-        /// Its npz archive, images or their statistics; or a folder of pictures.
-        reference: PathBuf,
+        /// Its npz archive, images or their statistics; or a folder of pictures. Without it, the held-out pictures of
+        /// the recipe's data.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        reference: Option<PathBuf>,
         /// The Inception network's weights.
         inception: PathBuf,
         /// The autoencoder that makes images of latents; none for models of pixels.
@@ -58,8 +61,8 @@ pub enum Against {
         /// Arithmetic of the distances that precision and recall are computed from.
         distances: Distances,
     },
-    /// The test split of the digits.
-    Digits {
+    /// The held-out pictures of the recipe's data, in a classifier's features.
+    HeldOut {
         /// The classifier whose features are compared.
         features: Source,
     },
@@ -124,7 +127,11 @@ impl Sample {
 }
 
 impl Evaluate {
-    pub(super) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
+    pub(super) fn read(
+        section: &Section<'_>,
+        lineage: Lineage<'_>,
+        data: Option<&Shape>,
+    ) -> Option<Self> {
         let compare = section.list("compare", |node| lineage.source(node)).check(
             |all| (1..all.len()).all(|i| !all[..i].contains(&all[i])),
             "names a model twice",
@@ -136,18 +143,31 @@ impl Evaluate {
             compare.required()
         };
         let reference = section.string("reference");
-        let count = match (reference.is_absent(), compare.as_deref()) {
-            (true, _) => 2000,
-            (false, Some([])) => Sampling::ALL,
-            (false, _) => 50_000,
+        let by_inception = !reference.is_absent() || section.table().contains_key("inception");
+        let count = match (by_inception, compare.as_deref()) {
+            (false, _) => 2000,
+            (true, Some([])) => Sampling::ALL,
+            (true, _) if reference.is_absent() => 2000,
+            (true, _) => 50_000,
         };
-        let against = if reference.is_absent() {
-            let features = section
-                .value("features", |node| lineage.source(node))
-                .or(Source::Embedded(EmbeddedName::DigitsFeatures));
-            let why = "an evaluation without `reference`";
-            section.refuse(&["inception", "vae", "samples", "distances"], why);
-            Some(Against::Digits { features })
+        let against = if !by_inception {
+            let features = section.value("features", |node| lineage.source(node));
+            let embedded = data.and_then(|data| data.features).map(Source::Embedded);
+            // Data that are not there have been told of; of latents, planning says what to do.
+            let embedded = embedded.or_else(|| {
+                data.is_none()
+                    .then_some(Source::Embedded(EmbeddedName::DigitsFeatures))
+            });
+            let features = match embedded {
+                Some(embedded) => Some(features.or(embedded)),
+                None => features.required_since(
+                    "a classifier of these pictures, made by a stage of kind \"train\" with family = \"classifier\"; \
+                     or give `inception`, the weights that FID is measured with",
+                ),
+            };
+            let why = "an evaluation without `reference` or `inception`";
+            section.refuse(&["vae", "samples", "distances"], why);
+            features.map(|features| Against::HeldOut { features })
         } else {
             let inception = section.string("inception").required();
             let vae = section.string("vae").optional().map(PathBuf::from);
@@ -155,20 +175,15 @@ impl Evaluate {
             let samples = samples.optional().unwrap_or_default();
             let distances = [Distances::F64, Distances::F16].map(|kind| (kind.as_str(), kind));
             let distances = section.choice("distances", &distances).or(Distances::F64);
-            section.refuse(&["features"], "an evaluation against a `reference`");
-            reference
-                .optional()
-                .zip(inception)
-                .map(|(reference, inception)| {
-                    let (reference, inception) = (reference.into(), inception.into());
-                    Against::Reference {
-                        reference,
-                        inception,
-                        vae,
-                        samples,
-                        distances,
-                    }
-                })
+            section.refuse(&["features"], "an evaluation in Inception's features");
+            let reference = reference.optional().map(PathBuf::from);
+            inception.map(|inception| Against::Reference {
+                reference,
+                inception: inception.into(),
+                vae,
+                samples,
+                distances,
+            })
         };
         let sampling = Sampling::read(section, Some(count));
         let count = sampling.as_ref().map(|sampling| sampling.count);
@@ -300,7 +315,7 @@ mod tests {
             Against::Reference {
                 samples, distances, ..
             } => (samples.len(), *distances),
-            Against::Digits { .. } => panic!(),
+            Against::HeldOut { .. } => panic!(),
         };
         let drawn = read("compare = ['base']");
         assert_eq!(of(&drawn), (0, Distances::F64));
@@ -316,7 +331,7 @@ mod tests {
         let wrong = "kind = 'evaluate'\ncompare = ['base']\ndistances = 'f16'";
         assert_eq!(
             messages(&stage(wrong)),
-            ["`distances` is not used by an evaluation without `reference`"]
+            ["`distances` is not used by an evaluation without `reference` or `inception`"]
         );
         let wrong = "kind = 'evaluate'\nreference = 'r'\ninception = 'i'\nsamples = ['a']\ndistances = 'f8'";
         let found = messages(&stage(wrong));
@@ -334,13 +349,13 @@ mod tests {
             messages(&stage(adm)),
             [
                 "missing key `inception` in [[stage]] \"evaluate\"",
-                "`features` is not used by an evaluation against a `reference`"
+                "`features` is not used by an evaluation in Inception's features"
             ]
         );
         let digits = "kind = 'evaluate'\ncompare = ['base']\nvae = 'v'";
         assert_eq!(
             messages(&stage(digits)),
-            ["`vae` is not used by an evaluation without `reference`"]
+            ["`vae` is not used by an evaluation without `reference` or `inception`"]
         );
         assert_eq!(
             messages(&stage(

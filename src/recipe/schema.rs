@@ -4,13 +4,13 @@
 //! from, so a run never looks at the document again. Written back with [`Recipe::to_toml`] it is a
 //! recipe that says the same with nothing left implicit.
 
-use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
-use super::diagnostic::{Diagnostic, Diagnostics};
-use super::document::{Document, Node, string_in, title};
+use super::data::{Data, Shape};
+use super::diagnostic::Diagnostics;
+use super::document::{Document, string_in, title};
 use super::extract::Extract;
 use super::prune::Prune;
 use super::reader::{Section, Sink};
@@ -59,58 +59,6 @@ pub struct Recipe {
     /// What is done, in order.
     #[serde(rename = "stage")]
     pub stages: Vec<Stage>,
-}
-
-/// A data set, written in a recipe as one string.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Data {
-    /// The embedded 8×8 handwritten digits.
-    Digits,
-    /// Latents that an `extract` stage makes, by its name.
-    Stage(String),
-    /// A folder of latents, in this project's shards or the reference's `.npy` files.
-    Latents(PathBuf),
-}
-
-impl fmt::Display for Data {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Digits => f.write_str("digits"),
-            Self::Stage(name) => f.write_str(name),
-            Self::Latents(path) => path.display().fmt(f),
-        }
-    }
-}
-
-impl Serialize for Data {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl Data {
-    /// Reads the key, given the names of the stages that extract latents.
-    fn parse(node: &Node, extracts: &[String]) -> Result<Self, Diagnostic> {
-        let text = node.string()?;
-        if text == "digits" {
-            return Ok(Self::Digits);
-        }
-        if extracts.iter().any(|name| name == text) {
-            return Ok(Self::Stage(text.to_owned()));
-        }
-        // A bare word that is no folder is a mistyped name.
-        let path = PathBuf::from(text);
-        if path.components().count() > 1 || path.is_dir() {
-            return Ok(Self::Latents(path));
-        }
-        let message = format!(
-            "{text:?} is not \"digits\", a stage that extracts latents, or the path of a folder of latents"
-        );
-        let names = extracts.iter().map(String::as_str);
-        Err(node
-            .fault(message)
-            .suggesting(text, names.chain(["digits"])))
-    }
 }
 
 /// One step of a recipe.
@@ -214,10 +162,9 @@ impl Recipe {
             .filter(|stage| string_in(stage.table(), "kind") == Some("extract"))
             .filter_map(|stage| title(stage.table()).map(str::to_owned))
             .collect();
-        let data = section
-            .value("data", |node| Data::parse(node, &extracts))
-            .or(Data::Digits);
-        let stages = stages.map(read_stages);
+        let data = Data::read(&section, &extracts);
+        let shape = data.as_ref().and_then(Data::shape_at_once);
+        let stages = stages.map(|stages| read_stages(stages, shape.as_ref()));
         section.finish();
         Some(Self {
             name: name.map_or_else(|| name_of(document.path()), str::to_owned),
@@ -225,18 +172,18 @@ impl Recipe {
             backend,
             compute,
             heads,
-            data,
+            data: data?,
             stages: stages??,
         })
     }
 }
 
 /// Reads all stages, even after one that is wrong.
-fn read_stages(sections: Vec<Section<'_>>) -> Option<Vec<Stage>> {
+fn read_stages(sections: Vec<Section<'_>>, data: Option<&Shape>) -> Option<Vec<Stage>> {
     let listings: Vec<Listing> = sections.iter().map(list).collect();
     let read = sections.into_iter().enumerate();
     let stages: Vec<_> = read
-        .map(|(index, section)| Stage::read(section, &listings, index))
+        .map(|(index, section)| Stage::read(section, &listings, index, data))
         .collect();
     stages.into_iter().collect()
 }
@@ -252,7 +199,12 @@ fn list(section: &Section<'_>) -> Listing {
 }
 
 impl Stage {
-    fn read(section: Section<'_>, listings: &[Listing], index: usize) -> Option<Self> {
+    fn read(
+        section: Section<'_>,
+        listings: &[Listing],
+        index: usize,
+        data: Option<&Shape>,
+    ) -> Option<Self> {
         let lineage = Lineage::new(listings, index);
         let kind = section.choice("kind", &KINDS).required();
         let called = &listings[index].name;
@@ -269,11 +221,11 @@ impl Stage {
         }
         let kind = match kind? {
             Kind::Extract => Extract::read(&section).map(StageKind::Extract),
-            Kind::Train => Train::read(&section, lineage).map(StageKind::Train),
+            Kind::Train => Train::read(&section, lineage, data).map(StageKind::Train),
             Kind::Prune => Prune::read(&section, lineage).map(StageKind::Prune),
             Kind::Recover => Recover::read(&section, lineage).map(StageKind::Recover),
             Kind::Sample => Sample::read(&section, lineage).map(StageKind::Sample),
-            Kind::Evaluate => Evaluate::read(&section, lineage).map(StageKind::Evaluate),
+            Kind::Evaluate => Evaluate::read(&section, lineage, data).map(StageKind::Evaluate),
         };
         section.finish();
         Some(Self {

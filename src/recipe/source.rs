@@ -84,11 +84,17 @@ pub enum EmbeddedName {
     DigitsTeacher,
     /// The digits classifier whose features are compared in evaluation.
     DigitsFeatures,
+    /// The classifier of Fashion-MNIST whose features are compared in evaluation.
+    FashionFeatures,
 }
 
 impl EmbeddedName {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::DigitsTeacher, Self::DigitsFeatures];
+    pub const ALL: [Self; 3] = [
+        Self::DigitsTeacher,
+        Self::DigitsFeatures,
+        Self::FashionFeatures,
+    ];
 
     /// The name as a recipe writes it, prefix included.
     #[must_use]
@@ -96,6 +102,7 @@ impl EmbeddedName {
         match self {
             Self::DigitsTeacher => "embedded:digits-teacher",
             Self::DigitsFeatures => "embedded:digits-features",
+            Self::FashionFeatures => "embedded:fashion-features",
         }
     }
 }

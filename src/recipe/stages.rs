@@ -9,14 +9,13 @@ use sha2::{Digest, Sha256};
 
 use super::RecipeError;
 use super::directory::RunDirectory;
-use super::extract_stage::LATENTS;
-use super::models::{MODEL, checkpoint, stage_folder};
+use super::models::{MODEL, checkpoint};
 use super::optimisation::Optimisation;
 use super::plan::PlannedStage;
-use super::schema::{Data, Recipe, Stage};
+use super::schema::{Recipe, Stage};
 use super::train::Train;
-use crate::data::{BatchPlan, BatchSource, Batches, Digits, Latents, Samples, Split, Teacher};
-use crate::models::{Architecture, DigitsClassifier, DitConfig, Network, digits, initialise};
+use crate::data::{BatchPlan, BatchSource, Batches, Split, Teacher};
+use crate::models::{Architecture, Classifier, DitConfig, Network, initialise};
 use crate::ops::TrainingBackend;
 use crate::process::GaussianDiffusion;
 use crate::recovery::Student;
@@ -91,28 +90,30 @@ impl<B: TrainingBackend> Context<'_, B> {
                 )?;
                 Checkpoint::of(&fitted.ema.network, provenance, &at).write()?;
             }
-            Some(architecture @ Architecture::DigitsClassifier(config)) => {
+            Some(architecture @ Architecture::Classifier(config)) => {
                 let classifier = match &parent {
-                    Some(parent) => parent.digits_classifier::<B>(self.device)?,
+                    Some(parent) => parent.classifier::<B>(self.device)?,
                     None => {
-                        let classifier = DigitsClassifier::<B>::zeros(config, self.device);
+                        let classifier = Classifier::<B>::zeros(config, self.device);
                         let mut state = collect::<B, _>(&classifier);
                         initialise(&mut state, seed);
                         assign(classifier, &state, &at, "a fresh classifier")?
                     }
                 };
                 let shape = DitConfig {
-                    input_size: digits::SIDE,
+                    input_size: config.input_size,
                     patch_size: 1,
-                    channels: 1,
+                    channels: config.channels,
                     width: 0,
                     depth: 0,
                     heads: 1,
                     mlp_ratio: 1.0,
-                    classes: digits::CLASSES,
+                    classes: config.classes,
                     learn_sigma: false,
                 };
                 let source = self.source(&shape, &train.optimisation, 0.0, Vec::new())?;
+                // Before the training, so that a mistake in it shows before.
+                let test = self.held_out()?;
                 let fitted = self.fit(
                     ClassifierTrainee { classifier },
                     plan,
@@ -123,12 +124,14 @@ impl<B: TrainingBackend> Context<'_, B> {
                     None,
                 )?;
                 let (model, mut provenance) = (fitted.ema.classifier, provenance);
-                let accuracy =
-                    super::evaluate::accuracy(&model, &Digits::new(Split::Test), self.device);
-                provenance.note = format!(
-                    "test accuracy {accuracy:.4} on {} images",
-                    Digits::new(Split::Test).count()
-                );
+                provenance.note = match test {
+                    Some(test) => {
+                        let accuracy =
+                            super::evaluate::accuracy(&model, config, &*test, self.device)?;
+                        format!("test accuracy {accuracy:.4} on {} images", test.len())
+                    }
+                    None => "no pictures to test it on".to_owned(),
+                };
                 crate::say!("{}: {}", stage.name, provenance.note);
                 let tensors = collect::<B::InnerBackend, _>(&model).into();
                 Checkpoint::new(architecture.clone(), tensors, provenance, &at).write()?;
@@ -215,17 +218,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             diffusion_steps: GaussianDiffusion::full().steps(),
             candidates,
         };
-        Ok(BatchSource::new(plan, self.data()?))
-    }
-
-    /// What is learned from.
-    pub(super) fn data(&self) -> Result<Arc<dyn Samples>, RecipeError> {
-        let folder = match &self.recipe.data {
-            Data::Digits => return Ok(Arc::new(Digits::new(Split::Train))),
-            Data::Latents(path) => path.clone(),
-            Data::Stage(name) => stage_folder(self.recipe, self.directory, name)?.join(LATENTS),
-        };
-        Ok(Arc::new(Latents::open(&folder)?))
+        Ok(BatchSource::new(plan, self.part(Split::Train)?))
     }
 
     pub(super) fn plan(
@@ -273,7 +266,19 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<Provenance, RecipeError> {
         let resolved = self.recipe.to_toml();
         let resolved = resolved.map_err(|error| RecipeError::Run(error.to_string()))?;
+        // What only takes layers out knows the classes its parent knew.
+        let (data, class_names) = match (optimisation, parent) {
+            (None, Some(parent)) => {
+                let Provenance {
+                    data, class_names, ..
+                } = parent.provenance.clone();
+                (data, class_names)
+            }
+            _ => (self.recipe.data.said(), self.class_names()?),
+        };
         Ok(Provenance {
+            data,
+            class_names,
             recipe: self.recipe.name.clone(),
             recipe_sha256: hex(&Sha256::digest(resolved)),
             stage: format!("{stage} ({method})"),

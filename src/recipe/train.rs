@@ -2,11 +2,12 @@
 
 use serde::Serialize;
 
+use super::data::Shape;
 use super::optimisation::{Optimisation, label_drop, positive};
 use super::reader::Section;
 use super::source::{Lineage, Source};
-use crate::models::DitConfig;
 use crate::models::zoo::PRESETS;
+use crate::models::{ClassifierConfig, DitConfig};
 
 /// `kind = "train"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -25,7 +26,11 @@ pub struct Train {
 }
 
 impl Train {
-    pub(super) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
+    pub(super) fn read(
+        section: &Section<'_>,
+        lineage: Lineage<'_>,
+        data: Option<&Shape>,
+    ) -> Option<Self> {
         let from = section.value("from", |node| lineage.source(node));
         let from_scratch = from.is_absent();
         let from = from.optional();
@@ -39,7 +44,7 @@ impl Train {
         };
         Some(Self {
             from,
-            architecture: architecture.and_then(Architecture::read),
+            architecture: architecture.and_then(|section| Architecture::read(section, data)),
             label_drop,
             optimisation: optimisation?,
         })
@@ -52,11 +57,8 @@ impl Train {
 pub enum Architecture {
     /// A diffusion transformer.
     Dit(Dit),
-    /// The small convolutional classifier of digits, which makes features for evaluation.
-    DigitsClassifier {
-        /// Channels of its first layer.
-        width: usize,
-    },
+    /// A small convolutional classifier, which makes features for evaluation.
+    Classifier(ClassifierConfig),
 }
 
 /// A diffusion transformer, by name or by its sizes.
@@ -75,7 +77,7 @@ pub enum Dit {
 #[derive(Clone, Copy)]
 enum Family {
     Dit,
-    DigitsClassifier,
+    Classifier,
 }
 
 const KEYS: &[&str] = &[
@@ -92,11 +94,9 @@ const KEYS: &[&str] = &[
 ];
 
 impl Architecture {
-    fn read(section: Section<'_>) -> Option<Self> {
-        let families = [
-            ("dit", Family::Dit),
-            ("digits-classifier", Family::DigitsClassifier),
-        ];
+    /// Reads the table; sizes of pictures that it does not state are those of the recipe's `data`.
+    fn read(section: Section<'_>, data: Option<&Shape>) -> Option<Self> {
+        let families = [("dit", Family::Dit), ("classifier", Family::Classifier)];
         let family = section.choice("family", &families);
         let has_preset = section.table().contains_key("preset");
         let family = if has_preset && family.is_absent() {
@@ -118,8 +118,8 @@ impl Architecture {
                     })
                 })
             }
-            Some(Family::Dit) => Some(Self::Dit(Dit::Sizes(read_sizes(&section)))),
-            Some(Family::DigitsClassifier) => {
+            Some(Family::Dit) => Some(Self::Dit(Dit::Sizes(read_sizes(&section, data)))),
+            Some(Family::Classifier) => {
                 let width = section
                     .integer("width", 4..=4096)
                     .check(
@@ -127,8 +127,18 @@ impl Architecture {
                         "must be a multiple of 4",
                     )
                     .or(64);
-                section.refuse(KEYS, "family \"digits-classifier\"");
-                Some(Self::DigitsClassifier { width })
+                let Pictured {
+                    input_size,
+                    channels,
+                    classes,
+                } = Pictured::read(&section, data);
+                section.refuse(KEYS, "family \"classifier\"");
+                Some(Self::Classifier(ClassifierConfig {
+                    width,
+                    channels,
+                    input_size,
+                    classes,
+                }))
             }
             None => {
                 section.accept(KEYS);
@@ -140,15 +150,37 @@ impl Architecture {
     }
 }
 
-fn read_sizes(section: &Section<'_>) -> DitConfig {
+/// What a model reads: the keys that the data have a say in.
+struct Pictured {
+    input_size: usize,
+    channels: usize,
+    classes: usize,
+}
+
+impl Pictured {
+    fn read(section: &Section<'_>, data: Option<&Shape>) -> Self {
+        let [side, channels, classes] =
+            data.map_or([8, 1, 10], |data| [data.side, data.channels, data.classes]);
+        Self {
+            input_size: section.integer("input_size", 1..=4096).or(side),
+            channels: section.integer("channels", 1..=1024).or(channels),
+            classes: section.integer("classes", 1..=1_000_000).or(classes),
+        }
+    }
+}
+
+fn read_sizes(section: &Section<'_>, data: Option<&Shape>) -> DitConfig {
     {
-        let input_size: usize = section.integer("input_size", 1..=4096).or(8);
+        let Pictured {
+            input_size,
+            channels,
+            classes,
+        } = Pictured::read(section, data);
         let patch_size = section.integer("patch_size", 1..=4096).or_checked(
             2,
             |patch| input_size.is_multiple_of(*patch),
             &format!("must divide `input_size`, which is {input_size}"),
         );
-        let channels = section.integer("channels", 1..=1024).or(1);
         let heads: usize = section.integer("heads", 1..=1024).or(4);
         let width = section.integer("width", 1..=65_536).or_checked(
             64,
@@ -163,7 +195,7 @@ fn read_sizes(section: &Section<'_>) -> DitConfig {
             depth: section.integer("depth", 1..=1024).or(12),
             heads,
             mlp_ratio: section.float("mlp_ratio", positive(64.0)).or(4.0),
-            classes: section.integer("classes", 1..=1_000_000).or(10),
+            classes,
             learn_sigma: section.boolean("learn_sigma").or(true),
         }
     }
@@ -215,8 +247,13 @@ mod tests {
             assert_eq!(architecture(&format!("preset = {preset:?}")), expected);
         }
         assert_eq!(
-            architecture("family = 'digits-classifier', width = 32"),
-            Architecture::DigitsClassifier { width: 32 }
+            architecture("family = 'classifier', width = 32"),
+            Architecture::Classifier(ClassifierConfig {
+                width: 32,
+                channels: 1,
+                input_size: 8,
+                classes: 10
+            })
         );
     }
 
@@ -243,8 +280,8 @@ mod tests {
             ["`width` is not used by a preset"]
         );
         assert_eq!(
-            wrong("family = 'digits-classifier', depth = 2"),
-            ["`depth` is not used by family \"digits-classifier\""]
+            wrong("family = 'classifier', depth = 2"),
+            ["`depth` is not used by family \"classifier\""]
         );
         assert_eq!(
             wrong("width = 8"),

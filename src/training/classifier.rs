@@ -1,4 +1,4 @@
-//! Training of the digit classifier.
+//! Training of a classifier.
 
 use burn::module::Module;
 use burn::optim::GradientsParams;
@@ -8,17 +8,17 @@ use burn::train::{InferenceStep, TrainOutput, TrainStep};
 
 use super::{Scalars, StepReport};
 use crate::data::Batch;
-use crate::models::DigitsClassifier;
+use crate::models::Classifier;
 use crate::ops::TrainingBackend;
 
-/// Standard deviation of the noise added to training images; generated digits are not as clean as scanned ones.
+/// Standard deviation of the noise added to training images; generated pictures are not as clean as real ones.
 const NOISE: f64 = 0.2;
 
 /// A classifier in training.
 #[derive(Module, Debug)]
 pub struct ClassifierTrainee<B: Backend> {
     /// The classifier.
-    pub classifier: DigitsClassifier<B>,
+    pub classifier: Classifier<B>,
 }
 
 impl<B: TrainingBackend> TrainStep for ClassifierTrainee<B> {

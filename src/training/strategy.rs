@@ -75,7 +75,7 @@ impl Plan {
     pub fn describe(&mut self, architecture: Architecture, provenance: Provenance) {
         let process = match architecture {
             Architecture::Dit(_) => Some(ProcessKind::Gaussian),
-            Architecture::DigitsClassifier(_) => None,
+            Architecture::Classifier(_) => None,
         };
         self.description = Some(Description {
             architecture,

@@ -17,7 +17,7 @@ use super::safetensors::{open, write_safetensors};
 use super::state::encode;
 use super::tensors::{Bytes, Tensors};
 use super::{WeightFile, WeightsError, assign, collect};
-use crate::models::{Architecture, DigitsClassifier, DitConfig, Network, zoo};
+use crate::models::{Architecture, Classifier, ClassifierConfig, DitConfig, Network, zoo};
 use crate::process::ProcessKind;
 
 /// Metadata keys of our files.
@@ -64,6 +64,12 @@ pub struct Provenance {
     /// Groups `[N, M]` the kept layers were chosen in.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub groups: Option<Vec<[usize; 2]>>,
+    /// The data it learned from, as its recipe names them.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub data: String,
+    /// Names of the classes, where the data have any; a label is a place in this list.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub class_names: Vec<String>,
     /// A sentence a person should read.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub note: String,
@@ -171,7 +177,7 @@ impl Checkpoint {
     ) -> Self {
         let process = match &architecture {
             Architecture::Dit(_) => Some(ProcessKind::Gaussian),
-            Architecture::DigitsClassifier(_) => None,
+            Architecture::Classifier(_) => None,
         };
         Self {
             architecture,
@@ -260,7 +266,7 @@ impl Checkpoint {
             check(config, path)?;
             tensors = from_diffusers(tensors, config, path)?;
         }
-        if !matches!(known, Some(Architecture::DigitsClassifier(_))) {
+        if !matches!(known, Some(Architecture::Classifier(_))) {
             let heads = Heads {
                 known: match &known {
                     Some(Architecture::Dit(config)) => Some(config.heads),
@@ -306,7 +312,7 @@ impl Checkpoint {
     pub fn of_process(self, process: Option<ProcessKind>) -> Self {
         let process = match &self.architecture {
             Architecture::Dit(_) => process,
-            Architecture::DigitsClassifier(_) => None,
+            Architecture::Classifier(_) => None,
         };
         Self { process, ..self }
     }
@@ -382,27 +388,38 @@ impl Checkpoint {
         )
     }
 
-    /// Builds the digit classifier.
+    /// The configuration, if this is a classifier.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub fn classifier_config(&self) -> Result<&ClassifierConfig, WeightsError> {
+        match &self.architecture {
+            Architecture::Classifier(config) => Ok(config),
+            other => Err(self.wrong("a classifier", other)),
+        }
+    }
+
+    /// Builds the classifier.
     ///
     /// # Errors
     /// As [`network`](Self::network).
-    pub fn digits_classifier<B: Backend>(
+    pub fn classifier<B: Backend>(
         &self,
         device: &B::Device,
-    ) -> Result<DigitsClassifier<B>, WeightsError> {
-        match &self.architecture {
-            Architecture::DigitsClassifier(config)
-                if (4..=4096).contains(&config.width) && config.width % 4 == 0 =>
-            {
-                assign(
-                    DigitsClassifier::zeros(config, device),
-                    &self.tensors,
-                    &self.path,
-                    &self.architecture.to_string(),
-                )
-            }
-            other => Err(self.wrong("a digit classifier whose width is a multiple of 4", other)),
+    ) -> Result<Classifier<B>, WeightsError> {
+        let config = self.classifier_config()?;
+        if let Some(why) = config.problem() {
+            return Err(WeightsError::Model {
+                path: self.path.clone(),
+                problem: format!("the architecture it describes can't be built: {why}"),
+            });
         }
+        assign(
+            Classifier::zeros(config, device),
+            &self.tensors,
+            &self.path,
+            &config.to_string(),
+        )
     }
 
     fn wrong(&self, expected: &str, found: &Architecture) -> WeightsError {

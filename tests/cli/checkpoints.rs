@@ -39,7 +39,7 @@ fn a_training_is_a_model_at_every_checkpoint() {
     let training = "steps = 5\nbatch = 4\ncheckpoint_every = 2\nkeep_last = 9\n";
     let stages = [
         "kind = 'train'\nname = 'dit'\narchitecture = { family = 'dit', depth = 2, width = 16, heads = 2 }\n",
-        "kind = 'train'\nname = 'features'\narchitecture = { family = 'digits-classifier', width = 8 }\n",
+        "kind = 'train'\nname = 'features'\narchitecture = { family = 'classifier', width = 8 }\n",
         "kind = 'recover'\nfrom = 'dit'\nmethod = 'fine-tune'\n",
         "kind = 'prune'\nname = 'lora'\nfrom = 'dit'\ngroups = '1:2'\n",
         "kind = 'prune'\nname = 'full'\nfrom = 'dit'\ngroups = '1:2'\nupdate = 'full'\n",
@@ -97,7 +97,8 @@ fn a_training_is_a_model_at_every_checkpoint() {
     );
 
     let features = inspect(&place, &[&at("02-features", 4)]);
-    assert!(features.contains("digit classifier, width 8"), "{features}");
+    let words = "classifier of 1x8x8, 10 classes, width 8";
+    assert!(features.contains(words), "{features}");
     assert!(!features.contains("process"), "{features}");
     for stage in ["03-recover", "05-full"] {
         let inspected = inspect(&place, &[&at(stage, 4)]);

@@ -54,7 +54,7 @@ fn inspect_tells_what_a_checkpoint_holds() {
         .succeeded()
         .stdout;
     let value: serde_json::Value = serde_json::from_str(&json).unwrap();
-    assert_eq!(value["architecture"]["family"], "digits-classifier");
+    assert_eq!(value["architecture"]["family"], "classifier");
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn data_of_ones_own_are_not_measured_against_the_digits() {
         let refused = place.run(&arguments);
         assert_eq!(refused.status, Some(2));
         for part in [
-            "embedded digits",
+            "held-out pictures",
             "my/latents",
             "`reference`",
             "`inception`",
@@ -271,12 +271,7 @@ fn a_model_of_other_pictures_is_told_what_to_be_measured_against() {
         .unwrap();
     let refused = place.run(&["evaluate", "own.safetensors"]);
     assert_eq!(refused.status, Some(2));
-    for part in [
-        "draws 3x32x32",
-        "`reference`",
-        "`inception`",
-        "tinyfusion evaluate SAMPLES",
-    ] {
+    for part in ["draws 3x32x32", "`reference`", "`inception`", "--data"] {
         assert!(refused.stderr.contains(part), "{}", refused.stderr);
     }
 }
@@ -413,6 +408,12 @@ fn the_recipes_of_the_readme_can_be_planned() {
         .filter_map(|rest| rest.split("```").next())
         .collect();
     assert!(blocks.len() >= 2 && blocks[0].contains("mine.toml"));
+    // The folder of pictures that one of them is about.
+    for class in ["rose", "tulip"] {
+        for index in 0..60 {
+            place.write(&format!("flowers/{class}/{index}.png"), "");
+        }
+    }
     for block in blocks {
         place.write("mine.toml", block);
         let plan = place.run(&["recipe", "mine.toml", "--dry-run"]).succeeded();

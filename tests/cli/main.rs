@@ -6,6 +6,7 @@
 mod broken;
 mod checkpoints;
 mod commands;
+mod own_pictures;
 mod paper;
 mod program;
 mod resume;

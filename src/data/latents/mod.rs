@@ -33,7 +33,7 @@
 //! |---|---|
 //! | 0..8 | `TFLATENT` |
 //! | 8..12 | `u32`, version: 1 |
-//! | 12..16 | `u32`, bytes of a number: 2 (`f16`) or 4 (`f32`) |
+//! | 12..16 | `u32`, bytes of a number: 1 (`u8`), 2 (`f16`) or 4 (`f32`) |
 //! | 16..20 | `u32`, views: 1 (image) or 2 (image, mirror image) |
 //! | 20..24 | `u32`, channels |
 //! | 24..28 | `u32`, side |
@@ -48,6 +48,9 @@
 //!
 //! A record is the latents `[views, channels, side, side]`, the label as `u32`, and zeros up to a multiple of 64
 //! bytes. So records and latents lie on the borders of cache lines.
+//!
+//! Pictures that are learned in pixel space are packed in the same form, as `u8`: a byte `b` is the number
+//! `b / 127.5 - 1`.
 //!
 //! CRC-32, because it must find damage by disk and wire, not by malice; processors compute it at several gigabytes a
 //! second, and `crc32fast`, which does so, is built for `zip` in any case.
@@ -68,7 +71,8 @@ pub use packed::{Dtype, Layout, RECORDS_PER_SHARD};
 pub use writer::ShardWriter;
 
 use npy::{FEATURES, LABELS, NpyFolders};
-use packed::{INDEX, Packed, shard_name};
+pub(super) use packed::INDEX;
+use packed::{Packed, shard_name};
 
 /// Latents of either form, opened for reading.
 pub struct Latents(Form);
@@ -113,6 +117,17 @@ impl Latents {
         let expected =
             format!("a folder with {INDEX}, or with the folders {FEATURES} and {LABELS}");
         Err(DataError::unexpected(path, expected, found))
+    }
+
+    /// Whether a folder has the files or folders that [`open`](Self::open) looks for.
+    pub fn is_at(path: &Path) -> bool {
+        let named = path
+            .to_str()
+            .is_some_and(|name| name.ends_with("_features"));
+        named
+            || path.join(INDEX).exists()
+            || path.join(FEATURES).exists()
+            || path.join(shard_name(0)).exists()
     }
 
     /// Number of samples, at least 1.

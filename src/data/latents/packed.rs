@@ -7,10 +7,10 @@ use half::f16;
 use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 
-use crate::data::DataError;
+use crate::data::{DataError, level};
 
 /// The file that says what the shards hold.
-pub(super) const INDEX: &str = "latents.json";
+pub(in crate::data) const INDEX: &str = "latents.json";
 pub(super) const FORMAT: &str = "tinyfusion latents";
 pub(super) const VERSION: u32 = 1;
 const MAGIC: &[u8; 8] = b"TFLATENT";
@@ -33,11 +33,14 @@ pub enum Dtype {
     F16,
     /// What the autoencoder made, to the last bit.
     F32,
+    /// The bytes of pictures: `b` stands for `b / 127.5 - 1`.
+    U8,
 }
 
 impl Dtype {
     pub(super) fn bytes(self) -> usize {
         match self {
+            Self::U8 => 1,
             Self::F16 => 2,
             Self::F32 => 4,
         }
@@ -390,6 +393,7 @@ impl Packed {
                 out.resize(start + layout.values(), 0.0);
                 widen(latent.as_chunks().0, &mut out[start..]);
             }
+            Dtype::U8 => out.extend(latent.iter().copied().map(level)),
         }
         self.label_of(record, shard)
     }

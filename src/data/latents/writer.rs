@@ -93,7 +93,7 @@ impl ShardWriter {
     /// written before the next record is added.
     ///
     /// # Errors
-    /// [`DataError::Sample`] when there are more or fewer numbers, one is not finite or too large for `f16`, or the
+    /// [`DataError::Sample`] when there are more or fewer numbers, one is not finite or too large for the layout's type, or the
     /// label is no class; [`DataError::Io`] when the full shard can't be written. The record is then not added.
     pub fn push(&mut self, latents: &[f32], label: usize) -> Result<(), DataError> {
         let Layout {
@@ -116,6 +116,7 @@ impl ShardWriter {
         let most = match dtype {
             Dtype::F16 => f16::MAX.to_f32(),
             Dtype::F32 => f32::MAX,
+            Dtype::U8 => 1.0,
         };
         let unfit = |value: &&f32| value.is_nan() || value.abs() > most;
         if let Some(value) = latents.iter().find(unfit) {
@@ -136,6 +137,8 @@ impl ShardWriter {
                     .gathered
                     .extend_from_slice(&f16::from_f32(*value).to_le_bytes()),
                 Dtype::F32 => self.gathered.extend_from_slice(&value.to_le_bytes()),
+                // Rounded, so that a byte's value becomes the byte.
+                Dtype::U8 => self.gathered.push(((value + 1.0) * 127.5).round() as u8),
             }
         }
         // Below `classes`, which is checked to be a `u32`.

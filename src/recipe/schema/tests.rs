@@ -122,7 +122,7 @@ fn quickstart_reads_with_its_defaults() {
     );
     assert_eq!(
         evaluate.against,
-        Against::Digits {
+        Against::HeldOut {
             features: Source::Embedded(EmbeddedName::DigitsFeatures)
         }
     );
@@ -135,7 +135,7 @@ fn a_resolved_recipe_is_a_recipe_that_says_the_same() {
         + QUICKSTART
         + "[[stage]]\nkind = 'train'\nsteps = 9\narchitecture = { family = 'dit' }\n\
            [[stage]]\nkind = 'train'\nname = 'features'\nsteps = 9\n\
-           architecture = { family = 'digits-classifier' }\n\
+           architecture = { family = 'classifier' }\n\
            [[stage]]\nkind = 'train'\nname = 'xl'\nsteps = 9\n\
            architecture = { preset = 'DiT-XL/2' }\n\
            [[stage]]\nkind = 'train'\nname = 'more'\nfrom = 'train'\nsteps = 9\n\

@@ -1,0 +1,240 @@
+//! The classifier of small pictures: its penultimate features measure FID, precision and recall of models of such
+//! pictures, its logits the Inception Score and whether a sample shows the class that was asked for.
+
+use burn::module::Module;
+use burn::tensor::{Tensor, activation, backend::Backend};
+use serde::{Deserialize, Serialize};
+
+use crate::ops::{Convolution, FusedOps, Linear, Window};
+
+/// Sides are halved until they are at most this.
+const LAST_SIDE: usize = 7;
+
+/// Sizes of a [`Classifier`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClassifierConfig {
+    /// Width of the penultimate features; the convolutions have a quarter and a half of it.
+    pub width: usize,
+    /// Channels of a picture.
+    #[serde(default = "one")]
+    pub channels: usize,
+    /// Side of a picture.
+    #[serde(default = "eight")]
+    pub input_size: usize,
+    /// Number of classes.
+    #[serde(default = "ten")]
+    pub classes: usize,
+}
+
+// Files of the time when all classifiers were of digits say their width alone.
+fn one() -> usize {
+    1
+}
+fn eight() -> usize {
+    8
+}
+fn ten() -> usize {
+    10
+}
+
+impl ClassifierConfig {
+    /// Sides after each convolution but the first.
+    fn sides(&self) -> Vec<usize> {
+        let mut sides = vec![self.input_size.div_ceil(2)];
+        while let Some(&side) = sides.last()
+            && side > LAST_SIDE
+        {
+            sides.push(side.div_ceil(2));
+        }
+        sides
+    }
+
+    /// What is wrong with the sizes, if anything is.
+    pub fn problem(&self) -> Option<String> {
+        let Self {
+            width,
+            channels,
+            input_size: size,
+            classes,
+        } = *self;
+        if width == 0 || !width.is_multiple_of(4) {
+            Some(format!("a width of {width} is no multiple of 4"))
+        } else if channels == 0 || size == 0 {
+            Some(format!("it reads pictures of {channels}x{size}x{size}"))
+        } else if classes < 2 {
+            Some(format!(
+                "{classes} {} to tell apart; without classes, pictures are measured with `inception`",
+                if classes == 1 {
+                    "class is nothing"
+                } else {
+                    "classes are nothing"
+                }
+            ))
+        } else if width > 4096 || channels > 1 << 10 || size > 1 << 12 || classes > 1 << 20 {
+            Some(format!("it is too large: {self:?}"))
+        } else {
+            None
+        }
+    }
+
+    /// Numbers that the layers make of one picture.
+    pub fn activations(&self) -> usize {
+        let sides = self
+            .sides()
+            .into_iter()
+            .map(|side| self.width / 2 * side * side);
+        self.width / 4 * self.input_size.pow(2) + sides.sum::<usize>() + self.width + self.classes
+    }
+
+    /// Multiply-accumulates of one picture.
+    pub fn macs(&self) -> usize {
+        let (first, width) = (self.width / 4, self.width / 2);
+        let sides = self.sides();
+        let last = sides.last().map_or(0, |side| side * side);
+        let mut macs = 9 * self.channels * first * self.input_size.pow(2);
+        let mut from = first;
+        for side in &sides {
+            macs += 9 * from * width * side * side;
+            from = width;
+        }
+        macs + last * width * self.width + self.width * self.classes
+    }
+}
+
+impl std::fmt::Display for ClassifierConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            width,
+            channels,
+            input_size: size,
+            classes,
+        } = self;
+        write!(
+            f,
+            "classifier of {channels}x{size}x{size}, {classes} classes, width {width}"
+        )
+    }
+}
+
+/// A small convolutional classifier of `[batch, channels, size, size]` pictures in [−1, 1].
+#[derive(Module, Debug)]
+pub struct Classifier<B: Backend> {
+    conv1: Convolution<B>,
+    conv2: Convolution<B>,
+    /// As many more as it takes to make the side small.
+    conv_more: Vec<Convolution<B>>,
+    features: Linear<B>,
+    head: Linear<B>,
+}
+
+/// What a classifier says of a batch.
+#[derive(Debug)]
+pub struct Reading<B: Backend> {
+    /// Penultimate features, `[batch, width]`.
+    pub features: Tensor<B, 2>,
+    /// `[batch, classes]`
+    pub logits: Tensor<B, 2>,
+}
+
+impl<B: Backend> Classifier<B> {
+    /// A classifier of zeros.
+    pub fn zeros(config: &ClassifierConfig, device: &B::Device) -> Self {
+        let (first, width) = (config.width / 4, config.width / 2);
+        let window = Window::padded([1; 2]);
+        let halving = |from| Convolution::zeros(from, width, [3; 2], window.every(2), device);
+        let sides = config.sides();
+        let area = sides.last().map_or(0, |side| side * side);
+        Self {
+            conv1: Convolution::zeros(config.channels, first, [3; 2], window, device),
+            conv2: halving(first),
+            conv_more: sides[1..].iter().map(|_| halving(width)).collect(),
+            features: Linear::zeros(width * area, config.width, device),
+            head: Linear::zeros(config.width, config.classes, device),
+        }
+    }
+}
+
+impl<B: FusedOps> Classifier<B> {
+    /// Reads a batch of pictures.
+    pub fn forward(&self, x: Tensor<B, 4>) -> Reading<B> {
+        let mut x = activation::relu(self.conv1.forward(x)); // [batch, width/4, size, size]
+        for conv in std::iter::once(&self.conv2).chain(&self.conv_more) {
+            x = activation::relu(conv.forward(x)); // [batch, width/2, half the side, half the side]
+        }
+        let features = activation::relu(self.features.forward(x.flatten::<2>(1, 3))); // [batch, width]
+        let logits = self.head.forward(features.clone());
+        Reading { features, logits }
+    }
+}
+
+#[cfg(all(test, feature = "ndarray"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_side_is_halved_until_it_is_small() {
+        type B = burn_ndarray::NdArray;
+        for (size, sides) in [
+            (1, vec![1]),
+            (8, vec![4]),
+            (28, vec![14, 7]),
+            (32, vec![16, 8, 4]),
+            (33, vec![17, 9, 5]),
+        ] {
+            let config = ClassifierConfig {
+                width: 8,
+                channels: 3,
+                input_size: size,
+                classes: 5,
+            };
+            assert_eq!(config.sides(), sides);
+            assert_eq!(config.problem(), None);
+            let classifier = Classifier::<B>::zeros(&config, &Default::default());
+            let x = Tensor::zeros([2, 3, size, size], &Default::default());
+            let Reading { features, logits } = classifier.forward(x);
+            assert_eq!((features.dims(), logits.dims()), ([2, 8], [2, 5]));
+        }
+    }
+
+    #[test]
+    fn a_file_that_says_its_width_alone_is_a_digit_classifiers() {
+        let config: ClassifierConfig = serde_json::from_str(r#"{"width": 64}"#).unwrap();
+        assert_eq!(
+            (config.channels, config.input_size, config.classes),
+            (1, 8, 10)
+        );
+        for (config, words) in [
+            (
+                ClassifierConfig {
+                    width: 6,
+                    ..config.clone()
+                },
+                "multiple of 4",
+            ),
+            (
+                ClassifierConfig {
+                    classes: 1,
+                    ..config.clone()
+                },
+                "1 class is nothing",
+            ),
+            (
+                ClassifierConfig {
+                    input_size: 0,
+                    ..config.clone()
+                },
+                "1x0x0",
+            ),
+            (
+                ClassifierConfig {
+                    input_size: 1 << 13,
+                    ..config
+                },
+                "too large",
+            ),
+        ] {
+            let problem = config.problem().unwrap();
+            assert!(problem.contains(words), "{problem}");
+        }
+    }
+}

@@ -1,0 +1,422 @@
+//! What a recipe learns from: the key `data`.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::{Serialize, Serializer};
+
+use super::diagnostic::{Diagnostic, Diagnostics};
+use super::document::{Document, Node, Value};
+use super::reader::{Section, Sink};
+use super::source::EmbeddedName;
+use crate::data::{
+    DataError, Fit, HeldOut, IdxPictures, ImageFolder, Latents, Rule, Split, digits, fashion,
+    with_cause,
+};
+
+/// A data set.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Data {
+    /// The embedded 8x8 handwritten digits.
+    Digits,
+    /// Fashion-MNIST, or the part of it that needs no files to train on.
+    Fashion(Fashion),
+    /// A folder of files in the format of MNIST.
+    Idx(Idx),
+    /// A folder of pictures.
+    Pictures(Pictures),
+    /// Latents that an `extract` stage makes, by its name.
+    Stage(String),
+    /// A folder of latents, in this project's shards or the reference's `.npy` files.
+    Latents(PathBuf),
+}
+
+/// `"fashion"`, `"fashion-10k"` or `{ set = "fashion", folder = "F", flips = true }`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Fashion {
+    /// Which pictures.
+    pub set: FashionSet,
+    /// Where the files are, if not where they are looked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub folder: Option<PathBuf>,
+    /// Whether each training picture is mirrored half of the time.
+    pub flips: bool,
+}
+
+/// Pictures of Fashion-MNIST to train on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum FashionSet {
+    /// All 60,000 of its files.
+    #[serde(rename = "fashion")]
+    Whole,
+    /// The 10,000 that are part of the program; the test part is that of the files.
+    #[serde(rename = "fashion-10k")]
+    Embedded,
+}
+
+impl FashionSet {
+    const NAMES: [(&str, Self); 2] = [("fashion", Self::Whole), ("fashion-10k", Self::Embedded)];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Whole => "fashion",
+            Self::Embedded => "fashion-10k",
+        }
+    }
+}
+
+/// `{ idx = "folder" }`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Idx {
+    /// The folder.
+    pub idx: PathBuf,
+    /// Whether each training picture is mirrored half of the time.
+    pub flips: bool,
+}
+
+/// `{ images = "folder", size = 32 }`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Pictures {
+    /// A folder with a folder of pictures for each class, or a flat one, which is one class.
+    pub images: PathBuf,
+    /// Size, channels, and how a picture is brought to them.
+    #[serde(flatten)]
+    pub rule: Rule,
+    /// Whether each training picture is mirrored half of the time.
+    pub flips: bool,
+    /// The pictures that models are measured against.
+    #[serde(flatten, serialize_with = "held_out")]
+    pub held_out: HeldOut,
+    /// Folder that keeps the decoded pictures for other runs; by default they lie in the run directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
+}
+
+fn held_out<S: Serializer>(held_out: &HeldOut, serializer: S) -> Result<S::Ok, S::Error> {
+    let (key, value) = match held_out {
+        HeldOut::Share(share) => ("held_out", serde_json::json!(share)),
+        HeldOut::Folder(folder) => ("test", serde_json::json!(folder)),
+    };
+    serializer.collect_map([(key, value)])
+}
+
+/// What every sample of a data set is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shape {
+    /// Channels.
+    pub channels: usize,
+    /// Side, in pixels.
+    pub side: usize,
+    /// Number of classes.
+    pub classes: usize,
+    /// Names of the classes; none where they are not known.
+    pub class_names: Vec<String>,
+    /// The embedded classifier of such pictures.
+    pub features: Option<EmbeddedName>,
+}
+
+/// The share of a folder's pictures that is held out where the recipe does not say.
+const HELD_OUT: f64 = 0.1;
+
+const NAMES: [&str; 3] = ["digits", "fashion", "fashion-10k"];
+
+impl fmt::Display for Data {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Digits => f.write_str("digits"),
+            Self::Fashion(fashion) => f.write_str(fashion.set.name()),
+            Self::Stage(name) => f.write_str(name),
+            Self::Latents(path) => path.display().fmt(f),
+            Self::Idx(Idx { idx, .. }) => idx.display().fmt(f),
+            Self::Pictures(pictures) => pictures.images.display().fmt(f),
+        }
+    }
+}
+
+impl Serialize for Data {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Fashion(fashion) if fashion.folder.is_some() || fashion.flips => {
+                fashion.serialize(serializer)
+            }
+            Self::Idx(idx) => idx.serialize(serializer),
+            Self::Pictures(pictures) => pictures.serialize(serializer),
+            _ => serializer.collect_str(self),
+        }
+    }
+}
+
+impl Data {
+    /// Reads what a command line states: a name, a folder of latents, or a table as a recipe has it.
+    ///
+    /// # Errors
+    /// Every mistake in it.
+    pub fn from_argument(text: &str) -> Result<Self, Diagnostics> {
+        let mut document = Document::parse(Path::new("--data"), "")?;
+        document.set_by(&format!("--data {text}"), &format!("data={text}"));
+        let sink = Sink::new(document.refused().to_vec());
+        let data = match Section::new("--data".to_owned(), document.root(), &sink) {
+            Ok(section) => Self::read(&section, &[]),
+            Err(fault) => {
+                sink.push(fault);
+                None
+            }
+        };
+        let faults = sink.into_faults();
+        match data {
+            Some(data) if faults.is_empty() => Ok(data),
+            _ => Err(document.diagnostics(faults)),
+        }
+    }
+
+    /// What a model says it learned from.
+    pub(crate) fn said(&self) -> String {
+        match self {
+            Self::Digits | Self::Fashion(_) => self.to_string(),
+            Self::Idx(_) => format!("files of MNIST's format in {self}"),
+            Self::Pictures(_) => format!("pictures in {self}"),
+            Self::Stage(_) | Self::Latents(_) => format!("latents in {self}"),
+        }
+    }
+
+    /// The data set that a model says it learned from, where it is one with a name.
+    pub(crate) fn of_model(said: &str) -> Option<Self> {
+        if said == "digits" {
+            return Some(Self::Digits);
+        }
+        let known = FashionSet::NAMES.iter().find(|(name, _)| *name == said);
+        known.map(|(_, set)| {
+            Self::Fashion(Fashion {
+                set: *set,
+                folder: None,
+                flips: false,
+            })
+        })
+    }
+
+    /// Reads the key, given the names of the stages that extract latents; the digits where it is missing.
+    pub(super) fn read(section: &Section<'_>, extracts: &[String]) -> Option<Self> {
+        match section.table().get("data").map(|entry| &entry.node.value) {
+            Some(Value::Table(_)) => section.section("data").optional().and_then(Self::table),
+            _ => Some(
+                section
+                    .value("data", |node| Self::string(node, extracts))
+                    .or(Self::Digits),
+            ),
+        }
+    }
+
+    fn string(node: &Node, extracts: &[String]) -> Result<Self, Diagnostic> {
+        let text = match &node.value {
+            Value::String(text) => text,
+            _ => return Err(node.mismatch("a string or a table")),
+        };
+        if let Some(named) = Self::of_model(text) {
+            return Ok(named);
+        }
+        if extracts.iter().any(|name| name == text) {
+            return Ok(Self::Stage(text.to_owned()));
+        }
+        let path = PathBuf::from(text);
+        if path.is_dir() && !Latents::is_at(&path) && ImageFolder::open(&path).is_ok() {
+            return Err(node.fault(format!(
+                "{text:?} is a folder of pictures; to learn them in pixel space write \
+                 {{ images = {text:?}, size = 32, channels = 3 }}, or make latents of them by a stage of kind \"extract\""
+            )));
+        }
+        // A bare word that is no folder is a mistyped name.
+        if path.components().count() > 1 || path.is_dir() {
+            return Ok(Self::Latents(path));
+        }
+        let message = format!(
+            "{text:?} is not one of {}, a stage that extracts latents, or the path of a folder of latents",
+            NAMES.map(|name| format!("{name:?}")).join(", ")
+        );
+        let names = extracts.iter().map(String::as_str);
+        Err(node.fault(message).suggesting(text, names.chain(NAMES)))
+    }
+
+    fn table(section: Section<'_>) -> Option<Self> {
+        const KINDS: [&str; 3] = ["images", "idx", "set"];
+        const OTHERS: [&str; 9] = [
+            "size", "channels", "fit", "fill", "flips", "held_out", "test", "cache", "folder",
+        ];
+        let given: Vec<&str> = (KINDS.into_iter())
+            .filter(|kind| section.table().contains_key(*kind))
+            .collect();
+        let data = match given[..] {
+            ["images"] => {
+                let pictures = Pictures::read(&section).map(Self::Pictures);
+                section.refuse(&OTHERS, "a folder of pictures");
+                pictures
+            }
+            ["idx"] => {
+                // Read at once: the models' sizes are those of the pictures.
+                let readable = |node: &Node| {
+                    let path = folder(node)?;
+                    let read = IdxPictures::open(&path, Split::Train);
+                    read.map(|_| path)
+                        .map_err(|error| node.fault(with_cause(&error)))
+                };
+                let idx = section.value("idx", readable).optional();
+                let flips = section.boolean("flips").or(false);
+                section.refuse(&OTHERS, "files in the format of MNIST");
+                idx.map(|idx| Self::Idx(Idx { idx, flips }))
+            }
+            ["set"] => {
+                let set = section.choice("set", &FashionSet::NAMES).optional();
+                let folder = section.value("folder", folder).optional();
+                let flips = section.boolean("flips").or(false);
+                section.refuse(&OTHERS, "Fashion-MNIST");
+                set.map(|set| Self::Fashion(Fashion { set, folder, flips }))
+            }
+            _ => {
+                section.accept(&KINDS);
+                section.accept(&OTHERS);
+                let found = match given.len() {
+                    0 => "none".to_owned(),
+                    _ => given.join(" and "),
+                };
+                section.fault(format!(
+                    "`data` needs one of `images` (a folder of pictures), `idx` (a folder of files in the format of \
+                     MNIST) and `set` (\"fashion\" or \"fashion-10k\"), found {found}"
+                ));
+                None
+            }
+        };
+        section.finish();
+        data
+    }
+
+    /// What its samples are, as far as it can be known without reading many files; None of latents, of which a folder
+    /// is asked when they are there, and of what is not there.
+    pub fn shape_at_once(&self) -> Option<Shape> {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        match self {
+            Self::Digits => Some(Shape {
+                channels: 1,
+                side: digits::SIDE,
+                classes: digits::CLASSES,
+                class_names: (0..digits::CLASSES)
+                    .map(|digit| digit.to_string())
+                    .collect(),
+                features: Some(EmbeddedName::DigitsFeatures),
+            }),
+            Self::Fashion(_) => Some(Shape {
+                channels: 1,
+                side: fashion::SIDE,
+                classes: fashion::CLASS_NAMES.len(),
+                class_names: names(&fashion::CLASS_NAMES),
+                features: Some(EmbeddedName::FashionFeatures),
+            }),
+            Self::Idx(Idx { idx, .. }) => {
+                let pictures = IdxPictures::open(idx, Split::Train).ok()?;
+                Some(Shape {
+                    channels: 1,
+                    side: pictures.side(),
+                    classes: pictures.classes(),
+                    class_names: Vec::new(),
+                    features: None,
+                })
+            }
+            Self::Pictures(Pictures { images, rule, .. }) => {
+                let class_names = ImageFolder::list_classes(images).ok()?;
+                Some(Shape {
+                    channels: rule.channels,
+                    side: rule.size,
+                    classes: class_names.len(),
+                    class_names,
+                    features: None,
+                })
+            }
+            Self::Stage(_) | Self::Latents(_) => None,
+        }
+    }
+
+    /// Whether there are pictures that models can be measured against without naming them.
+    pub fn has_held_out(&self) -> bool {
+        !matches!(self, Self::Stage(_) | Self::Latents(_))
+    }
+}
+
+impl Fashion {
+    /// Whether a part is read from the files.
+    pub(super) fn needs_files(&self, split: Split) -> bool {
+        self.set == FashionSet::Whole || split == Split::Test
+    }
+
+    /// Where the files lie.
+    ///
+    /// # Errors
+    /// When they lie nowhere.
+    pub(super) fn files(&self) -> Result<PathBuf, DataError> {
+        let found = self.folder.clone().or_else(fashion::folder);
+        found.ok_or_else(|| {
+            DataError::unexpected(
+                Path::new(fashion::FOLDERS[0]),
+                fashion::HOW_TO_GET,
+                format!("them neither there nor in {}", fashion::FOLDERS[1]),
+            )
+        })
+    }
+}
+
+impl Pictures {
+    fn read(section: &Section<'_>) -> Option<Self> {
+        let listed = |node: &Node| {
+            let path = folder(node)?;
+            let classes = ImageFolder::list_classes(&path);
+            classes
+                .map(|_| path)
+                .map_err(|error| node.fault(with_cause(&error)))
+        };
+        let images = section.value("images", listed).optional();
+        let size = section.integer("size", 1..=4096).required();
+        let channels = section
+            .integer("channels", 1..=3)
+            .check(|channels| *channels != 2, "must be 1 (grey) or 3")
+            .or(3);
+        let fit = section.choice("fit", &[("crop", false), ("pad", true)]);
+        let fit = if fit.or(false) {
+            let fill = section.integer("fill", 0..=255).or(0);
+            Fit::Pad { fill }
+        } else {
+            section.refuse(&["fill"], "fit \"crop\"");
+            Fit::Crop
+        };
+        let flips = section.boolean("flips").or(false);
+        let test = section.value("test", folder);
+        let held_out = if test.is_absent() {
+            let share = section.float("held_out", 0.0..=0.9).or(HELD_OUT);
+            Some(HeldOut::Share(share))
+        } else {
+            section.refuse(&["held_out"], "a folder of test pictures, `test`");
+            test.optional().map(HeldOut::Folder)
+        };
+        let cache = section
+            .string("cache")
+            .check(|path| !path.is_empty(), "must name a folder");
+        let cache = cache.optional().map(PathBuf::from);
+        Some(Self {
+            images: images?,
+            rule: Rule {
+                size: size?,
+                channels,
+                fit,
+            },
+            flips,
+            held_out: held_out?,
+            cache,
+        })
+    }
+}
+
+/// A folder that must be there.
+fn folder(node: &Node) -> Result<PathBuf, Diagnostic> {
+    let text = node.string()?;
+    let path = PathBuf::from(text);
+    match path.is_dir() {
+        true => Ok(path),
+        false => Err(node.fault(format!("folder not found: {text:?}"))),
+    }
+}

@@ -41,6 +41,16 @@ pub fn write_atomic(
     file.commit()
 }
 
+/// Opens a file that only its lock is needed of; what it holds, or what a link of that name leads to, stays as it is.
+///
+/// # Errors
+///
+/// The error of the file system.
+pub fn lock_file(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).open(path)
+}
+
 /// A file that is being written, under a temporary name until [`commit`](Self::commit) gives it its own.
 ///
 /// Dropped before that, it is removed, and what was at its path is left as it was.
@@ -165,6 +175,16 @@ mod tests {
             .collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn a_lock_leaves_what_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("precious");
+        fs::write(&path, "all my work").unwrap();
+        lock_file(&path).unwrap().try_lock().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "all my work");
+        lock_file(&folder.path().join("new.lock")).unwrap();
     }
 
     #[test]

@@ -5,7 +5,7 @@ mod evaluate;
 mod extract;
 mod weights;
 
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -254,12 +254,19 @@ pub fn main() -> ExitCode {
         Command::Standin { folder } => crate::standin::make(&folder),
         Command::Bench(arguments) => benchmark(&arguments),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "tinyfusion", &mut io::stdout());
+            // Into memory first: the generator panics where it can't write.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "tinyfusion", &mut script);
+            crate::terminal::told(io::stdout().write_all(&script));
             Ok(())
         }
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) if crate::terminal::all_told() => ExitCode::SUCCESS,
+        Ok(()) => {
+            crate::say!("error: standard output can't be written");
+            ExitCode::from(2)
+        }
         Err(RecipeError::Interrupted) => {
             crate::say!("{}", RecipeError::Interrupted);
             ExitCode::from(130)

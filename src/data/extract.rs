@@ -13,7 +13,7 @@ use super::latents::{Dtype, Layout, ShardWriter, npy_written, write_npy};
 use super::{DataError, ImageFolder, with_cause};
 use crate::atomic::write_atomic;
 use crate::backend::Compute;
-use crate::images::{center_crop, read_rgb, to_chw};
+use crate::images::{PictureError, center_crop, read_rgb, to_chw};
 use crate::models::vae::{Vae, VaeConfig};
 use crate::ops::FusedOps;
 use crate::random::{self, Stream};
@@ -142,16 +142,17 @@ impl Sink {
 }
 
 /// A picture ready for the autoencoder, `[views, 3, size, size]`, or why there is none.
-type Picture = Result<Vec<f32>, String>;
+type Picture = Result<Vec<f32>, PictureError>;
 
 /// Encodes every image of a folder, in its order, into `to`, or goes on where an earlier process stopped: what is there
 /// in the end is the same bytes. Each latent is a draw from the posterior times the autoencoder's scaling factor, with
-/// noise that depends on the seed, the image's number and the view alone. Images that can't be read are left out and
+/// noise that depends on the seed, the image's number and the view alone. Images that are damaged or none are left out and
 /// listed in `skipped.txt`. `progress` is called with the number of images dealt with since the last call, the first
 /// time with those an earlier process did. Stops early, between batches, when a person interrupts.
 ///
 /// # Errors
-/// When the folder can't be written, or holds latents that were made in another way; when a latent is not finite.
+/// When the folder can't be written, or holds latents that were made in another way; when the system can't read an
+/// image; when a latent is not finite.
 pub fn extract<B: FusedOps>(
     folder: &ImageFolder,
     vae: &Vae<B>,
@@ -214,8 +215,12 @@ pub fn extract<B: FusedOps>(
                         pixels.extend(picture);
                     }
                     Err(_) if index < start => {}
+                    // Not the picture's fault: the next try may read it.
+                    Err(PictureError::Io { path, source }) => {
+                        return Err(DataError::Io { path, source });
+                    }
                     Err(why) => {
-                        skipped.insert(index, why);
+                        skipped.insert(index, with_cause(&why));
                         write_skipped(to, folder, &skipped)?;
                     }
                 }
@@ -319,7 +324,7 @@ fn resume_at(records: usize, images: usize, skipped: &BTreeMap<usize, String>) -
 
 /// Reads, crops and scales a picture.
 fn picture(path: &Path, how: &Extraction) -> Picture {
-    let picture = read_rgb(path).map_err(|error| with_cause(&error))?;
+    let picture = read_rgb(path)?;
     let pixels = center_crop(&picture, how.size);
     let mut views = to_chw(&pixels, how.size, false);
     if how.mirror {

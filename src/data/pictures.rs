@@ -5,7 +5,7 @@
 //! pictures are held out for the test depends on their names alone, never on a recipe's seed or on what else is in the
 //! folder: what one model was measured against, no other has learned.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 
 use super::latents::{Dtype, INDEX, Latents, Layout, ShardWriter};
 use super::{DataError, ImageFolder, Split, level, with_cause};
+use crate::atomic::lock_file;
 use crate::images::{center_crop, pad, read_rgb};
 
 /// How a picture becomes a square.
@@ -228,7 +229,7 @@ impl PictureSet {
         };
         fs::create_dir_all(to).map_err(DataError::io(to))?;
         let lock_path = to.join("pack.lock");
-        let lock = File::create(&lock_path).map_err(DataError::io(&lock_path))?;
+        let lock = lock_file(&lock_path).map_err(DataError::io(&lock_path))?;
         // Another process may decode into the same cache: when it is done, so is this. A file system without locks is no
         // reason not to work.
         while matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) {

@@ -1,20 +1,18 @@
 //! Arrays in and out of an `.npz`: a zip archive of `.npy` members (NumPy Enhancement Proposal 1).
 //!
-//! `npyz` parses the headers; the data are read here in large pieces, as its reader decodes byte by byte,
-//! which is slow for gigabytes of pixels.
+//! Data are read in large pieces.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Take, Write};
 use std::path::{Path, PathBuf};
 
 use flate2::bufread::DeflateDecoder;
-use npyz::{NpyHeader, Order};
 use zip::result::ZipError;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::EvaluationError;
-use crate::npy;
+use crate::npy::{self, Header};
 
 /// The name in the archive of the array `array`.
 pub(super) fn member_name(array: &str) -> String {
@@ -64,23 +62,15 @@ impl<'a> Archive<'a> {
             Err(error) => Err(error.into()),
         };
         let mut member = member.map_err(|error| at.fail("a readable member", error.to_string()))?;
-        let header = NpyHeader::from_reader(&mut member).map_err(|error| {
-            // The parser quotes the whole header, which may be 64 KiB of anything.
-            let message: String = error.to_string().chars().take(200).collect();
-            at.fail("a NumPy array", message)
+        let header = Header::read(&mut member)
+            .map_err(|found| at.fail("a NumPy array of numbers", found))?;
+        let item = header.item_bytes();
+        let size = (header.elements().zip(item)).and_then(|(count, item)| count.checked_mul(item));
+        let size = size.ok_or_else(|| {
+            let found = format!("'{}' of shape {:?}", header.descr, header.shape);
+            at.fail("a size that can be addressed", found)
         })?;
-        let (shape, size) = shape_of(&header)
-            .and_then(|shape| {
-                let item = header.dtype().num_bytes()?;
-                let size = shape
-                    .iter()
-                    .try_fold(item, |n, &side| n.checked_mul(side))?;
-                Some((shape, size))
-            })
-            .ok_or_else(|| {
-                let found = format!("{:?}", header.shape());
-                at.fail("a size that can be addressed", found)
-            })?;
+        let shape = header.shape.clone();
         Ok(Some(Array {
             at,
             header,
@@ -90,14 +80,6 @@ impl<'a> Archive<'a> {
             member,
         }))
     }
-}
-
-fn shape_of(header: &NpyHeader) -> Option<Vec<usize>> {
-    header
-        .shape()
-        .iter()
-        .map(|&side| usize::try_from(side).ok())
-        .collect()
 }
 
 /// A member's bytes, unpacked as they are read and checked against their checksum at the end.
@@ -174,7 +156,7 @@ impl Place {
 /// An array whose data are read when they are asked for.
 pub(super) struct Array {
     at: Place,
-    header: NpyHeader,
+    header: Header,
     /// Number of elements along each axis.
     pub(super) shape: Vec<usize>,
     /// Bytes of all data.
@@ -187,13 +169,13 @@ pub(super) struct Array {
 impl Array {
     /// `expected` was asked for, and the array is what it is.
     pub(super) fn mismatch(&self, expected: &str) -> EvaluationError {
-        let found = format!("{} of shape {:?}", self.header.dtype().descr(), self.shape);
+        let found = format!("'{}' of shape {:?}", self.header.descr, self.shape);
         self.at.fail(expected, found)
     }
 
     /// Refuses another NumPy type than `descr`.
     pub(super) fn expect(&self, descr: &str) -> Result<(), EvaluationError> {
-        if self.header.dtype().descr() == format!("'{descr}'") {
+        if self.header.descr == descr {
             return Ok(());
         }
         Err(self.mismatch(&format!("the type '{descr}'")))
@@ -208,7 +190,7 @@ impl Array {
     }
 
     pub(super) fn is_fortran(&self) -> bool {
-        self.header.order() == Order::Fortran
+        self.header.fortran
     }
 
     fn short(&self, found: u64) -> EvaluationError {
@@ -256,9 +238,9 @@ impl Array {
     }
 
     pub(super) fn floats(self) -> Result<Vec<f64>, EvaluationError> {
-        match self.header.dtype().descr().as_str() {
-            "'<f4'" => self.values("<f4", |item| f64::from(f32::from_le_bytes(item))),
-            "'<f8'" => self.values("<f8", f64::from_le_bytes),
+        match self.header.descr.as_str() {
+            "<f4" => self.values("<f4", |item| f64::from(f32::from_le_bytes(item))),
+            "<f8" => self.values("<f8", f64::from_le_bytes),
             _ => Err(self.mismatch("the type '<f4' or '<f8'")),
         }
     }

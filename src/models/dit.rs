@@ -13,6 +13,9 @@ const NORM_EPSILON: f64 = 1e-6;
 /// Sinusoidal features that the timestep embedder reads.
 const TIMESTEP_FEATURES: usize = 256;
 
+/// Most tokens of an image: a side of 4096 pixels in patches of 16.
+const MOST_TOKENS: usize = 1 << 16;
+
 /// Sizes of a [`Dit`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DitConfig {
@@ -156,6 +159,11 @@ impl DitConfig {
         if input_size % patch_size != 0 {
             return Some(format!(
                 "input_size {input_size} is not a multiple of patch_size {patch_size}"
+            ));
+        }
+        if (input_size / patch_size).pow(2) > MOST_TOKENS {
+            return Some(format!(
+                "input_size {input_size} in patches of {patch_size} makes more than {MOST_TOKENS} tokens"
             ));
         }
         if width % heads != 0 {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::RecipeError;
-use crate::atomic::write_atomic;
+use crate::atomic::{lock_file, write_atomic};
 
 /// How a run stands, in `status.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -75,7 +75,7 @@ impl RunDirectory {
     /// Takes a run's folder for this process.
     fn open(path: PathBuf) -> Result<Self, RecipeError> {
         let lock_path = path.join("run.lock");
-        let lock = File::create(&lock_path).map_err(RecipeError::io(&lock_path))?;
+        let lock = lock_file(&lock_path).map_err(RecipeError::io(&lock_path))?;
         match lock.try_lock() {
             Ok(()) => Ok(Self { path, _lock: lock }),
             Err(TryLockError::WouldBlock) => Err(RecipeError::Run(format!(
@@ -140,7 +140,9 @@ fn numbers(folder: &Path) -> Vec<usize> {
     };
     let mut numbers: Vec<usize> = entries
         .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok()?.parse().ok())
+        // A larger number would be nobody's run.
+        .filter_map(|entry| entry.file_name().into_string().ok()?.parse::<u32>().ok())
+        .map(|number| number as usize)
         .collect();
     numbers.sort_unstable();
     numbers

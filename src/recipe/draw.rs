@@ -3,7 +3,7 @@
 //! A part is one batch of samples, always the same ones: which process draws it, and when, changes nothing. The parts of
 //! a finished set become one archive and are deleted.
 
-use std::fs::{File, TryLockError};
+use std::fs::TryLockError;
 use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use super::RecipeError;
 use super::progress::Progress;
 use super::sampling::{Labels, Sample, Sampling};
-use crate::atomic::write_atomic;
+use crate::atomic::{lock_file, write_atomic};
 use crate::evaluation::SampleWriter;
 use crate::images::Images;
 use crate::models::vae::{Vae, VaeConfig, pixels};
@@ -147,6 +147,17 @@ impl<B: FusedOps> Draw<'_, B> {
                 device,
                 || progress.add(1),
             );
+            let values = samples.to_data();
+            if let Some(at) = values.iter::<f32>().position(|value| !value.is_finite()) {
+                let values_a_sample = values.num_elements() / indices.len();
+                return Err(RecipeError::Stage {
+                    stage: self.name.to_owned(),
+                    problem: format!(
+                        "sample {} is not of finite numbers: the model's weights are damaged, or the guidance is too strong",
+                        indices[at / values_a_sample]
+                    ),
+                });
+            }
             let images = match self.decoder {
                 Some(decoder) => decoder.decode(samples),
                 None => plain(samples),
@@ -157,7 +168,7 @@ impl<B: FusedOps> Draw<'_, B> {
         let whole = (0..parts.count()).all(|part| parts.has(part));
         // Of several processes that see the last part, one puts them together.
         let lock = self.folder.join("parts.lock");
-        let lock_file = File::create(&lock).map_err(RecipeError::io(&lock))?;
+        let lock_file = lock_file(&lock).map_err(RecipeError::io(&lock))?;
         // A file system without locks is no reason not to: the archive appears whole or not at all.
         let whole = whole && !matches!(lock_file.try_lock(), Err(TryLockError::WouldBlock));
         if whole && !archive.exists() {

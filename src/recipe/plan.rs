@@ -479,6 +479,11 @@ fn train_architecture(
             Some(Architecture::Dit(config))
         }
     };
+    if let Some(Architecture::Dit(config)) = &wanted
+        && let Some(why) = config.problem()
+    {
+        return Err(Problem::Said(format!("the {config} can't be built: {why}")));
+    }
     let before = train
         .from
         .as_ref()

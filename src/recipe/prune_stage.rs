@@ -50,15 +50,30 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
             PruneMethod::Oracle { .. } => oracle(config.depth)
                 .ok_or_else(|| problem(format!("{} layers are no pairs", config.depth)))?,
-            PruneMethod::ShortGpt(scored) => {
-                self.score(Score::Shortgpt, scored, &parent, &config, folder)?
-            }
-            PruneMethod::FluxLite(scored) => {
-                self.score(Score::FluxLite, scored, &parent, &config, folder)?
-            }
-            PruneMethod::Sensitivity(scored) => {
-                self.score(Score::Sensitivity, scored, &parent, &config, folder)?
-            }
+            PruneMethod::ShortGpt(scored) => self.score(
+                &stage.name,
+                Score::Shortgpt,
+                scored,
+                &parent,
+                &config,
+                folder,
+            )?,
+            PruneMethod::FluxLite(scored) => self.score(
+                &stage.name,
+                Score::FluxLite,
+                scored,
+                &parent,
+                &config,
+                folder,
+            )?,
+            PruneMethod::Sensitivity(scored) => self.score(
+                &stage.name,
+                Score::Sensitivity,
+                scored,
+                &parent,
+                &config,
+                folder,
+            )?,
             PruneMethod::Random { keep, draw } => {
                 let mut kept = permutation(self.recipe.seed, Stream::Layers, *draw, config.depth);
                 kept.truncate(*keep);
@@ -209,6 +224,7 @@ impl<B: TrainingBackend> Context<'_, B> {
 
     fn score(
         &self,
+        stage: &str,
         method: Score,
         scored: &Scored,
         parent: &Checkpoint,
@@ -246,6 +262,15 @@ impl<B: TrainingBackend> Context<'_, B> {
                 .iter_mut()
                 .zip(measured)
                 .for_each(|(sum, score)| *sum += score / scored.batches as f64);
+        }
+        if let Some(layer) = scores.iter().position(|score| !score.is_finite()) {
+            return Err(RecipeError::Stage {
+                stage: stage.to_owned(),
+                problem: format!(
+                    "layer {layer} has the score {}: the model's weights are damaged, or overflow",
+                    scores[layer]
+                ),
+            });
         }
         let kept = keep_by_scores(method, &scores, scored.keep);
         let path = folder.join("scores.json");

@@ -87,7 +87,9 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
             os: std::env::consts::OS,
             architecture: std::env::consts::ARCH,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
-            arguments: std::env::args().skip(1).collect(),
+            arguments: (std::env::args_os().skip(1))
+                .map(|argument| argument.to_string_lossy().into_owned())
+                .collect(),
         };
         // A resumed run is still the one its first environment describes; each later one is a record of its own.
         let name = if options.resume { format!("environment-{}.json", std::process::id()) } else { "environment.json".to_owned() };

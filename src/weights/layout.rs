@@ -230,14 +230,19 @@ pub(super) fn from_diffusers(
         misfits.surplus(name, tensor.shape());
     }
     misfits.into_result(path, "the diffusers layout of DiT")?;
-    if let Some(patches) = tensors.get("x_embedder.proj.weight")
-        && let [width, ..] = patches.shape()
-        && side > 0
-        && side <= 4096
-        && width % 4 == 0
-    {
-        let array = Array::new([1, side * side, *width], position_table(*width, side));
-        let table = Stored::values(array).rounded(patches.dtype())?;
+    // The table is made when all else is as large as the configuration says: a few bytes could ask for any size.
+    let mut misfits = Misfits::default();
+    let expected = config.tensors();
+    let others = expected.iter().filter(|(name, _)| name != POSITIONS);
+    misfits.compare(
+        &tensors,
+        others.map(|(name, shape)| (name.as_str(), shape.as_slice())),
+    );
+    misfits.into_result(path, &config.to_string())?;
+    if let Some(patches) = tensors.get("x_embedder.proj.weight") {
+        let table = position_table(config.width, side);
+        let table = Array::new([1, side * side, config.width], table);
+        let table = Stored::values(table).rounded(patches.dtype())?;
         tensors.insert(POSITIONS, table);
     }
     Ok(tensors)

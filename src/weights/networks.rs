@@ -62,6 +62,16 @@ pub fn read_vae<B: Backend>(
                 .map_or(Ok(config), |problem| Err(model(problem)))?
         }
     };
+    // Before anything is made as large as a few bytes of configuration ask for.
+    let (least, there) = (config.least_parameters(), tensors.parameters());
+    if least > there {
+        return Err(WeightsError::Model {
+            path: file,
+            problem: format!(
+                "it holds {there} numbers, and an autoencoder of the sizes in {CONFIG} ({config}) more than {least}"
+            ),
+        });
+    }
     let network = assign(
         Vae::zeros(&config, device),
         &state,

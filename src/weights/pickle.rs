@@ -109,7 +109,8 @@ impl Pickle {
 
     /// The values of a tuple of sizes.
     pub(super) fn sizes(&self, id: Id) -> Option<Vec<usize>> {
-        self.list(id)?.iter().map(|id| self.size(*id)).collect()
+        let sizes = self.list(id).filter(|sizes| sizes.len() <= MOST_SIDES)?;
+        sizes.iter().map(|id| self.size(*id)).collect()
     }
 
     /// What a call calls, as `module name`, and its arguments.
@@ -141,6 +142,12 @@ impl Pickle {
 }
 
 type Result_<T> = Result<T, &'static str>;
+
+/// Most instructions of a pickle; a training checkpoint of a thousand tensors has a hundred thousand.
+const MOST_INSTRUCTIONS: usize = 4_000_000;
+
+/// Most sides of a tensor, PyTorch's own limit.
+const MOST_SIDES: usize = 64;
 
 const ENDS: &str = "ends early";
 const EMPTY: &str = "takes from an empty stack";
@@ -277,7 +284,8 @@ impl<'a> Machine<'a> {
     }
 
     fn run(&mut self) -> Result_<Id> {
-        loop {
+        // An instruction makes at most two values, so that what a pickle takes of memory is bounded.
+        for _ in 0..MOST_INSTRUCTIONS {
             let instruction = self.take(1)?[0];
             match instruction {
                 b'.' => return self.pop(),
@@ -456,6 +464,7 @@ impl<'a> Machine<'a> {
                 }
             }
         }
+        Err("has more than four million instructions")
     }
 }
 
@@ -533,6 +542,19 @@ mod tests {
         assert_eq!(long(&i64::MIN.to_le_bytes()), Some(i64::MIN));
         assert_eq!(long(&[0, 0, 0, 0, 0, 0, 0, 0x80, 0]), None);
         assert_eq!(long(&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0]), Some(1));
+    }
+
+    #[test]
+    fn what_a_pickle_makes_is_bounded() {
+        let error = Pickle::read(&vec![b'N'; MOST_INSTRUCTIONS + 1]).unwrap_err();
+        assert!(error.contains("four million instructions"), "{error}");
+        let shape = |sides: usize| {
+            let bytes = [b"(", &b"K\x01".repeat(sides)[..], b"t."].concat();
+            let pickle = Pickle::read(&bytes).unwrap();
+            pickle.sizes(pickle.root).map(|sizes| sizes.len())
+        };
+        assert_eq!(shape(MOST_SIDES), Some(MOST_SIDES));
+        assert_eq!(shape(MOST_SIDES + 1), None);
     }
 
     #[test]

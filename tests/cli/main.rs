@@ -6,6 +6,7 @@
 mod broken;
 mod checkpoints;
 mod commands;
+mod hostile;
 mod own_pictures;
 mod paper;
 mod program;

@@ -6,11 +6,9 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use npyz::{NpyHeader, Order};
-
 use crate::atomic::write_atomic;
 use crate::data::DataError;
-use crate::npy;
+use crate::npy::{self, Header};
 
 /// Folder of the latents.
 pub(super) const FEATURES: &str = "imagenet256_features";
@@ -173,44 +171,32 @@ fn contents(path: &Path) -> Result<Vec<u8>, DataError> {
 /// Shape of an array of type `descr`, and where its values begin.
 fn parse(path: &Path, bytes: &[u8], descr: &str) -> Result<(Vec<usize>, usize), DataError> {
     let mut rest = bytes;
-    let header = NpyHeader::from_reader(&mut rest).map_err(|error| {
-        // The parser quotes the whole header, which may be anything.
-        let message: String = error.to_string().chars().take(200).collect();
-        DataError::unexpected(path, "a NumPy array", message)
-    })?;
-    let found = header.dtype().descr();
-    if found != format!("'{descr}'") {
+    let header = Header::read(&mut rest)
+        .map_err(|found| DataError::unexpected(path, "a NumPy array of numbers", found))?;
+    if header.descr != descr {
         return Err(DataError::unexpected(
             path,
             format!("the type '{descr}'"),
-            found,
+            format!("'{}'", header.descr),
         ));
     }
-    if header.order() != Order::C {
+    if header.fortran {
         return Err(DataError::unexpected(
             path,
             "values in C order",
             "Fortran order",
         ));
     }
-    let shape: Option<Vec<usize>> = header
-        .shape()
-        .iter()
-        .map(|&side| usize::try_from(side).ok())
-        .collect();
     // A shape whose values outnumber the file's bytes is refused here, so that products of it can't overflow.
-    let shape = shape.filter(|shape| {
-        shape
-            .iter()
-            .try_fold(1usize, |count, &side| count.checked_mul(side))
-            .is_some_and(|count| count <= rest.len())
-    });
-    shape
-        .map(|shape| (shape, bytes.len() - rest.len()))
-        .ok_or_else(|| {
-            let found = format!("{:?} in {} bytes", header.shape(), rest.len());
-            DataError::unexpected(path, "a shape its values fill", found)
-        })
+    if header.elements().is_none_or(|count| count > rest.len()) {
+        let found = format!("{:?} in {} bytes", header.shape, rest.len());
+        return Err(DataError::unexpected(
+            path,
+            "a shape its values fill",
+            found,
+        ));
+    }
+    Ok((header.shape, bytes.len() - rest.len()))
 }
 
 /// Latents and labels, matched by position.

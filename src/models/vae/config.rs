@@ -83,6 +83,16 @@ impl VaeConfig {
         None
     }
 
+    /// Fewer numbers than an autoencoder of these sizes has: the second convolution of each residual block of both
+    /// halves.
+    pub(crate) fn least_parameters(&self) -> usize {
+        let widths = self.block_out_channels.iter();
+        widths.fold(0usize, |sum, &width| {
+            let block = width.saturating_mul(width).saturating_mul(9);
+            sum.saturating_add(block.saturating_mul(2 * self.layers_per_block))
+        })
+    }
+
     /// Reads diffusers' `config.json`. What is missing has diffusers' default; what says nothing of the computation is
     /// passed over.
     ///

@@ -1,0 +1,300 @@
+//! Inputs that were made to do harm, and systems that fail: each ends at once, with a word, and without a wrong success.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tinyfusion::weights::{Checkpoint, open_safetensors, write_safetensors};
+
+use crate::program::{Place, root};
+
+/// Refused within a time in which nothing large is made or waited for.
+fn refused(place: &Place, arguments: &[&str], expected: &[&str]) {
+    let begun = Instant::now();
+    let finished = place.run(arguments);
+    assert_eq!(finished.status, Some(2), "{arguments:?}: {finished:?}");
+    for words in expected {
+        assert!(
+            finished.stderr.contains(words),
+            "{arguments:?}: {}",
+            finished.stderr
+        );
+    }
+    assert!(
+        begun.elapsed() < Duration::from_secs(20),
+        "{arguments:?}: {:?}",
+        begun.elapsed()
+    );
+}
+
+/// A `.npy` file with a header of version 1.
+fn npy(header: &str) -> Vec<u8> {
+    let length = (header.len() as u16).to_le_bytes();
+    [b"\x93NUMPY\x01\x00", &length[..], header.as_bytes()].concat()
+}
+
+fn zip(members: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut archive = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    for (name, bytes) in members {
+        let options = zip::write::SimpleFileOptions::default();
+        archive.start_file(*name, options).unwrap();
+        archive.write_all(bytes).unwrap();
+    }
+    archive.finish().unwrap().into_inner()
+}
+
+#[test]
+fn headers_of_arrays_do_not_hang_or_overflow() {
+    let place = Place::new();
+    let deep = |open: &str, close: &str, times: usize| {
+        let nested = open.repeat(times) + &close.repeat(times);
+        npy(&format!(
+            "{{'descr': '|u1', 'fortran_order': False, 'shape': {nested}, }}"
+        ))
+    };
+    for (name, bytes) in [
+        ("brackets", deep("[", "]", 40)),
+        ("tuples", deep("(", ")", 5000)),
+    ] {
+        let file = format!("{name}.npz");
+        place.write(&file, zip(&[("arr_0.npy", &bytes)]));
+        refused(
+            &place,
+            &["evaluate", &file, &file, "--inception", &file],
+            &[&file, "arr_0"],
+        );
+        place.write(&format!("{name}/imagenet256_features/0.npy"), &bytes);
+        place.write(&format!("{name}/imagenet256_labels/0.npy"), &bytes);
+        place.write(
+            "latents.toml",
+            format!(
+                "data = './{name}'\n[[stage]]\nkind = 'train'\nsteps = 1\narchitecture = {{ family = 'dit' }}\n"
+            ),
+        );
+        refused(&place, &["recipe", "latents.toml", "--dry-run"], &["0.npy"]);
+    }
+}
+
+#[test]
+fn small_models_do_not_take_all_memory() {
+    let place = Place::new();
+    // A pickle of nothing but values, which deflates to some kilobytes.
+    let values = vec![b'N'; 5_000_000];
+    place.write(
+        "bomb.pt",
+        zip(&[("bomb/data.pkl", &values), ("bomb/version", b"3\n")]),
+    );
+    refused(
+        &place,
+        &["inspect", "bomb.pt"],
+        &["bomb.pt", "four million instructions"],
+    );
+
+    // A configuration that asks for a position table of terabytes.
+    let folder = place.path("diffusers");
+    place
+        .run(&[
+            "convert",
+            "embedded:digits-teacher",
+            "diffusers",
+            "--diffusers",
+        ])
+        .succeeded();
+    let weights = folder.join("diffusion_pytorch_model.safetensors");
+    // As diffusers itself writes it, so that the configuration counts.
+    let (tensors, _) = open_safetensors(&weights).unwrap();
+    let state = tensors.read_all().unwrap();
+    write_safetensors(&weights, &state.into(), Default::default(), None).unwrap();
+    let config = std::fs::read_to_string(folder.join("config.json")).unwrap();
+    let of = |size: &str| {
+        config
+            .replace("\"sample_size\": 8", size)
+            .replace("\"patch_size\": 2", "\"patch_size\": 1")
+    };
+    assert_ne!(of("\"sample_size\": 4096"), config);
+    std::fs::write(folder.join("config.json"), of("\"sample_size\": 4096")).unwrap();
+    refused(
+        &place,
+        &["inspect", "diffusers"],
+        &["more than 65536 tokens"],
+    );
+    std::fs::write(folder.join("config.json"), of("\"sample_size\": 256")).unwrap();
+    refused(
+        &place,
+        &["inspect", "diffusers"],
+        &["misshapen x_embedder.proj.weight"],
+    );
+
+    // An autoencoder of a hundred gigabytes a layer.
+    place.run(&["standin", "standin"]).succeeded();
+    let path = place.path("standin/standin-vae/config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let levels = config["block_out_channels"].as_array().unwrap().len();
+    config["block_out_channels"] = vec![65_536; levels].into();
+    std::fs::write(&path, config.to_string()).unwrap();
+    let arguments = [
+        "sample",
+        "standin/standin-dit.pt",
+        "--heads",
+        "2",
+        "--vae",
+        "standin/standin-vae",
+        "--count",
+        "1",
+        "--steps",
+        "1",
+        "--into",
+        "out",
+    ];
+    refused(
+        &place,
+        &arguments,
+        &["standin-vae", "config.json", "numbers"],
+    );
+}
+
+#[test]
+fn a_model_of_no_numbers_is_neither_drawn_nor_scored() {
+    let place = Place::new();
+    let path = root().join("artifacts/pretrained/digits-teacher.safetensors");
+    let checkpoint = Checkpoint::read(&path).unwrap();
+    let (_, metadata) = open_safetensors(&path).unwrap();
+    for (file, name) in [
+        ("nan.safetensors", "final_layer.linear.weight"),
+        ("within.safetensors", "blocks.3.mlp.fc1.weight"),
+    ] {
+        let mut state = checkpoint.tensors.read_all().unwrap();
+        state.get_mut(name).unwrap().data[7] = f32::NAN;
+        write_safetensors(&place.path(file), &state.into(), metadata.clone(), None).unwrap();
+    }
+    let words = "not of finite numbers";
+    let few = ["--count", "4", "--steps", "2"];
+    refused(
+        &place,
+        &[&["sample", "nan.safetensors"][..], &few].concat(),
+        &[words],
+    );
+    refused(
+        &place,
+        &[&["evaluate", "nan.safetensors"][..], &few].concat(),
+        &[words],
+    );
+    // Guidance that leaves the numbers there are.
+    let strong = [
+        &["sample", "embedded:digits-teacher", "--guidance", "1e38"][..],
+        &few,
+    ]
+    .concat();
+    refused(&place, &strong, &[words]);
+    for method in ["shortgpt", "flux-lite", "sensitivity"] {
+        place.write(
+            "score.toml",
+            format!(
+                "[[stage]]\nkind = 'prune'\nfrom = 'within.safetensors'\nmethod = '{method}'\nkeep = 6\nbatches = 1\nbatch = 4\n"
+            ),
+        );
+        refused(
+            &place,
+            &["recipe", "score.toml"],
+            &["has the score NaN", "damaged"],
+        );
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn what_the_system_can_not_read_is_not_left_out_of_an_extraction() {
+    let place = Place::new();
+    place.run(&["standin", "standin"]).succeeded();
+    let lost = place.path("standin/images/class-1/0000.png");
+    std::os::unix::fs::symlink(place.path("elsewhere.png"), &lost).unwrap();
+    let arguments = [
+        "extract",
+        "standin/images",
+        "latents",
+        "--vae",
+        "standin/standin-vae",
+        "--size",
+        "64",
+    ];
+    refused(&place, &arguments, &["class-1/0000.png"]);
+    assert!(!place.path("latents/skipped.txt").exists());
+    // When it can be read again, it is there.
+    std::fs::copy(
+        place.path("standin/images/class-1/001.png"),
+        place.path("elsewhere.png"),
+    )
+    .unwrap();
+    place.run(&arguments).succeeded();
+    assert!(!place.path("latents/skipped.txt").exists());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_can_not_be_written_is_a_failure() {
+    let full = || {
+        Stdio::from(
+            std::fs::File::options()
+                .write(true)
+                .open("/dev/full")
+                .unwrap(),
+        )
+    };
+    let run = |arguments: &[&str], stdout: Stdio| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tinyfusion"));
+        let output = command
+            .args(arguments)
+            .stdout(stdout)
+            .stderr(Stdio::piped())
+            .output();
+        let output = output.unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    for arguments in [
+        &["inspect", "embedded:digits-teacher", "--json"][..],
+        &["completions", "zsh"],
+    ] {
+        let (status, said) = run(arguments, full());
+        assert_eq!(
+            (status, said.contains("panicked")),
+            (Some(2), false),
+            "{said}"
+        );
+        assert!(said.contains("standard output"), "{said}");
+        // A reader that has gone away is no failure.
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let (status, said) = run(arguments, writer.into());
+        assert_eq!(
+            (status, said.contains("panicked")),
+            (Some(0), false),
+            "{said}"
+        );
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn names_that_are_no_unicode_are_no_panic() {
+    use std::os::unix::ffi::OsStrExt;
+    let place = Place::new();
+    let name = std::ffi::OsStr::from_bytes(b"\xff.toml");
+    std::fs::write(
+        place.path("x").with_file_name(name),
+        "[[stage]]\nkind = 'prune'\nfrom = 'embedded:digits-teacher'\nmethod = 'oracle'\n",
+    )
+    .unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tinyfusion"));
+    let output = command
+        .arg("recipe")
+        .arg(name)
+        .current_dir(place.path("x").parent().unwrap())
+        .output();
+    let output = output.unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+}

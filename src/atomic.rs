@@ -41,6 +41,19 @@ pub fn write_atomic(
     file.commit()
 }
 
+/// Opens a file to read. What is no file is refused: a pipe would be waited for, and a device may never end.
+///
+/// # Errors
+///
+/// The error of the file system.
+pub fn open_file(path: &Path) -> io::Result<File> {
+    if fs::metadata(path)?.is_file() {
+        return File::open(path);
+    }
+    let message = "it is no regular file";
+    Err(io::Error::new(io::ErrorKind::InvalidInput, message))
+}
+
 /// Opens a file that only its lock is needed of; what it holds, or what a link of that name leads to, stays as it is.
 ///
 /// # Errors

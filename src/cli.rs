@@ -25,7 +25,7 @@ use crate::recipe::sampling::{DEMO, DEMO_GUIDANCE, Labels, Sample, Sampling};
 use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::recipe::seeds::Verdicts;
 use crate::recipe::source::{EmbeddedName, Source};
-use crate::recipe::{RecipeError, embedded};
+use crate::recipe::{RecipeError, embedded, embedded_recipes};
 use crate::weights::Checkpoint;
 use bench::{BenchArguments, benchmark};
 use evaluate::{EvaluateArguments, evaluate};
@@ -51,7 +51,7 @@ struct Cli {
 enum Command {
     /// Run a recipe, or go on with an interrupted run
     #[command(after_help = "Examples:
-  tinyfusion recipe recipes/quickstart.toml
+  tinyfusion recipe quickstart
   tinyfusion recipe recipes/quickstart.toml --dry-run
   tinyfusion recipe recipes/quickstart.toml --set stage.prune.groups=2:4 --seed 7
   tinyfusion recipe recipes/quickstart.toml --resume")]
@@ -129,7 +129,7 @@ Examples:
 
 #[derive(Debug, clap::Args)]
 struct RecipeArguments {
-    /// The recipe's TOML file
+    /// The recipe's TOML file, or the name of one that is part of the program, such as quickstart
     recipe: PathBuf,
     /// Override a key; stages go by name or index (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
@@ -243,6 +243,7 @@ fn share(text: &str) -> Result<Share, String> {
 pub fn main() -> ExitCode {
     interrupt::watch_panics();
     let cli = Cli::parse();
+    bound_threads();
     let result = match cli.command {
         Command::Recipe(arguments) => recipe(&arguments),
         Command::Sample(arguments) => sample(&arguments),
@@ -278,6 +279,23 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Most threads that `RAYON_NUM_THREADS` can ask for: more take minutes to start.
+const MOST_THREADS: usize = 1024;
+
+/// Keeps the number of threads to what a machine can have.
+fn bound_threads() {
+    let asked = std::env::var("RAYON_NUM_THREADS").ok();
+    if asked.is_some_and(|asked| {
+        asked
+            .parse()
+            .is_ok_and(|threads: usize| threads > MOST_THREADS)
+    }) {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(MOST_THREADS);
+        // Nothing has used it yet.
+        let _ = pool.build_global();
+    }
+}
+
 /// Prints an error with its causes, each once.
 fn report(error: &dyn std::error::Error) {
     let mut text = error.to_string();
@@ -295,7 +313,14 @@ fn report(error: &dyn std::error::Error) {
 
 fn recipe(arguments: &RecipeArguments) -> Result<(), RecipeError> {
     let path = &arguments.recipe;
-    let text = std::fs::read_to_string(path).map_err(RecipeError::io(path))?;
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        // A bare word may be one of those that are part of the program.
+        Err(error) => match path.to_str().and_then(embedded_recipes::recipe) {
+            Some(text) => text.to_owned(),
+            None => return Err(RecipeError::io(path)(error)),
+        },
+    };
     let mut document = Document::parse(path, &text)?;
     for assignment in &arguments.set {
         document.set(assignment);
@@ -409,15 +434,21 @@ impl RunArguments {
     fn run(&self, name: &str, kind: StageKind, data: Data) -> Result<PathBuf, RecipeError> {
         let plan = plan_one(name, self, kind, data)?;
         listen()?;
-        let directory = run(
-            &plan,
-            &Options {
-                runs: self.runs.clone(),
-                resume: false,
-                backend: self.backend,
-                plain: false,
-            },
-        )?;
+        let options = Options {
+            runs: self.runs.clone(),
+            resume: false,
+            backend: self.backend,
+            plain: false,
+        };
+        let directory = run(&plan, &options).inspect_err(|error| {
+            if matches!(error, RecipeError::Interrupted) {
+                crate::say!(
+                    "to go on: tinyfusion recipe {}/{name}/NNN/resolved.toml --resume --runs {}, where NNN is this run's number",
+                    self.runs.display(),
+                    self.runs.display()
+                );
+            }
+        })?;
         crate::tell!("{}", directory.display());
         Ok(directory)
     }

@@ -109,7 +109,13 @@ pub fn make(folder: &Path) -> Result<(), RecipeError> {
     write_atomic(&path, |file| file.write_all(text.as_bytes())).map_err(RecipeError::io(&path))?;
 
     let inception = folder.join("standin-inception.pth");
-    Ok(write_torch(&inception, &formula_weights(0).into(), None)?)
+    write_torch(&inception, &formula_weights(0).into(), None)?;
+    crate::tell!(
+        "{}: {IMAGES} images, a diffusion transformer, an autoencoder, an Inception network and a reference batch, all random; \
+         `tinyfusion recipe recipes/standin.toml` goes through them",
+        folder.display()
+    );
+    Ok(())
 }
 
 /// Names and shapes of the autoencoder's weights.

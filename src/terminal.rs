@@ -8,8 +8,27 @@ use std::sync::atomic::{AtomicBool, Ordering};
 macro_rules! say {
     ($($part:tt)*) => {{
         use std::io::Write as _;
-        let _ = writeln!(std::io::stderr(), $($part)*);
+        let text = $crate::terminal::harmless(format!($($part)*));
+        let _ = writeln!(std::io::stderr(), "{text}");
     }};
+}
+
+/// Text with its control characters, but for line ends and tabs, written as escapes: names and notes come from files that
+/// may mean to rule a terminal.
+pub fn harmless(text: String) -> String {
+    let rules = |c: char| c.is_control() && c != '\n' && c != '\t';
+    match text.contains(rules) {
+        false => text,
+        true => (text.chars())
+            .map(|c| {
+                if rules(c) {
+                    c.escape_default().to_string()
+                } else {
+                    c.to_string()
+                }
+            })
+            .collect(),
+    }
 }
 
 /// Whether something that was asked for could not be written to standard output.
@@ -33,6 +52,18 @@ pub fn all_told() -> bool {
 macro_rules! tell {
     ($($part:tt)*) => {{
         use std::io::Write as _;
-        $crate::terminal::told(writeln!(std::io::stdout(), $($part)*));
+        let text = $crate::terminal::harmless(format!($($part)*));
+        $crate::terminal::told(writeln!(std::io::stdout(), "{text}"));
     }};
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_rules_the_terminal() {
+        let text = harmless("a\x1b]0;b\x07\tc\u{9b}2J\nü…".to_owned());
+        assert_eq!(text, "a\\u{1b}]0;b\\u{7}\tc\\u{9b}2J\nü…");
+    }
 }

@@ -196,7 +196,7 @@ pub fn extract<B: FusedOps>(
                 return Ok(false);
             }
             let last = images.len().min(batch + how.batch);
-            let mut good = Vec::with_capacity(last - batch);
+            let (mut good, known) = (Vec::with_capacity(last - batch), skipped.len());
             let mut pixels = Vec::new();
             for index in batch..last {
                 // Each thread sends one result for each of its images, in order.
@@ -221,9 +221,12 @@ pub fn extract<B: FusedOps>(
                     }
                     Err(why) => {
                         skipped.insert(index, with_cause(&why));
-                        write_skipped(to, folder, &skipped)?;
                     }
                 }
+            }
+            // Before the batch's latents: the records that follow count on it.
+            if skipped.len() > known {
+                write_skipped(to, folder, &skipped)?;
             }
             let latents = encode(vae, config, how, shape, &good, pixels, device);
             let record = shape.iter().product::<usize>() * side;
@@ -259,8 +262,8 @@ fn begin(job: &Job, to: &Path) -> Result<File, DataError> {
             if there != *job {
                 return Err(DataError::unexpected(
                     &path,
-                    format!("{job:?}"),
-                    format!("latents made otherwise: {there:?}; name another folder"),
+                    "latents of the same images, made in the same way",
+                    format!("others ({}); name another folder", differences(job, &there)),
                 ));
             }
         }
@@ -282,6 +285,28 @@ fn begin(job: &Job, to: &Path) -> Result<File, DataError> {
         return Err(DataError::unexpected(to, "a folder of its own", found));
     }
     Ok(file)
+}
+
+/// What another extraction has otherwise, as `key there, not here`.
+fn differences(job: &Job, there: &Job) -> String {
+    let entries = |job: &Job| match serde_json::to_value(job) {
+        Ok(serde_json::Value::Object(entries)) => entries,
+        _ => serde_json::Map::new(),
+    };
+    let (ours, theirs) = (entries(job), entries(there));
+    let unlike = ours
+        .iter()
+        .filter(|(key, value)| theirs.get(*key) != Some(*value));
+    let told = unlike.map(|(key, value)| {
+        let there = theirs
+            .get(key)
+            .map_or_else(|| "nothing".to_owned(), ToString::to_string);
+        match key.ends_with("sha256") {
+            true => key.replace("_sha256", ""),
+            false => format!("{key} {there}, not {value}"),
+        }
+    });
+    told.collect::<Vec<_>>().join("; ")
 }
 
 fn open(

@@ -4,13 +4,14 @@
 //! each dimension as `u32`, and the numbers, the last dimension running fastest
 //! (<http://yann.lecun.com/exdb/mnist/>, "the IDX file format").
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
 
 use burn_dataset::Dataset;
+
+use crate::atomic::open_file;
 
 use super::{DataError, Image, Samples, Split, level, plain};
 
@@ -145,7 +146,7 @@ impl Idx {
     /// # Errors
     /// When it can't be read, is no IDX file of bytes, has other dimensions, or fewer or more bytes than it states.
     pub(super) fn read(path: &Path, dimensions: usize) -> Result<Self, DataError> {
-        let file = File::open(path).map_err(DataError::io(path))?;
+        let file = open_file(path).map_err(DataError::io(path))?;
         Self::parse(file, dimensions, path)
     }
 

@@ -12,6 +12,7 @@ use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::EvaluationError;
+use crate::atomic::open_file;
 use crate::npy::{self, Header};
 
 /// The name in the archive of the array `array`.
@@ -27,7 +28,7 @@ pub(super) struct Archive<'a> {
 
 impl<'a> Archive<'a> {
     pub(super) fn open(path: &'a Path) -> Result<Self, EvaluationError> {
-        let zip = File::open(path)
+        let zip = open_file(path)
             .and_then(|file| ZipArchive::new(BufReader::new(file)).map_err(io::Error::from))
             .map_err(EvaluationError::io(path))?;
         Ok(Self { path, zip })
@@ -101,7 +102,7 @@ enum Unpacking {
 impl Member {
     fn open<R: Read>(path: &Path, entry: &zip::read::ZipFile<'_, R>) -> io::Result<Self> {
         let start = entry.data_start().ok_or(io::ErrorKind::InvalidData)?;
-        let mut file = BufReader::new(File::open(path)?);
+        let mut file = BufReader::new(open_file(path)?);
         file.seek(SeekFrom::Start(start))?;
         let packed = file.take(entry.compressed_size());
         let bytes = match entry.compression() {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::picture_folder::PictureFolder;
 use super::{Distances, EvaluationError, Measured, Moments, Scores, Speed};
 use crate::atomic::write_atomic;
-use crate::report::Table;
+use crate::report::{Table, short};
 use crate::weights::file_sha256;
 
 /// A file, or a folder of pictures, by its name and content.
@@ -140,9 +140,12 @@ impl AdmEvaluation {
     }
 
     /// The numbers as published ones are shown, a row for each set of samples.
-    pub fn table(&self) -> Table<7> {
+    pub fn table(&self) -> Table<10> {
         let mut table = Table::new([
             "samples",
+            "depth",
+            "params",
+            "MACs",
             "count",
             "FID",
             "sFID",
@@ -153,8 +156,12 @@ impl AdmEvaluation {
         // Rounding may leave a distance of zero a little below.
         let distance = |value: f64| format!("{:.2}", value.max(0.0));
         let share = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.3}"));
+        let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".into());
         for AdmVerdict {
             model,
+            parameters,
+            depth,
+            macs,
             count,
             scores,
             ..
@@ -162,6 +169,9 @@ impl AdmEvaluation {
         {
             table.row([
                 model.clone(),
+                or_dash(depth.map(|depth| depth.to_string())),
+                or_dash(parameters.map(short)),
+                or_dash(macs.map(short)),
                 count.to_string(),
                 distance(scores.fid),
                 scores.sfid.map_or("-".into(), distance),
@@ -299,9 +309,9 @@ mod tests {
         let (table, foot) = text.split_once("\n\n").unwrap();
         assert_eq!(
             table,
-            "samples  count   FID  sFID      IS  precision  recall\n\
-             -------  -----  ----  ----  ------  ---------  ------\n\
-             teacher  50000  0.00  4.26  231.50      0.820   0.820"
+            "samples  depth  params  MACs  count   FID  sFID      IS  precision  recall\n\
+             -------  -----  ------  ----  -----  ----  ----  ------  ---------  ------\n\
+             teacher  -      -       -     50000  0.00  4.26  231.50      0.820   0.820"
         );
         let lines: Vec<&str> = foot.lines().collect();
         assert_eq!(lines.len(), 2, "{foot}");

@@ -49,6 +49,30 @@ impl ClassifierConfig {
         sides
     }
 
+    /// Name and shape of each tensor.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (first, width) = (self.width / 4, self.width / 2);
+        let sides = self.sides();
+        let area = sides.last().map_or(0, |side| side * side);
+        let mut layers = vec![
+            ("conv1".to_owned(), vec![first, self.channels, 3, 3]),
+            ("conv2".to_owned(), vec![width, first, 3, 3]),
+        ];
+        let more = (0..sides.len() - 1)
+            .map(|index| (format!("conv_more.{index}"), vec![width, width, 3, 3]));
+        layers.extend(more);
+        layers.push(("features".to_owned(), vec![self.width, width * area]));
+        layers.push(("head".to_owned(), vec![self.classes, self.width]));
+        (layers.into_iter())
+            .flat_map(|(name, shape)| {
+                [
+                    (format!("{name}.bias"), vec![shape[0]]),
+                    (format!("{name}.weight"), shape),
+                ]
+            })
+            .collect()
+    }
+
     /// What is wrong with the sizes, if anything is.
     pub fn problem(&self) -> Option<String> {
         let Self {
@@ -190,6 +214,13 @@ mod tests {
             assert_eq!(config.sides(), sides);
             assert_eq!(config.problem(), None);
             let classifier = Classifier::<B>::zeros(&config, &Default::default());
+            let mut tensors = config.tensors();
+            tensors.sort();
+            let state = crate::weights::collect::<B, _>(&classifier);
+            let there: Vec<_> = (state.iter())
+                .map(|(name, array)| (name.clone(), array.shape.clone()))
+                .collect();
+            assert_eq!(tensors, there);
             let x = Tensor::zeros([2, 3, size, size], &Default::default());
             let Reading { features, logits } = classifier.forward(x);
             assert_eq!((features.dims(), logits.dims()), ([2, 8], [2, 5]));

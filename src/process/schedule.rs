@@ -151,9 +151,13 @@ impl DiffusionTables {
                 .collect::<Vec<f64>>()
         };
         let posterior_variance = posterior(&|beta, a, prev| beta * (1.0 - prev) / (1.0 - a));
-        // The first variance is 0; its logarithm is clipped to that of the second.
+        // The first variance is 0; its logarithm is clipped to that of the second. A process of one step has no second
+        // (the reference fails on it): its only step adds no noise, and any finite number will do.
         let posterior_log_variance_clipped = (0..count)
-            .map(|i| posterior_variance[i.max(1).min(count - 1)].ln())
+            .map(|i| match posterior_variance.get(i.max(1)) {
+                Some(variance) => variance.ln(),
+                None => betas[i].ln(),
+            })
             .collect();
         Self {
             sqrt_alphas_cumprod: map(&|a| a.sqrt()),
@@ -190,6 +194,13 @@ fn cumulative_product(betas: &[f64]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_of_one_step_has_finite_tables() {
+        let tables = DiffusionTables::linear(&respace("1").unwrap());
+        assert_eq!(tables.posterior_variance, [0.0]);
+        assert!(tables.posterior_log_variance_clipped[0].is_finite());
+    }
 
     #[test]
     fn strides_round_half_to_even() {

@@ -65,6 +65,9 @@ fn nearest<'c>(written: &str, candidates: impl IntoIterator<Item = &'c str>) -> 
         .map(|(_, candidate)| candidate)
 }
 
+/// Mistakes that are shown one by one.
+const SHOWN: usize = 100;
+
 /// Every mistake of one recipe, with what is needed to show them in place.
 ///
 /// Displayed, each reads
@@ -129,13 +132,16 @@ impl Diagnostics {
 
 impl fmt::Display for Diagnostics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, item) in self.items.iter().enumerate() {
+        for (index, item) in self.items.iter().take(SHOWN).enumerate() {
             if index > 0 {
                 writeln!(f)?;
             }
             self.write_one(f, item)?;
         }
-        Ok(())
+        match self.items.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => write!(f, "\nand {more} more"),
+        }
     }
 }
 

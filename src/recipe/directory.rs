@@ -23,6 +23,9 @@ pub struct Status {
     pub error: Option<String>,
 }
 
+/// File of the recipe a run was started with, nothing left implicit.
+pub(super) const RESOLVED: &str = "resolved.toml";
+
 /// A run's folder.
 #[derive(Debug)]
 pub struct RunDirectory {
@@ -51,25 +54,40 @@ impl RunDirectory {
         }
     }
 
-    /// The newest run of a recipe that has not finished.
+    /// The newest run of a recipe that has not finished and was started with this resolved recipe. One that was stopped
+    /// before it had noted its recipe has nothing to go on with, and is passed over.
     ///
     /// # Errors
     /// When there is none.
-    pub fn unfinished(runs: &Path, recipe: &str) -> Result<Self, RecipeError> {
+    pub fn unfinished(runs: &Path, recipe: &str, resolved: &str) -> Result<Self, RecipeError> {
         let folder = runs.join(recipe);
         let unfinished =
             |path: &PathBuf| read_status(path).is_none_or(|status| status.state != "finished");
-        let run = numbers(&folder)
-            .into_iter()
-            .rev()
+        let mut other = None;
+        let paths = numbers(&folder).into_iter().rev();
+        for path in paths
             .map(|number| folder.join(format!("{number:03}")))
-            .find(unfinished);
-        Self::open(run.ok_or_else(|| {
-            RecipeError::Run(format!(
+            .filter(unfinished)
+        {
+            let Ok(noted) = std::fs::read_to_string(path.join(RESOLVED)) else {
+                continue;
+            };
+            if noted == resolved {
+                return Self::open(path);
+            }
+            other = other.or(Some(path));
+        }
+        Err(RecipeError::Run(match other {
+            Some(path) => format!(
+                "{}: the recipe has changed since this run was started, so it can't be resumed; its own recipe is in \
+                 {RESOLVED} there",
+                path.display()
+            ),
+            None => format!(
                 "{}: no unfinished run to resume; leave out `--resume` to start one",
                 folder.display()
-            ))
-        })?)
+            ),
+        }))
     }
 
     /// Takes a run's folder for this process.
@@ -94,6 +112,28 @@ impl RunDirectory {
     /// The folder of a stage, by its place in the recipe.
     pub fn stage(&self, index: usize, name: &str) -> PathBuf {
         self.path.join(format!("{:02}-{name}", index + 1))
+    }
+
+    /// Removes what a killed process left half written. The run is this process's.
+    pub fn tidy(&self) {
+        let mut folders = vec![self.path.clone()];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+                let name = entry.file_name();
+                let name = name.as_encoded_bytes();
+                // The type of the entry itself: no link is followed.
+                match entry.file_type() {
+                    Ok(kind) if kind.is_dir() => folders.push(entry.path()),
+                    Ok(kind)
+                        if kind.is_file() && name.starts_with(b".") && name.ends_with(b".tmp") =>
+                    {
+                        // What can't be removed does no harm.
+                        let _ = std::fs::remove_file(entry.path());
+                    }
+                    _ => {}
+                }
+            }
+        }
     }
 
     /// Writes a file of the run, atomically.
@@ -172,13 +212,24 @@ mod tests {
             error: None,
         };
         second.set_status(&finished).unwrap();
-        let taken = RunDirectory::unfinished(folder.path(), "a").unwrap_err();
+        // One that has noted nothing is passed over.
+        let unfinished = |resolved: &str| RunDirectory::unfinished(folder.path(), "a", resolved);
+        let none = unfinished("x = 1").unwrap_err().to_string();
+        assert!(none.contains("no unfinished run"), "{none}");
+        first.write(RESOLVED, "x = 1").unwrap();
+        let third = RunDirectory::create(folder.path(), "a").unwrap();
+        third.write(RESOLVED, "x = 3").unwrap();
+        let changed = unfinished("x = 2").unwrap_err().to_string();
+        assert!(changed.contains("003: the recipe has changed"), "{changed}");
+        drop(third);
+        assert!(unfinished("x = 3").unwrap().path().ends_with("003"));
+        let taken = unfinished("x = 1").unwrap_err();
         assert!(taken.to_string().contains("another process"), "{taken}");
         let path = first.path().to_owned();
         drop(first);
-        let first = RunDirectory::unfinished(folder.path(), "a").unwrap();
+        let first = unfinished("x = 1").unwrap();
         assert_eq!(first.path(), path);
         first.set_status(&finished).unwrap();
-        assert!(RunDirectory::unfinished(folder.path(), "a").is_err());
+        assert!(unfinished("x = 1").is_err());
     }
 }

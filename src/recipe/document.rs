@@ -287,7 +287,17 @@ fn no_child(parent: &Value, path: &[&str], origin: &Origin) -> Diagnostic {
     match parent {
         Value::Table(table) => {
             let keys = table.keys().map(String::as_str);
-            Diagnostic::new(origin, absent).suggesting(segment, keys)
+            let mut fault = Diagnostic::new(origin, absent).suggesting(segment, keys);
+            // A stage's key, without the word before its name.
+            let stages = match table.get("stage").map(|entry| &entry.node.value) {
+                Some(Value::Array(stages)) => stages.as_slice(),
+                _ => &[],
+            };
+            let mut titles = stages.iter().filter_map(table_of).filter_map(title);
+            if titles.any(|title| title == segment) {
+                fault.suggestion = Some(format!("stage.{segment}"));
+            }
+            fault
         }
         Value::Array(items) => {
             let titles = items.iter().filter_map(table_of).filter_map(title);

@@ -14,7 +14,7 @@ use super::RecipeError;
 use super::progress::Progress;
 use super::sampling::{Labels, Sample, Sampling};
 use crate::atomic::{lock_file, write_atomic};
-use crate::evaluation::SampleWriter;
+use crate::evaluation::{SampleReader, SampleWriter};
 use crate::images::Images;
 use crate::models::vae::{Vae, VaeConfig, pixels};
 use crate::models::{DitConfig, Network};
@@ -32,7 +32,7 @@ const PICTURE: usize = 4096;
 const DECODED_AT_ONCE: usize = 4;
 
 /// File of the first samples as a picture.
-const PICTURE_FILE: &str = "samples.png";
+pub(super) const PICTURE_FILE: &str = "samples.png";
 
 /// File that says how samples were drawn, beside them.
 pub(super) const SAMPLING: &str = "sampling.json";
@@ -121,6 +121,7 @@ impl<B: FusedOps> Draw<'_, B> {
             shape: self.shape(),
         };
         if archive.exists() {
+            self.check(&archive)?;
             // Another process may have been stopped before it had tidied up.
             if !self.folder.join(PICTURE_FILE).exists() {
                 self.picture(&archive)?;
@@ -181,6 +182,27 @@ impl<B: FusedOps> Draw<'_, B> {
             // Another process may have put them together, and deleted the parts, by now.
             archive: archive.exists().then_some(archive),
         })
+    }
+
+    /// Refuses an archive that is not that of these samples: somebody else may have put it there.
+    fn check(&self, archive: &Path) -> Result<(), RecipeError> {
+        let [height, width, channels] = self.shape();
+        let expected = [self.sampling.count, height, width, channels];
+        let found = match archive.is_file() {
+            true => SampleReader::open(archive)?.shape(),
+            false => [0; 4],
+        };
+        if found == expected {
+            return Ok(());
+        }
+        Err(RecipeError::Run(format!(
+            "{}: expected samples of shape {expected:?}, found {}; take it away, and they are drawn again",
+            archive.display(),
+            match archive.is_file() {
+                true => format!("{found:?}"),
+                false => "a folder".to_owned(),
+            }
+        )))
     }
 
     /// `[height, width, channels]` of an image.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::RecipeError;
 use super::data::Shape;
-use super::draw::{COLUMNS, Decoder, Draw, Share, byte, first_images, grid};
+use super::draw::{COLUMNS, Decoder, Draw, PICTURE_FILE, Share, byte, first_images, grid};
 use super::evaluate_reference::ReferenceFiles;
 use super::sampling::{Against, Evaluate, Sample, Sampling};
 use super::speed::speeds;
@@ -221,9 +221,10 @@ impl<B: TrainingBackend> Context<'_, B> {
         .run(self.device)?;
         let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
         crate::say!(
-            "{stage}: {} samples in {}",
-            sample.sampling.count,
-            archive.display()
+            "{stage}: {} samples in {}, the first of them to look at in {}",
+            thousands(sample.sampling.count),
+            archive.display(),
+            archive.with_file_name(PICTURE_FILE).display()
         );
         Ok(())
     }

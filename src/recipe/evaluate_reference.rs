@@ -58,6 +58,13 @@ impl<B: FusedOps> Judge<B> {
         let pictures = reference.pictures();
         told(files.reference, reference.ignored());
         enough(files.reference, pictures.unwrap_or(usize::MAX))?;
+        if pictures.is_some_and(|pictures| pictures <= neighbours) {
+            return Err(RecipeError::Run(format!(
+                "{}: {neighbours} neighbours can't be found among its {} pictures",
+                files.reference.display(),
+                pictures.unwrap_or(0)
+            )));
+        }
         let mut progress = Progress::new("reference", "images", pictures.unwrap_or(0));
         let network = &inception.network;
         let mut reached = |done| progress.reach(done);

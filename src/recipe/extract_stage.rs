@@ -17,6 +17,9 @@ pub(super) const LATENTS: &str = "latents";
 /// Pictures an autoencoder encodes at once: at 256 x 256 each takes some hundred MiB on the way.
 const ENCODED_AT_ONCE: usize = 4;
 
+/// Most numbers of a shard, 2 GiB of them at full precision: of very large pictures a shard holds fewer.
+const MOST_VALUES: usize = 1 << 29;
+
 /// How many images that can't be read are named one by one.
 const NAMED: usize = 10;
 
@@ -63,6 +66,7 @@ pub(crate) fn run<B: FusedOps>(
             job.images.display()
         );
     }
+    let side = job.size / config.factor();
     let how = Extraction {
         size: job.size,
         mirror: job.mirror,
@@ -71,7 +75,9 @@ pub(crate) fn run<B: FusedOps>(
             Form::Packed { half: false } => data::Form::Packed(Dtype::F32),
             Form::Npy => data::Form::Npy,
         },
-        records_per_shard: RECORDS_PER_SHARD,
+        records_per_shard: RECORDS_PER_SHARD
+            .min(MOST_VALUES / (2 * 4 * side * side).max(1))
+            .max(1),
         batch: job.batch,
         slice: ENCODED_AT_ONCE,
         workers: match job.workers {

@@ -14,6 +14,7 @@ pub mod document;
 mod documents;
 pub mod draw;
 pub mod embedded;
+pub mod embedded_recipes;
 mod evaluate;
 pub(crate) mod evaluate_reference;
 pub mod extract;

@@ -233,9 +233,14 @@ impl<'a> Section<'a> {
         let known = |key: &str| accepted.iter().chain(&refused).any(|known| *known == key);
         for (key, entry) in self.table.iter().filter(|(key, _)| !known(key)) {
             let message = format!("unknown key `{}` in {}", key.escape_debug(), self.label);
-            let fault = Diagnostic::new(&entry.key, message);
-            self.sink
-                .push(fault.suggesting(key, accepted.iter().copied()));
+            let mut fault = Diagnostic::new(&entry.key, message);
+            fault = fault.suggesting(key, accepted.iter().copied());
+            if fault.suggestion.is_none() {
+                let mut keys = accepted.clone();
+                keys.sort_unstable();
+                fault.message += &format!("; there are {}", keys.join(", "));
+            }
+            self.sink.push(fault);
         }
     }
 

@@ -1,12 +1,12 @@
 //! Running a plan, stage after stage.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
 use super::RecipeError;
-use super::directory::{RunDirectory, Status, json};
+use super::directory::{RESOLVED, RunDirectory, Status, json};
 use super::plan::Plan;
 use super::schema::StageKind;
 use super::stages::Context;
@@ -37,8 +37,46 @@ struct Environment {
     device: String,
     os: &'static str,
     architecture: &'static str,
+    processor: String,
     threads: usize,
+    /// UTC.
+    started: String,
     arguments: Vec<String>,
+}
+
+/// The processor's name, where the system tells it.
+fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"));
+    name.map_or_else(
+        || "unknown".to_owned(),
+        |name| name.trim_matches([' ', '\t', ':']).to_owned(),
+    )
+}
+
+/// A time as `2026-01-31T23:59:59Z`, by the calendar of civil days (H. Hinnant, "chrono-compatible low-level date
+/// algorithms").
+fn utc(time: SystemTime) -> String {
+    let seconds = time
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    // Days since 0000-03-01, in eras of 400 years.
+    let day = days + 719_468;
+    let (era, day) = (day / 146_097, day % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (year, month) = match month {
+        0..=9 => (year + 400 * era, month + 3),
+        _ => (year + 400 * era + 1, month - 9),
+    };
+    let [hour, minute, second] = [second / 3600, second / 60 % 60, second % 60];
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
 /// Runs a plan and returns its run directory.
@@ -56,20 +94,13 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
         .map_err(|error| RecipeError::Run(error.to_string()))?;
     let name = &plan.recipe.name;
     let directory = if options.resume {
-        RunDirectory::unfinished(&options.runs, name)?
+        RunDirectory::unfinished(&options.runs, name, &resolved)?
     } else {
         RunDirectory::create(&options.runs, name)?
     };
-    if options.resume {
-        let before = directory.read("resolved.toml")?;
-        if before != resolved {
-            return Err(RecipeError::Run(format!(
-                "{}: the recipe has changed since this run was started, so it can't be resumed; its own recipe is in resolved.toml there",
-                directory.path().display()
-            )));
-        }
-    } else {
-        directory.write("resolved.toml", &resolved)?;
+    match options.resume {
+        true => directory.tidy(),
+        false => directory.write(RESOLVED, &resolved)?,
     }
     crate::say!("run directory {}", directory.path().display());
     for stage in &plan.stages {
@@ -86,6 +117,8 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
             device: format!("{device:?}"),
             os: std::env::consts::OS,
             architecture: std::env::consts::ARCH,
+            processor: processor(),
+            started: utc(SystemTime::now()),
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             arguments: (std::env::args_os().skip(1))
                 .map(|argument| argument.to_string_lossy().into_owned())
@@ -163,4 +196,25 @@ fn stages<B: TrainingBackend>(
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn times_are_those_of_date() {
+        // date -u -d @SECONDS +%FT%TZ
+        for (seconds, expected) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_709_164_800, "2024-02-29T00:00:00Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(utc(UNIX_EPOCH + Duration::from_secs(seconds)), expected);
+        }
+    }
 }

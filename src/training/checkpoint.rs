@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::ema::Ema;
 use super::optimizer::{AdamW, Moments};
 use super::{TrainingError, strategy::Plan};
+use crate::data::with_cause;
 use crate::weights::{
     Array, Description, EMA, FIXED, MODEL, MOMENTS, StateDict, TRAINING, collect, floats, names,
     overlay, read_safetensors, write_safetensors,
@@ -138,11 +139,24 @@ impl Store {
         ema: &mut Ema<B::InnerBackend>,
         optimizer: &AdamW<B>,
     ) -> Result<(M, Option<Position>), TrainingError> {
-        let Some(&step) = self.steps().last() else {
-            return Ok((model, None));
+        let mut steps = self.steps();
+        let (path, state, metadata) = loop {
+            let Some(step) = steps.pop() else {
+                return Ok((model, None));
+            };
+            let path = self.path(step);
+            match read_safetensors(&path) {
+                Ok((state, metadata)) => break (path, state, metadata),
+                // What is computed again from the one before is the same.
+                Err(error) if !steps.is_empty() => {
+                    crate::say!(
+                        "note: {}; going on from the checkpoint before",
+                        with_cause(&error)
+                    );
+                }
+                Err(error) => return Err(error.into()),
+            }
         };
-        let path = self.path(step);
-        let (state, metadata) = read_safetensors(&path)?;
         let resume = |problem: String| TrainingError::Resume {
             path: path.clone(),
             problem,

@@ -29,12 +29,23 @@ pub use strategy::Plan;
 use crate::data::DataError;
 use crate::weights::WeightsError;
 
+/// Where the last checkpoint lies, if one was made.
+fn last_checkpoint(directory: &std::path::Path) -> String {
+    match directory.is_dir() {
+        true => format!(". The last checkpoint is in {}", directory.display()),
+        false => String::new(),
+    }
+}
+
 /// How a training can fail.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TrainingError {
     /// Losses stayed non-finite.
-    #[error("{count} losses in a row were not finite (the last at step {step}); lower `lr`, or look at the data. The last checkpoint is in {}", directory.display())]
+    #[error(
+        "{count} losses in a row were not finite (the last at step {step}); lower `lr`, or look at the data{}",
+        last_checkpoint(directory)
+    )]
     Diverged {
         /// How many.
         count: usize,

@@ -266,7 +266,14 @@ impl Checkpoint {
             check(config, path)?;
             tensors = from_diffusers(tensors, config, path)?;
         }
-        if !matches!(known, Some(Architecture::Classifier(_))) {
+        if let Some(Architecture::Classifier(config)) = &known {
+            if let Some(why) = config.problem() {
+                return Err(problem(format!(
+                    "the architecture it describes can't be built: {why}"
+                )));
+            }
+            infer::check_classifier(&tensors, config, path)?;
+        } else {
             let heads = Heads {
                 known: match &known {
                     Some(Architecture::Dit(config)) => Some(config.heads),
@@ -408,12 +415,6 @@ impl Checkpoint {
         device: &B::Device,
     ) -> Result<Classifier<B>, WeightsError> {
         let config = self.classifier_config()?;
-        if let Some(why) = config.problem() {
-            return Err(WeightsError::Model {
-                path: self.path.clone(),
-                problem: format!("the architecture it describes can't be built: {why}"),
-            });
-        }
         assign(
             Classifier::zeros(config, device),
             &self.tensors,

@@ -17,6 +17,11 @@ use crate::atomic::write_atomic;
 use crate::models::Architecture;
 use crate::process::ProcessKind;
 
+/// Endings of forms that people have models in, and that are not written.
+const UNKNOWN_FORMS: [&str; 9] = [
+    "onnx", "gguf", "ggml", "h5", "npz", "npy", "pb", "tflite", "msgpack",
+];
+
 /// How to write a checkpoint.
 #[derive(Debug, Clone, Default)]
 pub struct Conversion {
@@ -51,6 +56,20 @@ pub fn convert(
         return Err(problem("exists; nothing is overwritten, name another"));
     }
     let kind = WeightFile::of(to);
+    // `model.onnx` is no folder's name, nor `model.sft`; `TinyDiT-D14.v2` may be.
+    let ending = to.extension().and_then(|ending| ending.to_str());
+    if kind.is_none()
+        && let Some(ending) = ending
+        && UNKNOWN_FORMS.contains(&ending.to_ascii_lowercase().as_str())
+    {
+        return Err(WeightsError::Model {
+            path: to.to_owned(),
+            problem: format!(
+                "the form .{ending} can't be written; there are {}, and a folder, without an ending",
+                WeightFile::ENDINGS.join(", ")
+            ),
+        });
+    }
     if conversion.diffusers && kind.is_some() {
         return Err(problem(
             "the diffusers layout is a folder: its config.json is a part of it; leave out the ending",
@@ -75,14 +94,39 @@ pub fn convert(
             write_torch(to, tensors, dtype)?;
             vec![]
         }
-        None => return folder(checkpoint, to, conversion),
+        None => return whole_folder(checkpoint, to, conversion),
     };
     written.push(to.to_owned());
     Ok(written)
 }
 
+/// Writes a folder under another name, which it loses when it is whole.
+fn whole_folder(
+    checkpoint: &Checkpoint,
+    to: &Path,
+    conversion: &Conversion,
+) -> Result<Vec<PathBuf>, WeightsError> {
+    let name = to.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = to.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
+    let written = folder(checkpoint, &temporary, to, conversion).and_then(|written| {
+        std::fs::rename(&temporary, to).map_err(WeightsError::io(to))?;
+        Ok(written)
+    });
+    if written.is_err() {
+        // What is left of it was nobody's yet.
+        let _ = std::fs::remove_dir_all(&temporary);
+    }
+    let within = |path: PathBuf| match path.strip_prefix(&temporary) {
+        Ok(name) => to.join(name),
+        Err(_) => path,
+    };
+    Ok(written?.into_iter().map(within).collect())
+}
+
+/// Writes into the folder `into`; messages call it `to`.
 fn folder(
     checkpoint: &Checkpoint,
+    into: &Path,
     to: &Path,
     conversion: &Conversion,
 ) -> Result<Vec<PathBuf>, WeightsError> {
@@ -118,12 +162,12 @@ fn folder(
     };
     let (metadata, dtype) = (checkpoint.metadata()?, conversion.dtype);
     let mut written = if let Some(most) = conversion.shard {
-        let index = to.join(format!("{stem}.safetensors.index.json"));
+        let index = into.join(format!("{stem}.safetensors.index.json"));
         let mut written = write_shards(&index, &tensors, &metadata, dtype, most)?;
         written.push(index);
         written
     } else {
-        let file = to.join(format!("{stem}.safetensors"));
+        let file = into.join(format!("{stem}.safetensors"));
         write_safetensors(&file, &tensors, metadata, dtype)?;
         vec![file]
     };
@@ -132,7 +176,7 @@ fn folder(
         ("README.md", card(checkpoint, conversion)?),
     ];
     for (name, text) in texts {
-        let path = to.join(name);
+        let path = into.join(name);
         write_atomic(&path, |file| file.write_all(text.as_bytes()))
             .map_err(WeightsError::io(&path))?;
         written.push(path);

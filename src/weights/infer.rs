@@ -6,7 +6,7 @@ use std::path::Path;
 use super::misfits::some;
 use super::tensors::Tensors;
 use super::{Misfits, WeightsError};
-use crate::models::{DitConfig, zoo};
+use crate::models::{ClassifierConfig, DitConfig, zoo};
 
 /// Heads of a model, which no tensor tells.
 #[derive(Debug, Clone, Copy, Default)]
@@ -136,15 +136,31 @@ pub(super) fn check_dit(
     config: &DitConfig,
     path: &Path,
 ) -> Result<(), WeightsError> {
+    check(tensors, &config.tensors(), &config.to_string(), path)
+}
+
+/// As [`check_dit`], of a classifier.
+pub(super) fn check_classifier(
+    tensors: &Tensors,
+    config: &ClassifierConfig,
+    path: &Path,
+) -> Result<(), WeightsError> {
+    check(tensors, &config.tensors(), &config.to_string(), path)
+}
+
+fn check(
+    tensors: &Tensors,
+    expected: &[(String, Vec<usize>)],
+    what: &str,
+    path: &Path,
+) -> Result<(), WeightsError> {
     let mut misfits = Misfits::default();
+    let expected = expected.iter();
     misfits.compare(
         tensors,
-        config
-            .tensors()
-            .iter()
-            .map(|(name, shape)| (name.as_str(), shape.as_slice())),
+        expected.map(|(name, shape)| (name.as_str(), shape.as_slice())),
     );
-    misfits.into_result(path, &config.to_string())
+    misfits.into_result(path, what)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::checkpoint::CONFIG;
 use super::{WeightFile, WeightsError, assign, open_weights};
+use crate::atomic::open_file;
 use crate::models::inception::Inception;
 use crate::models::vae::{Vae, VaeConfig, rename_attention};
 
@@ -26,7 +27,7 @@ pub struct Known<N> {
 /// # Errors
 /// When it can't be read.
 pub fn file_sha256(path: &Path) -> Result<String, WeightsError> {
-    let mut file = std::fs::File::open(path).map_err(WeightsError::io(path))?;
+    let mut file = open_file(path).map_err(WeightsError::io(path))?;
     let mut hash = Sha256::new();
     std::io::copy(&mut file, &mut hash).map_err(WeightsError::io(path))?;
     Ok(hash

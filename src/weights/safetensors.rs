@@ -13,7 +13,7 @@ use super::state::encode;
 use super::tensors::{Bytes, Stored, Tensors, size_of_value};
 use super::torch::is_counter;
 use super::{StateDict, WeightsError};
-use crate::atomic::write_atomic;
+use crate::atomic::{open_file, write_atomic};
 
 /// The file begins with the size of its header.
 const SIZE: usize = 8;
@@ -27,7 +27,7 @@ const METADATA: &str = "__metadata__";
 /// # Errors
 /// When the file can't be read, is not safetensors, or holds a tensor that is not of a float type.
 pub fn open_safetensors(path: &Path) -> Result<(Tensors, BTreeMap<String, String>), WeightsError> {
-    let file = File::open(path).map_err(WeightsError::io(path))?;
+    let file = open_file(path).map_err(WeightsError::io(path))?;
     let length = file.metadata().map_err(WeightsError::io(path))?.len();
     open(&Bytes::file(path, file), length, path)
 }

@@ -14,6 +14,7 @@ use super::pickle::{Id, Node, Pickle};
 use super::safetensors::{encoded, write_tensors};
 use super::tensors::{Bytes, Stored, Tensors, size_of_value};
 use super::{WeightsError, legacy};
+use crate::atomic::open_file;
 use crate::process::ProcessKind;
 
 /// Where a training checkpoint keeps its weights, best first: published samples come from the EMA.
@@ -41,7 +42,7 @@ pub(super) fn open_said(
     path: &Path,
     key: Option<&str>,
 ) -> Result<(Tensors, Option<ProcessKind>), WeightsError> {
-    let file = File::open(path).map_err(WeightsError::io(path))?;
+    let file = open_file(path).map_err(WeightsError::io(path))?;
     let length = file.metadata().map_err(WeightsError::io(path))?.len();
     let broken = |found: String| WeightsError::Format {
         path: path.to_owned(),

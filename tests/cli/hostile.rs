@@ -298,3 +298,199 @@ fn names_that_are_no_unicode_are_no_panic() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{said}");
 }
+
+#[test]
+fn a_damaged_checkpoint_gives_way_to_the_one_before() {
+    let place = Place::new();
+    place.write(
+        "short.toml",
+        "[[stage]]
+        kind = 'train'
+        steps = 6
+        batch = 4
+        checkpoint_every = 2
+        architecture = { family = 'dit', width = 8, heads = 2, depth = 1 }
+        ",
+    );
+    place
+        .run(&["recipe", "short.toml", "--runs", "runs"])
+        .succeeded();
+    let run = place.path("runs/short/001");
+    let model = std::fs::read(run.join("01-train/model.safetensors")).unwrap();
+    let newest = run.join("01-train/checkpoints/step-00000004.safetensors");
+    let whole = std::fs::read(&newest).unwrap();
+    std::fs::write(&newest, &whole[..whole.len() / 2]).unwrap();
+    // What a killed writer leaves, and a link that must not be followed.
+    std::fs::write(
+        run.join("01-train/checkpoints/.step-6.safetensors.1-2.tmp"),
+        "half",
+    )
+    .unwrap();
+    std::fs::remove_file(run.join("01-train/done.json")).unwrap();
+    let status = std::fs::read_to_string(run.join("status.json")).unwrap();
+    std::fs::write(
+        run.join("status.json"),
+        status.replace("finished", "failed"),
+    )
+    .unwrap();
+    let resumed = place
+        .run(&["recipe", "short.toml", "--runs", "runs", "--resume"])
+        .succeeded();
+    assert!(
+        resumed
+            .stderr
+            .contains("going on from the checkpoint before"),
+        "{}",
+        resumed.stderr
+    );
+    assert_eq!(
+        std::fs::read(run.join("01-train/model.safetensors")).unwrap(),
+        model
+    );
+    assert!(
+        !run.join("01-train/checkpoints/.step-6.safetensors.1-2.tmp")
+            .exists()
+    );
+}
+
+#[test]
+fn samples_that_somebody_else_put_there_are_not_taken_for_drawn() {
+    let place = Place::new();
+    let arguments = [
+        "sample",
+        "embedded:digits-teacher",
+        "--count",
+        "3",
+        "--steps",
+        "2",
+        "--into",
+        "out",
+    ];
+    place.run(&arguments).succeeded();
+    let archive = place.path("out/samples.npz");
+    place.run(&arguments).succeeded();
+    std::fs::write(&archive, "").unwrap();
+    refused(&place, &arguments, &["samples.npz"]);
+    std::fs::remove_file(&archive).unwrap();
+    std::fs::create_dir(&archive).unwrap();
+    refused(&place, &arguments, &["samples.npz", "found a folder"]);
+}
+
+#[test]
+fn what_a_file_says_of_itself_is_not_believed() {
+    let place = Place::new();
+    let path = root().join("artifacts/pretrained/digits-features.safetensors");
+    let (tensors, mut metadata) = open_safetensors(&path).unwrap();
+    let state = tensors.read_all().unwrap();
+    for (said, expected) in [
+        (
+            "{\"family\":\"digits-classifier\",\"width\":1000000000000}",
+            "too large",
+        ),
+        ("{\"family\":\"classifier\",\"width\":32}", "misshapen"),
+    ] {
+        metadata.insert("tinyfusion.architecture".to_owned(), said.to_owned());
+        let file = place.path("said.safetensors");
+        write_safetensors(&file, &state.clone().into(), metadata.clone(), None).unwrap();
+        refused(&place, &["inspect", "said.safetensors"], &[expected]);
+        refused(
+            &place,
+            &["convert", "said.safetensors", "other.safetensors"],
+            &[expected],
+        );
+    }
+    // Nothing from a file rules the terminal.
+    let (tensors, mut metadata) = open_safetensors(&path).unwrap();
+    let note = "{\"recipe\":\"x\",\"note\":\"\\u001b]0;title\\u0007\\u001b[2J\"}";
+    metadata.insert("tinyfusion.provenance".to_owned(), note.to_owned());
+    let state = tensors.read_all().unwrap();
+    write_safetensors(
+        &place.path("note.safetensors"),
+        &state.into(),
+        metadata,
+        None,
+    )
+    .unwrap();
+    let shown = place.run(&["inspect", "note.safetensors"]).succeeded();
+    assert!(
+        shown.stdout.contains("\\u{1b}]0;title\\u{7}"),
+        "{}",
+        shown.stdout
+    );
+    assert!(!shown.stdout.contains('\u{1b}'), "{}", shown.stdout);
+}
+
+#[cfg(unix)]
+#[test]
+fn pipes_are_not_waited_for() {
+    let place = Place::new();
+    for name in ["pipe.pt", "pipe.safetensors", "pipe.npz"] {
+        let made = Command::new("mkfifo").arg(place.path(name)).status();
+        assert!(made.unwrap().success());
+    }
+    refused(&place, &["inspect", "pipe.pt"], &["pipe.pt"]);
+    refused(
+        &place,
+        &["inspect", "pipe.safetensors"],
+        &["pipe.safetensors"],
+    );
+    refused(
+        &place,
+        &["evaluate", "pipe.npz", "pipe.npz", "--inception", "pipe.pt"],
+        &["pipe."],
+    );
+}
+
+#[test]
+fn small_mistakes_are_told_with_what_to_do() {
+    let place = Place::new();
+    refused(
+        &place,
+        &["convert", "embedded:digits-teacher", "model.onnx"],
+        &["the form .onnx", ".safetensors"],
+    );
+    assert!(!place.path("model.onnx").exists());
+    let quickstart = ["recipe", "quickstart", "--dry-run"];
+    place.run(&quickstart).succeeded();
+    let wrong = [&quickstart[..], &["--set", "prune.steps=5"]].concat();
+    refused(&place, &wrong, &["did you mean `stage.prune`"]);
+    place.write(
+        "keys.toml",
+        "[[stage]]\nkind = 'sample'\nfrom = 'embedded:digits-teacher'\ncount = 1\nzzz = 1\n",
+    );
+    refused(
+        &place,
+        &["recipe", "keys.toml"],
+        &["unknown key `zzz`", "there are batch, classes, count"],
+    );
+    let many: String = (0..200_000)
+        .map(|index| format!("key{index} = 1\n"))
+        .collect();
+    place.write("many.toml", many);
+    refused(
+        &place,
+        &["recipe", "many.toml"],
+        &["unknown key `key0`", "more"],
+    );
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tinyfusion"));
+    let begun = Instant::now();
+    let output = command
+        .args([
+            "sample",
+            "embedded:digits-teacher",
+            "--count",
+            "1",
+            "--steps",
+            "1",
+            "--into",
+        ])
+        .arg(place.path("threads"))
+        .env("RAYON_NUM_THREADS", "100000")
+        .output();
+    assert!(output.unwrap().status.success());
+    assert!(
+        begun.elapsed() < Duration::from_secs(60),
+        "{:?}",
+        begun.elapsed()
+    );
+}

@@ -174,7 +174,11 @@ fn interrupted_work_goes_on_to_the_same_bytes() {
             &device,
             |_, _| (),
         );
-        assert!(error.unwrap_err().to_string().contains("made otherwise"));
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("others (seed 5, not 6); name another"),
+            "{error}"
+        );
     }
 }
 

@@ -1,12 +1,12 @@
 //! The reference's folders of `.npy` files.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use crate::atomic::write_atomic;
+use crate::atomic::{open_file, write_atomic};
 use crate::data::DataError;
 use crate::npy::{self, Header};
 
@@ -155,7 +155,7 @@ impl Files {
 
 fn contents(path: &Path) -> Result<Vec<u8>, DataError> {
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(DataError::io(path))?;
+    let file = open_file(path).map_err(DataError::io(path))?;
     let length = file.metadata().map_err(DataError::io(path))?.len();
     if length > MOST_BYTES {
         let expected = format!("at most {MOST_BYTES} bytes");

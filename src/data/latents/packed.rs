@@ -1,12 +1,13 @@
 //! Packed shards: their form, and reading them.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use half::f16;
 use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 
+use crate::atomic::open_file;
 use crate::data::{DataError, level};
 
 /// The file that says what the shards hold.
@@ -285,7 +286,26 @@ impl Index {
 struct Shard {
     path: PathBuf,
     map: Mmap,
+    /// As the index has it.
     checksum: String,
+    /// The checksum of what is there, once somebody has read of it.
+    found: OnceLock<String>,
+}
+
+impl Shard {
+    /// Compares the shard with its checksums, the first time of all: a shard is whole before anything of it is learned.
+    fn check(&self) -> Result<(), DataError> {
+        let (bytes, trailer) = self.map.split_at(self.map.len() - TRAILER);
+        let computed = self
+            .found
+            .get_or_init(|| hexadecimal(crc32fast::hash(bytes)));
+        let stored = trailer.first_chunk().map(|b| u32::from_le_bytes(*b));
+        if stored.map(hexadecimal).as_ref() == Some(computed) && self.checksum == *computed {
+            return Ok(());
+        }
+        let expected = format!("the checksum {}", self.checksum);
+        Err(DataError::unexpected(&self.path, expected, computed))
+    }
 }
 
 /// Shards mapped into memory.
@@ -309,7 +329,7 @@ impl Packed {
                 ));
             }
             let path = folder.join(name);
-            let file = File::open(&path).map_err(DataError::io(&path))?;
+            let file = open_file(&path).map_err(DataError::io(&path))?;
             let length = file.metadata().map_err(DataError::io(&path))?.len();
             let bytes = index.layout.shard_bytes(entry.records);
             if length != bytes as u64 {
@@ -327,6 +347,7 @@ impl Packed {
                 path,
                 map,
                 checksum: entry.checksum.clone(),
+                found: OnceLock::new(),
             });
         }
         Ok(Self { index, shards })
@@ -381,6 +402,7 @@ impl Packed {
     ) -> Result<usize, DataError> {
         let layout = &self.index.layout;
         let (record, shard) = self.record(index);
+        shard.check()?;
         let bytes = layout.values() * layout.dtype.bytes();
         let latent = &record[view * bytes..(view + 1) * bytes];
         match layout.dtype {
@@ -400,13 +422,7 @@ impl Packed {
 
     pub(super) fn verify(&self) -> Result<(), DataError> {
         for shard in &self.shards {
-            let (bytes, trailer) = shard.map.split_at(shard.map.len() - TRAILER);
-            let computed = hexadecimal(crc32fast::hash(bytes));
-            let stored = trailer.first_chunk().map(|b| u32::from_le_bytes(*b));
-            if stored.map(hexadecimal).as_ref() != Some(&computed) || shard.checksum != computed {
-                let expected = format!("the checksum {}", shard.checksum);
-                return Err(DataError::unexpected(&shard.path, expected, computed));
-            }
+            shard.check()?;
         }
         (0..self.count()).try_for_each(|index| self.label(index).map(drop))
     }

@@ -318,6 +318,22 @@ fn a_writer_refuses_what_does_not_fit() {
 }
 
 #[test]
+fn nothing_is_read_of_a_shard_whose_bits_have_turned() {
+    for at in [64, 1000] {
+        let folder = packed(Dtype::F32);
+        tamper(folder.path(), "shard-00001.bin", |bytes| bytes[at] ^= 1);
+        let latents = Latents::open(folder.path()).unwrap();
+        let mut values = Vec::new();
+        latents.read(3, 0, &mut values).unwrap();
+        let error = latents.read(4, 0, &mut values).unwrap_err().to_string();
+        assert!(
+            error.contains("shard-00001.bin: expected the checksum"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn damaged_shards_are_errors_that_name_them() {
     type Change = fn(&mut Vec<u8>);
     let cases: [(&str, Change, &str); 6] = [
@@ -411,8 +427,19 @@ fn verify_finds_any_changed_byte() {
 #[test]
 fn a_label_that_is_no_class_is_found_when_it_is_read() {
     let folder = packed(Dtype::F32);
+    // With checksums that fit: somebody wrote it so.
+    let mut checksums = [0; 2];
     tamper(folder.path(), "shard-00000.bin", |bytes| {
-        bytes[64 + 384] = 5
+        let end = bytes.len() - 4;
+        checksums[0] = crc32fast::hash(&bytes[..end]);
+        bytes[64 + 384] = 5;
+        checksums[1] = crc32fast::hash(&bytes[..end]);
+        bytes[end..].copy_from_slice(&checksums[1].to_le_bytes());
+    });
+    tamper(folder.path(), "latents.json", |bytes| {
+        let text = String::from_utf8(bytes.clone()).unwrap();
+        let [before, after] = checksums.map(|checksum| format!("{checksum:08x}"));
+        *bytes = text.replace(&before, &after).into_bytes();
     });
     let latents = Latents::open(folder.path()).unwrap();
     let message = latents.label(0).unwrap_err().to_string();

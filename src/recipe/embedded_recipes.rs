@@ -1,0 +1,67 @@
+//! The recipes of the repository, inside the program: a bare binary runs them by their names.
+
+/// Name and text of each.
+pub const RECIPES: [(&str, &str); 17] = [
+    ("d14_1_2", include_str!("../../recipes/d14_1_2.toml")),
+    ("d14_2_4", include_str!("../../recipes/d14_2_4.toml")),
+    ("d14_7_14", include_str!("../../recipes/d14_7_14.toml")),
+    (
+        "d14_finetune",
+        include_str!("../../recipes/d14_finetune.toml"),
+    ),
+    ("d14_kd", include_str!("../../recipes/d14_kd.toml")),
+    (
+        "d14_masked_kd",
+        include_str!("../../recipes/d14_masked_kd.toml"),
+    ),
+    ("d14_oracle", include_str!("../../recipes/d14_oracle.toml")),
+    ("d16_hybrid", include_str!("../../recipes/d16_hybrid.toml")),
+    ("d19", include_str!("../../recipes/d19.toml")),
+    ("d7_1_4", include_str!("../../recipes/d7_1_4.toml")),
+    (
+        "d7_iterative",
+        include_str!("../../recipes/d7_iterative.toml"),
+    ),
+    (
+        "digits_features",
+        include_str!("../../recipes/digits_features.toml"),
+    ),
+    (
+        "digits_teacher",
+        include_str!("../../recipes/digits_teacher.toml"),
+    ),
+    (
+        "fashion_features",
+        include_str!("../../recipes/fashion_features.toml"),
+    ),
+    (
+        "fashion_teacher",
+        include_str!("../../recipes/fashion_teacher.toml"),
+    ),
+    ("quickstart", include_str!("../../recipes/quickstart.toml")),
+    ("standin", include_str!("../../recipes/standin.toml")),
+];
+
+/// The text of a recipe that is part of the program.
+pub fn recipe(name: &str) -> Option<&'static str> {
+    let found = RECIPES.iter().find(|(known, _)| *known == name);
+    found.map(|(_, text)| *text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_recipes_of_the_repository_are_there() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+        let mut names: Vec<String> = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .map(|path| path.file_stem().unwrap().to_str().unwrap().to_owned())
+            .collect();
+        names.sort();
+        assert!(names.iter().eq(RECIPES.iter().map(|(name, _)| name)));
+        assert!(recipe("quickstart").is_some() && recipe("no such").is_none());
+    }
+}

@@ -11,13 +11,22 @@ static REQUESTED: AtomicBool = AtomicBool::new(false);
 /// When the system refuses the handler.
 pub fn listen() -> Result<(), ctrlc::Error> {
     ctrlc::set_handler(|| {
-        if REQUESTED.swap(true, Ordering::SeqCst) {
-            // The one way out that does not wait for the step.
-            #[allow(clippy::exit)]
-            std::process::exit(130);
+        if request() {
+            leave();
         }
         crate::say!("stopping after this step; once more to stop at once");
     })
+}
+
+/// Asks for a stop; says whether one had been asked for before.
+pub fn request() -> bool {
+    REQUESTED.swap(true, Ordering::SeqCst)
+}
+
+/// Ends the program: the one way out that does not wait for the step.
+#[allow(clippy::exit)]
+pub fn leave() -> ! {
+    std::process::exit(130)
 }
 
 static PANICKED: AtomicBool = AtomicBool::new(false);

@@ -99,6 +99,20 @@ pub struct Decision {
 }
 
 impl Decision {
+    /// Probability of each layer of the trunk to stay: the sum of those of the candidates that keep it.
+    pub fn layer_probabilities(&self, groups: &Groups) -> Vec<f64> {
+        let mut layers = vec![0.0; groups.depth()];
+        let parts = groups.iter().zip(groups.offsets()).zip(&self.choices);
+        for ((group, offset), choice) in parts {
+            for (candidate, probability) in group.candidates().iter().zip(&choice.probabilities) {
+                candidate
+                    .iter()
+                    .for_each(|layer| layers[offset + layer] += probability);
+            }
+        }
+        layers
+    }
+
     /// Mean confidence of the groups that have a choice; one that keeps all its layers has none.
     pub fn confidence(&self) -> f64 {
         let choosing: Vec<f64> = (self.choices.iter())

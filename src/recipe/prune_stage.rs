@@ -1,7 +1,7 @@
 //! The stage that removes layers.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -183,6 +183,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         let (every, steps) = (plan.log_every, plan.steps);
         let log_path = folder.join("decisions.jsonl");
         let observe_path = log_path.clone();
+        let gates = plan.about.gates.clone();
+        let observed = groups.clone();
         let observe = move |start: usize| -> Result<OnStep<B, LearnedPruner<B>>, TrainingError> {
             let mut log = JsonLines::open(&observe_path, start)?;
             Ok(Box::new(move |step, model: &LearnedPruner<B>, ema| {
@@ -192,11 +194,14 @@ impl<B: TrainingBackend> Context<'_, B> {
                 use burn::module::AutodiffModule;
                 let averaged = ema.apply(model.valid());
                 let (tau, scaling) = averaged.annealed(step);
+                let decision = averaged.decision(step);
+                *gates.lock().unwrap_or_else(PoisonError::into_inner) =
+                    decision.layer_probabilities(&observed);
                 log.write(&DecisionLine {
                     step,
                     tau,
                     scaling,
-                    decision: averaged.decision(step),
+                    decision,
                 })
             }))
         };

@@ -19,7 +19,7 @@ use crate::models::{Architecture, Classifier, DitConfig, Network, initialise};
 use crate::ops::TrainingBackend;
 use crate::process::GaussianDiffusion;
 use crate::recovery::Student;
-use crate::training::{ClassifierTrainee, Fit, Fitted, Observe, ParameterGroup, Plan, fit};
+use crate::training::{About, ClassifierTrainee, Fit, Fitted, Observe, ParameterGroup, Plan, fit};
 use crate::weights::{Checkpoint, Provenance, assign, collect};
 
 /// What every stage needs.
@@ -254,6 +254,17 @@ impl<B: TrainingBackend> Context<'_, B> {
             fingerprint: hex(&hash.finalize()),
             description: None,
             directory: folder.to_owned(),
+            about: About {
+                recipe: self.recipe.name.clone(),
+                place: (
+                    1 + (self.recipe.stages.iter())
+                        .position(|other| other.name == stage.name)
+                        .unwrap_or(0),
+                    self.recipe.stages.len(),
+                ),
+                run: self.directory.path().to_owned(),
+                gates: Arc::default(),
+            },
         })
     }
 

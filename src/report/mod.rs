@@ -14,7 +14,7 @@ mod table;
 pub use decision_history::{Decision, DecisionGroup, DecisionHistory};
 pub use decisions::decision_svg;
 pub use grid::{comparison_png, grid_png};
-pub(crate) use numbers::{scientific, short, thousands};
+pub(crate) use numbers::{rounded, scientific, short, thousands};
 pub use table::Table;
 
 /// Why a picture could not be made.

@@ -5,6 +5,25 @@ pub(crate) fn scientific(number: f64) -> String {
     format!("{number:.2e}")
 }
 
+/// A measured number by three digits: `0.0337`, `12.4`, `207`, `1.80e-4`; `-` where there is none.
+pub(crate) fn rounded(value: f64) -> String {
+    // The number of digits is that of what it is rounded to.
+    let size = match value.abs() {
+        size if !size.is_finite() => return "-".to_owned(),
+        size => size * 1.0005,
+    };
+    match size {
+        0.0 => "0".to_owned(),
+        size if !(0.001..1e6).contains(&size) => format!("{value:.2e}"),
+        size if size < 0.01 => format!("{value:.5}"),
+        size if size < 0.1 => format!("{value:.4}"),
+        size if size < 1.0 => format!("{value:.3}"),
+        size if size < 10.0 => format!("{value:.2}"),
+        size if size < 100.0 => format!("{value:.1}"),
+        _ => format!("{value:.0}"),
+    }
+}
+
 /// 1234567 as `1.23M`.
 pub(crate) fn short(number: usize) -> String {
     let units = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")];
@@ -41,6 +60,26 @@ pub(crate) fn thousands(number: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn measured_numbers_have_three_digits() {
+        for (value, text) in [
+            (0.0, "0"),
+            (1.8e-4, "1.80e-4"),
+            (0.001_234, "0.00123"),
+            (0.033_71, "0.0337"),
+            (0.999_9, "1.00"),
+            (-3.162_3, "-3.16"),
+            (12.41, "12.4"),
+            (206.6, "207"),
+            (123_456.0, "123456"),
+            (1.5e7, "1.50e7"),
+            (f64::NAN, "-"),
+            (f64::INFINITY, "-"),
+        ] {
+            assert_eq!(rounded(value), text);
+        }
+    }
 
     #[test]
     fn numbers_are_shortened_to_three_digits() {

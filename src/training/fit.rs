@@ -1,5 +1,6 @@
 //! The way into training.
 
+#[cfg(feature = "tui")]
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex};
 
@@ -12,6 +13,8 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::train::{InferenceStep, Learner, SupervisedTraining, TrainStep, TrainingStrategy};
 
 use super::checkpoint::{Position, Store};
+#[cfg(feature = "tui")]
+use super::dashboard::Dashboard;
 use super::metrics::{Curve, StepReport};
 use super::optimizer::{AdamW, ParameterGroup};
 use super::renderer::Quiet;
@@ -107,8 +110,10 @@ where
     let schedule = plan.schedule().load_record::<B>(start.step);
     let feed = batches(start.step);
     let loader: Arc<dyn DataLoader<B, _>> = feed.clone();
-    // The dashboard draws on standard output; without a terminal there, or asked for plain lines, nothing does.
-    let dashboard = cfg!(feature = "tui") && !plain && std::io::stdout().is_terminal();
+    let dashboard = match plain {
+        true => None,
+        false => dashboard(&plan, start.step),
+    };
     let ended = Arc::new(Mutex::new(None));
     let directory = plan.directory.clone();
     let strategy = Steps {
@@ -117,7 +122,7 @@ where
         start,
         ema: Mutex::new(Some(ema)),
         observer: Mutex::new(observer),
-        plain: !dashboard,
+        plain: dashboard.is_none(),
         ended: ended.clone(),
     };
     let mut training = SupervisedTraining::new(&directory, loader, Arc::new(Nothing))
@@ -131,9 +136,10 @@ where
     {
         training = training.metric_train_numeric(Curve::new(key));
     }
-    if !dashboard {
-        training = training.renderer(Quiet);
-    }
+    training = match dashboard {
+        Some(dashboard) => training.renderer(dashboard),
+        None => training.renderer(Quiet),
+    };
     let result = training.launch(Learner::new(model, optimizer, schedule));
     drop(result.renderer);
     let Ended {
@@ -150,6 +156,23 @@ where
             steps: position.step,
         }),
     }
+}
+
+/// The dashboard, on a terminal that can show one. It draws on standard output.
+#[cfg(feature = "tui")]
+fn dashboard(plan: &Plan, first: usize) -> Option<Dashboard> {
+    let dumb =
+        std::env::var_os("TERM").is_none_or(|terminal| terminal.is_empty() || terminal == "dumb");
+    if dumb || !std::io::stdout().is_terminal() {
+        return None;
+    }
+    let log = plan.directory.join("metrics.jsonl");
+    Dashboard::start(&plan.about, &plan.name, &log, [first, plan.steps]).ok()
+}
+
+#[cfg(not(feature = "tui"))]
+fn dashboard(_: &Plan, _: usize) -> Option<Quiet> {
+    None
 }
 
 /// The validation split burn-train asks for; ours is a stage of its own.

@@ -6,6 +6,8 @@
 
 mod checkpoint;
 mod classifier;
+#[cfg(feature = "tui")]
+mod dashboard;
 mod ema;
 mod fit;
 mod metrics;
@@ -24,7 +26,7 @@ pub use fit::{Fit, Fitted, Observe, OnStep, fit};
 pub use metrics::{JsonLines, Scalars, StepReport};
 pub use optimizer::{AdamW, ParameterGroup};
 pub use schedule::Schedule;
-pub use strategy::Plan;
+pub use strategy::{About, Plan};
 
 use crate::data::DataError;
 use crate::weights::WeightsError;

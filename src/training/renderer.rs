@@ -13,6 +13,7 @@ use burn::train::renderer::{
 };
 
 use super::metrics::Scalars;
+use crate::report::{rounded, thousands};
 
 /// Draws and logs nothing: lines and `metrics.jsonl` are the strategy's, in step with the training.
 pub(super) struct Quiet;
@@ -46,12 +47,19 @@ impl MetricLogger for Quiet {
     fn log_epoch_summary(&mut self, _: EpochSummary) {}
 }
 
+/// Lines of a training, but for those of its first and last steps.
+const LINES: usize = 20;
+/// Longest line.
+const COLUMNS: usize = 100;
+
 /// Steps, speed and time left of a training, as lines on standard error.
 pub(super) struct Lines {
     name: String,
     started: Instant,
     first: usize,
     steps: usize,
+    /// The step of the last line, if there was one.
+    told: Option<usize>,
 }
 
 impl Lines {
@@ -61,28 +69,39 @@ impl Lines {
             started: Instant::now(),
             first,
             steps,
+            told: None,
         }
     }
 
-    /// The line for a finished step (counted from 1).
-    pub(super) fn line(&self, done: usize, images: usize, scalars: &Scalars) -> String {
-        use std::fmt::Write;
+    /// Whether a finished step (counted from 1) is worth a line: the first, the last, and some twenty between.
+    pub(super) fn due(&mut self, done: usize) -> bool {
+        let due = done == self.steps
+            || self
+                .told
+                .is_none_or(|told| (done - told) * LINES >= self.steps);
+        if due {
+            self.told = Some(done);
+        }
+        due
+    }
+
+    /// The line for a finished step, of as many numbers as fit.
+    pub(super) fn line(&self, done: usize, scalars: &Scalars) -> String {
         let elapsed = self.started.elapsed();
         let left = elapsed.mul_f64((self.steps - done) as f64 / (done - self.first).max(1) as f64);
-        let mut line = format!(
-            "{:<12} step {done:>6}/{} ({images} images)",
-            self.name, self.steps
-        );
-        for (name, value) in &scalars.0 {
-            let value = if *value != 0.0 && value.abs() < 0.001 {
-                format!("{value:.1e}")
-            } else {
-                format!("{value:.4}")
-            };
-            // Writing to a String can't fail.
-            let _ = write!(line, "  {name} {value}");
+        let [step, steps] = [done, self.steps].map(thousands);
+        let mut line = format!("{:<12} step {step:>w$}/{steps}", self.name, w = steps.len());
+        let rate = scalars
+            .get("images/s")
+            .map(|rate| format!("  {} images/s", rounded(rate)));
+        let end = rate.unwrap_or_default() + &format!("  {} left", brief(left));
+        for (name, value) in scalars.0.iter().filter(|(name, _)| *name != "images/s") {
+            let number = format!("  {name} {}", rounded(*value));
+            if line.chars().count() + number.len() + end.len() <= COLUMNS {
+                line += &number;
+            }
         }
-        line + &format!("  {} left", brief(left))
+        line + &end
     }
 }
 
@@ -93,5 +112,44 @@ pub(crate) fn brief(duration: Duration) -> String {
         (0, 0, seconds) => format!("{seconds}s"),
         (0, minutes, seconds) => format!("{minutes}m{seconds:02}s"),
         (hours, minutes, _) => format!("{hours}h{minutes:02}m"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_few_and_fit_a_terminal() {
+        let mut lines = Lines::new("a-stage-of-a-rather-long-name", 0, 24_000);
+        let logged = (1..=24_000).filter(|step| *step == 1 || step % 100 == 0);
+        let told: Vec<usize> = logged.filter(|step| lines.due(*step)).collect();
+        assert!(told.len() <= LINES + 2, "{told:?}");
+        assert_eq!((told[0], told.last()), (1, Some(&24_000)));
+        let names = [
+            "loss",
+            "mse",
+            "vb",
+            "kd",
+            "vb_kd",
+            "features",
+            "lr",
+            "grad norm",
+            "images/s",
+        ];
+        let scalars = Scalars(names.map(|name| (name, 0.033_712_345)).to_vec());
+        let line = lines.line(11_200, &scalars);
+        assert!(line.chars().count() <= COLUMNS, "{line}");
+        for words in [
+            "step 11,200/24,000",
+            "loss 0.0337",
+            "0.0337 images/s",
+            "left",
+        ] {
+            assert!(line.contains(words), "{words}: {line}");
+        }
+        // Short trainings tell every step.
+        let mut lines = Lines::new("x", 3, 8);
+        assert!((4..=8).all(|step| lines.due(step)));
     }
 }

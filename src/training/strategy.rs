@@ -28,6 +28,19 @@ use crate::models::Architecture;
 use crate::process::ProcessKind;
 use crate::weights::{Description, Provenance};
 
+/// Where a training stands in a larger job, for people.
+#[derive(Debug, Clone, Default)]
+pub struct About {
+    /// The recipe's name.
+    pub recipe: String,
+    /// The stage's number, from 1, and how many there are.
+    pub place: (usize, usize),
+    /// The run directory.
+    pub run: PathBuf,
+    /// Of a pruning that is being learned, the probability of each layer to stay; empty of anything else.
+    pub gates: Arc<Mutex<Vec<f64>>>,
+}
+
 /// How long to train, and what to keep.
 #[derive(Debug, Clone, Serialize)]
 pub struct Plan {
@@ -67,6 +80,9 @@ pub struct Plan {
     pub description: Option<Description>,
     /// Folder of the stage: `metrics.jsonl` and `checkpoints/`.
     pub directory: PathBuf,
+    /// What a dashboard says of the job.
+    #[serde(skip)]
+    pub about: About,
 }
 
 impl Plan {
@@ -166,7 +182,7 @@ where
         let plan = &self.plan;
         let store = Store::new(&plan.directory);
         let mut log = JsonLines::open(&plan.directory.join("metrics.jsonl"), position.step)?;
-        let lines = Lines::new(&plan.name, position.step, plan.steps);
+        let mut lines = Lines::new(&plan.name, position.step, plan.steps);
         let mut observer = lock(&self.observer);
         let mut batches = train.iter();
         let (mut bad, mut losses, mut since) = (0, Vec::new(), Instant::now());
@@ -222,8 +238,8 @@ where
                         .map(|(name, value)| ((*name).to_owned(), (*value).into())),
                 );
                 log.write(&record)?;
-                if self.plain {
-                    crate::say!("{}", lines.line(position.step, images, &report.scalars));
+                if self.plain && lines.due(position.step) {
+                    crate::say!("{}", lines.line(position.step, &report.scalars));
                 }
             }
             (observer.step)(position.step - 1, &learner.model(), ema)?;

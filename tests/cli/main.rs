@@ -11,3 +11,4 @@ mod own_pictures;
 mod paper;
 mod program;
 mod resume;
+mod terminal;

@@ -1,0 +1,611 @@
+//! The dashboard on a terminal: burn-train's metrics and progress, through its renderer interface.
+//!
+//! burn-train's own dashboard has a fixed layout that needs a large terminal, a linear axis on which the first steps hide
+//! all others, and a key that ends the program by a panic. This one says which stage of which recipe runs, keeps its
+//! curves over a resumption, shows what the gates choose, and fits small terminals. A key never loses a training: `q` and
+//! Ctrl-C end it after the step, saved; once more, at once.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use burn::train::LearnerSummary;
+use burn::train::metric::{MetricDefinition, MetricId};
+use burn::train::renderer::{
+    EvaluationName, EvaluationProgress, MetricState, MetricsRenderer, MetricsRendererEvaluation,
+    MetricsRendererTraining, ProgressType, TrainingProgress,
+};
+use ratatui::Frame;
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use ratatui::layout::{Constraint, Layout, Rect};
+use ratatui::style::{Style, Stylize};
+use ratatui::symbols::Marker;
+use ratatui::text::{Line, Span};
+use ratatui::widgets::{Axis, Block, Chart, Dataset, Gauge, GraphType, Paragraph};
+
+use super::renderer::brief;
+use super::strategy::{About, lock};
+use crate::interrupt;
+use crate::report::{rounded, thousands};
+
+/// Time between two pictures, and the longest that a key waits.
+const TICK: Duration = Duration::from_millis(100);
+/// Steps of this long count for the time that is left.
+const RECENT: Duration = Duration::from_secs(60);
+/// Most points of a curve; of more, every second is dropped.
+const POINTS: usize = 4000;
+/// Narrowest terminal with a list of numbers beside the curve.
+const WIDE: u16 = 70;
+/// Highest curve on a logarithmic axis is this many times the lowest, at least.
+const DECADES: f64 = 3.0;
+
+/// Shades of a probability, from 0 to 1.
+const SHADES: [char; 5] = [' ', '░', '▒', '▓', '█'];
+
+/// Draws on a thread of its own, until it is dropped.
+pub(super) struct Dashboard {
+    state: Arc<Mutex<State>>,
+    over: Arc<AtomicBool>,
+    drawing: Option<JoinHandle<()>>,
+}
+
+impl Dashboard {
+    /// Takes the terminal. `log` holds the curves of earlier steps; `first` is the step that comes next.
+    ///
+    /// # Errors
+    /// When the terminal can't be taken; then lines do.
+    pub(super) fn start(
+        about: &About,
+        stage: &str,
+        log: &Path,
+        [first, steps]: [usize; 2],
+    ) -> std::io::Result<Self> {
+        let mut terminal = ratatui::try_init()?;
+        let state = Arc::new(Mutex::new(State::new(about, stage, log, [first, steps])));
+        let over = Arc::new(AtomicBool::new(false));
+        let (shared, ended) = (state.clone(), over.clone());
+        let drawing = std::thread::Builder::new()
+            .name("dashboard".into())
+            .spawn(move || {
+                let mut told = false;
+                while !ended.load(Ordering::Relaxed) {
+                    // A signal's handler has written a line over the picture.
+                    if interrupt::requested() && !told {
+                        told = true;
+                        let _ = terminal.clear();
+                    }
+                    let drawn = terminal.draw(|frame| lock(&shared).draw(frame)).map(drop);
+                    // A terminal that has gone away is no reason to lose a training: what was asked for by closing it, a
+                    // signal says.
+                    if drawn.and_then(|()| keys(&shared)).is_err() {
+                        break;
+                    }
+                }
+            });
+        let drawing = match drawing {
+            Ok(drawing) => Some(drawing),
+            Err(error) => {
+                let _ = ratatui::try_restore();
+                return Err(error);
+            }
+        };
+        Ok(Self {
+            state,
+            over,
+            drawing,
+        })
+    }
+}
+
+impl Drop for Dashboard {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        // Of a terminal that has gone away crossterm's `poll` (0.29) never returns: its thread is left behind.
+        let asked = Instant::now();
+        while self
+            .drawing
+            .as_ref()
+            .is_some_and(|drawing| !drawing.is_finished())
+            && asked.elapsed() < 10 * TICK
+        {
+            std::thread::sleep(TICK / 10);
+        }
+        // Of a terminal that has gone away there is nothing to restore.
+        let _ = ratatui::try_restore();
+    }
+}
+
+/// Answers the keys of one tick.
+fn keys(state: &Mutex<State>) -> std::io::Result<()> {
+    if !event::poll(TICK)? {
+        return Ok(());
+    }
+    if let Event::Key(key) = event::read()?
+        && key.kind != KeyEventKind::Release
+    {
+        match action(key) {
+            Some(Action::Stop) if interrupt::request() => {
+                let _ = ratatui::try_restore();
+                interrupt::leave();
+            }
+            Some(Action::Stop) | None => {}
+            Some(Action::Curve(by)) => lock(state).choose(by),
+        }
+    }
+    Ok(())
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Action {
+    Stop,
+    Curve(isize),
+}
+
+fn action(key: KeyEvent) -> Option<Action> {
+    match key.code {
+        KeyCode::Char('q' | 'Q') => Some(Action::Stop),
+        // A terminal in raw mode hands it over as a key.
+        KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => Some(Action::Stop),
+        KeyCode::Right | KeyCode::Down | KeyCode::Tab => Some(Action::Curve(1)),
+        KeyCode::Left | KeyCode::Up | KeyCode::BackTab => Some(Action::Curve(-1)),
+        _ => None,
+    }
+}
+
+/// What is shown.
+struct State {
+    about: About,
+    stage: String,
+    names: HashMap<MetricId, String>,
+    /// `(step, value)` by name.
+    curves: BTreeMap<String, Vec<(f64, f64)>>,
+    chosen: usize,
+    /// Steps done, of how many.
+    done: usize,
+    steps: usize,
+    /// Steps done at times not long ago.
+    recent: VecDeque<(Instant, usize)>,
+}
+
+impl State {
+    fn new(about: &About, stage: &str, log: &Path, [first, steps]: [usize; 2]) -> Self {
+        let mut state = Self {
+            about: about.clone(),
+            stage: stage.to_owned(),
+            names: HashMap::new(),
+            curves: BTreeMap::new(),
+            chosen: 0,
+            done: first,
+            steps,
+            recent: VecDeque::from([(Instant::now(), first)]),
+        };
+        // What an earlier process has drawn; a log that can't be read is told by the training itself.
+        let text = std::fs::read_to_string(log).unwrap_or_default();
+        for line in text.lines() {
+            state.recall(line, first);
+        }
+        state
+    }
+
+    /// Takes up a line of `metrics.jsonl`.
+    fn recall(&mut self, line: &str, first: usize) {
+        let Ok(serde_json::Value::Object(record)) = serde_json::from_str(line) else {
+            return;
+        };
+        let step = record.get("step").and_then(serde_json::Value::as_f64);
+        let Some(step) = step.filter(|step| *step < first as f64) else {
+            return;
+        };
+        for (name, value) in &record {
+            let counts = ["step", "images", "skipped"].contains(&name.as_str());
+            if let (false, Some(value)) = (counts, value.as_f64()) {
+                self.curves
+                    .entry(name.clone())
+                    .or_default()
+                    .push((step + 1.0, value));
+            }
+        }
+    }
+
+    fn push(&mut self, name: &str, value: f64) {
+        let step = (self.done + 1) as f64;
+        let curve = self.curves.entry(name.to_owned()).or_default();
+        if value.is_finite() {
+            curve.push((step, value));
+        }
+        if curve.len() > POINTS {
+            let mut keep = false;
+            curve.retain(|_| {
+                keep = !keep;
+                keep
+            });
+        }
+    }
+
+    fn reach(&mut self, done: usize, now: Instant) {
+        self.done = done;
+        self.recent.push_back((now, done));
+        // Two at least, so that there is a speed.
+        while self.recent.len() > 2 && now.duration_since(self.recent[0].0) > RECENT {
+            self.recent.pop_front();
+        }
+    }
+
+    /// The time left at the speed of late.
+    fn left(&self) -> Option<Duration> {
+        let (&(then, before), &(now, done)) = (self.recent.front()?, self.recent.back()?);
+        let steps = done.checked_sub(before).filter(|steps| *steps > 0)?;
+        let one = now.duration_since(then).as_secs_f64() / steps as f64;
+        Some(Duration::from_secs_f64(
+            one * self.steps.saturating_sub(done) as f64,
+        ))
+    }
+
+    fn choose(&mut self, by: isize) {
+        let count = self.curves.len().max(1);
+        self.chosen = (self.chosen as isize + by).rem_euclid(count as isize) as usize;
+    }
+
+    /// The loss first, the others as their names order them.
+    fn order(&self) -> Vec<(&String, &Vec<(f64, f64)>)> {
+        let mut all: Vec<_> = self.curves.iter().collect();
+        all.sort_by_key(|(name, _)| (*name != "loss", (*name).clone()));
+        all
+    }
+
+    fn draw(&self, frame: &mut Frame<'_>) {
+        let gates = lock(&self.about.gates).clone();
+        let tall = frame.area().height >= 18;
+        let heads = if tall { 2 } else { 1 };
+        let strip = match (gates.is_empty(), tall) {
+            (true, _) => 0,
+            (false, true) => 3,
+            (false, false) => 1,
+        };
+        let [head, gate_area, middle, bar, help] = Layout::vertical([
+            Constraint::Length(heads),
+            Constraint::Length(strip),
+            Constraint::Min(3),
+            Constraint::Length(1),
+            Constraint::Length(1),
+        ])
+        .areas(frame.area());
+        frame.render_widget(Paragraph::new(self.head()), head);
+        frame.render_widget(
+            Paragraph::new(strip_lines(&gates, gate_area.width)),
+            gate_area,
+        );
+        self.draw_curve(frame, middle);
+        frame.render_widget(self.bar(), bar);
+        frame.render_widget(Paragraph::new(help_line()), help);
+    }
+
+    fn head(&self) -> Vec<Line<'_>> {
+        let (index, of) = self.about.place;
+        vec![
+            Line::from(vec![
+                Span::from(self.about.recipe.as_str()).bold(),
+                Span::from(format!("  stage {index} of {of}: ")),
+                Span::from(self.stage.as_str()).bold(),
+            ]),
+            Line::from(self.about.run.display().to_string()).dim(),
+        ]
+    }
+
+    fn draw_curve(&self, frame: &mut Frame<'_>, area: Rect) {
+        let order = self.order();
+        let Some((name, curve)) = order.get(self.chosen.min(order.len().saturating_sub(1))) else {
+            let waiting = Paragraph::new("the first step is under way");
+            frame.render_widget(waiting, area);
+            return;
+        };
+        let plot = match area.width >= WIDE {
+            false => area,
+            true => {
+                let [list, plot] =
+                    Layout::horizontal([Constraint::Length(26), Constraint::Min(20)]).areas(area);
+                let lines: Vec<Line<'_>> = (order.iter())
+                    .map(|(other, curve)| {
+                        let last = curve
+                            .last()
+                            .map_or_else(String::new, |(_, value)| rounded(*value));
+                        let line = Line::from(format!(" {other:<12} {last:>10}"));
+                        if other == name { line.reversed() } else { line }
+                    })
+                    .collect();
+                frame.render_widget(Paragraph::new(lines), list);
+                plot
+            }
+        };
+        let last = curve.last().map_or(f64::NAN, |(_, value)| *value);
+        let title = format!(" {name} {} ", rounded(last));
+        let scale = Scale::of(curve);
+        let points: Vec<(f64, f64)> = curve
+            .iter()
+            .map(|(step, value)| (*step, scale.place(*value)))
+            .collect();
+        let steps = [
+            points.first().map_or(0.0, |(step, _)| *step),
+            self.done.max(2) as f64,
+        ];
+        let data = Dataset::default()
+            .marker(Marker::Braille)
+            .graph_type(GraphType::Line)
+            .data(&points);
+        let x = Axis::default()
+            .bounds(steps)
+            .labels(steps.map(|step| thousands(step as usize)));
+        let y = Axis::default().bounds(scale.bounds).labels(scale.labels());
+        let chart = Chart::new(vec![data])
+            .block(Block::bordered().title(title))
+            .x_axis(x.style(Style::new().dim()))
+            .y_axis(y.style(Style::new().dim()));
+        frame.render_widget(chart, plot);
+    }
+
+    fn bar(&self) -> Gauge<'_> {
+        let share = self.done as f64 / self.steps.max(1) as f64;
+        let mut label = format!("step {}/{}", thousands(self.done), thousands(self.steps));
+        if let Some(left) = self.left() {
+            label += &format!("  {} left", brief(left));
+        }
+        Gauge::default().ratio(share.clamp(0.0, 1.0)).label(label)
+    }
+}
+
+fn help_line() -> Line<'static> {
+    match interrupt::requested() {
+        true => Line::from("stopping after this step; q once more stops at once").bold(),
+        false => Line::from("q stops after the step and saves   arrows choose the curve").dim(),
+    }
+}
+
+/// One cell for each layer, the darker the likelier it stays; below it, where there is room, the layers' numbers.
+fn strip_lines(gates: &[f64], width: u16) -> Vec<Line<'static>> {
+    if gates.is_empty() {
+        return Vec::new();
+    }
+    let cell = match (usize::from(width).saturating_sub(6)) / gates.len() {
+        0 | 1 => 1,
+        2 => 2,
+        _ => 3,
+    };
+    let shade = |probability: &f64| {
+        let last = SHADES.len() - 1;
+        SHADES[((probability * last as f64).round().clamp(0.0, last as f64)) as usize]
+    };
+    let strip: String = (gates.iter())
+        .map(|probability| {
+            let mut cells: String = std::iter::repeat_n(shade(probability), cell.min(2)).collect();
+            cells.extend(std::iter::repeat_n(' ', cell - cell.min(2)));
+            cells
+        })
+        .collect();
+    let numbers: String = match cell {
+        3 => (0..gates.len())
+            .map(|layer| format!("{layer:<3}"))
+            .collect(),
+        _ => String::new(),
+    };
+    vec![
+        Line::from(vec![Span::from("gates ").dim(), Span::from(strip)]),
+        Line::from(format!("      {numbers}")).dim(),
+    ]
+}
+
+/// An axis of values: logarithmic where they are positive and span much.
+struct Scale {
+    logarithmic: bool,
+    bounds: [f64; 2],
+}
+
+impl Scale {
+    fn of(curve: &[(f64, f64)]) -> Self {
+        let values = || curve.iter().map(|(_, value)| *value);
+        let (low, high) = (
+            values().fold(f64::INFINITY, f64::min),
+            values().fold(f64::NEG_INFINITY, f64::max),
+        );
+        let logarithmic = low > 0.0 && high > DECADES * low;
+        let (low, high) = match logarithmic {
+            true => (low.log10(), high.log10()),
+            false => (low, high),
+        };
+        // A flat curve needs some height, an empty one any.
+        let bounds = match (high - low).is_finite() {
+            true if high > low => [low, high],
+            true => [
+                low - 0.5 * low.abs().max(1e-9),
+                high + 0.5 * high.abs().max(1e-9),
+            ],
+            false => [0.0, 1.0],
+        };
+        Self {
+            logarithmic,
+            bounds,
+        }
+    }
+
+    fn place(&self, value: f64) -> f64 {
+        if self.logarithmic {
+            value.log10()
+        } else {
+            value
+        }
+    }
+
+    fn labels(&self) -> [String; 3] {
+        let [low, high] = self.bounds;
+        [low, (low + high) / 2.0, high].map(|place| {
+            let value = if self.logarithmic {
+                10f64.powf(place)
+            } else {
+                place
+            };
+            rounded(value)
+        })
+    }
+}
+
+impl MetricsRendererTraining for Dashboard {
+    fn update_train(&mut self, state: MetricState) {
+        if let MetricState::Numeric(entry, value) = state {
+            let mut shown = lock(&self.state);
+            if let Some(name) = shown.names.get(&entry.metric_id).cloned() {
+                shown.push(&name, value.current());
+            }
+        }
+    }
+
+    fn update_valid(&mut self, _: MetricState) {}
+
+    fn render_train(&mut self, item: TrainingProgress, _: Vec<ProgressType>) {
+        if let Some(step) = item.iteration {
+            lock(&self.state).reach(step, Instant::now());
+        }
+    }
+
+    fn render_valid(&mut self, _: TrainingProgress, _: Vec<ProgressType>) {}
+
+    fn on_train_end(
+        &mut self,
+        _: Option<LearnerSummary>,
+    ) -> Result<(), Box<dyn core::error::Error>> {
+        Ok(())
+    }
+}
+
+impl MetricsRendererEvaluation for Dashboard {
+    fn update_test(&mut self, _: EvaluationName, _: MetricState) {}
+    fn render_test(&mut self, _: EvaluationProgress, _: Vec<ProgressType>) {}
+}
+
+impl MetricsRenderer for Dashboard {
+    fn manual_close(&mut self) {}
+
+    fn register_metric(&mut self, definition: MetricDefinition) {
+        let mut shown = lock(&self.state);
+        shown.names.insert(definition.metric_id, definition.name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use ratatui::Terminal;
+    use ratatui::backend::TestBackend;
+
+    use super::*;
+
+    fn state(gates: &[f64]) -> State {
+        let about = About {
+            recipe: "quickstart".into(),
+            place: (2, 14),
+            run: PathBuf::from("artifacts/runs/quickstart/007"),
+            gates: Arc::new(Mutex::new(gates.to_vec())),
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("metrics.jsonl");
+        let line = |step: usize, loss: f64| {
+            format!("{{\"step\":{step},\"images\":64,\"loss\":{loss},\"lr\":0.001}}\n")
+        };
+        // One step too many, which the checkpoint does not have.
+        let lines: String = (0..12)
+            .map(|step| line(step, 10.0 / (step + 1) as f64))
+            .collect();
+        std::fs::write(&log, lines).unwrap();
+        State::new(&about, "learned", &log, [10, 350])
+    }
+
+    fn screen(state: &State, width: u16, height: u16) -> String {
+        let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+        terminal.draw(|frame| state.draw(frame)).unwrap();
+        terminal.backend().to_string()
+    }
+
+    #[test]
+    fn it_fits_terminals_of_any_size() {
+        let mut state = state(&[1.0, 0.0, 0.5, 0.5]);
+        let begun = Instant::now();
+        for done in 11..=110 {
+            state.push("loss", 1.0);
+            state.reach(done, begun + Duration::from_secs(done as u64));
+        }
+        for (width, height) in [(120, 40), (80, 24), (50, 14)] {
+            let text = screen(&state, width, height);
+            for words in [
+                "quickstart",
+                "stage 2 of 14: learned",
+                "gates",
+                "██",
+                "step 110/350",
+                "4m00s left",
+                "q stops",
+            ] {
+                assert!(text.contains(words), "{width} x {height}: {words}\n{text}");
+            }
+            assert_eq!(text.contains("007"), height >= 18, "{text}");
+            assert_eq!(text.contains(" lr "), width >= WIDE, "{text}");
+        }
+        // Nothing to say, and no room to say it in.
+        for (width, height) in [(1, 1), (7, 3), (200, 2), (3, 60)] {
+            screen(&state, width, height);
+        }
+    }
+
+    #[test]
+    fn curves_go_on_after_a_resumption_on_an_axis_that_shows_them() {
+        let mut state = state(&[]);
+        let loss = &state.curves["loss"];
+        assert_eq!(
+            (loss.len(), loss[0], loss[9]),
+            (10, (1.0, 10.0), (10.0, 1.0))
+        );
+        let scale = Scale::of(loss);
+        assert!(scale.logarithmic);
+        assert_eq!(scale.labels(), ["1.00", "3.16", "10.0"]);
+        assert!(!Scale::of(&[(1.0, 1.0), (2.0, 2.0)]).logarithmic);
+        assert!(!Scale::of(&[(1.0, -1.0), (2.0, 100.0)]).logarithmic);
+        assert_eq!(Scale::of(&[]).bounds, [0.0, 1.0]);
+        state.push("loss", f64::NAN);
+        assert_eq!(state.curves["loss"].len(), 10);
+        (0..3 * POINTS).for_each(|_| state.push("loss", 1.0));
+        assert!(state.curves["loss"].len() <= POINTS);
+        assert_eq!(state.order()[0].0, "loss");
+        state.choose(-1);
+        assert_eq!(state.chosen, 1);
+    }
+
+    #[test]
+    fn keys_stop_or_choose_and_nothing_else() {
+        let key = |code, modifiers| action(KeyEvent::new(code, modifiers));
+        let none = KeyModifiers::NONE;
+        assert_eq!(key(KeyCode::Char('q'), none), Some(Action::Stop));
+        assert_eq!(
+            key(KeyCode::Char('c'), KeyModifiers::CONTROL),
+            Some(Action::Stop)
+        );
+        assert_eq!(key(KeyCode::Right, none), Some(Action::Curve(1)));
+        for code in "abcdefghijklmnoprstuvwxyz k?".chars().map(KeyCode::Char) {
+            assert_eq!(key(code, none), None, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn the_time_left_is_that_of_the_last_minute() {
+        let mut state = state(&[]);
+        assert_eq!(state.left(), None);
+        let begun = Instant::now();
+        // Slow at first, then a step a second.
+        state.reach(11, begun + Duration::from_secs(500));
+        for done in 12..=150 {
+            state.reach(done, begun + Duration::from_secs(488 + done as u64));
+        }
+        let left = state.left().unwrap().as_secs_f64();
+        assert!((195.0..205.0).contains(&left), "{left}");
+    }
+}

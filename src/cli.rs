@@ -356,7 +356,7 @@ fn recipe(arguments: &RecipeArguments) -> Result<(), RecipeError> {
         )));
     }
     let Some(seeds) = arguments.seeds else {
-        let directory = run(&plan, &options)?;
+        let directory = how_to_go_on(run(&plan, &options), "the same command with `--resume`")?;
         crate::tell!("{}", directory.display());
         return Ok(());
     };
@@ -440,18 +440,23 @@ impl RunArguments {
             backend: self.backend,
             plain: false,
         };
-        let directory = run(&plan, &options).inspect_err(|error| {
-            if matches!(error, RecipeError::Interrupted) {
-                crate::say!(
-                    "to go on: tinyfusion recipe {}/{name}/NNN/resolved.toml --resume --runs {}, where NNN is this run's number",
-                    self.runs.display(),
-                    self.runs.display()
-                );
-            }
-        })?;
+        let to_go_on = format!(
+            "`tinyfusion recipe RUN/resolved.toml --resume --runs {}`, where RUN is the run directory",
+            self.runs.display()
+        );
+        let directory = how_to_go_on(run(&plan, &options), &to_go_on)?;
         crate::tell!("{}", directory.display());
         Ok(directory)
     }
+}
+
+/// Says of an interrupted command what goes on with it.
+fn how_to_go_on<T>(result: Result<T, RecipeError>, command: &str) -> Result<T, RecipeError> {
+    result.inspect_err(|error| {
+        if matches!(error, RecipeError::Interrupted) {
+            crate::say!("to go on: {command}");
+        }
+    })
 }
 
 /// Plans a recipe of one stage.
@@ -518,7 +523,8 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         crate::ops::set_compute::<Inner>(run.compute, device).map_err(RecipeError::Run)?;
         draw::draw_into::<Inner>(&checkpoint, &sample, run.seed, folder, share, device)
-    }, else Ok(None))?;
+    }, else Ok(None));
+    let archive = how_to_go_on(archive, "the same command")?;
     match archive {
         Some(archive) => {
             crate::tell!("{}", archive.display());

@@ -12,7 +12,7 @@
 //! | [`pruning`] | which layers stay: groups and masks, the gate, learned pruning, scores, the oracle rule |
 //! | [`recovery`] | healing: fine-tuning and distillation |
 //! | [`training`] | burn-train's `Learner` under a strategy of our own; optimizer, EMA, checkpoints |
-//! | [`data`] | the embedded digits, image folders, latents on disk, batches by step number |
+//! | [`data`] | digits, Fashion-MNIST, IDX files, folders of pictures, latents on disk; batches by step number |
 //! | [`weights`] | safetensors, `.pt` and the layout of diffusers, in and out, under PyTorch's names |
 //! | [`evaluation`] | FID, sFID, Inception Score, precision and recall by ADM's protocol, npz |
 //! | [`recipe`] | TOML → plan → run directory |

@@ -145,7 +145,7 @@ fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
         (None, Some(first)) => of_model(&super::open(first)?.provenance.data)?,
         (None, None) => Data::Digits,
     };
-    let features = match (&arguments.features, data.shape_at_once()) {
+    let features = match (&arguments.features, data.shape()) {
         (Some(features), _) => source(features)?,
         (None, Some(shape)) if shape.features.is_none() => {
             return Err(RecipeError::Run(format!(

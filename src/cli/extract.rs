@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::listen;
+use super::{how_to_go_on, listen};
 use crate::backend::{BackendKind, Compute};
 use crate::recipe::extract::{Extract, Form};
 use crate::recipe::{RecipeError, extract_stage};
@@ -66,7 +66,8 @@ pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), RecipeError> {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         crate::ops::set_compute::<Inner>(arguments.compute, device).map_err(RecipeError::Run)?;
         extract_stage::run::<Inner>("extract", &job, arguments.seed, &arguments.to, device)
-    }, else Err(RecipeError::Run("no backend".into())))?;
+    }, else Err(RecipeError::Run("no backend".into())));
+    let to = how_to_go_on(to, "the same command")?;
     crate::tell!("{}", to.display());
     Ok(())
 }

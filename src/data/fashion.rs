@@ -12,9 +12,6 @@ use super::{DataError, Split};
 /// Side of a picture.
 pub const SIDE: usize = 28;
 
-/// Pictures of the two parts.
-pub const COUNTS: [usize; 2] = [60_000, 10_000];
-
 /// [`IdxPictures::checksum`] of the two parts.
 const CHECKSUMS: [u32; 2] = [0xa8c9_1d78, 0xd12e_98e2];
 
@@ -137,7 +134,7 @@ mod tests {
         let Some(folder) = folder() else { return };
         let (whole, subset) = (open(&folder, Split::Train).unwrap(), embedded());
         let test = open(&folder, Split::Test).unwrap();
-        assert_eq!([whole.len(), test.len()], COUNTS);
+        assert_eq!([whole.len(), test.len()], [60_000, 10_000]);
         let (mut counts, mut next) = ([0; 10], 0);
         for index in 0..whole.len() {
             let Image { pixels, label } = whole.get(index).unwrap();

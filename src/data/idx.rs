@@ -35,11 +35,27 @@ impl IdxPictures {
     ///
     /// # Errors
     /// When a file is missing or not what it should be, pictures are not square, there are none, or not one label for
-    /// each; and when a class below the largest label has no picture.
+    /// each; and when a class below the largest label has no picture to train on.
     pub fn open(folder: &Path, split: Split) -> Result<Self, DataError> {
         let [images, labels] = files(folder, split)?;
         let read = |path: &Path, dimensions| Idx::read(path, dimensions);
-        Self::new(read(&images, 3)?, read(&labels, 1)?, [&images, &labels])
+        let pictures = Self::new(read(&images, 3)?, read(&labels, 1)?, [&images, &labels])?;
+        match pictures.empty_class() {
+            // A few pictures to be measured against need not be of all classes.
+            Some(empty) if split == Split::Train => {
+                let expected = format!("pictures of all {} classes", pictures.classes);
+                let found = format!("none of class {empty}");
+                Err(DataError::unexpected(&labels, expected, found))
+            }
+            _ => Ok(pictures),
+        }
+    }
+
+    /// The first class below the largest label that no picture has.
+    fn empty_class(&self) -> Option<usize> {
+        let mut counts = [0; 256];
+        (self.labels.iter()).for_each(|label| counts[usize::from(*label)] += 1);
+        counts[..self.classes].iter().position(|count| *count == 0)
     }
 
     /// Whether a folder has the files of a part.
@@ -60,20 +76,11 @@ impl IdxPictures {
             let found = labels.bytes.len().to_string();
             return wrong(1, format!("{count} labels, one a picture"), found);
         }
-        let mut counts = [0; 256];
-        labels
-            .bytes
-            .iter()
-            .for_each(|label| counts[usize::from(*label)] += 1);
         let classes = 1 + labels
             .bytes
             .iter()
             .max()
             .map_or(0, |label| usize::from(*label));
-        if let Some(empty) = counts[..classes].iter().position(|count| *count == 0) {
-            let found = format!("none of class {empty}");
-            return wrong(1, format!("pictures of all {classes} classes"), found);
-        }
         Ok(Self {
             side,
             classes,

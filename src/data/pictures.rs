@@ -70,7 +70,7 @@ fn grey([red, green, blue]: [u8; 3]) -> u8 {
 /// Where the held-out pictures come from.
 #[derive(Debug, Clone, PartialEq)]
 pub enum HeldOut {
-    /// A share of the folder's pictures, drawn from all of them.
+    /// About a share of the folder's pictures, each held out or not by its own name.
     Share(f64),
     /// Another folder with the same classes.
     Folder(PathBuf),

@@ -297,11 +297,7 @@ pub trait FusedOps: Backend {
         window: Window,
         wants_x: bool,
     ) -> ConvolutionGradients<Self> {
-        let gradients = reference::convolution_backward(gradient, x, weight, window);
-        ConvolutionGradients {
-            x: gradients.x.filter(|_| wants_x),
-            ..gradients
-        }
+        reference::convolution_backward(gradient, x, weight, window, wants_x)
     }
 
     /// Group normalisation (arXiv 1803.08494), activated: `x` is `[batch, channels, height, width]`, normalised

@@ -162,12 +162,13 @@ pub fn convolution<B: Backend>(
     module::conv2d(x, weight, bias, options)
 }
 
-/// See [`FusedOps::convolution_backward`](super::FusedOps::convolution_backward); the gradient of `x` is always there.
+/// See [`FusedOps::convolution_backward`](super::FusedOps::convolution_backward).
 pub fn convolution_backward<B: Backend>(
     gradient: Tensor<B, 4>,
     x: Tensor<B, 4>,
     weight: Tensor<B, 4>,
     window: Window,
+    wants_x: bool,
 ) -> ConvolutionGradients<B> {
     let Window {
         stride,
@@ -180,26 +181,27 @@ pub fn convolution_backward<B: Backend>(
     let options = ConvOptions::new(stride, [0; 2], [1; 2], 1);
     let primitive = |x: &Tensor<B, 4>| x.clone().into_primitive().tensor();
     let tensor = |x| Tensor::<B, 4>::from_primitive(TensorPrimitive::Float(x));
-    let [dx, dweight] = [
-        B::conv2d_x_backward(
+    let dx = wants_x.then(|| {
+        let dx = B::conv2d_x_backward(
             primitive(&x),
             primitive(&weight),
             primitive(&gradient),
             options.clone(),
-        ),
-        B::conv2d_weight_backward(
-            primitive(&x),
-            primitive(&weight),
-            primitive(&gradient),
-            options,
-        ),
-    ];
-    let rows = before[0]..before[0] + height;
-    let columns = before[1]..before[1] + width;
+        );
+        let rows = before[0]..before[0] + height;
+        let columns = before[1]..before[1] + width;
+        tensor(dx).slice([0..x.dims()[0], 0..x.dims()[1], rows, columns])
+    });
+    let dweight = B::conv2d_weight_backward(
+        primitive(&x),
+        primitive(&weight),
+        primitive(&gradient),
+        options,
+    );
     let [batch, output, down, along] = gradient.dims();
     let by_channel = gradient.reshape([batch, output, down * along]);
     ConvolutionGradients {
-        x: Some(tensor(dx).slice([0..batch, 0..weight.dims()[1], rows, columns])),
+        x: dx,
         weight: tensor(dweight),
         bias: by_channel.sum_dim(2).sum_dim(0).reshape([output]),
     }

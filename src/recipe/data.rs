@@ -72,6 +72,9 @@ pub struct Idx {
     pub idx: PathBuf,
     /// Whether each training picture is mirrored half of the time.
     pub flips: bool,
+    /// What the files hold, looked up when the recipe is read.
+    #[serde(skip)]
+    shape: Shape,
 }
 
 /// `{ images = "folder", size = 32 }`.
@@ -90,6 +93,9 @@ pub struct Pictures {
     /// Folder that keeps the decoded pictures for other runs; by default they lie in the run directory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
+    /// What the folder holds, looked up when the recipe is read.
+    #[serde(skip)]
+    shape: Shape,
 }
 
 fn held_out<S: Serializer>(held_out: &HeldOut, serializer: S) -> Result<S::Ok, S::Error> {
@@ -100,7 +106,7 @@ fn held_out<S: Serializer>(held_out: &HeldOut, serializer: S) -> Result<S::Ok, S
     serializer.collect_map([(key, value)])
 }
 
-/// What every sample of a data set is.
+/// What every sample of a data set is; `1x28x28 in 10 classes`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shape {
     /// Channels.
@@ -115,7 +121,26 @@ pub struct Shape {
     pub features: Option<EmbeddedName>,
 }
 
-/// The share of a folder's pictures that is held out where the recipe does not say.
+impl Shape {
+    /// Whether a network is of such pictures.
+    pub(super) fn is(&self, channels: usize, side: usize, classes: usize) -> bool {
+        (self.channels, self.side, self.classes) == (channels, side, classes)
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            channels,
+            side,
+            classes,
+            ..
+        } = self;
+        write!(f, "{channels}x{side}x{side} in {classes} classes")
+    }
+}
+
+/// About the share of a folder's pictures that is held out where the recipe does not say.
 const HELD_OUT: f64 = 0.1;
 
 const NAMES: [&str; 3] = ["digits", "fashion", "fashion-10k"];
@@ -251,17 +276,10 @@ impl Data {
                 pictures
             }
             ["idx"] => {
-                // Read at once: the models' sizes are those of the pictures.
-                let readable = |node: &Node| {
-                    let path = folder(node)?;
-                    let read = IdxPictures::open(&path, Split::Train);
-                    read.map(|_| path)
-                        .map_err(|error| node.fault(with_cause(&error)))
-                };
-                let idx = section.value("idx", readable).optional();
+                let idx = section.value("idx", idx_folder).optional();
                 let flips = section.boolean("flips").or(false);
                 section.refuse(&OTHERS, "files in the format of MNIST");
-                idx.map(|idx| Self::Idx(Idx { idx, flips }))
+                idx.map(|(idx, shape)| Self::Idx(Idx { idx, flips, shape }))
             }
             ["set"] => {
                 let set = section.choice("set", &FashionSet::NAMES).optional();
@@ -288,10 +306,8 @@ impl Data {
         data
     }
 
-    /// What its samples are, as far as it can be known without reading many files; None of latents, of which a folder
-    /// is asked when they are there, and of what is not there.
-    pub fn shape_at_once(&self) -> Option<Shape> {
-        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    /// What its samples are; None of latents, of which a folder is asked when it is there.
+    pub fn shape(&self) -> Option<Shape> {
         match self {
             Self::Digits => Some(Shape {
                 channels: 1,
@@ -306,36 +322,14 @@ impl Data {
                 channels: 1,
                 side: fashion::SIDE,
                 classes: fashion::CLASS_NAMES.len(),
-                class_names: names(&fashion::CLASS_NAMES),
+                class_names: fashion::CLASS_NAMES.map(str::to_owned).to_vec(),
                 features: Some(EmbeddedName::FashionFeatures),
             }),
-            Self::Idx(Idx { idx, .. }) => {
-                let pictures = IdxPictures::open(idx, Split::Train).ok()?;
-                Some(Shape {
-                    channels: 1,
-                    side: pictures.side(),
-                    classes: pictures.classes(),
-                    class_names: Vec::new(),
-                    features: None,
-                })
-            }
-            Self::Pictures(Pictures { images, rule, .. }) => {
-                let class_names = ImageFolder::list_classes(images).ok()?;
-                Some(Shape {
-                    channels: rule.channels,
-                    side: rule.size,
-                    classes: class_names.len(),
-                    class_names,
-                    features: None,
-                })
+            Self::Idx(Idx { shape, .. }) | Self::Pictures(Pictures { shape, .. }) => {
+                Some(shape.clone())
             }
             Self::Stage(_) | Self::Latents(_) => None,
         }
-    }
-
-    /// Whether there are pictures that models can be measured against without naming them.
-    pub fn has_held_out(&self) -> bool {
-        !matches!(self, Self::Stage(_) | Self::Latents(_))
     }
 }
 
@@ -365,10 +359,10 @@ impl Pictures {
     fn read(section: &Section<'_>) -> Option<Self> {
         let listed = |node: &Node| {
             let path = folder(node)?;
-            let classes = ImageFolder::list_classes(&path);
-            classes
-                .map(|_| path)
-                .map_err(|error| node.fault(with_cause(&error)))
+            match ImageFolder::list_classes(&path) {
+                Ok(classes) => Ok((path, classes)),
+                Err(error) => Err(node.fault(with_cause(&error))),
+            }
         };
         let images = section.value("images", listed).optional();
         let size = section.integer("size", 1..=4096).required();
@@ -397,18 +391,41 @@ impl Pictures {
             .string("cache")
             .check(|path| !path.is_empty(), "must name a folder");
         let cache = cache.optional().map(PathBuf::from);
+        let ((images, class_names), size) = (images?, size?);
         Some(Self {
-            images: images?,
+            images,
             rule: Rule {
-                size: size?,
+                size,
                 channels,
                 fit,
             },
             flips,
             held_out: held_out?,
             cache,
+            shape: Shape {
+                channels,
+                side: size,
+                classes: class_names.len(),
+                class_names,
+                features: None,
+            },
         })
     }
+}
+
+/// A folder of IDX files, and what those to train on hold.
+fn idx_folder(node: &Node) -> Result<(PathBuf, Shape), Diagnostic> {
+    let path = folder(node)?;
+    let pictures = IdxPictures::open(&path, Split::Train);
+    let pictures = pictures.map_err(|error| node.fault(with_cause(&error)))?;
+    let shape = Shape {
+        channels: 1,
+        side: pictures.side(),
+        classes: pictures.classes(),
+        class_names: Vec::new(),
+        features: None,
+    };
+    Ok((path, shape))
 }
 
 /// A folder that must be there.

@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use burn_dataset::Dataset;
+
 use super::RecipeError;
-use super::data::{Data, Idx, Pictures};
+use super::data::{Data, Idx, Pictures, Shape};
 use super::extract_stage::LATENTS;
 use super::models::stage_folder;
 use super::progress::Progress;
 use super::stages::Context;
-use burn_dataset::Dataset;
-
 use crate::data::{
     DataError, Digits, IdxPictures, Latents, Mirrored, PictureSet, Samples, Split, fashion,
     is_packed, open_records,
@@ -51,7 +51,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 };
                 (Arc::new(pictures), data.flips, fashion::SIDE)
             }
-            Data::Idx(Idx { idx, flips }) => {
+            Data::Idx(Idx { idx, flips, .. }) => {
                 let pictures = IdxPictures::open(idx, split)?;
                 if split == Split::Train {
                     self.same_as_before(idx, &pictures)?;
@@ -90,6 +90,15 @@ impl<B: TrainingBackend> Context<'_, B> {
         there.then(|| self.part(Split::Test)).transpose()
     }
 
+    /// What each of the recipe's pictures is.
+    ///
+    /// # Errors
+    /// Of latents.
+    pub(super) fn shape(&self) -> Result<Shape, RecipeError> {
+        let data = &self.recipe.data;
+        (data.shape()).ok_or_else(|| RecipeError::Run(format!("{data}: latents are no pictures")))
+    }
+
     /// Names of the classes of the recipe's data, as far as they are known.
     pub(super) fn class_names(&self) -> Result<Vec<String>, RecipeError> {
         let latents = match &self.recipe.data {
@@ -98,8 +107,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             // Those of the records, whatever the folders are called by now.
             Data::Pictures(pictures) => return Ok(self.note(pictures)?.0.class_names),
             data => {
-                let shape = data.shape_at_once();
-                return Ok(shape.map_or_else(Vec::new, |shape| shape.class_names));
+                return Ok((data.shape()).map_or_else(Vec::new, |shape| shape.class_names));
             }
         };
         // `.npy` files say none, and a million of them take long to list.

@@ -84,11 +84,11 @@ fn read<B: FusedOps>(
 pub(super) fn accuracy<B: FusedOps>(
     classifier: &Classifier<B>,
     config: &ClassifierConfig,
-    samples: &dyn Samples,
+    (samples, shape): (&dyn Samples, &Shape),
     device: &B::Device,
 ) -> Result<f64, RecipeError> {
     let all: Vec<usize> = (0..samples.len()).collect();
-    let Pictured { pixels, labels } = pictured(samples, &all, config)?;
+    let Pictured { pixels, labels } = pictured(samples, &all, shape)?;
     let read = read(classifier, config, &pixels, device)?;
     Ok(share_right(&read.classes, &labels))
 }
@@ -109,20 +109,20 @@ struct Pictured {
 fn pictured(
     samples: &dyn Samples,
     indices: &[usize],
-    config: &ClassifierConfig,
+    shape: &Shape,
 ) -> Result<Pictured, RecipeError> {
-    let area = config.input_size * config.input_size;
+    let area = shape.side * shape.side;
     let mut pictured = Pictured {
-        pixels: Vec::with_capacity(indices.len() * area * config.channels),
+        pixels: Vec::with_capacity(indices.len() * area * shape.channels),
         labels: Vec::with_capacity(indices.len()),
     };
     let mut planes = Vec::new();
     for &index in indices {
         planes.clear();
         let label = samples.read(index, 0, &mut planes)?;
-        if planes.len() != area * config.channels || label >= config.classes {
+        if planes.len() != area * shape.channels || label >= shape.classes {
             return Err(RecipeError::Run(format!(
-                "picture {index}: expected what a {config} reads, found {} numbers and class {label}",
+                "picture {index}: expected {shape}, found {} numbers and class {label}",
                 planes.len()
             )));
         }
@@ -246,25 +246,11 @@ impl<B: TrainingBackend> Context<'_, B> {
             return Ok(path);
         }
         let test = self.part(Split::Test)?;
-        let shape = (self.recipe.data.shape_at_once())
-            .ok_or_else(|| RecipeError::Run(format!("{}: not found", self.recipe.data)))?;
-        let Shape {
-            channels,
-            side: size,
-            classes,
-            ..
-        } = shape;
-        // What reads them is no classifier, but pictures are pictures.
-        let as_read = ClassifierConfig {
-            width: 4,
-            channels,
-            input_size: size,
-            classes,
-        };
+        let shape = self.shape()?;
         let all: Vec<usize> = (0..test.len()).collect();
-        let Pictured { pixels, labels } = pictured(&*test, &all, &as_read)?;
+        let Pictured { pixels, labels } = pictured(&*test, &all, &shape)?;
         let labels: Vec<i64> = labels.into_iter().map(|label| label as i64).collect();
-        let images = Images::new(pixels, [test.len(), size, size, channels])
+        let images = Images::new(pixels, [test.len(), shape.side, shape.side, shape.channels])
             .map_err(|error| RecipeError::Run(error.to_string()))?;
         write_samples(&path, &images, Some(&labels))?;
         Ok(path)
@@ -306,8 +292,9 @@ impl<B: TrainingBackend> Context<'_, B> {
         let classifier_checkpoint = self.load(features)?;
         let classifier = classifier_checkpoint.classifier::<B::InnerBackend>(self.device)?;
         let config = classifier_checkpoint.classifier_config()?;
+        let shape = self.shape()?;
         let read_all = |samples: &dyn Samples, indices: &[usize]| {
-            let Pictured { pixels, labels } = pictured(samples, indices, config)?;
+            let Pictured { pixels, labels } = pictured(samples, indices, &shape)?;
             Ok::<_, RecipeError>((read(&classifier, config, &pixels, self.device)?, labels))
         };
         let (train, test) = (self.part(Split::Train)?, self.part(Split::Test)?);

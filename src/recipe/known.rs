@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn_dataset::Dataset;
 
-use super::data::{Data, Fashion, Idx, Pictures, Shape};
+use super::data::{Data, Idx, Pictures, Shape};
 use super::embedded;
 use super::missing::{MissingFile, Role, note};
 use super::models::read_file;
@@ -166,28 +166,23 @@ impl Known<'_> {
         if let Some(looked) = &self.looked[at] {
             return Ok(Some(looked.clone()));
         }
+        let Some(shape) = data.shape() else {
+            return Ok(None);
+        };
         let count = match data {
             Data::Digits => Digits::new(split).count(),
             Data::Fashion(data) if !data.needs_files(split) => fashion::EMBEDDED_COUNT,
-            Data::Fashion(Fashion {
-                folder: Some(folder),
-                ..
-            }) => fashion::open(folder, split)?.len(),
-            Data::Fashion(data) if data.files().is_err() => {
+            Data::Fashion(data) => match data.files() {
+                Ok(folder) => fashion::open(&folder, split)?.len(),
                 // The folder may be there, and not all of its files.
-                if self.need(stage, Path::new(fashion::FOLDERS[0]), Role::Fashion) {
-                    data.files()?;
+                Err(error) if self.need(stage, Path::new(fashion::FOLDERS[0]), Role::Fashion) => {
+                    return Err(error.into());
                 }
-                return Ok(None);
-            }
-            Data::Fashion(_) => fashion::COUNTS[at],
+                Err(_) => return Ok(None),
+            },
             Data::Idx(Idx { idx, .. }) => {
                 let pictures = IdxPictures::open(idx, split)?;
-                let shape = data.shape_at_once();
-                let fits = shape.is_none_or(|shape| {
-                    shape.side == pictures.side() && shape.classes >= pictures.classes()
-                });
-                if !fits {
+                if shape.side != pictures.side() || shape.classes < pictures.classes() {
                     return Err(Problem::Said(format!(
                         "{}: the test part's pictures have sides of {} and {} classes, unlike those to train on",
                         idx.display(),
@@ -205,7 +200,7 @@ impl Known<'_> {
             }) => PictureSet::open(images, held_out, *rule)?.count(split),
             Data::Stage(_) | Data::Latents(_) => return Ok(None),
         };
-        self.looked[at] = data.shape_at_once().map(|shape| (shape, count));
+        self.looked[at] = Some((shape, count));
         Ok(self.looked[at].clone())
     }
 
@@ -290,7 +285,7 @@ impl Known<'_> {
             return Err(Problem::Said(format!("the {named} can't be built: {why}")));
         }
         let data = &self.recipe.data;
-        if !data.has_held_out() {
+        if data.shape().is_none() {
             return Err(Problem::Said(format!(
                 "a classifier learns from pictures, and the recipe's data, {data}, are latents"
             )));
@@ -298,17 +293,11 @@ impl Known<'_> {
         let Some((shape, _)) = self.pictures(stage, Split::Train)? else {
             return Ok(());
         };
-        let Shape {
-            channels,
-            side,
-            classes,
-            ..
-        } = shape;
-        if (config.channels, config.input_size, config.classes) == (channels, side, classes) {
+        if shape.is(config.channels, config.input_size, config.classes) {
             return Ok(());
         }
         Err(Problem::Said(format!(
-            "the data are {}, {channels}x{side}x{side} in {classes} classes, but the model is a {config}",
+            "the data are {}, {shape}, but the model is a {config}",
             self.recipe.data
         )))
     }
@@ -317,7 +306,7 @@ impl Known<'_> {
     pub(super) fn same_classes(&self, source: &Source) -> Result<(), Problem> {
         let names = self.class_names(source)?;
         let data = &self.recipe.data;
-        let of_data = (data.shape_at_once()).map_or_else(Vec::new, |shape| shape.class_names);
+        let of_data = (data.shape()).map_or_else(Vec::new, |shape| shape.class_names);
         if names.is_empty() || of_data.is_empty() || names == of_data {
             return Ok(());
         }
@@ -335,17 +324,10 @@ impl Known<'_> {
         config: &ClassifierConfig,
         pictures: &Shape,
     ) -> Result<(), Problem> {
-        let Shape {
-            channels,
-            side,
-            classes,
-            ..
-        } = pictures;
-        let data = &self.recipe.data;
-        if (config.channels, config.input_size, config.classes) != (*channels, *side, *classes) {
+        if !pictures.is(config.channels, config.input_size, config.classes) {
             return Err(Problem::Said(format!(
-                "`{source}` is a {config}, and the data, {data}, are {channels}x{side}x{side} in {classes} classes; \
-                 `features` needs a classifier trained on them"
+                "`{source}` is a {config}, and the data, {}, are {pictures}; `features` needs a classifier trained on them",
+                self.recipe.data
             )));
         }
         self.same_classes(source)
@@ -358,18 +340,13 @@ impl Known<'_> {
         config: &DitConfig,
         pictures: &Shape,
     ) -> Result<(), Problem> {
-        let Shape {
-            channels,
-            side,
-            classes,
-            ..
-        } = pictures;
-        if (config.channels, config.input_size, config.classes) == (*channels, *side, *classes) {
+        if pictures.is(config.channels, config.input_size, config.classes) {
             return self.same_classes(source);
         }
         Err(Problem::Said(format!(
-            "`{source}` draws {0}x{1}x{1} in {2} classes, and the data, {3}, are {channels}x{side}x{side} in {classes}; \
-             `data` (`--data` on the command line) names the pictures that a model is measured against, or `reference` and `inception` do in a recipe; `tinyfusion evaluate SAMPLES REFERENCE` measures what `tinyfusion sample` drew",
+            "`{source}` draws {0}x{1}x{1} in {2} classes, and the data, {3}, are {pictures}; `data` (`--data` on the command \
+             line) names the pictures that a model is measured against, or `reference` and `inception` do in a recipe; \
+             `tinyfusion evaluate SAMPLES REFERENCE` measures what `tinyfusion sample` drew",
             config.channels, config.input_size, config.classes, self.recipe.data
         )))
     }

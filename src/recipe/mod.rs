@@ -25,6 +25,7 @@ pub(crate) mod models;
 pub mod optimisation;
 pub mod pictures;
 pub mod plan;
+mod plan_evaluate;
 mod progress;
 pub mod prune;
 mod prune_stage;
@@ -88,7 +89,7 @@ pub enum RecipeError {
     #[error(transparent)]
     Report(#[from] crate::report::ReportError),
     /// A person interrupted; a training has saved a checkpoint.
-    #[error("interrupted; the same command goes on, a recipe with `--resume`")]
+    #[error("interrupted")]
     Interrupted,
 }
 

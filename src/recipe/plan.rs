@@ -14,13 +14,14 @@ use super::cost::{
 use super::known::{Known, Problem, keeps_weights};
 use super::missing::{Missing, MissingFile, Role};
 use super::optimisation::Optimisation;
+use super::plan_evaluate::{check_sampling, is_pixels, latents_need_a_vae, plan_evaluate};
 use super::prune::{Prune, PruneMethod, Scored};
 use super::recover::{Recover, RecoverMethod};
-use super::sampling::{Against, Sampling};
+use super::sampling::Against;
 use super::schema::{Recipe, Stage, StageKind};
 use super::source::Source;
 use super::train::{Architecture as Wanted, Dit, Train};
-use crate::data::{ImageFolder, Split};
+use crate::data::ImageFolder;
 use crate::models::{Architecture, DitConfig, zoo};
 use crate::pruning::{Update, oracle};
 use crate::report::{scientific, thousands};
@@ -290,100 +291,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             ))
         }
         StageKind::Evaluate(evaluate) => {
-            let data = &known.recipe.data;
-            let held_out = match &evaluate.against {
-                Against::HeldOut { .. }
-                | Against::Reference {
-                    reference: None, ..
-                } => true,
-                Against::Reference { .. } => false,
-            };
-            if held_out && !data.has_held_out() {
-                return Err(Problem::Said(format!(
-                    "without `reference` it would measure against held-out pictures, and this recipe's data, {data}, are \
-                     latents; give `reference` (an npz archive of pictures or their statistics), `inception` (FID's \
-                     weights) and `vae`"
-                )));
-            }
-            let pictures = match held_out {
-                true => known.pictures(stage, Split::Test)?,
-                false => None,
-            };
-            let mut most = pictures.as_ref().map_or(usize::MAX, |(_, count)| *count);
-            if most == 0 {
-                return Err(Problem::Said(format!(
-                    "no pictures of the data, {}, are held out to measure against",
-                    known.recipe.data
-                )));
-            }
-            if pictures.is_some()
-                && let Some((_, train)) = known.pictures(stage, Split::Train)?
-            {
-                most = most.min(train);
-            }
-            let most = evaluate.sampling.count.min(most);
-            if evaluate.neighbours >= most {
-                return Err(Problem::Said(format!(
-                    "{} neighbours can't be found among {most} images",
-                    evaluate.neighbours
-                )));
-            }
-            let (mut memory, mut flops) = (0, 0.0);
-            for source in &evaluate.compare {
-                let config = known.dit(stage, source)?;
-                match &evaluate.against {
-                    Against::HeldOut { .. } => {
-                        if let Some((pictures, _)) = &pictures {
-                            known.draws(source, &config, pictures)?;
-                        }
-                    }
-                    Against::Reference { vae: None, .. } if !is_pixels(&config) => {
-                        return Err(latents_need_a_vae(&config));
-                    }
-                    Against::Reference { vae: Some(vae), .. } => known.vae(stage, vae, &config)?,
-                    Against::Reference { .. } => {}
-                }
-                // Held-out pictures of other things than the model draws say nothing of it.
-                if let (Against::Reference { vae, .. }, Some((pictures, _))) =
-                    (&evaluate.against, &pictures)
-                {
-                    match vae {
-                        None => known.draws(source, &config, pictures)?,
-                        Some(_) => known.decodes(source, &config, pictures)?,
-                    }
-                }
-                memory = memory.max(check_sampling(&evaluate.sampling, &config)?);
-                flops += sampling_flops(&evaluate.sampling, &config);
-            }
-            match &evaluate.against {
-                Against::HeldOut { features } => {
-                    let Architecture::Classifier(config) = known.architecture(stage, features)?
-                    else {
-                        return Err(Problem::Said(format!("`{features}` is no classifier")));
-                    };
-                    if let Some((pictures, _)) = &pictures {
-                        known.reads(features, &config, pictures)?;
-                    }
-                }
-                Against::Reference {
-                    reference,
-                    inception,
-                    vae,
-                    samples,
-                    ..
-                } => {
-                    for archive in samples {
-                        known.need(stage, archive, Role::Samples);
-                    }
-                    if let Some(reference) = reference {
-                        known.need(stage, reference, Role::Reference);
-                    }
-                    known.need(stage, inception, Role::Inception);
-                    if let Some(vae) = vae {
-                        known.need(stage, vae, Role::Vae);
-                    }
-                }
-            }
+            let (memory, flops) = plan_evaluate(stage, evaluate, known)?;
             let models = evaluate.compare.len();
             let archives = match &evaluate.against {
                 Against::Reference { samples, .. } => samples.len(),
@@ -450,18 +358,6 @@ fn average_note(stage: &Stage) -> Option<String> {
             100.0 * share
         )
     })
-}
-
-/// Whether a model's samples are grey or coloured pixels.
-fn is_pixels(config: &DitConfig) -> bool {
-    matches!(config.channels, 1 | 3)
-}
-
-fn latents_need_a_vae(config: &DitConfig) -> Problem {
-    Problem::Said(format!(
-        "the model draws latents of {} channels; give the autoencoder that makes images of them as `vae`",
-        config.channels
-    ))
 }
 
 fn train_architecture(
@@ -543,24 +439,6 @@ fn kept_depth(prune: &Prune, before: &DitConfig) -> Result<usize, Problem> {
             kept.len()
         }
     })
-}
-
-fn check_sampling(sampling: &Sampling, config: &DitConfig) -> Result<usize, Problem> {
-    if let Some(class) = sampling
-        .classes
-        .iter()
-        .flatten()
-        .find(|class| **class >= config.classes)
-    {
-        return Err(Problem::Said(format!(
-            "class {class} does not exist; the model has {}, counted from 0",
-            config.classes
-        )));
-    }
-    Ok(inference_memory(
-        config,
-        2 * sampling.batch.min(sampling.count),
-    ))
 }
 
 pub(super) fn teacher(recover: &Recover) -> Option<&Source> {

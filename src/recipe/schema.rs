@@ -163,7 +163,7 @@ impl Recipe {
             .filter_map(|stage| title(stage.table()).map(str::to_owned))
             .collect();
         let data = Data::read(&section, &extracts);
-        let shape = data.as_ref().and_then(Data::shape_at_once);
+        let shape = data.as_ref().and_then(Data::shape);
         let stages = stages.map(|stages| read_stages(stages, shape.as_ref()));
         section.finish();
         Some(Self {

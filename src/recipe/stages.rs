@@ -126,8 +126,9 @@ impl<B: TrainingBackend> Context<'_, B> {
                 let (model, mut provenance) = (fitted.ema.classifier, provenance);
                 provenance.note = match test {
                     Some(test) => {
+                        let pictures = (&*test, &self.shape()?);
                         let accuracy =
-                            super::evaluate::accuracy(&model, config, &*test, self.device)?;
+                            super::evaluate::accuracy(&model, config, pictures, self.device)?;
                         format!("test accuracy {accuracy:.4} on {} images", test.len())
                     }
                     None => "no pictures to test it on".to_owned(),
@@ -285,7 +286,13 @@ impl<B: TrainingBackend> Context<'_, B> {
                 } = parent.provenance.clone();
                 (data, class_names)
             }
-            _ => (self.recipe.data.said(), self.class_names()?),
+            (_, parent) => {
+                // Latents may say none, and the model that is trained on still has its own.
+                let of_parent = parent.map(|parent| parent.provenance.class_names.clone());
+                let names = self.class_names()?;
+                let names = Some(names).filter(|names| !names.is_empty()).or(of_parent);
+                (self.recipe.data.said(), names.unwrap_or_default())
+            }
         };
         Ok(Provenance {
             data,

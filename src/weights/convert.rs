@@ -56,7 +56,7 @@ pub fn convert(
         return Err(problem("exists; nothing is overwritten, name another"));
     }
     let kind = WeightFile::of(to);
-    // `model.onnx` is no folder's name, nor `model.sft`; `TinyDiT-D14.v2` may be.
+    // `model.onnx` is no folder's name; `TinyDiT-D14.v2` may be.
     let ending = to.extension().and_then(|ending| ending.to_str());
     if kind.is_none()
         && let Some(ending) = ending

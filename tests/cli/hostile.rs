@@ -320,7 +320,7 @@ fn a_damaged_checkpoint_gives_way_to_the_one_before() {
     let newest = run.join("01-train/checkpoints/step-00000004.safetensors");
     let whole = std::fs::read(&newest).unwrap();
     std::fs::write(&newest, &whole[..whole.len() / 2]).unwrap();
-    // What a killed writer leaves, and a link that must not be followed.
+    // What a killed writer leaves.
     std::fs::write(
         run.join("01-train/checkpoints/.step-6.safetensors.1-2.tmp"),
         "half",

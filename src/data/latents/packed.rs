@@ -288,23 +288,28 @@ struct Shard {
     map: Mmap,
     /// As the index has it.
     checksum: String,
-    /// The checksum of what is there, once somebody has read of it.
-    found: OnceLock<String>,
+    /// The checksum of what is there if it is another; known once somebody has read of it.
+    damage: OnceLock<Option<String>>,
 }
 
 impl Shard {
     /// Compares the shard with its checksums, the first time of all: a shard is whole before anything of it is learned.
     fn check(&self) -> Result<(), DataError> {
-        let (bytes, trailer) = self.map.split_at(self.map.len() - TRAILER);
-        let computed = self
-            .found
-            .get_or_init(|| hexadecimal(crc32fast::hash(bytes)));
-        let stored = trailer.first_chunk().map(|b| u32::from_le_bytes(*b));
-        if stored.map(hexadecimal).as_ref() == Some(computed) && self.checksum == *computed {
-            return Ok(());
+        let damage = self.damage.get_or_init(|| {
+            let (bytes, trailer) = self.map.split_at(self.map.len() - TRAILER);
+            let computed = hexadecimal(crc32fast::hash(bytes));
+            let stored = trailer.first_chunk().map(|b| u32::from_le_bytes(*b));
+            let whole =
+                stored.map(hexadecimal).as_ref() == Some(&computed) && self.checksum == computed;
+            (!whole).then_some(computed)
+        });
+        match damage {
+            None => Ok(()),
+            Some(found) => {
+                let expected = format!("the checksum {}", self.checksum);
+                Err(DataError::unexpected(&self.path, expected, found))
+            }
         }
-        let expected = format!("the checksum {}", self.checksum);
-        Err(DataError::unexpected(&self.path, expected, computed))
     }
 }
 
@@ -347,7 +352,7 @@ impl Packed {
                 path,
                 map,
                 checksum: entry.checksum.clone(),
-                found: OnceLock::new(),
+                damage: OnceLock::new(),
             });
         }
         Ok(Self { index, shards })

@@ -249,6 +249,7 @@ mod tests {
                 x.clone(),
                 weight.clone(),
                 window,
+                true,
             );
             let (places, taps) = (batch * rows * columns, kernel[0] * kernel[1]);
             agree(&what, places, fast.weight, exact.weight);

@@ -205,7 +205,7 @@ impl FusedOps for NdArray {
     ) -> ConvolutionGradients<Self> {
         let types = [gradient.dtype(), x.dtype(), weight.dtype()];
         if types.iter().any(|dtype| *dtype != DType::F32) {
-            return reference::convolution_backward(gradient, x, weight, window);
+            return reference::convolution_backward(gradient, x, weight, window, wants_x);
         }
         convolution_backward::backward(gradient, x, weight, window, wants_x)
     }

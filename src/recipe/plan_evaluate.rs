@@ -1,0 +1,138 @@
+//! What sampling and evaluation need of their models, and what they cost.
+
+use super::cost::{inference_memory, sampling_flops};
+use super::known::{Known, Problem};
+use super::missing::Role;
+use super::sampling::{Against, Evaluate, Sampling};
+use super::schema::Stage;
+use crate::data::Split;
+use crate::models::{Architecture, DitConfig};
+
+/// Checks an evaluation, and estimates its bytes and operations.
+pub(super) fn plan_evaluate(
+    stage: &Stage,
+    evaluate: &Evaluate,
+    known: &mut Known<'_>,
+) -> Result<(usize, f64), Problem> {
+    let held_out = match &evaluate.against {
+        Against::HeldOut { .. }
+        | Against::Reference {
+            reference: None, ..
+        } => true,
+        Against::Reference { .. } => false,
+    };
+    let data = &known.recipe.data;
+    if held_out && data.shape().is_none() {
+        return Err(Problem::Said(format!(
+            "without `reference` it would measure against held-out pictures, and this recipe's data, {data}, are latents; \
+             give `reference` (an npz archive of pictures or their statistics), `inception` (FID's weights) and `vae`"
+        )));
+    }
+    let (pictures, most) = match held_out {
+        false => (None, usize::MAX),
+        // The floor is measured too: of training pictures.
+        true => match (
+            known.pictures(stage, Split::Test)?,
+            known.pictures(stage, Split::Train)?,
+        ) {
+            (Some((_, 0)), _) => {
+                return Err(Problem::Said(format!(
+                    "no pictures of the data, {}, are held out to measure against",
+                    known.recipe.data
+                )));
+            }
+            (Some((shape, test)), train) => {
+                let train = train.map_or(usize::MAX, |(_, train)| train);
+                (Some(shape), test.min(train))
+            }
+            (None, _) => (None, usize::MAX),
+        },
+    };
+    let most = evaluate.sampling.count.min(most);
+    if evaluate.neighbours >= most {
+        return Err(Problem::Said(format!(
+            "{} neighbours can't be found among {most} images",
+            evaluate.neighbours
+        )));
+    }
+    let (mut memory, mut flops) = (0, 0.0);
+    for source in &evaluate.compare {
+        let config = known.dit(stage, source)?;
+        let vae = match &evaluate.against {
+            Against::Reference { vae, .. } => vae.as_deref(),
+            Against::HeldOut { .. } => None,
+        };
+        if let Some(vae) = vae {
+            known.vae(stage, vae, &config)?;
+        }
+        // Held-out pictures of other things than the model draws say nothing of it.
+        match (&pictures, vae) {
+            (Some(pictures), None) => known.draws(source, &config, pictures)?,
+            (Some(pictures), Some(_)) => known.decodes(source, &config, pictures)?,
+            (None, None) if !is_pixels(&config) => return Err(latents_need_a_vae(&config)),
+            (None, _) => {}
+        }
+        memory = memory.max(check_sampling(&evaluate.sampling, &config)?);
+        flops += sampling_flops(&evaluate.sampling, &config);
+    }
+    match &evaluate.against {
+        Against::HeldOut { features } => {
+            let Architecture::Classifier(config) = known.architecture(stage, features)? else {
+                return Err(Problem::Said(format!("`{features}` is no classifier")));
+            };
+            if let Some(pictures) = &pictures {
+                known.reads(features, &config, pictures)?;
+            }
+        }
+        Against::Reference {
+            reference,
+            inception,
+            vae,
+            samples,
+            ..
+        } => {
+            for archive in samples {
+                known.need(stage, archive, Role::Samples);
+            }
+            if let Some(reference) = reference {
+                known.need(stage, reference, Role::Reference);
+            }
+            known.need(stage, inception, Role::Inception);
+            if let Some(vae) = vae {
+                known.need(stage, vae, Role::Vae);
+            }
+        }
+    }
+    Ok((memory, flops))
+}
+
+/// Whether a model's samples are grey or coloured pixels.
+pub(super) fn is_pixels(config: &DitConfig) -> bool {
+    matches!(config.channels, 1 | 3)
+}
+
+pub(super) fn latents_need_a_vae(config: &DitConfig) -> Problem {
+    Problem::Said(format!(
+        "the model draws latents of {} channels; give the autoencoder that makes images of them as `vae`",
+        config.channels
+    ))
+}
+
+/// Refuses classes that a model doesn't have; estimates the bytes of drawing.
+pub(super) fn check_sampling(sampling: &Sampling, config: &DitConfig) -> Result<usize, Problem> {
+    if let Some(class) = sampling
+        .classes
+        .iter()
+        .flatten()
+        .find(|class| **class >= config.classes)
+    {
+        return Err(Problem::Said(format!(
+            "class {class} does not exist; the model has {}, counted from 0",
+            config.classes
+        )));
+    }
+    Ok(inference_memory(
+        config,
+        2 * sampling.batch.min(sampling.count),
+    ))
+}

@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -41,6 +41,65 @@ pub fn write_atomic(
     file.commit()
 }
 
+/// Makes the folder `path`, which is not there or empty, by way of one with another name beside it, which `write` fills:
+/// the folder appears whole or not at all.
+///
+/// # Errors
+///
+/// What `write` returns; the error of the file system, as `write`'s are.
+pub fn write_folder<T, E>(
+    path: &Path,
+    write: impl FnOnce(&Path) -> Result<T, E>,
+    io: impl Fn(io::Error) -> E,
+) -> Result<T, E> {
+    // A link, or `.`, leads to a folder of another name.
+    let path = match path.is_dir() {
+        true => path.canonicalize().map_err(&io)?,
+        false => path.to_owned(),
+    };
+    let temporary = create_temporary_folder(&path).map_err(&io)?;
+    let written = write(&temporary)
+        .and_then(|written| fs::rename(&temporary, &path).map(|()| written).map_err(io));
+    if written.is_err() {
+        // What is left of it was nobody's yet.
+        let _ = fs::remove_dir_all(&temporary);
+    }
+    written
+}
+
+/// Makes `.NAME.PID-COUNT.tmp` beside a path.
+fn create_temporary_folder(path: &Path) -> io::Result<PathBuf> {
+    let name = path.file_name().ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the path has no name of its own",
+        )
+    })?;
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    fs::create_dir_all(parent.unwrap_or(Path::new(".")))?;
+    loop {
+        let temporary = path.with_file_name(temporary_name(name));
+        match fs::create_dir(&temporary) {
+            Ok(()) => return Ok(temporary),
+            // Left by a killed process that had the same id.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// A name that no other thread or process is using.
+fn temporary_name(name: &std::ffi::OsStr) -> OsString {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let mut temporary = OsString::from(".");
+    temporary.push(name);
+    temporary.push(format!(".{}-{count}.tmp", std::process::id()));
+    temporary
+}
+
 /// Opens a file to read. What is no file is refused: a pipe would be waited for, and a device may never end.
 ///
 /// # Errors
@@ -52,6 +111,75 @@ pub fn open_file(path: &Path) -> io::Result<File> {
     }
     let message = "it is no regular file";
     Err(io::Error::new(io::ErrorKind::InvalidInput, message))
+}
+
+/// Reads a file that may lead its reader astray: no more than a sound file of its size needs is read of it.
+///
+/// An archive's end is looked for backwards, and one with many false ends has its parser read the same bytes over and
+/// over, for minutes.
+#[derive(Debug)]
+pub struct Bounded {
+    file: File,
+    left: u64,
+}
+
+impl Bounded {
+    /// Allows eight times the file, and a GiB.
+    ///
+    /// # Errors
+    ///
+    /// The error of the file system.
+    pub fn new(file: File) -> io::Result<Self> {
+        let left = file.metadata()?.len().saturating_mul(8) + (1 << 30);
+        Ok(Self { file, left })
+    }
+
+    /// The file, without a bound.
+    pub fn into_inner(self) -> File {
+        self.file
+    }
+}
+
+impl Read for Bounded {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if self.left == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "it leads in circles: it was made to be read for ever",
+            ));
+        }
+        let read = self.file.read(out)?;
+        self.left = self.left.saturating_sub(read as u64);
+        Ok(read)
+    }
+}
+
+impl Seek for Bounded {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
+/// Fills `out` from the bytes of a file at a place, for any number of threads at once.
+///
+/// # Errors
+///
+/// The error of the file system; when the file ends before.
+pub fn read_at(file: &File, out: &mut [u8], at: u64) -> io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::read_exact_at(file, out, at);
+    #[cfg(windows)]
+    {
+        let mut done = 0;
+        while done < out.len() {
+            let part = &mut out[done..];
+            match std::os::windows::fs::FileExt::seek_read(file, part, at + done as u64)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                read => done += read,
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Opens a file that only its lock is needed of; what it holds, or what a link of that name leads to, stays as it is.
@@ -136,13 +264,8 @@ impl Seek for AtomicFile {
 
 /// Opens `.NAME.PID-COUNT.tmp`, a name no other thread or process is using.
 fn create_temporary(folder: &Path, name: &std::ffi::OsStr) -> io::Result<(File, Temporary)> {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
     loop {
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let mut temporary = OsString::from(".");
-        temporary.push(name);
-        temporary.push(format!(".{}-{count}.tmp", std::process::id()));
-        let path = folder.join(temporary);
+        let path = folder.join(temporary_name(name));
         match OpenOptions::new().write(true).create_new(true).open(&path) {
             Ok(file) => return Ok((file, Temporary { path: Some(path) })),
             // Left by a killed process that had the same id.
@@ -238,6 +361,31 @@ mod tests {
         drop(write(b"new"));
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(names(folder.path()), ["out.txt"]);
+    }
+
+    #[test]
+    fn a_folder_appears_whole_or_not_at_all() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("made");
+        let fill = |fails: bool| {
+            let write = |folder: &Path| {
+                fs::write(folder.join("a"), "a")?;
+                match fails {
+                    true => Err(io::Error::other("stopped")),
+                    false => Ok(()),
+                }
+            };
+            write_folder(&path, write, |error| error)
+        };
+        assert_eq!(fill(true).unwrap_err().to_string(), "stopped");
+        assert_eq!(names(place.path()), [""; 0]);
+        fs::create_dir(&path).unwrap();
+        fill(false).unwrap();
+        // What somebody has put there meanwhile stays.
+        fs::write(path.join("b"), "b").unwrap();
+        assert!(fill(false).is_err());
+        assert_eq!(names(&path), ["a", "b"]);
+        assert_eq!(names(place.path()), ["made"]);
     }
 
     #[test]

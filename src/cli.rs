@@ -5,7 +5,7 @@ mod evaluate;
 mod extract;
 mod weights;
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -15,7 +15,7 @@ use crate::backend::{BackendKind, Compute};
 use crate::interrupt;
 use crate::process::Solver;
 use crate::recipe::data::Data;
-use crate::recipe::document::Document;
+use crate::recipe::document::{Document, MOST_BYTES};
 use crate::recipe::draw::{self, Share};
 use crate::recipe::models::read_file;
 use crate::recipe::pictures::{refuse_existing, write_pictures};
@@ -243,25 +243,7 @@ fn share(text: &str) -> Result<Share, String> {
 pub fn main() -> ExitCode {
     interrupt::watch_panics();
     let cli = Cli::parse();
-    bound_threads();
-    let result = match cli.command {
-        Command::Recipe(arguments) => recipe(&arguments),
-        Command::Sample(arguments) => sample(&arguments),
-        Command::Evaluate(arguments) => evaluate(&arguments),
-        Command::Extract(arguments) => extract(&arguments),
-        Command::Inspect(arguments) => inspect(&arguments),
-        Command::Convert(arguments) => convert(&arguments),
-        #[cfg(feature = "ndarray")]
-        Command::Standin { folder } => crate::standin::make(&folder),
-        Command::Bench(arguments) => benchmark(&arguments),
-        Command::Completions { shell } => {
-            // Into memory first: the generator panics where it can't write.
-            let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "tinyfusion", &mut script);
-            crate::terminal::told(io::stdout().write_all(&script));
-            Ok(())
-        }
-    };
+    let result = start_threads(&cli.command).and_then(|()| obey(cli.command));
     match result {
         Ok(()) if crate::terminal::all_told() => ExitCode::SUCCESS,
         Ok(()) => {
@@ -279,21 +261,53 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Most threads that `RAYON_NUM_THREADS` can ask for: more take minutes to start.
+fn obey(command: Command) -> Result<(), RecipeError> {
+    match command {
+        Command::Recipe(arguments) => recipe(&arguments),
+        Command::Sample(arguments) => sample(&arguments),
+        Command::Evaluate(arguments) => evaluate(&arguments),
+        Command::Extract(arguments) => extract(&arguments),
+        Command::Inspect(arguments) => inspect(&arguments),
+        Command::Convert(arguments) => convert(&arguments),
+        #[cfg(feature = "ndarray")]
+        Command::Standin { folder } => crate::standin::make(&folder),
+        Command::Bench(arguments) => benchmark(&arguments),
+        Command::Completions { shell } => {
+            // Into memory first: the generator panics where it can't write.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "tinyfusion", &mut script);
+            crate::terminal::told(io::stdout().write_all(&script));
+            Ok(())
+        }
+    }
+}
+
+/// Most threads that can be asked for: more take minutes to start.
 const MOST_THREADS: usize = 1024;
 
-/// Keeps the number of threads to what a machine can have.
-fn bound_threads() {
-    let asked = std::env::var("RAYON_NUM_THREADS").ok();
-    if asked.is_some_and(|asked| {
-        asked
-            .parse()
-            .is_ok_and(|threads: usize| threads > MOST_THREADS)
-    }) {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(MOST_THREADS);
-        // Nothing has used it yet.
-        let _ = pool.build_global();
-    }
+/// Starts the threads that work is divided over, at most so many as a machine can have. Where they can't be had, rayon
+/// would panic at their first use.
+fn start_threads(command: &Command) -> Result<(), RecipeError> {
+    let stated = match command {
+        // They compute nothing.
+        Command::Completions { .. } | Command::Inspect(_) => return Ok(()),
+        Command::Bench(arguments) => arguments.threads(),
+        _ => None,
+    };
+    let asked = || std::env::var("RAYON_NUM_THREADS").ok()?.parse().ok();
+    // With 0, rayon takes a thread a core.
+    let count = stated.or_else(asked).unwrap_or(0).min(MOST_THREADS);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(count);
+    pool.build_global().map_err(|error| {
+        let count = match count {
+            0 => "a thread for each core".to_owned(),
+            count => format!("{count} threads"),
+        };
+        RecipeError::Run(format!(
+            "{count} can't be had ({error}); ask for fewer by RAYON_NUM_THREADS or `bench --threads`, or free some of this \
+             user's processes"
+        ))
+    })
 }
 
 /// Prints an error with its causes, each once.
@@ -311,9 +325,21 @@ fn report(error: &dyn std::error::Error) {
     }
 }
 
+/// A recipe's text, or the beginning of one that is too long. It need not be a file: `<(a command)` writes recipes, too.
+fn read_recipe(path: &Path) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?
+        .take(MOST_BYTES as u64 + 1)
+        .read_to_end(&mut bytes)?;
+    if bytes.len() > MOST_BYTES {
+        return Ok(String::from_utf8_lossy(&bytes).into_owned());
+    }
+    String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
 fn recipe(arguments: &RecipeArguments) -> Result<(), RecipeError> {
     let path = &arguments.recipe;
-    let text = match std::fs::read_to_string(path) {
+    let text = match read_recipe(path) {
         Ok(text) => text,
         // A bare word may be one of those that are part of the program.
         Err(error) => match path.to_str().and_then(embedded_recipes::recipe) {

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use image::{Rgb, RgbImage};
 
-use crate::atomic::write_atomic;
+use crate::atomic::{write_atomic, write_folder};
 use crate::evaluation::write_samples;
 use crate::images::{Images, center_crop};
 use crate::models::inception::formula_weights;
@@ -68,6 +68,16 @@ pub fn make(folder: &Path) -> Result<(), RecipeError> {
             folder.display()
         )));
     }
+    write_folder(folder, fill, |error| RecipeError::io(folder)(error))?;
+    crate::tell!(
+        "{}: {IMAGES} images, a diffusion transformer, an autoencoder, an Inception network and a reference batch, all random; \
+         `tinyfusion recipe recipes/standin.toml` goes through them",
+        folder.display()
+    );
+    Ok(())
+}
+
+fn fill(folder: &Path) -> Result<(), RecipeError> {
     let mut crops = Vec::with_capacity(REFERENCE * SIDE * SIDE * 3);
     for index in 0..IMAGES {
         let class = index % CLASSES;
@@ -110,11 +120,6 @@ pub fn make(folder: &Path) -> Result<(), RecipeError> {
 
     let inception = folder.join("standin-inception.pth");
     write_torch(&inception, &formula_weights(0).into(), None)?;
-    crate::tell!(
-        "{}: {IMAGES} images, a diffusion transformer, an autoencoder, an Inception network and a reference batch, all random; \
-         `tinyfusion recipe recipes/standin.toml` goes through them",
-        folder.display()
-    );
     Ok(())
 }
 

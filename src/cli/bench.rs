@@ -35,7 +35,7 @@ pub(super) struct BenchArguments {
     #[arg(long, default_value = "f32")]
     compute: Compute,
     /// Threads of the CPU backend [default: one a core]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
     /// Runs before timing
     #[arg(long, default_value_t = 2)]
@@ -46,6 +46,13 @@ pub(super) struct BenchArguments {
     /// As one JSON object
     #[arg(long)]
     json: bool,
+}
+
+impl BenchArguments {
+    /// Threads to compute on, if stated.
+    pub(super) fn threads(&self) -> Option<usize> {
+        self.threads.map(|threads| threads as usize)
+    }
 }
 
 /// Times a workload and prints the measurement.
@@ -88,12 +95,6 @@ pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), RecipeError> {
         return Err(usage(
             "the masked-kd workload keeps every other layer of at least 2".into(),
         ));
-    }
-    if let Some(threads) = arguments.threads {
-        // Fails only if the pool is already there, and nothing has run yet. The kernels are as many.
-        let _ = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads as usize)
-            .build_global();
     }
     let plan = BenchPlan {
         workload: arguments.workload,

@@ -109,7 +109,8 @@ where
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Batch<B>> + 'a> {
         let (sender, ahead) = sync_channel(1);
         let (source, steps, parts) = (self.source.clone(), self.start..self.steps, self.parts);
-        thread::spawn(move || {
+        let failed = sender.clone();
+        let load = move || {
             for step in steps {
                 let batches = match source.on_host(step) {
                     Ok(batch) if parts == 1 => vec![Ok(batch)],
@@ -124,7 +125,11 @@ where
                     }
                 }
             }
-        });
+        };
+        if let Err(source) = thread::Builder::new().name("batches".into()).spawn(load) {
+            // The first that is sent: there is room for it.
+            let _ = failed.send(Err(DataError::Threads { count: 1, source }));
+        }
         Box::new(Iter {
             batches: self,
             ahead,

@@ -13,7 +13,7 @@ use super::latents::{Dtype, Layout, ShardWriter, npy_written, write_npy};
 use super::{DataError, ImageFolder, with_cause};
 use crate::atomic::write_atomic;
 use crate::backend::Compute;
-use crate::images::{PictureError, center_crop, read_rgb, to_chw};
+use crate::images::{PictureError, center_crop, read_then, to_chw};
 use crate::models::vae::{Vae, VaeConfig};
 use crate::ops::FusedOps;
 use crate::random::{self, Stream};
@@ -129,6 +129,11 @@ impl Sink {
         }
     }
 
+    /// Whether all that could be read is there. Of `.npy` files nothing says so.
+    fn finished(&self) -> bool {
+        matches!(self, Self::Packed(writer) if writer.finished())
+    }
+
     fn push(&mut self, to: &Path, latents: &[f32], label: usize) -> Result<(), DataError> {
         match self {
             Self::Packed(writer) => writer.push(latents, label),
@@ -171,26 +176,44 @@ pub fn extract<B: FusedOps>(
     let mut sink = open(folder, config, how, shape, to)?;
     let mut skipped = read_skipped(to)?;
     let start = resume_at(sink.next(), images.len(), &skipped);
+    if sink.finished() && sink.next() + skipped.len() != images.len() {
+        return Err(DataError::unexpected(
+            &to.join(SKIPPED),
+            format!(
+                "{} images that were left out ({} images, {} latents)",
+                images.len().saturating_sub(sink.next()),
+                images.len(),
+                sink.next()
+            ),
+            format!("{}; extract into a new folder", skipped.len()),
+        ));
+    }
     progress(start, true);
     // Batches begin at the same images however often the work was interrupted.
     let first_batch = start / how.batch;
     let finished = std::thread::scope(|scope| -> Result<bool, DataError> {
         let workers = how.workers.max(1);
         let first = first_batch * how.batch;
-        let queues: Vec<Receiver<Picture>> = (0..workers)
-            .map(|worker| {
-                let (sender, receiver) = sync_channel(AHEAD);
-                scope.spawn(move || {
-                    for (path, _) in images.iter().skip(first + worker).step_by(workers) {
-                        // Nobody listens any more when the work was interrupted.
-                        if sender.send(picture(path, how)).is_err() {
-                            return;
-                        }
+        let mut queues: Vec<Receiver<Picture>> = Vec::with_capacity(workers);
+        for worker in 0..workers {
+            let (sender, receiver) = sync_channel(AHEAD);
+            let read = move || {
+                for (path, _) in images.iter().skip(first + worker).step_by(workers) {
+                    // Nobody listens any more when the work was interrupted.
+                    if sender.send(picture(path, how)).is_err() {
+                        return;
                     }
-                });
-                receiver
-            })
-            .collect();
+                }
+            };
+            std::thread::Builder::new()
+                .name(format!("pictures-{worker}"))
+                .spawn_scoped(scope, read)
+                .map_err(|source| DataError::Threads {
+                    count: workers,
+                    source,
+                })?;
+            queues.push(receiver);
+        }
         for batch in (first..images.len()).step_by(how.batch) {
             if crate::interrupt::requested() {
                 return Ok(false);
@@ -331,8 +354,7 @@ fn open(
             Sink::Packed(ShardWriter::open(to, layout, folder.classes().to_vec())?)
         }
         Form::Npy => {
-            // A sample is there if its label is.
-            let next = npy_written(to)?;
+            let next = npy_written(to, shape)?;
             Sink::Npy { shape, next }
         }
     })
@@ -349,8 +371,7 @@ fn resume_at(records: usize, images: usize, skipped: &BTreeMap<usize, String>) -
 
 /// Reads, crops and scales a picture.
 fn picture(path: &Path, how: &Extraction) -> Picture {
-    let picture = read_rgb(path)?;
-    let pixels = center_crop(&picture, how.size);
+    let pixels = read_then(path, |picture| center_crop(&picture, how.size))?;
     let mut views = to_chw(&pixels, how.size, false);
     if how.mirror {
         views.extend(to_chw(&pixels, how.size, true));

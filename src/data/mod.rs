@@ -51,6 +51,14 @@ pub enum DataError {
         /// What is there.
         found: String,
     },
+    /// The system has no threads to give.
+    #[error("{count} threads can't be had; ask for fewer, or free some of this user's processes")]
+    Threads {
+        /// How many were asked for.
+        count: usize,
+        /// What the system said.
+        source: io::Error,
+    },
     /// Pictures that can't be read.
     #[error("{} can't be read; mend them or take them away:{}", count(.pictures.len()), list(.pictures))]
     Broken {

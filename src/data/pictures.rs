@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use super::latents::{Dtype, INDEX, Latents, Layout, ShardWriter};
 use super::{DataError, ImageFolder, Split, level, with_cause};
 use crate::atomic::lock_file;
-use crate::images::{center_crop, pad, read_rgb};
+use crate::images::{center_crop, pad, read_then};
 
 /// How a picture becomes a square.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -251,7 +251,7 @@ impl PictureSet {
                 return Ok(false);
             }
             let read: Vec<_> = (pictures.par_iter())
-                .map(|(path, _)| read_rgb(path).map(|picture| self.rule.apply(&picture)))
+                .map(|(path, _)| read_then(path, |picture| self.rule.apply(&picture)))
                 .collect();
             for (values, (_, label)) in read.into_iter().zip(pictures) {
                 match values {
@@ -351,6 +351,7 @@ mod tests {
 
     use super::super::Samples;
     use super::*;
+    use crate::images::read_rgb;
 
     const RULE: Rule = Rule {
         size: 4,

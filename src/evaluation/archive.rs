@@ -12,7 +12,7 @@ use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::EvaluationError;
-use crate::atomic::open_file;
+use crate::atomic::{Bounded, open_file};
 use crate::npy::{self, Header};
 
 /// The name in the archive of the array `array`.
@@ -23,12 +23,13 @@ pub(super) fn member_name(array: &str) -> String {
 /// An open archive that names its path in every error.
 pub(super) struct Archive<'a> {
     path: &'a Path,
-    zip: ZipArchive<BufReader<File>>,
+    zip: ZipArchive<BufReader<Bounded>>,
 }
 
 impl<'a> Archive<'a> {
     pub(super) fn open(path: &'a Path) -> Result<Self, EvaluationError> {
         let zip = open_file(path)
+            .and_then(Bounded::new)
             .and_then(|file| ZipArchive::new(BufReader::new(file)).map_err(io::Error::from))
             .map_err(EvaluationError::io(path))?;
         Ok(Self { path, zip })
@@ -83,6 +84,9 @@ impl<'a> Archive<'a> {
     }
 }
 
+/// The most bytes that deflate makes of one (zlib's technical details).
+const MOST_DEFLATED: u64 = 1032;
+
 /// A member's bytes, unpacked as they are read and checked against their checksum at the end.
 ///
 /// It has the file open for itself, so that it can be read piece by piece while the archive is gone.
@@ -102,17 +106,23 @@ enum Unpacking {
 impl Member {
     fn open<R: Read>(path: &Path, entry: &zip::read::ZipFile<'_, R>) -> io::Result<Self> {
         let start = entry.data_start().ok_or(io::ErrorKind::InvalidData)?;
-        let mut file = BufReader::new(open_file(path)?);
+        let file = open_file(path)?;
+        let there = file.metadata()?.len().saturating_sub(start);
+        let mut file = BufReader::new(file);
         file.seek(SeekFrom::Start(start))?;
         let packed = file.take(entry.compressed_size());
-        let bytes = match entry.compression() {
-            CompressionMethod::Stored => Unpacking::Stored(packed),
-            CompressionMethod::Deflated => Unpacking::Deflated(DeflateDecoder::new(packed)),
+        let most = there.min(entry.compressed_size());
+        let (bytes, most) = match entry.compression() {
+            CompressionMethod::Stored => (Unpacking::Stored(packed), most),
+            CompressionMethod::Deflated => (
+                Unpacking::Deflated(DeflateDecoder::new(packed)),
+                most.saturating_mul(MOST_DEFLATED),
+            ),
             other => return Err(io::Error::other(format!("it is packed by {other}"))),
         };
         Ok(Self {
             bytes,
-            promised: entry.size(),
+            promised: entry.size().min(most),
             seen: crc32fast::Hasher::new(),
             checksum: entry.crc32(),
         })
@@ -202,6 +212,10 @@ impl Array {
     /// The next `count` bytes; with the last of the array its checksum is compared.
     pub(super) fn read(&mut self, count: usize) -> Result<Vec<u8>, EvaluationError> {
         let broken = |error: io::Error| self.at.fail("readable data", error.to_string());
+        // A system may promise any memory that is asked for.
+        if count as u64 > self.member.promised {
+            return Err(self.short((self.size - self.left) as u64 + self.member.promised));
+        }
         let mut data = Vec::new();
         data.try_reserve_exact(count).map_err(|_| {
             let found = format!("{count} bytes");
@@ -215,8 +229,12 @@ impl Array {
             return Err(self.short((self.size - self.left) as u64));
         }
         if self.left == 0 {
-            // Asking for one more byte finds the end, if it is there: NumPy, too, lets data follow an array.
-            self.member.read(&mut [0]).map_err(broken)?;
+            // Asking for one more byte finds the end, where the checksum is compared. NumPy lets data follow; but nobody
+            // writes such archives, and a damaged header may state a smaller array.
+            if self.member.read(&mut [0]).map_err(broken)? > 0 {
+                let expected = format!("nothing after the shape {:?}", self.shape);
+                return Err(self.at.fail(&expected, "more bytes".to_owned()));
+            }
         }
         Ok(data)
     }

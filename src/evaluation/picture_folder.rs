@@ -4,12 +4,11 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use image::ImageReader;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::EvaluationError;
-use crate::images::{Images, PictureError, read_rgb};
+use crate::images::{Images, picture_size, read_rgb};
 use crate::weights::file_sha256;
 
 /// The pictures of a folder, and of its sub-folders if it has one for each class.
@@ -85,14 +84,7 @@ impl PictureFolder {
     /// another size than those before it.
     pub(super) fn size(&self, folder: &Path) -> Result<[usize; 2], EvaluationError> {
         let size = |(_, path): &(_, PathBuf)| -> Result<[usize; 2], EvaluationError> {
-            let sides = ImageReader::open(path)
-                .and_then(ImageReader::with_guessed_format)
-                .map_err(EvaluationError::io(path))?
-                .into_dimensions();
-            let (width, height) = sides.map_err(|source| PictureError::Decode {
-                path: path.clone(),
-                source,
-            })?;
+            let [width, height] = picture_size(path)?;
             Ok([height as usize, width as usize])
         };
         let sizes: Vec<_> = self.pictures.par_iter().map(size).collect();

@@ -1,7 +1,9 @@
 //! PNG and JPEG files as 8-bit RGB.
 
+use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use image::codecs::png::PngDecoder;
 use image::error::DecodingError;
@@ -72,59 +74,186 @@ pub enum PictureError {
 /// leaves valid codes can't be seen by any decoder, as JPEG has no check sums. Memory stays below about 1.5 GB
 /// whatever the file states.
 pub fn read_rgb(path: &Path) -> Result<RgbImage, PictureError> {
-    let io = |source| PictureError::Io {
-        path: path.to_owned(),
-        source,
-    };
-    let mut bytes = Vec::new();
-    open_file(path)
-        .and_then(|file| file.take(MOST_BYTES + 1).read_to_end(&mut bytes))
-        .map_err(io)?;
-    let unexpected = |expected: &str, found: String| PictureError::Unexpected {
-        path: path.to_owned(),
-        expected: expected.to_owned(),
-        found,
-    };
-    if bytes.len() as u64 > MOST_BYTES {
-        return Err(unexpected("at most 256 MiB", "more".to_owned()));
+    read_then(path, |picture| picture)
+}
+
+/// As [`read_rgb`], and does something with the picture, on a thread among others: together they hold pictures of at most
+/// 2^26 pixels at a time, and each waits for its turn. `then` must not read pictures itself, nor wait for threads that do.
+///
+/// # Errors
+/// As [`read_rgb`].
+pub fn read_then<T>(path: &Path, then: impl FnOnce(RgbImage) -> T) -> Result<T, PictureError> {
+    let mut file = PictureFile::open(path)?;
+    let [width, height] = file.size()?;
+    // A pixel is worth four bytes of a file that is held beside it.
+    let _room = MEMORY.take((u64::from(width) * u64::from(height)).max(file.length / 4));
+    file.read(MOST_BYTES + 1)?;
+    if file.bytes.len() as u64 > MOST_BYTES {
+        return Err(file.unexpected("at most 256 MiB", "more"));
     }
+    let bytes = &file.bytes;
     let broken = |source| PictureError::Decode {
         path: path.to_owned(),
         source,
     };
-    let too_large = |width, height| {
-        let found = format!("{width} x {height}");
-        unexpected(&format!("at most {MOST_PIXELS} pixels"), found)
-    };
-    let mut decoder = match image::guess_format(&bytes) {
-        Ok(ImageFormat::Png) => {
-            PngDecoder::with_limits(Cursor::new(&bytes), limits()).map_err(broken)?
-        }
-        Ok(ImageFormat::Jpeg) => {
-            return jpeg::decode(&bytes, MOST_PIXELS).map_err(|failure| match failure {
-                jpeg::Failure::Large(width, height) => too_large(width, height),
-                jpeg::Failure::Decoder(message) => broken(ImageError::Decoding(
-                    DecodingError::new(ImageFormat::Jpeg.into(), message),
-                )),
-            });
-        }
-        _ => {
-            return Err(unexpected(
-                "a PNG or JPEG",
-                // Not its first bytes: a link may lead to what is nobody's to read.
-                "a file of another kind".to_owned(),
-            ));
-        }
-    };
-    let (width, height) = decoder.dimensions();
-    if u64::from(width) * u64::from(height) > MOST_PIXELS {
-        return Err(too_large(width, height));
+    if let Some(ImageFormat::Jpeg) = file.format {
+        return match jpeg::decode(bytes, MOST_PIXELS) {
+            Ok(image) => Ok(then(image)),
+            Err(failure) => Err(file.failed(failure)),
+        };
     }
+    let mut decoder = PngDecoder::with_limits(Cursor::new(bytes), limits()).map_err(broken)?;
     decoder.set_limits(limits()).map_err(broken)?;
     let image = DynamicImage::from_decoder(decoder).map_err(broken)?;
     // Byte 25 of a PNG is its kind of colour; 0 is grey, to which the decoder adds alpha for a transparent level.
     let grey = bytes.get(25) == Some(&0);
-    Ok(to_rgb(image, grey))
+    Ok(then(to_rgb(image, grey)))
+}
+
+/// `[width, height]` of a PNG or JPEG, of which the first bytes are read.
+///
+/// # Errors
+/// When the file can't be read, is neither PNG nor JPEG, does not state its size, or states more than 2^26 pixels.
+pub fn picture_size(path: &Path) -> Result<[u32; 2], PictureError> {
+    PictureFile::open(path)?.size()
+}
+
+/// Bytes in which files state their size: most in the first few, others behind a profile or a small picture.
+const HEADS: [u64; 3] = [1 << 13, 1 << 17, MOST_BYTES];
+
+/// A file, read as far as was needed.
+struct PictureFile<'a> {
+    path: &'a Path,
+    file: File,
+    length: u64,
+    bytes: Vec<u8>,
+    format: Option<ImageFormat>,
+}
+
+impl<'a> PictureFile<'a> {
+    fn open(path: &'a Path) -> Result<Self, PictureError> {
+        let io = |source| PictureError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let file = open_file(path).map_err(io)?;
+        let length = file.metadata().map_err(io)?.len();
+        let mut opened = Self {
+            path,
+            file,
+            length,
+            bytes: Vec::new(),
+            format: None,
+        };
+        opened.read(HEADS[0])?;
+        opened.format = image::guess_format(&opened.bytes).ok();
+        Ok(opened)
+    }
+
+    fn unexpected(&self, expected: impl Into<String>, found: impl Into<String>) -> PictureError {
+        PictureError::Unexpected {
+            path: self.path.to_owned(),
+            expected: expected.into(),
+            found: found.into(),
+        }
+    }
+
+    fn failed(&self, failure: jpeg::Failure) -> PictureError {
+        match failure {
+            jpeg::Failure::Large(width, height) => self.large([width, height]),
+            jpeg::Failure::Decoder(message) => PictureError::Decode {
+                path: self.path.to_owned(),
+                source: ImageError::Decoding(DecodingError::new(ImageFormat::Jpeg.into(), message)),
+            },
+        }
+    }
+
+    fn large(&self, [width, height]: [u32; 2]) -> PictureError {
+        let found = format!("{width} x {height}");
+        self.unexpected(format!("at most {MOST_PIXELS} pixels"), found)
+    }
+
+    /// Reads on until so many bytes are there, or all.
+    fn read(&mut self, most: u64) -> Result<(), PictureError> {
+        let left = most.saturating_sub(self.bytes.len() as u64);
+        let read = (&self.file).take(left).read_to_end(&mut self.bytes);
+        read.map(drop).map_err(|source| PictureError::Io {
+            path: self.path.to_owned(),
+            source,
+        })
+    }
+
+    /// `[width, height]`.
+    fn size(&mut self) -> Result<[u32; 2], PictureError> {
+        let mut size = self.stated_size();
+        for most in &HEADS[1..] {
+            if size.is_ok() || self.bytes.len() as u64 == self.length {
+                break;
+            }
+            self.read(*most)?;
+            size = self.stated_size();
+        }
+        match size? {
+            size if u64::from(size[0]) * u64::from(size[1]) > MOST_PIXELS => Err(self.large(size)),
+            size => Ok(size),
+        }
+    }
+
+    /// The size, if the bytes that were read state it.
+    fn stated_size(&self) -> Result<[u32; 2], PictureError> {
+        match self.format {
+            Some(ImageFormat::Png) => PngDecoder::with_limits(Cursor::new(&self.bytes), limits())
+                .map(|decoder| decoder.dimensions().into())
+                .map_err(|source| PictureError::Decode {
+                    path: self.path.to_owned(),
+                    source,
+                }),
+            Some(ImageFormat::Jpeg) => {
+                jpeg::size(&self.bytes).map_err(|failure| self.failed(failure))
+            }
+            // Not its first bytes: a link may lead to what is nobody's to read.
+            _ => Err(self.unexpected("a PNG or JPEG", "a file of another kind")),
+        }
+    }
+}
+
+/// Pixels of the pictures that are being read.
+static MEMORY: Room = Room {
+    taken: Mutex::new(0),
+    freed: Condvar::new(),
+    most: MOST_PIXELS,
+};
+
+/// So much of something, of which each thread takes a part and waits for it.
+struct Room {
+    taken: Mutex<u64>,
+    freed: Condvar,
+    most: u64,
+}
+
+impl Room {
+    /// Waits until so much is free; it is given back when what is returned is dropped. One that wants more than there is
+    /// has all of it.
+    fn take(&self, part: u64) -> Taken<'_> {
+        let part = part.min(self.most);
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let full = |taken: &mut u64| *taken + part > self.most;
+        let taken = self.freed.wait_while(taken, full);
+        *taken.unwrap_or_else(PoisonError::into_inner) += part;
+        Taken { room: self, part }
+    }
+}
+
+struct Taken<'a> {
+    room: &'a Room,
+    part: u64,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        *(self.room.taken.lock()).unwrap_or_else(PoisonError::into_inner) -= self.part;
+        self.room.freed.notify_all();
+    }
 }
 
 fn limits() -> Limits {
@@ -240,10 +369,77 @@ mod tests {
             .flat_map(|y| (0..width).flat_map(move |x| [x as u8 * 3, y as u8 * 4, 90]))
             .collect();
         let mut bytes = Vec::new();
-        image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 98)
-            .write_image(&pixels, width, height, ExtendedColorType::Rgb8)
+        jpeg_encoder::Encoder::new(&mut bytes, 98)
+            .encode(
+                &pixels,
+                width as u16,
+                height as u16,
+                jpeg_encoder::ColorType::Rgb,
+            )
             .unwrap();
         bytes
+    }
+
+    #[test]
+    fn threads_share_the_room_there_is() {
+        let room = Room {
+            taken: Mutex::new(0),
+            freed: Condvar::new(),
+            most: 10,
+        };
+        let most_seen = Mutex::new(0);
+        std::thread::scope(|scope| {
+            for part in [1, 4, 10, 25, 7, 3, 3, 10] {
+                let (room, most_seen) = (&room, &most_seen);
+                scope.spawn(move || {
+                    for _ in 0..50 {
+                        let _taken = room.take(part);
+                        let now = *room.taken.lock().unwrap();
+                        let mut most = most_seen.lock().unwrap();
+                        *most = now.max(*most);
+                    }
+                });
+            }
+        });
+        assert_eq!(
+            (*room.taken.lock().unwrap(), *most_seen.lock().unwrap()),
+            (0, 10)
+        );
+    }
+
+    #[test]
+    fn the_size_is_that_of_the_picture() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        let size = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            picture_size(&path)
+        };
+        assert_eq!(
+            size(&png(3, ExtendedColorType::L8, &[1, 2, 3])).unwrap(),
+            [3, 1]
+        );
+        let mut whole = jpeg(40, 24);
+        assert_eq!(size(&whole).unwrap(), [40, 24]);
+        // A profile before the size, longer than what is read at first.
+        let segment = [&[0xff, 0xe2, 0xff, 0xff][..], &[7; 0xfffd]].concat();
+        whole.splice(2..2, [&segment[..], &segment].concat());
+        assert_eq!(size(&whole).unwrap(), [40, 24]);
+        assert_eq!(read_rgb(&path).unwrap().dimensions(), (40, 24));
+        let mut whole = png(3, ExtendedColorType::L8, &[1, 2, 3]);
+        let text = [&b"tEXt"[..], &[b'x'; 200_000]].concat();
+        let crc = crc32fast::hash(&text).to_be_bytes();
+        let chunk = [&200_000u32.to_be_bytes()[..], &text, &crc].concat();
+        whole.splice(33..33, chunk);
+        assert_eq!(size(&whole).unwrap(), [3, 1]);
+        assert_eq!(read_rgb(&path).unwrap().dimensions(), (3, 1));
+        assert!(
+            size(b"GIF89a")
+                .unwrap_err()
+                .to_string()
+                .contains("a PNG or JPEG")
+        );
+        assert!(size(&whole[..100]).is_err());
     }
 
     #[test]

@@ -46,6 +46,16 @@ pub(super) fn decode(bytes: &[u8], most_pixels: u64) -> Result<RgbImage, Failure
     })
 }
 
+/// `[width, height]` of a JPEG, of which the beginning is enough.
+pub(super) fn size(bytes: &[u8]) -> Result<[u32; 2], Failure> {
+    match decode(bytes, 0) {
+        // Where no pixel is allowed, every picture is too large.
+        Err(Failure::Large(width, height)) => Ok([width, height]),
+        Err(failure) => Err(failure),
+        Ok(image) => Ok(image.dimensions().into()),
+    }
+}
+
 /// The bytes that libjpeg has yet to be handed. `manager` comes first, so that a pointer to it is one to the whole.
 #[repr(C)]
 struct Source {
@@ -244,8 +254,6 @@ mod tests {
     use std::cell::Cell;
     use std::path::{Path, PathBuf};
 
-    use image::{ExtendedColorType, ImageEncoder};
-
     use super::*;
 
     const ALL: u64 = u64::MAX;
@@ -285,8 +293,8 @@ mod tests {
             })
             .collect();
         let mut bytes = Vec::new();
-        image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 90)
-            .write_image(&pixels, 128, 128, ExtendedColorType::Rgb8)
+        jpeg_encoder::Encoder::new(&mut bytes, 90)
+            .encode(&pixels, 128, 128, jpeg_encoder::ColorType::Rgb)
             .unwrap();
         bytes
     }

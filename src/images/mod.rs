@@ -12,7 +12,7 @@ mod decode;
 mod jpeg;
 
 pub use crop::{CenterCrop, center_crop, pad, to_chw};
-pub use decode::{PictureError, read_rgb};
+pub use decode::{PictureError, picture_size, read_rgb, read_then};
 
 /// Pictures of one size: `u8` in `[count, height, width, channels]` order (NHWC), rows top to
 /// bottom, 0 black and 255 white.

@@ -3,7 +3,7 @@
 //! Overrides from the command line are applied to this tree before it is read into types, so a value
 //! is checked in the same way, and blamed on the right place, whichever way it was given.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -83,6 +83,9 @@ pub fn title(table: &Table) -> Option<&str> {
     string_in(table, "name").or_else(|| string_in(table, "kind"))
 }
 
+/// Most bytes of a recipe, some hundred times those of the longest there is.
+pub const MOST_BYTES: usize = 1 << 20;
+
 /// A recipe as written, with the overrides of the command line.
 #[derive(Clone, Debug)]
 pub struct Document {
@@ -97,20 +100,29 @@ impl Document {
     ///
     /// # Errors
     ///
-    /// Every syntax error, with its place.
+    /// Every syntax error, with its place; and when the text is far longer than any recipe.
     pub fn parse(path: &Path, source: &str) -> Result<Self, Diagnostics> {
+        if source.len() > MOST_BYTES {
+            let message =
+                format!("expected a recipe, of at most {MOST_BYTES} bytes; found a longer text");
+            let start = Origin::Span { start: 0, end: 0 };
+            return Err(Diagnostics::new(
+                path,
+                "",
+                vec![Diagnostic::new(&start, message)],
+            ));
+        }
         let span = |span: Range<usize>| Origin::Span {
             start: span.start,
             end: span.end,
         };
         let (table, errors) = DeTable::parse_recoverable(source);
-        let mut faults = Vec::new();
+        let (mut faults, mut known) = (Vec::new(), HashSet::new());
         for error in errors {
-            let origin = span(error.span().unwrap_or(0..0));
-            let fault = Diagnostic::new(&origin, error.message());
+            let place = error.span().unwrap_or(0..0);
             // After the first, an unclosed bracket is reported once for each level of nesting.
-            if !faults.contains(&fault) {
-                faults.push(fault);
+            if known.insert((place.start, place.end, error.message().to_owned())) {
+                faults.push(Diagnostic::new(&span(place), error.message()));
             }
         }
         let origin = span(table.span());

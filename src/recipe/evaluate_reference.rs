@@ -7,6 +7,7 @@ use burn::tensor::backend::Backend;
 use super::RecipeError;
 use super::draw::{Draw, SAMPLING, Share, first_images, grid};
 use super::evaluate::{EVALUATION, file_name, not_whole};
+use super::missing::{Role, note, refuse};
 use super::progress::Progress;
 use super::sampling::{Evaluate, Sampling};
 use super::speed::speeds;
@@ -299,6 +300,9 @@ pub(crate) fn archives<B: FusedOps>(
     device: &B::Device,
 ) -> Result<(), RecipeError> {
     let count = common_count(files.samples, count)?;
+    let mut missing = Vec::new();
+    note(&mut missing, "evaluate", files.inception, Role::Inception);
+    refuse(&missing)?;
     let mut judge = Judge::<B>::new(files, neighbours, cache, device)?;
     judge.protocol.sampling = said_of(files.samples);
     let verdicts = (files.samples.iter())

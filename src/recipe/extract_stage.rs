@@ -23,6 +23,11 @@ const MOST_VALUES: usize = 1 << 29;
 /// How many images that can't be read are named one by one.
 const NAMED: usize = 10;
 
+/// Records of a shard of latents of that side.
+fn records_per_shard(side: usize) -> usize {
+    RECORDS_PER_SHARD.min((MOST_VALUES / (2 * 4 * side * side).max(1)).max(1))
+}
+
 impl<B: TrainingBackend> Context<'_, B> {
     pub(super) fn extract(
         &self,
@@ -75,9 +80,7 @@ pub(crate) fn run<B: FusedOps>(
             Form::Packed { half: false } => data::Form::Packed(Dtype::F32),
             Form::Npy => data::Form::Npy,
         },
-        records_per_shard: RECORDS_PER_SHARD
-            .min(MOST_VALUES / (2 * 4 * side * side).max(1))
-            .max(1),
+        records_per_shard: records_per_shard(side),
         batch: job.batch,
         slice: ENCODED_AT_ONCE,
         workers: match job.workers {
@@ -123,4 +126,29 @@ pub(crate) fn run<B: FusedOps>(
         to.display()
     );
     Ok(to.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::latents::{Layout, ShardWriter};
+
+    #[test]
+    fn latents_of_every_size_that_is_offered_can_be_packed() {
+        for (side, expected) in [(1, 2048), (32, 2048), (64, 2048), (512, 256)] {
+            let records_per_shard = records_per_shard(side);
+            assert_eq!(records_per_shard, expected, "{side}");
+            let layout = Layout {
+                views: 2,
+                channels: 4,
+                side,
+                dtype: Dtype::F32,
+                classes: 1000,
+                records_per_shard,
+                scaling_factor: 0.18215,
+            };
+            let folder = tempfile::tempdir().unwrap();
+            assert!(ShardWriter::open(folder.path(), layout, Vec::new()).is_ok());
+        }
+    }
 }

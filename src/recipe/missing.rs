@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::RecipeError;
 use super::public::public_file;
 use crate::data::fashion;
 
@@ -62,6 +63,20 @@ pub struct MissingFile {
     pub role: Role,
     /// The stages that need it.
     pub stages: Vec<String>,
+}
+
+/// Refuses to begin while anything is missing.
+///
+/// # Errors
+/// When the list is not empty; the message is the list.
+pub(super) fn refuse(missing: &[MissingFile]) -> Result<(), RecipeError> {
+    match missing.is_empty() {
+        true => Ok(()),
+        false => {
+            let list = Missing(missing).to_string();
+            Err(RecipeError::Run(list.trim_end().to_owned()))
+        }
+    }
 }
 
 /// Says whether a path is there, and notes it if it is not.

@@ -45,6 +45,11 @@ pub struct Optimisation {
     pub checkpoint_every: usize,
     /// How many of the latest checkpoints stay on disk.
     pub keep_last: usize,
+    /// Whether they stay when the stage is finished. What a stage leaves is its model; they are several times as large.
+    ///
+    /// Left out of the resolved recipe where they don't, so that runs of versions without the key go on.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub keep_checkpoints: bool,
     /// Steps between lines of metrics.
     pub log_every: usize,
     /// Consecutive steps with a loss that is not finite after which the run is given up.
@@ -53,7 +58,7 @@ pub struct Optimisation {
 
 impl Optimisation {
     /// The keys that [`read`](Self::read) asks for.
-    pub const KEYS: [&'static str; 14] = [
+    pub const KEYS: [&'static str; 15] = [
         "steps",
         "batch",
         "accumulate",
@@ -66,6 +71,7 @@ impl Optimisation {
         "ema_warmup",
         "checkpoint_every",
         "keep_last",
+        "keep_checkpoints",
         "log_every",
         "max_bad_steps",
     ];
@@ -97,6 +103,7 @@ impl Optimisation {
             .integer("checkpoint_every", 1..=MAX_STEPS)
             .optional();
         let keep_last = section.integer("keep_last", 1..=1_000_000).or(2);
+        let keep_checkpoints = section.boolean("keep_checkpoints").or(false);
         let log_every = section.integer("log_every", 1..=MAX_STEPS).optional();
         let max_bad_steps = section.integer("max_bad_steps", 1..=MAX_STEPS).or(20);
 
@@ -114,6 +121,7 @@ impl Optimisation {
             ema_warmup,
             checkpoint_every: checkpoint_every.unwrap_or_else(|| (steps / 5).max(1)),
             keep_last,
+            keep_checkpoints,
             log_every: log_every.unwrap_or_else(|| (steps / 50).max(1)),
             max_bad_steps,
         })
@@ -152,6 +160,7 @@ mod tests {
             ema_warmup: true,
             checkpoint_every: 200,
             keep_last: 2,
+            keep_checkpoints: false,
             log_every: 20,
             max_bad_steps: 20,
         };
@@ -192,7 +201,7 @@ mod tests {
 
     #[test]
     fn the_list_of_optimisation_keys_is_complete() {
-        let document = document("steps = 10");
+        let document = document("steps = 10\nkeep_checkpoints = true");
         let sink = Sink::default();
         let section = Section::new("a stage".to_owned(), document.root(), &sink).unwrap();
         let read = Optimisation::read(&section, 1e-3, 0.0).unwrap();

@@ -12,7 +12,7 @@ use super::cost::{
     training_memory,
 };
 use super::known::{Known, Problem, keeps_weights};
-use super::missing::{Missing, MissingFile, Role};
+use super::missing::{Missing, MissingFile, Role, refuse};
 use super::optimisation::Optimisation;
 use super::plan_evaluate::{check_sampling, is_pixels, latents_need_a_vae, plan_evaluate};
 use super::prune::{Prune, PruneMethod, Scored};
@@ -108,11 +108,7 @@ impl Plan {
     /// # Errors
     /// All that are missing, with what each is and where to get it.
     pub fn complete(&self) -> Result<(), RecipeError> {
-        if self.missing.is_empty() {
-            return Ok(());
-        }
-        let list = Missing(&self.missing).to_string();
-        Err(RecipeError::Run(list.trim_end().to_owned()))
+        refuse(&self.missing)
     }
 }
 
@@ -339,15 +335,7 @@ const SHARE_OF_START: f64 = 0.05;
 
 /// A warning where a budget is too short for its moving average, which is what a stage leaves.
 fn average_note(stage: &Stage) -> Option<String> {
-    let optimisation = match &stage.kind {
-        StageKind::Train(train) => &train.optimisation,
-        StageKind::Recover(recover) => &recover.optimisation,
-        StageKind::Prune(Prune {
-            method: PruneMethod::Learned(learned),
-            ..
-        }) => &learned.optimisation,
-        _ => return None,
-    };
+    let optimisation = stage.kind.optimisation()?;
     let Optimisation { ema, steps, .. } = *optimisation;
     let share = share_of_start(ema, steps);
     (!optimisation.ema_warmup && share > SHARE_OF_START).then(|| {

@@ -119,7 +119,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             Vec::new(),
             source,
             teacher,
-            vec!["mse", "vb", "kd", "vb kd", "features"],
+            vec!["mse", "vb", "kd", "vb_kd", "features"],
             None,
         )?;
         Ok(Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL)).write()?)

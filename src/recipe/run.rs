@@ -12,6 +12,7 @@ use super::schema::StageKind;
 use super::stages::Context;
 use crate::backend::BackendKind;
 use crate::ops::TrainingBackend;
+use crate::training::CHECKPOINTS;
 
 /// How to run.
 #[derive(Debug, Clone)]
@@ -33,6 +34,8 @@ const DONE: &str = "done.json";
 #[derive(Serialize)]
 struct Environment {
     version: &'static str,
+    /// Of a release that was built from a repository.
+    commit: Option<&'static str>,
     backend: BackendKind,
     device: String,
     os: &'static str,
@@ -109,10 +112,12 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
         }
     }
     let started = Instant::now();
+    let _panic = Panicking(&directory, started);
     let result = crate::with_backend!(options.backend, B, device => {
         crate::ops::set_compute::<B>(plan.recipe.compute, device).map_err(RecipeError::Run)?;
         let environment = Environment {
             version: env!("CARGO_PKG_VERSION"),
+            commit: Some(env!("TINYFUSION_COMMIT")).filter(|commit| !commit.is_empty()),
             backend: options.backend,
             device: format!("{device:?}"),
             os: std::env::consts::OS,
@@ -150,6 +155,27 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
     result.and(told).map(|()| directory.path().to_owned())
 }
 
+/// Says that a run failed when a panic takes it down: `running` would be read for ever.
+struct Panicking<'a>(&'a RunDirectory, Instant);
+
+impl Drop for Panicking<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let status = self.0.status();
+        let stage = status.map(|status| status.stage).unwrap_or_default();
+        let seconds = self.1.elapsed().as_secs_f64();
+        // The panic's own message is the one to tell.
+        let _ = self.0.set_status(&Status {
+            state: "failed".into(),
+            stage,
+            seconds,
+            error: Some("the program panicked, which is a fault of its own; its message is on standard error".into()),
+        });
+    }
+}
+
 fn stages<B: TrainingBackend>(
     plan: &Plan,
     context: &Context<'_, B>,
@@ -157,8 +183,16 @@ fn stages<B: TrainingBackend>(
 ) -> Result<(), RecipeError> {
     for (index, (stage, planned)) in plan.recipe.stages.iter().zip(&plan.stages).enumerate() {
         let folder = context.directory.stage(index, &stage.name);
+        let temporary = || {
+            let optimisation = stage.kind.optimisation();
+            if optimisation.is_some_and(|optimisation| !optimisation.keep_checkpoints) {
+                // What can't be removed does no harm.
+                let _ = std::fs::remove_dir_all(folder.join(CHECKPOINTS));
+            }
+        };
         if folder.join(DONE).exists() {
             crate::say!("{}: already done", stage.name);
+            temporary();
             continue;
         }
         if crate::interrupt::requested() {
@@ -189,6 +223,7 @@ fn stages<B: TrainingBackend>(
             std::io::Write::write_all(file, done.as_bytes())
         })
         .map_err(RecipeError::io(&path))?;
+        temporary();
         crate::say!(
             "{}: done in {}",
             stage.name,

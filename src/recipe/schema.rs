@@ -12,7 +12,8 @@ use super::data::{Data, Shape};
 use super::diagnostic::Diagnostics;
 use super::document::{Document, string_in, title};
 use super::extract::Extract;
-use super::prune::Prune;
+use super::optimisation::Optimisation;
+use super::prune::{Prune, PruneMethod};
 use super::reader::{Section, Sink};
 use super::recover::Recover;
 use super::sampling::{Evaluate, Sample};
@@ -87,6 +88,21 @@ pub enum StageKind {
     Evaluate(Evaluate),
     /// Turns images into latents.
     Extract(Extract),
+}
+
+impl StageKind {
+    /// How it is trained, if it is.
+    pub fn optimisation(&self) -> Option<&Optimisation> {
+        match self {
+            Self::Train(train) => Some(&train.optimisation),
+            Self::Recover(recover) => Some(&recover.optimisation),
+            Self::Prune(Prune {
+                method: PruneMethod::Learned(learned),
+                ..
+            }) => Some(&learned.optimisation),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq)]

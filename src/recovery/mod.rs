@@ -102,7 +102,7 @@ pub(crate) fn scalars<B: AutodiffBackend>(terms: &Terms<B>) -> Scalars {
         ("mse", Some(&terms.mse)),
         ("vb", terms.vb.as_ref()),
         ("kd", terms.kd.as_ref()),
-        ("vb kd", terms.vb_kd.as_ref()),
+        ("vb_kd", terms.vb_kd.as_ref()),
         ("features", terms.features.as_ref()),
     ];
     let (names, means): (Vec<_>, Vec<_>) = named

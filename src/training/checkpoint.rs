@@ -35,6 +35,30 @@ pub(super) struct Position {
     pub fingerprint: String,
 }
 
+/// What of the metadata states the checksum of all else; checkpoints of earlier versions have none.
+const CHECKSUM: &str = "tinyfusion.checksum";
+
+/// The CRC-32 of all metadata but itself, and of names, shapes and values: safetensors files have none of their own, and
+/// a training that goes on from a damaged one is another training.
+fn checksum(state: &StateDict, metadata: &BTreeMap<String, String>) -> String {
+    let mut crc32 = crc32fast::Hasher::new();
+    for (key, value) in metadata.iter().filter(|(key, _)| *key != CHECKSUM) {
+        crc32.update(key.as_bytes());
+        crc32.update(value.as_bytes());
+    }
+    for (name, array) in state {
+        crc32.update(name.as_bytes());
+        for size in &array.shape {
+            crc32.update(&(*size as u64).to_le_bytes());
+        }
+        crc32.update(bytemuck::cast_slice(&array.data));
+    }
+    format!("{:08x}", crc32.finalize())
+}
+
+/// Name of the folder of a stage's training checkpoints.
+pub(crate) const CHECKPOINTS: &str = "checkpoints";
+
 /// Folder of a stage's training checkpoints.
 #[derive(Debug, Clone)]
 pub(super) struct Store {
@@ -44,7 +68,7 @@ pub(super) struct Store {
 impl Store {
     pub(super) fn new(stage: &Path) -> Self {
         Self {
-            directory: stage.join("checkpoints"),
+            directory: stage.join(CHECKPOINTS),
         }
     }
 
@@ -107,11 +131,12 @@ impl Store {
         put(MODEL, weights);
         put(FIXED, fixed);
         let moments = moments::<B, M>(model, optimizer);
+        let count = moments.len();
+        put(MOMENTS, moments);
         let position = Position {
-            moments: moments.len(),
+            moments: count,
             ..position.clone()
         };
-        put(MOMENTS, moments);
         let mut metadata = match &plan.description {
             Some(description) => at_step(description, plan, position.step)
                 .metadata()
@@ -120,6 +145,7 @@ impl Store {
         };
         let position_text = serde_json::to_string(&position).map_err(broken)?;
         metadata.insert(TRAINING.to_owned(), position_text);
+        metadata.insert(CHECKSUM.to_owned(), checksum(&state, &metadata));
         write_safetensors(&self.path(position.step), &state.into(), metadata, None)?;
         let steps = self.steps();
         for &step in steps.iter().rev().skip(plan.keep_last) {
@@ -140,13 +166,13 @@ impl Store {
         optimizer: &AdamW<B>,
     ) -> Result<(M, Option<Position>), TrainingError> {
         let mut steps = self.steps();
-        let (path, state, metadata) = loop {
+        let (path, state, position) = loop {
             let Some(step) = steps.pop() else {
                 return Ok((model, None));
             };
             let path = self.path(step);
-            match read_safetensors(&path) {
-                Ok((state, metadata)) => break (path, state, metadata),
+            match read(&path) {
+                Ok((state, position)) => break (path, state, position),
                 // What is computed again from the one before is the same.
                 Err(error) if !steps.is_empty() => {
                     crate::say!(
@@ -154,19 +180,13 @@ impl Store {
                         with_cause(&error)
                     );
                 }
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(error),
             }
         };
         let resume = |problem: String| TrainingError::Resume {
             path: path.clone(),
             problem,
         };
-        let position: Position = serde_json::from_str(
-            metadata
-                .get(TRAINING)
-                .ok_or_else(|| resume("is no training checkpoint".into()))?,
-        )
-        .map_err(|error| resume(format!("its position is not understood: {error}")))?;
         if position.fingerprint != plan.fingerprint {
             return Err(resume("belongs to a run with other settings; start a new run, or restore the recipe it was made with".into()));
         }
@@ -235,6 +255,27 @@ impl Store {
         restore_moments::<B, M>(&model, optimizer, &moments);
         Ok((model, Some(position)))
     }
+}
+
+/// A checkpoint's arrays, whole, and where the training stood.
+fn read(path: &Path) -> Result<(StateDict, Position), TrainingError> {
+    let resume = |problem: String| TrainingError::Resume {
+        path: path.to_owned(),
+        problem,
+    };
+    let (state, metadata) = read_safetensors(path)?;
+    let position = metadata.get(TRAINING);
+    let position = position.ok_or_else(|| resume("is no training checkpoint".into()))?;
+    let position: Position = serde_json::from_str(position)
+        .map_err(|error| resume(format!("its position is not understood: {error}")))?;
+    if let Some(stated) = metadata.get(CHECKSUM) {
+        let found = checksum(&state, &metadata);
+        if *stated != found {
+            let problem = format!("is damaged: its checksum is {found}, expected {stated}");
+            return Err(resume(problem));
+        }
+    }
+    Ok((state, position))
 }
 
 /// What a checkpoint in the middle of a training says of itself: how far it had come.

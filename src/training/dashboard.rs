@@ -26,6 +26,7 @@ use ratatui::symbols::Marker;
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Axis, Block, Chart, Dataset, Gauge, GraphType, Paragraph};
 
+use super::metrics::shown;
 use super::renderer::brief;
 use super::strategy::{About, lock};
 use crate::interrupt;
@@ -200,7 +201,7 @@ impl State {
             return;
         };
         for (name, value) in &record {
-            let counts = ["step", "images", "skipped"].contains(&name.as_str());
+            let counts = ["step", "images", "skipped", "time"].contains(&name.as_str());
             if let (false, Some(value)) = (counts, value.as_f64()) {
                 self.curves
                     .entry(name.clone())
@@ -312,7 +313,7 @@ impl State {
                         let last = curve
                             .last()
                             .map_or_else(String::new, |(_, value)| rounded(*value));
-                        let line = Line::from(format!(" {other:<12} {last:>10}"));
+                        let line = Line::from(format!(" {:<12} {last:>10}", shown(other)));
                         if other == name { line.reversed() } else { line }
                     })
                     .collect();
@@ -321,7 +322,7 @@ impl State {
             }
         };
         let last = curve.last().map_or(f64::NAN, |(_, value)| *value);
-        let title = format!(" {name} {} ", rounded(last));
+        let title = format!(" {} {} ", shown(name), rounded(last));
         let scale = Scale::of(curve);
         let points: Vec<(f64, f64)> = curve
             .iter()

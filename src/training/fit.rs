@@ -130,7 +130,7 @@ where
         .with_application_logger(None)
         .with_metric_logger(Quiet)
         .num_epochs(1);
-    for key in ["loss", "lr", "grad norm", "images/s"]
+    for key in ["loss", "lr", "grad_norm", "images_per_second"]
         .into_iter()
         .chain(curves)
     {

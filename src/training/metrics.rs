@@ -72,6 +72,14 @@ impl Adaptor<Scalars> for StepReport {
     }
 }
 
+/// What a person reads for the name of a number in `metrics.jsonl`.
+pub(super) fn shown(name: &str) -> String {
+    match name {
+        "images_per_second" => "images/s".to_owned(),
+        name => name.replace('_', " "),
+    }
+}
+
 /// One scalar as a curve of burn-train's dashboard.
 #[derive(Debug, Clone)]
 pub(super) struct Curve {
@@ -104,7 +112,7 @@ impl Metric for Curve {
     fn attributes(&self) -> MetricAttributes {
         NumericAttributes {
             unit: None,
-            higher_is_better: matches!(self.key, "images/s" | "confidence" | "accuracy"),
+            higher_is_better: matches!(self.key, "images_per_second" | "confidence" | "accuracy"),
         }
         .into()
     }

@@ -20,6 +20,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+pub(crate) use checkpoint::CHECKPOINTS;
 pub use classifier::ClassifierTrainee;
 pub use ema::{Ema, share_of_start, warmed_up};
 pub use fit::{Fit, Fitted, Observe, OnStep, fit};

@@ -12,7 +12,7 @@ use burn::train::renderer::{
     MetricsRendererTraining, ProgressType, TrainingProgress,
 };
 
-use super::metrics::Scalars;
+use super::metrics::{Scalars, shown};
 use crate::report::{rounded, thousands};
 
 /// Draws and logs nothing: lines and `metrics.jsonl` are the strategy's, in step with the training.
@@ -92,11 +92,12 @@ impl Lines {
         let [step, steps] = [done, self.steps].map(thousands);
         let mut line = format!("{:<12} step {step:>w$}/{steps}", self.name, w = steps.len());
         let rate = scalars
-            .get("images/s")
+            .get("images_per_second")
             .map(|rate| format!("  {} images/s", rounded(rate)));
         let end = rate.unwrap_or_default() + &format!("  {} left", brief(left));
-        for (name, value) in scalars.0.iter().filter(|(name, _)| *name != "images/s") {
-            let number = format!("  {name} {}", rounded(*value));
+        let others = scalars.0.iter();
+        for (name, value) in others.filter(|(name, _)| *name != "images_per_second") {
+            let number = format!("  {} {}", shown(name), rounded(*value));
             if line.chars().count() + number.len() + end.len() <= COLUMNS {
                 line += &number;
             }
@@ -134,8 +135,8 @@ mod tests {
             "vb_kd",
             "features",
             "lr",
-            "grad norm",
-            "images/s",
+            "grad_norm",
+            "images_per_second",
         ];
         let scalars = Scalars(names.map(|name| (name, 0.033_712_345)).to_vec());
         let line = lines.line(11_200, &scalars);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::ops::TrainingBackend;
 use burn::data::dataloader::{DataLoaderIterator, Progress};
@@ -16,7 +16,7 @@ use burn::train::{
 use serde::Serialize;
 
 use super::TrainingError;
-use super::checkpoint::{Position, Store};
+use super::checkpoint::{CHECKPOINTS, Position, Store};
 use super::ema::{Ema, warmed_up};
 use super::fit::Observer;
 use super::metrics::{JsonLines, StepReport};
@@ -219,16 +219,17 @@ where
             report
                 .scalars
                 .0
-                .extend([("lr", learner.lr_current()), ("grad norm", norm)]);
+                .extend([("lr", learner.lr_current()), ("grad_norm", norm)]);
             if log_now {
                 let seconds = since.elapsed().as_secs_f64();
                 let rate = ((position.step - logged) * plan.batch) as f64 / seconds.max(1e-9);
-                report.scalars.0.push(("images/s", rate));
+                report.scalars.0.push(("images_per_second", rate));
                 (since, logged) = (Instant::now(), position.step);
                 let mut record = serde_json::Map::from_iter([
                     ("step".to_owned(), (position.step - 1).into()),
                     ("images".to_owned(), images.into()),
                     ("skipped".to_owned(), position.skipped.into()),
+                    ("time".to_owned(), unix_time().into()),
                 ]);
                 record.extend(
                     report
@@ -256,7 +257,7 @@ where
                 return Err(TrainingError::Diverged {
                     count: bad,
                     step: position.step - 1,
-                    directory: plan.directory.join("checkpoints"),
+                    directory: plan.directory.join(CHECKPOINTS),
                 });
             }
             let stopping = stop();
@@ -311,6 +312,12 @@ where
         }
     }
     Ok(None)
+}
+
+/// Seconds since 1970, to the millisecond: the clock that lines of other programs' logs are matched by.
+fn unix_time() -> f64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.unwrap_or_default().as_millis() as f64 / 1000.0
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

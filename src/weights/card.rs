@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::{Checkpoint, Conversion, Provenance, WeightsError};
+use crate::report::{rounded, short};
 
 /// The card, as Markdown with the header that model hubs read.
 pub(super) fn card(
@@ -113,13 +114,8 @@ fn write_card(
             "Of the weights before they were rounded to {dtype:?}.\n"
         )?;
     }
-    match verdict(path) {
-        Some((protocol, verdict)) => {
-            writeln!(
-                out,
-                "```json\n{verdict:#}\n```\n\nunder this protocol:\n\n```json\n{protocol:#}\n```\n"
-            )?;
-        }
+    match evaluation(path) {
+        Some((name, evaluation)) => write_evaluation(out, &name, &evaluation)?,
         None => writeln!(
             out,
             "No evaluation lies beside the weights. `tinyfusion evaluate` makes one.\n"
@@ -145,8 +141,8 @@ fn write_card(
     }
 }
 
-/// What an evaluation of the run that made a checkpoint found: its protocol, and the line of this model.
-fn verdict(checkpoint: &Path) -> Option<(Value, Value)> {
+/// The evaluation of the run that made a checkpoint, and what it calls the model.
+fn evaluation(checkpoint: &Path) -> Option<(String, Value)> {
     let stage = checkpoint.parent()?;
     let (_, name) = stage.file_name()?.to_str()?.split_once('-')?;
     let stages = std::fs::read_dir(stage.parent()?).ok()?;
@@ -157,7 +153,133 @@ fn verdict(checkpoint: &Path) -> Option<(Value, Value)> {
         let text = std::fs::read_to_string(folder.join("eval.json")).ok()?;
         let json: Value = serde_json::from_str(&text).ok()?;
         let verdicts = json.get("verdicts")?.as_array()?;
-        let ours = verdicts.iter().find(|verdict| verdict["model"] == name)?;
-        Some((json.get("protocol")?.clone(), ours.clone()))
+        let ours = verdicts.iter().any(|verdict| verdict["model"] == name);
+        ours.then(|| (name.to_owned(), json))
     })
+}
+
+/// The keys of a verdict, and what heads their columns.
+const COLUMNS: [(&str, &str); 12] = [
+    ("model", "model"),
+    ("depth", "depth"),
+    ("parameters", "parameters"),
+    ("macs", "MACs"),
+    ("images_per_second", "images/s"),
+    ("count", "samples"),
+    ("fid", "FID"),
+    ("sfid", "sFID"),
+    ("inception_score", "IS"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("accuracy", "accuracy"),
+];
+
+/// All lines of an evaluation, since a number says little without those beside it, and its protocol.
+fn write_evaluation(out: &mut String, name: &str, evaluation: &Value) -> std::fmt::Result {
+    let verdicts: &[Value] = evaluation["verdicts"].as_array().map_or(&[], Vec::as_slice);
+    let columns: Vec<_> = (COLUMNS.iter())
+        .filter(|(key, _)| verdicts.iter().any(|verdict| !verdict[*key].is_null()))
+        .collect();
+    let titles: Vec<&str> = columns.iter().map(|(_, title)| *title).collect();
+    writeln!(
+        out,
+        "| {} |\n|{}",
+        titles.join(" | "),
+        "---|".repeat(columns.len())
+    )?;
+    for verdict in verdicts {
+        let cells = columns.iter().map(|(key, _)| cell(key, &verdict[*key]));
+        let cells: Vec<String> = match verdict["model"] == name {
+            true => cells.map(|cell| format!("**{cell}**")).collect(),
+            false => cells.collect(),
+        };
+        writeln!(out, "| {} |", cells.join(" | "))?;
+    }
+    writeln!(
+        out,
+        "\nThis model's line is the bold one. The protocol:\n\n| | |\n|---|---|"
+    )?;
+    let protocol = evaluation["protocol"].as_object();
+    for (key, value) in protocol.into_iter().flatten() {
+        let value = escaped(&plain(value));
+        writeln!(out, "| {} | {value} |", key.replace('_', " "))?;
+    }
+    writeln!(out)
+}
+
+/// A value as a cell of a table.
+fn cell(key: &str, value: &Value) -> String {
+    let number = |value: &Value| value.as_f64().map(rounded);
+    match value {
+        Value::String(text) => Some(escaped(text)),
+        Value::Object(speed) => speed.get("median").and_then(number),
+        whole if matches!(key, "parameters" | "macs") => whole
+            .as_u64()
+            .and_then(|whole| usize::try_from(whole).ok())
+            .map(short),
+        Value::Number(whole) if whole.is_u64() => Some(whole.to_string()),
+        other => number(other),
+    }
+    .unwrap_or_else(|| "-".to_owned())
+}
+
+/// A value of the protocol in words.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Object(parts) => {
+            let parts = parts
+                .iter()
+                .map(|(key, value)| format!("{} {}", key.replace('_', " "), plain(value)));
+            parts.collect::<Vec<_>>().join(", ")
+        }
+        other => other.to_string(),
+    }
+}
+
+/// Text that does not end a cell.
+fn escaped(text: &str) -> String {
+    text.replace('|', "\\|").replace('\n', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_evaluation_is_a_table_with_the_models_line_marked() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            path
+        };
+        let json = serde_json::json!({
+            "protocol": { "count": 2000, "vae": { "file": "v", "sha256": "1f" }, "features": "a|b" },
+            "verdicts": [
+                { "model": "1,437 training images", "parameters": null, "fid": 5.9338, "count": 1437 },
+                { "model": "learned", "parameters": 479_624, "macs": 5_103_616, "fid": 13.0884, "count": 2000,
+                  "images_per_second": { "median": 245.6, "spread": 14.4 } },
+            ],
+        });
+        std::fs::write(at("14-evaluate/eval.json"), json.to_string()).unwrap();
+        let (name, found) = evaluation(&at("02-learned/model.safetensors")).unwrap();
+        assert_eq!(name, "learned");
+        assert!(evaluation(&at("03-other/model.safetensors")).is_none());
+        let mut text = String::new();
+        write_evaluation(&mut text, &name, &found).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(
+            lines[..4],
+            [
+                "| model | parameters | MACs | images/s | samples | FID |",
+                "|---|---|---|---|---|---|",
+                "| 1,437 training images | - | - | - | 1437 | 5.93 |",
+                "| **learned** | **480K** | **5.10M** | **246** | **2000** | **13.1** |",
+            ]
+        );
+        for line in ["| features | a\\|b |", "| vae | file v, sha256 1f |"] {
+            assert!(lines.contains(&line), "{text}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use super::safetensors::write_safetensors;
 use super::shards::write_shards;
 use super::torch::write_torch;
 use super::{Checkpoint, WeightFile, WeightsError};
-use crate::atomic::write_atomic;
+use crate::atomic::{write_atomic, write_folder};
 use crate::models::Architecture;
 use crate::process::ProcessKind;
 
@@ -100,27 +100,21 @@ pub fn convert(
     Ok(written)
 }
 
-/// Writes a folder under another name, which it loses when it is whole.
+/// Writes a folder, whole or not at all.
 fn whole_folder(
     checkpoint: &Checkpoint,
     to: &Path,
     conversion: &Conversion,
 ) -> Result<Vec<PathBuf>, WeightsError> {
-    let name = to.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = to.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-    let written = folder(checkpoint, &temporary, to, conversion).and_then(|written| {
-        std::fs::rename(&temporary, to).map_err(WeightsError::io(to))?;
-        Ok(written)
-    });
-    if written.is_err() {
-        // What is left of it was nobody's yet.
-        let _ = std::fs::remove_dir_all(&temporary);
-    }
-    let within = |path: PathBuf| match path.strip_prefix(&temporary) {
-        Ok(name) => to.join(name),
-        Err(_) => path,
+    let write = |temporary: &Path| {
+        let written = folder(checkpoint, temporary, to, conversion)?;
+        let within = |path: PathBuf| match path.strip_prefix(temporary) {
+            Ok(name) => to.join(name),
+            Err(_) => path,
+        };
+        Ok(written.into_iter().map(within).collect())
     };
-    Ok(written?.into_iter().map(within).collect())
+    write_folder(to, write, |error| WeightsError::io(to)(error))
 }
 
 /// Writes into the folder `into`; messages call it `to`.

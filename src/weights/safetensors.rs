@@ -175,10 +175,15 @@ pub(super) fn write_tensors(
     path: &Path,
     write: impl FnOnce(&mut io::BufWriter<File>) -> io::Result<()>,
 ) -> Result<(), WeightsError> {
-    write_atomic(path, write).map_err(|error| match error.downcast::<WeightsError>() {
+    write_atomic(path, write).map_err(|error| cause(path, error))
+}
+
+/// What is wrong with a tensor, where that is why a file was not written.
+pub(super) fn cause(path: &Path, error: io::Error) -> WeightsError {
+    match error.downcast::<WeightsError>() {
         Ok(error) => error,
         Err(error) => WeightsError::io(path)(error),
-    })
+    }
 }
 
 /// A tensor's bytes in a type, by default its own.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::WeightsError;
 use super::misfits::some;
-use super::safetensors::{open_safetensors, write_safetensors};
+use super::safetensors::{cause, encoded, open_safetensors, write_safetensors};
 use super::tensors::{Tensors, size_of_value};
 use crate::atomic::write_atomic;
 
@@ -75,10 +75,11 @@ pub(super) fn open_shards(
 }
 
 /// Writes tensors into files of at most `most` bytes (more only where one tensor is larger) and their index to `path`,
-/// each atomically, the index last. Returns the files beside the index.
+/// each atomically, the index last. A file of the same bytes, left by a process that was killed before the index, is
+/// kept. Returns the files beside the index.
 ///
 /// # Errors
-/// When a tensor can't be read or a file can't be written.
+/// When a tensor can't be read or a file can't be written; when there is another file of a name that is needed.
 pub(super) fn write_shards(
     path: &Path,
     tensors: &Tensors,
@@ -117,12 +118,15 @@ pub(super) fn write_shards(
             shards.len()
         )
     };
-    let names = (0..shards.len()).map(|number| path.with_file_name(file_of(number)));
-    if let Some(there) = names.into_iter().find(|file| file.exists()) {
-        return Err(WeightsError::Model {
-            path: there,
-            problem: "exists; nothing is overwritten, name another".into(),
-        });
+    // Before anything is written.
+    for (number, shard) in shards.iter().enumerate() {
+        let file = path.with_file_name(file_of(number));
+        if file.exists() && !holds(&file, shard, metadata, dtype)? {
+            return Err(WeightsError::Model {
+                path: file,
+                problem: "exists; nothing is overwritten, name another".into(),
+            });
+        }
     }
     for (number, shard) in shards.iter().enumerate() {
         let file = file_of(number);
@@ -130,7 +134,9 @@ pub(super) fn write_shards(
             .weight_map
             .extend(shard.iter().map(|(name, _)| (name.clone(), file.clone())));
         let file = path.with_file_name(file);
-        write_safetensors(&file, shard, metadata.clone(), dtype)?;
+        if !file.exists() {
+            write_safetensors(&file, shard, metadata.clone(), dtype)?;
+        }
         written.push(file);
     }
     let text = serde_json::to_vec_pretty(&index).map_err(|error| WeightsError::Format {
@@ -140,6 +146,32 @@ pub(super) fn write_shards(
     })?;
     write_atomic(path, |file| file.write_all(&text)).map_err(WeightsError::io(path))?;
     Ok(written)
+}
+
+/// Whether a file holds what would be written there.
+fn holds(
+    file: &Path,
+    shard: &Tensors,
+    metadata: &BTreeMap<String, String>,
+    dtype: Option<Dtype>,
+) -> Result<bool, WeightsError> {
+    // What is no safetensors file is another one.
+    let Ok((tensors, said)) = open_safetensors(file) else {
+        return Ok(false);
+    };
+    if said != *metadata || tensors.len() != shard.len() {
+        return Ok(false);
+    }
+    for ((name, ours), (other, theirs)) in shard.iter().zip(tensors.iter()) {
+        let alike = name == other
+            && ours.shape() == theirs.shape()
+            && dtype.unwrap_or(ours.dtype()) == theirs.dtype()
+            && encoded(ours, dtype).map_err(|error| cause(file, error))? == theirs.bytes()?;
+        if !alike {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -194,7 +226,16 @@ mod tests {
                 .join(format!("m{most}.safetensors.index.json"));
             let written = write_shards(&path, &tensors, &said, None, most).unwrap();
             assert_eq!(written.len(), files, "{most}");
-            let again = write_shards(&path, &tensors, &said, None, most).unwrap_err();
+            // As after a kill before the index.
+            std::fs::remove_file(&path).unwrap();
+            std::fs::remove_file(&written[0]).unwrap();
+            assert_eq!(
+                write_shards(&path, &tensors, &said, None, most).unwrap(),
+                written
+            );
+            let mut other = state.clone();
+            other.insert("t4".into(), Array::new([4], vec![5.0; 4]));
+            let again = write_shards(&path, &other.into(), &said, None, most).unwrap_err();
             assert!(again.to_string().contains("exists"), "{again}");
             let (read, metadata) = open_shards(&path).unwrap();
             assert_eq!(

@@ -8,12 +8,16 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use safetensors::Dtype;
 
 use super::state::{Array, StateDict, encode, floats};
 use super::{TensorSource, WeightsError};
+
+/// Bytes that are read at once where a stretch is only compared with its checksum.
+const PIECE: u64 = 1 << 20;
 
 /// Where bytes lie.
 #[derive(Debug)]
@@ -23,6 +27,15 @@ enum Store {
     Embedded(PathBuf, &'static [u8]),
     /// Values that were computed.
     Values(Vec<f32>),
+    /// A stretch of others that states its CRC-32.
+    Stated {
+        all: Bytes,
+        start: u64,
+        length: u64,
+        crc32: u32,
+        /// Whether it has been compared.
+        compared: AtomicBool,
+    },
 }
 
 /// Bytes that tensors lie in: a file, or memory.
@@ -44,6 +57,41 @@ impl Bytes {
         Self(Arc::new(Store::Embedded(path.to_owned(), bytes)))
     }
 
+    /// The same bytes, of which the `length` from `start` on are compared with their CRC-32 before any of them is used.
+    pub(super) fn stated(&self, start: u64, length: u64, crc32: u32) -> Self {
+        Self(Arc::new(Store::Stated {
+            all: self.clone(),
+            start,
+            length,
+            crc32,
+            compared: AtomicBool::new(false),
+        }))
+    }
+
+    /// Where they lie, for messages.
+    fn path(&self) -> &Path {
+        match &*self.0 {
+            Store::File(path, _) | Store::Memory(path, _) | Store::Embedded(path, _) => path,
+            Store::Values(_) => Path::new("computed values"),
+            Store::Stated { all, .. } => all.path(),
+        }
+    }
+
+    /// The CRC-32 of `length` bytes from `start` on; `first` are the first of them if somebody has read these.
+    fn crc32(&self, start: u64, length: u64, first: &[u8]) -> Result<u32, WeightsError> {
+        let mut crc32 = crc32fast::Hasher::new();
+        crc32.update(first);
+        let mut done = first.len() as u64;
+        let mut buffer = vec![0; (length - done).min(PIECE) as usize];
+        while done < length {
+            let piece = (length - done).min(PIECE) as usize;
+            self.read(start + done, &mut buffer[..piece])?;
+            crc32.update(&buffer[..piece]);
+            done += piece as u64;
+        }
+        Ok(crc32.finalize())
+    }
+
     /// Fills `out` from the bytes at `start`.
     pub(super) fn read(&self, start: u64, out: &mut [u8]) -> Result<(), WeightsError> {
         fn copy(bytes: &[u8], start: u64, out: &mut [u8]) -> io::Result<()> {
@@ -62,7 +110,36 @@ impl Bytes {
             Store::Memory(path, bytes) => copy(bytes, start, out).map_err(WeightsError::io(path)),
             Store::Embedded(path, bytes) => copy(bytes, start, out).map_err(WeightsError::io(path)),
             Store::Values(values) => copy(bytemuck::cast_slice(values), start, out)
-                .map_err(WeightsError::io(Path::new("computed values"))),
+                .map_err(WeightsError::io(self.path())),
+            Store::Stated {
+                all,
+                start: from,
+                length,
+                crc32,
+                compared,
+            } => {
+                all.read(start, out)?;
+                if compared.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                // A usual tensor is all of its storage: it is read once.
+                let first = match start == *from && out.len() as u64 <= *length {
+                    true => &*out,
+                    false => &[],
+                };
+                let found = all.crc32(*from, *length, first)?;
+                if found != *crc32 {
+                    return Err(WeightsError::Format {
+                        path: self.path().to_owned(),
+                        expected: "values of the checksum the file states",
+                        found: format!(
+                            "{length} bytes at {from} of checksum {found:08x}, not {crc32:08x}; is it damaged? fetch it again"
+                        ),
+                    });
+                }
+                compared.store(true, Ordering::Relaxed);
+                Ok(())
+            }
         }
     }
 }
@@ -468,6 +545,23 @@ mod tests {
         assert_eq!(names(&["a", "module.b"]), ["a", "module.b"]);
         assert_eq!(names(&[]), [""; 0]);
         assert_eq!(names(&["module.".repeat(100_000).as_str()]), [""]);
+    }
+
+    #[test]
+    fn stated_bytes_are_compared_with_their_checksum() {
+        let all: Vec<u8> = (0..24).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let crc32 = crc32fast::hash(&all[8..40]);
+        let tensor = |start, count, crc32| {
+            let bytes = numbers(24).stated(8, 32, crc32);
+            Stored::dense(vec![count], Dtype::F32, &bytes, start).read()
+        };
+        // All of it, its beginning, its end.
+        for (start, first, count) in [(8, 2.0, 8), (8, 2.0, 3), (32, 8.0, 2)] {
+            let read = tensor(start, count, crc32).unwrap();
+            assert_eq!((read.data[0], read.data.len()), (first, count));
+            let error = tensor(start, count, crc32 ^ 1).unwrap_err().to_string();
+            assert!(error.contains("checksum"), "{error}");
+        }
     }
 
     #[test]

@@ -1,11 +1,14 @@
 //! PyTorch's files, `.pt`, `.pth`, `.bin` or `.ckpt`: an archive of a pickle, which says what there is, and of the bytes of each storage;
 //! or, before PyTorch 1.6, the same one after another ([`legacy`]).
 
+use std::collections::HashMap;
+use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::Path;
 
 use safetensors::Dtype;
+use zip::read::ZipReadOptions;
 use zip::result::ZipError;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, DateTime, ZipArchive, ZipWriter};
@@ -14,7 +17,7 @@ use super::pickle::{Id, Node, Pickle};
 use super::safetensors::{encoded, write_tensors};
 use super::tensors::{Bytes, Stored, Tensors, size_of_value};
 use super::{WeightsError, legacy};
-use crate::atomic::open_file;
+use crate::atomic::{Bounded, open_file};
 use crate::process::ProcessKind;
 
 /// Where a training checkpoint keeps its weights, best first: published samples come from the EMA.
@@ -53,7 +56,8 @@ pub(super) fn open_said(
     if legacy::is_legacy(&mut reader).map_err(WeightsError::io(path))? {
         return legacy::open(reader.into_inner(), length, key, path).map_err(broken);
     }
-    let archive = ZipArchive::new(reader).map_err(|error| match error {
+    let bounded = Bounded::new(reader.into_inner()).map_err(WeightsError::io(path))?;
+    let archive = ZipArchive::new(BufReader::new(bounded)).map_err(|error| match error {
         ZipError::Io(source) => WeightsError::io(path)(source),
         _ => broken("it is neither an archive nor a pickle that torch.save writes".into()),
     })?;
@@ -161,7 +165,7 @@ pub(super) fn wanted<'a>(
 
 /// An open file.
 struct Checkpoint {
-    archive: ZipArchive<BufReader<File>>,
+    archive: ZipArchive<BufReader<Bounded>>,
     /// The folder that all entries lie in.
     folder: String,
     pickle: Pickle,
@@ -170,7 +174,7 @@ struct Checkpoint {
 }
 
 impl Checkpoint {
-    fn open(mut archive: ZipArchive<BufReader<File>>, length: u64) -> Result<Self, String> {
+    fn open(mut archive: ZipArchive<BufReader<Bounded>>, length: u64) -> Result<Self, String> {
         let name = archive
             .file_names()
             .find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"))
@@ -225,13 +229,21 @@ impl Checkpoint {
             if start.checked_add(bytes).is_none_or(|end| end > self.length) {
                 return Err(problem("its storage ends beyond the file".into()));
             }
-            places.push(start);
+            // PyTorch can be told not to compute them, and then states 0.
+            places.push((start, bytes, Some(file.crc32()).filter(|crc32| *crc32 != 0)));
         }
-        let file = Bytes::file(path, self.archive.into_inner().into_inner());
+        let file = Bytes::file(path, self.archive.into_inner().into_inner().into_inner());
         let mut tensors = Tensors::default();
-        for ((name, tensor), start) in wanted.into_iter().zip(places) {
+        // Tensors may share a storage, which is compared once.
+        let mut storages = HashMap::new();
+        for ((name, tensor), (start, bytes, crc32)) in wanted.into_iter().zip(places) {
+            let storage = storages.entry(start).or_insert_with(|| match crc32 {
+                Some(crc32) => file.stated(start, bytes, crc32),
+                None => file.clone(),
+            });
             let start = start + (tensor.offset * size_of_value(tensor.dtype)) as u64;
-            let stored = Stored::strided(tensor.shape, tensor.strides, tensor.dtype, &file, start);
+            let stored =
+                Stored::strided(tensor.shape, tensor.strides, tensor.dtype, storage, start);
             tensors.insert(name, stored);
         }
         Ok((tensors, process))
@@ -298,20 +310,25 @@ impl<'a> Tensor<'a> {
 
 /// An entry of the archive, of which at most `most` bytes are read.
 fn entry(
-    archive: &mut ZipArchive<BufReader<File>>,
+    archive: &mut ZipArchive<BufReader<Bounded>>,
     name: &str,
     most: u64,
 ) -> Result<Vec<u8>, String> {
-    let file = archive
-        .by_name(name)
-        .map_err(|error| format!("the archive's `{name}`: {error}"))?;
+    let problem = |error: &dyn Display| format!("the archive's `{name}`: {error}");
+    let index = (archive.index_for_name(name)).ok_or_else(|| problem(&"is missing"))?;
+    let crc32 = (archive.by_index_raw(index))
+        .map_err(|error| problem(&error))?
+        .crc32();
+    // PyTorch can be told not to compute checksums, and then states 0.
+    let options = ZipReadOptions::new().ignore_crc32(crc32 == 0);
+    let file = (archive.by_index_with_options(index, options)).map_err(|error| problem(&error))?;
     let mut bytes = Vec::new();
     bytes
         .try_reserve_exact(usize::try_from(most.min(file.size())).unwrap_or(usize::MAX))
-        .map_err(|error| format!("the archive's `{name}`: {error}"))?;
+        .map_err(|error| problem(&error))?;
     file.take(most)
         .read_to_end(&mut bytes)
-        .map_err(|error| format!("the archive's `{name}`: {error}"))?;
+        .map_err(|error| problem(&error))?;
     Ok(bytes)
 }
 
@@ -432,6 +449,39 @@ mod tests {
             error.contains("no `ema`; it has a.weight, b, none"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn values_are_those_of_the_checksum_unless_none_is_stated() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.pt");
+        let values = Array::new([64], (0..64).map(|i| i as f32).collect());
+        let state = StateDict::from([("a".to_owned(), values)]);
+        write_torch(&path, &state.clone().into(), None).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        let place = |bytes: &[u8]| {
+            let at = whole
+                .windows(bytes.len())
+                .position(|window| window == bytes);
+            at.unwrap()
+        };
+        let mut flipped = whole.clone();
+        flipped[place(&63f32.to_le_bytes())] ^= 1;
+        std::fs::write(&path, &flipped).unwrap();
+        let error = open_torch(&path, None).unwrap().read_all().unwrap_err();
+        assert!(error.to_string().contains("x.pt"), "{error}");
+        // As torch.save writes with `config.save.compute_crc32 = False`: in both headers of each entry.
+        let mut stated = whole.clone();
+        for (signature, at) in [(b"PK\x03\x04", 14), (b"PK\x01\x02", 16)] {
+            for start in 0..whole.len() - 4 {
+                if whole[start..].starts_with(signature) {
+                    stated[start + at..start + at + 4].fill(0);
+                }
+            }
+        }
+        assert_ne!(stated, whole);
+        std::fs::write(&path, &stated).unwrap();
+        assert_eq!(open_torch(&path, None).unwrap().read_all().unwrap(), state);
     }
 
     #[test]

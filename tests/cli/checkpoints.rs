@@ -36,7 +36,8 @@ fn fixture(place: &Place, path: &str, name: &str) {
 #[test]
 fn a_training_is_a_model_at_every_checkpoint() {
     let place = Place::new();
-    let training = "steps = 5\nbatch = 4\ncheckpoint_every = 2\nkeep_last = 9\n";
+    let training =
+        "steps = 5\nbatch = 4\ncheckpoint_every = 2\nkeep_last = 9\nkeep_checkpoints = true\n";
     let stages = [
         "kind = 'train'\nname = 'dit'\narchitecture = { family = 'dit', depth = 2, width = 16, heads = 2 }\n",
         "kind = 'train'\nname = 'features'\narchitecture = { family = 'classifier', width = 8 }\n",

@@ -6,7 +6,9 @@
 mod broken;
 mod checkpoints;
 mod commands;
+mod failing;
 mod hostile;
+mod kills;
 mod own_pictures;
 mod paper;
 mod program;

@@ -32,7 +32,15 @@ fn stripes(place: &Place) {
         for index in 0..20 {
             let ending = if index % 3 == 0 { "jpg" } else { "png" };
             let path = folder.join(format!("{index:02}.{ending}"));
-            picture(across, index).save(path).unwrap();
+            let picture = picture(across, index);
+            if ending == "png" {
+                picture.save(path).unwrap();
+                continue;
+            }
+            let [width, height] = [picture.width() as u16, picture.height() as u16];
+            let jpeg = jpeg_encoder::Encoder::new_file(path, 75).unwrap();
+            jpeg.encode(&picture, width, height, jpeg_encoder::ColorType::Rgb)
+                .unwrap();
         }
     }
     place.write("stripes/across/notes.txt", "no picture");

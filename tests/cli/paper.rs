@@ -290,7 +290,7 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
         "license: cc-by-nc-4.0",
         "of 4 layers",
         "sha256",
-        "sfid",
+        "sFID",
         "strict=True",
     ] {
         assert!(card.contains(words), "no {words}:\n{card}");
@@ -437,7 +437,7 @@ fn accumulated_gradients_train_as_whole_batches_do() {
         line[key].as_f64().unwrap()
     };
     // The same samples and draws, summed in another order. A sum of gradients for a mean would have four times the norm.
-    for key in ["loss", "grad norm"] {
+    for key in ["loss", "grad_norm"] {
         let (whole, parts) = (first("whole", key), first("parts", key));
         assert!((whole / parts - 1.0).abs() < 1e-4, "{key}: {whole} {parts}");
     }

@@ -7,6 +7,7 @@ use image::{Rgb, RgbImage};
 
 use super::*;
 use crate::data::Latents;
+use crate::images::read_rgb;
 use crate::weights::{assign, collect};
 
 /// An autoencoder of two levels with random weights.
@@ -179,6 +180,44 @@ fn interrupted_work_goes_on_to_the_same_bytes() {
             error.contains("others (seed 5, not 6); name another"),
             "{error}"
         );
+    }
+}
+
+#[test]
+fn what_was_lost_of_a_finished_extraction_is_noticed() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = pictures(&root.path().join("images"));
+    let (vae, config) = vae();
+    let device = NdArrayDevice::default();
+    let run = |to: &Path, form: Form| {
+        let how = how(form);
+        extract(&folder, &vae, &config, &how, to, &device, |_, _| ())
+    };
+    let packed = root.path().join("packed");
+    run(&packed, Form::Packed(Dtype::F16)).unwrap();
+    let before = files(&packed);
+    run(&packed, Form::Packed(Dtype::F16)).unwrap();
+    std::fs::remove_file(packed.join(SKIPPED)).unwrap();
+    let error = run(&packed, Form::Packed(Dtype::F16)).unwrap_err();
+    assert!(
+        error.to_string().contains("skipped.txt: expected"),
+        "{error}"
+    );
+    let mut after = files(&packed);
+    let lost = Path::new("packed").join(SKIPPED);
+    after.insert(lost.clone(), before[&lost].clone());
+    assert_eq!(after, before);
+
+    let npy = root.path().join("npy");
+    run(&npy, Form::Npy).unwrap();
+    for name in ["imagenet256_labels/2.npy", "imagenet256_features/5.npy"] {
+        let path = npy.join(name);
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, "").unwrap();
+        let error = run(&npy, Form::Npy).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("found 0"), "{error}");
+        std::fs::write(&path, whole).unwrap();
+        run(&npy, Form::Npy).unwrap();
     }
 }
 

@@ -8,7 +8,7 @@
 //! position. [`write_npy`] writes one sample. Two files are opened for each sample that is read, which is slow.
 //!
 //! # Packed shards
-//! This crate's: `latents.json` and files of records of one size, mapped into memory. [`ShardWriter`] writes them.
+//! This crate's: `latents.json` and files of records of one size. [`ShardWriter`] writes them.
 //!
 //! `latents.json` is written last, so a folder without it is unfinished:
 //!

@@ -61,8 +61,15 @@ pub fn write_npy(
     write(LABELS, npy::header(INTEGER, &[1]), &label.to_le_bytes())
 }
 
-/// How many samples were written below `root`, one after another from 0. Temporary files a killed writer left are removed.
-pub(in crate::data) fn written(root: &Path) -> Result<usize, DataError> {
+/// How many samples of `shape` = `[views, channels, side]` were written below `root`, one after another from 0. Temporary
+/// files a killed writer left are removed.
+///
+/// # Errors
+/// When a folder can't be read; when a file has not the size it was written with.
+pub(in crate::data) fn written(
+    root: &Path,
+    [views, channels, side]: [usize; 3],
+) -> Result<usize, DataError> {
     for folder in [FEATURES, LABELS].map(|name| root.join(name)) {
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
@@ -77,9 +84,33 @@ pub(in crate::data) fn written(root: &Path) -> Result<usize, DataError> {
             }
         }
     }
-    // A sample is there if its label is.
-    let label = |index: usize| root.join(LABELS).join(format!("{index}.npy"));
-    Ok((0..).find(|index| !label(*index).exists()).unwrap_or(0))
+    let shape = [views, channels, side, side];
+    let values = shape.iter().product::<usize>();
+    let sizes = [
+        (LABELS, npy::header(INTEGER, &[1]).len() + 8),
+        (FEATURES, npy::header(FLOAT, &shape).len() + 4 * values),
+    ];
+    for index in 0.. {
+        for (folder, size) in sizes {
+            let path = root.join(folder).join(format!("{index}.npy"));
+            match fs::metadata(&path) {
+                Ok(file) if file.len() == size as u64 => {}
+                Ok(file) => {
+                    let found = format!(
+                        "{}; it was changed since: remove it and all of higher numbers, and extract again",
+                        file.len()
+                    );
+                    return Err(DataError::unexpected(&path, format!("{size} bytes"), found));
+                }
+                // A sample is there if its label is.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound && folder == LABELS => {
+                    return Ok(index);
+                }
+                Err(error) => return Err(DataError::io(&path)(error)),
+            }
+        }
+    }
+    Ok(0)
 }
 
 /// Files of one type and shape.

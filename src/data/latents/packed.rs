@@ -1,13 +1,16 @@
 //! Packed shards: their form, and reading them.
 
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::f16;
-use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 
-use crate::atomic::open_file;
+use crate::atomic::{open_file, read_at};
 use crate::data::{DataError, level};
 
 /// The file that says what the shards hold.
@@ -21,6 +24,9 @@ pub(super) const HEADER: usize = 64;
 pub(super) const TRAILER: usize = 4;
 /// Most bytes of a shard: enough for any, and far from overflow.
 const MOST_BYTES: usize = 1 << 36;
+
+/// Bytes that are read at once to compare a shard with its checksum.
+const PIECE: usize = 1 << 20;
 
 /// A good number of records in a shard: 33 MB of ImageNet's latents at half precision and both views.
 pub const RECORDS_PER_SHARD: usize = 2048;
@@ -68,6 +74,26 @@ pub struct Layout {
     pub scaling_factor: f64,
 }
 
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            views,
+            channels,
+            side,
+            dtype,
+            classes,
+            records_per_shard,
+            scaling_factor,
+        } = self;
+        write!(
+            f,
+            "{records_per_shard} records a shard, each {views} x {channels} x {side} x {side} numbers of {} bytes, of \
+             {classes} classes, scaled by {scaling_factor}",
+            dtype.bytes()
+        )
+    }
+}
+
 impl Layout {
     pub(super) fn shape(&self) -> [usize; 3] {
         [self.views, self.channels, self.side]
@@ -112,7 +138,7 @@ impl Layout {
         } else if [self.channels, self.side, self.records_per_shard].contains(&0) {
             "channels, side and records_per_shard above 0"
         } else if bytes.is_none_or(|bytes| bytes > MOST_BYTES) {
-            "shards of less than 4 GiB"
+            "shards of less than 4 GiB: fewer records a shard, or a smaller side"
         } else if self.classes == 0 || u32::try_from(self.classes).is_err() {
             "1 to 2^32 - 1 classes"
         } else if !(self.scaling_factor.is_finite() && self.scaling_factor > 0.0) {
@@ -120,7 +146,7 @@ impl Layout {
         } else {
             return Ok(());
         };
-        Err(DataError::unexpected(path, expected, format!("{self:?}")))
+        Err(DataError::unexpected(path, expected, self.to_string()))
     }
 
     /// The header of a shard of `records`, the first of them number `first`.
@@ -173,7 +199,7 @@ impl Layout {
             (format!("version {VERSION}"), word(8).to_string())
         } else {
             (
-                format!("records of {self:?}, {records} of them from number {first} on"),
+                format!("{self}; {records} of them from number {first} on"),
                 format!(
                     "{} bytes a number, {} views, {} channels, side {}, {} classes, {} of {} records from number {}",
                     word(12),
@@ -285,38 +311,49 @@ impl Index {
 
 struct Shard {
     path: PathBuf,
-    map: Mmap,
+    /// Number of its first record.
+    first: usize,
+    records: usize,
     /// As the index has it.
     checksum: String,
     /// The checksum of what is there if it is another; known once somebody has read of it.
     damage: OnceLock<Option<String>>,
+    /// Kept open, for one of the first shards that are read.
+    file: OnceLock<File>,
 }
 
 impl Shard {
-    /// Compares the shard with its checksums, the first time of all: a shard is whole before anything of it is learned.
-    fn check(&self) -> Result<(), DataError> {
-        let damage = self.damage.get_or_init(|| {
-            let (bytes, trailer) = self.map.split_at(self.map.len() - TRAILER);
-            let computed = hexadecimal(crc32fast::hash(bytes));
-            let stored = trailer.first_chunk().map(|b| u32::from_le_bytes(*b));
-            let whole =
-                stored.map(hexadecimal).as_ref() == Some(&computed) && self.checksum == computed;
-            (!whole).then_some(computed)
-        });
-        match damage {
-            None => Ok(()),
-            Some(found) => {
-                let expected = format!("the checksum {}", self.checksum);
-                Err(DataError::unexpected(&self.path, expected, found))
-            }
+    /// Opens the file, which must have the size and the header that the index says.
+    fn open(&self, layout: &Layout) -> Result<File, DataError> {
+        let file = open_file(&self.path).map_err(DataError::io(&self.path))?;
+        let length = file.metadata().map_err(DataError::io(&self.path))?.len();
+        let bytes = layout.shard_bytes(self.records);
+        if length != bytes as u64 {
+            let expected = format!("{bytes} bytes for {} records", self.records);
+            return Err(DataError::unexpected(
+                &self.path,
+                expected,
+                length.to_string(),
+            ));
         }
+        let mut header = [0; HEADER];
+        (&file)
+            .read_exact(&mut header)
+            .map_err(DataError::io(&self.path))?;
+        layout.check_header(&self.path, &header, self.first, self.records)?;
+        Ok(file)
     }
 }
 
-/// Shards mapped into memory.
+/// Files that stay open: a set may have more shards than a process may have files.
+const MOST_OPEN: usize = 512;
+
+/// Records in shards, each read when it is asked for. They are not mapped into memory: of a mapped file that is cut
+/// short, or on a disk that fails, the process would be killed where a read returns an error.
 pub(super) struct Packed {
     index: Index,
     shards: Vec<Shard>,
+    open: AtomicUsize,
 }
 
 impl Packed {
@@ -333,29 +370,83 @@ impl Packed {
                     entry.file.clone(),
                 ));
             }
-            let path = folder.join(name);
-            let file = open_file(&path).map_err(DataError::io(&path))?;
-            let length = file.metadata().map_err(DataError::io(&path))?.len();
-            let bytes = index.layout.shard_bytes(entry.records);
-            if length != bytes as u64 {
-                let expected = format!("{bytes} bytes for {} records", entry.records);
-                return Err(DataError::unexpected(&path, expected, length.to_string()));
-            }
-            // SAFETY: shards are never changed in place, only replaced by renaming, and callers are told not to
-            // change them. The map is read as bytes, any of which are valid.
-            let map = unsafe { Mmap::map(&file) }.map_err(DataError::io(&path))?;
-            let first = number * index.layout.records_per_shard;
-            index
-                .layout
-                .check_header(&path, &map[..HEADER], first, entry.records)?;
-            shards.push(Shard {
-                path,
-                map,
+            let shard = Shard {
+                path: folder.join(name),
+                first: number * index.layout.records_per_shard,
+                records: entry.records,
                 checksum: entry.checksum.clone(),
                 damage: OnceLock::new(),
-            });
+                file: OnceLock::new(),
+            };
+            // What is not there, or of another form, is told before anything is learned.
+            shard.open(&index.layout)?;
+            shards.push(shard);
         }
-        Ok(Self { index, shards })
+        Ok(Self {
+            index,
+            shards,
+            open: AtomicUsize::new(0),
+        })
+    }
+
+    /// Fills `out` from the bytes at `start` of a shard.
+    fn fill(&self, number: usize, start: usize, out: &mut [u8]) -> Result<(), DataError> {
+        let shard = &self.shards[number];
+        let cut_short = |error: io::Error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                let bytes = self.index.layout.shard_bytes(shard.records);
+                let found = "fewer: it was cut short since it was opened";
+                DataError::unexpected(&shard.path, format!("{bytes} bytes"), found)
+            }
+            _ => DataError::io(&shard.path)(error),
+        };
+        if let Some(file) = shard.file.get() {
+            return read_at(file, out, start as u64).map_err(cut_short);
+        }
+        let file = shard.open(&self.index.layout)?;
+        read_at(&file, out, start as u64).map_err(cut_short)?;
+        if self.open.fetch_add(1, Ordering::Relaxed) < MOST_OPEN {
+            let _ = shard.file.set(file);
+        }
+        Ok(())
+    }
+
+    /// Compares a shard with its checksums, the first time of all: it is whole before anything of it is learned.
+    fn check(&self, number: usize) -> Result<(), DataError> {
+        let shard = &self.shards[number];
+        let damage = match shard.damage.get() {
+            Some(damage) => damage,
+            None => {
+                let damage = self.damage(number)?;
+                shard.damage.get_or_init(|| damage)
+            }
+        };
+        match damage {
+            None => Ok(()),
+            Some(found) => {
+                let expected = format!("the checksum {}", shard.checksum);
+                Err(DataError::unexpected(&shard.path, expected, found))
+            }
+        }
+    }
+
+    /// The checksum of what a shard holds, if it is not the one it should have.
+    fn damage(&self, number: usize) -> Result<Option<String>, DataError> {
+        let shard = &self.shards[number];
+        let length = self.index.layout.shard_bytes(shard.records) - TRAILER;
+        let mut crc32 = crc32fast::Hasher::new();
+        let mut buffer = vec![0; PIECE.min(length)];
+        for start in (0..length).step_by(PIECE) {
+            let piece = &mut buffer[..PIECE.min(length - start)];
+            self.fill(number, start, piece)?;
+            crc32.update(piece);
+        }
+        let computed = hexadecimal(crc32.finalize());
+        let mut stored = [0; TRAILER];
+        self.fill(number, length, &mut stored)?;
+        let whole =
+            hexadecimal(u32::from_le_bytes(stored)) == computed && shard.checksum == computed;
+        Ok((!whole).then_some(computed))
     }
 
     pub(super) fn count(&self) -> usize {
@@ -370,32 +461,32 @@ impl Packed {
         &self.index.class_names
     }
 
-    /// The bytes of a record there is, and the shard it lies in.
-    fn record(&self, index: usize) -> (&[u8], &Shard) {
+    /// The shard of a record there is, and where it lies in there.
+    fn place(&self, index: usize) -> (usize, usize) {
         let layout = &self.index.layout;
-        let shard = &self.shards[index / layout.records_per_shard];
-        let start = HEADER + index % layout.records_per_shard * layout.stride();
-        (&shard.map[start..start + layout.stride()], shard)
+        let (number, record) = (
+            index / layout.records_per_shard,
+            index % layout.records_per_shard,
+        );
+        (number, HEADER + record * layout.stride())
     }
 
     pub(super) fn label(&self, index: usize) -> Result<usize, DataError> {
-        let (record, shard) = self.record(index);
-        self.label_of(record, shard)
+        let (number, start) = self.place(index);
+        let mut bytes = [0; 4];
+        self.fill(number, start + self.index.layout.label_at(), &mut bytes)?;
+        self.label_of(number, bytes)
     }
 
-    fn label_of(&self, record: &[u8], shard: &Shard) -> Result<usize, DataError> {
+    fn label_of(&self, number: usize, bytes: [u8; 4]) -> Result<usize, DataError> {
         let classes = self.index.layout.classes;
-        let bytes = record[self.index.layout.label_at()..].first_chunk();
-        let label = bytes.map_or(usize::MAX, |bytes| u32::from_le_bytes(*bytes) as usize);
+        let label = u32::from_le_bytes(bytes) as usize;
         if label < classes {
             return Ok(label);
         }
         let expected = format!("labels below {classes}");
-        Err(DataError::unexpected(
-            &shard.path,
-            expected,
-            label.to_string(),
-        ))
+        let path = &self.shards[number].path;
+        Err(DataError::unexpected(path, expected, label.to_string()))
     }
 
     /// `view` is one there is.
@@ -406,10 +497,13 @@ impl Packed {
         out: &mut Vec<f32>,
     ) -> Result<usize, DataError> {
         let layout = &self.index.layout;
-        let (record, shard) = self.record(index);
-        shard.check()?;
+        let (number, start) = self.place(index);
+        self.check(number)?;
         let bytes = layout.values() * layout.dtype.bytes();
-        let latent = &record[view * bytes..(view + 1) * bytes];
+        // From the view on to the label, which follows the last one.
+        let mut record = vec![0; layout.label_at() - view * bytes + 4];
+        self.fill(number, start + view * bytes, &mut record)?;
+        let latent = &record[..bytes];
         match layout.dtype {
             Dtype::F32 => {
                 let values = latent.as_chunks().0.iter();
@@ -422,12 +516,12 @@ impl Packed {
             }
             Dtype::U8 => out.extend(latent.iter().copied().map(level)),
         }
-        self.label_of(record, shard)
+        self.label_of(number, record.last_chunk().copied().unwrap_or_default())
     }
 
     pub(super) fn verify(&self) -> Result<(), DataError> {
-        for shard in &self.shards {
-            shard.check()?;
+        for number in 0..self.shards.len() {
+            self.check(number)?;
         }
         (0..self.count()).try_for_each(|index| self.label(index).map(drop))
     }

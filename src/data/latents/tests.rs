@@ -304,7 +304,7 @@ fn a_writer_refuses_what_does_not_fit() {
             .to_string()
     };
     assert!(other(|l| l.dtype = Dtype::F32).contains("shard-00000.bin"));
-    assert!(other(|l| l.scaling_factor = 1.0).contains("expected records of"));
+    assert!(other(|l| l.scaling_factor = 1.0).contains("records a shard, each"));
     tamper(half.path(), "shard-00002.bin", |bytes| bytes[100] ^= 1);
     assert!(other(|_| ()).contains("fits its checksum"));
     fs::remove_file(half.path().join("shard-00001.bin")).unwrap();

@@ -89,6 +89,11 @@ impl ShardWriter {
         self.full.len() * self.layout.records_per_shard + self.gathered.len() / self.layout.stride()
     }
 
+    /// Whether the set was finished, and nothing was added since.
+    pub fn finished(&self) -> bool {
+        self.folder.join(INDEX).is_file()
+    }
+
     /// Adds a record: `latents`, `[views, channels, side, side]` row-major, and its label. A shard that is full is
     /// written before the next record is added.
     ///

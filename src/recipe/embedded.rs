@@ -14,6 +14,9 @@ pub fn checkpoint(name: EmbeddedName) -> Result<Checkpoint, WeightsError> {
         EmbeddedName::DigitsTeacher => {
             include_bytes!("../../artifacts/pretrained/digits-teacher.safetensors")
         }
+        EmbeddedName::FashionTeacher => {
+            include_bytes!("../../artifacts/pretrained/fashion-teacher.safetensors")
+        }
         EmbeddedName::FashionFeatures => {
             include_bytes!("../../artifacts/pretrained/fashion-features.safetensors")
         }

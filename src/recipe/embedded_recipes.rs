@@ -1,7 +1,7 @@
 //! The recipes of the repository, inside the program: a bare binary runs them by their names.
 
 /// Name and text of each.
-pub const RECIPES: [(&str, &str); 17] = [
+pub const RECIPES: [(&str, &str); 18] = [
     ("d14_1_2", include_str!("../../recipes/d14_1_2.toml")),
     ("d14_2_4", include_str!("../../recipes/d14_2_4.toml")),
     ("d14_7_14", include_str!("../../recipes/d14_7_14.toml")),
@@ -37,6 +37,10 @@ pub const RECIPES: [(&str, &str); 17] = [
     (
         "fashion_teacher",
         include_str!("../../recipes/fashion_teacher.toml"),
+    ),
+    (
+        "fashion_ways",
+        include_str!("../../recipes/fashion_ways.toml"),
     ),
     ("quickstart", include_str!("../../recipes/quickstart.toml")),
     ("standin", include_str!("../../recipes/standin.toml")),

@@ -84,15 +84,18 @@ pub enum EmbeddedName {
     DigitsTeacher,
     /// The digits classifier whose features are compared in evaluation.
     DigitsFeatures,
+    /// The diffusion transformer of 28 layers trained on Fashion-MNIST.
+    FashionTeacher,
     /// The classifier of Fashion-MNIST whose features are compared in evaluation.
     FashionFeatures,
 }
 
 impl EmbeddedName {
     /// All of them.
-    pub const ALL: [Self; 3] = [
+    pub const ALL: [Self; 4] = [
         Self::DigitsTeacher,
         Self::DigitsFeatures,
+        Self::FashionTeacher,
         Self::FashionFeatures,
     ];
 
@@ -102,6 +105,7 @@ impl EmbeddedName {
         match self {
             Self::DigitsTeacher => "embedded:digits-teacher",
             Self::DigitsFeatures => "embedded:digits-features",
+            Self::FashionTeacher => "embedded:fashion-teacher",
             Self::FashionFeatures => "embedded:fashion-features",
         }
     }

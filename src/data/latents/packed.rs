@@ -1,5 +1,6 @@
 //! Packed shards: their form, and reading them.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
@@ -316,8 +317,8 @@ struct Shard {
     records: usize,
     /// As the index has it.
     checksum: String,
-    /// The checksum of what is there if it is another; known once somebody has read of it.
-    damage: OnceLock<Option<String>>,
+    /// The records' labels, or the checksum of what is there if it is another; known once somebody has read of it.
+    content: OnceLock<Result<Vec<u32>, String>>,
     /// Kept open, for one of the first shards that are read.
     file: OnceLock<File>,
 }
@@ -348,6 +349,11 @@ impl Shard {
 /// Files that stay open: a set may have more shards than a process may have files.
 const MOST_OPEN: usize = 512;
 
+thread_local! {
+    /// What a thread reads a record into before it is decoded.
+    static STORED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
 /// Records in shards, each read when it is asked for. They are not mapped into memory: of a mapped file that is cut
 /// short, or on a disk that fails, the process would be killed where a read returns an error.
 pub(super) struct Packed {
@@ -375,7 +381,7 @@ impl Packed {
                 first: number * index.layout.records_per_shard,
                 records: entry.records,
                 checksum: entry.checksum.clone(),
-                damage: OnceLock::new(),
+                content: OnceLock::new(),
                 file: OnceLock::new(),
             };
             // What is not there, or of another form, is told before anything is learned.
@@ -411,42 +417,51 @@ impl Packed {
         Ok(())
     }
 
-    /// Compares a shard with its checksums, the first time of all: it is whole before anything of it is learned.
-    fn check(&self, number: usize) -> Result<(), DataError> {
+    /// Compares a shard with its checksums, the first time of all: it is whole before anything of it is learned. Returns
+    /// its labels.
+    fn check(&self, number: usize) -> Result<&[u32], DataError> {
         let shard = &self.shards[number];
-        let damage = match shard.damage.get() {
-            Some(damage) => damage,
+        let content = match shard.content.get() {
+            Some(content) => content,
             None => {
-                let damage = self.damage(number)?;
-                shard.damage.get_or_init(|| damage)
+                let content = self.content(number)?;
+                shard.content.get_or_init(|| content)
             }
         };
-        match damage {
-            None => Ok(()),
-            Some(found) => {
-                let expected = format!("the checksum {}", shard.checksum);
-                Err(DataError::unexpected(&shard.path, expected, found))
-            }
-        }
+        content.as_deref().map_err(|found| {
+            let expected = format!("the checksum {}", shard.checksum);
+            DataError::unexpected(&shard.path, expected, found)
+        })
     }
 
-    /// The checksum of what a shard holds, if it is not the one it should have.
-    fn damage(&self, number: usize) -> Result<Option<String>, DataError> {
+    /// The labels of a shard, or the checksum of what it holds if that is not the one it should have.
+    fn content(&self, number: usize) -> Result<Result<Vec<u32>, String>, DataError> {
         let shard = &self.shards[number];
-        let length = self.index.layout.shard_bytes(shard.records) - TRAILER;
+        let layout = &self.index.layout;
+        let stride = layout.stride();
         let mut crc32 = crc32fast::Hasher::new();
-        let mut buffer = vec![0; PIECE.min(length)];
-        for start in (0..length).step_by(PIECE) {
-            let piece = &mut buffer[..PIECE.min(length - start)];
-            self.fill(number, start, piece)?;
+        let mut header = [0; HEADER];
+        self.fill(number, 0, &mut header)?;
+        crc32.update(&header);
+        let mut labels = Vec::with_capacity(shard.records);
+        let at_once = (PIECE / stride).clamp(1, shard.records);
+        let mut buffer = vec![0; at_once * stride];
+        for first in (0..shard.records).step_by(at_once) {
+            let count = at_once.min(shard.records - first);
+            let piece = &mut buffer[..count * stride];
+            self.fill(number, HEADER + first * stride, piece)?;
             crc32.update(piece);
+            for record in piece.chunks_exact(stride) {
+                let label = record[layout.label_at()..].first_chunk();
+                labels.push(label.map_or(u32::MAX, |label| u32::from_le_bytes(*label)));
+            }
         }
         let computed = hexadecimal(crc32.finalize());
         let mut stored = [0; TRAILER];
-        self.fill(number, length, &mut stored)?;
+        self.fill(number, HEADER + shard.records * stride, &mut stored)?;
         let whole =
             hexadecimal(u32::from_le_bytes(stored)) == computed && shard.checksum == computed;
-        Ok((!whole).then_some(computed))
+        Ok(if whole { Ok(labels) } else { Err(computed) })
     }
 
     pub(super) fn count(&self) -> usize {
@@ -475,12 +490,12 @@ impl Packed {
         let (number, start) = self.place(index);
         let mut bytes = [0; 4];
         self.fill(number, start + self.index.layout.label_at(), &mut bytes)?;
-        self.label_of(number, bytes)
+        self.label_of(number, u32::from_le_bytes(bytes))
     }
 
-    fn label_of(&self, number: usize, bytes: [u8; 4]) -> Result<usize, DataError> {
+    fn label_of(&self, number: usize, label: u32) -> Result<usize, DataError> {
         let classes = self.index.layout.classes;
-        let label = u32::from_le_bytes(bytes) as usize;
+        let label = label as usize;
         if label < classes {
             return Ok(label);
         }
@@ -498,25 +513,29 @@ impl Packed {
     ) -> Result<usize, DataError> {
         let layout = &self.index.layout;
         let (number, start) = self.place(index);
-        self.check(number)?;
+        let label = self.check(number)?[index % layout.records_per_shard];
         let bytes = layout.values() * layout.dtype.bytes();
-        // From the view on to the label, which follows the last one.
-        let mut record = vec![0; layout.label_at() - view * bytes + 4];
-        self.fill(number, start + view * bytes, &mut record)?;
-        let latent = &record[..bytes];
-        match layout.dtype {
-            Dtype::F32 => {
-                let values = latent.as_chunks().0.iter();
-                out.extend(values.map(|bytes| f32::from_le_bytes(*bytes)));
+        let start = start + view * bytes;
+        let before = out.len();
+        out.resize(before + layout.values(), 0.0);
+        let values = &mut out[before..];
+        if layout.dtype == Dtype::F32 {
+            self.fill(number, start, bytemuck::cast_slice_mut(values))?;
+            for value in values {
+                *value = f32::from_bits(u32::from_le(value.to_bits()));
             }
-            Dtype::F16 => {
-                let start = out.len();
-                out.resize(start + layout.values(), 0.0);
-                widen(latent.as_chunks().0, &mut out[start..]);
-            }
-            Dtype::U8 => out.extend(latent.iter().copied().map(level)),
+            return self.label_of(number, label);
         }
-        self.label_of(number, record.last_chunk().copied().unwrap_or_default())
+        STORED.with_borrow_mut(|stored| {
+            stored.resize(bytes, 0);
+            self.fill(number, start, stored)?;
+            match layout.dtype {
+                Dtype::F16 => widen(stored.as_chunks().0, values),
+                _ => (values.iter_mut().zip(&*stored))
+                    .for_each(|(value, byte)| *value = level(*byte)),
+            }
+            self.label_of(number, label)
+        })
     }
 
     pub(super) fn verify(&self) -> Result<(), DataError> {

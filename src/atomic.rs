@@ -1,4 +1,4 @@
-//! Files that appear whole or not at all.
+//! Files and folders that appear whole or not at all, and files that are read no further than is sound.
 //!
 //! A run that is interrupted while it writes must never leave half an archive or picture under the
 //! final name: the next run would read it as a result. Every writer of the crate goes through
@@ -130,7 +130,7 @@ impl Bounded {
     ///
     /// The error of the file system.
     pub fn new(file: File) -> io::Result<Self> {
-        let left = file.metadata()?.len().saturating_mul(8) + (1 << 30);
+        let left = (file.metadata()?.len().saturating_mul(8)).saturating_add(1 << 30);
         Ok(Self { file, left })
     }
 

@@ -1,4 +1,4 @@
-//! Every reader of a file against files that nobody wrote.
+//! Readers of files against files that nobody wrote.
 //!
 //! Whole files are damaged (bits, lengths, pieces moved) and, with their checksums and lengths made right again, changed
 //! inside (members of archives, headers, chunks, words of a text). Whatever comes of it, a reader ends within 20 seconds,

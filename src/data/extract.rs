@@ -174,7 +174,7 @@ pub fn extract<B: FusedOps>(
     let views = if how.mirror { 2 } else { 1 };
     let shape = [views, config.latent_channels, side];
     let mut sink = open(folder, config, how, shape, to)?;
-    let mut skipped = read_skipped(to)?;
+    let mut skipped = read_skipped(to, images.len())?;
     let start = resume_at(sink.next(), images.len(), &skipped);
     if sink.finished() && sink.next() + skipped.len() != images.len() {
         return Err(DataError::unexpected(
@@ -415,21 +415,28 @@ fn encode<B: FusedOps>(
     floats((posterior.sample(noise) * config.scaling_factor).into_data())
 }
 
-/// Each line is an image's number, its path and the reason, divided by tabs.
-fn read_skipped(to: &Path) -> Result<BTreeMap<usize, String>, DataError> {
+/// Each line is the number of one of so many images and the reason, divided by a tab.
+fn read_skipped(to: &Path, images: usize) -> Result<BTreeMap<usize, String>, DataError> {
     let path = to.join(SKIPPED);
     let text = match std::fs::read_to_string(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
         Err(error) => return Err(DataError::io(&path)(error)),
     };
-    text.lines()
-        .map(|line| {
-            let (index, why) = line.split_once('\t')?;
-            Some((index.parse().ok()?, why.to_owned()))
-        })
-        .collect::<Option<_>>()
-        .ok_or_else(|| DataError::unexpected(&path, "numbers and reasons, one a line", text))
+    let read = |line: &str| {
+        let (index, why) = line.split_once('\t')?;
+        let index = index.parse().ok().filter(|index| *index < images)?;
+        Some((index, why.to_owned()))
+    };
+    let mut skipped = BTreeMap::new();
+    for (number, line) in (1..).zip(text.lines()) {
+        let (index, why) = read(line).ok_or_else(|| {
+            let expected = format!("a number below {images}, a tab and a reason in each line");
+            DataError::unexpected(&path, expected, format!("line {number} otherwise"))
+        })?;
+        skipped.insert(index, why);
+    }
+    Ok(skipped)
 }
 
 fn write_skipped(

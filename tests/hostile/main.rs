@@ -12,13 +12,14 @@
 //! ```
 //!
 //! What failed is printed as few changes as show it; the files of a case that hung or took the process down lie in
-//! `target/tmp/hostile/`.
+//! `target/tmp/hostile-SEED/`.
 
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]
 
 mod mutation;
 mod targets;
+mod unfinished;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::RefCell;
@@ -158,7 +159,8 @@ fn main() -> ExitCode {
         eprintln!("hostile: other tests were asked for; nothing was read");
         return ExitCode::SUCCESS;
     };
-    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("hostile");
+    // A night and a minute of another seed do not meet.
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hostile-{}", arguments.seed));
     let _ = std::fs::remove_dir_all(&root);
     std::fs::create_dir_all(&root).unwrap();
     // Paths that a changed recipe names lead here.

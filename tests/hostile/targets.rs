@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use burn_ndarray::NdArray;
 use tinyfusion::data::latents::{Dtype, Layout, ShardWriter, write_npy};
 use tinyfusion::data::{IdxPictures, ImageFolder, Latents, Samples, Split};
-use tinyfusion::evaluation::{read_reference_statistics, read_samples};
+use tinyfusion::evaluation::{SampleReader, read_reference_statistics, read_samples};
 use tinyfusion::images::read_rgb;
 use tinyfusion::recipe::RecipeError;
 use tinyfusion::recipe::directory::RunDirectory;
@@ -70,22 +70,22 @@ impl Target {
     }
 }
 
-fn fixtures() -> PathBuf {
+pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
-fn hashed(values: impl Hash) -> u64 {
+pub fn hashed(values: impl Hash) -> u64 {
     let mut hash = DefaultHasher::new();
     values.hash(&mut hash);
     hash.finish()
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
 /// An error and its causes.
-fn told(error: &dyn Error) -> Seen {
+pub fn told(error: &dyn Error) -> Seen {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -95,7 +95,7 @@ fn told(error: &dyn Error) -> Seen {
     Seen::Refused(text)
 }
 
-fn seen<E: Error>(result: Result<u64, E>) -> Seen {
+pub fn seen<E: Error>(result: Result<u64, E>) -> Seen {
     match result {
         Ok(values) => Seen::Values(values),
         Err(error) => told(&error),
@@ -108,11 +108,12 @@ pub fn all(root: &Path) -> Vec<Target> {
     targets.extend(arrays(root));
     targets.extend(pictures(root));
     targets.extend(texts(root));
+    targets.extend(super::unfinished::all(root));
     targets
 }
 
 /// Takes up files that were just made in a folder.
-fn target(
+pub fn target(
     root: &Path,
     name: &'static str,
     sealed: bool,
@@ -144,7 +145,7 @@ fn target(
     }
 }
 
-fn put(root: &Path, name: &str, bytes: impl AsRef<[u8]>) {
+pub fn put(root: &Path, name: &str, bytes: impl AsRef<[u8]>) {
     let path = root.join(name);
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     std::fs::write(path, bytes).unwrap();
@@ -319,6 +320,22 @@ fn legacy() -> Vec<u8> {
     bytes
 }
 
+/// Everything a training reads of latents.
+pub fn latents(folder: &Path) -> Seen {
+    let read = || {
+        let latents = Latents::open(folder)?;
+        latents.verify()?;
+        latents.classes()?;
+        let mut values = Vec::new();
+        let mut labels = Vec::new();
+        for index in 0..latents.count() {
+            labels.push(latents.read(index, 0, &mut values)?);
+        }
+        Ok::<_, tinyfusion::data::DataError>(hashed((bits(&values), labels)))
+    };
+    seen(read())
+}
+
 fn arrays(root: &Path) -> Vec<Target> {
     for name in [
         "samples",
@@ -329,20 +346,6 @@ fn arrays(root: &Path) -> Vec<Target> {
         let bytes = std::fs::read(fixtures().join(format!("npz/{name}.npz"))).unwrap();
         put(root, &format!("npz-{name}/s.npz"), bytes);
     }
-    let latents = |folder: &Path| {
-        let read = || {
-            let latents = Latents::open(folder)?;
-            latents.verify()?;
-            latents.classes()?;
-            let mut values = Vec::new();
-            let mut labels = Vec::new();
-            for index in 0..latents.count() {
-                labels.push(latents.read(index, 0, &mut values)?);
-            }
-            Ok::<_, tinyfusion::data::DataError>(hashed((bits(&values), labels)))
-        };
-        seen(read())
-    };
     let samples = |folder: &Path| {
         seen(
             read_samples(&folder.join("s.npz"))
@@ -525,7 +528,20 @@ fn pictures(root: &Path) -> Vec<Target> {
             .collect();
         target(root, name, sealed, &files, read)
     };
-    vec![of("png", true, &png), of("jpeg", false, &jpeg)]
+    // Those that are evaluated have one size.
+    for name in ["a", "b"] {
+        let picture = std::fs::read(fixtures().join("image_preprocess/img0.png")).unwrap();
+        put(root, &format!("evaluated/{name}.png"), picture);
+    }
+    let files = [("a.png", Form::Png)];
+    let evaluated = target(root, "evaluated", true, &files, |folder| {
+        let read = || {
+            let mut pictures = SampleReader::open(folder)?;
+            pictures.next_block(usize::MAX)
+        };
+        seen(read().map(|images| hashed(images.map(|images| images.pixels().to_vec()))))
+    });
+    vec![of("png", true, &png), of("jpeg", false, &jpeg), evaluated]
 }
 
 /// A recipe that is read, written as it was understood, read again, and planned.

@@ -7,11 +7,11 @@ use super::{RunArguments, listen, source};
 use crate::backend::Compute;
 use crate::evaluation::{DEFAULT_NEIGHBOURS, Distances};
 use crate::recipe::RecipeError;
-use crate::recipe::data::Data;
-use crate::recipe::evaluate_reference::{ReferenceFiles, archives};
-use crate::recipe::sampling::{Against, Evaluate};
+use crate::recipe::run::evaluate_reference::{ReferenceFiles, archives};
 use crate::recipe::schema::StageKind;
-use crate::recipe::source::{EmbeddedName, Source};
+use crate::recipe::schema::data::Data;
+use crate::recipe::schema::sample::{Against, Evaluate};
+use crate::recipe::schema::source::{EmbeddedName, Source};
 use crate::weights::WeightFile;
 
 /// Samples of a model, by default. With few, FID is biased upwards by more than models differ.

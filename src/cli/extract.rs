@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use super::{how_to_go_on, listen};
 use crate::backend::{BackendKind, Compute};
-use crate::recipe::extract::{Extract, Form};
-use crate::recipe::{RecipeError, extract_stage};
+use crate::recipe::RecipeError;
+use crate::recipe::run::extract;
+use crate::recipe::schema::extract::{Extract, Form};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ExtractArguments {
@@ -65,7 +66,7 @@ pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), RecipeError> {
     let to = crate::with_backend!(arguments.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         crate::ops::set_compute::<Inner>(arguments.compute, device).map_err(RecipeError::Run)?;
-        extract_stage::run::<Inner>("extract", &job, arguments.seed, &arguments.to, device)
+        extract::run::<Inner>("extract", &job, arguments.seed, &arguments.to, device)
     }, else Err(RecipeError::Run("no backend".into())));
     let to = how_to_go_on(to, "the same command")?;
     crate::tell!("{}", to.display());

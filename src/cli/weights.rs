@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use super::{open, source};
 use crate::process::ProcessKind;
 use crate::recipe::RecipeError;
-use crate::recipe::source::{FileSource, Source};
+use crate::recipe::schema::source::{FileSource, Source};
 use crate::report::thousands;
 use crate::weights::{self, Checkpoint, Conversion, Provenance, Stated, WeightFile};
 

@@ -12,7 +12,7 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use super::RecipeError;
 use super::progress::Progress;
-use super::sampling::{Labels, Sample, Sampling};
+use super::schema::sample::{Labels, Sample, Sampling};
 use crate::atomic::{lock_file, write_atomic};
 use crate::evaluation::{SampleReader, SampleWriter};
 use crate::images::Images;
@@ -309,7 +309,7 @@ pub fn draw_into<B: FusedOps>(
                     folder.display()
                 )));
             }
-            let text = super::directory::json(&settings)?;
+            let text = super::run::directory::json(&settings)?;
             write_atomic(&path, |file| file.write_all(text.as_bytes()))
                 .map_err(RecipeError::io(&path))?;
         }

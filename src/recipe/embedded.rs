@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::source::EmbeddedName;
+use super::schema::source::EmbeddedName;
 use crate::weights::{Checkpoint, WeightsError};
 
 /// Reads an embedded checkpoint.

@@ -4,44 +4,16 @@
 //! mistake reported at once) → [`plan`] (each stage's model and cost) → [`run`] (stages, in a run directory).
 //! Parsing is our own over `toml`'s positions rather than serde's derive, which stops at the first mistake.
 
-mod cost;
-pub mod data;
-mod dataset;
-pub mod diagnostic;
-pub mod directory;
 pub mod document;
-#[cfg(test)]
-mod documents;
 pub mod draw;
 pub mod embedded;
 pub mod embedded_recipes;
-mod evaluate;
-pub(crate) mod evaluate_reference;
-pub mod extract;
-pub(crate) mod extract_stage;
-mod known;
-pub mod missing;
-pub(crate) mod models;
-pub mod optimisation;
 pub mod pictures;
 pub mod plan;
-mod plan_evaluate;
 mod progress;
-pub mod prune;
-mod prune_stage;
-pub mod public;
-pub mod reader;
-pub mod recover;
-mod recover_stage;
+pub mod published;
 pub mod run;
-pub mod sampling;
 pub mod schema;
-pub mod seeds;
-pub mod source;
-mod speed;
-mod stages;
-pub mod train;
-pub mod values;
 
 use std::path::PathBuf;
 
@@ -53,7 +25,7 @@ use thiserror::Error;
 pub enum RecipeError {
     /// The recipe's mistakes.
     #[error(transparent)]
-    Invalid(#[from] diagnostic::Diagnostics),
+    Invalid(#[from] document::diagnostic::Diagnostics),
     /// A file of the run can't be read or written.
     #[error("{}: {source}", path.display())]
     Io {

@@ -444,7 +444,7 @@ fn accumulated_gradients_train_as_whole_batches_do() {
     let (whole, parts) = (state("whole"), state("parts"));
     let (mut off, mut moved) = (0.0, 0.0);
     let teacher = tinyfusion::recipe::embedded::checkpoint(
-        tinyfusion::recipe::source::EmbeddedName::DigitsTeacher,
+        tinyfusion::recipe::schema::source::EmbeddedName::DigitsTeacher,
     )
     .unwrap();
     for (name, before) in teacher.tensors.read_all().unwrap() {

@@ -1,10 +1,10 @@
 //! Whole recipes, and what the tests of the single stages share.
 
+use super::prune::{GroupsSpec, PruneMethod};
+use super::sample::Against;
+use super::source::{EmbeddedName, Source};
 use super::*;
 use crate::pruning::Group;
-use crate::recipe::prune::{GroupsSpec, PruneMethod};
-use crate::recipe::sampling::Against;
-use crate::recipe::source::{EmbeddedName, Source};
 
 const QUICKSTART: &str = r#"
 seed = 1

@@ -2,17 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use super::RecipeError;
-use super::extract::{Extract, Form};
-use super::progress::Progress;
-use super::stages::Context;
+use super::context::Context;
 use crate::data::latents::{Dtype, RECORDS_PER_SHARD};
 use crate::data::{self, Extraction, ImageFolder, extract};
 use crate::ops::{FusedOps, TrainingBackend};
+use crate::recipe::RecipeError;
+use crate::recipe::progress::Progress;
+use crate::recipe::schema::extract::{Extract, Form};
 use crate::weights::read_vae;
 
 /// Folder of the latents, in the stage's folder.
-pub(super) const LATENTS: &str = "latents";
+pub(crate) const LATENTS: &str = "latents";
 
 /// Pictures an autoencoder encodes at once: at 256 x 256 each takes some hundred MiB on the way.
 const ENCODED_AT_ONCE: usize = 4;
@@ -29,7 +29,7 @@ fn records_per_shard(side: usize) -> usize {
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
-    pub(super) fn extract(
+    pub(crate) fn extract(
         &self,
         stage: &str,
         job: &Extract,

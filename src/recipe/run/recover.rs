@@ -3,21 +3,21 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::RecipeError;
+use super::context::Context;
 use super::models::MODEL;
-use super::plan::{check_taps, recover_method};
-use super::recover::{Recover, RecoverMethod, Representation};
-use super::schema::Stage;
-use super::stages::Context;
 use crate::models::Architecture;
 use crate::ops::TrainingBackend;
 use crate::process::{Distillation, GaussianDiffusion, MaskedFeatures};
 use crate::pruning::{self, Groups};
+use crate::recipe::RecipeError;
+use crate::recipe::plan::{check_taps, recover_method};
+use crate::recipe::schema::Stage;
+use crate::recipe::schema::recover::{Recover, RecoverMethod, Representation};
 use crate::recovery::Student;
 use crate::weights::{Checkpoint, Provenance};
 
 impl<B: TrainingBackend> Context<'_, B> {
-    pub(super) fn recover(
+    pub(crate) fn recover(
         &self,
         stage: &Stage,
         recover: &Recover,
@@ -25,7 +25,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<(), RecipeError> {
         let parent = self.load(&recover.from)?;
         let config = parent.dit()?.clone();
-        let teacher_checkpoint = super::plan::teacher(recover)
+        let teacher_checkpoint = crate::recipe::plan::teacher(recover)
             .map(|source| self.load(source))
             .transpose()?;
         let features = |representation: &Representation,

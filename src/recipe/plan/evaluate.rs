@@ -3,13 +3,13 @@
 use super::cost::{inference_memory, sampling_flops};
 use super::known::{Known, Problem};
 use super::missing::Role;
-use super::sampling::{Against, Evaluate, Sampling};
-use super::schema::Stage;
 use crate::data::Split;
 use crate::models::{Architecture, DitConfig};
+use crate::recipe::schema::Stage;
+use crate::recipe::schema::sample::{Against, Evaluate, Sampling};
 
 /// Checks an evaluation, and estimates its bytes and operations.
-pub(super) fn plan_evaluate(
+pub(crate) fn plan_evaluate(
     stage: &Stage,
     evaluate: &Evaluate,
     known: &mut Known<'_>,
@@ -107,11 +107,11 @@ pub(super) fn plan_evaluate(
 }
 
 /// Whether a model's samples are grey or coloured pixels.
-pub(super) fn is_pixels(config: &DitConfig) -> bool {
+pub(crate) fn is_pixels(config: &DitConfig) -> bool {
     matches!(config.channels, 1 | 3)
 }
 
-pub(super) fn latents_need_a_vae(config: &DitConfig) -> Problem {
+pub(crate) fn latents_need_a_vae(config: &DitConfig) -> Problem {
     Problem::Said(format!(
         "the model draws latents of {} channels; give the autoencoder that makes images of them as `vae`",
         config.channels
@@ -119,7 +119,7 @@ pub(super) fn latents_need_a_vae(config: &DitConfig) -> Problem {
 }
 
 /// Refuses classes that a model doesn't have; estimates the bytes of drawing.
-pub(super) fn check_sampling(sampling: &Sampling, config: &DitConfig) -> Result<usize, Problem> {
+pub(crate) fn check_sampling(sampling: &Sampling, config: &DitConfig) -> Result<usize, Problem> {
     if let Some(class) = sampling
         .classes
         .iter()

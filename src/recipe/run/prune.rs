@@ -5,12 +5,8 @@ use std::sync::{Arc, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::RecipeError;
+use super::context::Context;
 use super::models::MODEL;
-use super::plan::prune_method;
-use super::prune::{Learned, Prune, PruneMethod, Scored};
-use super::schema::Stage;
-use super::stages::Context;
 use crate::data::{BatchPlan, BatchSource, Split};
 use crate::models::{Architecture, DitConfig};
 use crate::ops::TrainingBackend;
@@ -20,12 +16,16 @@ use crate::pruning::{
     score,
 };
 use crate::random::{Stream, permutation};
+use crate::recipe::RecipeError;
+use crate::recipe::plan::prune_method;
+use crate::recipe::schema::Stage;
+use crate::recipe::schema::prune::{Learned, Prune, PruneMethod, Scored};
 use crate::report::{self, DecisionGroup, DecisionHistory, decision_svg};
 use crate::training::{JsonLines, OnStep, ParameterGroup, TrainingError};
 use crate::weights::{Checkpoint, names};
 
 impl<B: TrainingBackend> Context<'_, B> {
-    pub(super) fn prune(
+    pub(crate) fn prune(
         &self,
         stage: &Stage,
         prune: &Prune,

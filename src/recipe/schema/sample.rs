@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::data::Shape;
-use super::reader::Section;
 use super::source::{EmbeddedName, Lineage, Source};
 use crate::evaluation::Distances;
 use crate::process::Solver;
+use crate::recipe::document::reader::Section;
 
 /// `kind = "sample"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -114,7 +114,7 @@ pub const DEMO: [usize; 8] = [207, 360, 387, 974, 88, 979, 417, 279];
 pub const DEMO_GUIDANCE: f64 = 4.0;
 
 impl Sample {
-    pub(super) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
+    pub(crate) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
         let from = lineage.from(section);
         let vae = section.string("vae").optional().map(PathBuf::from);
         let sampling = Sampling::read(section, None);
@@ -127,7 +127,7 @@ impl Sample {
 }
 
 impl Evaluate {
-    pub(super) fn read(
+    pub(crate) fn read(
         section: &Section<'_>,
         lineage: Lineage<'_>,
         data: Option<&Shape>,

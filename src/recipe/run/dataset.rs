@@ -7,17 +7,17 @@ use serde::{Deserialize, Serialize};
 
 use burn_dataset::Dataset;
 
-use super::RecipeError;
-use super::data::{Data, Idx, Pictures, Shape};
-use super::extract_stage::LATENTS;
+use super::context::Context;
+use super::extract::LATENTS;
 use super::models::stage_folder;
-use super::progress::Progress;
-use super::stages::Context;
 use crate::data::{
     DataError, Digits, IdxPictures, Latents, Mirrored, PictureSet, Samples, Split, fashion,
     is_packed, open_records,
 };
 use crate::ops::TrainingBackend;
+use crate::recipe::RecipeError;
+use crate::recipe::progress::Progress;
+use crate::recipe::schema::data::{Data, Idx, Pictures, Shape};
 use crate::report::thousands;
 
 /// Folder of decoded pictures in the run directory.
@@ -40,7 +40,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     ///
     /// # Errors
     /// When they can't be read; and of held-out latents, of which there are none.
-    pub(super) fn part(&self, split: Split) -> Result<Arc<dyn Samples>, RecipeError> {
+    pub(crate) fn part(&self, split: Split) -> Result<Arc<dyn Samples>, RecipeError> {
         let data = &self.recipe.data;
         let (samples, flips, side): (Arc<dyn Samples>, _, _) = match data {
             Data::Digits => return Ok(Arc::new(Digits::new(split))),
@@ -79,7 +79,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     ///
     /// # Errors
     /// As [`part`](Self::part), of what is there.
-    pub(super) fn held_out(&self) -> Result<Option<Arc<dyn Samples>>, RecipeError> {
+    pub(crate) fn held_out(&self) -> Result<Option<Arc<dyn Samples>>, RecipeError> {
         let there = match &self.recipe.data {
             Data::Digits => true,
             Data::Fashion(data) => data.files().is_ok(),
@@ -94,13 +94,13 @@ impl<B: TrainingBackend> Context<'_, B> {
     ///
     /// # Errors
     /// Of latents.
-    pub(super) fn shape(&self) -> Result<Shape, RecipeError> {
+    pub(crate) fn shape(&self) -> Result<Shape, RecipeError> {
         let data = &self.recipe.data;
         (data.shape()).ok_or_else(|| RecipeError::Run(format!("{data}: latents are no pictures")))
     }
 
     /// Names of the classes of the recipe's data, as far as they are known.
-    pub(super) fn class_names(&self) -> Result<Vec<String>, RecipeError> {
+    pub(crate) fn class_names(&self) -> Result<Vec<String>, RecipeError> {
         let latents = match &self.recipe.data {
             Data::Latents(path) => path.clone(),
             Data::Stage(name) => self.extracted(name)?,

@@ -3,6 +3,10 @@
 //! Overrides from the command line are applied to this tree before it is read into types, so a value
 //! is checked in the same way, and blamed on the right place, whichever way it was given.
 
+pub mod diagnostic;
+pub mod reader;
+pub mod values;
+
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -10,7 +14,7 @@ use std::path::{Path, PathBuf};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::diagnostic::{Diagnostic, Diagnostics, Origin};
+use self::diagnostic::{Diagnostic, Diagnostics, Origin};
 
 /// A value and where it was written.
 #[derive(Clone, Debug)]

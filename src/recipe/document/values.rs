@@ -7,7 +7,7 @@ use std::fmt::Display;
 use std::ops::{Bound, RangeBounds, RangeInclusive};
 
 use super::diagnostic::Diagnostic;
-use super::document::{Node, Value};
+use super::{Node, Value};
 
 /// An integer type that a field can hold.
 pub trait Number: Copy + PartialOrd + Display + TryFrom<i64> {}

@@ -4,15 +4,15 @@ use std::ops::Bound;
 
 use serde::Serialize;
 
-use super::reader::Section;
+use crate::recipe::document::reader::Section;
 
 /// Above zero, up to and including `high`.
-pub(super) fn positive(high: f64) -> (Bound<f64>, Bound<f64>) {
+pub(crate) fn positive(high: f64) -> (Bound<f64>, Bound<f64>) {
     (Bound::Excluded(0.0), Bound::Included(high))
 }
 
 /// Above zero.
-pub(super) const POSITIVE: (Bound<f64>, Bound<f64>) = (Bound::Excluded(0.0), Bound::Unbounded);
+pub(crate) const POSITIVE: (Bound<f64>, Bound<f64>) = (Bound::Excluded(0.0), Bound::Unbounded);
 
 /// The largest count of steps a recipe can ask for.
 const MAX_STEPS: usize = 100_000_000;
@@ -129,16 +129,16 @@ impl Optimisation {
 }
 
 /// The key `label_drop`: how often training replaces a label by the null class.
-pub(super) fn label_drop(section: &Section<'_>) -> f64 {
+pub(crate) fn label_drop(section: &Section<'_>) -> f64 {
     section.float("label_drop", 0.0..=1.0).or(0.1)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::reader::Sink;
-    use crate::recipe::recover::RecoverMethod;
+    use crate::recipe::document::reader::Sink;
     use crate::recipe::schema::StageKind;
+    use crate::recipe::schema::recover::RecoverMethod;
     use crate::recipe::schema::tests::{document, messages, second, stage};
 
     #[test]

@@ -1,15 +1,29 @@
 //! Running a plan, stage after stage.
 
+mod context;
+mod dataset;
+pub mod directory;
+#[cfg(test)]
+mod documents;
+mod evaluate;
+pub(crate) mod evaluate_reference;
+pub(crate) mod extract;
+pub(crate) mod models;
+mod prune;
+mod recover;
+pub mod seeds;
+mod speed;
+
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
+use self::context::Context;
+use self::directory::{RESOLVED, RunDirectory, Status, json};
 use super::RecipeError;
-use super::directory::{RESOLVED, RunDirectory, Status, json};
 use super::plan::Plan;
 use super::schema::StageKind;
-use super::stages::Context;
 use crate::backend::BackendKind;
 use crate::ops::TrainingBackend;
 use crate::training::CHECKPOINTS;

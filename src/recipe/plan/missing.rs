@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::RecipeError;
-use super::public::public_file;
 use crate::data::fashion;
+use crate::recipe::RecipeError;
+use crate::recipe::published::public_file;
 
 /// What a file is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -69,7 +69,7 @@ pub struct MissingFile {
 ///
 /// # Errors
 /// When the list is not empty; the message is the list.
-pub(super) fn refuse(missing: &[MissingFile]) -> Result<(), RecipeError> {
+pub(crate) fn refuse(missing: &[MissingFile]) -> Result<(), RecipeError> {
     match missing.is_empty() {
         true => Ok(()),
         false => {
@@ -80,7 +80,7 @@ pub(super) fn refuse(missing: &[MissingFile]) -> Result<(), RecipeError> {
 }
 
 /// Says whether a path is there, and notes it if it is not.
-pub(super) fn note(missing: &mut Vec<MissingFile>, stage: &str, path: &Path, role: Role) -> bool {
+pub(crate) fn note(missing: &mut Vec<MissingFile>, stage: &str, path: &Path, role: Role) -> bool {
     if path.exists() {
         return true;
     }

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::RecipeError;
 use super::directory::json;
 use super::evaluate::{EVALUATION, Evaluated, Verdict};
 use crate::atomic::write_atomic;
+use crate::recipe::RecipeError;
 use crate::report::Table;
 
 /// Verdicts of the same models, one list per seed.

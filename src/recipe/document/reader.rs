@@ -10,8 +10,8 @@ use std::fmt::Display;
 use std::ops::{RangeBounds, RangeInclusive};
 
 use super::diagnostic::{Diagnostic, Origin};
-use super::document::{Node, Table, Value, title};
 use super::values::Number;
+use super::{Node, Table, Value, title};
 
 /// Where mistakes are collected.
 #[derive(Debug, Default)]
@@ -337,8 +337,8 @@ mod tests {
     use std::ops::Bound;
     use std::path::Path;
 
-    use super::super::document::Document;
     use super::*;
+    use crate::recipe::document::Document;
 
     /// What `read` reports about a table.
     fn faults(text: &str, read: impl FnOnce(&Section<'_>)) -> Vec<String> {

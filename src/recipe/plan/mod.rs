@@ -1,26 +1,31 @@
 //! What a recipe will do: each stage's model before and after, its steps, images and memory. Everything that can be
 //! known without training is checked here, before anything is computed.
 
+mod cost;
+mod evaluate;
+mod known;
+pub mod missing;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::Serialize;
 
-use super::RecipeError;
-use super::cost::{
+use self::cost::{
     FROZEN, TRAINING, flops, images, inference_memory, lora_parameters, sampling_flops,
     training_memory,
 };
-use super::known::{Known, Problem, keeps_weights};
-use super::missing::{Missing, MissingFile, Role, refuse};
-use super::optimisation::Optimisation;
-use super::plan_evaluate::{check_sampling, is_pixels, latents_need_a_vae, plan_evaluate};
-use super::prune::{Prune, PruneMethod, Scored};
-use super::recover::{Recover, RecoverMethod};
-use super::sampling::Against;
+use self::evaluate::{check_sampling, is_pixels, latents_need_a_vae, plan_evaluate};
+use self::known::{Known, Problem, keeps_weights};
+use self::missing::{Missing, MissingFile, Role, refuse};
+use super::RecipeError;
+use super::schema::optimisation::Optimisation;
+use super::schema::prune::{Prune, PruneMethod, Scored};
+use super::schema::recover::{Recover, RecoverMethod};
+use super::schema::sample::Against;
+use super::schema::source::Source;
+use super::schema::train::{Architecture as Wanted, Dit, Train};
 use super::schema::{Recipe, Stage, StageKind};
-use super::source::Source;
-use super::train::{Architecture as Wanted, Dit, Train};
 use crate::data::ImageFolder;
 use crate::models::{Architecture, DitConfig, zoo};
 use crate::pruning::{Update, oracle};

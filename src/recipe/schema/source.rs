@@ -6,16 +6,16 @@ use std::path::PathBuf;
 
 use serde::{Serialize, Serializer};
 
-use super::diagnostic::Diagnostic;
-use super::document::{Node, Table, Value};
-use super::public::public_file;
-use super::reader::Section;
 use crate::models::zoo;
 use crate::process::ProcessKind;
+use crate::recipe::document::diagnostic::Diagnostic;
+use crate::recipe::document::reader::Section;
+use crate::recipe::document::{Node, Table, Value};
+use crate::recipe::published::public_file;
 use crate::weights::{Stated, WeightFile};
 
 /// Heads that a recipe can state.
-pub(super) const HEADS: RangeInclusive<usize> = 1..=1024;
+pub(crate) const HEADS: RangeInclusive<usize> = 1..=1024;
 
 const EMBEDDED: &str = "embedded:";
 

@@ -3,11 +3,11 @@
 
 use std::time::Instant;
 
-use super::RecipeError;
-use super::draw::{labels, sampler};
-use super::sampling::Sampling;
 use crate::evaluation::Speed;
 use crate::ops::FusedOps;
+use crate::recipe::RecipeError;
+use crate::recipe::draw::{labels, sampler};
+use crate::recipe::schema::sample::Sampling;
 use crate::weights::Checkpoint;
 
 /// Rounds, in each of which every model is timed once.
@@ -17,7 +17,7 @@ const STEPS: usize = 5;
 
 /// Images a second that each model draws: one batch of them, by all steps of the protocol. What an autoencoder takes is
 /// not counted. One network is in memory at a time.
-pub(super) fn speeds<B: FusedOps>(
+pub(crate) fn speeds<B: FusedOps>(
     checkpoints: &[Checkpoint],
     sampling: &Sampling,
     device: &B::Device,

@@ -2,10 +2,10 @@
 
 use serde::Serialize;
 
-use super::document::{Node, string_in};
 use super::optimisation::{Optimisation, POSITIVE, label_drop};
-use super::reader::Section;
 use super::source::{Lineage, Source};
+use crate::recipe::document::reader::Section;
+use crate::recipe::document::{Node, string_in};
 
 /// `kind = "recover"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -94,7 +94,7 @@ const METHODS: [(&str, Method); 4] = [
 const KEYS: &[&str] = &["teacher", "alpha", "beta", "k", "taps"];
 
 impl Recover {
-    pub(super) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
+    pub(crate) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
         let from = lineage.from(section);
         let method = section.choice("method", &METHODS).required();
         let optimisation = Optimisation::read(section, 2e-4, 0.5);

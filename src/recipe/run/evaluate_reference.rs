@@ -4,14 +4,9 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::backend::Backend;
 
-use super::RecipeError;
-use super::draw::{Draw, SAMPLING, Share, first_images, grid};
+use super::context::Context;
 use super::evaluate::{EVALUATION, file_name, not_whole};
-use super::missing::{Role, note, refuse};
-use super::progress::Progress;
-use super::sampling::{Evaluate, Sampling};
 use super::speed::speeds;
-use super::stages::Context;
 use crate::evaluation::{
     AdmEvaluation, AdmProtocol, AdmVerdict, DEFAULT_SPLIT_SIZE, Distances, FileDigest, Reference,
     ReferenceMeasured, SampleReader, cache_file, compare, measure,
@@ -19,6 +14,11 @@ use crate::evaluation::{
 use crate::images::Images;
 use crate::models::{DitConfig, Inception};
 use crate::ops::{FusedOps, TrainingBackend};
+use crate::recipe::RecipeError;
+use crate::recipe::draw::{Draw, SAMPLING, Share, first_images, grid};
+use crate::recipe::plan::missing::{Role, note, refuse};
+use crate::recipe::progress::Progress;
+use crate::recipe::schema::sample::{Evaluate, Sampling};
 use crate::report::comparison_png;
 use crate::weights::{Known, read_inception};
 
@@ -140,7 +140,7 @@ impl<B: FusedOps> Judge<B> {
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
-    pub(super) fn evaluate_reference(
+    pub(crate) fn evaluate_reference(
         &self,
         stage: &str,
         evaluate: &Evaluate,

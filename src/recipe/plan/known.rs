@@ -5,24 +5,24 @@ use std::path::Path;
 
 use burn_dataset::Dataset;
 
-use super::data::{Data, Idx, Pictures, Shape};
-use super::embedded;
 use super::missing::{MissingFile, Role, note};
-use super::models::read_file;
-use super::prune::PruneMethod;
-use super::public::public_file;
-use super::schema::{Recipe, Stage, StageKind};
-use super::source::Source;
 use crate::data::{Digits, IdxPictures, Latents, PictureSet, Split, fashion, with_cause};
 use crate::models::{Architecture, ClassifierConfig, DitConfig, zoo};
 use crate::process::ProcessKind;
+use crate::recipe::embedded;
+use crate::recipe::published::public_file;
+use crate::recipe::run::models::read_file;
+use crate::recipe::schema::data::{Data, Idx, Pictures, Shape};
+use crate::recipe::schema::prune::PruneMethod;
+use crate::recipe::schema::source::Source;
+use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::weights::vae_config;
 
 /// How many times an autoencoder of latents reduces each side, where its configuration is not there to say.
 const AUTOENCODER_REDUCTION: usize = 8;
 
 /// Why a stage can't be planned.
-pub(super) enum Problem {
+pub(crate) enum Problem {
     /// The model comes from a stage that failed.
     Unknown,
     Said(String),
@@ -35,7 +35,7 @@ impl<E: std::error::Error> From<E> for Problem {
 }
 
 /// Whether a stage only takes layers out, so that it is all the same to it how the model was trained.
-pub(super) fn keeps_weights(kind: &StageKind) -> bool {
+pub(crate) fn keeps_weights(kind: &StageKind) -> bool {
     let StageKind::Prune(prune) = kind else {
         return false;
     };
@@ -49,25 +49,25 @@ pub(super) fn keeps_weights(kind: &StageKind) -> bool {
 }
 
 /// What planning knows so far.
-pub(super) struct Known<'a> {
-    pub(super) recipe: &'a Recipe,
+pub(crate) struct Known<'a> {
+    pub(crate) recipe: &'a Recipe,
     /// What earlier stages leave.
-    pub(super) made: BTreeMap<String, Architecture>,
+    pub(crate) made: BTreeMap<String, Architecture>,
     /// Stages that leave a model of another process than Gaussian diffusion.
-    pub(super) interpolants: BTreeSet<String>,
-    pub(super) missing: Vec<MissingFile>,
+    pub(crate) interpolants: BTreeSet<String>,
+    pub(crate) missing: Vec<MissingFile>,
     /// The recipe's pictures to train on and those held out, and how many there are, once they have been looked at.
-    pub(super) looked: [Option<(Shape, usize)>; 2],
+    pub(crate) looked: [Option<(Shape, usize)>; 2],
 }
 
 impl Known<'_> {
     /// Notes a file that a stage needs; says whether it is there.
-    pub(super) fn need(&mut self, stage: &Stage, path: &Path, role: Role) -> bool {
+    pub(crate) fn need(&mut self, stage: &Stage, path: &Path, role: Role) -> bool {
         note(&mut self.missing, &stage.name, path, role)
     }
 
     /// What a stage's source holds; refuses a model of a process that the stage can't compute.
-    pub(super) fn architecture(
+    pub(crate) fn architecture(
         &mut self,
         stage: &Stage,
         source: &Source,
@@ -122,7 +122,7 @@ impl Known<'_> {
         }
     }
 
-    pub(super) fn dit(&mut self, stage: &Stage, source: &Source) -> Result<DitConfig, Problem> {
+    pub(crate) fn dit(&mut self, stage: &Stage, source: &Source) -> Result<DitConfig, Problem> {
         match self.architecture(stage, source)? {
             Architecture::Dit(config) => Ok(config),
             other => Err(Problem::Said(format!(
@@ -132,7 +132,7 @@ impl Known<'_> {
     }
 
     /// Notes an autoencoder; refuses one whose latents are not what a model draws, as far as it can be known.
-    pub(super) fn vae(
+    pub(crate) fn vae(
         &mut self,
         stage: &Stage,
         path: &Path,
@@ -156,7 +156,7 @@ impl Known<'_> {
 
     /// What the pictures of the recipe's data are, in pixel space, and how many a part has; None where they are
     /// missing, which is noted.
-    pub(super) fn pictures(
+    pub(crate) fn pictures(
         &mut self,
         stage: &Stage,
         split: Split,
@@ -205,7 +205,7 @@ impl Known<'_> {
     }
 
     /// Names of the classes of a model, where they are known before anything runs.
-    pub(super) fn class_names(&self, source: &Source) -> Result<Vec<String>, Problem> {
+    pub(crate) fn class_names(&self, source: &Source) -> Result<Vec<String>, Problem> {
         Ok(match source {
             Source::Stage(_) => Vec::new(),
             Source::Embedded(name) => embedded::checkpoint(*name)?.provenance.class_names,
@@ -217,7 +217,7 @@ impl Known<'_> {
     }
 
     /// Refuses a model that can't learn from the recipe's data.
-    pub(super) fn fits_data(&mut self, stage: &Stage, config: &DitConfig) -> Result<(), Problem> {
+    pub(crate) fn fits_data(&mut self, stage: &Stage, config: &DitConfig) -> Result<(), Problem> {
         let recipe = self.recipe;
         let (name, channels, size, classes) = match &recipe.data {
             Data::Digits | Data::Fashion(_) | Data::Idx(_) | Data::Pictures(_) => {
@@ -275,7 +275,7 @@ impl Known<'_> {
     }
 
     /// Refuses a classifier that can't learn from the recipe's data.
-    pub(super) fn classifies(
+    pub(crate) fn classifies(
         &mut self,
         stage: &Stage,
         config: &ClassifierConfig,
@@ -303,7 +303,7 @@ impl Known<'_> {
     }
 
     /// Refuses a model of other classes than the data's, where both have names.
-    pub(super) fn same_classes(&self, source: &Source) -> Result<(), Problem> {
+    pub(crate) fn same_classes(&self, source: &Source) -> Result<(), Problem> {
         let names = self.class_names(source)?;
         let data = &self.recipe.data;
         let of_data = (data.shape()).map_or_else(Vec::new, |shape| shape.class_names);
@@ -318,7 +318,7 @@ impl Known<'_> {
     }
 
     /// Refuses a classifier of other pictures than the recipe's.
-    pub(super) fn reads(
+    pub(crate) fn reads(
         &self,
         source: &Source,
         config: &ClassifierConfig,
@@ -334,7 +334,7 @@ impl Known<'_> {
     }
 
     /// Refuses a model whose samples can't be compared with the recipe's pictures.
-    pub(super) fn draws(
+    pub(crate) fn draws(
         &self,
         source: &Source,
         config: &DitConfig,
@@ -352,7 +352,7 @@ impl Known<'_> {
     }
 
     /// Refuses a model of latents whose decoded samples are no pictures of the recipe's classes.
-    pub(super) fn decodes(
+    pub(crate) fn decodes(
         &self,
         source: &Source,
         config: &DitConfig,

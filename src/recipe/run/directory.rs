@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::RecipeError;
 use crate::atomic::{lock_file, write_atomic};
+use crate::recipe::RecipeError;
 
 /// How a run stands, in `status.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -24,7 +24,7 @@ pub struct Status {
 }
 
 /// File of the recipe a run was started with, nothing left implicit.
-pub(super) const RESOLVED: &str = "resolved.toml";
+pub(crate) const RESOLVED: &str = "resolved.toml";
 
 /// A run's folder.
 #[derive(Debug)]
@@ -189,7 +189,7 @@ fn numbers(folder: &Path) -> Vec<usize> {
 }
 
 /// Readable JSON.
-pub(super) fn json(value: &impl Serialize) -> Result<String, RecipeError> {
+pub(crate) fn json(value: &impl Serialize) -> Result<String, RecipeError> {
     serde_json::to_string_pretty(value)
         .map(|text| text + "\n")
         .map_err(|error| RecipeError::Run(error.to_string()))

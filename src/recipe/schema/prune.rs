@@ -2,12 +2,12 @@
 
 use serde::{Serialize, Serializer};
 
-use super::diagnostic::Diagnostic;
-use super::document::{Node, Value, string_in};
 use super::optimisation::{Optimisation, POSITIVE, label_drop, positive};
-use super::reader::Section;
 use super::source::{Lineage, Source};
 use crate::pruning::{Group, GroupError, Groups, Update};
+use crate::recipe::document::diagnostic::Diagnostic;
+use crate::recipe::document::reader::Section;
+use crate::recipe::document::{Node, Value, string_in};
 
 /// The deepest trunk a recipe can speak of.
 const MAX_DEPTH: usize = 4096;
@@ -184,7 +184,7 @@ const KEYS: &[&str] = &[
 ];
 
 impl Prune {
-    pub(super) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
+    pub(crate) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
         let from = lineage.from(section);
         let method = section.choice("method", &METHODS);
         let method = if method.is_absent() {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::reader::Section;
+use crate::recipe::document::reader::Section;
 
 /// `kind = "extract"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -40,7 +40,7 @@ pub enum Form {
 }
 
 impl Extract {
-    pub(super) fn read(section: &Section<'_>) -> Option<Self> {
+    pub(crate) fn read(section: &Section<'_>) -> Option<Self> {
         let images = section.string("images").required();
         let vae = section.string("vae").required();
         let size = section

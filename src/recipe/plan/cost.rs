@@ -1,30 +1,30 @@
 //! What stages cost: images, floating-point operations, memory.
 
-use super::optimisation::Optimisation;
-use super::sampling::Sampling;
 use crate::models::DitConfig;
+use crate::recipe::schema::optimisation::Optimisation;
+use crate::recipe::schema::sample::Sampling;
 
-pub(super) fn images(optimisation: &Optimisation) -> usize {
+pub(crate) fn images(optimisation: &Optimisation) -> usize {
     optimisation.steps * optimisation.batch
 }
 
 /// Passes' worth of arithmetic in a training step: forward, and twice that backward.
-pub(super) const TRAINING: f64 = 3.0;
+pub(crate) const TRAINING: f64 = 3.0;
 /// The same where weights stay as they are: backward needs the inputs' gradients alone.
-pub(super) const FROZEN: f64 = 2.0;
+pub(crate) const FROZEN: f64 = 2.0;
 
 /// Operations of one forward pass over a number of images.
-pub(super) fn flops(config: &DitConfig, images: usize) -> f64 {
+pub(crate) fn flops(config: &DitConfig, images: usize) -> f64 {
     2.0 * config.macs() as f64 * images as f64
 }
 
-pub(super) fn sampling_flops(sampling: &Sampling, config: &DitConfig) -> f64 {
+pub(crate) fn sampling_flops(sampling: &Sampling, config: &DitConfig) -> f64 {
     let passes = if sampling.guidance > 1.0 { 2 } else { 1 };
     flops(config, passes * sampling.count) * sampling.steps as f64
 }
 
 /// Parameters of a low-rank update of every linear layer.
-pub(super) fn lora_parameters(config: &DitConfig, rank: usize) -> usize {
+pub(crate) fn lora_parameters(config: &DitConfig, rank: usize) -> usize {
     let width = config.width;
     let hidden = config.hidden();
     let block = (width + 3 * width) + (width + width) + 2 * (width + hidden) + (width + 6 * width);
@@ -44,7 +44,7 @@ fn block_activations(config: &DitConfig, batch: usize) -> usize {
 }
 
 /// Weights, gradients, two moments and an average of what learns, and all blocks' activations.
-pub(super) fn training_memory(
+pub(crate) fn training_memory(
     config: &DitConfig,
     learning: usize,
     optimisation: &Optimisation,
@@ -54,6 +54,6 @@ pub(super) fn training_memory(
 }
 
 /// Weights, and one block's activations.
-pub(super) fn inference_memory(config: &DitConfig, batch: usize) -> usize {
+pub(crate) fn inference_memory(config: &DitConfig, batch: usize) -> usize {
     4 * config.parameters() + block_activations(config, batch)
 }

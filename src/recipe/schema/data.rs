@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 
 use serde::{Serialize, Serializer};
 
-use super::diagnostic::{Diagnostic, Diagnostics};
-use super::document::{Document, Node, Value};
-use super::reader::{Section, Sink};
 use super::source::EmbeddedName;
 use crate::data::{
     DataError, Fit, HeldOut, IdxPictures, ImageFolder, Latents, Rule, Split, digits, fashion,
     with_cause,
 };
+use crate::recipe::document::diagnostic::{Diagnostic, Diagnostics};
+use crate::recipe::document::reader::{Section, Sink};
+use crate::recipe::document::{Document, Node, Value};
 
 /// A data set.
 #[derive(Clone, Debug, PartialEq)]
@@ -123,7 +123,7 @@ pub struct Shape {
 
 impl Shape {
     /// Whether a network is of such pictures.
-    pub(super) fn is(&self, channels: usize, side: usize, classes: usize) -> bool {
+    pub(crate) fn is(&self, channels: usize, side: usize, classes: usize) -> bool {
         (self.channels, self.side, self.classes) == (channels, side, classes)
     }
 }
@@ -220,7 +220,7 @@ impl Data {
     }
 
     /// Reads the key, given the names of the stages that extract latents; the digits where it is missing.
-    pub(super) fn read(section: &Section<'_>, extracts: &[String]) -> Option<Self> {
+    pub(crate) fn read(section: &Section<'_>, extracts: &[String]) -> Option<Self> {
         match section.table().get("data").map(|entry| &entry.node.value) {
             Some(Value::Table(_)) => section.section("data").optional().and_then(Self::table),
             _ => Some(
@@ -335,7 +335,7 @@ impl Data {
 
 impl Fashion {
     /// Whether a part is read from the files.
-    pub(super) fn needs_files(&self, split: Split) -> bool {
+    pub(crate) fn needs_files(&self, split: Split) -> bool {
         self.set == FashionSet::Whole || split == Split::Test
     }
 
@@ -343,7 +343,7 @@ impl Fashion {
     ///
     /// # Errors
     /// When they lie nowhere.
-    pub(super) fn files(&self) -> Result<PathBuf, DataError> {
+    pub(crate) fn files(&self) -> Result<PathBuf, DataError> {
         let found = self.folder.clone().or_else(fashion::folder);
         found.ok_or_else(|| {
             DataError::unexpected(

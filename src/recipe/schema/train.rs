@@ -4,10 +4,10 @@ use serde::Serialize;
 
 use super::data::Shape;
 use super::optimisation::{Optimisation, label_drop, positive};
-use super::reader::Section;
 use super::source::{Lineage, Source};
 use crate::models::zoo::PRESETS;
 use crate::models::{ClassifierConfig, DitConfig};
+use crate::recipe::document::reader::Section;
 
 /// `kind = "train"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -26,7 +26,7 @@ pub struct Train {
 }
 
 impl Train {
-    pub(super) fn read(
+    pub(crate) fn read(
         section: &Section<'_>,
         lineage: Lineage<'_>,
         data: Option<&Shape>,

@@ -6,13 +6,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
-use super::RecipeError;
-use super::data::Shape;
-use super::draw::{COLUMNS, Decoder, Draw, PICTURE_FILE, Share, byte, first_images, grid};
+use super::context::{Context, images};
 use super::evaluate_reference::ReferenceFiles;
-use super::sampling::{Against, Evaluate, Sample, Sampling};
 use super::speed::speeds;
-use super::stages::{Context, images};
 use crate::backend::Compute;
 use crate::data::{Samples, Split};
 use crate::evaluation::{
@@ -23,6 +19,10 @@ use crate::images::Images;
 use crate::models::{Classifier, ClassifierConfig, DitConfig};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::random::{self, Stream};
+use crate::recipe::RecipeError;
+use crate::recipe::draw::{COLUMNS, Decoder, Draw, PICTURE_FILE, Share, byte, first_images, grid};
+use crate::recipe::schema::data::Shape;
+use crate::recipe::schema::sample::{Against, Evaluate, Sample, Sampling};
 use crate::report::{Table, comparison_png, short, thousands};
 
 /// Images a classifier reads at once.
@@ -81,7 +81,7 @@ fn read<B: FusedOps>(
 }
 
 /// Share of samples that a classifier reads right.
-pub(super) fn accuracy<B: FusedOps>(
+pub(crate) fn accuracy<B: FusedOps>(
     classifier: &Classifier<B>,
     config: &ClassifierConfig,
     (samples, shape): (&dyn Samples, &Shape),
@@ -168,7 +168,7 @@ pub struct Verdict {
 }
 
 /// File of the verdicts, in the stage's folder.
-pub(super) const EVALUATION: &str = "eval.json";
+pub(crate) const EVALUATION: &str = "eval.json";
 
 /// `eval.json`.
 #[derive(Debug, Serialize)]
@@ -179,8 +179,8 @@ struct Evaluation<'a> {
 
 /// What is read back of `eval.json`.
 #[derive(Debug, Deserialize)]
-pub(super) struct Evaluated {
-    pub(super) verdicts: Vec<Verdict>,
+pub(crate) struct Evaluated {
+    pub(crate) verdicts: Vec<Verdict>,
 }
 
 /// What a number can only be compared under.
@@ -200,7 +200,7 @@ struct Protocol<'a> {
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
-    pub(super) fn sample(
+    pub(crate) fn sample(
         &self,
         stage: &str,
         sample: &Sample,
@@ -230,7 +230,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 
     /// The autoencoder of a stage whose model draws latents.
-    pub(super) fn decoder(
+    pub(crate) fn decoder(
         &self,
         vae: Option<&Path>,
         model: &DitConfig,
@@ -256,7 +256,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(path)
     }
 
-    pub(super) fn evaluate(
+    pub(crate) fn evaluate(
         &self,
         stage: &str,
         evaluate: &Evaluate,
@@ -418,7 +418,7 @@ fn statistics(features: &Features) -> Result<Statistics, RecipeError> {
 }
 
 /// Every sample of an evaluation is drawn by itself.
-pub(super) fn not_whole(stage: &str) -> RecipeError {
+pub(crate) fn not_whole(stage: &str) -> RecipeError {
     RecipeError::Stage {
         stage: stage.to_owned(),
         problem: "its samples are not all drawn".into(),
@@ -426,7 +426,7 @@ pub(super) fn not_whole(stage: &str) -> RecipeError {
 }
 
 /// A model's name as a folder: the last part of a path, without what file systems dislike.
-pub(super) fn file_name(name: &str) -> String {
+pub(crate) fn file_name(name: &str) -> String {
     let last = name.rsplit(['/', '\\']).next().unwrap_or(name);
     last.replace(':', "-")
 }

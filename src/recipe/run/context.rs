@@ -7,36 +7,39 @@ use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::{Tensor, TensorData};
 use sha2::{Digest, Sha256};
 
-use super::RecipeError;
 use super::directory::RunDirectory;
 use super::models::{MODEL, checkpoint};
-use super::optimisation::Optimisation;
-use super::plan::PlannedStage;
-use super::schema::{Recipe, Stage};
-use super::train::Train;
 use crate::data::{BatchPlan, BatchSource, Batches, Split, Teacher};
 use crate::models::{Architecture, Classifier, DitConfig, Network, initialise};
 use crate::ops::TrainingBackend;
 use crate::process::GaussianDiffusion;
+use crate::recipe::RecipeError;
+use crate::recipe::plan::PlannedStage;
+use crate::recipe::schema::optimisation::Optimisation;
+use crate::recipe::schema::train::Train;
+use crate::recipe::schema::{Recipe, Stage};
 use crate::recovery::Student;
 use crate::training::{About, ClassifierTrainee, Fit, Fitted, Observe, ParameterGroup, Plan, fit};
 use crate::weights::{Checkpoint, Provenance, assign, collect};
 
 /// What every stage needs.
-pub(super) struct Context<'a, B: AutodiffBackend> {
-    pub(super) recipe: &'a Recipe,
-    pub(super) directory: &'a RunDirectory,
-    pub(super) device: &'a B::Device,
-    pub(super) resume: bool,
-    pub(super) plain: bool,
+pub(crate) struct Context<'a, B: AutodiffBackend> {
+    pub(crate) recipe: &'a Recipe,
+    pub(crate) directory: &'a RunDirectory,
+    pub(crate) device: &'a B::Device,
+    pub(crate) resume: bool,
+    pub(crate) plain: bool,
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
-    pub(super) fn load(&self, source: &super::source::Source) -> Result<Checkpoint, RecipeError> {
+    pub(crate) fn load(
+        &self,
+        source: &crate::recipe::schema::source::Source,
+    ) -> Result<Checkpoint, RecipeError> {
         checkpoint(self.recipe, self.directory, source)
     }
 
-    pub(super) fn train(
+    pub(crate) fn train(
         &self,
         stage: &Stage,
         planned: &PlannedStage,
@@ -143,7 +146,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 
     #[allow(clippy::too_many_arguments)] // The one place where all of a training's parts meet.
-    pub(super) fn fit<M>(
+    pub(crate) fn fit<M>(
         &self,
         model: M,
         plan: Plan,
@@ -202,7 +205,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         }
     }
 
-    pub(super) fn source(
+    pub(crate) fn source(
         &self,
         config: &DitConfig,
         optimisation: &Optimisation,
@@ -222,7 +225,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(BatchSource::new(plan, self.part(Split::Train)?))
     }
 
-    pub(super) fn plan(
+    pub(crate) fn plan(
         &self,
         stage: &Stage,
         optimisation: &Optimisation,
@@ -269,7 +272,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         })
     }
 
-    pub(super) fn provenance(
+    pub(crate) fn provenance(
         &self,
         stage: &str,
         method: &str,
@@ -315,7 +318,7 @@ fn hex(hash: &[u8]) -> String {
 }
 
 /// A tensor of images.
-pub(super) fn images<B: burn::tensor::backend::Backend>(
+pub(crate) fn images<B: burn::tensor::backend::Backend>(
     pixels: Vec<f32>,
     shape: [usize; 4],
     device: &B::Device,

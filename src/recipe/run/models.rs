@@ -4,19 +4,19 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use super::RecipeError;
 use super::directory::RunDirectory;
-use super::embedded;
-use super::public::public_file;
-use super::schema::Recipe;
-use super::source::{FileSource, Source};
+use crate::recipe::RecipeError;
+use crate::recipe::embedded;
+use crate::recipe::published::public_file;
+use crate::recipe::schema::Recipe;
+use crate::recipe::schema::source::{FileSource, Source};
 use crate::weights::{Checkpoint, Stated, WeightsError};
 
 /// File of a stage's model, in the stage's folder.
-pub(super) const MODEL: &str = "model.safetensors";
+pub(crate) const MODEL: &str = "model.safetensors";
 
 /// The folder of a stage.
-pub(super) fn stage_folder(
+pub(crate) fn stage_folder(
     recipe: &Recipe,
     directory: &RunDirectory,
     stage: &str,
@@ -28,7 +28,7 @@ pub(super) fn stage_folder(
 }
 
 /// Reads the checkpoint a source names.
-pub(super) fn checkpoint(
+pub(crate) fn checkpoint(
     recipe: &Recipe,
     directory: &RunDirectory,
     source: &Source,

@@ -4,21 +4,30 @@
 //! from, so a run never looks at the document again. Written back with [`Recipe::to_toml`] it is a
 //! recipe that says the same with nothing left implicit.
 
+pub mod data;
+pub mod extract;
+pub mod optimisation;
+pub mod prune;
+pub mod recover;
+pub mod sample;
+pub mod source;
+pub mod train;
+
 use std::path::Path;
 
 use serde::Serialize;
 
-use super::data::{Data, Shape};
-use super::diagnostic::Diagnostics;
+use self::data::{Data, Shape};
+use self::extract::Extract;
+use self::optimisation::Optimisation;
+use self::prune::{Prune, PruneMethod};
+use self::recover::Recover;
+use self::sample::{Evaluate, Sample};
+use self::source::{HEADS, Lineage, Listing};
+use self::train::Train;
+use super::document::diagnostic::Diagnostics;
+use super::document::reader::{Section, Sink};
 use super::document::{Document, string_in, title};
-use super::extract::Extract;
-use super::optimisation::Optimisation;
-use super::prune::{Prune, PruneMethod};
-use super::reader::{Section, Sink};
-use super::recover::Recover;
-use super::sampling::{Evaluate, Sample};
-use super::source::{HEADS, Lineage, Listing};
-use super::train::Train;
 use crate::backend::{BackendKind, Compute};
 
 /// A validated recipe.
@@ -38,7 +47,7 @@ use crate::backend::{BackendKind, Compute};
 /// document.set("stage.prune.steps=200");
 /// let recipe = Recipe::from_document(&document)?;
 /// assert_eq!(recipe.name, "tiny");
-/// # Ok::<(), tinyfusion::recipe::diagnostic::Diagnostics>(())
+/// # Ok::<(), super::document::diagnostic::Diagnostics>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Recipe {

@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 
 use burn_ndarray::{NdArray, NdArrayDevice};
 use tinyfusion::models::{Architecture, position_table, zoo};
-use tinyfusion::weights::{
-    Array, Checkpoint, Conversion, Provenance, StateDict, WeightFile, convert,
-};
+use tinyfusion::state::{Array, StateDict};
+use tinyfusion::weights::{Checkpoint, Conversion, Provenance, WeightFile, convert};
 
 /// Peak over the file's size that is allowed.
 const MOST: f64 = 1.3;

@@ -19,8 +19,8 @@ use tinyfusion::process::GaussianDiffusion;
 use tinyfusion::pruning::{Group, draw};
 use tinyfusion::random::{self, Stream};
 use tinyfusion::recovery::Student;
+use tinyfusion::state::{assign, collect};
 use tinyfusion::training::Ema;
-use tinyfusion::weights::{assign, collect};
 
 // As the program does: memory that a step frees is there for the next.
 #[global_allocator]

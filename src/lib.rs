@@ -51,6 +51,7 @@ pub mod recovery;
 pub mod report;
 #[cfg(feature = "ndarray")]
 pub mod standin;
+pub mod state;
 pub mod terminal;
 pub mod training;
 pub mod trunk;

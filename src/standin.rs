@@ -17,7 +17,8 @@ use crate::models::vae::VaeConfig;
 use crate::models::{DitConfig, Vae, position_table};
 use crate::random::{self, Stream};
 use crate::recipe::RecipeError;
-use crate::weights::{Array, StateDict, names, write_safetensors, write_torch};
+use crate::state::{Array, StateDict, names};
+use crate::weights::{write_safetensors, write_torch};
 
 /// Images, in equal parts of [`CLASSES`] classes.
 pub const IMAGES: usize = 64;

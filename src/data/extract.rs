@@ -17,7 +17,7 @@ use crate::images::{PictureError, center_crop, read_then, to_chw};
 use crate::models::vae::{Vae, VaeConfig};
 use crate::ops::FusedOps;
 use crate::random::{self, Stream};
-use crate::weights::floats;
+use crate::state::floats;
 
 /// File that says how a folder of latents is made, so that nobody goes on with it in another way.
 const JOB: &str = "extraction.json";

@@ -160,7 +160,8 @@ mod tests {
     use super::*;
     use crate::images::Images;
     use crate::models::inception::formula_weights;
-    use crate::weights::{Tensors, WeightsError, read_inception, write_torch};
+    use crate::state::{Tensors, WeightsError};
+    use crate::weights::{read_inception, write_torch};
 
     /// The network of the formula's weights, by way of a file.
     static INCEPTION: LazyLock<Inception<NdArray>> = LazyLock::new(|| {

@@ -31,7 +31,7 @@ use thiserror::Error;
 
 use crate::images::PictureError;
 use crate::models::inception::UnreadablePictures;
-use crate::weights::WeightsError;
+use crate::state::WeightsError;
 
 mod adm;
 mod archive;

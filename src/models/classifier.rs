@@ -216,7 +216,7 @@ mod tests {
             let classifier = Classifier::<B>::zeros(&config, &Default::default());
             let mut tensors = config.tensors();
             tensors.sort();
-            let state = crate::weights::collect::<B, _>(&classifier);
+            let state = crate::state::collect::<B, _>(&classifier);
             let there: Vec<_> = (state.iter())
                 .map(|(name, array)| (name.clone(), array.shape.clone()))
                 .collect();

@@ -1,7 +1,7 @@
 //! Initial weights, by parameter name and shape, from the keyed host generator.
 
 use crate::random::{self, Stream};
-use crate::weights::{Array, StateDict};
+use crate::state::{Array, StateDict};
 
 /// Fills a state dict of a fresh network: DiT's rules (Xavier for linear layers and patches, 0.02 normals for the
 /// embedders, zeros for modulations and the final projection) and Kaiming for the classifier's ReLU layers.

@@ -96,7 +96,7 @@ impl<B: FusedOps> Convolution<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::{StateDict, assign, names};
+    use crate::state::{StateDict, assign, names};
     use burn_ndarray::NdArray;
 
     #[test]
@@ -108,7 +108,7 @@ mod tests {
         };
         let whole = Convolution::zeros(1, 1, [1; 2], Window::padded([0; 2]), &device);
         assert_eq!(named(&whole), ["weight", "bias"]);
-        let mut state: StateDict = crate::weights::collect::<NdArray, _>(&whole);
+        let mut state: StateDict = crate::state::collect::<NdArray, _>(&whole);
         for (array, value) in state.values_mut().zip([5.0, 2.0]) {
             array.data.fill(value); // bias, weight
         }

@@ -416,8 +416,8 @@ mod tests {
 
     use super::*;
     use crate::models::{DitConfig, Network, initialise};
+    use crate::state::{assign, collect};
     use crate::trunk::Plain;
-    use crate::weights::{assign, collect};
 
     thread_local! {
         /// What a test sets instead of the process: others run beside it.
@@ -477,8 +477,8 @@ mod tests {
         assert_eq!((out.dtype(), gradient.dtype()), (DType::F32, DType::F32));
         COMPUTE.set(None);
         (
-            crate::weights::floats(out.into_data()),
-            crate::weights::floats(gradient.into_data()),
+            crate::state::floats(out.into_data()),
+            crate::state::floats(gradient.into_data()),
         )
     }
 

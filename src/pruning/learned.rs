@@ -15,9 +15,9 @@ use crate::data::Batch;
 use crate::models::{Network, initialise_lora};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::process::{GaussianDiffusion, Terms};
+use crate::state::{collect, overlay};
 use crate::training::{Scalars, StepReport};
 use crate::trunk::Gated;
-use crate::weights::{collect, overlay};
 
 /// The weight update that is learned beside the gates, to estimate how well a choice would recover.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::schema::source::EmbeddedName;
-use crate::weights::{Checkpoint, WeightsError};
+use crate::state::WeightsError;
+use crate::weights::Checkpoint;
 
 /// Reads an embedded checkpoint.
 ///

@@ -47,7 +47,7 @@ pub enum RecipeError {
     Run(String),
     /// Weights.
     #[error(transparent)]
-    Weights(#[from] crate::weights::WeightsError),
+    Weights(#[from] crate::state::WeightsError),
     /// Training.
     #[error(transparent)]
     Training(#[from] crate::training::TrainingError),

@@ -12,9 +12,9 @@ use super::ema::Ema;
 use super::optimizer::{AdamW, Moments};
 use super::{TrainingError, strategy::Plan};
 use crate::data::with_cause;
+use crate::state::{Array, StateDict, collect, floats, names, overlay};
 use crate::weights::{
-    Array, Description, EMA, FIXED, MODEL, MOMENTS, StateDict, TRAINING, collect, floats, names,
-    overlay, read_safetensors, write_safetensors,
+    Description, EMA, FIXED, MODEL, MOMENTS, TRAINING, read_safetensors, write_safetensors,
 };
 
 /// Where a training stands. Data order, noise and learning rate are functions of the step, so the step is all of
@@ -312,7 +312,7 @@ impl<B: TrainingBackend, F: Each<B>> ModuleVisitor<B> for Learning<F> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         if param.val().is_require_grad() {
             self.each
-                .each(crate::weights::reference_name(&self.path.join(".")), param);
+                .each(crate::state::reference_name(&self.path.join(".")), param);
         }
     }
 }

@@ -30,7 +30,7 @@ pub use schedule::Schedule;
 pub use strategy::{About, Plan};
 
 use crate::data::DataError;
-use crate::weights::WeightsError;
+use crate::state::WeightsError;
 
 /// Where the last checkpoint lies, if one was made.
 fn last_checkpoint(directory: &std::path::Path) -> String {

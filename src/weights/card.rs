@@ -5,8 +5,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{Checkpoint, Conversion, Provenance, WeightsError};
+use super::{Checkpoint, Conversion, Provenance};
 use crate::report::{rounded, short};
+use crate::state::WeightsError;
 
 /// The card, as Markdown with the header that model hubs read.
 pub(super) fn card(

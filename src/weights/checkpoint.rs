@@ -10,15 +10,14 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::WeightFile;
 use super::infer::{self, Heads};
 use super::layout::{DiffusersConfig, from_diffusers, is_diffusers};
 use super::opened::Opened;
 use super::safetensors::{open, write_safetensors};
-use super::state::encode;
-use super::tensors::{Bytes, Tensors};
-use super::{WeightFile, WeightsError, assign, collect};
 use crate::models::{Architecture, Classifier, ClassifierConfig, DitConfig, Network, zoo};
 use crate::process::ProcessKind;
+use crate::state::{Bytes, Tensors, WeightsError, assign, collect, encode};
 
 /// Metadata keys of our files.
 pub(super) const ARCHITECTURE: &str = "tinyfusion.architecture";

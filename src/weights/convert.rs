@@ -12,10 +12,11 @@ use super::layout::{diffusers_config, to_diffusers};
 use super::safetensors::write_safetensors;
 use super::shards::write_shards;
 use super::torch::write_torch;
-use super::{Checkpoint, WeightFile, WeightsError};
+use super::{Checkpoint, WeightFile};
 use crate::atomic::{write_atomic, write_folder};
 use crate::models::Architecture;
 use crate::process::ProcessKind;
+use crate::state::WeightsError;
 
 /// Endings of forms that people have models in, and that are not written.
 const UNKNOWN_FORMS: [&str; 9] = [
@@ -183,7 +184,8 @@ mod tests {
     use super::*;
     use crate::models::{DitConfig, position_table};
     use crate::random::{self, Stream};
-    use crate::weights::{Array, Provenance, StateDict, Stated, Tensors, open_torch};
+    use crate::state::{Array, StateDict, Tensors};
+    use crate::weights::{Provenance, Stated, open_torch};
 
     fn config() -> DitConfig {
         DitConfig {

@@ -3,10 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::misfits::some;
-use super::tensors::Tensors;
-use super::{Misfits, WeightsError};
 use crate::models::{ClassifierConfig, DitConfig, zoo};
+use crate::state::{Misfits, Tensors, WeightsError, some};
 
 /// Heads of a model, which no tensor tells.
 #[derive(Debug, Clone, Copy, Default)]

@@ -9,10 +9,8 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::state::Array;
-use super::tensors::{Stored, Tensors};
-use super::{Misfits, WeightsError};
 use crate::models::{DitConfig, position_table};
+use crate::state::{Array, Misfits, Stored, Tensors, WeightsError};
 
 /// Names outside the blocks: the reference's, and diffusers'.
 const ENDS: [(&str, &str); 6] = [

@@ -7,9 +7,9 @@ use std::io::{self, BufRead, BufReader, Read, Seek};
 use std::path::Path;
 
 use super::pickle::{Node, Pickle};
-use super::tensors::{Bytes, Stored, Tensors, size_of_value};
 use super::torch::{MOST, process, wanted};
 use crate::process::ProcessKind;
+use crate::state::{Bytes, Stored, Tensors, size_of_value};
 
 /// The first pickle: protocol 2, the magic number 0x1950a86a20f9469cfc6c as a long of ten bytes, the end.
 const BEGINNING: &[u8; 15] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e";

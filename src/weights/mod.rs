@@ -11,16 +11,12 @@ mod convert;
 mod infer;
 mod layout;
 mod legacy;
-mod misfits;
-mod module;
 mod networks;
 mod opened;
 mod pickle;
 mod safetensors;
 mod shards;
 mod snapshot;
-mod state;
-mod tensors;
 mod torch;
 
 #[cfg(test)]
@@ -28,20 +24,18 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 
-use thiserror::Error;
-
 pub use checkpoint::{Checkpoint, Description, Provenance, Stated};
 pub use convert::{Conversion, convert};
-pub(crate) use misfits::Misfits;
-pub use module::{ParameterName, assign, collect, names, reference_name};
-pub(crate) use module::{floats, overlay};
 pub use networks::{Known, file_sha256, read_inception, read_vae, vae_config};
 use opened::Opened;
 pub use safetensors::{open_safetensors, read_safetensors, write_safetensors};
 pub(crate) use snapshot::{EMA, FIXED, MODEL, MOMENTS, TRAINING};
-pub use state::{Array, StateDict, TensorSource};
-pub use tensors::{Stored, Tensors};
 pub use torch::{open_torch, write_torch};
+
+pub use crate::state::{
+    Array, ParameterName, StateDict, Stored, TensorSource, Tensors, WeightsError, assign, collect,
+    names, reference_name,
+};
 
 /// A kind of file that weights are read from, known by its ending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,54 +141,3 @@ pub(crate) const OTHER_FOLDER_NAMES: [&str; 3] = [
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.fp16.safetensors.index.json",
 ];
-
-/// What can go wrong with a weight file.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum WeightsError {
-    /// The file can't be read or written.
-    #[error("{path}: {source}", path = path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// The file is not what its name says.
-    #[error("{path}: not a readable {expected} file: {found}", path = path.display())]
-    Format {
-        /// The file.
-        path: PathBuf,
-        /// The format expected.
-        expected: &'static str,
-        /// What was wrong.
-        found: String,
-    },
-    /// The file's weights do not fit the model.
-    #[error("{path}: the weights do not fit {model}:\n{problems}", path = path.display())]
-    Mismatch {
-        /// The file.
-        path: PathBuf,
-        /// The model the weights were meant for.
-        model: String,
-        /// One line for each parameter that is missing, surplus or misshapen.
-        problems: String,
-    },
-    /// The file says nothing, or nothing usable, of the model it holds.
-    #[error("{path}: {problem}", path = path.display())]
-    Model {
-        /// The file.
-        path: PathBuf,
-        /// What is missing or wrong.
-        problem: String,
-    },
-}
-
-impl WeightsError {
-    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
-        move |source| Self::Io {
-            path: path.to_owned(),
-            source,
-        }
-    }
-}

@@ -6,10 +6,11 @@ use burn::tensor::backend::Backend;
 use sha2::{Digest, Sha256};
 
 use super::checkpoint::CONFIG;
-use super::{WeightFile, WeightsError, assign, open_weights};
+use super::{WeightFile, open_weights};
 use crate::atomic::open_file;
 use crate::models::inception::Inception;
 use crate::models::vae::{Vae, VaeConfig, rename_attention};
+use crate::state::{WeightsError, assign};
 
 /// A network, what it was read from, and by which others know it again.
 #[derive(Debug)]

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::WeightFile;
 use super::safetensors::open_safetensors;
 use super::shards::open_shards;
 use super::snapshot::{self, is_snapshot};
-use super::tensors::Tensors;
 use super::torch::open_said;
-use super::{WeightFile, WeightsError};
 use crate::process::ProcessKind;
+use crate::state::{Tensors, WeightsError};
 
 /// What a file holds.
 pub(super) struct Opened {

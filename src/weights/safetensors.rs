@@ -9,11 +9,9 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::state::encode;
-use super::tensors::{Bytes, Stored, Tensors, size_of_value};
 use super::torch::is_counter;
-use super::{StateDict, WeightsError};
 use crate::atomic::{open_file, write_atomic};
+use crate::state::{Bytes, StateDict, Stored, Tensors, WeightsError, encode, size_of_value};
 
 /// The file begins with the size of its header.
 const SIZE: usize = 8;
@@ -198,7 +196,7 @@ pub(super) fn encoded(tensor: &Stored, dtype: Option<Dtype>) -> io::Result<Vec<u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::Array;
+    use crate::state::Array;
 
     #[test]
     fn what_is_written_is_what_the_formats_library_reads() {

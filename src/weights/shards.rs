@@ -7,11 +7,9 @@ use std::path::{Component, Path, PathBuf};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
-use super::WeightsError;
-use super::misfits::some;
 use super::safetensors::{cause, encoded, open_safetensors, write_safetensors};
-use super::tensors::{Tensors, size_of_value};
 use crate::atomic::write_atomic;
+use crate::state::{Tensors, WeightsError, size_of_value, some};
 
 /// What is read of an index.
 #[derive(Serialize, Deserialize)]
@@ -177,7 +175,7 @@ fn holds(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::{Array, StateDict};
+    use crate::state::{Array, StateDict};
 
     #[test]
     fn tensors_come_from_the_files_that_the_index_names() {

@@ -6,10 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use super::WeightsError;
 use super::checkpoint::ARCHITECTURE;
-use super::misfits::some;
-use super::tensors::Tensors;
+use crate::state::{Tensors, WeightsError, some};
 
 /// Metadata key of a training's position, which no other file has.
 pub(crate) const TRAINING: &str = "tinyfusion.training";

@@ -13,12 +13,12 @@ use zip::result::ZipError;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, DateTime, ZipArchive, ZipWriter};
 
+use super::legacy;
 use super::pickle::{Id, Node, Pickle};
 use super::safetensors::{encoded, write_tensors};
-use super::tensors::{Bytes, Stored, Tensors, size_of_value};
-use super::{WeightsError, legacy};
 use crate::atomic::{Bounded, open_file};
 use crate::process::ProcessKind;
+use crate::state::{Bytes, Stored, Tensors, WeightsError, size_of_value};
 
 /// Where a training checkpoint keeps its weights, best first: published samples come from the EMA.
 const PRECEDENCE: [&str; 2] = ["ema", "model"];
@@ -423,7 +423,7 @@ fn state_dict(tensors: &Tensors, dtype: Option<Dtype>) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::{Array, StateDict};
+    use crate::state::{Array, StateDict};
 
     #[test]
     fn what_is_written_is_read() {

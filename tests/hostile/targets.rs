@@ -15,8 +15,9 @@ use tinyfusion::recipe::document::Document;
 use tinyfusion::recipe::plan::Plan;
 use tinyfusion::recipe::run::directory::RunDirectory;
 use tinyfusion::recipe::schema::Recipe;
+use tinyfusion::state::collect;
 use tinyfusion::training::JsonLines;
-use tinyfusion::weights::{Checkpoint, Conversion, Stated, collect, convert, open_torch, read_vae};
+use tinyfusion::weights::{Checkpoint, Conversion, Stated, convert, open_torch, read_vae};
 
 use super::mutation::Form;
 

@@ -14,8 +14,9 @@ use tinyfusion::data::{
 };
 use tinyfusion::models::{Classifier, ClassifierConfig};
 use tinyfusion::process::GaussianDiffusion;
+use tinyfusion::state::collect;
 use tinyfusion::training::{About, ClassifierTrainee, Fit, Fitted, Plan, TrainingError, fit};
-use tinyfusion::weights::{collect, read_vae};
+use tinyfusion::weights::read_vae;
 
 use super::mutation::Form;
 use super::targets::{Seen, Target, bits, fixtures, hashed, latents, put, target, told};

@@ -9,7 +9,8 @@ use burn::tensor::{Int, Tensor, TensorData};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use tinyfusion::models::{DitConfig, Network};
-use tinyfusion::weights::{Array, StateDict, assign, names, open_torch, read_safetensors};
+use tinyfusion::state::{Array, StateDict, assign, names};
+use tinyfusion::weights::{open_torch, read_safetensors};
 
 /// A tensor of a fixture: values as f64, whatever they were stored as.
 #[derive(Debug, Clone)]

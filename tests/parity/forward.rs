@@ -6,8 +6,9 @@ use tinyfusion::models::{Network, timestep_features, zoo};
 use tinyfusion::ops::TrainingBackend;
 use tinyfusion::process::{GaussianDiffusion, Guidance, guided};
 use tinyfusion::pruning::{Annealing, Groups, LearnedPruner, Update};
+use tinyfusion::state::{assign, names};
 use tinyfusion::trunk::{Block, BlockHook, Gated, Plain, Site};
-use tinyfusion::weights::{assign, names, open_torch};
+use tinyfusion::weights::open_torch;
 
 use crate::compare::Rule;
 use crate::fixture::{File, Group, config, dropped, f64_of, gradients, network, usize_of};

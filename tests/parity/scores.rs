@@ -1,6 +1,6 @@
 use tinyfusion::ops::TrainingBackend;
 use tinyfusion::pruning::{Score, ScoreBatch, keep_by_scores, score};
-use tinyfusion::weights::collect;
+use tinyfusion::state::collect;
 
 use crate::compare::Rule;
 use crate::fixture::{Group, config, network, usize_of, usizes_of};

@@ -10,8 +10,8 @@ use tinyfusion::ops::TrainingBackend;
 use tinyfusion::process::GaussianDiffusion;
 use tinyfusion::pruning::{Annealing, Groups, LearnedPruner, Update};
 use tinyfusion::recovery::Student;
+use tinyfusion::state::{StateDict, assign, collect, names};
 use tinyfusion::training::{AdamW, Ema, ParameterGroup, Schedule};
-use tinyfusion::weights::{StateDict, assign, collect, names};
 
 use crate::compare::{Rule, values};
 use crate::fixture::{File, Group, config, dropped, f64_of, network, usize_of, usizes_of};

@@ -6,7 +6,7 @@ use std::path::Path;
 use burn::tensor::{Tensor, backend::Backend};
 use tinyfusion::models::vae::{self, Posterior, Vae, VaeConfig, rename_attention};
 use tinyfusion::ops::FusedOps;
-use tinyfusion::weights::{StateDict, assign, names};
+use tinyfusion::state::{StateDict, assign, names};
 
 use crate::compare::{Largest, values};
 use crate::fixture::{File, Group, Values, f64_of, usize_of, usizes_of};
@@ -188,7 +188,7 @@ pub fn vae_zoo<B: FusedOps>(_: f64) {
 
     // Arrays without values: only shapes are looked at.
     let state = |shapes: &BTreeMap<String, Vec<usize>>| -> StateDict {
-        let array = |shape: &Vec<usize>| tinyfusion::weights::Array {
+        let array = |shape: &Vec<usize>| tinyfusion::state::Array {
             shape: shape.clone(),
             data: Vec::new(),
         };

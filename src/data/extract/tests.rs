@@ -8,7 +8,7 @@ use image::{Rgb, RgbImage};
 use super::*;
 use crate::data::Latents;
 use crate::images::read_rgb;
-use crate::weights::{assign, collect};
+use crate::state::{assign, collect};
 
 /// An autoencoder of two levels with random weights.
 fn vae() -> (Vae<NdArray>, VaeConfig) {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::ops::Window;
-use crate::weights::{Array, StateDict};
+use crate::state::{Array, StateDict};
 
 /// A convolution without a bias, a batch normalisation and a ReLU.
 #[derive(Debug, Clone, Copy)]

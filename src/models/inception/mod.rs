@@ -21,7 +21,7 @@ pub use self::layers::{CLASSES, POOLED, formula_weights, shapes};
 use self::layers::{LAYERS, Layer};
 use crate::images::Images;
 use crate::ops::{FusedOps, Window};
-use crate::weights::{Misfits, StateDict, WeightsError};
+use crate::state::{Misfits, StateDict, WeightsError};
 
 /// Side of the images the network reads.
 pub const SIDE: usize = 299;
@@ -415,11 +415,11 @@ mod tests {
             .map(|(name, shape)| {
                 let shape = if name == "fc.bias" { vec![7] } else { shape };
                 let data = Vec::new();
-                (name, crate::weights::Array { shape, data })
+                (name, crate::state::Array { shape, data })
             })
             .collect();
         state.remove("Mixed_6d.branch1x1.bn.running_var");
-        let empty = crate::weights::Array::new([0], Vec::new());
+        let empty = crate::state::Array::new([0], Vec::new());
         state.insert(
             "Mixed_6d.branch1x1.bn.num_batches_tracked".to_owned(),
             empty.clone(),

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::weights::StateDict;
+use crate::state::StateDict;
 
 /// Sizes of a [`Vae`](super::Vae), under diffusers' names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -213,7 +213,7 @@ fn read<T: serde::de::DeserializeOwned>(
 /// `to_q`, `to_k`, `to_v` and `to_out.0`, and weights kept as 1 x 1 convolutions, `[C, C, 1, 1]`, become `[C, C]`.
 ///
 /// A name that is there already is not written over; its older twin then stays, for
-/// [`assign`](crate::weights::assign) to refuse.
+/// [`assign`](crate::state::assign) to refuse.
 pub fn rename_attention(state: &mut StateDict) {
     const RENAMED: [(&str, &str); 4] = [
         ("query", "to_q"),
@@ -252,7 +252,7 @@ pub fn rename_attention(state: &mut StateDict) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::Array;
+    use crate::state::Array;
 
     #[test]
     fn every_value_that_would_change_the_computation_is_refused_at_once() {

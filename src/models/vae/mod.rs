@@ -131,7 +131,7 @@ impl<B: Backend> Posterior<B> {
 /// truncated, as the samplers of DiT write their archives.
 pub fn pixels<B: Backend>(images: Tensor<B, 4>) -> Images {
     let [batch, channels, height, width] = images.dims();
-    let values = crate::weights::floats((images * 127.5 + 128.0).permute([0, 2, 3, 1]).into_data());
+    let values = crate::state::floats((images * 127.5 + 128.0).permute([0, 2, 3, 1]).into_data());
     // `as` saturates and truncates; what is not a number becomes black.
     let bytes = values.into_iter().map(|value| value as u8).collect();
     Images::new(bytes, [batch, height, width, channels]).expect("a permutation keeps the count")

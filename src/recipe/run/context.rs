@@ -19,8 +19,9 @@ use crate::recipe::schema::optimisation::Optimisation;
 use crate::recipe::schema::train::Train;
 use crate::recipe::schema::{Recipe, Stage};
 use crate::recovery::Student;
+use crate::state::{assign, collect};
 use crate::training::{About, ClassifierTrainee, Fit, Fitted, Observe, ParameterGroup, Plan, fit};
-use crate::weights::{Checkpoint, Provenance, assign, collect};
+use crate::weights::{Checkpoint, Provenance};
 
 /// What every stage needs.
 pub(crate) struct Context<'a, B: AutodiffBackend> {

@@ -21,8 +21,9 @@ use crate::recipe::plan::prune_method;
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::prune::{Learned, Prune, PruneMethod, Scored};
 use crate::report::{self, DecisionGroup, DecisionHistory, decision_svg};
+use crate::state::names;
 use crate::training::{JsonLines, OnStep, ParameterGroup, TrainingError};
-use crate::weights::{Checkpoint, names};
+use crate::weights::Checkpoint;
 
 impl<B: TrainingBackend> Context<'_, B> {
     pub(crate) fn prune(

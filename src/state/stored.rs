@@ -13,8 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use safetensors::Dtype;
 
-use super::state::{Array, StateDict, encode, floats};
-use super::{TensorSource, WeightsError};
+use super::{Array, StateDict, TensorSource, WeightsError, decode, encode};
 
 /// Bytes that are read at once where a stretch is only compared with its checksum.
 const PIECE: u64 = 1 << 20;
@@ -40,25 +39,25 @@ enum Store {
 
 /// Bytes that tensors lie in: a file, or memory.
 #[derive(Debug, Clone)]
-pub(super) struct Bytes(Arc<Store>);
+pub(crate) struct Bytes(Arc<Store>);
 
 impl Bytes {
-    pub(super) fn file(path: &Path, file: File) -> Self {
+    pub(crate) fn file(path: &Path, file: File) -> Self {
         Self(Arc::new(Store::File(path.to_owned(), Mutex::new(file))))
     }
 
     /// Bytes in memory; `path` is for messages.
-    pub(super) fn memory(path: &Path, bytes: Vec<u8>) -> Self {
+    pub(crate) fn memory(path: &Path, bytes: Vec<u8>) -> Self {
         Self(Arc::new(Store::Memory(path.to_owned(), bytes)))
     }
 
     /// Bytes inside the binary; `path` is for messages.
-    pub(super) fn embedded(path: &Path, bytes: &'static [u8]) -> Self {
+    pub(crate) fn embedded(path: &Path, bytes: &'static [u8]) -> Self {
         Self(Arc::new(Store::Embedded(path.to_owned(), bytes)))
     }
 
     /// The same bytes, of which the `length` from `start` on are compared with their CRC-32 before any of them is used.
-    pub(super) fn stated(&self, start: u64, length: u64, crc32: u32) -> Self {
+    pub(crate) fn stated(&self, start: u64, length: u64, crc32: u32) -> Self {
         Self(Arc::new(Store::Stated {
             all: self.clone(),
             start,
@@ -93,7 +92,7 @@ impl Bytes {
     }
 
     /// Fills `out` from the bytes at `start`.
-    pub(super) fn read(&self, start: u64, out: &mut [u8]) -> Result<(), WeightsError> {
+    pub(crate) fn read(&self, start: u64, out: &mut [u8]) -> Result<(), WeightsError> {
         fn copy(bytes: &[u8], start: u64, out: &mut [u8]) -> io::Result<()> {
             let start = usize::try_from(start).ok();
             let range = start.and_then(|start| bytes.get(start..start.checked_add(out.len())?));
@@ -206,7 +205,7 @@ pub struct Stored {
 
 impl Stored {
     /// A dense tensor at a byte of `bytes`.
-    pub(super) fn dense(shape: Vec<usize>, dtype: Dtype, bytes: &Bytes, start: u64) -> Self {
+    pub(crate) fn dense(shape: Vec<usize>, dtype: Dtype, bytes: &Bytes, start: u64) -> Self {
         let mut strides = vec![1usize; shape.len()];
         for i in (1..shape.len()).rev() {
             // A tensor without values may state any other sizes.
@@ -216,7 +215,7 @@ impl Stored {
     }
 
     /// A strided view whose first value is at a byte of `bytes`; the caller has checked that all of it lies inside.
-    pub(super) fn strided(
+    pub(crate) fn strided(
         shape: Vec<usize>,
         strides: Vec<usize>,
         dtype: Dtype,
@@ -237,7 +236,7 @@ impl Stored {
     }
 
     /// Values in memory.
-    pub(super) fn values(array: Array) -> Self {
+    pub(crate) fn values(array: Array) -> Self {
         let bytes = Bytes(Arc::new(Store::Values(array.data)));
         Self::dense(array.shape, Dtype::F32, &bytes, 0)
     }
@@ -246,7 +245,7 @@ impl Stored {
     ///
     /// # Errors
     /// When they can't be read.
-    pub(super) fn rounded(self, dtype: Dtype) -> Result<Self, WeightsError> {
+    pub(crate) fn rounded(self, dtype: Dtype) -> Result<Self, WeightsError> {
         if dtype == self.dtype {
             return Ok(self);
         }
@@ -258,7 +257,7 @@ impl Stored {
     }
 
     /// Tensors of one type stacked along their first dimension; None if they don't fit.
-    pub(super) fn stack(tensors: &[&Self]) -> Option<Self> {
+    pub(crate) fn stack(tensors: &[&Self]) -> Option<Self> {
         let first = tensors.first()?;
         let (rows, rest) = first.shape.split_first()?;
         let mut stacked = Self {
@@ -278,7 +277,7 @@ impl Stored {
     }
 
     /// Rows `first..first + count` of the first dimension; None if they aren't there, or cut through a stacked part.
-    pub(super) fn rows(&self, first: usize, count: usize) -> Option<Self> {
+    pub(crate) fn rows(&self, first: usize, count: usize) -> Option<Self> {
         let (rows, rest) = self.shape.split_first()?;
         if first.checked_add(count)? > *rows {
             return None;
@@ -344,7 +343,7 @@ impl Stored {
             data
         } else {
             // Other types are refused when a file is opened.
-            floats(self.dtype, &self.bytes()?).unwrap_or_default()
+            decode(self.dtype, &self.bytes()?).unwrap_or_default()
         };
         Ok(Array::new(self.shape.clone(), data))
     }
@@ -363,7 +362,7 @@ impl Stored {
 }
 
 /// Bytes of a float value; 0 for types that are not read.
-pub(super) fn size_of_value(dtype: Dtype) -> usize {
+pub(crate) fn size_of_value(dtype: Dtype) -> usize {
     match dtype {
         Dtype::F16 | Dtype::BF16 => 2,
         Dtype::F32 => 4,
@@ -383,12 +382,12 @@ impl Tensors {
     }
 
     /// Adds a tensor.
-    pub(super) fn insert(&mut self, name: impl Into<String>, tensor: Stored) {
+    pub(crate) fn insert(&mut self, name: impl Into<String>, tensor: Stored) {
         self.0.insert(name.into(), tensor);
     }
 
     /// Takes a tensor out.
-    pub(super) fn remove(&mut self, name: &str) -> Option<Stored> {
+    pub(crate) fn remove(&mut self, name: &str) -> Option<Stored> {
         self.0.remove(name)
     }
 
@@ -413,7 +412,7 @@ impl Tensors {
     }
 
     /// The tensors of some names, under what is left of these.
-    pub(super) fn renamed(&self, rename: impl Fn(&str) -> Option<&str>) -> Self {
+    pub(crate) fn renamed(&self, rename: impl Fn(&str) -> Option<&str>) -> Self {
         let renamed = |(name, tensor): (&String, &Stored)| {
             rename(name).map(|name| (name.to_owned(), tensor.clone()))
         };
@@ -422,7 +421,7 @@ impl Tensors {
 
     /// Takes off the prefixes of PyTorch's wrappers, in any order and number, as far as all names carry the same:
     /// a model that was compiled or trained on several devices is saved under them.
-    pub(super) fn unwrapped(self) -> Self {
+    pub(crate) fn unwrapped(self) -> Self {
         const WRAPPERS: [&str; 2] = ["module.", "_orig_mod."];
         let mut taken = 0;
         while let Some(wrapper) = WRAPPERS.into_iter().find(|wrapper| {

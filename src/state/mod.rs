@@ -1,10 +1,20 @@
 //! Named arrays on the host.
 
+mod error;
+mod misfits;
+mod module;
+mod stored;
+
 use std::collections::BTreeMap;
 
 use safetensors::Dtype;
 
-use super::WeightsError;
+pub use error::WeightsError;
+pub(crate) use misfits::{Misfits, some};
+pub use module::{ParameterName, assign, collect, names, reference_name};
+pub(crate) use module::{floats, overlay};
+pub(crate) use stored::{Bytes, size_of_value};
+pub use stored::{Stored, Tensors};
 
 /// A dense f32 array, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,7 +68,7 @@ impl TensorSource for StateDict {
 }
 
 /// Values of a float type as f32, from their little-endian bytes; `None` for another type.
-pub(super) fn floats(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     fn values<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
         bytes.as_chunks().0.iter().map(|b| value(*b)).collect()
     }
@@ -72,7 +82,7 @@ pub(super) fn floats(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
 }
 
 /// Values in a float type, as little-endian bytes; half types round to the nearest.
-pub(super) fn encode(values: Vec<f32>, dtype: Dtype) -> Vec<u8> {
+pub(crate) fn encode(values: Vec<f32>, dtype: Dtype) -> Vec<u8> {
     let values = values.into_iter();
     match dtype {
         Dtype::F16 => values

@@ -103,7 +103,7 @@ impl Misfits {
 }
 
 /// At most eight items with commas between them, and how many more there are.
-pub(super) fn some<T: std::fmt::Display>(items: impl Iterator<Item = T>, count: usize) -> String {
+pub(crate) fn some<T: std::fmt::Display>(items: impl Iterator<Item = T>, count: usize) -> String {
     let shown: Vec<String> = items.take(SHOWN).map(|item| item.to_string()).collect();
     let more = count.saturating_sub(shown.len());
     let rest = match more {
@@ -116,7 +116,7 @@ pub(super) fn some<T: std::fmt::Display>(items: impl Iterator<Item = T>, count: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::{Array, StateDict};
+    use crate::state::{Array, StateDict};
 
     #[test]
     fn long_lists_are_cut_off_kind_by_kind() {

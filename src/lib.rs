@@ -13,12 +13,14 @@
 //! | [`recovery`] | healing: fine-tuning and distillation |
 //! | [`training`] | burn-train's `Learner` under a strategy of our own; optimizer, EMA, checkpoints |
 //! | [`data`] | digits, Fashion-MNIST, IDX files, folders of pictures, latents on disk; batches by step number |
+//! | [`state`] | named arrays, in memory and in files; a module's parameters from them |
 //! | [`weights`] | safetensors, `.pt` and the layout of diffusers, in and out, under PyTorch's names |
-//! | [`evaluation`] | FID, sFID, Inception Score, precision and recall by ADM's protocol, npz |
+//! | [`evaluation`] | FID, sFID, Inception Score, precision and recall by ADM's protocol |
+//! | [`npz`] | pictures as other programs read them |
 //! | [`recipe`] | TOML → plan → run directory |
 //! | [`report`] | pictures and tables |
 //! | [`random`] | randomness keyed by (seed, stream, step, index) |
-//! | [`backend`], [`cli`], [`mod@bench`], [`interrupt`], [`atomic`], [`images`], [`terminal`], `standin` | the program around it |
+//! | [`backend`], [`cli`], [`mod@bench`], [`interrupt`], [`files`], [`images`], [`terminal`], `standin` | the program around it |
 //!
 //! # How data flows
 //!
@@ -32,16 +34,16 @@
 #![recursion_limit = "256"]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-pub mod atomic;
 pub mod backend;
 pub mod bench;
 pub mod cli;
 pub mod data;
 pub mod evaluation;
+pub mod files;
 pub mod images;
 pub mod interrupt;
 pub mod models;
-mod npy;
+pub mod npz;
 pub mod ops;
 pub mod process;
 pub mod pruning;

@@ -9,12 +9,12 @@ use std::path::Path;
 
 use image::{Rgb, RgbImage};
 
-use crate::atomic::{write_atomic, write_folder};
-use crate::evaluation::write_samples;
+use crate::files::{write_atomic, write_folder};
 use crate::images::{Images, center_crop};
 use crate::models::inception::formula_weights;
 use crate::models::vae::VaeConfig;
 use crate::models::{DitConfig, Vae, position_table};
+use crate::npz::write_samples;
 use crate::random::{self, Stream};
 use crate::recipe::RecipeError;
 use crate::state::{Array, StateDict, names};

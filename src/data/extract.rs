@@ -11,8 +11,8 @@ use sha2::{Digest, Sha256};
 
 use super::latents::{Dtype, Layout, ShardWriter, npy_written, write_npy};
 use super::{DataError, ImageFolder, with_cause};
-use crate::atomic::write_atomic;
 use crate::backend::Compute;
+use crate::files::write_atomic;
 use crate::images::{PictureError, center_crop, read_then, to_chw};
 use crate::models::vae::{Vae, VaeConfig};
 use crate::ops::FusedOps;
@@ -98,10 +98,9 @@ impl Job {
             hash.update([0]);
             hash.update(label.to_le_bytes());
         }
-        let hash = hash.finalize();
         Self {
             images: folder.images().len(),
-            list_sha256: hash.iter().map(|byte| format!("{byte:02x}")).collect(),
+            list_sha256: format!("{:x}", hash.finalize()),
             size: how.size,
             mirror: how.mirror,
             form: how.form,

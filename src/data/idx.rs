@@ -11,7 +11,7 @@ use flate2::read::MultiGzDecoder;
 
 use burn_dataset::Dataset;
 
-use crate::atomic::open_file;
+use crate::files::open_file;
 
 use super::{DataError, Image, Samples, Split, level, plain};
 

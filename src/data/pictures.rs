@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 
 use super::latents::{Dtype, INDEX, Latents, Layout, ShardWriter};
 use super::{DataError, ImageFolder, Split, level, with_cause};
-use crate::atomic::lock_file;
+use crate::files::lock_file;
 use crate::images::{center_crop, pad, read_then};
 
 /// How a picture becomes a square.
@@ -202,8 +202,7 @@ impl PictureSet {
                 hash.update(changed.as_nanos().to_le_bytes());
             }
         }
-        let hash = hash.finalize();
-        Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(format!("{:x}", hash.finalize()))
     }
 
     /// Decodes a part into `to`, or goes on where an earlier process stopped; `progress` is called with the number of

@@ -9,9 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     DEFAULT_SPLIT_SIZE, Distances, EvaluationError, Features, InceptionScore, ReferenceMeasured,
-    SampleReader, Statistics, StatisticsAccumulator, frechet_distance, precision_recall_with,
+    Statistics, StatisticsAccumulator, frechet_distance, precision_recall_with,
 };
 use crate::models::inception::{Inception, POOLED, SPATIAL};
+use crate::npz::SampleReader;
 use crate::ops::FusedOps;
 
 /// What Inception says of a set of pictures.
@@ -154,12 +155,13 @@ mod tests {
 
     use burn_ndarray::NdArray;
 
-    use super::super::{
-        FileDigest, Moments, Reference, cache_file, read_reference_statistics, write_samples,
-    };
     use super::*;
+    use crate::evaluation::{
+        FileDigest, Moments, Reference, cache_file, read_reference_statistics,
+    };
     use crate::images::Images;
     use crate::models::inception::formula_weights;
+    use crate::npz::write_samples;
     use crate::state::{Tensors, WeightsError};
     use crate::weights::{read_inception, write_torch};
 
@@ -290,7 +292,7 @@ mod tests {
     fn a_folder_of_pictures_is_measured_as_their_archive() {
         let folder = tempfile::tempdir().unwrap();
         let path = archive(folder.path(), "a.npz", 3, 3, 0);
-        let images = crate::evaluation::read_samples(&path).unwrap().images;
+        let images = crate::npz::read_samples(&path).unwrap().images;
         let pictures = folder.path().join("pictures");
         std::fs::create_dir(&pictures).unwrap();
         for index in 0..3 {

@@ -2,8 +2,8 @@
 //!
 //! FID and sFID ([`frechet_distance`]), the Inception Score ([`inception_score`]) and precision and
 //! recall ([`precision_recall`]) are computed from activations, in `f64`, on the CPU. Pictures and
-//! precomputed reference statistics are exchanged as `.npz` archives ([`SampleReader`],
-//! [`SampleWriter`], [`read_reference_statistics`]); pictures are also read from folders of PNG and JPEG.
+//! precomputed reference statistics are exchanged as `.npz` archives ([`SampleReader`](crate::npz::SampleReader),
+//! [`SampleWriter`](crate::npz::SampleWriter), [`read_reference_statistics`]); pictures are also read from folders of PNG and JPEG.
 //!
 //! The suite as a whole, on Inception's activations:
 //!
@@ -29,21 +29,17 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::images::PictureError;
 use crate::models::inception::UnreadablePictures;
-use crate::state::WeightsError;
+use crate::npz::NpzError;
 
 mod adm;
-mod archive;
 mod features;
 mod frechet;
 mod half_distances;
 mod inception_score;
 mod moments;
-mod picture_folder;
 mod precision_recall;
 mod reference;
-mod samples;
 mod speed;
 mod statistics;
 mod verdict;
@@ -58,7 +54,6 @@ pub use precision_recall::{
     precision_recall_with,
 };
 pub use reference::{Moments, Reference, ReferenceMeasured, cache_file};
-pub use samples::{SampleReader, SampleWriter, Samples, read_samples, write_samples};
 pub use speed::Speed;
 pub(crate) use speed::median_and_spread;
 pub use statistics::{Statistics, StatisticsAccumulator};
@@ -112,54 +107,12 @@ pub enum EvaluationError {
         /// What it reads, and what they are.
         source: UnreadablePictures,
     },
-    /// A picture of a folder that can't be read.
+    /// An archive or a folder of pictures that can't be read or written.
     #[error(transparent)]
-    Picture(#[from] PictureError),
-    /// Pictures of a folder that are not all of one size.
-    #[error(
-        "{}: {} is {} x {} pixels and {} {} x {}; crop them to one size, as `tinyfusion extract` crops its images",
-        .path.display(), .first.display(), .size[1], .size[0], .other.display(), .other_size[1], .other_size[0]
-    )]
-    Sizes {
-        /// The folder.
-        path: PathBuf,
-        /// The first picture, below the folder.
-        first: PathBuf,
-        /// Its `[height, width]`.
-        size: [usize; 2],
-        /// The first of another size.
-        other: PathBuf,
-        /// Its `[height, width]`.
-        other_size: [usize; 2],
-    },
-    /// A folder that is not what it should be.
-    #[error("{}: expected {expected}, found {found}", .path.display())]
-    Folder {
-        /// The folder.
-        path: PathBuf,
-        /// What was asked for.
-        expected: String,
-        /// What is in it.
-        found: String,
-    },
-    /// A file whose digest can't be taken.
-    #[error(transparent)]
-    Digest(#[from] WeightsError),
+    Npz(#[from] NpzError),
     /// A stop was requested, see [`crate::interrupt`].
     #[error("interrupted")]
     Interrupted,
-    /// An array of an archive is missing or is not what it should be.
-    #[error("{}: array `{array}`: expected {expected}, found {found}", .path.display())]
-    Array {
-        /// The archive.
-        path: PathBuf,
-        /// The array's name in the archive, without `.npy`.
-        array: String,
-        /// What was asked for.
-        expected: String,
-        /// What the archive holds.
-        found: String,
-    },
 }
 
 impl EvaluationError {

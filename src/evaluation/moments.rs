@@ -6,8 +6,8 @@
 
 use std::path::Path;
 
-use super::archive::Archive;
 use super::{EvaluationError, Statistics};
+use crate::npz::archive::Archive;
 
 /// Precomputed statistics of a reference batch.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,14 +37,15 @@ pub fn read_reference_statistics(
     if !has_spatial && !holds(&archive, ["mu", "sigma"]) {
         return Ok(None);
     }
-    let mut moments = |mean: &str, covariance: &str| {
+    let mut moments = |mean: &str, covariance: &str| -> Result<_, EvaluationError> {
         let mean = archive.required(mean)?;
         let &[dim] = mean.shape.as_slice() else {
-            return Err(mean.mismatch("the shape [dim]"));
+            return Err(mean.mismatch("the shape [dim]").into());
         };
         let covariance = archive.required(covariance)?;
         if covariance.shape != [dim, dim] {
-            return Err(covariance.mismatch(&format!("the shape [{dim}, {dim}], as its mean has")));
+            let expected = format!("the shape [{dim}, {dim}], as its mean has");
+            return Err(covariance.mismatch(&expected).into());
         }
         Statistics::from_moments(mean.floats()?, covariance.floats()?)
     };
@@ -56,8 +57,8 @@ pub fn read_reference_statistics(
 
 #[cfg(test)]
 mod tests {
-    use super::super::archive::testing::{archive, npy};
     use super::*;
+    use crate::npz::archive::testing::{archive, npy};
 
     #[test]
     fn a_mean_and_its_covariance_come_together() {

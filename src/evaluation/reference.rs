@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use zip::ZipWriter;
 
-use super::archive::{Archive, write_array};
 use super::{
-    EvaluationError, Features, FileDigest, ReferenceStatistics, SampleReader, Statistics, measure,
+    EvaluationError, Features, FileDigest, ReferenceStatistics, Statistics, measure,
     read_reference_statistics,
 };
-use crate::atomic::AtomicFile;
+use crate::files::AtomicFile;
 use crate::models::inception::{Inception, POOLED, SPATIAL};
+use crate::npz::archive::{Archive, write_array};
+use crate::npz::{NpzError, SampleReader};
 use crate::ops::FusedOps;
 
 /// An open reference batch of the ADM suite, such as `VIRTUAL_imagenet256_labeled.npz`.
@@ -78,12 +79,13 @@ impl Reference {
                 if let Some(moments) = moments
                     && moments.mean().len() != dim
                 {
-                    return Err(EvaluationError::Array {
+                    return Err(NpzError::Array {
                         path: path.to_owned(),
                         array: array.to_owned(),
                         expected: format!("the shape [{dim}], as Inception's activations have"),
                         found: format!("the shape [{}]", moments.mean().len()),
-                    });
+                    }
+                    .into());
                 }
             }
         }
@@ -236,14 +238,17 @@ impl ReferenceMeasured {
         let pool = archive.required("pool")?;
         if pool.shape != [pictures, POOLED] {
             let expected = format!("the shape [{pictures}, {POOLED}] of the reference's features");
-            return Err(pool.mismatch(&expected));
+            return Err(pool.mismatch(&expected).into());
         }
         let features = Features::new(POOLED, pool.values("<f4", f32::from_le_bytes)?)?;
         for array in ["mu", "mu_s"] {
             archive.required(array)?;
         }
         let Some(statistics) = read_reference_statistics(path)? else {
-            return Err(archive.required("mu")?.mismatch("the measured moments"));
+            return Err(archive
+                .required("mu")?
+                .mismatch("the measured moments")
+                .into());
         };
         Ok(Self {
             pooled: statistics.pooled,

@@ -6,11 +6,10 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::picture_folder::PictureFolder;
 use super::{Distances, EvaluationError, Measured, Moments, Scores, Speed};
-use crate::atomic::write_atomic;
+use crate::files::{sha256, write_atomic};
+use crate::npz::picture_folder::PictureFolder;
 use crate::report::{Table, short};
-use crate::weights::file_sha256;
 
 /// A file, or a folder of pictures, by its name and content.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,7 +31,7 @@ impl FileDigest {
         let sha256 = if path.is_dir() {
             PictureFolder::list(path)?.sha256()?
         } else {
-            file_sha256(path)?
+            sha256(path).map_err(EvaluationError::io(path))?
         };
         Ok(Self::known(path, &sha256))
     }

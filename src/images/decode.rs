@@ -11,7 +11,7 @@ use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, Limits, RgbImag
 use thiserror::Error;
 
 use super::jpeg;
-use crate::atomic::open_file;
+use crate::files::open_file;
 
 /// Most pixels of a picture. The largest of ImageNet has 61 million; a file that states more is no photograph.
 const MOST_PIXELS: u64 = 1 << 26;

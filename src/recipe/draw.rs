@@ -13,11 +13,11 @@ use burn::tensor::{Tensor, backend::Backend};
 use super::RecipeError;
 use super::progress::Progress;
 use super::schema::sample::{Labels, Sample, Sampling};
-use crate::atomic::{lock_file, write_atomic};
-use crate::evaluation::{SampleReader, SampleWriter};
+use crate::files::{lock_file, write_atomic};
 use crate::images::Images;
 use crate::models::vae::{Vae, VaeConfig, pixels};
 use crate::models::{DitConfig, Network};
+use crate::npz::{SampleReader, SampleWriter};
 use crate::ops::FusedOps;
 use crate::process::{GaussianDiffusion, Guidance, Sampler, Variance};
 use crate::random::{self, Stream};
@@ -337,7 +337,7 @@ pub(super) fn grid(side: usize, count: usize) -> (usize, u32) {
 
 /// At most `count` images of an archive, from the first.
 pub(super) fn first_images(archive: &Path, count: usize) -> Result<Images, RecipeError> {
-    let mut reader = crate::evaluation::SampleReader::open(archive)?;
+    let mut reader = crate::npz::SampleReader::open(archive)?;
     reader
         .next_block(count)?
         .ok_or_else(|| RecipeError::Run(format!("{}: holds no images", archive.display())))

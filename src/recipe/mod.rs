@@ -57,7 +57,10 @@ pub enum RecipeError {
     /// Evaluation.
     #[error(transparent)]
     Evaluation(crate::evaluation::EvaluationError),
-    /// Pictures.
+    /// Archives and folders of pictures.
+    #[error(transparent)]
+    Npz(#[from] crate::npz::NpzError),
+    /// Figures and grids.
     #[error(transparent)]
     Report(#[from] crate::report::ReportError),
     /// A person interrupted; a training has saved a checkpoint.

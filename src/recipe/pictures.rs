@@ -9,8 +9,8 @@ use image::{ExtendedColorType, ImageEncoder};
 
 use super::RecipeError;
 use super::progress::Progress;
-use crate::evaluation::SampleReader;
 use crate::images::Images;
+use crate::npz::SampleReader;
 
 /// Pictures that are read at once.
 const BLOCK: usize = 64;
@@ -90,7 +90,7 @@ fn write(path: &PathBuf, images: &Images, index: usize) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::evaluation::write_samples;
+    use crate::npz::write_samples;
 
     #[test]
     fn each_picture_is_a_png_and_nothing_is_overwritten() {

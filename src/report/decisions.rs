@@ -13,7 +13,7 @@ use plotters::prelude::*;
 
 use super::ReportError;
 use super::decision_history::DecisionHistory;
-use crate::atomic::write_atomic;
+use crate::files::write_atomic;
 
 /// Size of the plot in pixels, without the height of the layers.
 const WIDTH: u32 = 960;

@@ -8,7 +8,7 @@ use image::{ExtendedColorType, ImageEncoder, Rgb, RgbImage};
 
 use super::ReportError;
 use super::glyphs::{draw_text, text_height, text_width};
-use crate::atomic::write_atomic;
+use crate::files::write_atomic;
 use crate::images::Images;
 
 /// White space around the picture and between its parts, in pixels.

@@ -171,7 +171,7 @@ impl JsonLines {
             .lines()
             .filter(|line| step_of(line).is_some_and(|step| step < start));
         let kept: String = earlier.flat_map(|line| [line, "\n"]).collect();
-        crate::atomic::write_atomic(path, |file| file.write_all(kept.as_bytes())).map_err(io)?;
+        crate::files::write_atomic(path, |file| file.write_all(kept.as_bytes())).map_err(io)?;
         let file = OpenOptions::new().append(true).open(path).map_err(io)?;
         Ok(Self {
             path: path.to_owned(),

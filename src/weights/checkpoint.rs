@@ -443,8 +443,7 @@ impl Checkpoint {
             hash.update(format!("{:?}", tensor.shape()));
             hash.update(encode(tensor.read()?.data, Dtype::F32));
         }
-        let hash = hash.finalize();
-        let text: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+        let text = format!("{:x}", hash.finalize());
         Ok(self.fingerprint.get_or_init(|| text).clone())
     }
 }

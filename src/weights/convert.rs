@@ -13,7 +13,7 @@ use super::safetensors::write_safetensors;
 use super::shards::write_shards;
 use super::torch::write_torch;
 use super::{Checkpoint, WeightFile};
-use crate::atomic::{write_atomic, write_folder};
+use crate::files::{write_atomic, write_folder};
 use crate::models::Architecture;
 use crate::process::ProcessKind;
 use crate::state::WeightsError;

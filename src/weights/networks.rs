@@ -3,11 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::backend::Backend;
-use sha2::{Digest, Sha256};
 
 use super::checkpoint::CONFIG;
 use super::{WeightFile, open_weights};
-use crate::atomic::open_file;
+use crate::files::sha256;
 use crate::models::inception::Inception;
 use crate::models::vae::{Vae, VaeConfig, rename_attention};
 use crate::state::{WeightsError, assign};
@@ -21,21 +20,6 @@ pub struct Known<N> {
     pub path: PathBuf,
     /// SHA-256 of that file.
     pub sha256: String,
-}
-
-/// SHA-256 of a file, read in pieces.
-///
-/// # Errors
-/// When it can't be read.
-pub fn file_sha256(path: &Path) -> Result<String, WeightsError> {
-    let mut file = open_file(path).map_err(WeightsError::io(path))?;
-    let mut hash = Sha256::new();
-    std::io::copy(&mut file, &mut hash).map_err(WeightsError::io(path))?;
-    Ok(hash
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
 }
 
 /// Reads an autoencoder: a folder with diffusers' `config.json` and weights, or a weight file, beside which that
@@ -80,7 +64,7 @@ pub fn read_vae<B: Backend>(
         &file,
         &config.to_string(),
     )?;
-    let sha256 = file_sha256(&file)?;
+    let sha256 = sha256(&file).map_err(WeightsError::io(&file))?;
     let known = Known {
         network,
         path: file,
@@ -119,7 +103,7 @@ pub fn read_inception<B: Backend>(
 ) -> Result<Known<Inception<B>>, WeightsError> {
     let (tensors, file) = open_weights(path)?;
     let network = Inception::new(tensors.read_all()?, &file, device)?;
-    let sha256 = file_sha256(&file)?;
+    let sha256 = sha256(&file).map_err(WeightsError::io(&file))?;
     Ok(Known {
         network,
         path: file,

@@ -10,7 +10,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::torch::is_counter;
-use crate::atomic::{open_file, write_atomic};
+use crate::files::{open_file, write_atomic};
 use crate::state::{Bytes, StateDict, Stored, Tensors, WeightsError, encode, size_of_value};
 
 /// The file begins with the size of its header.

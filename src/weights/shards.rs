@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::safetensors::{cause, encoded, open_safetensors, write_safetensors};
-use crate::atomic::write_atomic;
+use crate::files::write_atomic;
 use crate::state::{Tensors, WeightsError, size_of_value, some};
 
 /// What is read of an index.

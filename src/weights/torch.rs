@@ -16,7 +16,7 @@ use zip::{CompressionMethod, DateTime, ZipArchive, ZipWriter};
 use super::legacy;
 use super::pickle::{Id, Node, Pickle};
 use super::safetensors::{encoded, write_tensors};
-use crate::atomic::{Bounded, open_file};
+use crate::files::{Bounded, open_file};
 use crate::process::ProcessKind;
 use crate::state::{Bytes, Stored, Tensors, WeightsError, size_of_value};
 

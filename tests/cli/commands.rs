@@ -78,7 +78,7 @@ fn samples_do_not_depend_on_the_batch_they_are_made_in() {
             ])
             .succeeded();
         let folder = place.path(&format!("{runs}/sample/001/01-sample"));
-        let samples = tinyfusion::evaluation::read_samples(&folder.join("samples.npz")).unwrap();
+        let samples = tinyfusion::npz::read_samples(&folder.join("samples.npz")).unwrap();
         assert_eq!(samples.images.shape(), [7, 8, 8, 1]);
         assert_eq!(samples.labels.unwrap(), [0, 1, 2, 3, 4, 5, 6]);
         samples.images.pixels().to_vec()
@@ -294,7 +294,7 @@ fn samples_are_written_as_pictures_with_drawn_labels() {
     let drawn = place.run(&arguments).succeeded();
     assert!(drawn.stdout.ends_with("pictures\n"), "{}", drawn.stdout);
     let archive = place.path("artifacts/runs/sample/001/01-sample/samples.npz");
-    let samples = tinyfusion::evaluation::read_samples(&archive).unwrap();
+    let samples = tinyfusion::npz::read_samples(&archive).unwrap();
     assert_eq!(
         std::fs::read_dir(place.path("pictures")).unwrap().count(),
         12
@@ -427,7 +427,7 @@ fn sets_that_can_not_be_compared_are_refused_before_anything_is_measured() {
     let archive = |name: &str, count: usize| {
         let images =
             tinyfusion::images::Images::new(vec![7; count * 12], [count, 2, 2, 3]).unwrap();
-        tinyfusion::evaluation::write_samples(&place.path(name), &images, None).unwrap();
+        tinyfusion::npz::write_samples(&place.path(name), &images, None).unwrap();
     };
     archive("ours.npz", 5);
     archive("theirs.npz", 4);

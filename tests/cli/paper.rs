@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tinyfusion::data::Latents;
-use tinyfusion::evaluation::read_samples;
+use tinyfusion::npz::read_samples;
 use tinyfusion::weights::Checkpoint;
 
 use crate::program::{Place, root};

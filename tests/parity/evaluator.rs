@@ -8,8 +8,8 @@ use serde_json::Value;
 use tinyfusion::evaluation::{
     Distances, Features, Statistics, StatisticsAccumulator, frechet_distance, inception_score,
     neighbour_radii, precision_recall, precision_recall_with, read_reference_statistics,
-    read_samples, write_samples,
 };
+use tinyfusion::npz::{read_samples, write_samples};
 
 fn group(name: &str) -> PathBuf {
     crate::fixture::Group::open(name).path

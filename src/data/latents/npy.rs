@@ -6,9 +6,10 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use crate::atomic::{open_file, write_atomic};
 use crate::data::DataError;
-use crate::npy::{self, Header};
+use crate::files::{open_file, write_atomic};
+use crate::npz::npy;
+use crate::npz::npy::Header;
 
 /// Folder of the latents.
 pub(super) const FEATURES: &str = "imagenet256_features";

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::f16;
 use serde::{Deserialize, Serialize};
 
-use crate::atomic::{open_file, read_at};
 use crate::data::{DataError, level};
+use crate::files::{open_file, read_at};
 
 /// The file that says what the shards hold.
 pub(in crate::data) const INDEX: &str = "latents.json";

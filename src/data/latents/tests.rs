@@ -465,7 +465,7 @@ fn requests_that_can_not_be_met_are_errors() {
 fn damaged_npy_files_are_errors_that_name_them() {
     let file = |name: &str| format!("{FEATURES}/{name}");
     let array = |descr: &str, shape: &[usize], bytes: usize| {
-        [crate::npy::header(descr, shape), vec![0; bytes]].concat()
+        [crate::npz::npy::header(descr, shape), vec![0; bytes]].concat()
     };
     let shape = [2, 3, 4, 4];
     // The first file is checked when the folder is opened, another one when it is read.
@@ -495,7 +495,7 @@ fn damaged_npy_files_are_errors_that_name_them() {
         ("3.npy", array("<f4", &shape, 380), "expected 384 bytes"),
         (
             "3.npy",
-            [crate::npy::header("<f4", &shape), vec![255; 384]].concat(),
+            [crate::npz::npy::header("<f4", &shape), vec![255; 384]].concat(),
             "finite latents",
         ),
     ];
@@ -514,7 +514,7 @@ fn damaged_npy_files_are_errors_that_name_them() {
 
     let folder = npy();
     let label = [
-        crate::npy::header("<i8", &[1]),
+        crate::npz::npy::header("<i8", &[1]),
         (-1i64).to_le_bytes().to_vec(),
     ]
     .concat();

@@ -11,8 +11,8 @@ use super::packed::{
     Dtype, FORMAT, HEADER, INDEX, Index, Layout, ShardEntry, TRAILER, VERSION, hexadecimal,
     shard_name,
 };
-use crate::atomic::write_atomic;
 use crate::data::DataError;
+use crate::files::write_atomic;
 
 /// Writes latents as packed shards; the [module](super)'s text describes the files.
 ///

@@ -256,7 +256,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             keep_last: o.keep_last,
             log_every: o.log_every,
             max_bad_steps: o.max_bad_steps,
-            fingerprint: hex(&hash.finalize()),
+            fingerprint: format!("{:x}", hash.finalize()),
             description: None,
             directory: folder.to_owned(),
             about: About {
@@ -302,7 +302,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             data,
             class_names,
             recipe: self.recipe.name.clone(),
-            recipe_sha256: hex(&Sha256::digest(resolved)),
+            recipe_sha256: format!("{:x}", Sha256::digest(resolved)),
             stage: format!("{stage} ({method})"),
             seed: self.recipe.seed,
             steps: optimisation.map_or(0, |optimisation| optimisation.steps),
@@ -311,11 +311,6 @@ impl<B: TrainingBackend> Context<'_, B> {
             ..Provenance::default()
         })
     }
-}
-
-/// A hash as text.
-fn hex(hash: &[u8]) -> String {
-    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A tensor of images.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::atomic::{lock_file, write_atomic};
+use crate::files::{lock_file, write_atomic};
 use crate::recipe::RecipeError;
 
 /// How a run stands, in `status.json`.

@@ -13,10 +13,11 @@ use crate::backend::Compute;
 use crate::data::{Samples, Split};
 use crate::evaluation::{
     Features, PrecisionRecall, Speed, Statistics, StatisticsAccumulator, bias, frechet_distance,
-    inception_score, precision_recall, read_samples, write_samples,
+    inception_score, precision_recall,
 };
 use crate::images::Images;
 use crate::models::{Classifier, ClassifierConfig, DitConfig};
+use crate::npz::{read_samples, write_samples};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::random::{self, Stream};
 use crate::recipe::RecipeError;
@@ -364,7 +365,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let table = table(&verdicts);
         let text = super::directory::json(&Evaluation { protocol, verdicts })?;
         let path = folder.join(EVALUATION);
-        crate::atomic::write_atomic(&path, |file| file.write_all(text.as_bytes()))
+        crate::files::write_atomic(&path, |file| file.write_all(text.as_bytes()))
             .map_err(RecipeError::io(&path))?;
         let sampling = &evaluate.sampling;
         crate::tell!(

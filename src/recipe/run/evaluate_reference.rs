@@ -9,10 +9,11 @@ use super::evaluate::{EVALUATION, file_name, not_whole};
 use super::speed::speeds;
 use crate::evaluation::{
     AdmEvaluation, AdmProtocol, AdmVerdict, DEFAULT_SPLIT_SIZE, Distances, FileDigest, Reference,
-    ReferenceMeasured, SampleReader, cache_file, compare, measure,
+    ReferenceMeasured, cache_file, compare, measure,
 };
 use crate::images::Images;
 use crate::models::{DitConfig, Inception};
+use crate::npz::SampleReader;
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::recipe::RecipeError;
 use crate::recipe::draw::{Draw, SAMPLING, Share, first_images, grid};
@@ -332,7 +333,7 @@ fn said_of(archives: &[PathBuf]) -> Option<serde_json::Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::evaluation::write_samples;
+    use crate::npz::write_samples;
 
     #[test]
     fn unlike_counts_are_refused_and_a_count_takes_the_first() {

@@ -233,7 +233,7 @@ fn stages<B: TrainingBackend>(
             &serde_json::json!({ "stage": stage.name, "what": planned.what, "seconds": seconds }),
         )?;
         let path = folder.join(DONE);
-        crate::atomic::write_atomic(&path, |file| {
+        crate::files::write_atomic(&path, |file| {
             std::io::Write::write_all(file, done.as_bytes())
         })
         .map_err(RecipeError::io(&path))?;

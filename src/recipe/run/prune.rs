@@ -283,7 +283,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let text = super::directory::json(
             &serde_json::json!({ "method": method, "scores": scores, "kept": kept }),
         )?;
-        crate::atomic::write_atomic(&path, |file| {
+        crate::files::write_atomic(&path, |file| {
             std::io::Write::write_all(file, text.as_bytes())
         })
         .map_err(RecipeError::io(&path))?;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::directory::json;
 use super::evaluate::{EVALUATION, Evaluated, Verdict};
-use crate::atomic::write_atomic;
+use crate::files::write_atomic;
 use crate::recipe::RecipeError;
 use crate::report::Table;
 

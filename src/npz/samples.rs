@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use zip::ZipWriter;
 
-use super::EvaluationError;
+use super::NpzError;
 use super::archive::{Archive, Array, start_array, write_array};
 use super::picture_folder::PictureFolder;
-use crate::atomic::AtomicFile;
+use crate::files::AtomicFile;
 use crate::images::Images;
 
 /// A batch of pictures and, where the archive has them, their classes.
@@ -30,10 +30,10 @@ pub struct Samples {
 ///
 /// # Errors
 ///
-/// [`EvaluationError::Io`] when the file is not a readable archive, [`EvaluationError::Array`] when
+/// [`NpzError::Io`] when the file is not a readable archive, [`NpzError::Array`] when
 /// `arr_0` is missing or not `u8` `[count, height, width, channels]`, or when `arr_1` is there and not
 /// `i64` `[count]`.
-pub fn read_samples(path: &Path) -> Result<Samples, EvaluationError> {
+pub fn read_samples(path: &Path) -> Result<Samples, NpzError> {
     let mut archive = Archive::open(path)?;
     let (pixels, shape) = pixels(&mut archive)?;
     let images = images(path, pixels.values("|u1", |[byte]| byte)?, shape)?;
@@ -42,7 +42,7 @@ pub fn read_samples(path: &Path) -> Result<Samples, EvaluationError> {
 }
 
 /// `arr_0`, unread, and its shape `[count, height, width, channels]`.
-fn pixels(archive: &mut Archive) -> Result<(Array, [usize; 4]), EvaluationError> {
+fn pixels(archive: &mut Archive) -> Result<(Array, [usize; 4]), NpzError> {
     let pixels = archive.required("arr_0")?;
     let Ok(shape) = pixels.shape.as_slice().try_into() else {
         return Err(pixels.mismatch("the shape [count, height, width, channels]"));
@@ -52,7 +52,7 @@ fn pixels(archive: &mut Archive) -> Result<(Array, [usize; 4]), EvaluationError>
 }
 
 /// `arr_1`, one for each of `count` pictures.
-fn labels(archive: &mut Archive, count: usize) -> Result<Option<Vec<i64>>, EvaluationError> {
+fn labels(archive: &mut Archive, count: usize) -> Result<Option<Vec<i64>>, NpzError> {
     let Some(labels) = archive.array("arr_1")? else {
         return Ok(None);
     };
@@ -62,8 +62,8 @@ fn labels(archive: &mut Archive, count: usize) -> Result<Option<Vec<i64>>, Evalu
     labels.values("<i8", i64::from_le_bytes).map(Some)
 }
 
-fn images(path: &Path, pixels: Vec<u8>, shape: [usize; 4]) -> Result<Images, EvaluationError> {
-    Images::new(pixels, shape).map_err(|error| EvaluationError::Io {
+fn images(path: &Path, pixels: Vec<u8>, shape: [usize; 4]) -> Result<Images, NpzError> {
+    Images::new(pixels, shape).map_err(|error| NpzError::Io {
         path: path.to_owned(),
         source: io::Error::new(io::ErrorKind::InvalidData, error),
     })
@@ -117,9 +117,9 @@ impl SampleReader {
     /// # Errors
     ///
     /// As [`read_samples`]; also when the archive holds less data than the shape asks for. `arr_1` is not looked at. Of
-    /// a folder [`EvaluationError::Folder`] when it has no pictures, [`EvaluationError::Picture`] when one of them is
-    /// none, and [`EvaluationError::Sizes`] when two differ in size.
-    pub fn open(path: &Path) -> Result<Self, EvaluationError> {
+    /// a folder [`NpzError::Folder`] when it has no pictures, [`NpzError::Picture`] when one of them is
+    /// none, and [`NpzError::Sizes`] when two differ in size.
+    pub fn open(path: &Path) -> Result<Self, NpzError> {
         if path.is_dir() {
             let folder = PictureFolder::list(path)?;
             let [height, width] = folder.size(path)?;
@@ -177,8 +177,8 @@ impl SampleReader {
     ///
     /// # Errors
     ///
-    /// [`EvaluationError::Array`] when `arr_1` is not `i64` `[count]`.
-    pub fn labels(&self) -> Result<Option<Vec<i64>>, EvaluationError> {
+    /// [`NpzError::Array`] when `arr_1` is not `i64` `[count]`.
+    pub fn labels(&self) -> Result<Option<Vec<i64>>, NpzError> {
         if let Source::Folder(_) = self.source {
             return Ok(None);
         }
@@ -194,9 +194,9 @@ impl SampleReader {
     ///
     /// # Errors
     ///
-    /// [`EvaluationError::Array`] when the data are damaged, end early or don't fit the memory,
-    /// [`EvaluationError::Picture`] when a picture of a folder can't be read. The reader is of no use then.
-    pub fn next_block(&mut self, most: usize) -> Result<Option<Images>, EvaluationError> {
+    /// [`NpzError::Array`] when the data are damaged, end early or don't fit the memory,
+    /// [`NpzError::Picture`] when a picture of a folder can't be read. The reader is of no use then.
+    pub fn next_block(&mut self, most: usize) -> Result<Option<Images>, NpzError> {
         let [count, height, width, channels] = self.shape;
         let pictures = most.max(1).min(count.saturating_sub(self.given));
         if pictures == 0 {
@@ -250,13 +250,13 @@ impl SampleWriter {
     ///
     /// # Errors
     ///
-    /// [`EvaluationError::Shape`] when so many pixels can't be addressed, [`EvaluationError::Io`] when the file can't
+    /// [`NpzError::Shape`] when so many pixels can't be addressed, [`NpzError::Io`] when the file can't
     /// be written.
-    pub fn create(path: &Path, shape: [usize; 4]) -> Result<Self, EvaluationError> {
+    pub fn create(path: &Path, shape: [usize; 4]) -> Result<Self, NpzError> {
         let size = shape
             .iter()
             .try_fold(1usize, |n, &side| n.checked_mul(side));
-        let size = size.ok_or_else(|| EvaluationError::Shape {
+        let size = size.ok_or_else(|| NpzError::Shape {
             what: "images",
             expected: "a size that can be addressed".to_owned(),
             found: format!("{shape:?}"),
@@ -270,7 +270,7 @@ impl SampleWriter {
             path: path.to_owned(),
             shape,
             written: 0,
-            archive: Some(begin().map_err(EvaluationError::io(path))?),
+            archive: Some(begin().map_err(NpzError::io(path))?),
         })
     }
 
@@ -278,14 +278,14 @@ impl SampleWriter {
     ///
     /// # Errors
     ///
-    /// [`EvaluationError::Shape`] when they are of another size or more than there should be, [`EvaluationError::Io`]
+    /// [`NpzError::Shape`] when they are of another size or more than there should be, [`NpzError::Io`]
     /// when they can't be written; after that nothing more can be.
-    pub fn push(&mut self, images: &Images) -> Result<(), EvaluationError> {
+    pub fn push(&mut self, images: &Images) -> Result<(), NpzError> {
         let [count, size @ ..] = images.shape();
         let [most, expected @ ..] = self.shape;
         let left = most - self.written;
         if size != expected || count > left {
-            return Err(EvaluationError::Shape {
+            return Err(NpzError::Shape {
                 what: "images",
                 expected: format!("at most {left} of [height, width, channels] = {expected:?}"),
                 found: format!("{count} of {size:?}"),
@@ -296,7 +296,7 @@ impl SampleWriter {
         };
         archive
             .write_all(images.pixels())
-            .map_err(EvaluationError::io(&self.path))?;
+            .map_err(NpzError::io(&self.path))?;
         self.archive = Some(archive);
         self.written += count;
         Ok(())
@@ -306,9 +306,9 @@ impl SampleWriter {
     ///
     /// # Errors
     ///
-    /// [`EvaluationError::Shape`] unless all pictures were written and there is one label for each,
-    /// [`EvaluationError::Io`] when the file can't be written.
-    pub fn finish(mut self, labels: Option<&[i64]>) -> Result<(), EvaluationError> {
+    /// [`NpzError::Shape`] unless all pictures were written and there is one label for each,
+    /// [`NpzError::Io`] when the file can't be written.
+    pub fn finish(mut self, labels: Option<&[i64]>) -> Result<(), NpzError> {
         let count = self.shape[0];
         let found = [
             ("images", Some(self.written)),
@@ -318,7 +318,7 @@ impl SampleWriter {
             if let Some(found) = found
                 && found != count
             {
-                return Err(EvaluationError::Shape {
+                return Err(NpzError::Shape {
                     what,
                     expected: format!("{count}, one per picture"),
                     found: found.to_string(),
@@ -338,12 +338,12 @@ impl SampleWriter {
             }
             archive.finish()?.commit()
         };
-        finish().map_err(EvaluationError::io(&self.path))
+        finish().map_err(NpzError::io(&self.path))
     }
 
-    fn torn(&self) -> EvaluationError {
+    fn torn(&self) -> NpzError {
         let problem = "an earlier block could not be written";
-        EvaluationError::io(&self.path)(io::Error::other(problem))
+        NpzError::io(&self.path)(io::Error::other(problem))
     }
 }
 
@@ -351,13 +351,9 @@ impl SampleWriter {
 ///
 /// # Errors
 ///
-/// [`EvaluationError::Shape`] unless there is one label per picture, [`EvaluationError::Io`] when the
+/// [`NpzError::Shape`] unless there is one label per picture, [`NpzError::Io`] when the
 /// file cannot be written.
-pub fn write_samples(
-    path: &Path,
-    images: &Images,
-    labels: Option<&[i64]>,
-) -> Result<(), EvaluationError> {
+pub fn write_samples(path: &Path, images: &Images, labels: Option<&[i64]>) -> Result<(), NpzError> {
     let mut writer = SampleWriter::create(path, images.shape())?;
     writer.push(images)?;
     writer.finish(labels)

@@ -1,21 +1,20 @@
 //! Folders of PNG and JPEG pictures, read as an archive is: `u8` RGB, a block at a time.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::EvaluationError;
+use super::NpzError;
+use crate::files::sha256;
 use crate::images::{Images, picture_size, read_rgb};
-use crate::weights::file_sha256;
 
 /// The pictures of a folder, and of its sub-folders if it has one for each class.
 ///
 /// They are listed in the byte order of their names below the folder, with `/` between; which are pictures their
 /// endings say.
-pub(super) struct PictureFolder {
+pub(crate) struct PictureFolder {
     /// Name below the folder, and path.
     pictures: Vec<(Vec<u8>, PathBuf)>,
     /// Entries that are no pictures; names that begin with a dot are not counted.
@@ -27,15 +26,15 @@ impl PictureFolder {
     ///
     /// # Errors
     ///
-    /// [`EvaluationError::Io`] when it can't be read, [`EvaluationError::Folder`] when it has no picture.
-    pub(super) fn list(path: &Path) -> Result<Self, EvaluationError> {
+    /// [`NpzError::Io`] when it can't be read, [`NpzError::Folder`] when it has no picture.
+    pub(crate) fn list(path: &Path) -> Result<Self, NpzError> {
         let mut folder = Self {
             pictures: Vec::new(),
             ignored: 0,
         };
         folder.enter(path, None)?;
         if folder.pictures.is_empty() {
-            return Err(EvaluationError::Folder {
+            return Err(NpzError::Folder {
                 path: path.to_owned(),
                 expected: "pictures (.png, .jpg, .jpeg), or sub-folders of them".to_owned(),
                 found: format!("none, and {} other entries", folder.ignored),
@@ -46,9 +45,9 @@ impl PictureFolder {
     }
 
     /// Adds a folder's entries, those of the sub-folder of that name if it is one.
-    fn enter(&mut self, path: &Path, class: Option<&[u8]>) -> Result<(), EvaluationError> {
-        for entry in fs::read_dir(path).map_err(EvaluationError::io(path))? {
-            let entry = entry.map_err(EvaluationError::io(path))?;
+    fn enter(&mut self, path: &Path, class: Option<&[u8]>) -> Result<(), NpzError> {
+        for entry in fs::read_dir(path).map_err(NpzError::io(path))? {
+            let entry = entry.map_err(NpzError::io(path))?;
             let (name, path) = (entry.file_name(), entry.path());
             let name = name.as_encoded_bytes();
             if name.starts_with(b".") {
@@ -67,12 +66,12 @@ impl PictureFolder {
     }
 
     /// How many pictures there are, at least one.
-    pub(super) fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.pictures.len()
     }
 
     /// How many entries were passed over.
-    pub(super) fn ignored(&self) -> usize {
+    pub(crate) fn ignored(&self) -> usize {
         self.ignored
     }
 
@@ -80,10 +79,10 @@ impl PictureFolder {
     ///
     /// # Errors
     ///
-    /// [`EvaluationError::Picture`] for the first that is no PNG or JPEG, [`EvaluationError::Sizes`] for the first of
+    /// [`NpzError::Picture`] for the first that is no PNG or JPEG, [`NpzError::Sizes`] for the first of
     /// another size than those before it.
-    pub(super) fn size(&self, folder: &Path) -> Result<[usize; 2], EvaluationError> {
-        let size = |(_, path): &(_, PathBuf)| -> Result<[usize; 2], EvaluationError> {
+    pub(crate) fn size(&self, folder: &Path) -> Result<[usize; 2], NpzError> {
+        let size = |(_, path): &(_, PathBuf)| -> Result<[usize; 2], NpzError> {
             let [width, height] = picture_size(path)?;
             Ok([height as usize, width as usize])
         };
@@ -106,14 +105,14 @@ impl PictureFolder {
     ///
     /// # Errors
     ///
-    /// [`EvaluationError::Picture`] when one can't be read, [`EvaluationError::Sizes`] when one has changed its size.
-    pub(super) fn read(
+    /// [`NpzError::Picture`] when one can't be read, [`NpzError::Sizes`] when one has changed its size.
+    pub(crate) fn read(
         &self,
         folder: &Path,
         from: usize,
         count: usize,
         [height, width]: [usize; 2],
-    ) -> Result<Images, EvaluationError> {
+    ) -> Result<Images, NpzError> {
         let pictures = &self.pictures[from..from + count];
         let read: Vec<_> = (pictures.par_iter())
             .map(|(_, path)| read_rgb(path))
@@ -129,7 +128,7 @@ impl PictureFolder {
             pixels.extend_from_slice(&picture);
         }
         Images::new(pixels, [count, height, width, 3]).map_err(|error| {
-            EvaluationError::io(folder)(io::Error::new(io::ErrorKind::InvalidData, error))
+            NpzError::io(folder)(io::Error::new(io::ErrorKind::InvalidData, error))
         })
     }
 
@@ -139,9 +138,9 @@ impl PictureFolder {
     /// # Errors
     ///
     /// When a file can't be read.
-    pub(super) fn sha256(&self) -> Result<String, EvaluationError> {
+    pub(crate) fn sha256(&self) -> Result<String, NpzError> {
         let hashes: Result<Vec<String>, _> = (self.pictures.par_iter())
-            .map(|(_, path)| file_sha256(path))
+            .map(|(_, path)| sha256(path).map_err(NpzError::io(path)))
             .collect();
         let mut whole = Sha256::new();
         for (hash, (name, _)) in hashes?.iter().zip(&self.pictures) {
@@ -150,8 +149,7 @@ impl PictureFolder {
             whole.update(name);
             whole.update("\n");
         }
-        let hash = whole.finalize();
-        Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(format!("{:x}", whole.finalize()))
     }
 }
 
@@ -169,9 +167,9 @@ fn unlike(
     folder: &Path,
     (first, size): WithSize<'_>,
     (other, other_size): WithSize<'_>,
-) -> EvaluationError {
+) -> NpzError {
     let below = |path: &Path| path.strip_prefix(folder).unwrap_or(path).to_owned();
-    EvaluationError::Sizes {
+    NpzError::Sizes {
         path: folder.to_owned(),
         first: below(first),
         size,
@@ -182,8 +180,9 @@ fn unlike(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{FileDigest, SampleReader};
     use super::*;
+    use crate::evaluation::FileDigest;
+    use crate::npz::SampleReader;
 
     fn write(folder: &Path, name: &str, width: u32, height: u32, salt: u8) -> Vec<u8> {
         let path = folder.join(name);

@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use super::super::archive::testing::{archive, npy};
 use super::*;
+use crate::npz::archive::testing::{archive, npy};
 
 fn read_error(members: &[(&str, Vec<u8>)]) -> String {
     let (_folder, path) = archive(members);
@@ -84,15 +84,12 @@ fn files_that_are_no_archives_are_errors() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("text.npz");
     std::fs::write(&path, "hello").unwrap();
-    assert!(matches!(
-        read_samples(&path),
-        Err(EvaluationError::Io { .. })
-    ));
+    assert!(matches!(read_samples(&path), Err(NpzError::Io { .. })));
     assert!(read_samples(&folder.path().join("missing.npz")).is_err());
 }
 
 /// All pictures of a reader, in blocks of at most `most`.
-fn blocks(path: &Path, most: usize) -> Result<Vec<Images>, EvaluationError> {
+fn blocks(path: &Path, most: usize) -> Result<Vec<Images>, NpzError> {
     let mut reader = SampleReader::open(path)?;
     std::iter::from_fn(|| reader.next_block(most).transpose()).collect()
 }

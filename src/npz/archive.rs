@@ -11,39 +11,39 @@ use zip::result::ZipError;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
-use super::EvaluationError;
-use crate::atomic::{Bounded, open_file};
-use crate::npy::{self, Header};
+use super::npy::Header;
+use super::{NpzError, npy};
+use crate::files::{Bounded, open_file};
 
 /// The name in the archive of the array `array`.
-pub(super) fn member_name(array: &str) -> String {
+pub(crate) fn member_name(array: &str) -> String {
     format!("{array}.npy")
 }
 
 /// An open archive that names its path in every error.
-pub(super) struct Archive<'a> {
+pub(crate) struct Archive<'a> {
     path: &'a Path,
     zip: ZipArchive<BufReader<Bounded>>,
 }
 
 impl<'a> Archive<'a> {
-    pub(super) fn open(path: &'a Path) -> Result<Self, EvaluationError> {
+    pub(crate) fn open(path: &'a Path) -> Result<Self, NpzError> {
         let zip = open_file(path)
             .and_then(Bounded::new)
             .and_then(|file| ZipArchive::new(BufReader::new(file)).map_err(io::Error::from))
-            .map_err(EvaluationError::io(path))?;
+            .map_err(NpzError::io(path))?;
         Ok(Self { path, zip })
     }
 
-    pub(super) fn contains(&self, array: &str) -> bool {
+    pub(crate) fn contains(&self, array: &str) -> bool {
         self.zip.index_for_name(&member_name(array)).is_some()
     }
 
-    pub(super) fn required(&mut self, array: &str) -> Result<Array, EvaluationError> {
+    pub(crate) fn required(&mut self, array: &str) -> Result<Array, NpzError> {
         self.array(array)?.ok_or_else(|| {
             let mut members: Vec<_> = self.zip.file_names().collect();
             members.sort_unstable();
-            EvaluationError::Array {
+            NpzError::Array {
                 path: self.path.to_owned(),
                 array: array.to_owned(),
                 expected: format!("a member {}", member_name(array)),
@@ -53,7 +53,7 @@ impl<'a> Archive<'a> {
     }
 
     /// An array whose header is read and whose data are not; None if there is none of that name.
-    pub(super) fn array(&mut self, array: &str) -> Result<Option<Array>, EvaluationError> {
+    pub(crate) fn array(&mut self, array: &str) -> Result<Option<Array>, NpzError> {
         let at = Place {
             path: self.path.to_owned(),
             array: array.to_owned(),
@@ -154,8 +154,8 @@ struct Place {
 }
 
 impl Place {
-    fn fail(&self, expected: &str, found: String) -> EvaluationError {
-        EvaluationError::Array {
+    fn fail(&self, expected: &str, found: String) -> NpzError {
+        NpzError::Array {
             path: self.path.clone(),
             array: self.array.clone(),
             expected: expected.to_owned(),
@@ -165,11 +165,11 @@ impl Place {
 }
 
 /// An array whose data are read when they are asked for.
-pub(super) struct Array {
+pub(crate) struct Array {
     at: Place,
     header: Header,
     /// Number of elements along each axis.
-    pub(super) shape: Vec<usize>,
+    pub(crate) shape: Vec<usize>,
     /// Bytes of all data.
     size: usize,
     /// Bytes that have not been read.
@@ -179,13 +179,13 @@ pub(super) struct Array {
 
 impl Array {
     /// `expected` was asked for, and the array is what it is.
-    pub(super) fn mismatch(&self, expected: &str) -> EvaluationError {
+    pub(crate) fn mismatch(&self, expected: &str) -> NpzError {
         let found = format!("'{}' of shape {:?}", self.header.descr, self.shape);
         self.at.fail(expected, found)
     }
 
     /// Refuses another NumPy type than `descr`.
-    pub(super) fn expect(&self, descr: &str) -> Result<(), EvaluationError> {
+    pub(crate) fn expect(&self, descr: &str) -> Result<(), NpzError> {
         if self.header.descr == descr {
             return Ok(());
         }
@@ -193,24 +193,24 @@ impl Array {
     }
 
     /// Refuses a shape that asks for more data than the archive says it has: before hours of reading, not after.
-    pub(super) fn expect_whole(&self) -> Result<(), EvaluationError> {
+    pub(crate) fn expect_whole(&self) -> Result<(), NpzError> {
         if self.left as u64 <= self.member.promised {
             return Ok(());
         }
         Err(self.short(self.member.promised))
     }
 
-    pub(super) fn is_fortran(&self) -> bool {
+    pub(crate) fn is_fortran(&self) -> bool {
         self.header.fortran
     }
 
-    fn short(&self, found: u64) -> EvaluationError {
+    fn short(&self, found: u64) -> NpzError {
         let expected = format!("{} bytes for the shape {:?}", self.size, self.shape);
         self.at.fail(&expected, format!("{found} bytes"))
     }
 
     /// The next `count` bytes; with the last of the array its checksum is compared.
-    pub(super) fn read(&mut self, count: usize) -> Result<Vec<u8>, EvaluationError> {
+    pub(crate) fn read(&mut self, count: usize) -> Result<Vec<u8>, NpzError> {
         let broken = |error: io::Error| self.at.fail("readable data", error.to_string());
         // A system may promise any memory that is asked for.
         if count as u64 > self.member.promised {
@@ -240,11 +240,11 @@ impl Array {
     }
 
     /// Values in C order, of `SIZE` bytes and the NumPy type `descr`.
-    pub(super) fn values<T: Copy, const SIZE: usize>(
+    pub(crate) fn values<T: Copy, const SIZE: usize>(
         mut self,
         descr: &str,
         decode: impl Fn([u8; SIZE]) -> T,
-    ) -> Result<Vec<T>, EvaluationError> {
+    ) -> Result<Vec<T>, NpzError> {
         self.expect(descr)?;
         let data = self.read(self.size)?;
         let (items, _) = data.as_chunks::<SIZE>();
@@ -256,7 +256,7 @@ impl Array {
         })
     }
 
-    pub(super) fn floats(self) -> Result<Vec<f64>, EvaluationError> {
+    pub(crate) fn floats(self) -> Result<Vec<f64>, NpzError> {
         match self.header.descr.as_str() {
             "<f4" => self.values("<f4", |item| f64::from(f32::from_le_bytes(item))),
             "<f8" => self.values("<f8", f64::from_le_bytes),
@@ -266,7 +266,7 @@ impl Array {
 }
 
 /// Begins the member of an array of that type and shape; its data, which the caller writes next, have `size` bytes.
-pub(super) fn start_array<W: Write + Seek>(
+pub(crate) fn start_array<W: Write + Seek>(
     archive: &mut ZipWriter<W>,
     name: &str,
     descr: &str,
@@ -283,7 +283,7 @@ pub(super) fn start_array<W: Write + Seek>(
 }
 
 /// Writes an array, stored without compression as `numpy.savez` does.
-pub(super) fn write_array<W: Write + Seek>(
+pub(crate) fn write_array<W: Write + Seek>(
     archive: &mut ZipWriter<W>,
     name: &str,
     descr: &str,
@@ -316,7 +316,7 @@ fn c_order<T: Copy>(values: &[T], shape: &[usize]) -> Vec<T> {
 
 /// Archives for tests.
 #[cfg(test)]
-pub(super) mod testing {
+pub(crate) mod testing {
     use super::*;
 
     /// An archive with these members, packed, and its path.

@@ -10,6 +10,8 @@ use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use sha2::{Digest, Sha256};
+
 /// Writes the file `path` by way of a temporary file in the same folder.
 ///
 /// Missing parent folders are created. `write` receives the open temporary file; when it returns,
@@ -28,7 +30,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// use std::io::Write;
 /// let folder = tempfile::tempdir()?;
 /// let path = folder.path().join("new/verdict.txt");
-/// tinyfusion::atomic::write_atomic(&path, |file| writeln!(file, "pass"))?;
+/// crate::files::write_atomic(&path, |file| writeln!(file, "pass"))?;
 /// assert_eq!(std::fs::read_to_string(&path)?, "pass\n");
 /// # Ok::<(), std::io::Error>(())
 /// ```
@@ -158,6 +160,16 @@ impl Seek for Bounded {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         self.file.seek(to)
     }
+}
+
+/// SHA-256 of a file, in hexadecimal; it is read in pieces.
+///
+/// # Errors
+/// When it can't be read.
+pub fn sha256(path: &Path) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    io::copy(&mut open_file(path)?, &mut hash)?;
+    Ok(format!("{:x}", hash.finalize()))
 }
 
 /// Fills `out` from the bytes of a file at a place, for any number of threads at once.

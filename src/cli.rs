@@ -15,18 +15,21 @@ use crate::backend::{BackendKind, Compute};
 use crate::interrupt;
 use crate::process::Solver;
 use crate::recipe::document::{Document, MOST_BYTES};
-use crate::recipe::draw::{self, Share};
-use crate::recipe::pictures::{refuse_existing, write_pictures};
 use crate::recipe::plan::Plan;
 use crate::recipe::run::models::read_file;
 use crate::recipe::run::seeds::Verdicts;
 use crate::recipe::run::{Options, run};
 use crate::recipe::schema::data::Data;
-use crate::recipe::schema::sample::{DEMO, DEMO_GUIDANCE, Labels, Sample, Sampling};
-use crate::recipe::schema::source::{EmbeddedName, Source};
+use crate::recipe::schema::sample::Sample;
+use crate::recipe::schema::source::Source;
 use crate::recipe::schema::{Recipe, Stage, StageKind};
-use crate::recipe::{RecipeError, embedded, embedded_recipes};
-use crate::weights::Checkpoint;
+use crate::recipe::{RecipeError, embedded_recipes};
+use crate::report::watch;
+use crate::sampling::{
+    DEMO, DEMO_GUIDANCE, Labels, SAMPLES, Sampling, Share, draw_into, refuse_existing,
+    write_pictures,
+};
+use crate::weights::{Checkpoint, EmbeddedName, embedded};
 use bench::{BenchArguments, benchmark};
 use evaluate::{EvaluateArguments, evaluate};
 use extract::{ExtractArguments, extract};
@@ -527,7 +530,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
         let directory = arguments
             .run
             .run("sample", StageKind::Sample(sample), Data::Digits)?;
-        let archive = directory.join("01-sample").join(draw::SAMPLES);
+        let archive = directory.join("01-sample").join(SAMPLES);
         return pictures(&archive, arguments.images.as_deref());
     };
     let run = &arguments.run;
@@ -548,9 +551,11 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
     let archive = crate::with_backend!(run.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         crate::ops::set_compute::<Inner>(run.compute, device).map_err(RecipeError::Run)?;
-        draw::draw_into::<Inner>(&checkpoint, &sample, run.seed, folder, share, device)
+        draw_into::<Inner>(
+            &checkpoint, sample.vae.as_deref(), &sample.sampling, run.seed, folder, share, device, watch("sample", "steps"),
+        )
     }, else Ok(None));
-    let archive = how_to_go_on(archive, "the same command")?;
+    let archive = how_to_go_on(archive.map_err(RecipeError::from), "the same command")?;
     match archive {
         Some(archive) => {
             crate::tell!("{}", archive.display());
@@ -564,7 +569,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
 /// Writes samples as pictures, where a person asks for them.
 fn pictures(archive: &Path, folder: Option<&Path>) -> Result<(), RecipeError> {
     if let Some(folder) = folder {
-        write_pictures(archive, folder)?;
+        write_pictures(archive, folder, watch("pictures", "images"))?;
         crate::tell!("{}", folder.display());
     }
     Ok(())

@@ -17,6 +17,7 @@
 //! | [`weights`] | safetensors, `.pt` and the layout of diffusers, in and out, under PyTorch's names |
 //! | [`evaluation`] | FID, sFID, Inception Score, precision and recall by ADM's protocol |
 //! | [`npz`] | pictures as other programs read them |
+//! | [`sampling`] | drawing, in parts and shares; decoding |
 //! | [`recipe`] | TOML → plan → run directory |
 //! | [`report`] | pictures and tables |
 //! | [`random`] | randomness keyed by (seed, stream, step, index) |
@@ -51,6 +52,7 @@ pub mod random;
 pub mod recipe;
 pub mod recovery;
 pub mod report;
+pub mod sampling;
 #[cfg(feature = "ndarray")]
 pub mod standin;
 pub mod state;

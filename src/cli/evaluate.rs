@@ -11,8 +11,8 @@ use crate::recipe::run::evaluate_reference::{ReferenceFiles, archives};
 use crate::recipe::schema::StageKind;
 use crate::recipe::schema::data::Data;
 use crate::recipe::schema::sample::{Against, Evaluate};
-use crate::recipe::schema::source::{EmbeddedName, Source};
-use crate::weights::WeightFile;
+use crate::recipe::schema::source::Source;
+use crate::weights::{EmbeddedName, WeightFile};
 
 /// Samples of a model, by default. With few, FID is biased upwards by more than models differ.
 const MODEL_SAMPLES: u32 = 2000;

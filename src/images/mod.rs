@@ -10,9 +10,12 @@ use thiserror::Error;
 mod crop;
 mod decode;
 mod jpeg;
+mod tensor;
 
 pub use crop::{CenterCrop, center_crop, pad, to_chw};
 pub use decode::{PictureError, picture_size, read_rgb, read_then};
+pub(crate) use tensor::byte;
+pub use tensor::{rounded, truncated};
 
 /// Pictures of one size: `u8` in `[count, height, width, channels]` order (NHWC), rows top to
 /// bottom, 0 black and 255 white.

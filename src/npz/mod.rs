@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-pub use samples::{SampleReader, SampleWriter, Samples, read_samples, write_samples};
+pub use samples::{SampleReader, SampleWriter, Samples, first_images, read_samples, write_samples};
 
 use crate::images::PictureError;
 

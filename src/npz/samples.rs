@@ -220,6 +220,20 @@ impl SampleReader {
     }
 }
 
+/// At most `count` pictures of an archive or a folder, from the first.
+///
+/// # Errors
+///
+/// As [`SampleReader::open`] and [`SampleReader::next_block`]; [`NpzError::Shape`] when there are none.
+pub fn first_images(path: &Path, count: usize) -> Result<Images, NpzError> {
+    let images = SampleReader::open(path)?.next_block(count)?;
+    images.ok_or_else(|| NpzError::Shape {
+        what: "pictures of an archive",
+        expected: "one at least".to_owned(),
+        found: format!("none in {}", path.display()),
+    })
+}
+
 /// Writes pictures as `arr_0` and labels as `arr_1`, stored without compression as `numpy.savez` does, a block at a
 /// time. The file appears whole, when [`finish`](Self::finish) returns, or not at all.
 ///

@@ -5,12 +5,8 @@
 //! Parsing is our own over `toml`'s positions rather than serde's derive, which stops at the first mistake.
 
 pub mod document;
-pub mod draw;
-pub mod embedded;
 pub mod embedded_recipes;
-pub mod pictures;
 pub mod plan;
-mod progress;
 pub mod published;
 pub mod run;
 pub mod schema;
@@ -54,6 +50,9 @@ pub enum RecipeError {
     /// Data.
     #[error(transparent)]
     Data(#[from] crate::data::DataError),
+    /// Sampling.
+    #[error(transparent)]
+    Sampling(crate::sampling::SamplingError),
     /// Evaluation.
     #[error(transparent)]
     Evaluation(crate::evaluation::EvaluationError),
@@ -73,6 +72,15 @@ impl From<crate::evaluation::EvaluationError> for RecipeError {
         match error {
             crate::evaluation::EvaluationError::Interrupted => Self::Interrupted,
             error => Self::Evaluation(error),
+        }
+    }
+}
+
+impl From<crate::sampling::SamplingError> for RecipeError {
+    fn from(error: crate::sampling::SamplingError) -> Self {
+        match error {
+            crate::sampling::SamplingError::Interrupted => Self::Interrupted,
+            error => Self::Sampling(error),
         }
     }
 }

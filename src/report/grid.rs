@@ -20,6 +20,18 @@ const LABEL_SCALE: u32 = 2;
 /// Most pixels of a picture; beyond it viewers give up.
 const MOST_PIXELS: u64 = 1 << 28;
 
+/// Columns of a picture of samples, at most.
+pub(crate) const COLUMNS: usize = 20;
+/// Pixels along a side of a picture of samples, at most.
+const PICTURE: usize = 4096;
+
+/// Columns of a picture of `count` square images, and how much each is enlarged: small ones are, for people's eyes.
+pub(crate) fn grid_layout(side: usize, count: usize) -> (usize, u32) {
+    let scale = (64 / side.max(1)).clamp(1, 5);
+    let columns = (PICTURE / (side * scale).max(1)).clamp(1, COLUMNS);
+    (columns.min(count.max(1)), scale as u32)
+}
+
 /// Writes all of `images` as one grid of `columns` columns, row by row, on white.
 ///
 /// Grey and RGB pictures (`channels` 1 or 3) are drawn, each pixel `scale x scale` large. The file

@@ -9,12 +9,15 @@ mod decisions;
 mod glyphs;
 mod grid;
 mod numbers;
+mod progress;
 mod table;
 
 pub use decision_history::{Decision, DecisionGroup, DecisionHistory};
 pub use decisions::decision_svg;
+pub(crate) use grid::{COLUMNS, grid_layout};
 pub use grid::{comparison_png, grid_png};
-pub(crate) use numbers::{rounded, scientific, short, thousands};
+pub(crate) use numbers::{brief, rounded, scientific, short, thousands};
+pub(crate) use progress::{Progress, watch};
 pub use table::Table;
 
 /// Why a picture could not be made.

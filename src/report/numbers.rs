@@ -1,5 +1,7 @@
 //! Numbers as people read them.
 
+use std::time::Duration;
+
 /// 12345678 as `1.23e7`.
 pub(crate) fn scientific(number: f64) -> String {
     format!("{number:.2e}")
@@ -55,6 +57,16 @@ pub(crate) fn thousands(number: usize) -> String {
         .filter_map(|group| std::str::from_utf8(group).ok())
         .collect();
     groups.join(",")
+}
+
+/// `1h02m`, `3m20s` or `12s`.
+pub(crate) fn brief(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64().round() as u64;
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, seconds) => format!("{seconds}s"),
+        (0, minutes, seconds) => format!("{minutes}m{seconds:02}s"),
+        (hours, minutes, _) => format!("{hours}h{minutes:02}m"),
+    }
 }
 
 #[cfg(test)]

@@ -27,10 +27,9 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Axis, Block, Chart, Dataset, Gauge, GraphType, Paragraph};
 
 use super::metrics::shown;
-use super::renderer::brief;
 use super::strategy::{About, lock};
 use crate::interrupt;
-use crate::report::{rounded, thousands};
+use crate::report::{brief, rounded, thousands};
 
 /// Time between two pictures, and the longest that a key waits.
 const TICK: Duration = Duration::from_millis(100);

@@ -1,6 +1,6 @@
 //! Progress off the dashboard: plain lines, and a renderer for burn-train that draws nothing.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use burn::train::logger::MetricLogger;
 use burn::train::metric::{
@@ -13,7 +13,7 @@ use burn::train::renderer::{
 };
 
 use super::metrics::{Scalars, shown};
-use crate::report::{rounded, thousands};
+use crate::report::{brief, rounded, thousands};
 
 /// Draws and logs nothing: lines and `metrics.jsonl` are the strategy's, in step with the training.
 pub(super) struct Quiet;
@@ -103,16 +103,6 @@ impl Lines {
             }
         }
         line + &end
-    }
-}
-
-/// `1h02m`, `3m20s` or `12s`.
-pub(crate) fn brief(duration: Duration) -> String {
-    let seconds = duration.as_secs_f64().round() as u64;
-    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
-        (0, 0, seconds) => format!("{seconds}s"),
-        (0, minutes, seconds) => format!("{minutes}m{seconds:02}s"),
-        (hours, minutes, _) => format!("{hours}h{minutes:02}m"),
     }
 }
 

@@ -8,6 +8,7 @@
 mod card;
 mod checkpoint;
 mod convert;
+pub mod embedded;
 mod infer;
 mod layout;
 mod legacy;
@@ -26,6 +27,7 @@ use std::path::{Path, PathBuf};
 
 pub use checkpoint::{Checkpoint, Description, Provenance, Stated};
 pub use convert::{Conversion, convert};
+pub use embedded::EmbeddedName;
 pub use networks::{Known, read_inception, read_vae, vae_config};
 use opened::Opened;
 pub use safetensors::{open_safetensors, read_safetensors, write_safetensors};

@@ -443,10 +443,9 @@ fn accumulated_gradients_train_as_whole_batches_do() {
     }
     let (whole, parts) = (state("whole"), state("parts"));
     let (mut off, mut moved) = (0.0, 0.0);
-    let teacher = tinyfusion::recipe::embedded::checkpoint(
-        tinyfusion::recipe::schema::source::EmbeddedName::DigitsTeacher,
-    )
-    .unwrap();
+    let teacher =
+        tinyfusion::weights::embedded::checkpoint(tinyfusion::weights::EmbeddedName::DigitsTeacher)
+            .unwrap();
     for (name, before) in teacher.tensors.read_all().unwrap() {
         let (whole, parts) = (&whole[&name].data, &parts[&name].data);
         for ((a, b), before) in whole.iter().zip(parts).zip(&before.data) {

@@ -98,7 +98,7 @@ pub fn vae_kl_f8<B: FusedOps>(slack: f64) {
 
 /// The 8-bit picture of a reconstruction.
 fn pixels<B: Backend>(file: &File, size: &str, recon: Tensor<B, 4>) {
-    let images = vae::pixels(recon);
+    let images = tinyfusion::images::truncated(recon);
     let expected = file.get(&format!("{size}.recon_uint8"));
     assert_eq!(images.shape().to_vec(), expected.shape);
     let [batch, height, width, channels] = images.shape();

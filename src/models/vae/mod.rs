@@ -9,7 +9,6 @@ mod config;
 use burn::module::Module;
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::images::Images;
 use crate::ops::{Convolution, FusedOps, Window};
 
 pub use blocks::{
@@ -125,16 +124,6 @@ impl<B: Backend> Posterior<B> {
     pub fn sample(&self, noise: Tensor<B, 4>) -> Tensor<B, 4> {
         self.mean.clone() + self.std() * noise
     }
-}
-
-/// Images in [−1, 1], `[batch, channels, height, width]`, as 8-bit pictures: `127.5 x + 128`, clamped to 0..=255 and
-/// truncated, as the samplers of DiT write their archives.
-pub fn pixels<B: Backend>(images: Tensor<B, 4>) -> Images {
-    let [batch, channels, height, width] = images.dims();
-    let values = crate::state::floats((images * 127.5 + 128.0).permute([0, 2, 3, 1]).into_data());
-    // `as` saturates and truncates; what is not a number becomes black.
-    let bytes = values.into_iter().map(|value| value as u8).collect();
-    Images::new(bytes, [batch, height, width, channels]).expect("a permutation keeps the count")
 }
 
 /// Images to features of latent size.

@@ -2,7 +2,7 @@
 
 use crate::models::DitConfig;
 use crate::recipe::schema::optimisation::Optimisation;
-use crate::recipe::schema::sample::Sampling;
+use crate::sampling::Sampling;
 
 pub(crate) fn images(optimisation: &Optimisation) -> usize {
     optimisation.steps * optimisation.batch

@@ -6,7 +6,8 @@ use super::missing::Role;
 use crate::data::Split;
 use crate::models::{Architecture, DitConfig};
 use crate::recipe::schema::Stage;
-use crate::recipe::schema::sample::{Against, Evaluate, Sampling};
+use crate::recipe::schema::sample::{Against, Evaluate};
+use crate::sampling::Sampling;
 
 /// Checks an evaluation, and estimates its bytes and operations.
 pub(crate) fn plan_evaluate(

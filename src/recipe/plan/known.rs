@@ -9,14 +9,13 @@ use super::missing::{MissingFile, Role, note};
 use crate::data::{Digits, IdxPictures, Latents, PictureSet, Split, fashion, with_cause};
 use crate::models::{Architecture, ClassifierConfig, DitConfig, zoo};
 use crate::process::ProcessKind;
-use crate::recipe::embedded;
 use crate::recipe::published::public_file;
 use crate::recipe::run::models::read_file;
 use crate::recipe::schema::data::{Data, Idx, Pictures, Shape};
 use crate::recipe::schema::prune::PruneMethod;
 use crate::recipe::schema::source::Source;
 use crate::recipe::schema::{Recipe, Stage, StageKind};
-use crate::weights::vae_config;
+use crate::weights::{embedded, vae_config};
 
 /// How many times an autoencoder of latents reduces each side, where its configuration is not there to say.
 const AUTOENCODER_REDUCTION: usize = 8;

@@ -16,8 +16,8 @@ use crate::data::{
 };
 use crate::ops::TrainingBackend;
 use crate::recipe::RecipeError;
-use crate::recipe::progress::Progress;
 use crate::recipe::schema::data::{Data, Idx, Pictures, Shape};
+use crate::report::Progress;
 use crate::report::thousands;
 
 /// Folder of decoded pictures in the run directory.
@@ -161,7 +161,6 @@ impl<B: TrainingBackend> Context<'_, B> {
                     Err(DataError::Broken { pictures }) => broken.extend(pictures),
                     Err(error) => return Err(error.into()),
                 }
-                progress.finish();
             }
             if !broken.is_empty() {
                 return Err(DataError::Broken { pictures: broken }.into());

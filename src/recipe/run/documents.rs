@@ -114,12 +114,12 @@ fn published(block: &str) {
 
 #[test]
 fn the_classifiers_cards_say_what_their_files_say() {
-    use crate::recipe::schema::source::EmbeddedName;
+    use crate::weights::EmbeddedName;
     for (name, card) in [
         (EmbeddedName::DigitsFeatures, "digits-features"),
         (EmbeddedName::FashionFeatures, "fashion-features"),
     ] {
-        let checkpoint = crate::recipe::embedded::checkpoint(name).unwrap();
+        let checkpoint = crate::weights::embedded::checkpoint(name).unwrap();
         let note = &checkpoint.provenance.note;
         let accuracy = note.split(' ').find(|word| word.starts_with("0.")).unwrap();
         let card = root().join(format!("artifacts/pretrained/{card}.md"));

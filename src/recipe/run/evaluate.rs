@@ -8,23 +8,22 @@ use serde::{Deserialize, Serialize};
 
 use super::context::{Context, images};
 use super::evaluate_reference::ReferenceFiles;
-use super::speed::speeds;
 use crate::backend::Compute;
 use crate::data::{Samples, Split};
 use crate::evaluation::{
     Features, PrecisionRecall, Speed, Statistics, StatisticsAccumulator, bias, frechet_distance,
     inception_score, precision_recall,
 };
-use crate::images::Images;
+use crate::images::{Images, byte};
 use crate::models::{Classifier, ClassifierConfig, DitConfig};
-use crate::npz::{read_samples, write_samples};
+use crate::npz::{first_images, read_samples, write_samples};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::random::{self, Stream};
 use crate::recipe::RecipeError;
-use crate::recipe::draw::{COLUMNS, Decoder, Draw, PICTURE_FILE, Share, byte, first_images, grid};
 use crate::recipe::schema::data::Shape;
-use crate::recipe::schema::sample::{Against, Evaluate, Sample, Sampling};
-use crate::report::{Table, comparison_png, short, thousands};
+use crate::recipe::schema::sample::{Against, Evaluate, Sample};
+use crate::report::{COLUMNS, Table, comparison_png, grid_layout, short, thousands, watch};
+use crate::sampling::{Decoder, Draw, PICTURE_FILE, Sampling, Share, speeds};
 
 /// Images a classifier reads at once.
 const READ_BATCH: usize = 256;
@@ -219,7 +218,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             folder,
             share: Share::WHOLE,
         }
-        .run(self.device)?;
+        .run(self.device, watch(stage, "steps"))?;
         let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
         crate::say!(
             "{stage}: {} samples in {}, the first of them to look at in {}",
@@ -236,8 +235,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         vae: Option<&Path>,
         model: &DitConfig,
     ) -> Result<Option<Decoder<B::InnerBackend>>, RecipeError> {
-        vae.map(|path| Decoder::read(path, model, self.device))
-            .transpose()
+        let decoder = vae.map(|path| Decoder::read(path, model.channels, self.device));
+        Ok(decoder.transpose()?)
     }
 
     /// The held-out pictures as an archive in a stage's folder.
@@ -325,7 +324,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 folder: &folder.join(format!("{}-{}", index + 1, file_name(&name))),
                 share: Share::WHOLE,
             }
-            .run(self.device)?;
+            .run(self.device, watch(&name, "steps"))?;
             let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
             let samples = read_samples(&archive)?.images;
             let read = read(&classifier, config, samples.pixels(), self.device)?;
@@ -337,15 +336,15 @@ impl<B: TrainingBackend> Context<'_, B> {
             checkpoints.push(checkpoint);
             rows.push((name, first_images(&archive, 2 * COLUMNS)?));
         }
-        let speeds = speeds::<B::InnerBackend>(&checkpoints, &evaluate.sampling, self.device)?;
-        for (verdict, speed) in verdicts[1..].iter_mut().zip(speeds) {
-            verdict.images_per_second = speed;
+        let rates = speeds::<B::InnerBackend>(&checkpoints, &evaluate.sampling, self.device)?;
+        for (verdict, rates) in verdicts[1..].iter_mut().zip(rates) {
+            verdict.images_per_second = Speed::of(&rates);
         }
         let rows: Vec<(&str, &Images)> = rows
             .iter()
             .map(|(name, images)| (name.as_str(), images))
             .collect();
-        let (columns, scale) = grid(config.input_size, COLUMNS);
+        let (columns, scale) = grid_layout(config.input_size, COLUMNS);
         comparison_png(&folder.join("comparison.png"), &rows, columns, scale)?;
         let protocol = Protocol {
             sampling: &evaluate.sampling,

@@ -6,21 +6,20 @@ use burn::tensor::backend::Backend;
 
 use super::context::Context;
 use super::evaluate::{EVALUATION, file_name, not_whole};
-use super::speed::speeds;
 use crate::evaluation::{
     AdmEvaluation, AdmProtocol, AdmVerdict, DEFAULT_SPLIT_SIZE, Distances, FileDigest, Reference,
-    ReferenceMeasured, cache_file, compare, measure,
+    ReferenceMeasured, Speed, cache_file, compare, measure,
 };
 use crate::images::Images;
 use crate::models::{DitConfig, Inception};
-use crate::npz::SampleReader;
+use crate::npz::{SampleReader, first_images};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::recipe::RecipeError;
-use crate::recipe::draw::{Draw, SAMPLING, Share, first_images, grid};
 use crate::recipe::plan::missing::{Role, note, refuse};
-use crate::recipe::progress::Progress;
-use crate::recipe::schema::sample::{Evaluate, Sampling};
-use crate::report::comparison_png;
+use crate::recipe::schema::sample::Evaluate;
+use crate::report::Progress;
+use crate::report::{comparison_png, grid_layout, watch};
+use crate::sampling::{Draw, SAMPLING, Sampling, Share, speeds};
 use crate::weights::{Known, read_inception};
 
 /// Images Inception reads at once.
@@ -77,7 +76,6 @@ impl<B: FusedOps> Judge<B> {
             }
             None => reference.measure(network, READ_BATCH, &mut reached)?,
         };
-        progress.finish();
         let protocol = AdmProtocol {
             samples: 0,
             reference: digest,
@@ -105,7 +103,6 @@ impl<B: FusedOps> Judge<B> {
         let mut progress = Progress::new(name, "images measured", reader.shape()[0]);
         let network = &self.inception.network;
         let measured = measure(network, reader, READ_BATCH, |done| progress.reach(done))?;
-        progress.finish();
         let AdmProtocol {
             neighbours,
             distances,
@@ -170,7 +167,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 folder: &folder.join(format!("{}-{}", index + 1, file_name(&name))),
                 share: Share::WHOLE,
             }
-            .run(self.device)?;
+            .run(self.device, watch(&name, "steps"))?;
             vae_sha256 = decoder.map(|decoder| decoder.sha256().to_owned());
             let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
             count = evaluate.sampling.count;
@@ -191,9 +188,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
             verdicts.push(verdict);
         }
-        let speeds = speeds::<B::InnerBackend>(&checkpoints, &evaluate.sampling, self.device)?;
-        for (verdict, speed) in verdicts.iter_mut().zip(speeds) {
-            verdict.images_per_second = speed;
+        let rates = speeds::<B::InnerBackend>(&checkpoints, &evaluate.sampling, self.device)?;
+        for (verdict, rates) in verdicts.iter_mut().zip(rates) {
+            verdict.images_per_second = Speed::of(&rates);
         }
         picture(&folder.join("comparison.png"), &archives)?;
         judge.protocol.sampling = (!evaluate.compare.is_empty()).then(|| {
@@ -281,7 +278,7 @@ fn picture(path: &Path, archives: &[Measurable]) -> Result<(), RecipeError> {
     if rows.iter().any(|(_, images)| sides(images) != first) {
         return Ok(());
     }
-    let (columns, scale) = grid(first[0], COLUMNS);
+    let (columns, scale) = grid_layout(first[0], COLUMNS);
     let rows: Vec<(&str, &Images)> = rows.iter().map(|(name, images)| (*name, images)).collect();
     Ok(comparison_png(path, &rows, columns, scale)?)
 }

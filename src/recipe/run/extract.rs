@@ -7,8 +7,8 @@ use crate::data::latents::{Dtype, RECORDS_PER_SHARD};
 use crate::data::{self, Extraction, ImageFolder, extract};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::recipe::RecipeError;
-use crate::recipe::progress::Progress;
 use crate::recipe::schema::extract::{Extract, Form};
+use crate::report::Progress;
 use crate::weights::read_vae;
 
 /// Folder of the latents, in the stage's folder.
@@ -106,7 +106,7 @@ pub(crate) fn run<B: FusedOps>(
             }
         },
     )?;
-    progress.finish();
+    drop(progress);
     if !extracted.finished {
         return Err(RecipeError::Interrupted);
     }

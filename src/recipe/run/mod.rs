@@ -12,7 +12,6 @@ pub(crate) mod models;
 mod prune;
 mod recover;
 pub mod seeds;
-mod speed;
 
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -241,7 +240,7 @@ fn stages<B: TrainingBackend>(
         crate::say!(
             "{}: done in {}",
             stage.name,
-            crate::training::renderer::brief(begun.elapsed())
+            crate::report::brief(begun.elapsed())
         );
     }
     Ok(())

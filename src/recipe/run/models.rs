@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use super::directory::RunDirectory;
+use crate::recipe::RecipeError;
 use crate::recipe::published::public_file;
 use crate::recipe::schema::Recipe;
 use crate::recipe::schema::source::{FileSource, Source};
-use crate::recipe::{RecipeError, embedded};
 use crate::state::WeightsError;
-use crate::weights::{Checkpoint, Stated};
+use crate::weights::{Checkpoint, Stated, embedded};
 
 /// File of a stage's model, in the stage's folder.
 pub(crate) const MODEL: &str = "model.safetensors";

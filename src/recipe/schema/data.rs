@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use serde::{Serialize, Serializer};
 
-use super::source::EmbeddedName;
 use crate::data::{
     DataError, Fit, HeldOut, IdxPictures, ImageFolder, Latents, Rule, Split, digits, fashion,
     with_cause,
@@ -13,6 +12,7 @@ use crate::data::{
 use crate::recipe::document::diagnostic::{Diagnostic, Diagnostics};
 use crate::recipe::document::reader::{Section, Sink};
 use crate::recipe::document::{Document, Node, Value};
+use crate::weights::EmbeddedName;
 
 /// A data set.
 #[derive(Clone, Debug, PartialEq)]

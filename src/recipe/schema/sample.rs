@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::data::Shape;
-use super::source::{EmbeddedName, Lineage, Source};
+use super::source::{Lineage, Source};
 use crate::evaluation::Distances;
 use crate::process::Solver;
 use crate::recipe::document::reader::Section;
+use crate::sampling::{DEMO, DEMO_GUIDANCE, Labels, Sampling};
+use crate::weights::EmbeddedName;
 
 /// `kind = "sample"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -67,51 +69,6 @@ pub enum Against {
         features: Source,
     },
 }
-
-/// What to draw, and how.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Sampling {
-    /// How many images; [`ALL`](Self::ALL) where none are drawn and as many are measured as there are.
-    #[serde(skip_serializing_if = "is_all")]
-    pub count: usize,
-    /// Images drawn together.
-    pub batch: usize,
-    /// Classes to draw; by default all of the model's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub classes: Option<Vec<usize>>,
-    /// Which of them each sample is of.
-    pub labels: Labels,
-    /// Scale of classifier-free guidance; 1 is none.
-    pub guidance: f64,
-    /// How many channels are guided, from the first; 3 of 4 in the published numbers.
-    pub guidance_channels: usize,
-    /// How a step is taken.
-    #[serde(flatten)]
-    pub solver: Solver,
-    /// Steps, respaced over the 1000 of training.
-    pub steps: usize,
-}
-
-/// Which class each sample is of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Labels {
-    /// The classes in turn, so that all are drawn equally often.
-    Balanced,
-    /// Drawn at random, as the reference's `sample_ddp.py` has it.
-    Drawn,
-}
-
-impl Labels {
-    /// Their names.
-    pub const NAMES: [(&'static str, Self); 2] =
-        [("balanced", Self::Balanced), ("drawn", Self::Drawn)];
-}
-
-/// The classes of the reference's demonstration, of ImageNet, and the guidance it draws them with.
-pub const DEMO: [usize; 8] = [207, 360, 387, 974, 88, 979, 417, 279];
-/// See [`DEMO`].
-pub const DEMO_GUIDANCE: f64 = 4.0;
 
 impl Sample {
     pub(crate) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
@@ -205,14 +162,7 @@ impl Evaluate {
     }
 }
 
-fn is_all(count: &usize) -> bool {
-    *count == Sampling::ALL
-}
-
 impl Sampling {
-    /// As many images as there are: the count of an evaluation that draws none and states none.
-    pub const ALL: usize = usize::MAX;
-
     /// Reads the keys that sampling and evaluation share; without a default `count` is required.
     fn read(section: &Section<'_>, count: Option<usize>) -> Option<Self> {
         let demo = section.choice("preset", &[("evaluation", false), ("demo", true)]);

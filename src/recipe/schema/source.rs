@@ -12,7 +12,7 @@ use crate::recipe::document::diagnostic::Diagnostic;
 use crate::recipe::document::reader::Section;
 use crate::recipe::document::{Node, Table, Value};
 use crate::recipe::published::public_file;
-use crate::weights::{Stated, WeightFile};
+use crate::weights::{EmbeddedName, Stated, WeightFile};
 
 /// Heads that a recipe can state.
 pub(crate) const HEADS: RangeInclusive<usize> = 1..=1024;
@@ -73,40 +73,6 @@ impl Serialize for Source {
             }
             .serialize(serializer),
             _ => serializer.collect_str(self),
-        }
-    }
-}
-
-/// A checkpoint that is part of the binary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EmbeddedName {
-    /// The diffusion transformer trained on digits.
-    DigitsTeacher,
-    /// The digits classifier whose features are compared in evaluation.
-    DigitsFeatures,
-    /// The diffusion transformer of 28 layers trained on Fashion-MNIST.
-    FashionTeacher,
-    /// The classifier of Fashion-MNIST whose features are compared in evaluation.
-    FashionFeatures,
-}
-
-impl EmbeddedName {
-    /// All of them.
-    pub const ALL: [Self; 4] = [
-        Self::DigitsTeacher,
-        Self::DigitsFeatures,
-        Self::FashionTeacher,
-        Self::FashionFeatures,
-    ];
-
-    /// The name as a recipe writes it, prefix included.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::DigitsTeacher => "embedded:digits-teacher",
-            Self::DigitsFeatures => "embedded:digits-features",
-            Self::FashionTeacher => "embedded:fashion-teacher",
-            Self::FashionFeatures => "embedded:fashion-features",
         }
     }
 }

@@ -2,9 +2,10 @@
 
 use super::prune::{GroupsSpec, PruneMethod};
 use super::sample::Against;
-use super::source::{EmbeddedName, Source};
+use super::source::Source;
 use super::*;
 use crate::pruning::Group;
+use crate::weights::EmbeddedName;
 
 const QUICKSTART: &str = r#"
 seed = 1

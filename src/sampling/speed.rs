@@ -3,11 +3,8 @@
 
 use std::time::Instant;
 
-use crate::evaluation::Speed;
+use super::{Sampling, SamplingError, sampler};
 use crate::ops::FusedOps;
-use crate::recipe::RecipeError;
-use crate::recipe::draw::{labels, sampler};
-use crate::recipe::schema::sample::Sampling;
 use crate::weights::Checkpoint;
 
 /// Rounds, in each of which every model is timed once.
@@ -15,13 +12,16 @@ const ROUNDS: usize = 5;
 /// Steps that are timed in a round: every step is the same work, so that a few tell what all take.
 const STEPS: usize = 5;
 
-/// Images a second that each model draws: one batch of them, by all steps of the protocol. What an autoencoder takes is
-/// not counted. One network is in memory at a time.
-pub(crate) fn speeds<B: FusedOps>(
+/// Images a second that each model draws, a number for each round: one batch of them, by all steps of the protocol. What
+/// an autoencoder takes is not counted. One network is in memory at a time.
+///
+/// # Errors
+/// When a model can't be read, or a person interrupts.
+pub fn speeds<B: FusedOps>(
     checkpoints: &[Checkpoint],
     sampling: &Sampling,
     device: &B::Device,
-) -> Result<Vec<Option<Speed>>, RecipeError> {
+) -> Result<Vec<Vec<f64>>, SamplingError> {
     let steps = sampling.steps.min(STEPS);
     let batch = sampling.batch.min(sampling.count);
     let indices: Vec<usize> = (0..batch).collect();
@@ -29,12 +29,12 @@ pub(crate) fn speeds<B: FusedOps>(
     for _ in 0..ROUNDS {
         for (checkpoint, rates) in checkpoints.iter().zip(&mut measured) {
             if crate::interrupt::requested() {
-                return Err(RecipeError::Interrupted);
+                return Err(SamplingError::Interrupted);
             }
             let network = checkpoint.network::<B>(device)?;
             let config = network.config();
-            let labels = labels(sampling, config.classes, 0);
-            let timed = |steps: usize| -> Result<f64, RecipeError> {
+            let labels = sampling.label_of_each(config.classes, 0);
+            let timed = |steps: usize| -> Result<f64, SamplingError> {
                 let sampler = sampler(
                     "speed",
                     &Sampling {
@@ -56,5 +56,5 @@ pub(crate) fn speeds<B: FusedOps>(
             rates.push(batch as f64 / seconds);
         }
     }
-    Ok(measured.iter().map(|rates| Speed::of(rates)).collect())
+    Ok(measured)
 }

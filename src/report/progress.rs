@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
-use crate::report::thousands;
-use crate::training::renderer::brief;
+use super::{brief, thousands};
 
 /// Time between lines where there is no terminal.
 const BETWEEN: Duration = Duration::from_secs(30);
@@ -87,11 +86,23 @@ impl Progress {
             None => {}
         }
     }
+}
 
-    /// Takes the bar away.
-    pub(crate) fn finish(self) {
-        if let Some(bar) = self.bar {
+/// A bar is taken away when what it counts is over.
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// Progress of library code, which tells how many of how many are done.
+pub(crate) fn watch(name: &str, what: &'static str) -> impl FnMut(usize, usize) {
+    let (name, mut progress) = (name.to_owned(), None);
+    move |done, total| {
+        progress
+            .get_or_insert_with(|| Progress::new(&name, what, total))
+            .reach(done);
     }
 }

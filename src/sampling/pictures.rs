@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 use image::codecs::png::PngEncoder;
 use image::{ExtendedColorType, ImageEncoder};
 
-use super::RecipeError;
-use super::progress::Progress;
+use super::SamplingError;
 use crate::images::Images;
 use crate::npz::SampleReader;
 
@@ -19,28 +18,33 @@ const BLOCK: usize = 64;
 ///
 /// # Errors
 /// When something of that name exists.
-pub fn refuse_existing(folder: &Path) -> Result<(), RecipeError> {
+pub fn refuse_existing(folder: &Path) -> Result<(), SamplingError> {
     match folder.symlink_metadata() {
-        Ok(_) => Err(RecipeError::Run(format!(
-            "{}: exists; nothing is overwritten, name another folder for the pictures",
-            folder.display()
-        ))),
+        Ok(_) => Err(SamplingError::place(
+            folder,
+            "exists; nothing is overwritten, name another folder for the pictures",
+        )),
         Err(_) => Ok(()),
     }
 }
 
-/// Writes picture `i` of an archive as `00000i.png` into a new folder, which appears when all are there.
+/// Writes picture `i` of an archive as `00000i.png` into a new folder, which appears when all are there. `progress` is
+/// called with the pictures that are written and those that there are.
 ///
 /// # Errors
 /// When the folder exists, the archive can't be read, or a picture can't be written.
-pub fn write_pictures(archive: &Path, folder: &Path) -> Result<(), RecipeError> {
+pub fn write_pictures(
+    archive: &Path,
+    folder: &Path,
+    progress: impl FnMut(usize, usize),
+) -> Result<(), SamplingError> {
     refuse_existing(folder)?;
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
     let unfinished = folder.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-    std::fs::create_dir_all(&unfinished).map_err(RecipeError::io(&unfinished))?;
-    let written = fill(archive, &unfinished).and_then(|()| {
+    std::fs::create_dir_all(&unfinished).map_err(SamplingError::io(&unfinished))?;
+    let written = fill(archive, &unfinished, progress).and_then(|()| {
         refuse_existing(folder)?;
-        std::fs::rename(&unfinished, folder).map_err(RecipeError::io(folder))
+        std::fs::rename(&unfinished, folder).map_err(SamplingError::io(folder))
     });
     if written.is_err() {
         // What was written is of no use to anybody; the error that stopped it is the one to tell.
@@ -49,23 +53,25 @@ pub fn write_pictures(archive: &Path, folder: &Path) -> Result<(), RecipeError> 
     written
 }
 
-fn fill(archive: &Path, folder: &Path) -> Result<(), RecipeError> {
+fn fill(
+    archive: &Path,
+    folder: &Path,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<(), SamplingError> {
     let mut reader = SampleReader::open(archive)?;
     let total = reader.shape()[0];
-    let mut progress = Progress::new("pictures", "images", total);
     let mut next = 0;
     while let Some(images) = reader.next_block(BLOCK)? {
         if crate::interrupt::requested() {
-            return Err(RecipeError::Interrupted);
+            return Err(SamplingError::Interrupted);
         }
         for index in 0..images.shape()[0] {
             let path = folder.join(format!("{next:06}.png"));
-            write(&path, &images, index).map_err(RecipeError::io(&path))?;
+            write(&path, &images, index).map_err(SamplingError::io(&path))?;
             next += 1;
         }
-        progress.add(images.shape()[0]);
+        progress(next, total);
     }
-    progress.finish();
     Ok(())
 }
 
@@ -102,21 +108,23 @@ mod tests {
             let _ = std::fs::remove_file(&archive);
             write_samples(&archive, &images, None).unwrap();
             let folder = place.path().join(format!("png-{channels}"));
-            write_pictures(&archive, &folder).unwrap();
+            write_pictures(&archive, &folder, |_, _| ()).unwrap();
             assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 70);
             for index in [0, 63, 64, 69] {
                 let read = image::open(folder.join(format!("{index:06}.png"))).unwrap();
                 assert_eq!((read.width(), read.height()), (5, 2));
                 assert_eq!(read.as_bytes(), images.image(index));
             }
-            let error = write_pictures(&archive, &folder).unwrap_err().to_string();
+            let error = write_pictures(&archive, &folder, |_, _| ())
+                .unwrap_err()
+                .to_string();
             assert!(error.contains("nothing is overwritten"), "{error}");
         }
         // Nothing is left of a try that fails.
         let broken = Images::new(vec![0; 8], [2, 2, 1, 2]).unwrap();
         let _ = std::fs::remove_file(&archive);
         write_samples(&archive, &broken, None).unwrap();
-        assert!(write_pictures(&archive, &place.path().join("none")).is_err());
+        assert!(write_pictures(&archive, &place.path().join("none"), |_, _| ()).is_err());
         assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 3);
     }
 }

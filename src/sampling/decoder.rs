@@ -1,0 +1,55 @@
+//! Latents to pictures.
+
+use std::path::Path;
+
+use burn::tensor::{Tensor, backend::Backend};
+
+use super::SamplingError;
+use crate::images::{Images, truncated};
+use crate::models::vae::{Vae, VaeConfig};
+use crate::ops::FusedOps;
+use crate::weights::{Known, read_vae};
+
+/// Latents an autoencoder decodes at once: at 256 x 256 each takes some hundred MiB on the way.
+const DECODED_AT_ONCE: usize = 4;
+
+/// Makes images of latents.
+pub struct Decoder<B: Backend> {
+    vae: Known<Vae<B>>,
+    config: VaeConfig,
+}
+
+impl<B: FusedOps> Decoder<B> {
+    /// Reads an autoencoder that decodes what a model draws: latents of so many channels.
+    ///
+    /// # Errors
+    /// As [`read_vae`]; when it decodes others.
+    pub fn read(path: &Path, channels: usize, device: &B::Device) -> Result<Self, SamplingError> {
+        let (vae, config) = read_vae(path, device)?;
+        if config.latent_channels != channels {
+            let problem = format!(
+                "its latents have {} channels, and the model draws {channels}",
+                config.latent_channels
+            );
+            return Err(SamplingError::place(path, problem));
+        }
+        Ok(Self { vae, config })
+    }
+
+    /// SHA-256 of its weight file.
+    pub fn sha256(&self) -> &str {
+        &self.vae.sha256
+    }
+
+    /// Samples of the model as pictures.
+    pub fn decode(&self, latents: Tensor<B, 4>) -> Images {
+        let latents = latents / self.config.scaling_factor;
+        truncated(self.vae.network.decode_in_slices(latents, DECODED_AT_ONCE))
+    }
+
+    /// `[height, width, channels]` of a picture of latents of a side.
+    pub(crate) fn shape(&self, latent_side: usize) -> [usize; 3] {
+        let side = latent_side * self.config.factor();
+        [side, side, self.config.out_channels]
+    }
+}

@@ -1,0 +1,280 @@
+//! Drawing, and going on with what is drawn.
+
+use std::fs::TryLockError;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::backend::Backend;
+
+use super::parts::Parts;
+use super::{Decoder, Sampling, SamplingError, Share};
+use crate::files::{lock_file, write_atomic};
+use crate::images;
+use crate::models::{DitConfig, Network};
+use crate::npz::{SampleReader, first_images};
+use crate::ops::FusedOps;
+use crate::process::{GaussianDiffusion, Guidance, Sampler, Variance};
+use crate::report::{grid_layout, grid_png};
+use crate::weights::Checkpoint;
+
+/// File of the first samples as a picture.
+pub const PICTURE_FILE: &str = "samples.png";
+
+/// File that says how samples were drawn, beside them.
+pub const SAMPLING: &str = "sampling.json";
+
+/// File of the samples, in their folder.
+pub const SAMPLES: &str = "samples.npz";
+
+/// What is drawn, from what, into where.
+pub struct Draw<'a, B: Backend> {
+    /// What the model is called in messages.
+    pub name: &'a str,
+    /// The model.
+    pub network: &'a Network<B>,
+    /// Makes pictures of what it draws; none of a model of pixels.
+    pub decoder: Option<&'a Decoder<B>>,
+    /// What to draw, and how.
+    pub sampling: &'a Sampling,
+    /// Seed of all noise and labels.
+    pub seed: u64,
+    /// Where archive, picture and parts lie.
+    pub folder: &'a Path,
+    /// What of the work is this process's.
+    pub share: Share,
+}
+
+/// Samples that were drawn.
+pub struct Drawn {
+    /// The class of each.
+    pub labels: Vec<usize>,
+    /// The archive; None where other shares have still to draw theirs.
+    pub archive: Option<PathBuf>,
+}
+
+impl<B: FusedOps> Draw<'_, B> {
+    /// Draws what is not there yet of this share; with the last part, puts all together. `progress` is called with the
+    /// steps that are done and those that there are: a batch may take minutes.
+    ///
+    /// # Errors
+    /// When the model's samples are not of finite numbers; when the folder holds something else, or can't be written.
+    pub fn run(
+        &self,
+        device: &B::Device,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<Drawn, SamplingError> {
+        let sampling = self.sampling;
+        let labels = sampling.label_of_each(self.network.config().classes, self.seed);
+        let archive = self.folder.join(SAMPLES);
+        let sampler = sampler(self.name, sampling, &self.network.config())?;
+        let parts = Parts {
+            folder: self.folder.join("parts"),
+            sampling,
+            shape: self.shape(),
+        };
+        if archive.exists() {
+            self.check(&archive)?;
+            // Another process may have been stopped before it had tidied up.
+            if !self.folder.join(PICTURE_FILE).exists() {
+                self.picture(&archive)?;
+            }
+            parts.delete();
+            let archive = Some(archive);
+            return Ok(Drawn { labels, archive });
+        }
+        let ours = (0..parts.count()).filter(|part| part % self.share.of == self.share.index);
+        let missing: Vec<usize> = ours.filter(|part| !parts.has(*part)).collect();
+        let (mut done, steps) = (0, missing.len() * sampling.steps);
+        for &part in &missing {
+            if crate::interrupt::requested() {
+                return Err(SamplingError::Interrupted);
+            }
+            let indices: Vec<usize> = parts.range(part).collect();
+            let samples = sampler.generate(
+                self.network,
+                self.seed,
+                &indices,
+                &labels[parts.range(part)],
+                device,
+                || {
+                    done += 1;
+                    progress(done, steps);
+                },
+            );
+            let values = samples.to_data();
+            if let Some(at) = values.iter::<f32>().position(|value| !value.is_finite()) {
+                let values_a_sample = values.num_elements() / indices.len();
+                return Err(SamplingError::Model {
+                    model: self.name.to_owned(),
+                    problem: format!(
+                        "sample {} is not of finite numbers: the model's weights are damaged, or the guidance is too strong",
+                        indices[at / values_a_sample]
+                    ),
+                });
+            }
+            let images = match self.decoder {
+                Some(decoder) => decoder.decode(samples),
+                None => images::rounded(samples),
+            };
+            parts.write(part, &images)?;
+        }
+        let whole = (0..parts.count()).all(|part| parts.has(part));
+        // Of several processes that see the last part, one puts them together.
+        let lock = self.folder.join("parts.lock");
+        let lock_file = lock_file(&lock).map_err(SamplingError::io(&lock))?;
+        // A file system without locks is no reason not to: the archive appears whole or not at all.
+        let whole = whole && !matches!(lock_file.try_lock(), Err(TryLockError::WouldBlock));
+        if whole && !archive.exists() {
+            parts.assemble(&archive, &labels)?;
+            self.picture(&archive)?;
+            parts.delete();
+        }
+        Ok(Drawn {
+            labels,
+            // Another process may have put them together, and deleted the parts, by now.
+            archive: archive.exists().then_some(archive),
+        })
+    }
+
+    /// Refuses an archive that is not that of these samples: somebody else may have put it there.
+    fn check(&self, archive: &Path) -> Result<(), SamplingError> {
+        let [height, width, channels] = self.shape();
+        let expected = [self.sampling.count, height, width, channels];
+        let found = match archive.is_file() {
+            true => SampleReader::open(archive)?.shape(),
+            false => [0; 4],
+        };
+        if found == expected {
+            return Ok(());
+        }
+        let found = match archive.is_file() {
+            true => format!("{found:?}"),
+            false => "a folder".to_owned(),
+        };
+        let problem = format!(
+            "expected samples of shape {expected:?}, found {found}; take it away, and they are drawn again"
+        );
+        Err(SamplingError::place(archive, problem))
+    }
+
+    /// `[height, width, channels]` of an image.
+    fn shape(&self) -> [usize; 3] {
+        let model = self.network.config();
+        match self.decoder {
+            Some(decoder) => decoder.shape(model.input_size),
+            None => [model.input_size, model.input_size, model.channels],
+        }
+    }
+
+    /// The first samples as a picture.
+    fn picture(&self, archive: &Path) -> Result<(), SamplingError> {
+        let [side, ..] = self.shape();
+        let (columns, scale) = grid_layout(side, self.sampling.count);
+        let images = first_images(archive, columns * 10)?;
+        let path = self.folder.join(PICTURE_FILE);
+        Ok(grid_png(&path, &images, columns, scale)?)
+    }
+}
+
+/// The sampler of a protocol for a model, which messages call `name`.
+///
+/// # Errors
+/// When the process can't be respaced to so many steps.
+pub fn sampler(
+    name: &str,
+    sampling: &Sampling,
+    model: &DitConfig,
+) -> Result<Sampler, SamplingError> {
+    let steps = sampling.steps;
+    let spacing = if steps == GaussianDiffusion::full().steps() {
+        String::new()
+    } else {
+        steps.to_string()
+    };
+    let mut diffusion = GaussianDiffusion::new(&spacing).map_err(|error| SamplingError::Model {
+        model: name.to_owned(),
+        problem: error.to_string(),
+    })?;
+    if !model.learn_sigma {
+        // What the reference samples such models with.
+        diffusion = diffusion.with_variance(Variance::FixedLarge);
+    }
+    Ok(Sampler {
+        diffusion,
+        solver: sampling.solver,
+        guidance: Guidance {
+            scale: sampling.guidance,
+            channels: sampling.guidance_channels,
+        },
+    })
+}
+
+/// Draws samples of a checkpoint into a folder, or goes on with what is there; of a `share` alone, so that several
+/// processes can draw into one folder. Returns the archive, once all shares are drawn.
+///
+/// # Errors
+/// When the folder holds samples of another model or drawn in another way; when the model can't be drawn from.
+pub fn draw_into<B: FusedOps>(
+    checkpoint: &Checkpoint,
+    vae: Option<&Path>,
+    sampling: &Sampling,
+    seed: u64,
+    folder: &Path,
+    share: Share,
+    device: &B::Device,
+    progress: impl FnMut(usize, usize),
+) -> Result<Option<PathBuf>, SamplingError> {
+    let network = checkpoint.network::<B>(device)?;
+    let channels = network.config().channels;
+    let decoder = vae.map(|path| Decoder::read(path, channels, device));
+    let decoder = decoder.transpose()?;
+    let settings = serde_json::json!({
+        "model": checkpoint.fingerprint()?,
+        "vae": decoder.as_ref().map(Decoder::sha256),
+        "seed": seed,
+        "backend": B::name(device),
+        "compute": crate::ops::compute(),
+        "how": sampling,
+    });
+    let path = folder.join(SAMPLING);
+    match std::fs::read(&path) {
+        Ok(bytes) => {
+            let there: Option<serde_json::Value> = serde_json::from_slice(&bytes).ok();
+            if there.as_ref() != Some(&settings) {
+                let problem = "the samples there are drawn from another model or in another way; name another folder";
+                return Err(SamplingError::place(&path, problem));
+            }
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            // Nothing says what the files there were drawn from. (A temporary file is another share's, just begun.)
+            let foreign = std::fs::read_dir(folder).is_ok_and(|entries| {
+                let mut names = entries.flatten().map(|entry| entry.file_name());
+                names.any(|name| !name.as_encoded_bytes().starts_with(b"."))
+            });
+            // Unless another share has begun in the meantime.
+            if foreign && !path.exists() {
+                let problem =
+                    "is not empty, and nothing says how its files were made; name another folder";
+                return Err(SamplingError::place(folder, problem));
+            }
+            let text = format!(
+                "{settings:#}
+"
+            );
+            write_atomic(&path, |file| file.write_all(text.as_bytes()))
+                .map_err(SamplingError::io(&path))?;
+        }
+        Err(error) => return Err(SamplingError::io(&path)(error)),
+    }
+    let drawn = Draw {
+        name: "sample",
+        network: &network,
+        decoder: decoder.as_ref(),
+        sampling,
+        seed,
+        folder,
+        share,
+    }
+    .run(device, progress)?;
+    Ok(drawn.archive)
+}

@@ -1,0 +1,150 @@
+//! Samples of a model, few or fifty thousand: in parts on disk, so that what is drawn survives a kill and can be shared
+//! out among processes; as an archive, and as pictures.
+
+mod decoder;
+mod draw;
+mod parts;
+mod pictures;
+mod speed;
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+use thiserror::Error;
+
+pub use decoder::Decoder;
+pub use draw::{Draw, Drawn, PICTURE_FILE, SAMPLES, SAMPLING, draw_into, sampler};
+pub use parts::Share;
+pub use pictures::{refuse_existing, write_pictures};
+pub use speed::speeds;
+
+use crate::npz::NpzError;
+use crate::process::Solver;
+use crate::random::{self, Stream};
+use crate::report::ReportError;
+use crate::state::WeightsError;
+
+/// Why samples can't be drawn.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SamplingError {
+    /// A file or folder can't be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file or folder is there that is not these samples', or not fit for them.
+    #[error("{}: {problem}", path.display())]
+    Place {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it, and what to do.
+        problem: String,
+    },
+    /// The model can't be drawn from in this way.
+    #[error("`{model}`: {problem}")]
+    Model {
+        /// What the model is called.
+        model: String,
+        /// Why.
+        problem: String,
+    },
+    /// Archives and folders of pictures.
+    #[error(transparent)]
+    Npz(#[from] NpzError),
+    /// Pictures of samples.
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    /// Weights.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// A person interrupted; what is drawn stays.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl SamplingError {
+    pub(crate) fn io(path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Io {
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    pub(crate) fn place(path: &std::path::Path, problem: impl Into<String>) -> Self {
+        Self::Place {
+            path: path.to_owned(),
+            problem: problem.into(),
+        }
+    }
+}
+
+/// What to draw, and how.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Sampling {
+    /// How many images; [`ALL`](Self::ALL) where none are drawn and as many are measured as there are.
+    #[serde(skip_serializing_if = "is_all")]
+    pub count: usize,
+    /// Images drawn together.
+    pub batch: usize,
+    /// Classes to draw; by default all of the model's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub classes: Option<Vec<usize>>,
+    /// Which of them each sample is of.
+    pub labels: Labels,
+    /// Scale of classifier-free guidance; 1 is none.
+    pub guidance: f64,
+    /// How many channels are guided, from the first; 3 of 4 in the published numbers.
+    pub guidance_channels: usize,
+    /// How a step is taken.
+    #[serde(flatten)]
+    pub solver: Solver,
+    /// Steps, respaced over the 1000 of training.
+    pub steps: usize,
+}
+
+/// Which class each sample is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Labels {
+    /// The classes in turn, so that all are drawn equally often.
+    Balanced,
+    /// Drawn at random, as the reference's `sample_ddp.py` has it.
+    Drawn,
+}
+
+impl Labels {
+    /// Their names.
+    pub const NAMES: [(&'static str, Self); 2] =
+        [("balanced", Self::Balanced), ("drawn", Self::Drawn)];
+}
+
+/// The classes of the reference's demonstration, of ImageNet, and the guidance it draws them with.
+pub const DEMO: [usize; 8] = [207, 360, 387, 974, 88, 979, 417, 279];
+/// See [`DEMO`].
+pub const DEMO_GUIDANCE: f64 = 4.0;
+
+fn is_all(count: &usize) -> bool {
+    *count == Sampling::ALL
+}
+
+impl Sampling {
+    /// As many images as there are: the count of an evaluation that draws none and states none.
+    pub const ALL: usize = usize::MAX;
+
+    /// The label of each sample. A sample's does not depend on how many there are.
+    pub fn label_of_each(&self, classes: usize, seed: u64) -> Vec<usize> {
+        let all: Vec<usize> = (self.classes.clone()).unwrap_or_else(|| (0..classes).collect());
+        (0..self.count)
+            .map(|index| match self.labels {
+                Labels::Balanced => all[index % all.len()],
+                Labels::Drawn => {
+                    all[random::below(seed, Stream::Class, 0, index as u64, all.len())]
+                }
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,81 @@
+//! Samples on disk while they are drawn. A part is one batch, always the same one: which process draws it, and when,
+//! changes nothing. The parts of a finished set become one archive and are deleted.
+
+use std::io::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use super::{Sampling, SamplingError};
+use crate::files::write_atomic;
+use crate::images::Images;
+use crate::npz::SampleWriter;
+
+/// A share of the work: every `of`-th part from the `index`-th.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// From 0.
+    pub index: usize,
+    /// Number of shares.
+    pub of: usize,
+}
+
+impl Share {
+    /// All of it.
+    pub const WHOLE: Self = Self { index: 0, of: 1 };
+}
+
+/// Samples on disk, one file a batch.
+pub(super) struct Parts<'a> {
+    pub(super) folder: PathBuf,
+    pub(super) sampling: &'a Sampling,
+    /// `[height, width, channels]`
+    pub(super) shape: [usize; 3],
+}
+
+impl Parts<'_> {
+    pub(super) fn count(&self) -> usize {
+        self.sampling.count.div_ceil(self.sampling.batch)
+    }
+
+    /// Samples of a part.
+    pub(super) fn range(&self, part: usize) -> Range<usize> {
+        let first = part * self.sampling.batch;
+        first..self.sampling.count.min(first + self.sampling.batch)
+    }
+
+    fn path(&self, part: usize) -> PathBuf {
+        self.folder.join(format!("part-{part:06}.u8"))
+    }
+
+    /// Whether a part was drawn; one that was cut off while it was written has another name.
+    pub(super) fn has(&self, part: usize) -> bool {
+        let bytes = self.range(part).len() * self.shape.iter().product::<usize>();
+        std::fs::metadata(self.path(part)).is_ok_and(|found| found.len() == bytes as u64)
+    }
+
+    pub(super) fn write(&self, part: usize, images: &Images) -> Result<(), SamplingError> {
+        let path = self.path(part);
+        write_atomic(&path, |file| file.write_all(images.pixels()))
+            .map_err(SamplingError::io(&path))
+    }
+
+    pub(super) fn assemble(&self, archive: &Path, labels: &[usize]) -> Result<(), SamplingError> {
+        let [height, width, channels] = self.shape;
+        let labels: Vec<i64> = labels.iter().map(|label| *label as i64).collect();
+        let shape = [self.sampling.count, height, width, channels];
+        let mut writer = SampleWriter::create(archive, shape)?;
+        for part in 0..self.count() {
+            let path = self.path(part);
+            let pixels = std::fs::read(&path).map_err(SamplingError::io(&path))?;
+            let images = Images::new(pixels, [self.range(part).len(), height, width, channels]);
+            let broken = |error| SamplingError::place(&path, format!("{error}"));
+            writer.push(&images.map_err(broken)?)?;
+        }
+        Ok(writer.finish(Some(&labels))?)
+    }
+
+    pub(super) fn delete(&self) {
+        // They were only there to go on from: what can't be deleted does no harm.
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}

@@ -245,13 +245,13 @@ pub fn typical<B: Backend>(x: &Tensor<B, 3>, k: f64) -> Tensor<B, 3> {
 }
 
 /// Mean over all but the batch.
-fn mean<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 1> {
+pub(super) fn mean<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 1> {
     let batch = x.dims()[0];
     let rest = x.shape().num_elements() / batch;
     let flat: Tensor<B, 2> = x.reshape([batch, rest]);
     flat.mean_dim(1).squeeze_dim(1)
 }
 
-fn square<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
+pub(super) fn square<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     x.clone() * x
 }

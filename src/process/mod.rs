@@ -1,13 +1,16 @@
 //! What a network learns: the process that turns data into noise, its losses, and its samplers.
 
 mod gaussian;
+pub mod interpolant;
 mod kind;
 mod likelihood;
 mod losses;
 mod sampler;
 mod schedule;
+pub mod transport;
 
 pub use gaussian::{GaussianDiffusion, Prediction, Variance};
+pub use interpolant::Interpolant;
 pub use kind::ProcessKind;
 pub use likelihood::{discretized_gaussian_log_likelihood, normal_kl};
 pub use losses::{

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{Tensor, backend::Backend};
-use tinyfusion::models::vae::{self, Posterior, Vae, VaeConfig, rename_attention};
+use tinyfusion::models::vae::{Posterior, Vae, VaeConfig, rename_attention};
 use tinyfusion::ops::FusedOps;
 use tinyfusion::state::{StateDict, assign, names};
 

@@ -1,0 +1,372 @@
+//! Stochastic interpolants: paths from noise at time 0 to data at time 1, and what a network may predict along them
+//! (Ma et al., "SiT", arXiv 2401.08740; Albergo et al., arXiv 2303.08797).
+//!
+//! A state at time `t` is `alpha(t) x_1 + sigma(t) x_0`, with data `x_1` and noise `x_0`. Velocity, noise and score say
+//! the same of it, so that each can be sampled from by an ordinary or a stochastic differential equation
+//! ([`transport`](super::transport)).
+
+use burn::tensor::{Tensor, backend::Backend};
+use serde::{Deserialize, Serialize};
+
+use super::losses::{mean, square};
+
+/// Slope of the variance-preserving path's beta: its ends (the reference's `sigma_min`, `sigma_max`).
+const VP_BETA: (f64, f64) = (0.1, 20.0);
+
+/// How data and noise are mixed over time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Path {
+    /// `alpha = t`, `sigma = 1 - t`.
+    Linear,
+    /// Generalised variance-preserving: `alpha = sin(pi t / 2)`, `sigma = cos(pi t / 2)`.
+    Gvp,
+    /// Variance-preserving, as score-based diffusion has it (arXiv 2011.13456).
+    Vp,
+}
+
+/// What the network predicts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Predicts {
+    /// The velocity of the path.
+    Velocity,
+    /// The noise.
+    Noise,
+    /// The score, the gradient of the log density.
+    Score,
+}
+
+/// Weight of the loss over time, of noise and score; a velocity's is 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Weighting {
+    /// 1.
+    None,
+    /// As of the velocity that the prediction stands for.
+    Velocity,
+    /// That of the likelihood (arXiv 2101.09258).
+    Likelihood,
+}
+
+/// A path at one time.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Mix {
+    /// Share of the data.
+    pub alpha: f64,
+    /// Its derivative.
+    pub alpha_rate: f64,
+    /// Share of the noise.
+    pub sigma: f64,
+    /// Its derivative.
+    pub sigma_rate: f64,
+    /// `alpha_rate / alpha`.
+    pub log_rate: f64,
+}
+
+impl Mix {
+    /// The score's weight in the velocity: `log_rate sigma^2 - sigma sigma_rate`.
+    pub fn drift_variance(&self) -> f64 {
+        self.log_rate * self.sigma * self.sigma - self.sigma * self.sigma_rate
+    }
+}
+
+impl Path {
+    /// The path at a time.
+    pub fn at(self, t: f64) -> Mix {
+        match self {
+            Self::Linear => Mix {
+                alpha: t,
+                alpha_rate: 1.0,
+                sigma: 1.0 - t,
+                sigma_rate: -1.0,
+                log_rate: 1.0 / t,
+            },
+            Self::Gvp => {
+                let quarter = std::f64::consts::FRAC_PI_2;
+                let (sine, cosine) = (quarter * t).sin_cos();
+                Mix {
+                    alpha: sine,
+                    alpha_rate: quarter * cosine,
+                    sigma: cosine,
+                    sigma_rate: -quarter * sine,
+                    log_rate: quarter / (quarter * t).tan(),
+                }
+            }
+            Self::Vp => {
+                let (low, high) = VP_BETA;
+                let left = 1.0 - t;
+                let log_alpha = -0.25 * left * left * (high - low) - 0.5 * left * low;
+                let log_rate = 0.5 * left * (high - low) + 0.5 * low;
+                let alpha = log_alpha.exp();
+                // 1 - alpha^2 without cancellation near the data.
+                let sigma = (-(2.0 * log_alpha).exp_m1()).sqrt();
+                Mix {
+                    alpha,
+                    alpha_rate: alpha * log_rate,
+                    sigma,
+                    sigma_rate: -alpha * alpha * log_rate / sigma,
+                    log_rate,
+                }
+            }
+        }
+    }
+
+    /// The score's weight in the velocity, defined at both ends of the variance-preserving path too.
+    pub fn drift_variance(self, t: f64) -> f64 {
+        match self {
+            // sigma sigma_rate is -alpha^2 log_rate, and alpha^2 + sigma^2 is 1.
+            Self::Vp => self.at(t).log_rate,
+            Self::Linear | Self::Gvp => self.at(t).drift_variance(),
+        }
+    }
+}
+
+/// A path, and what the network learns of it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Interpolant {
+    /// The path.
+    pub path: Path,
+    /// What the network predicts.
+    pub predicts: Predicts,
+    /// Weight of its loss.
+    pub weighting: Weighting,
+    /// How far from times where something is not defined training keeps.
+    pub train_eps: f64,
+    /// How far sampling keeps from them.
+    pub sample_eps: f64,
+}
+
+impl Interpolant {
+    /// An interpolant with the reference's distances from the ends (`create_transport`): none where nothing is
+    /// undefined, whatever is asked for.
+    pub fn new(
+        path: Path,
+        predicts: Predicts,
+        weighting: Weighting,
+        train_eps: Option<f64>,
+        sample_eps: Option<f64>,
+    ) -> Self {
+        let (train, sample) = match (path, predicts) {
+            (Path::Vp, _) => (1e-5, 1e-3),
+            (_, Predicts::Velocity) => (0.0, 0.0),
+            _ => (1e-3, 1e-3),
+        };
+        let fixed = path != Path::Vp && predicts == Predicts::Velocity;
+        Self {
+            path,
+            predicts,
+            weighting,
+            train_eps: train_eps.filter(|_| !fixed).unwrap_or(train),
+            sample_eps: sample_eps.filter(|_| !fixed).unwrap_or(sample),
+        }
+    }
+
+    /// SiT's published one: the linear path's velocity.
+    pub fn published() -> Self {
+        Self::new(
+            Path::Linear,
+            Predicts::Velocity,
+            Weighting::None,
+            None,
+            None,
+        )
+    }
+
+    /// The times that training draws from.
+    pub fn train_interval(&self) -> (f64, f64) {
+        self.interval(self.train_eps)
+    }
+
+    /// The times between which an ordinary differential equation is solved.
+    pub fn ode_interval(&self) -> (f64, f64) {
+        self.interval(self.sample_eps)
+    }
+
+    fn interval(&self, eps: f64) -> (f64, f64) {
+        match (self.path, self.predicts) {
+            (Path::Vp, _) => (0.0, 1.0 - eps),
+            (_, Predicts::Velocity) => (0.0, 1.0),
+            _ => (eps, 1.0 - eps),
+        }
+    }
+
+    /// The time that a number uniform in [0, 1) stands for in training.
+    pub fn train_time(&self, uniform: f32) -> f32 {
+        let (first, last) = self.train_interval();
+        (f64::from(uniform) * (last - first) + first) as f32
+    }
+
+    /// Values of the path at each sample's time, `[batch, 1, 1, 1]`.
+    fn at_each<B: Backend>(
+        &self,
+        t: &[f32],
+        device: &B::Device,
+        value: impl Fn(Mix) -> f64,
+    ) -> Tensor<B, 4> {
+        let value = |t: &f32| value(self.path.at(f64::from(*t))) as f32;
+        let values: Vec<f32> = t.iter().map(value).collect();
+        Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([t.len(), 1, 1, 1])
+    }
+
+    fn drift_variance<B: Backend>(&self, t: &[f32], device: &B::Device) -> Tensor<B, 4> {
+        let value = |t: &f32| self.path.drift_variance(f64::from(*t)) as f32;
+        let values: Vec<f32> = t.iter().map(value).collect();
+        Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([t.len(), 1, 1, 1])
+    }
+
+    /// The states at each sample's time, like `data` `[batch, channels, size, size]`.
+    pub fn state<B: Backend>(
+        &self,
+        data: Tensor<B, 4>,
+        noise: Tensor<B, 4>,
+        t: &[f32],
+    ) -> Tensor<B, 4> {
+        let device = data.device();
+        data * self.at_each(t, &device, |mix| mix.alpha)
+            + noise * self.at_each(t, &device, |mix| mix.sigma)
+    }
+
+    /// The velocities of the path there.
+    pub fn path_velocity<B: Backend>(
+        &self,
+        data: Tensor<B, 4>,
+        noise: Tensor<B, 4>,
+        t: &[f32],
+    ) -> Tensor<B, 4> {
+        let device = data.device();
+        data * self.at_each(t, &device, |mix| mix.alpha_rate)
+            + noise * self.at_each(t, &device, |mix| mix.sigma_rate)
+    }
+
+    /// The loss of each sample, `[batch]`, of the network's `output` at [`state`](Self::state).
+    pub fn loss<B: Backend>(
+        &self,
+        output: Tensor<B, 4>,
+        data: Tensor<B, 4>,
+        noise: Tensor<B, 4>,
+        t: &[f32],
+    ) -> Tensor<B, 1> {
+        let device = data.device();
+        let error = match self.predicts {
+            Predicts::Velocity => output - self.path_velocity(data, noise, t),
+            Predicts::Noise => output - noise,
+            Predicts::Score => output * self.at_each(t, &device, |mix| mix.sigma) + noise,
+        };
+        self.weighted(error, t)
+    }
+
+    /// The distance of two outputs of each sample, `[batch]`, in the units of [`loss`](Self::loss).
+    pub fn distance<B: Backend>(
+        &self,
+        output: Tensor<B, 4>,
+        other: Tensor<B, 4>,
+        t: &[f32],
+    ) -> Tensor<B, 1> {
+        let difference = output - other;
+        let device = difference.device();
+        let error = match self.predicts {
+            Predicts::Velocity | Predicts::Noise => difference,
+            Predicts::Score => difference * self.at_each(t, &device, |mix| mix.sigma),
+        };
+        self.weighted(error, t)
+    }
+
+    /// The mean of the weighted squares.
+    fn weighted<B: Backend>(&self, error: Tensor<B, 4>, t: &[f32]) -> Tensor<B, 1> {
+        if self.predicts == Predicts::Velocity || self.weighting == Weighting::None {
+            return mean(square(error));
+        }
+        let weight = |t: &f32| {
+            let t = f64::from(*t);
+            let (variance, sigma) = (self.path.drift_variance(t), self.path.at(t).sigma);
+            match self.weighting {
+                Weighting::None => 1.0,
+                Weighting::Velocity => (variance / sigma).powi(2),
+                Weighting::Likelihood => variance / (sigma * sigma),
+            }
+        };
+        let weights: Vec<f32> = t.iter().map(|t| weight(t) as f32).collect();
+        let weights = Tensor::<B, 1>::from_floats(weights.as_slice(), &error.device());
+        mean(square(error)) * weights
+    }
+
+    /// The velocity of the probability flow at states `x`, from what the network says there.
+    pub fn velocity<B: Backend>(
+        &self,
+        output: Tensor<B, 4>,
+        x: Tensor<B, 4>,
+        t: &[f32],
+    ) -> Tensor<B, 4> {
+        if self.predicts == Predicts::Velocity {
+            return output;
+        }
+        let score = self.score(output, x.clone(), t);
+        self.velocity_of_score(score, x, t)
+    }
+
+    /// The velocity that a score stands for.
+    pub fn velocity_of_score<B: Backend>(
+        &self,
+        score: Tensor<B, 4>,
+        x: Tensor<B, 4>,
+        t: &[f32],
+    ) -> Tensor<B, 4> {
+        let device = x.device();
+        x * self.at_each(t, &device, |mix| mix.log_rate)
+            + score * self.drift_variance::<B>(t, &device)
+    }
+
+    /// The score at states `x`, from what the network says there.
+    pub fn score<B: Backend>(
+        &self,
+        output: Tensor<B, 4>,
+        x: Tensor<B, 4>,
+        t: &[f32],
+    ) -> Tensor<B, 4> {
+        let device = x.device();
+        match self.predicts {
+            Predicts::Score => output,
+            Predicts::Noise => output / self.at_each(t, &device, |mix| -mix.sigma),
+            Predicts::Velocity => self.score_of_velocity(output, x, t),
+        }
+    }
+
+    /// The score that a velocity stands for.
+    pub fn score_of_velocity<B: Backend>(
+        &self,
+        velocity: Tensor<B, 4>,
+        x: Tensor<B, 4>,
+        t: &[f32],
+    ) -> Tensor<B, 4> {
+        let device = x.device();
+        let ratio = |mix: Mix| mix.alpha / mix.alpha_rate;
+        let variance = |mix: Mix| mix.sigma * (mix.sigma - ratio(mix) * mix.sigma_rate);
+        (velocity * self.at_each(t, &device, ratio) - x) / self.at_each(t, &device, variance)
+    }
+
+    /// The noise that a velocity stands for.
+    pub fn noise_of_velocity<B: Backend>(
+        &self,
+        velocity: Tensor<B, 4>,
+        x: Tensor<B, 4>,
+        t: &[f32],
+    ) -> Tensor<B, 4> {
+        let device = x.device();
+        let ratio = |mix: Mix| mix.alpha / mix.alpha_rate;
+        let scale = |mix: Mix| ratio(mix) * mix.sigma_rate - mix.sigma;
+        (velocity * self.at_each(t, &device, ratio) - x) / self.at_each(t, &device, scale)
+    }
+
+    /// The data that a score at `x` stands for in the mean (Tweedie's formula).
+    pub fn denoised<B: Backend>(
+        &self,
+        score: Tensor<B, 4>,
+        x: Tensor<B, 4>,
+        t: &[f32],
+    ) -> Tensor<B, 4> {
+        let device = x.device();
+        x / self.at_each(t, &device, |mix| mix.alpha)
+            + score * self.at_each(t, &device, |mix| mix.sigma * mix.sigma / mix.alpha)
+    }
+}

@@ -183,6 +183,11 @@ impl Interpolant {
         self.interval(self.sample_eps)
     }
 
+    /// Whether a solver may look at times past the last: where sigma is the root of a negative number, it can't.
+    pub(super) fn goes_past_the_end(&self) -> bool {
+        (self.path, self.predicts) != (Path::Vp, Predicts::Noise)
+    }
+
     fn interval(&self, eps: f64) -> (f64, f64) {
         match (self.path, self.predicts) {
             (Path::Vp, _) => (0.0, 1.0 - eps),

@@ -2,7 +2,8 @@
 //!
 //! The solvers know a network by its output at a state and a time alone, so that guidance, a fixture's formula or a
 //! user's own network go through them alike. The rules are those of SiT's `transport`; [`Ode::Dopri5`] controls its
-//! steps as torchdiffeq does, but never steps past the end, where a path may not be defined.
+//! steps as torchdiffeq does: the last one goes past the end, and the state there is interpolated. Where the path is
+//! not defined past the end, it stops there.
 
 use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
@@ -207,7 +208,12 @@ impl Ode {
             interpolant.velocity(output, x, &vec![t; batch])
         };
         if let Self::Dopri5 { atol, rtol } = self {
-            return Dopri5 { atol, rtol }.solve(&mut velocity, x, &times, watch);
+            let solver = Dopri5 {
+                atol,
+                rtol,
+                goes_past_the_end: backwards || interpolant.goes_past_the_end(),
+            };
+            return solver.solve(&mut velocity, x, &times, watch);
         }
         let mut x = x;
         for (k, pair) in times.windows(2).enumerate() {
@@ -242,6 +248,7 @@ fn linspace(first: f64, last: f64, count: usize) -> Vec<f32> {
 struct Dopri5 {
     atol: f64,
     rtol: f64,
+    goes_past_the_end: bool,
 }
 
 /// Times of the stages.
@@ -313,44 +320,48 @@ impl Dopri5 {
         };
         // Time runs forwards: where it runs back, velocities change their sign.
         let direction = if end < start { -1.0 } else { 1.0 };
-        let length = (end - start).abs();
         let mut rate =
             |x: Tensor<B, 4>, done: f64| velocity(x, (start + direction * done) as f32) * direction;
         let (mut done, mut state) = (0.0, x);
         let mut slope = rate(state.clone(), 0.0);
         let mut step = self.first_step(&mut rate, &state, &slope);
+        let most = match self.goes_past_the_end {
+            true => f64::INFINITY,
+            false => (end - start).abs(),
+        };
         let mut next = 1;
         while next < times.len() {
-            step = step.min(length - done);
+            step = step.min(most - done);
+            if done + step <= done {
+                // No step is short enough: there is no solution to go on with, and the reader of the state tells of it.
+                let lost = state * f64::NAN;
+                (next..times.len()).for_each(|time| watch(time, &lost));
+                return lost;
+            }
             let stages = self.stages(&mut rate, &state, &slope, done, step);
             let ratio = self.error_ratio(&state, &stages, step);
-            let grown = grown(step, ratio);
-            // A state that is not finite has no error to control: it is told by whoever reads it.
-            let tiny = done + step <= done || !ratio.is_finite();
-            if ratio <= 1.0 || tiny {
+            let next_step = grown(step, ratio);
+            // A state that is not finite has no error to control, and ends the search; its reader tells of it.
+            if ratio <= 1.0 || !ratio.is_finite() {
                 let reached = done + step;
-                while next < times.len() {
-                    let at = (times[next] - start).abs();
-                    if at > reached && next + 1 < times.len() {
+                while let Some(time) = times.get(next) {
+                    let share = ((time - start).abs() - done) / step;
+                    // The last step that is cut off ends at the last time.
+                    if share > 1.0 && ratio.is_finite() && reached < most {
                         break;
                     }
-                    // The last time is where the last step ends.
-                    if at > reached && length - reached > 1e-9 * length {
-                        break;
-                    }
-                    let between =
-                        interpolated(&state, &stages, step, ((at - done) / step).min(1.0));
+                    let between = interpolated(&state, &stages, step, share);
                     watch(next, &between);
-                    if next + 1 == times.len() {
+                    next += 1;
+                    if next == times.len() {
                         return between;
                     }
-                    next += 1;
                 }
                 done = reached;
                 state = stages.end;
                 slope = stages.slopes.into_iter().next_back().unwrap_or(slope);
             }
-            step = grown;
+            step = next_step;
         }
         state
     }
@@ -425,9 +436,6 @@ fn interpolated<B: Backend>(
     step: f64,
     share: f64,
 ) -> Tensor<B, 4> {
-    if share >= 1.0 {
-        return stages.end.clone();
-    }
     let (first, last) = (&stages.slopes[0], &stages.slopes[6]);
     let middle = start.clone() + combined(&stages.slopes, &MIDDLE) * step;
     let mix = |of_slopes: (f64, f64), of_states: (f64, f64, f64)| {
@@ -455,4 +463,83 @@ fn grown(step: f64, ratio: f64) -> f64 {
 fn root_mean_square<B: Backend>(x: Tensor<B, 4>) -> f64 {
     let mean = (x.clone() * x).mean().into_data();
     mean.iter::<f64>().next().unwrap_or(f64::NAN).sqrt()
+}
+
+#[cfg(all(test, feature = "ndarray"))]
+mod tests {
+    use burn_ndarray::NdArray;
+
+    use super::super::interpolant::{Path, Predicts, Weighting};
+    use super::*;
+
+    #[test]
+    fn times_are_those_of_torch() {
+        // torch.linspace(0.001, 0.999, 7)
+        let expected = [
+            0.001,
+            0.167_333_34,
+            0.333_666_65,
+            0.5,
+            0.666_333_3,
+            0.832_666_6,
+            0.999,
+        ];
+        let times = linspace(0.001, 0.999, 7);
+        for (time, expected) in times.iter().zip(expected) {
+            assert!((time - expected).abs() <= f32::EPSILON, "{times:?}");
+        }
+        assert_eq!(linspace(0.0, 1.0, 1), [1.0]);
+    }
+
+    /// torchdiffeq steps past the end here, where sigma is not a number, and gives up.
+    #[test]
+    fn the_variance_preserving_path_is_solved_to_its_end() {
+        let interpolant = Interpolant::new(Path::Vp, Predicts::Noise, Weighting::None, None, None);
+        let x = Tensor::<NdArray, 4>::ones([2, 1, 2, 2], &Default::default());
+        // The noise of data that are normal too is the state's share of noise.
+        let mut model = |x: Tensor<NdArray, 4>, t: f32| x * interpolant.path.at(f64::from(t)).sigma;
+        let ode = Ode::Dopri5 {
+            atol: 1e-6,
+            rtol: 1e-3,
+        };
+        let mut seen = 0;
+        let end = ode.solve(&interpolant, &mut model, x, 5, false, |_, _| seen += 1);
+        assert_eq!(seen, 4);
+        // Nothing moves: the path's distribution is the same at all times.
+        for value in end.into_data().iter::<f32>() {
+            assert!((value - 1.0).abs() < 1e-2, "{value}");
+        }
+    }
+
+    #[test]
+    fn a_flow_that_no_step_follows_has_no_end() {
+        let interpolant = Interpolant::published();
+        let x = Tensor::<NdArray, 4>::ones([1, 1, 2, 2], &Default::default());
+        // It jumps without end at half of the time.
+        let mut model = |x: Tensor<NdArray, 4>, t: f32| match t > 0.5 {
+            true => x * (1e30 / f64::from(t - 0.5)),
+            false => x,
+        };
+        let ode = Ode::Dopri5 {
+            atol: 1e-6,
+            rtol: 1e-3,
+        };
+        let mut seen = 0;
+        let end = ode.solve(&interpolant, &mut model, x, 5, false, |_, _| seen += 1);
+        assert_eq!(seen, 4);
+        assert!(end.into_data().iter::<f32>().all(f32::is_nan));
+    }
+
+    #[test]
+    fn a_network_of_nan_ends_the_search_for_a_step() {
+        let interpolant = Interpolant::published();
+        let x = Tensor::<NdArray, 4>::ones([1, 1, 2, 2], &Default::default());
+        let mut model = |x: Tensor<NdArray, 4>, _: f32| x * f32::NAN;
+        let ode = Ode::Dopri5 {
+            atol: 1e-6,
+            rtol: 1e-3,
+        };
+        let end = ode.solve(&interpolant, &mut model, x, 5, false, |_, _| ());
+        assert!(end.into_data().iter::<f32>().all(f32::is_nan));
+    }
 }

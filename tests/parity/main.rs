@@ -22,6 +22,7 @@ mod schedule;
 mod scores;
 mod steps;
 mod trajectory;
+mod transport;
 mod vae;
 
 /// Instantiates checks on a backend, as tests of a module.
@@ -49,6 +50,10 @@ on!(
     steps::diffusion_steps,
     trajectory::prune_trajectory,
     trajectory::train_trajectory,
+    transport::sit_losses,
+    transport::sit_ode,
+    transport::sit_paths,
+    transport::sit_sde,
     vae::vae_kl_f8,
 );
 

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, Throughput};
 use tinyfusion::data::latents::{Dtype, Layout, ShardWriter, write_npy};
 use tinyfusion::data::{BatchPlan, BatchSource, DataError, Latents};
+use tinyfusion::process::Times;
 use tinyfusion::random::{self, Stream};
 
 // As the program does: memory that a batch frees is there for the next.
@@ -70,7 +71,7 @@ fn source(folder: &Path) -> Result<BatchSource, DataError> {
         size: SHAPE[2],
         classes: CLASSES,
         label_drop: 0.1,
-        diffusion_steps: 1000,
+        times: Times::Steps(1000),
         candidates: Vec::new(),
     };
     Ok(BatchSource::new(plan, Arc::new(Latents::open(folder)?)))

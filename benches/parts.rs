@@ -15,7 +15,7 @@ use tinyfusion::ops::{
     Activation, AdamWState, AdamWStep, FusedOps, LinearWants, LinearWeights, LoraWeights, Window,
     reference,
 };
-use tinyfusion::process::GaussianDiffusion;
+use tinyfusion::process::{GaussianDiffusion, Times};
 use tinyfusion::pruning::{Group, draw};
 use tinyfusion::random::{self, Stream};
 use tinyfusion::recovery::Student;
@@ -275,7 +275,7 @@ fn training(criterion: &mut Criterion) {
         size: 8,
         classes: 10,
         label_drop: 0.1,
-        diffusion_steps: 1000,
+        times: Times::Steps(1000),
         candidates: vec![2; 6],
     };
     let source = BatchSource::new(plan, Arc::new(Digits::new(Split::Train)));
@@ -296,7 +296,7 @@ fn training(criterion: &mut Criterion) {
         "the digit model",
     )
     .expect("the state is the network's own");
-    let student = Student::new(network, None, Arc::new(GaussianDiffusion::full()), 1);
+    let student = Student::new(network, None, GaussianDiffusion::full().into(), 1);
     let mut ema = Ema::new(&student, 0.999);
     criterion.bench_function("ema", |b| b.iter(|| ema.update(&student)));
     let inner = student.valid();

@@ -17,7 +17,8 @@ use crate::evaluation::median_and_spread;
 use crate::models::{DitConfig, Network, zoo};
 use crate::ops::TrainingBackend;
 use crate::process::{
-    Distillation, GaussianDiffusion, Guidance, MaskedFeatures, Sampler, Solver, TeacherOutput,
+    AnyProcess, Distillation, GaussianDiffusion, Guidance, MaskedFeatures, Process, Sampler,
+    Solver, TeacherOutput, Times,
 };
 use crate::pruning::{Annealing, Groups, LearnedPruner, Update};
 use crate::random::{self, Stream};
@@ -158,18 +159,18 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
         size: config.input_size,
         classes: config.classes,
         label_drop: 0.1,
-        diffusion_steps: 1000,
+        times: Times::Steps(1000),
         candidates,
     };
     let source = BatchSource::new(shape, Arc::new(data));
     let drawn = source.on_host(0).expect("random images are made, not read");
     let batch = drawn.clone().upload::<B>(device);
-    let diffusion = Arc::new(GaussianDiffusion::full());
+    let process = AnyProcess::from(GaussianDiffusion::full());
     let runs = match plan.workload {
         Workload::Infer => {
             let network = network::<B::InnerBackend>(config, device);
             let (x, y) = (batch.x.inner(), batch.y.inner());
-            let t = diffusion.model_timesteps::<B::InnerBackend>(&batch.t, device);
+            let t = process.told::<B::InnerBackend>(&batch.t, device);
             time::<B>(plan, device, || {
                 let _ = network.forward(x.clone(), t.clone(), y.clone(), &mut Plain);
             })
@@ -201,7 +202,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
         Workload::Finetune => train(
             plan,
             device,
-            Student::new(network::<B>(config, device), None, diffusion, 1),
+            Student::new(network::<B>(config, device), None, process, 1),
             || batch.clone(),
         ),
         Workload::Prune => {
@@ -221,7 +222,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
                 },
                 0.02,
                 annealing,
-                diffusion,
+                process,
                 0,
             );
             train(plan, device, pruner, || batch.clone())
@@ -244,9 +245,9 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
                 }),
             };
             let inner = drawn.upload::<B::InnerBackend>(device);
-            let student = Student::new(student, Some(distillation), diffusion.clone(), 1);
+            let student = Student::new(student, Some(distillation), process.clone(), 1);
             train(plan, device, student, || {
-                let said = inner.objective(&diffusion).teach(&teacher, &layers);
+                let said = inner.noised(&process).teach(&process, &teacher, &layers);
                 let teacher = TeacherOutput {
                     output: Tensor::from_inner(said.output),
                     features: said.features.into_iter().map(Tensor::from_inner).collect(),

@@ -13,7 +13,7 @@ use super::DataError;
 use super::loader::{Batch, BatchSource, HostBatch, lock};
 use crate::models::Network;
 use crate::ops::TrainingBackend;
-use crate::process::{GaussianDiffusion, TeacherOutput};
+use crate::process::{AnyProcess, TeacherOutput};
 
 /// A loader that can fail.
 pub trait Feed<B: Backend, I>: DataLoader<B, I> {
@@ -36,7 +36,7 @@ pub struct Batches<B: AutodiffBackend> {
     /// Batches that each step's samples come in.
     parts: usize,
     teacher: Option<Teacher<B>>,
-    diffusion: Arc<GaussianDiffusion>,
+    process: AnyProcess,
     device: B::Device,
     failure: Arc<Mutex<Option<DataError>>>,
     backend: PhantomData<B>,
@@ -50,7 +50,7 @@ impl<B: AutodiffBackend> Clone for Batches<B> {
             steps: self.steps,
             parts: self.parts,
             teacher: self.teacher.clone(),
-            diffusion: self.diffusion.clone(),
+            process: self.process.clone(),
             device: self.device.clone(),
             failure: self.failure.clone(),
             backend: PhantomData,
@@ -64,7 +64,7 @@ impl<B: AutodiffBackend> Batches<B> {
         source: BatchSource,
         start: usize,
         steps: usize,
-        diffusion: Arc<GaussianDiffusion>,
+        process: AnyProcess,
         device: &B::Device,
     ) -> Self {
         Self {
@@ -73,7 +73,7 @@ impl<B: AutodiffBackend> Batches<B> {
             steps,
             parts: 1,
             teacher: None,
-            diffusion,
+            process,
             device: device.clone(),
             failure: Arc::default(),
             backend: PhantomData,
@@ -183,7 +183,7 @@ where
     fn next(&mut self) -> Option<Batch<B>> {
         let Batches {
             teacher,
-            diffusion,
+            process,
             device,
             failure,
             ..
@@ -197,7 +197,7 @@ where
         };
         self.step = plain.step + 1;
         let teacher = teacher.as_ref().map(|(network, layers)| {
-            let said = plain.objective(diffusion).teach(network, layers);
+            let said = plain.noised(process).teach(process, network, layers);
             TeacherOutput {
                 output: Tensor::from_inner(said.output),
                 features: said.features.into_iter().map(Tensor::from_inner).collect(),
@@ -229,13 +229,14 @@ mod tests {
     use super::super::loader::tests::{Signed, plan};
     use super::super::{Digits, Split};
     use super::*;
+    use crate::process::GaussianDiffusion;
 
     #[test]
     fn batches_read_ahead_are_those_drawn_one_by_one() {
         type B = burn::backend::Autodiff<burn_ndarray::NdArray>;
         let source = BatchSource::new(plan(4), Arc::new(Digits::new(Split::Train)));
         let device = Default::default();
-        let diffusion = Arc::new(GaussianDiffusion::full());
+        let diffusion = AnyProcess::from(GaussianDiffusion::full());
         let batches = Batches::<B>::new(source.clone(), 2, 7, diffusion, &device);
         let read: Vec<Batch<B>> = batches.iter().collect();
         assert_eq!(read.len(), 5);
@@ -254,7 +255,7 @@ mod tests {
         let mut small = plan(10);
         small.classes = 9;
         let source = BatchSource::new(small, Arc::new(Signed(1)));
-        let diffusion = Arc::new(GaussianDiffusion::full());
+        let diffusion = AnyProcess::from(GaussianDiffusion::full());
         let batches = Batches::<B>::new(source, 0, 7, diffusion, &Default::default());
         assert_eq!(batches.iter().count(), 0);
         let message = batches.failure().unwrap().to_string();
@@ -284,7 +285,10 @@ mod tests {
     fn parts_of_a_step_are_its_samples_in_a_row() {
         type B = burn::backend::Autodiff<burn_ndarray::NdArray>;
         let source = BatchSource::new(plan(6), Arc::new(Digits::new(Split::Train)));
-        let (device, diffusion) = (Default::default(), Arc::new(GaussianDiffusion::full()));
+        let (device, diffusion) = (
+            Default::default(),
+            AnyProcess::from(GaussianDiffusion::full()),
+        );
         let whole = source.draw::<B>(2, &device).unwrap();
         let batches = Batches::<B>::new(source, 2, 4, diffusion, &device).in_parts(3);
         let parts: Vec<Batch<B>> = batches.iter().collect();
@@ -303,7 +307,7 @@ mod tests {
         for of in all {
             assert_eq!(join(of), of(&whole).into_data());
         }
-        let t: Vec<usize> = parts[..3].iter().flat_map(|part| part.t.clone()).collect();
+        let t: Vec<f32> = parts[..3].iter().flat_map(|part| part.t.clone()).collect();
         assert_eq!(t, whole.t);
     }
 }

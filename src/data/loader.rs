@@ -6,7 +6,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 
 use super::{DataError, Samples, view};
-use crate::process::{GaussianDiffusion, Objective, TeacherOutput};
+use crate::process::{Noised, Process, TeacherOutput, Times};
 use crate::random::{self, Stream};
 
 /// What a training step is computed from; every random draw of it has been made.
@@ -18,8 +18,8 @@ pub struct Batch<B: Backend> {
     pub x: Tensor<B, 4>,
     /// Noise like `x`.
     pub noise: Tensor<B, 4>,
-    /// Diffusion step of each sample.
-    pub t: Vec<usize>,
+    /// Time of each sample.
+    pub t: Vec<f32>,
     /// Labels `[batch]`, dropped ones replaced by the null class.
     pub y: Tensor<B, 1, Int>,
     /// Gumbel noise of each pruning group, `[batch, candidates]`.
@@ -29,15 +29,10 @@ pub struct Batch<B: Backend> {
 }
 
 impl<B: Backend> Batch<B> {
-    /// The batch as an objective of a process.
-    pub fn objective<'a>(&'a self, diffusion: &'a GaussianDiffusion) -> Objective<'a, B> {
-        Objective {
-            diffusion,
-            x_start: self.x.clone(),
-            noise: self.noise.clone(),
-            t: &self.t,
-            y: self.y.clone(),
-        }
+    /// The samples as a network sees them.
+    pub fn noised(&self, process: &impl Process) -> Noised<B> {
+        let (clean, noise) = (self.x.clone(), self.noise.clone());
+        Noised::new(process, clean, noise, self.t.clone(), self.y.clone())
     }
 }
 
@@ -56,8 +51,8 @@ pub struct BatchPlan {
     pub classes: usize,
     /// Probability that a label is dropped.
     pub label_drop: f64,
-    /// Steps of the diffusion process.
-    pub diffusion_steps: usize,
+    /// The times that samples are drawn at.
+    pub times: Times,
     /// Candidates of each pruning group, empty outside pruning.
     pub candidates: Vec<usize>,
 }
@@ -172,7 +167,7 @@ impl BatchSource {
             size,
             classes,
             label_drop,
-            diffusion_steps,
+            times,
             candidates,
         } = &self.plan;
         let (seed, classes, at) = (*seed, *classes, step as u64);
@@ -184,7 +179,7 @@ impl BatchSource {
             })
             .collect();
         let t = per_sample()
-            .map(|sample| random::below(seed, Stream::Timestep, at, sample, *diffusion_steps))
+            .map(|sample| times.draw(seed, at, sample))
             .collect();
         let y = labels
             .into_iter()
@@ -244,7 +239,7 @@ pub struct HostBatch {
     shape: [usize; 4],
     x: Vec<f32>,
     noise: Vec<f32>,
-    t: Vec<usize>,
+    t: Vec<f32>,
     y: Vec<i64>,
     /// Values and candidates of each group.
     gumbel: Vec<(Vec<f32>, usize)>,
@@ -320,7 +315,7 @@ pub(super) mod tests {
             size: 8,
             classes: 10,
             label_drop: 0.4,
-            diffusion_steps: 1000,
+            times: Times::Steps(1000),
             candidates: vec![2, 3],
         }
     }
@@ -357,7 +352,10 @@ pub(super) mod tests {
             let bytes: Vec<u8> = batch.x.iter().flat_map(|v| v.to_le_bytes()).collect();
             assert_eq!(crc32fast::hash(&bytes), pixels, "{step}");
             assert_eq!(source.indices(step), indices);
-            assert_eq!((&batch.t[..], &batch.y[..]), (&t[..], &y[..]));
+            assert_eq!(
+                (batch.t, batch.y),
+                (t.map(|t| t as f32).to_vec(), y.to_vec())
+            );
             let second = random::normal(5, Stream::Noise, step as u64, 1, 64);
             assert_eq!(batch.noise[64..128], second);
             let row = random::gumbel(5, Stream::Gumbel, step as u64, 1, 5);

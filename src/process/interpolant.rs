@@ -8,7 +8,8 @@
 use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
-use super::losses::{mean, square};
+use super::losses::{Term, mean, square};
+use super::objective::{Noised, Process, Times};
 
 /// Slope of the variance-preserving path's beta: its ends (the reference's `sigma_min`, `sigma_max`).
 const VP_BETA: (f64, f64) = (0.1, 20.0);
@@ -196,12 +197,6 @@ impl Interpolant {
         }
     }
 
-    /// The time that a number uniform in [0, 1) stands for in training.
-    pub fn train_time(&self, uniform: f32) -> f32 {
-        let (first, last) = self.train_interval();
-        (f64::from(uniform) * (last - first) + first) as f32
-    }
-
     /// Values of the path at each sample's time, `[batch, 1, 1, 1]`.
     fn at_each<B: Backend>(
         &self,
@@ -244,8 +239,8 @@ impl Interpolant {
             + noise * self.at_each(t, &device, |mix| mix.sigma_rate)
     }
 
-    /// The loss of each sample, `[batch]`, of the network's `output` at [`state`](Self::state).
-    pub fn loss<B: Backend>(
+    /// The weighted squared error of each sample, `[batch]`, of the network's `output` at [`state`](Self::state).
+    pub fn mse<B: Backend>(
         &self,
         output: Tensor<B, 4>,
         data: Tensor<B, 4>,
@@ -261,7 +256,7 @@ impl Interpolant {
         self.weighted(error, t)
     }
 
-    /// The distance of two outputs of each sample, `[batch]`, in the units of [`loss`](Self::loss).
+    /// The distance of two outputs of each sample, `[batch]`, in the units of [`mse`](Self::mse).
     pub fn distance<B: Backend>(
         &self,
         output: Tensor<B, 4>,
@@ -373,5 +368,49 @@ impl Interpolant {
         let device = x.device();
         x / self.at_each(t, &device, |mix| mix.alpha)
             + score * self.at_each(t, &device, |mix| mix.sigma * mix.sigma / mix.alpha)
+    }
+}
+
+impl Process for Interpolant {
+    fn times(&self) -> Times {
+        let (first, last) = self.train_interval();
+        Times::Between(first, last)
+    }
+
+    fn noised<B: Backend>(
+        &self,
+        clean: Tensor<B, 4>,
+        noise: Tensor<B, 4>,
+        t: &[f32],
+    ) -> Tensor<B, 4> {
+        self.state(clean, noise, t)
+    }
+
+    /// The times themselves.
+    fn told<B: Backend>(&self, t: &[f32], device: &B::Device) -> Tensor<B, 1> {
+        Tensor::from_floats(t, device)
+    }
+
+    fn error<B: Backend>(&self, seen: &Noised<B>, output: Tensor<B, 4>) -> Tensor<B, 1> {
+        self.mse(output, seen.clean.clone(), seen.noise.clone(), &seen.t)
+    }
+
+    /// `mse`.
+    fn loss<B: Backend>(&self, seen: &Noised<B>, output: Tensor<B, 4>) -> Vec<Term<B>> {
+        vec![("mse", self.error(seen, output))]
+    }
+
+    /// `kd`.
+    fn likeness<B: Backend>(
+        &self,
+        seen: &Noised<B>,
+        output: Tensor<B, 4>,
+        teacher: Tensor<B, 4>,
+    ) -> Vec<Term<B>> {
+        vec![("kd", self.distance(output, teacher, &seen.t))]
+    }
+
+    fn names(&self) -> (&'static [&'static str], &'static [&'static str]) {
+        (&["mse"], &["kd"])
     }
 }

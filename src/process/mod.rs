@@ -1,10 +1,12 @@
 //! What a network learns: the process that turns data into noise, its losses, and its samplers.
 
 mod gaussian;
+mod gaussian_loss;
 pub mod interpolant;
 mod kind;
 mod likelihood;
 mod losses;
+mod objective;
 mod sampler;
 mod schedule;
 pub mod transport;
@@ -14,7 +16,8 @@ pub use interpolant::Interpolant;
 pub use kind::ProcessKind;
 pub use likelihood::{discretized_gaussian_log_likelihood, normal_kl};
 pub use losses::{
-    Distillation, MaskedFeatures, Objective, TeacherOutput, Terms, masked_feature_loss, typical,
+    Distillation, MaskedFeatures, TeacherOutput, Term, Terms, masked_feature_loss, typical,
 };
+pub use objective::{AnyProcess, Noised, Process, Times};
 pub use sampler::{Guidance, Sampler, Solver, StepNoise, guided};
 pub use schedule::{DiffusionTables, RespacingError, respace};

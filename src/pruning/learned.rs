@@ -1,7 +1,5 @@
 //! Learned depth pruning: gates and a weight update, trained together.
 
-use std::sync::Arc;
-
 use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::backend::Backend;
@@ -14,7 +12,7 @@ use super::groups::Groups;
 use crate::data::Batch;
 use crate::models::{Network, initialise_lora};
 use crate::ops::{FusedOps, TrainingBackend};
-use crate::process::{GaussianDiffusion, Terms};
+use crate::process::{AnyProcess, Terms};
 use crate::state::{collect, overlay};
 use crate::training::{Scalars, StepReport};
 use crate::trunk::Gated;
@@ -48,7 +46,7 @@ pub struct LearnedPruner<B: Backend> {
     #[module(skip)]
     annealing: Annealing,
     #[module(skip)]
-    diffusion: Arc<GaussianDiffusion>,
+    process: AnyProcess,
 }
 
 impl<B: Backend> LearnedPruner<B> {
@@ -59,7 +57,7 @@ impl<B: Backend> LearnedPruner<B> {
         update: Update,
         gate_init: f64,
         annealing: Annealing,
-        diffusion: Arc<GaussianDiffusion>,
+        process: AnyProcess,
         seed: u64,
     ) -> Self {
         let device = network.devices().into_iter().next().unwrap_or_default();
@@ -89,7 +87,7 @@ impl<B: Backend> LearnedPruner<B> {
             gates,
             groups,
             annealing,
-            diffusion,
+            process,
         }
     }
 
@@ -126,15 +124,11 @@ impl<B: FusedOps> LearnedPruner<B> {
 
     /// The loss's terms for a batch, and the masks it was computed under.
     pub fn terms(&self, batch: &Batch<B>) -> (Terms<B>, Tensor<B, 2>) {
-        let objective = batch.objective(&self.diffusion);
+        let seen = batch.noised(&self.process);
         let mask = self.masks(&batch.gumbel, batch.step);
-        let x_t = objective.x_t();
-        let output = objective.run(
-            &self.network,
-            x_t.clone(),
-            &mut Gated { mask: mask.clone() },
-        );
-        (objective.terms(x_t, output), mask)
+        let mut gated = Gated { mask: mask.clone() };
+        let output = seen.run(&self.process, &self.network, &mut gated);
+        (seen.terms(&self.process, output), mask)
     }
 }
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::models::Network;
 use crate::ops::FusedOps;
-use crate::process::GaussianDiffusion;
+use crate::process::{Noised, Process};
 use crate::trunk::{Block, BlockHook, Plain, Site, Skip};
 
 /// How a layer's importance is measured.
@@ -30,9 +30,8 @@ pub struct ScoreBatch<B: Backend> {
     pub noise: Tensor<B, 4>,
     /// Labels.
     pub y: Tensor<B, 1, Int>,
-    /// Timesteps, handed to the network as they are by the feature scores, and indices of the full process for
-    /// sensitivity.
-    pub t: Vec<usize>,
+    /// Times of the process.
+    pub t: Vec<f32>,
 }
 
 /// Scores of one batch.
@@ -47,14 +46,14 @@ pub struct Calibration {
 /// Measures all layers on one batch. The feature scores see clean samples (as the reference does).
 pub fn score<B: FusedOps>(
     network: &Network<B>,
+    process: &impl Process,
     method: Score,
     batch: &ScoreBatch<B>,
 ) -> Calibration {
     if method == Score::Sensitivity {
-        return sensitivity(network, batch);
+        return sensitivity(network, process, batch);
     }
-    let t: Vec<f32> = batch.t.iter().map(|step| *step as f32).collect();
-    let t = Tensor::from_floats(t.as_slice(), &batch.x.device());
+    let t = process.told(&batch.t, &batch.x.device());
     let mut hook = Change {
         method,
         scores: Vec::new(),
@@ -89,17 +88,16 @@ impl<B: Backend> BlockHook<B> for Change {
     }
 }
 
-fn sensitivity<B: FusedOps>(network: &Network<B>, batch: &ScoreBatch<B>) -> Calibration {
-    let diffusion = GaussianDiffusion::full();
-    let channels = batch.x.dims()[1];
-    let x_t = diffusion.q_sample(batch.x.clone(), &batch.t, batch.noise.clone());
-    let t = diffusion.model_timesteps::<B>(&batch.t, &x_t.device());
+fn sensitivity<B: FusedOps>(
+    network: &Network<B>,
+    process: &impl Process,
+    batch: &ScoreBatch<B>,
+) -> Calibration {
+    let (clean, noise) = (batch.x.clone(), batch.noise.clone());
+    let seen = Noised::new(process, clean, noise, batch.t.clone(), batch.y.clone());
     let loss = |hook: &mut dyn BlockHook<B>| {
-        let output = network
-            .forward(x_t.clone(), t.clone(), batch.y.clone(), hook)
-            .narrow(1, 0, channels);
-        let error = output - batch.noise.clone();
-        scalar((error.clone() * error).mean())
+        let output = seen.run(process, network, hook);
+        scalar(process.error(&seen, output).mean())
     };
     let base = loss(&mut Plain);
     let scores = (0..network.depth())

@@ -2,8 +2,6 @@
 //!
 //! A fresh network trains by the same step: pretraining is fine-tuning from nothing.
 
-use std::sync::Arc;
-
 use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
@@ -13,7 +11,7 @@ use burn::train::{InferenceStep, TrainOutput, TrainStep};
 use crate::data::Batch;
 use crate::models::Network;
 use crate::ops::{FusedOps, TrainingBackend};
-use crate::process::{Distillation, GaussianDiffusion, Terms};
+use crate::process::{AnyProcess, Distillation, Terms};
 use crate::training::{Scalars, StepReport};
 use crate::trunk::{Plain, Tap};
 
@@ -25,7 +23,7 @@ pub struct Student<B: Backend> {
     #[module(skip)]
     distillation: Option<Distillation>,
     #[module(skip)]
-    diffusion: Arc<GaussianDiffusion>,
+    process: AnyProcess,
     steps: usize,
 }
 
@@ -34,13 +32,13 @@ impl<B: Backend> Student<B> {
     pub fn new(
         network: Network<B>,
         distillation: Option<Distillation>,
-        diffusion: Arc<GaussianDiffusion>,
+        process: AnyProcess,
         steps: usize,
     ) -> Self {
         Self {
             network,
             distillation,
-            diffusion,
+            process,
             steps,
         }
     }
@@ -49,8 +47,7 @@ impl<B: Backend> Student<B> {
 impl<B: FusedOps> Student<B> {
     /// The loss's terms for a batch; under distillation the batch carries what the teacher said of it.
     pub fn terms(&self, batch: &Batch<B>) -> Terms<B> {
-        let objective = batch.objective(&self.diffusion);
-        let x_t = objective.x_t();
+        let seen = batch.noised(&self.process);
         match (&self.distillation, &batch.teacher) {
             (Some(distillation), Some(teacher)) => {
                 let features = distillation.features.as_ref();
@@ -60,12 +57,13 @@ impl<B: FusedOps> Student<B> {
                         .iter()
                         .flat_map(|features| features.taps.iter().map(|(student, _)| *student)),
                 );
-                let output = objective.run(&self.network, x_t.clone(), &mut tap);
-                objective.distillation_terms(x_t, output, &tap.outputs, teacher, distillation, beta)
+                let output = seen.run(&self.process, &self.network, &mut tap);
+                let tapped = &tap.outputs;
+                seen.distillation_terms(&self.process, output, tapped, teacher, distillation, beta)
             }
             _ => {
-                let output = objective.run(&self.network, x_t.clone(), &mut Plain);
-                objective.terms(x_t, output)
+                let output = seen.run(&self.process, &self.network, &mut Plain);
+                seen.terms(&self.process, output)
             }
         }
     }
@@ -97,17 +95,10 @@ impl<B: Backend> InferenceStep for Student<B> {
 
 /// Batch means of a loss's terms, in one transfer and outside the graph.
 pub(crate) fn scalars<B: AutodiffBackend>(terms: &Terms<B>) -> Scalars {
-    let named = [
-        ("loss", Some(&terms.total)),
-        ("mse", Some(&terms.mse)),
-        ("vb", terms.vb.as_ref()),
-        ("kd", terms.kd.as_ref()),
-        ("vb_kd", terms.vb_kd.as_ref()),
-        ("features", terms.features.as_ref()),
-    ];
+    let named = std::iter::once(("loss", &terms.total))
+        .chain(terms.named.iter().map(|(name, term)| (*name, term)));
     let (names, means): (Vec<_>, Vec<_>) = named
-        .into_iter()
-        .filter_map(|(name, term)| Some((name, term?.clone().inner().mean())))
+        .map(|(name, term)| (name, term.clone().inner().mean()))
         .unzip();
     let values = Tensor::cat(means, 0).into_data();
     Scalars(names.into_iter().zip(values.iter::<f64>()).collect())

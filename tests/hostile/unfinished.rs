@@ -13,7 +13,7 @@ use tinyfusion::data::{
     ImageFolder, Latents, Split, extract,
 };
 use tinyfusion::models::{Classifier, ClassifierConfig};
-use tinyfusion::process::GaussianDiffusion;
+use tinyfusion::process::{GaussianDiffusion, Times};
 use tinyfusion::state::collect;
 use tinyfusion::training::{About, ClassifierTrainee, Fit, Fitted, Plan, TrainingError, fit};
 use tinyfusion::weights::read_vae;
@@ -68,7 +68,7 @@ fn train(
         size: 8,
         classes: 10,
         label_drop: 0.0,
-        diffusion_steps: 1000,
+        times: Times::Steps(1000),
         candidates: Vec::new(),
     };
     let source = BatchSource::new(batches, Arc::new(Digits::new(Split::Train)));
@@ -94,12 +94,11 @@ fn train(
         about: About::default(),
     };
     let batches = move |start: usize| -> Arc<dyn Feed<Training, _>> {
-        let diffusion = Arc::new(GaussianDiffusion::full());
         Arc::new(Batches::new(
             source,
             start,
             steps,
-            diffusion,
+            GaussianDiffusion::full().into(),
             &NdArrayDevice::default(),
         ))
     };

@@ -155,6 +155,11 @@ impl Values {
         self.data.iter().map(|value| *value as usize).collect()
     }
 
+    /// Times, as a batch has them.
+    pub fn times(&self) -> Vec<f32> {
+        self.data.iter().map(|value| *value as f32).collect()
+    }
+
     /// Entry `index` of the first dimension.
     pub fn row(&self, index: usize) -> Values {
         let size: usize = self.shape[1..].iter().product();

@@ -1,10 +1,9 @@
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use std::sync::Arc;
 use tinyfusion::data::Batch;
 use tinyfusion::models::{Network, timestep_features, zoo};
 use tinyfusion::ops::TrainingBackend;
-use tinyfusion::process::{GaussianDiffusion, Guidance, guided};
+use tinyfusion::process::{AnyProcess, GaussianDiffusion, Guidance, guided};
 use tinyfusion::pruning::{Annealing, Groups, LearnedPruner, Update};
 use tinyfusion::state::{assign, names};
 use tinyfusion::trunk::{Block, BlockHook, Gated, Plain, Site};
@@ -241,8 +240,9 @@ pub fn prune_forward<B: TrainingBackend>(slack: f64) {
     let gates = base
         .extract_if(.., |name, _| name.starts_with("gumbel_gates."))
         .collect::<Vec<_>>();
-    let diffusion =
-        Arc::new(GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap());
+    let diffusion = AnyProcess::from(
+        GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap(),
+    );
     let lora = Update::Lora {
         rank: usize_of(&case["lora_rank"]),
         alpha: f64_of(&case["lora_alpha"]),
@@ -290,13 +290,13 @@ pub fn prune_forward<B: TrainingBackend>(slack: f64) {
         rule.tensor(
             &file.name,
             &key("loss.mse"),
-            terms.mse.clone(),
+            terms.get("mse").unwrap().clone(),
             file.get(&key("loss.mse")),
         );
         rule.tensor(
             &file.name,
             &key("loss.vb"),
-            terms.vb.clone().unwrap(),
+            terms.get("vb").unwrap().clone(),
             file.get(&key("loss.vb")),
         );
         rule.tensor(
@@ -324,7 +324,7 @@ fn batch<B: Backend>(file: &File, groups: usize, classes: usize) -> Batch<B> {
         step: 0,
         x: file.get("x").tensor(),
         noise: file.get("noise").tensor(),
-        t: file.get("t").indices(),
+        t: file.get("t").times(),
         y: dropped(file.get("y"), file.get("drop_ids"), classes).labels(),
         gumbel: (0..groups)
             .map(|group| file.get(&format!("gumbel.{group}")).tensor())

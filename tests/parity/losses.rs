@@ -1,7 +1,7 @@
 use burn::tensor::Tensor;
 use tinyfusion::ops::TrainingBackend;
 use tinyfusion::process::{
-    Distillation, GaussianDiffusion, MaskedFeatures, Objective, TeacherOutput, typical,
+    Distillation, GaussianDiffusion, MaskedFeatures, Noised, TeacherOutput, typical,
 };
 use tinyfusion::trunk::Tap;
 
@@ -22,7 +22,7 @@ pub fn distill_losses<B: TrainingBackend>(slack: f64) {
         config(&case["teacher_config"]),
     );
     let diffusion = GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap();
-    let t = file.get("t").indices();
+    let t = file.get("t").times();
     for case in group.case["cases"].as_array().unwrap() {
         let name = case["name"].as_str().unwrap();
         let mut states = [
@@ -64,50 +64,58 @@ pub fn distill_losses<B: TrainingBackend>(slack: f64) {
             file.get("y")
         };
         let teacher_layers: Vec<usize> = taps.iter().map(|tap| tap.1).collect();
-        let said = Objective {
-            diffusion: &diffusion,
-            x_start: file.get("x").tensor(),
-            noise: file.get("noise").tensor(),
-            t: &t,
-            y: y_teacher.labels(),
-        }
-        .teach(&teacher, &teacher_layers);
+        let said = Noised::new(
+            &diffusion,
+            file.get("x").tensor(),
+            file.get("noise").tensor(),
+            t.clone(),
+            y_teacher.labels(),
+        )
+        .teach(&diffusion, &teacher, &teacher_layers);
         let said = TeacherOutput {
             output: Tensor::from_inner(said.output),
             features: said.features.into_iter().map(Tensor::from_inner).collect(),
         };
 
-        let objective = Objective {
-            diffusion: &diffusion,
-            x_start: file.get("x").tensor::<B, 4>(),
-            noise: file.get("noise").tensor(),
-            t: &t,
-            y: y.labels(),
-        };
-        let x_t = objective.x_t();
+        let seen = Noised::new(
+            &diffusion,
+            file.get("x").tensor::<B, 4>(),
+            file.get("noise").tensor(),
+            t.clone(),
+            y.labels(),
+        );
         let mut tap = Tap::new(taps.iter().map(|tap| tap.0));
-        let output = objective.run(&student, x_t.clone(), &mut tap);
+        let output = seen.run(&diffusion, &student, &mut tap);
         let weight = distillation
             .features
             .as_ref()
             .map_or(0.0, |features| features.weight(0, 1));
-        let terms =
-            objective.distillation_terms(x_t, output, &tap.outputs, &said, &distillation, weight);
+        let terms = seen.distillation_terms(
+            &diffusion,
+            output,
+            &tap.outputs,
+            &said,
+            &distillation,
+            weight,
+        );
 
         let check = |key: &str, actual: Tensor<B, 1>| {
             let key = format!("{name}.{key}");
             rule.tensor(&file.name, &key, actual, file.get(&key));
         };
-        check("mse", terms.mse.clone());
-        check("vb", terms.vb.clone().unwrap());
-        check("gt", terms.mse.clone() + terms.vb.clone().unwrap());
-        check("vb_kd", terms.vb_kd.clone().unwrap());
+        check("mse", terms.get("mse").unwrap().clone());
+        check("vb", terms.get("vb").unwrap().clone());
+        check(
+            "gt",
+            terms.get("mse").unwrap().clone() + terms.get("vb").unwrap().clone(),
+        );
+        check("vb_kd", terms.get("vb_kd").unwrap().clone());
         check(
             "kd_loss",
-            terms.kd.clone().unwrap() + terms.vb_kd.clone().unwrap(),
+            terms.get("kd").unwrap().clone() + terms.get("vb_kd").unwrap().clone(),
         );
         check("loss", terms.total.clone());
-        if let Some(features) = &terms.features {
+        if let Some(features) = terms.get("features") {
             check("feat_loss", features.clone());
             let masked = |hidden: &[Tensor<B, 3>]| -> Vec<f64> {
                 let k = f64_of(&case["k"]);

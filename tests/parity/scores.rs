@@ -1,4 +1,5 @@
 use tinyfusion::ops::TrainingBackend;
+use tinyfusion::process::GaussianDiffusion;
 use tinyfusion::pruning::{Score, ScoreBatch, keep_by_scores, score};
 use tinyfusion::state::collect;
 
@@ -11,6 +12,7 @@ pub fn prune_scores<B: TrainingBackend>(slack: f64) {
     let rule = Rule::new(case, slack);
     let file = group.file("scores.safetensors");
     let config = config(&case["config"]);
+    let process = GaussianDiffusion::full();
     let network = network::<B::InnerBackend>(&config, &group.state("weights.safetensors"));
     let batches = usize_of(&case["num_batches"]);
     let named = [
@@ -26,9 +28,9 @@ pub fn prune_scores<B: TrainingBackend>(slack: f64) {
                 x: row("x").tensor(),
                 noise: row("noise").tensor(),
                 y: row("y").labels(),
-                t: row(t).indices(),
+                t: row(t).times(),
             };
-            let calibration = score(&network, method, &batch);
+            let calibration = score(&network, &process, method, &batch);
             let by_batch = match calibration.base {
                 Some(base) => {
                     rule.check(

@@ -1,6 +1,6 @@
 use burn::tensor::{Int, Tensor};
 use tinyfusion::ops::TrainingBackend;
-use tinyfusion::process::{GaussianDiffusion, Objective, Variance};
+use tinyfusion::process::{GaussianDiffusion, Noised, Variance};
 
 use crate::compare::{Rule, values};
 use crate::fixture::{Group, f64_of, usize_of};
@@ -102,14 +102,14 @@ pub fn diffusion_steps<B: TrainingBackend>(slack: f64) {
 
         let objective = |output: &Tensor<B, 4>, diffusion: &GaussianDiffusion| {
             let y = Tensor::<B, 1, Int>::zeros([t.len()], &x_start.device());
-            Objective {
-                diffusion,
-                x_start: x_start.clone(),
+            Noised {
+                clean: x_start.clone(),
                 noise: noise.clone(),
-                t: &t,
+                t: t.iter().map(|step| *step as f32).collect(),
                 y,
+                state: x_t.clone(),
             }
-            .terms(x_t.clone(), output.clone())
+            .terms(diffusion, output.clone())
         };
         let tracked = output.clone().require_grad();
         let terms = objective(&tracked, &diffusion);
@@ -121,8 +121,8 @@ pub fn diffusion_steps<B: TrainingBackend>(slack: f64) {
                 input(name),
             )
         };
-        row("loss.mse", &terms.mse);
-        row("loss.vb", terms.vb.as_ref().unwrap());
+        row("loss.mse", terms.get("mse").unwrap());
+        row("loss.vb", terms.get("vb").unwrap());
         row("loss.loss", &terms.total);
         let gradients = terms.total.mean().backward();
         rule.tensor(

@@ -1,5 +1,3 @@
-use std::sync::Arc;
-
 use burn::module::AutodiffModule;
 use burn::optim::{GradientsParams, Optimizer};
 use burn::tensor::backend::Backend;
@@ -7,7 +5,7 @@ use serde_json::Value;
 use tinyfusion::data::Batch;
 use tinyfusion::models::DitConfig;
 use tinyfusion::ops::TrainingBackend;
-use tinyfusion::process::GaussianDiffusion;
+use tinyfusion::process::{AnyProcess, GaussianDiffusion};
 use tinyfusion::pruning::{Annealing, Groups, LearnedPruner, Update};
 use tinyfusion::recovery::Student;
 use tinyfusion::state::{StateDict, assign, collect, names};
@@ -23,7 +21,7 @@ fn batch<B: Backend>(file: &File, config: &DitConfig, groups: usize, step: usize
         step,
         x: row("x").tensor(),
         noise: row("noise").tensor(),
-        t: row("t").indices(),
+        t: row("t").times(),
         y: dropped(&row("y"), &row("drop_ids"), config.classes).labels(),
         gumbel: (0..groups)
             .map(|group| row(&format!("gumbel.{group}")).tensor())
@@ -69,8 +67,9 @@ pub fn train_steps<B: TrainingBackend>(slack: f64, steps: usize) {
         group.file("expected.safetensors"),
     );
     let initial = group.state("init.safetensors");
-    let diffusion =
-        Arc::new(GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap());
+    let diffusion = AnyProcess::from(
+        GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap(),
+    );
     let mut student = Student::new(
         network::<B>(&config, &initial),
         None,
@@ -98,8 +97,8 @@ pub fn train_steps<B: TrainingBackend>(slack: f64, steps: usize) {
         let terms = student.terms(&batch(&inputs, &config, 0, step));
         let mean = |term: burn::tensor::Tensor<B, 1>| values(term.mean())[0];
         check(step, "loss", mean(terms.total.clone()));
-        check(step, "mse", mean(terms.mse.clone()));
-        check(step, "vb", mean(terms.vb.clone().unwrap()));
+        check(step, "mse", mean(terms.get("mse").unwrap().clone()));
+        check(step, "vb", mean(terms.get("vb").unwrap().clone()));
         check(step, "lr", schedule.at(step));
         let (updated, norm) = optimise(
             student,
@@ -184,8 +183,9 @@ pub fn prune_trajectory<B: TrainingBackend>(slack: f64) {
         alpha: f64_of(&case["lora_alpha"]),
     };
     let pretrained = group.state("weights.safetensors");
-    let diffusion =
-        Arc::new(GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap());
+    let diffusion = AnyProcess::from(
+        GaussianDiffusion::new(case["timestep_respacing"].as_str().unwrap()).unwrap(),
+    );
     let pruner = LearnedPruner::new(
         network::<B>(&config, &pretrained),
         groups.clone(),
@@ -248,8 +248,12 @@ pub fn prune_trajectory<B: TrainingBackend>(slack: f64) {
         }
         let mean = |term: &burn::tensor::Tensor<B, 1>| values(term.clone().mean());
         check("loss", &mean(&terms.total), &row("loss").scalar());
-        check("mse", &mean(&terms.mse), &row("mse").scalar());
-        check("vb", &mean(terms.vb.as_ref().unwrap()), &row("vb").scalar());
+        check(
+            "mse",
+            &mean(terms.get("mse").unwrap()),
+            &row("mse").scalar(),
+        );
+        check("vb", &mean(terms.get("vb").unwrap()), &row("vb").scalar());
         let (updated, norm) = optimise(
             pruner,
             &mut optimizer,

@@ -7,7 +7,7 @@ use tinyfusion::process::interpolant::{Path, Predicts, Weighting};
 use tinyfusion::process::transport::{DiffusionForm, LastStep, Ode, Sde, SdeMethod};
 
 use crate::compare::{Largest, values};
-use crate::fixture::{File, Group, Values, f64_of, usize_of};
+use crate::fixture::{Group, Values, f64_of, usize_of};
 
 fn path(name: &str) -> Path {
     match name {
@@ -102,17 +102,13 @@ impl<B: Backend> Formula<B> {
     }
 }
 
-fn times(file: &File, key: &str) -> Vec<f32> {
-    file.get(key).data.iter().map(|t| *t as f32).collect()
-}
-
 pub fn sit_paths<B: Backend>(slack: f64) {
     let group = Group::open("sit_transport");
     let file = group.file("paths.safetensors");
     let rule = Largest {
         tolerance: slack * f64_of(&group.case["tolerance"]["paths"]),
     };
-    let t = times(&file, "t");
+    let t = file.get("t").times();
     let norm = f64_of(&group.case["config"]["norm"]);
     let tensor = |key: &str| file.get(key).tensor::<B, 4>();
     let device = B::Device::default();
@@ -169,7 +165,7 @@ pub fn sit_losses<B: Backend>(slack: f64) {
     let rule = Largest {
         tolerance: slack * f64_of(&group.case["tolerance"]["training_losses"]),
     };
-    let (t, uniform) = (times(&file, "t"), times(&file, "u"));
+    let (t, uniform) = (file.get("t").times(), file.get("u").times());
     let formula = Formula::<B>::new(&group);
     let tensor = |key: &str| file.get(key).tensor::<B, 4>();
     let names: Vec<&str> = file.names().filter(|key| key.ends_with(".loss")).collect();
@@ -185,7 +181,9 @@ pub fn sit_losses<B: Backend>(slack: f64) {
         let interpolant =
             Interpolant::new(path(parts[0]), predicts(parts[1]), weighting, None, None);
         let of = |what: &str| format!("{}.{}.{what}", parts[0], parts[1]);
-        let drawn: Vec<f32> = uniform.iter().map(|u| interpolant.train_time(*u)).collect();
+        let (first, last) = interpolant.train_interval();
+        let time = |u: &f32| (f64::from(*u) * (last - first) + first) as f32;
+        let drawn: Vec<f32> = uniform.iter().map(time).collect();
         let drawn = Tensor::<B, 1>::from_floats(drawn.as_slice(), &Default::default());
         rule.tensor(&of("t_from_u"), drawn, file.get(&of("t_from_u")));
         let x = interpolant.state(tensor("x1"), tensor("x0"), &t);
@@ -195,7 +193,7 @@ pub fn sit_losses<B: Backend>(slack: f64) {
         });
         let output = Tensor::cat(rows.collect(), 0);
         rule.tensor(&of("pred"), output.clone(), file.get(&of("pred")));
-        let loss = interpolant.loss(output.clone(), tensor("x1"), tensor("x0"), &t);
+        let loss = interpolant.mse(output.clone(), tensor("x1"), tensor("x0"), &t);
         rule.tensor(key, loss.clone(), file.get(key));
         // The distance from what is to be predicted is the loss.
         let target = match interpolant.predicts {

@@ -12,7 +12,7 @@ use super::models::{MODEL, checkpoint};
 use crate::data::{BatchPlan, BatchSource, Batches, Split, Teacher};
 use crate::models::{Architecture, Classifier, DitConfig, Network, initialise};
 use crate::ops::TrainingBackend;
-use crate::process::GaussianDiffusion;
+use crate::process::{AnyProcess, GaussianDiffusion, Process};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::PlannedStage;
 use crate::recipe::schema::optimisation::Optimisation;
@@ -75,12 +75,8 @@ impl<B: TrainingBackend> Context<'_, B> {
                         assign(network, &state, &at, "a fresh network")?
                     }
                 };
-                let student = Student::new(
-                    network,
-                    None,
-                    Arc::new(GaussianDiffusion::full()),
-                    plan.steps,
-                );
+                let student =
+                    Student::new(network, None, GaussianDiffusion::full().into(), plan.steps);
                 let source =
                     self.source(config, &train.optimisation, train.label_drop, Vec::new())?;
                 let fitted = self.fit(
@@ -172,7 +168,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 source,
                 start,
                 steps,
-                Arc::new(GaussianDiffusion::full()),
+                AnyProcess::from(GaussianDiffusion::full()),
                 &device,
             )
             .in_parts(parts);
@@ -220,7 +216,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             size: config.input_size,
             classes: config.classes,
             label_drop,
-            diffusion_steps: GaussianDiffusion::full().steps(),
+            times: GaussianDiffusion::full().times(),
             candidates,
         };
         Ok(BatchSource::new(plan, self.part(Split::Train)?))

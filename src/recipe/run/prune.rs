@@ -1,7 +1,7 @@
 //! The stage that removes layers.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::PoisonError;
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ use super::models::MODEL;
 use crate::data::{BatchPlan, BatchSource, Split};
 use crate::models::{Architecture, DitConfig};
 use crate::ops::TrainingBackend;
-use crate::process::GaussianDiffusion;
+use crate::process::{AnyProcess, GaussianDiffusion, Times};
 use crate::pruning::{
     Annealing, Decision, Groups, LearnedPruner, Score, ScoreBatch, Update, keep_by_scores, oracle,
     score,
@@ -148,14 +148,14 @@ impl<B: TrainingBackend> Context<'_, B> {
             scaling: learned.scaling.into(),
             steps: optimisation.steps,
         };
-        let diffusion = Arc::new(GaussianDiffusion::full());
+        let process = AnyProcess::from(GaussianDiffusion::full());
         let pruner = LearnedPruner::new(
             parent.network::<B>(self.device)?,
             groups.clone(),
             learned.update,
             learned.gate_init,
             annealing,
-            diffusion,
+            process,
             self.recipe.seed,
         );
         let gates = names::<B, _>(&pruner)
@@ -245,10 +245,11 @@ impl<B: TrainingBackend> Context<'_, B> {
             size: config.input_size,
             classes: config.classes,
             label_drop: 0.0,
-            diffusion_steps: scored.timesteps,
+            times: Times::Steps(scored.timesteps),
             candidates: Vec::new(),
         };
         let source = BatchSource::new(plan, self.part(Split::Train)?);
+        let process = AnyProcess::from(GaussianDiffusion::full());
         let mut scores = vec![0.0; config.depth];
         for step in 0..scored.batches {
             if crate::interrupt::requested() {
@@ -263,7 +264,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 y: batch.y,
                 t: batch.t,
             };
-            let measured = score(&network, method, &batch).scores;
+            let measured = score(&network, &process, method, &batch).scores;
             scores
                 .iter_mut()
                 .zip(measured)

@@ -104,7 +104,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let student = Student::new(
             parent.network::<B>(self.device)?,
             distillation,
-            Arc::new(GaussianDiffusion::full()),
+            GaussianDiffusion::full().into(),
             plan.steps,
         );
         let source = self.source(

@@ -180,7 +180,8 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             let one_step =
                 GaussianDiffusion::new("1").unwrap_or_else(|_| GaussianDiffusion::full());
             let sampler = Sampler {
-                diffusion: one_step,
+                process: one_step.into(),
+                steps: 1,
                 solver: Solver::Ddpm,
                 guidance: Guidance {
                     scale: 1.5,

@@ -14,6 +14,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::backend::{BackendKind, Compute};
 use crate::interrupt;
 use crate::process::Solver;
+use crate::process::transport::{Ode, Sde};
 use crate::recipe::document::{Document, MOST_BYTES};
 use crate::recipe::plan::Plan;
 use crate::recipe::run::models::read_file;
@@ -180,8 +181,8 @@ struct RunArguments {
     /// Sampling steps [default: 100; with --demo 250]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     steps: Option<u32>,
-    /// Rule of a step
-    #[arg(long, default_value = "ddpm", value_parser = ["ddpm", "ddim"])]
+    /// Rule of a step: ddpm or ddim of a DiT, ode (Dormand-Prince) or sde (Euler-Maruyama) of a SiT
+    #[arg(long, default_value = "ddpm", value_parser = ["ddpm", "ddim", "ode", "sde"], hide_possible_values = true)]
     solver: String,
     /// Share of noise in a DDIM step
     #[arg(long, default_value_t = 0.0)]
@@ -450,10 +451,11 @@ impl RunArguments {
             labels: self.labels,
             guidance: self.guidance,
             guidance_channels: self.guidance_channels as usize,
-            solver: if self.solver == "ddim" {
-                Solver::Ddim { eta: self.eta }
-            } else {
-                Solver::Ddpm
+            solver: match self.solver.as_str() {
+                "ddim" => Solver::Ddim { eta: self.eta },
+                "ode" => Solver::Ode(Ode::DOPRI5),
+                "sde" => Solver::Sde(Sde::default()),
+                _ => Solver::Ddpm,
             },
             steps: self.steps.unwrap_or(100) as usize,
         })

@@ -33,7 +33,7 @@ const fn preset(
     }
 }
 
-/// Every published DiT, and the pruned sizes of the paper.
+/// Every published DiT and SiT, and the pruned sizes of the paper.
 #[rustfmt::skip]
 pub const PRESETS: &[Preset] = &[
     //      name        depth  width  patch  heads
@@ -53,6 +53,18 @@ pub const PRESETS: &[Preset] = &[
     preset("DiT-D19/2",   19,  1152,     2,   16),
     preset("DiT-D14/2",   14,  1152,     2,   16),
     preset("DiT-D7/2",     7,  1152,     2,   16),
+    preset("SiT-XL/2",       28,  1152,     2,   16),
+    preset("SiT-XL/4",       28,  1152,     4,   16),
+    preset("SiT-XL/8",       28,  1152,     8,   16),
+    preset("SiT-L/2",        24,  1024,     2,   16),
+    preset("SiT-L/4",        24,  1024,     4,   16),
+    preset("SiT-L/8",        24,  1024,     8,   16),
+    preset("SiT-B/2",        12,   768,     2,   12),
+    preset("SiT-B/4",        12,   768,     4,   12),
+    preset("SiT-B/8",        12,   768,     8,   12),
+    preset("SiT-S/2",        12,   384,     2,    6),
+    preset("SiT-S/4",        12,   384,     4,    6),
+    preset("SiT-S/8",        12,   384,     8,    6),
 ];
 
 /// The configuration of a published model for `channels` x `input_size` x `input_size` latents, if there is one

@@ -371,6 +371,12 @@ impl Interpolant {
     }
 }
 
+/// The part of a network's output that says something here: one that could predict a variance as well, as a SiT's can,
+/// has twice the channels.
+pub(super) fn own<B: Backend>(output: Tensor<B, 4>, state: &Tensor<B, 4>) -> Tensor<B, 4> {
+    output.narrow(1, 0, state.dims()[1])
+}
+
 impl Process for Interpolant {
     fn times(&self) -> Times {
         let (first, last) = self.train_interval();
@@ -392,6 +398,7 @@ impl Process for Interpolant {
     }
 
     fn error<B: Backend>(&self, seen: &Noised<B>, output: Tensor<B, 4>) -> Tensor<B, 1> {
+        let output = own(output, &seen.state);
         self.mse(output, seen.clean.clone(), seen.noise.clone(), &seen.t)
     }
 
@@ -407,6 +414,7 @@ impl Process for Interpolant {
         output: Tensor<B, 4>,
         teacher: Tensor<B, 4>,
     ) -> Vec<Term<B>> {
+        let (output, teacher) = (own(output, &seen.state), own(teacher, &seen.state));
         vec![("kd", self.distance(output, teacher, &seen.t))]
     }
 

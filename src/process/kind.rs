@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::{AnyProcess, GaussianDiffusion, Interpolant};
+
 /// The process that a network was trained to reverse. No tensor tells: a SiT has the names and shapes of a DiT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -29,11 +31,28 @@ impl ProcessKind {
         }
     }
 
+    /// The process, as the family's published models were trained under it.
+    pub fn process(self) -> AnyProcess {
+        match self {
+            Self::Gaussian => GaussianDiffusion::full().into(),
+            Self::Interpolant => Interpolant::published().into(),
+        }
+    }
+
     /// The family whose models are trained under it.
     pub fn family(self) -> &'static str {
         match self {
             Self::Gaussian => "DiT",
             Self::Interpolant => "SiT",
+        }
+    }
+
+    /// What a model is called, in words; the family by the process, which says more than the tensors.
+    pub fn called(process: Option<Self>, model: &impl fmt::Display) -> String {
+        let text = model.to_string();
+        match (process, text.strip_prefix(Self::Gaussian.family())) {
+            (Some(process), Some(sizes)) => format!("{}{sizes}", process.family()),
+            _ => text,
         }
     }
 
@@ -52,7 +71,7 @@ impl fmt::Display for ProcessKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Gaussian => f.write_str("gaussian diffusion (a DiT)"),
-            Self::Interpolant => f.write_str("interpolant (a SiT)"),
+            Self::Interpolant => f.write_str("an interpolant (a SiT)"),
         }
     }
 }

@@ -4,6 +4,9 @@ use burn::tensor::{Int, Tensor};
 use serde::Serialize;
 
 use super::gaussian::{GaussianDiffusion, Prediction};
+use super::interpolant::own;
+use super::transport::{LastStep, Ode, Sde, SdeMethod};
+use super::{AnyProcess, ProcessKind};
 use crate::models::Network;
 use crate::ops::FusedOps;
 use crate::random::{self, Stream};
@@ -20,6 +23,38 @@ pub enum Solver {
         /// Share of the ancestral noise that is added.
         eta: f64,
     },
+    /// The probability flow of an interpolant.
+    Ode(Ode),
+    /// A stochastic equation of an interpolant.
+    Sde(Sde),
+}
+
+impl Solver {
+    /// Calls of the network for a sample, without those of guidance. How many Dormand and Prince's method takes depends on
+    /// the network; one for each time is a guess.
+    pub fn calls(self, steps: usize) -> usize {
+        let between = steps.saturating_sub(1);
+        match self {
+            Self::Ddpm | Self::Ddim { .. } | Self::Ode(Ode::Dopri5 { .. }) => steps,
+            Self::Ode(Ode::Euler) => between,
+            Self::Ode(Ode::Heun) => 2 * between,
+            Self::Sde(sde) => {
+                let step = match sde.method {
+                    SdeMethod::Euler => 1,
+                    SdeMethod::Heun => 2,
+                };
+                step * between + usize::from(sde.last_step != LastStep::None)
+            }
+        }
+    }
+
+    /// The process whose models it samples.
+    pub fn process(self) -> ProcessKind {
+        match self {
+            Self::Ddpm | Self::Ddim { .. } => ProcessKind::Gaussian,
+            Self::Ode(_) | Self::Sde(_) => ProcessKind::Interpolant,
+        }
+    }
 }
 
 /// Classifier-free guidance (arXiv 2207.12598).
@@ -34,8 +69,10 @@ pub struct Guidance {
 /// A sampling protocol.
 #[derive(Debug, Clone)]
 pub struct Sampler {
-    /// The respaced process; its number of steps is the number of network calls.
-    pub diffusion: GaussianDiffusion,
+    /// The process; one of steps is respaced to those that are taken.
+    pub process: AnyProcess,
+    /// Times of an interpolant's equation, its two ends counted; of a process of steps, those say it.
+    pub steps: usize,
     /// Rule of a step.
     pub solver: Solver,
     /// Guidance.
@@ -93,9 +130,46 @@ pub fn guided<B: FusedOps>(
 }
 
 impl Sampler {
-    /// Denoises `x`, calling `watch(k, state, prediction)` after each step; returns the final state.
+    /// Denoises `x`, calling `watch(k, state, prediction)` after each step, where the prediction is that of the clean
+    /// sample or, of an interpolant, the state itself; returns the final state.
+    ///
+    /// # Panics
+    /// When the solver is not one of the process's.
     pub fn denoise<B: FusedOps>(
         &self,
+        network: &Network<B>,
+        x: Tensor<B, 4>,
+        y: Tensor<B, 1, Int>,
+        noise: StepNoise<'_, B>,
+        mut watch: impl FnMut(usize, &Tensor<B, 4>, &Tensor<B, 4>),
+    ) -> Tensor<B, 4> {
+        let interpolant = match &self.process {
+            AnyProcess::Gaussian(diffusion) => {
+                return self.diffuse(diffusion, network, x, y, noise, watch);
+            }
+            AnyProcess::Interpolant(interpolant) => interpolant,
+        };
+        let batch = x.dims()[0];
+        let mut model = |x: Tensor<B, 4>, t: f32| {
+            let told = Tensor::full([batch], t, &x.device());
+            own(
+                guided(network, x.clone(), told, y.clone(), self.guidance),
+                &x,
+            )
+        };
+        let watch = |k: usize, state: &Tensor<B, 4>| watch(k, state, state);
+        match self.solver {
+            Solver::Ode(ode) => ode.solve(interpolant, &mut model, x, self.steps, false, watch),
+            Solver::Sde(sde) => sde.solve(interpolant, &mut model, x, self.steps, noise, watch),
+            Solver::Ddpm | Solver::Ddim { .. } => {
+                panic!("an interpolant has no step of diffusion to take")
+            }
+        }
+    }
+
+    fn diffuse<B: FusedOps>(
+        &self,
+        diffusion: &GaussianDiffusion,
         network: &Network<B>,
         mut x: Tensor<B, 4>,
         y: Tensor<B, 1, Int>,
@@ -104,20 +178,23 @@ impl Sampler {
     ) -> Tensor<B, 4> {
         let device = x.device();
         let batch = x.dims()[0];
-        for (k, step) in (0..self.diffusion.steps()).rev().enumerate() {
+        for (k, step) in (0..diffusion.steps()).rev().enumerate() {
             let t = vec![step; batch];
             let output = guided(
                 network,
                 x.clone(),
-                self.diffusion.model_timesteps(&t, &device),
+                diffusion.model_timesteps(&t, &device),
                 y.clone(),
                 self.guidance,
             );
-            let prediction: Prediction<B> = self.diffusion.predict(output, x.clone(), &t, false);
+            let prediction: Prediction<B> = diffusion.predict(output, x.clone(), &t, false);
             let x_start = prediction.x_start.clone();
             x = match self.solver {
-                Solver::Ddpm => self.diffusion.ddpm_step(prediction, &t, noise(k)),
-                Solver::Ddim { eta } => self.diffusion.ddim_step(prediction, x, &t, eta, noise(k)),
+                Solver::Ddpm => diffusion.ddpm_step(prediction, &t, noise(k)),
+                Solver::Ddim { eta } => diffusion.ddim_step(prediction, x, &t, eta, noise(k)),
+                Solver::Ode(_) | Solver::Sde(_) => {
+                    panic!("Gaussian diffusion is sampled by its own steps")
+                }
             };
             watch(k, &x, &x_start);
         }
@@ -156,7 +233,11 @@ impl Sampler {
             device,
         );
         // Without eta, DDIM's noise is multiplied by zero: not drawn.
-        let quiet = self.solver == (Solver::Ddim { eta: 0.0 });
+        let quiet = match self.solver {
+            Solver::Ddim { eta } => eta == 0.0,
+            Solver::Ode(_) => true,
+            Solver::Ddpm | Solver::Sde(_) => false,
+        };
         let start = draw(Stream::SampleStart, 0);
         let zeros = start.zeros_like();
         let mut noise = |k: usize| {

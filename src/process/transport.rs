@@ -79,8 +79,10 @@ pub struct Sde {
     /// How it is integrated.
     pub method: SdeMethod,
     /// Strength of the noise over time.
+    #[serde(rename = "diffusion_form")]
     pub form: DiffusionForm,
     /// Factor of that strength.
+    #[serde(rename = "diffusion_norm")]
     pub norm: f64,
     /// What is done at the end.
     pub last_step: LastStep,
@@ -88,7 +90,54 @@ pub struct Sde {
     pub last_step_size: f64,
 }
 
+impl Ode {
+    /// SiT's own tolerances.
+    pub const DOPRI5: Self = Self::Dopri5 {
+        atol: 1e-6,
+        rtol: 1e-3,
+    };
+}
+
+impl SdeMethod {
+    /// Both, by name.
+    pub const NAMES: [(&'static str, Self); 2] = [("euler", Self::Euler), ("heun", Self::Heun)];
+}
+
+impl LastStep {
+    /// All, by name.
+    pub const NAMES: [(&'static str, Self); 4] = [
+        ("none", Self::None),
+        ("mean", Self::Mean),
+        ("tweedie", Self::Tweedie),
+        ("euler", Self::Euler),
+    ];
+}
+
+impl Default for Sde {
+    /// As SiT's `sample.py` has it.
+    fn default() -> Self {
+        Self {
+            method: SdeMethod::Euler,
+            form: DiffusionForm::Sigma,
+            norm: 1.0,
+            last_step: LastStep::Mean,
+            last_step_size: 0.04,
+        }
+    }
+}
+
 impl DiffusionForm {
+    /// All, by name; one also as the reference's library spells it.
+    pub const NAMES: [(&'static str, Self); 7] = [
+        ("constant", Self::Constant),
+        ("sbdm", Self::Sbdm),
+        ("sigma", Self::Sigma),
+        ("linear", Self::Linear),
+        ("decreasing", Self::Decreasing),
+        ("increasing-decreasing", Self::IncreasingDecreasing),
+        ("inccreasing-decreasing", Self::IncreasingDecreasing),
+    ];
+
     /// Strength at a time.
     pub fn at(self, interpolant: &Interpolant, norm: f64, t: f64) -> f64 {
         let turn = std::f64::consts::PI * t;

@@ -1,7 +1,7 @@
 //! The recipes of the repository, inside the program: a bare binary runs them by their names.
 
 /// Name and text of each.
-pub const RECIPES: [(&str, &str); 18] = [
+pub const RECIPES: [(&str, &str); 20] = [
     ("d14_1_2", include_str!("../../recipes/d14_1_2.toml")),
     ("d14_2_4", include_str!("../../recipes/d14_2_4.toml")),
     ("d14_7_14", include_str!("../../recipes/d14_7_14.toml")),
@@ -26,6 +26,7 @@ pub const RECIPES: [(&str, &str); 18] = [
         "digits_features",
         include_str!("../../recipes/digits_features.toml"),
     ),
+    ("digits_sit", include_str!("../../recipes/digits_sit.toml")),
     (
         "digits_teacher",
         include_str!("../../recipes/digits_teacher.toml"),
@@ -43,6 +44,7 @@ pub const RECIPES: [(&str, &str); 18] = [
         include_str!("../../recipes/fashion_ways.toml"),
     ),
     ("quickstart", include_str!("../../recipes/quickstart.toml")),
+    ("sit_d14", include_str!("../../recipes/sit_d14.toml")),
     ("standin", include_str!("../../recipes/standin.toml")),
 ];
 

@@ -42,13 +42,20 @@ const STANDIN_DIT: &str = "standin-dit.pt";
 /// What makes the stand-ins of `recipes/standin.toml`.
 const STANDIN: &str = "`tinyfusion standin FOLDER`, which makes all stand-ins";
 
-const FILES: [PublicFile; 11] = [
+const FILES: [PublicFile; 12] = [
     PublicFile {
         name: "DiT-XL-2-256x256.pt",
         what: "DiT-XL/2 of ImageNet, 256 x 256, CC BY-NC 4.0",
         size: "2.7 GB",
         from: "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt",
         model: Some("DiT-XL/2"),
+    },
+    PublicFile {
+        name: "SiT-XL-2-256x256.pt",
+        what: "SiT-XL/2 of ImageNet, 256 x 256",
+        size: "2.7 GB",
+        from: "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0",
+        model: Some("SiT-XL/2"),
     },
     PublicFile {
         name: "TinyDiT-D14-MaskedKD-500K.pt",
@@ -156,7 +163,10 @@ mod tests {
                 "{file:?}"
             );
             let is_dit = file.model.is_some() || file.name == "standin-dit.pt";
-            let process = is_dit.then_some(ProcessKind::Gaussian);
+            let process = is_dit.then_some(match file.name.starts_with("SiT") {
+                true => ProcessKind::Interpolant,
+                false => ProcessKind::Gaussian,
+            });
             assert_eq!(file.process(), process, "{file:?}");
         }
     }

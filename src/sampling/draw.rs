@@ -13,7 +13,7 @@ use crate::images;
 use crate::models::{DitConfig, Network};
 use crate::npz::{SampleReader, first_images};
 use crate::ops::FusedOps;
-use crate::process::{GaussianDiffusion, Guidance, Sampler, Variance};
+use crate::process::{GaussianDiffusion, Guidance, ProcessKind, Sampler, Solver, Variance};
 use crate::report::{grid_layout, grid_png};
 use crate::weights::Checkpoint;
 
@@ -32,6 +32,8 @@ pub struct Draw<'a, B: Backend> {
     pub name: &'a str,
     /// The model.
     pub network: &'a Network<B>,
+    /// The process it was trained under.
+    pub process: ProcessKind,
     /// Makes pictures of what it draws; none of a model of pixels.
     pub decoder: Option<&'a Decoder<B>>,
     /// What to draw, and how.
@@ -66,7 +68,7 @@ impl<B: FusedOps> Draw<'_, B> {
         let sampling = self.sampling;
         let labels = sampling.label_of_each(self.network.config().classes, self.seed);
         let archive = self.folder.join(SAMPLES);
-        let sampler = sampler(self.name, sampling, &self.network.config())?;
+        let sampler = sampler(self.name, sampling, &self.network.config(), self.process)?;
         let parts = Parts {
             folder: self.folder.join("parts"),
             sampling,
@@ -184,28 +186,55 @@ pub fn sampler(
     name: &str,
     sampling: &Sampling,
     model: &DitConfig,
+    process: ProcessKind,
 ) -> Result<Sampler, SamplingError> {
+    let wrong = |problem: String| SamplingError::Model {
+        model: name.to_owned(),
+        problem,
+    };
+    if let Some(problem) = misfit(sampling.solver, process) {
+        return Err(wrong(problem));
+    }
+    let guidance = Guidance {
+        scale: sampling.guidance,
+        channels: sampling.guidance_channels,
+    };
+    if process == ProcessKind::Interpolant {
+        return Ok(Sampler {
+            process: process.process(),
+            steps: sampling.steps,
+            solver: sampling.solver,
+            guidance,
+        });
+    }
     let steps = sampling.steps;
     let spacing = if steps == GaussianDiffusion::full().steps() {
         String::new()
     } else {
         steps.to_string()
     };
-    let mut diffusion = GaussianDiffusion::new(&spacing).map_err(|error| SamplingError::Model {
-        model: name.to_owned(),
-        problem: error.to_string(),
-    })?;
+    let mut diffusion =
+        GaussianDiffusion::new(&spacing).map_err(|error| wrong(error.to_string()))?;
     if !model.learn_sigma {
         // What the reference samples such models with.
         diffusion = diffusion.with_variance(Variance::FixedLarge);
     }
     Ok(Sampler {
-        diffusion,
+        process: diffusion.into(),
+        steps,
         solver: sampling.solver,
-        guidance: Guidance {
-            scale: sampling.guidance,
-            channels: sampling.guidance_channels,
-        },
+        guidance,
+    })
+}
+
+/// Why a solver can't sample a model of a process, if so.
+pub(crate) fn misfit(solver: Solver, process: ProcessKind) -> Option<String> {
+    let solvers = match process {
+        ProcessKind::Gaussian => "\"ddpm\" or \"ddim\"",
+        ProcessKind::Interpolant => "\"ode\" or \"sde\"",
+    };
+    (solver.process() != process).then(|| {
+        format!("the model was trained by {process}, which is sampled by the solvers {solvers}")
     })
 }
 
@@ -269,6 +298,7 @@ pub fn draw_into<B: FusedOps>(
     let drawn = Draw {
         name: "sample",
         network: &network,
+        process: checkpoint.trained_by(),
         decoder: decoder.as_ref(),
         sampling,
         seed,

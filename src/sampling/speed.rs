@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use super::{Sampling, SamplingError, sampler};
 use crate::ops::FusedOps;
+use crate::process::Solver;
+use crate::process::transport::Ode;
 use crate::weights::Checkpoint;
 
 /// Rounds, in each of which every model is timed once.
@@ -22,7 +24,11 @@ pub fn speeds<B: FusedOps>(
     sampling: &Sampling,
     device: &B::Device,
 ) -> Result<Vec<Vec<f64>>, SamplingError> {
-    let steps = sampling.steps.min(STEPS);
+    let steps = match sampling.solver {
+        // Its steps are of its own choice.
+        Solver::Ode(Ode::Dopri5 { .. }) => sampling.steps,
+        _ => sampling.steps.min(STEPS),
+    };
     let batch = sampling.batch.min(sampling.count);
     let indices: Vec<usize> = (0..batch).collect();
     let mut measured = vec![Vec::with_capacity(ROUNDS); checkpoints.len()];
@@ -42,6 +48,7 @@ pub fn speeds<B: FusedOps>(
                         ..sampling.clone()
                     },
                     &config,
+                    checkpoint.trained_by(),
                 )?;
                 let begun = Instant::now();
                 let samples =
@@ -51,7 +58,7 @@ pub fn speeds<B: FusedOps>(
                 Ok(begun.elapsed().as_secs_f64())
             };
             // The first pass finds cold caches and untuned kernels.
-            timed(1)?;
+            timed(2.min(sampling.steps))?;
             let seconds = timed(steps)? * sampling.steps as f64 / steps as f64;
             rates.push(batch as f64 / seconds);
         }

@@ -35,7 +35,7 @@ pub(super) struct Position {
     pub fingerprint: String,
 }
 
-/// What of the metadata states the checksum of all else.
+/// What of the metadata states the checksum of all else; checkpoints of earlier versions have none.
 const CHECKSUM: &str = "tinyfusion.checksum";
 
 /// The CRC-32 of all metadata but itself, and of names, shapes and values: safetensors files have none of their own, and
@@ -268,11 +268,12 @@ fn read(path: &Path) -> Result<(StateDict, Position), TrainingError> {
     let position = position.ok_or_else(|| resume("is no training checkpoint".into()))?;
     let position: Position = serde_json::from_str(position)
         .map_err(|error| resume(format!("its position is not understood: {error}")))?;
-    let found = checksum(&state, &metadata);
-    let stated = metadata.get(CHECKSUM).map_or("none", String::as_str);
-    if stated != found {
-        let problem = format!("is damaged: its checksum is {found}, and it states {stated}");
-        return Err(resume(problem));
+    if let Some(stated) = metadata.get(CHECKSUM) {
+        let found = checksum(&state, &metadata);
+        if *stated != found {
+            let problem = format!("is damaged: its checksum is {found}, and it states {stated}");
+            return Err(resume(problem));
+        }
     }
     Ok((state, position))
 }

@@ -86,13 +86,14 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Has each checkpoint say what model it holds, so that it can be opened as one; a diffusion network is trained
-    /// by Gaussian diffusion.
-    pub fn describe(&mut self, architecture: Architecture, provenance: Provenance) {
-        let process = match architecture {
-            Architecture::Dit(_) => Some(ProcessKind::Gaussian),
-            Architecture::Classifier(_) => None,
-        };
+    /// Has each checkpoint say what model it holds, so that it can be opened as one, and the process that a diffusion
+    /// network is trained under.
+    pub fn describe(
+        &mut self,
+        architecture: Architecture,
+        process: Option<ProcessKind>,
+        provenance: Provenance,
+    ) {
         self.description = Some(Description {
             architecture,
             process,

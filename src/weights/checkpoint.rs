@@ -323,6 +323,11 @@ impl Checkpoint {
         Self { process, ..self }
     }
 
+    /// The process it was trained under; Gaussian diffusion where nothing says it.
+    pub fn trained_by(&self) -> ProcessKind {
+        self.process.unwrap_or(ProcessKind::Gaussian)
+    }
+
     /// Whether this is a diffusion network of which nothing says how it was trained.
     pub fn is_unmarked(&self) -> bool {
         matches!(self.architecture, Architecture::Dit(_)) && self.process.is_none()
@@ -330,11 +335,7 @@ impl Checkpoint {
 
     /// What the weights are of, in words, the family by the process.
     pub fn model(&self) -> String {
-        let text = self.architecture.to_string();
-        match (self.process, text.strip_prefix("DiT")) {
-            (Some(process), Some(sizes)) => format!("{}{sizes}", process.family()),
-            _ => text,
-        }
+        ProcessKind::called(self.process, &self.architecture)
     }
 
     /// A checkpoint of a network.

@@ -13,4 +13,5 @@ mod own_pictures;
 mod paper;
 mod program;
 mod resume;
+mod sit;
 mod terminal;

@@ -9,7 +9,7 @@ use tinyfusion::state::{assign, names};
 use tinyfusion::trunk::{Block, BlockHook, Gated, Plain, Site};
 use tinyfusion::weights::open_torch;
 
-use crate::compare::Rule;
+use crate::compare::{Largest, Rule};
 use crate::fixture::{File, Group, config, dropped, f64_of, gradients, network, usize_of};
 
 /// Records what enters the trunk and what leaves each layer under another hook.
@@ -113,6 +113,93 @@ pub fn dit_forward<B: TrainingBackend>(slack: f64) {
         for (name, gradient) in &actual {
             rule.check(&grads.name, name, &gradient.data, grads.get(name));
         }
+    }
+}
+
+/// A SiT is the same network, told a time in [0, 1]; the outputs of a variance are left unused.
+pub fn sit_forward<B: TrainingBackend>(slack: f64) {
+    let group = Group::open("sit_forward");
+    let case = &group.case;
+    let rule = Largest {
+        tolerance: slack * f64_of(&case["tolerance"]["all"]),
+    };
+    let file = group.file("io.safetensors");
+    let checkpoint = group.path.join("checkpoint.pt");
+    let of = |key: &str| {
+        open_torch(&checkpoint, Some(key))
+            .unwrap()
+            .read_all()
+            .unwrap()
+    };
+    let usual = open_torch(&checkpoint, None).unwrap().read_all().unwrap();
+    assert_eq!(
+        usual,
+        of("ema"),
+        "the average is what a checkpoint stands for"
+    );
+    assert_eq!(usual, group.state("ema.safetensors"));
+    for (name, state) in [
+        ("ema", usual),
+        ("model", of("model")),
+        ("no_sigma", group.state("no_sigma.safetensors")),
+    ] {
+        let mut sizes = case["config"].clone();
+        sizes["learn_sigma"] = (name != "no_sigma").into();
+        let config = config(&sizes);
+        let network = network::<B>(&config, &state);
+        let (x, t, y) = (
+            file.get("x").tensor::<B, 4>(),
+            file.get("t").tensor::<B, 1>(),
+            file.get("y").labels::<B>(),
+        );
+        let key = |what: &str| format!("{name}.{what}");
+        let check = |what: &str, actual: Tensor<B, 4>| {
+            rule.tensor(&key(what), actual, file.get(&key(what)));
+        };
+        let mut record = Record {
+            hook: &mut Plain,
+            hidden: Vec::new(),
+        };
+        let out = network.forward(x.clone(), t.clone(), y.clone(), &mut record);
+        check("out", out.narrow(1, 0, config.channels));
+        let guidance = Guidance {
+            scale: f64_of(&case["cfg_scale"]),
+            channels: 3,
+        };
+        let (batch, expected) = (x.dims()[0], key("out_cfg"));
+        let actual = guided(&network, x, t.clone(), y.clone(), guidance);
+        let actual = actual.narrow(1, 0, config.channels);
+        rule.tensor(&expected, actual, &file.get(&expected).first(batch));
+        if name == "ema" {
+            check("hidden", Tensor::stack::<4>(record.hidden, 0));
+            let Network::Dit(dit) = &network;
+            let rows = |what: &str, actual: Tensor<B, 2>| {
+                rule.tensor(&key(what), actual, file.get(&key(what)));
+            };
+            rows(
+                "t_freq",
+                timestep_features(t.clone(), file.get("ema.t_freq").shape[1]),
+            );
+            rows("t_emb", dit.t_embedder.forward(t));
+            rows("y_emb", dit.y_embedder.forward(y));
+        }
+    }
+}
+
+/// The published sizes of SiT.
+#[test]
+fn sit_zoo() {
+    let path = Group::open("sit_forward").path.join("sit_zoo.json");
+    let zoo_json: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    for (name, model) in zoo_json["models"].as_object().unwrap() {
+        let config = zoo::config(name, 32, 4, 1000).unwrap_or_else(|| panic!("no {name}"));
+        let sizes =
+            ["depth", "hidden_size", "num_heads", "patch_size"].map(|key| usize_of(&model[key]));
+        let found = [config.depth, config.width, config.heads, config.patch_size];
+        assert_eq!(found, sizes, "{name}");
+        let parameters = usize_of(&model["parameters_learn_sigma"]);
+        assert_eq!(config.parameters(), parameters, "{name}");
     }
 }
 

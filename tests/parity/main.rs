@@ -43,6 +43,7 @@ on!(
     forward::dit_forward,
     forward::dit_weights,
     forward::prune_forward,
+    forward::sit_forward,
     losses::distill_losses,
     masks::prune_gate,
     sampling::dit_sampling,

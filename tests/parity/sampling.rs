@@ -26,7 +26,8 @@ pub fn dit_sampling<B: TrainingBackend>(slack: f64) {
             _ => Solver::Ddpm,
         };
         let sampler = Sampler {
-            diffusion: diffusion.clone(),
+            process: diffusion.clone().into(),
+            steps: diffusion.steps(),
             solver,
             guidance: Guidance {
                 scale: f64_of(&run["cfg_scale"]),

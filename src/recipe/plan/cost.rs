@@ -20,7 +20,7 @@ pub(crate) fn flops(config: &DitConfig, images: usize) -> f64 {
 
 pub(crate) fn sampling_flops(sampling: &Sampling, config: &DitConfig) -> f64 {
     let passes = if sampling.guidance > 1.0 { 2 } else { 1 };
-    flops(config, passes * sampling.count) * sampling.steps as f64
+    flops(config, passes * sampling.count) * sampling.solver.calls(sampling.steps) as f64
 }
 
 /// Parameters of a low-rank update of every linear layer.

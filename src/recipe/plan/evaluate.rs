@@ -5,9 +5,11 @@ use super::known::{Known, Problem};
 use super::missing::Role;
 use crate::data::Split;
 use crate::models::{Architecture, DitConfig};
+use crate::process::ProcessKind;
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::sample::{Against, Evaluate};
-use crate::sampling::Sampling;
+use crate::recipe::schema::source::Source;
+use crate::sampling::{Sampling, misfit};
 
 /// Checks an evaluation, and estimates its bytes and operations.
 pub(crate) fn plan_evaluate(
@@ -73,7 +75,13 @@ pub(crate) fn plan_evaluate(
             (None, None) if !is_pixels(&config) => return Err(latents_need_a_vae(&config)),
             (None, _) => {}
         }
-        memory = memory.max(check_sampling(&evaluate.sampling, &config)?);
+        let process = known.process(stage, source)?;
+        memory = memory.max(check_sampling(
+            &evaluate.sampling,
+            &config,
+            source,
+            process,
+        )?);
         flops += sampling_flops(&evaluate.sampling, &config);
     }
     match &evaluate.against {
@@ -119,8 +127,20 @@ pub(crate) fn latents_need_a_vae(config: &DitConfig) -> Problem {
     ))
 }
 
-/// Refuses classes that a model doesn't have; estimates the bytes of drawing.
-pub(crate) fn check_sampling(sampling: &Sampling, config: &DitConfig) -> Result<usize, Problem> {
+/// Refuses classes that a model doesn't have and solvers that are not its process's; estimates the bytes of drawing.
+pub(crate) fn check_sampling(
+    sampling: &Sampling,
+    config: &DitConfig,
+    source: &Source,
+    process: ProcessKind,
+) -> Result<usize, Problem> {
+    if let Some(why) = misfit(sampling.solver, process) {
+        return Err(Problem::Said(format!("`{source}`: {why}")));
+    }
+    if sampling.steps < 2 && process == ProcessKind::Interpolant {
+        let why = "an equation needs 2 `steps` at least, the start and the end";
+        return Err(Problem::Said(why.to_owned()));
+    }
     if let Some(class) = sampling
         .classes
         .iter()

@@ -1,6 +1,6 @@
 //! What planning knows so far: the models earlier stages leave, the files that are there, and what is missing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn_dataset::Dataset;
@@ -50,10 +50,8 @@ pub(crate) fn keeps_weights(kind: &StageKind) -> bool {
 /// What planning knows so far.
 pub(crate) struct Known<'a> {
     pub(crate) recipe: &'a Recipe,
-    /// What earlier stages leave.
-    pub(crate) made: BTreeMap<String, Architecture>,
-    /// Stages that leave a model of another process than Gaussian diffusion.
-    pub(crate) interpolants: BTreeSet<String>,
+    /// What earlier stages leave, and the process it was trained under.
+    pub(crate) made: BTreeMap<String, (Architecture, Option<ProcessKind>)>,
     pub(crate) missing: Vec<MissingFile>,
     /// The recipe's pictures to train on and those held out, and how many there are, once they have been looked at.
     pub(crate) looked: [Option<(Shape, usize)>; 2],
@@ -65,35 +63,32 @@ impl Known<'_> {
         note(&mut self.missing, &stage.name, path, role)
     }
 
-    /// What a stage's source holds; refuses a model of a process that the stage can't compute.
+    /// What a stage's source holds.
     pub(crate) fn architecture(
         &mut self,
         stage: &Stage,
         source: &Source,
     ) -> Result<Architecture, Problem> {
-        let (architecture, process) = self.model(stage, source)?;
-        if process == Some(ProcessKind::Interpolant) {
-            if !keeps_weights(&stage.kind) {
-                return Err(Problem::Said(format!(
-                    "`{source}` is a SiT, trained by an interpolant; this stage computes by Gaussian diffusion, as for a DiT. A SiT can be inspected, converted, and pruned by the methods `kept`, `oracle` and `random`"
-                )));
-            }
-            self.interpolants.insert(stage.name.clone());
-        }
-        Ok(architecture)
+        Ok(self.model(stage, source)?.0)
     }
 
-    fn model(
+    /// The process of a diffusion network; Gaussian diffusion where nothing says it.
+    pub(crate) fn process(
+        &mut self,
+        stage: &Stage,
+        source: &Source,
+    ) -> Result<ProcessKind, Problem> {
+        let (_, process) = self.model(stage, source)?;
+        Ok(process.unwrap_or(ProcessKind::Gaussian))
+    }
+
+    pub(crate) fn model(
         &mut self,
         stage: &Stage,
         source: &Source,
     ) -> Result<(Architecture, Option<ProcessKind>), Problem> {
         match source {
-            Source::Stage(name) => {
-                let made = self.made.get(name).cloned().ok_or(Problem::Unknown)?;
-                let interpolant = self.interpolants.contains(name);
-                Ok((made, interpolant.then_some(ProcessKind::Interpolant)))
-            }
+            Source::Stage(name) => self.made.get(name).cloned().ok_or(Problem::Unknown),
             Source::Embedded(name) => {
                 let checkpoint = embedded::checkpoint(*name)?;
                 Ok((checkpoint.architecture, checkpoint.process))
@@ -116,7 +111,9 @@ impl Known<'_> {
                         "`{source}` is not there, and nothing says what it holds"
                     ))
                 })?;
-                Ok((known, file.stated.process))
+                let named = file.stated.model.as_deref().and_then(ProcessKind::of_model);
+                let public = public_file(&file.path).and_then(|file| file.process());
+                Ok((known, file.stated.process.or(named).or(public)))
             }
         }
     }

@@ -6,7 +6,7 @@ mod evaluate;
 mod known;
 pub mod missing;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
@@ -28,6 +28,7 @@ use super::schema::train::{Architecture as Wanted, Dit, Train};
 use super::schema::{Recipe, Stage, StageKind};
 use crate::data::ImageFolder;
 use crate::models::{Architecture, DitConfig, zoo};
+use crate::process::ProcessKind;
 use crate::pruning::{Update, oracle};
 use crate::report::{scientific, thousands};
 use crate::training::share_of_start;
@@ -54,6 +55,9 @@ pub struct PlannedStage {
     pub before: Option<Architecture>,
     /// The model it leaves.
     pub after: Option<Architecture>,
+    /// The process that its models were trained under, as far as there is one and it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process: Option<ProcessKind>,
     /// Optimizer steps, or network calls per sample.
     pub steps: usize,
     /// Images seen or made.
@@ -75,7 +79,6 @@ impl Plan {
         let mut known = Known {
             recipe,
             made: BTreeMap::new(),
-            interpolants: BTreeSet::new(),
             missing: Vec::new(),
             looked: [None, None],
         };
@@ -84,7 +87,8 @@ impl Plan {
             match plan_stage(stage, &mut known) {
                 Ok(planned) => {
                     if let Some(after) = &planned.after {
-                        known.made.insert(stage.name.clone(), after.clone());
+                        let made = (after.clone(), planned.process);
+                        known.made.insert(stage.name.clone(), made);
                     }
                     stages.push(planned);
                 }
@@ -129,6 +133,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
         what: what.to_owned(),
         before,
         after,
+        process: None,
         steps,
         images,
         memory,
@@ -137,7 +142,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
     };
     match &stage.kind {
         StageKind::Train(train) => {
-            let (before, after) = train_architecture(stage, train, known)?;
+            let (before, after, process) = train_architecture(stage, train, known)?;
             if let Some(from) = &train.from {
                 known.same_classes(from)?;
             }
@@ -155,7 +160,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                     (memory, TRAINING * 2.0 * config.macs() as f64 * seen as f64)
                 }
             };
-            Ok(planned(
+            let planned = planned(
                 "train",
                 before,
                 Some(after),
@@ -163,7 +168,8 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                 seen,
                 memory,
                 flops,
-            ))
+            );
+            Ok(PlannedStage { process, ..planned })
         }
         StageKind::Prune(prune) => {
             let before = known.dit(stage, &prune.from)?;
@@ -215,7 +221,8 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                 | PruneMethod::Random { .. }
                 | PruneMethod::Kept { .. } => (0, 0, before.parameters() * 4, 0.0),
             };
-            Ok(planned(
+            let (_, process) = known.model(stage, &prune.from)?;
+            let planned = planned(
                 &format!("prune, {}", prune_method(&prune.method)),
                 Some(Architecture::Dit(before)),
                 Some(Architecture::Dit(after)),
@@ -223,16 +230,24 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                 seen,
                 memory,
                 flops,
-            ))
+            );
+            Ok(PlannedStage { process, ..planned })
         }
         StageKind::Recover(recover) => {
             let config = known.dit(stage, &recover.from)?;
+            let process = known.process(stage, &recover.from)?;
             known.same_classes(&recover.from)?;
             known.fits_data(stage, &config)?;
             let seen = images(&recover.optimisation);
             let mut flops_ = TRAINING * flops(&config, seen);
             let mut memory = training_memory(&config, config.parameters(), &recover.optimisation);
             if let Some(teacher) = teacher(recover) {
+                let other = known.process(stage, teacher)?;
+                if other != process {
+                    return Err(Problem::Said(format!(
+                        "the student was trained by {process}, the teacher by {other}"
+                    )));
+                }
                 let teacher = known.dit(stage, teacher)?;
                 if (DitConfig {
                     depth: config.depth,
@@ -262,7 +277,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                 flops_ += flops(&teacher, seen);
             }
             let before = Architecture::Dit(config);
-            Ok(planned(
+            let planned = planned(
                 &format!("recover, {}", recover_method(&recover.method)),
                 Some(before.clone()),
                 Some(before),
@@ -270,18 +285,21 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                 seen,
                 memory,
                 flops_,
-            ))
+            );
+            let process = Some(process);
+            Ok(PlannedStage { process, ..planned })
         }
         StageKind::Sample(sample) => {
             let config = known.dit(stage, &sample.from)?;
-            let memory = check_sampling(&sample.sampling, &config)?;
+            let process = known.process(stage, &sample.from)?;
+            let memory = check_sampling(&sample.sampling, &config, &sample.from, process)?;
             let flops = sampling_flops(&sample.sampling, &config);
             if let Some(vae) = &sample.vae {
                 known.vae(stage, vae, &config)?;
             } else if !is_pixels(&config) {
                 return Err(latents_need_a_vae(&config));
             }
-            Ok(planned(
+            let planned = planned(
                 "sample",
                 Some(Architecture::Dit(config)),
                 None,
@@ -289,7 +307,9 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                 sample.sampling.count,
                 memory,
                 flops,
-            ))
+            );
+            let process = Some(process);
+            Ok(PlannedStage { process, ..planned })
         }
         StageKind::Evaluate(evaluate) => {
             let (memory, flops) = plan_evaluate(stage, evaluate, known)?;
@@ -357,36 +377,43 @@ fn train_architecture(
     stage: &Stage,
     train: &Train,
     known: &mut Known<'_>,
-) -> Result<(Option<Architecture>, Architecture), Problem> {
+) -> Result<(Option<Architecture>, Architecture, Option<ProcessKind>), Problem> {
     let wanted = match &train.architecture {
         None => None,
         Some(Wanted::Classifier(config)) => Some(Architecture::Classifier(config.clone())),
-        Some(Wanted::Dit(Dit::Sizes(config))) => Some(Architecture::Dit(config.clone())),
-        Some(Wanted::Dit(Dit::Preset { preset })) => {
+        Some(Wanted::Dit(Dit::Sizes(config)) | Wanted::Sit(Dit::Sizes(config))) => {
+            Some(Architecture::Dit(config.clone()))
+        }
+        Some(Wanted::Dit(Dit::Preset { preset }) | Wanted::Sit(Dit::Preset { preset })) => {
             let config = zoo::config(preset, 32, 4, 1000)
                 .ok_or_else(|| Problem::Said(format!("no model is called `{preset}`")))?;
             Some(Architecture::Dit(config))
         }
     };
+    let process = train.architecture.as_ref().and_then(Wanted::process);
     if let Some(Architecture::Dit(config)) = &wanted
         && let Some(why) = config.problem()
     {
         return Err(Problem::Said(format!("the {config} can't be built: {why}")));
     }
-    let before = train
-        .from
-        .as_ref()
-        .map(|source| known.architecture(stage, source))
-        .transpose()?;
-    match (before, wanted) {
-        (Some(before), Some(wanted)) if before != wanted => Err(Problem::Said(format!(
+    let Some(from) = &train.from else {
+        let wanted = wanted
+            .ok_or_else(|| Problem::Said("neither a checkpoint nor an architecture".into()))?;
+        return Ok((None, wanted, process));
+    };
+    let (before, known_process) = known.model(stage, from)?;
+    let trained_by = match before {
+        Architecture::Dit(_) => Some(known_process.unwrap_or(ProcessKind::Gaussian)),
+        Architecture::Classifier(_) => None,
+    };
+    match wanted {
+        Some(wanted) if before != wanted => Err(Problem::Said(format!(
             "the architecture asked for is {wanted}, but the checkpoint holds {before}"
         ))),
-        (Some(before), _) => Ok((Some(before.clone()), before)),
-        (None, Some(wanted)) => Ok((None, wanted)),
-        (None, None) => Err(Problem::Said(
-            "neither a checkpoint nor an architecture".into(),
-        )),
+        Some(_) if process != trained_by => Err(Problem::Said(format!(
+            "`{from}` was trained by another process than that of the family asked for"
+        ))),
+        _ => Ok((Some(before.clone()), before, trained_by)),
     }
 }
 
@@ -496,7 +523,8 @@ impl fmt::Display for Plan {
             let model = |label: &str, architecture: &Architecture| -> String {
                 match architecture {
                     Architecture::Dit(config) => format!(
-                        "   {label} {config}, {} parameters, {} MACs an image",
+                        "   {label} {}, {} parameters, {} MACs an image",
+                        ProcessKind::called(stage.process, config),
                         thousands(config.parameters()),
                         thousands(config.macs())
                     ),

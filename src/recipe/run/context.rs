@@ -12,7 +12,7 @@ use super::models::{MODEL, checkpoint};
 use crate::data::{BatchPlan, BatchSource, Batches, Split, Teacher};
 use crate::models::{Architecture, Classifier, DitConfig, Network, initialise};
 use crate::ops::TrainingBackend;
-use crate::process::{AnyProcess, GaussianDiffusion, Process};
+use crate::process::{Process, ProcessKind};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::PlannedStage;
 use crate::recipe::schema::optimisation::Optimisation;
@@ -61,7 +61,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             parent.as_ref(),
         )?;
         if let Some(architecture) = &planned.after {
-            plan.describe(architecture.clone(), provenance.clone());
+            plan.describe(architecture.clone(), planned.process, provenance.clone());
         }
         let at = folder.join(MODEL);
         match planned.after.as_ref() {
@@ -75,20 +75,22 @@ impl<B: TrainingBackend> Context<'_, B> {
                         assign(network, &state, &at, "a fresh network")?
                     }
                 };
-                let student =
-                    Student::new(network, None, GaussianDiffusion::full().into(), plan.steps);
-                let source =
-                    self.source(config, &train.optimisation, train.label_drop, Vec::new())?;
+                let process = planned.process.unwrap_or(ProcessKind::Gaussian);
+                let student = Student::new(network, None, process.process(), plan.steps);
+                let (label_drop, none) = (train.label_drop, Vec::new());
+                let source = self.source(config, process, &train.optimisation, label_drop, none)?;
                 let fitted = self.fit(
                     student,
                     plan,
                     Vec::new(),
-                    source,
+                    (source, process),
                     None,
-                    vec!["mse", "vb"],
+                    process.process().names().0.to_vec(),
                     None,
                 )?;
-                Checkpoint::of(&fitted.ema.network, provenance, &at).write()?;
+                Checkpoint::of(&fitted.ema.network, provenance, &at)
+                    .of_process(planned.process)
+                    .write()?;
             }
             Some(architecture @ Architecture::Classifier(config)) => {
                 let classifier = match &parent {
@@ -111,14 +113,16 @@ impl<B: TrainingBackend> Context<'_, B> {
                     classes: config.classes,
                     learn_sigma: false,
                 };
-                let source = self.source(&shape, &train.optimisation, 0.0, Vec::new())?;
+                // A classifier learns from clean pictures; its loss draws no times.
+                let any = ProcessKind::Gaussian;
+                let source = self.source(&shape, any, &train.optimisation, 0.0, Vec::new())?;
                 // Before the training, so that a mistake in it shows before.
                 let test = self.held_out()?;
                 let fitted = self.fit(
                     ClassifierTrainee { classifier },
                     plan,
                     Vec::new(),
-                    source,
+                    (source, any),
                     None,
                     vec!["accuracy"],
                     None,
@@ -148,7 +152,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         model: M,
         plan: Plan,
         groups: Vec<ParameterGroup>,
-        source: BatchSource,
+        (source, process): (BatchSource, ProcessKind),
         teacher: Option<Teacher<B>>,
         curves: Vec<&'static str>,
         observe: Option<Observe<B, M>>,
@@ -164,14 +168,8 @@ impl<B: TrainingBackend> Context<'_, B> {
     {
         let (steps, parts, device) = (plan.steps, plan.accumulate, self.device.clone());
         let batches = move |start: usize| -> Arc<dyn crate::data::Feed<B, crate::data::Batch<B>>> {
-            let batches = Batches::<B>::new(
-                source,
-                start,
-                steps,
-                AnyProcess::from(GaussianDiffusion::full()),
-                &device,
-            )
-            .in_parts(parts);
+            let batches =
+                Batches::<B>::new(source, start, steps, process.process(), &device).in_parts(parts);
             match teacher {
                 Some((network, layers)) => Arc::new(batches.with_teacher(network, layers)),
                 None => Arc::new(batches),
@@ -205,6 +203,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     pub(crate) fn source(
         &self,
         config: &DitConfig,
+        process: ProcessKind,
         optimisation: &Optimisation,
         label_drop: f64,
         candidates: Vec<usize>,
@@ -216,7 +215,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             size: config.input_size,
             classes: config.classes,
             label_drop,
-            times: GaussianDiffusion::full().times(),
+            times: process.process().times(),
             candidates,
         };
         Ok(BatchSource::new(plan, self.part(Split::Train)?))

@@ -212,6 +212,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let drawn = Draw {
             name: stage,
             network: &network,
+            process: checkpoint.trained_by(),
             decoder: decoder.as_ref(),
             sampling: &sample.sampling,
             seed: self.recipe.seed,
@@ -318,6 +319,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             let drawn = Draw {
                 name: &name,
                 network: &network,
+                process: checkpoint.trained_by(),
                 decoder: None,
                 sampling: &evaluate.sampling,
                 seed: self.recipe.seed,

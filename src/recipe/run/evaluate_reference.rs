@@ -161,6 +161,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             let drawn = Draw {
                 name: &name,
                 network: &network,
+                process: checkpoint.trained_by(),
                 decoder: decoder.as_ref(),
                 sampling: &evaluate.sampling,
                 seed: self.recipe.seed,

@@ -10,7 +10,7 @@ use super::models::MODEL;
 use crate::data::{BatchPlan, BatchSource, Split};
 use crate::models::{Architecture, DitConfig};
 use crate::ops::TrainingBackend;
-use crate::process::{AnyProcess, GaussianDiffusion, Times};
+use crate::process::{Process, Times};
 use crate::pruning::{
     Annealing, Decision, Groups, LearnedPruner, Score, ScoreBatch, Update, keep_by_scores, oracle,
     score,
@@ -127,7 +127,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             PruneMethod::Oracle { .. } | PruneMethod::Random { .. } | PruneMethod::Kept { .. } => {
                 parent.process
             }
-            _ => pruned.process,
+            _ => Some(parent.trained_by()),
         };
         Ok(pruned.of_process(process).write()?)
     }
@@ -148,14 +148,14 @@ impl<B: TrainingBackend> Context<'_, B> {
             scaling: learned.scaling.into(),
             steps: optimisation.steps,
         };
-        let process = AnyProcess::from(GaussianDiffusion::full());
+        let process = parent.trained_by();
         let pruner = LearnedPruner::new(
             parent.network::<B>(self.device)?,
             groups.clone(),
             learned.update,
             learned.gate_init,
             annealing,
-            process,
+            process.process(),
             self.recipe.seed,
         );
         let gates = names::<B, _>(&pruner)
@@ -168,7 +168,13 @@ impl<B: TrainingBackend> Context<'_, B> {
             lr_factor: learned.gate_lr / optimisation.lr,
         };
         let candidates = groups.iter().map(|group| group.num_candidates()).collect();
-        let source = self.source(config, optimisation, learned.label_drop, candidates)?;
+        let source = self.source(
+            config,
+            process,
+            optimisation,
+            learned.label_drop,
+            candidates,
+        )?;
         let mut plan = self.plan(stage, optimisation, folder, &[Some(parent)])?;
         // A low-rank update, or gates alone, are no model.
         if learned.update == Update::Full {
@@ -179,7 +185,8 @@ impl<B: TrainingBackend> Context<'_, B> {
                 Some(parent),
             )?;
             provenance.note = "all layers, as a pruning that is under way has changed them".into();
-            plan.describe(Architecture::Dit(config.clone()), provenance);
+            let architecture = Architecture::Dit(config.clone());
+            plan.describe(architecture, Some(process), provenance);
         }
         let (every, steps) = (plan.log_every, plan.steps);
         let log_path = folder.join("decisions.jsonl");
@@ -210,9 +217,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             pruner,
             plan,
             vec![group],
-            source,
+            (source, process),
             None,
-            vec!["mse", "vb", "tau", "confidence"],
+            [process.process().names().0, &["tau", "confidence"]].concat(),
             Some(Box::new(observe)),
         )?;
         draw_decisions(&log_path, groups, &folder.join("decisions.svg"))?;
@@ -238,6 +245,11 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
         let network = parent.network::<B::InnerBackend>(self.device)?;
+        let process = parent.trained_by().process();
+        let times = match process.times() {
+            Times::Steps(_) => Times::Steps(scored.timesteps),
+            any => any,
+        };
         let plan = BatchPlan {
             batch: scored.batch,
             seed: self.recipe.seed,
@@ -245,11 +257,10 @@ impl<B: TrainingBackend> Context<'_, B> {
             size: config.input_size,
             classes: config.classes,
             label_drop: 0.0,
-            times: Times::Steps(scored.timesteps),
+            times,
             candidates: Vec::new(),
         };
         let source = BatchSource::new(plan, self.part(Split::Train)?);
-        let process = AnyProcess::from(GaussianDiffusion::full());
         let mut scores = vec![0.0; config.depth];
         for step in 0..scored.batches {
             if crate::interrupt::requested() {

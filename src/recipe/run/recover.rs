@@ -7,7 +7,7 @@ use super::context::Context;
 use super::models::MODEL;
 use crate::models::Architecture;
 use crate::ops::TrainingBackend;
-use crate::process::{Distillation, GaussianDiffusion, MaskedFeatures};
+use crate::process::{Distillation, MaskedFeatures, Process};
 use crate::pruning::{self, Groups};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::{check_taps, recover_method};
@@ -100,29 +100,35 @@ impl<B: TrainingBackend> Context<'_, B> {
             folder,
             &[Some(&parent), teacher_checkpoint.as_ref()],
         )?;
-        plan.describe(Architecture::Dit(config.clone()), provenance.clone());
+        let process = parent.trained_by();
+        let architecture = Architecture::Dit(config.clone());
+        plan.describe(architecture, Some(process), provenance.clone());
         let student = Student::new(
             parent.network::<B>(self.device)?,
             distillation,
-            GaussianDiffusion::full().into(),
+            process.process(),
             plan.steps,
         );
         let source = self.source(
             &config,
+            process,
             &recover.optimisation,
             recover.label_drop,
             Vec::new(),
         )?;
+        let (loss, likeness) = process.process().names();
+        let curves = [loss, likeness, &["features"]].concat();
         let fitted = self.fit(
             student,
             plan,
             Vec::new(),
-            source,
+            (source, process),
             teacher,
-            vec!["mse", "vb", "kd", "vb_kd", "features"],
+            curves,
             None,
         )?;
-        Ok(Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL)).write()?)
+        let healed = Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL));
+        Ok(healed.of_process(Some(process)).write()?)
     }
 }
 

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::data::Shape;
+use super::optimisation::positive;
 use super::source::{Lineage, Source};
 use crate::evaluation::Distances;
 use crate::process::Solver;
+use crate::process::transport::{DiffusionForm, LastStep, Ode, Sde, SdeMethod};
 use crate::recipe::document::reader::Section;
 use crate::sampling::{DEMO, DEMO_GUIDANCE, Labels, Sampling};
 use crate::weights::EmbeddedName;
@@ -185,17 +187,7 @@ impl Sampling {
             .or(Labels::Balanced);
         let guidance = section.float("guidance", 1.0..).or(guidance);
         let guidance_channels = section.integer("guidance_channels", 1..=1024).or(3);
-        let solver = section
-            .choice("solver", &[("ddpm", false), ("ddim", true)])
-            .or(false);
-        let solver = if solver {
-            Solver::Ddim {
-                eta: section.float("eta", 0.0..=1.0).or(0.0),
-            }
-        } else {
-            section.refuse(&["eta"], "solver \"ddpm\"");
-            Solver::Ddpm
-        };
+        let solver = read_solver(section);
         let steps = section.integer("steps", 1..=1000).or(250);
         Some(Self {
             count: count?,
@@ -207,6 +199,71 @@ impl Sampling {
             solver,
             steps,
         })
+    }
+}
+
+/// The keys of the ordinary and the stochastic equation beside `solver`.
+const EQUATION: [&str; 7] = [
+    "method",
+    "atol",
+    "rtol",
+    "diffusion_form",
+    "diffusion_norm",
+    "last_step",
+    "last_step_size",
+];
+
+fn read_solver(section: &Section<'_>) -> Solver {
+    let solvers = [("ddpm", 0), ("ddim", 1), ("ode", 2), ("sde", 3)];
+    match section.choice("solver", &solvers).or(0) {
+        1 => {
+            section.refuse(&EQUATION, "solver \"ddim\"");
+            Solver::Ddim {
+                eta: section.float("eta", 0.0..=1.0).or(0.0),
+            }
+        }
+        2 => {
+            let Ode::Dopri5 { atol, rtol } = Ode::DOPRI5 else {
+                unreachable!("it is one of those")
+            };
+            section.refuse(&["eta"], "solver \"ode\"");
+            section.refuse(&EQUATION[3..], "solver \"ode\"");
+            let methods = [
+                ("euler", Ode::Euler),
+                ("heun", Ode::Heun),
+                ("dopri5", Ode::DOPRI5),
+            ];
+            let method = section.choice("method", &methods).or(Ode::DOPRI5);
+            if method != Ode::DOPRI5 {
+                section.refuse(&["atol", "rtol"], "a method of fixed steps");
+                return Solver::Ode(method);
+            }
+            Solver::Ode(Ode::Dopri5 {
+                atol: section.float("atol", positive(1.0)).or(atol),
+                rtol: section.float("rtol", positive(1.0)).or(rtol),
+            })
+        }
+        3 => {
+            let usual = Sde::default();
+            section.refuse(&["eta", "atol", "rtol"], "solver \"sde\"");
+            let form = section.choice("diffusion_form", &DiffusionForm::NAMES);
+            let last_step = section.choice("last_step", &LastStep::NAMES);
+            let size = section.float("last_step_size", 0.0..=0.5);
+            Solver::Sde(Sde {
+                method: section.choice("method", &SdeMethod::NAMES).or(usual.method),
+                form: form.or(usual.form),
+                norm: section
+                    .float("diffusion_norm", positive(100.0))
+                    .or(usual.norm),
+                last_step: last_step.or(usual.last_step),
+                last_step_size: size.or(usual.last_step_size),
+            })
+        }
+        _ => {
+            section.refuse(&["eta"], "solver \"ddpm\"");
+            section.refuse(&EQUATION, "solver \"ddpm\"");
+            Solver::Ddpm
+        }
     }
 }
 

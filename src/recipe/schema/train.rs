@@ -7,7 +7,9 @@ use super::optimisation::{Optimisation, label_drop, positive};
 use super::source::{Lineage, Source};
 use crate::models::zoo::PRESETS;
 use crate::models::{ClassifierConfig, DitConfig};
+use crate::process::ProcessKind;
 use crate::recipe::document::reader::Section;
+use crate::recipe::document::string_in;
 
 /// `kind = "train"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -55,8 +57,10 @@ impl Train {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "family", rename_all = "kebab-case")]
 pub enum Architecture {
-    /// A diffusion transformer.
+    /// A diffusion transformer, trained by Gaussian diffusion.
     Dit(Dit),
+    /// The same network, trained by an interpolant.
+    Sit(Dit),
     /// A small convolutional classifier, which makes features for evaluation.
     Classifier(ClassifierConfig),
 }
@@ -77,7 +81,25 @@ pub enum Dit {
 #[derive(Clone, Copy)]
 enum Family {
     Dit,
+    Sit,
     Classifier,
+}
+
+impl Family {
+    fn process(self) -> Option<ProcessKind> {
+        match self {
+            Self::Dit => Some(ProcessKind::Gaussian),
+            Self::Sit => Some(ProcessKind::Interpolant),
+            Self::Classifier => None,
+        }
+    }
+
+    fn of(self, sizes: Dit) -> Architecture {
+        match self {
+            Self::Sit => Architecture::Sit(sizes),
+            Self::Dit | Self::Classifier => Architecture::Dit(sizes),
+        }
+    }
 }
 
 const KEYS: &[&str] = &[
@@ -94,31 +116,52 @@ const KEYS: &[&str] = &[
 ];
 
 impl Architecture {
+    /// The process it is trained under; None of a classifier.
+    pub fn process(&self) -> Option<ProcessKind> {
+        match self {
+            Self::Dit(_) => Some(ProcessKind::Gaussian),
+            Self::Sit(_) => Some(ProcessKind::Interpolant),
+            Self::Classifier(_) => None,
+        }
+    }
+
     /// Reads the table; sizes of pictures that it does not state are those of the recipe's `data`.
     fn read(section: Section<'_>, data: Option<&Shape>) -> Option<Self> {
-        let families = [("dit", Family::Dit), ("classifier", Family::Classifier)];
+        let families = [
+            ("dit", Family::Dit),
+            ("sit", Family::Sit),
+            ("classifier", Family::Classifier),
+        ];
         let family = section.choice("family", &families);
         let has_preset = section.table().contains_key("preset");
         let family = if has_preset && family.is_absent() {
-            Some(Family::Dit)
+            // What the name says.
+            let name = string_in(section.table(), "preset").unwrap_or_default();
+            Some(match ProcessKind::of_model(name) {
+                Some(ProcessKind::Interpolant) => Family::Sit,
+                _ => Family::Dit,
+            })
         } else {
             family.required()
         };
         let architecture = match family {
-            Some(Family::Dit) if has_preset => {
+            Some(family @ (Family::Dit | Family::Sit)) if has_preset => {
+                let wanted = family.process();
                 let names: Vec<_> = PRESETS
                     .iter()
+                    .filter(|preset| ProcessKind::of_model(preset.name) == wanted)
                     .map(|preset| (preset.name, preset.name))
                     .collect();
                 let preset = section.choice("preset", &names).optional();
                 section.refuse(KEYS, "a preset");
                 preset.map(|name| {
-                    Self::Dit(Dit::Preset {
-                        preset: name.to_owned(),
-                    })
+                    let preset = name.to_owned();
+                    family.of(Dit::Preset { preset })
                 })
             }
-            Some(Family::Dit) => Some(Self::Dit(Dit::Sizes(read_sizes(&section, data)))),
+            Some(family @ (Family::Dit | Family::Sit)) => {
+                Some(family.of(Dit::Sizes(read_sizes(&section, data))))
+            }
             Some(Family::Classifier) => {
                 let width = section
                     .integer("width", 4..=4096)
@@ -241,9 +284,13 @@ mod tests {
         );
         assert!(sizes.learn_sigma);
         for preset in PRESETS.iter().map(|preset| preset.name) {
-            let expected = Architecture::Dit(Dit::Preset {
+            let sizes = Dit::Preset {
                 preset: preset.to_owned(),
-            });
+            };
+            let expected = match preset.starts_with("SiT") {
+                true => Architecture::Sit(sizes),
+                false => Architecture::Dit(sizes),
+            };
             assert_eq!(architecture(&format!("preset = {preset:?}")), expected);
         }
         assert_eq!(

@@ -6,11 +6,13 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use sha2::{Digest, Sha256};
+use zip::ZipArchive;
+use zip::result::ZipError;
 
 /// Writes the file `path` by way of a temporary file in the same folder.
 ///
@@ -160,6 +162,89 @@ impl Seek for Bounded {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         self.file.seek(to)
     }
+}
+
+/// Opens a zip archive, all of whose entries are found. A directory has no checksum: a damaged one may list some entries
+/// twice and others not at all, and what is optional would be missing without a word.
+///
+/// # Errors
+/// When it is no archive, or its directory is not made of the entries that its end counts.
+pub fn open_zip(file: File) -> Result<ZipArchive<BufReader<Bounded>>, ZipError> {
+    let listed = listed_entries(&file)?;
+    let archive = ZipArchive::new(BufReader::new(Bounded::new(file)?))?;
+    match listed {
+        Listed::Whole(count) if count == archive.len() => Ok(archive),
+        Listed::Elsewhere => Ok(archive),
+        Listed::Whole(_) | Listed::Damaged => {
+            let problem = "its directory is damaged: entries are missing, or listed twice";
+            Err(ZipError::InvalidArchive(problem.into()))
+        }
+    }
+}
+
+/// What the directory of an archive says of itself.
+enum Listed {
+    /// It is made of so many entries.
+    Whole(usize),
+    /// It is not made of the entries that are counted.
+    Damaged,
+    /// It has more entries or bytes than the record at the end can count, or there is no such record.
+    Elsewhere,
+}
+
+/// Walks the directory that the record at the end of an archive counts (APPNOTE.TXT, 4.3.12 and 4.3.16).
+fn listed_entries(file: &File) -> io::Result<Listed> {
+    const END: usize = 22;
+    const ENTRY: usize = 46;
+    let length = file.metadata()?.len();
+    let short = |bytes: &[u8], at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+    // Alone, or before a comment.
+    for most in [END, END + usize::from(u16::MAX)] {
+        let size = length.min(most as u64);
+        let mut tail = vec![0; size as usize];
+        read_at(file, &mut tail, length - size)?;
+        for start in (0..(tail.len() + 1).saturating_sub(END)).rev() {
+            let end = &tail[start..];
+            if !end.starts_with(b"PK\x05\x06") || usize::from(short(end, 20)) != end.len() - END {
+                continue;
+            }
+            let count = short(end, 10);
+            let bytes = u32::from_le_bytes([end[12], end[13], end[14], end[15]]);
+            let at = length - end.len() as u64;
+            // Files beyond 4 GiB have a record of larger numbers between the directory and this one, and its place.
+            let mut locator = [0; 4];
+            if at >= 20 {
+                read_at(file, &mut locator, at - 20)?;
+            }
+            if count == u16::MAX || bytes == u32::MAX || locator == *b"PK\x06\x07" {
+                return Ok(Listed::Elsewhere);
+            }
+            let Some(first) = at.checked_sub(u64::from(bytes)) else {
+                return Ok(Listed::Damaged);
+            };
+            let mut directory = vec![0; bytes as usize];
+            read_at(file, &mut directory, first)?;
+            let mut rest = &directory[..];
+            for _ in 0..count {
+                if rest.len() < ENTRY || !rest.starts_with(b"PK\x01\x02") {
+                    return Ok(Listed::Damaged);
+                }
+                let more: usize = [28, 30, 32]
+                    .map(|at| usize::from(short(rest, at)))
+                    .iter()
+                    .sum();
+                let Some(after) = rest.get(ENTRY + more..) else {
+                    return Ok(Listed::Damaged);
+                };
+                rest = after;
+            }
+            return Ok(match rest.is_empty() {
+                true => Listed::Whole(usize::from(count)),
+                false => Listed::Damaged,
+            });
+        }
+    }
+    Ok(Listed::Elsewhere)
 }
 
 /// SHA-256 of a file, in hexadecimal; it is read in pieces.
@@ -323,6 +408,49 @@ mod tests {
             .collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn entries_that_a_directory_has_lost_are_missed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.zip");
+        let mut zip = zip::ZipWriter::new(File::create(&path).unwrap());
+        for name in ["aa", "bb", "cc"] {
+            let options = zip::write::SimpleFileOptions::default();
+            zip.start_file(name, options).unwrap();
+            zip.write_all(name.as_bytes()).unwrap();
+        }
+        zip.finish().unwrap();
+        let whole = fs::read(&path).unwrap();
+        let entries = |bytes: &[u8]| {
+            fs::write(&path, bytes).unwrap();
+            open_zip(File::open(&path).unwrap()).map(|zip| zip.len())
+        };
+        assert_eq!(entries(&whole).unwrap(), 3);
+        // A record of the directory twice, as it was found by chance: the last is beyond the count.
+        let record = 46 + 2;
+        let first = whole.len() - 22 - 3 * record;
+        let again = whole[first..first + record].to_vec();
+        let mut twice = whole.clone();
+        twice.splice(first..first, again);
+        assert!(entries(&twice).is_err());
+        // One less is counted, in both places.
+        let mut fewer = whole.clone();
+        let end = whole.len() - 22;
+        (fewer[end + 8], fewer[end + 10]) = (2, 2);
+        let error = entries(&fewer).unwrap_err().to_string();
+        assert!(error.contains("its directory is damaged"), "{error}");
+        // Of larger archives another record counts.
+        let mut large = whole.clone();
+        large.splice(end..end, [&b"PK\x06\x07"[..], &[0; 16]].concat());
+        fs::write(&path, &large).unwrap();
+        let listed = listed_entries(&File::open(&path).unwrap()).unwrap();
+        assert!(matches!(listed, Listed::Elsewhere));
+        // A comment is no damage.
+        let mut said = whole.clone();
+        said[end + 20] = 2;
+        said.extend(b"hi");
+        assert_eq!(entries(&said).unwrap(), 3);
     }
 
     #[test]

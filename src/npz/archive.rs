@@ -13,7 +13,7 @@ use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::npy::Header;
 use super::{NpzError, npy};
-use crate::files::{Bounded, open_file};
+use crate::files::{Bounded, open_file, open_zip};
 
 /// The name in the archive of the array `array`.
 pub(crate) fn member_name(array: &str) -> String {
@@ -29,8 +29,7 @@ pub(crate) struct Archive<'a> {
 impl<'a> Archive<'a> {
     pub(crate) fn open(path: &'a Path) -> Result<Self, NpzError> {
         let zip = open_file(path)
-            .and_then(Bounded::new)
-            .and_then(|file| ZipArchive::new(BufReader::new(file)).map_err(io::Error::from))
+            .and_then(|file| open_zip(file).map_err(io::Error::from))
             .map_err(NpzError::io(path))?;
         Ok(Self { path, zip })
     }

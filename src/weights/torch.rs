@@ -16,7 +16,7 @@ use zip::{CompressionMethod, DateTime, ZipArchive, ZipWriter};
 use super::legacy;
 use super::pickle::{Id, Node, Pickle};
 use super::safetensors::{encoded, write_tensors};
-use crate::files::{Bounded, open_file};
+use crate::files::{Bounded, open_file, open_zip};
 use crate::process::ProcessKind;
 use crate::state::{Bytes, Stored, Tensors, WeightsError, size_of_value};
 
@@ -56,8 +56,7 @@ pub(super) fn open_said(
     if legacy::is_legacy(&mut reader).map_err(WeightsError::io(path))? {
         return legacy::open(reader.into_inner(), length, key, path).map_err(broken);
     }
-    let bounded = Bounded::new(reader.into_inner()).map_err(WeightsError::io(path))?;
-    let archive = ZipArchive::new(BufReader::new(bounded)).map_err(|error| match error {
+    let archive = open_zip(reader.into_inner()).map_err(|error| match error {
         ZipError::Io(source) => WeightsError::io(path)(source),
         _ => broken("it is neither an archive nor a pickle that torch.save writes".into()),
     })?;

@@ -192,6 +192,7 @@ fn main() -> ExitCode {
         let round = count.rounds;
         if let Err(failure) = attack(target, arguments.seed, round, count) {
             std::panic::set_hook(message);
+            report(&targets, &counts, begun, "one fault");
             eprintln!(
                 "hostile: {}, round {round} of seed {}: {failure}",
                 target.name, arguments.seed
@@ -201,20 +202,22 @@ fn main() -> ExitCode {
         count.rounds += 1;
         count.time += started.elapsed();
     }
-    let all: usize = counts.iter().map(|count| count.seen).sum();
-    for (target, count) in targets.iter().zip(&counts) {
+    report(&targets, &counts, begun, "no fault");
+    let _ = std::fs::remove_dir_all(&root);
+    ExitCode::SUCCESS
+}
+
+/// What was read of each target, and of all.
+fn report(targets: &[Target], counts: &[Count], begun: Instant, found: &str) {
+    for (target, count) in targets.iter().zip(counts) {
         println!(
             "{:<24} {:>9} inputs, {:>9} read",
             target.name, count.seen, count.taken
         );
     }
-    println!(
-        "{:<24} {all:>9} inputs in {:.0} s, no fault",
-        "all",
-        begun.elapsed().as_secs_f64()
-    );
-    let _ = std::fs::remove_dir_all(&root);
-    ExitCode::SUCCESS
+    let all: usize = counts.iter().map(|count| count.seen).sum();
+    let seconds = begun.elapsed().as_secs_f64();
+    println!("{:<24} {all:>9} inputs in {seconds:.0} s, {found}", "all");
 }
 
 /// Some inputs; the failure with the fewest changes that show it.

@@ -554,7 +554,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         crate::ops::set_compute::<Inner>(run.compute, device).map_err(RecipeError::Run)?;
         draw_into::<Inner>(
-            &checkpoint, sample.vae.as_deref(), &sample.sampling, run.seed, folder, share, device, watch("sample", "steps"),
+            &checkpoint, sample.vae.as_deref(), &sample.sampling, run.seed, (folder, share), device, watch("sample", "steps"),
         )
     }, else Ok(None));
     let archive = how_to_go_on(archive.map_err(RecipeError::from), "the same command")?;

@@ -32,7 +32,7 @@ use zip::result::ZipError;
 /// use std::io::Write;
 /// let folder = tempfile::tempdir()?;
 /// let path = folder.path().join("new/verdict.txt");
-/// crate::files::write_atomic(&path, |file| writeln!(file, "pass"))?;
+/// tinyfusion::files::write_atomic(&path, |file| writeln!(file, "pass"))?;
 /// assert_eq!(std::fs::read_to_string(&path)?, "pass\n");
 /// # Ok::<(), std::io::Error>(())
 /// ```

@@ -23,7 +23,7 @@ pub struct ReferenceStatistics {
 ///
 /// # Errors
 ///
-/// [`EvaluationError::Io`] when the file is not a readable archive, [`EvaluationError::Array`] when a mean or a
+/// [`EvaluationError::Npz`] when the file is not a readable archive, or when a mean or a
 /// covariance is there without the other, `mu_s` without `mu`, or one has the wrong type or shape, and the errors of
 /// [`Statistics::from_moments`].
 pub fn read_reference_statistics(

@@ -59,7 +59,7 @@ impl Reference {
     ///
     /// # Errors
     ///
-    /// Those of [`read_reference_statistics`] and [`SampleReader::open`], and [`EvaluationError::Array`] when the
+    /// Those of [`read_reference_statistics`] and [`SampleReader::open`], and [`EvaluationError::Npz`] when the
     /// archive has neither moments nor pictures, moments of another network's activations, or pictures beside moments
     /// for FID alone: whether its sFID is to be that of the pictures nobody could tell from the result.
     pub fn open(path: &Path) -> Result<Self, EvaluationError> {

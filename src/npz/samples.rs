@@ -74,7 +74,7 @@ fn images(path: &Path, pixels: Vec<u8>, shape: [usize; 4]) -> Result<Images, Npz
 /// # Examples
 ///
 /// ```
-/// use tinyfusion::evaluation::{SampleReader, write_samples};
+/// use tinyfusion::npz::{SampleReader, write_samples};
 /// use tinyfusion::images::Images;
 /// let folder = tempfile::tempdir()?;
 /// let path = folder.path().join("samples.npz");
@@ -240,7 +240,7 @@ pub fn first_images(path: &Path, count: usize) -> Result<Images, NpzError> {
 /// # Examples
 ///
 /// ```
-/// use tinyfusion::evaluation::{SampleWriter, read_samples};
+/// use tinyfusion::npz::{SampleWriter, read_samples};
 /// use tinyfusion::images::Images;
 /// let folder = tempfile::tempdir()?;
 /// let path = folder.path().join("samples.npz");

@@ -248,8 +248,7 @@ pub fn draw_into<B: FusedOps>(
     vae: Option<&Path>,
     sampling: &Sampling,
     seed: u64,
-    folder: &Path,
-    share: Share,
+    (folder, share): (&Path, Share),
     device: &B::Device,
     progress: impl FnMut(usize, usize),
 ) -> Result<Option<PathBuf>, SamplingError> {

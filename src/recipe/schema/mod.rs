@@ -47,7 +47,7 @@ use crate::backend::{BackendKind, Compute};
 /// document.set("stage.prune.steps=200");
 /// let recipe = Recipe::from_document(&document)?;
 /// assert_eq!(recipe.name, "tiny");
-/// # Ok::<(), super::document::diagnostic::Diagnostics>(())
+/// # Ok::<(), tinyfusion::recipe::document::diagnostic::Diagnostics>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Recipe {

@@ -8,7 +8,7 @@
 //! | [`models`] | networks made of residual blocks, [`models::Network`] being the family that can be pruned; the autoencoder and Inception |
 //! | [`trunk`] | the seam: a stack of blocks, and what may happen around each |
 //! | [`ops`] | tensor operators the models share; [`ops::FusedOps`] is where a backend's kernels go |
-//! | [`process`] | what is learned: Gaussian diffusion, its losses and samplers |
+//! | [`process`] | what is learned, as a trait: Gaussian diffusion and interpolants, their losses and samplers |
 //! | [`pruning`] | which layers stay: groups and masks, the gate, learned pruning, scores, the oracle rule |
 //! | [`recovery`] | healing: fine-tuning and distillation |
 //! | [`training`] | burn-train's `Learner` under a strategy of our own; optimizer, EMA, checkpoints |

@@ -1,4 +1,8 @@
 //! What a network learns: the process that turns data into noise, its losses, and its samplers.
+//!
+//! [`Process`] is the seam: data draw times from it, training and scores take noised samples and terms, and none of them
+//! knows a process by name. [`GaussianDiffusion`] is DiT's, [`Interpolant`] SiT's, [`AnyProcess`] whichever a checkpoint
+//! names. [`Sampler`] goes back from noise to data.
 
 mod gaussian;
 mod gaussian_loss;

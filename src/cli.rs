@@ -13,8 +13,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::backend::{BackendKind, Compute};
 use crate::interrupt;
-use crate::process::Solver;
 use crate::process::transport::{Ode, Sde};
+use crate::process::{ProcessKind, Solver};
 use crate::recipe::document::{Document, MOST_BYTES};
 use crate::recipe::plan::Plan;
 use crate::recipe::run::models::read_file;
@@ -181,9 +181,9 @@ struct RunArguments {
     /// Sampling steps [default: 100; with --demo 250]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     steps: Option<u32>,
-    /// Rule of a step: ddpm or ddim of a DiT, ode (Dormand-Prince) or sde (Euler-Maruyama) of a SiT
-    #[arg(long, default_value = "ddpm", value_parser = ["ddpm", "ddim", "ode", "sde"], hide_possible_values = true)]
-    solver: String,
+    /// Rule of a step: ddpm or ddim of a DiT, ode (Dormand-Prince) or sde (Euler-Maruyama) of a SiT [default: ddpm or ode]
+    #[arg(long, value_parser = ["ddpm", "ddim", "ode", "sde"], hide_possible_values = true)]
+    solver: Option<String>,
     /// Share of noise in a DDIM step
     #[arg(long, default_value_t = 0.0)]
     eta: f64,
@@ -431,7 +431,8 @@ fn source(name: &str) -> Result<Source, RecipeError> {
 
 impl RunArguments {
     /// What to draw; `count` samples where none are asked for.
-    fn sampling(&self, count: u32) -> Result<Sampling, RecipeError> {
+    /// What to draw of a model, and how; the solver by the model where none is named.
+    fn sampling(&self, count: u32, model: Option<&Source>) -> Result<Sampling, RecipeError> {
         if !(self.guidance >= 1.0 && self.guidance.is_finite()) {
             return Err(RecipeError::Run(format!(
                 "--guidance {} must be at least 1",
@@ -451,11 +452,16 @@ impl RunArguments {
             labels: self.labels,
             guidance: self.guidance,
             guidance_channels: self.guidance_channels as usize,
-            solver: match self.solver.as_str() {
-                "ddim" => Solver::Ddim { eta: self.eta },
-                "ode" => Solver::Ode(Ode::DOPRI5),
-                "sde" => Solver::Sde(Sde::default()),
-                _ => Solver::Ddpm,
+            solver: match self.solver.as_deref() {
+                Some("ddim") => Solver::Ddim { eta: self.eta },
+                Some("ode") => Solver::Ode(Ode::DOPRI5),
+                Some("sde") => Solver::Sde(Sde::default()),
+                Some(_) => Solver::Ddpm,
+                // A model that can't be read is told of when it is planned with.
+                None => match model.and_then(|model| open(model).ok()?.process) {
+                    Some(ProcessKind::Interpolant) => Solver::Ode(Ode::DOPRI5),
+                    _ => Solver::Ddpm,
+                },
             },
             steps: self.steps.unwrap_or(100) as usize,
         })
@@ -513,7 +519,8 @@ fn plan_one(
 }
 
 fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
-    let mut sampling = arguments.run.sampling(100)?;
+    let from = stated_source(&arguments.checkpoint, &arguments.stated)?;
+    let mut sampling = arguments.run.sampling(100, Some(&from))?;
     if let Some(folder) = &arguments.images {
         refuse_existing(folder)?;
     }
@@ -524,7 +531,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
         sampling.guidance = DEMO_GUIDANCE;
     }
     let sample = Sample {
-        from: stated_source(&arguments.checkpoint, &arguments.stated)?,
+        from,
         vae: arguments.vae.clone(),
         sampling,
     };

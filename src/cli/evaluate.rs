@@ -157,11 +157,12 @@ fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
             (shape.and_then(|shape| shape.features)).unwrap_or(EmbeddedName::DigitsFeatures),
         ),
     };
+    let sampling = arguments.run.sampling(MODEL_SAMPLES, compare.first())?;
     let kind = StageKind::Evaluate(Evaluate {
         compare,
         against: Against::HeldOut { features },
         neighbours: DEFAULT_NEIGHBOURS,
-        sampling: arguments.run.sampling(MODEL_SAMPLES)?,
+        sampling,
     });
     arguments.run.run("evaluate", kind, data).map(|_| ())
 }

@@ -137,7 +137,10 @@ fn a_sit_is_not_taken_for_a_dit() {
     let json = inspect(&place, &["sit.pt", "--heads", "3", "--json"]);
     assert!(json.contains("\"process\": \"interpolant\""), "{json}");
     let says = ["`sit.pt`", "(a SiT)", "\"ode\" or \"sde\""];
-    refused(&place, &["sample", "sit.pt", "--heads", "3"], &says);
+    let ddpm = ["sample", "sit.pt", "--heads", "3", "--solver", "ddpm"];
+    refused(&place, &ddpm, &says);
+    // By itself it is sampled as a SiT is, and lacks what any model of latents lacks.
+    refused(&place, &["sample", "sit.pt", "--heads", "3"], &["`vae`"]);
     refused(
         &place,
         &["inspect", "sit.pt", "--heads", "3", "--process", "gaussian"],
@@ -157,7 +160,11 @@ fn a_sit_is_not_taken_for_a_dit() {
     place.run(&["recipe", "kept.toml"]).succeeded();
     let pruned = "artifacts/runs/kept/001/01-prune/model.safetensors";
     assert!(inspect(&place, &[pruned]).contains("SiT, 2 layers"));
-    refused(&place, &["sample", pruned], &["(a SiT)"]);
+    refused(
+        &place,
+        &["sample", pruned, "--solver", "ddim"],
+        &["(a SiT)"],
+    );
 }
 
 #[test]

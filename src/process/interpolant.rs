@@ -65,13 +65,6 @@ pub struct Mix {
     pub log_rate: f64,
 }
 
-impl Mix {
-    /// The score's weight in the velocity: `log_rate sigma^2 - sigma sigma_rate`.
-    pub fn drift_variance(&self) -> f64 {
-        self.log_rate * self.sigma * self.sigma - self.sigma * self.sigma_rate
-    }
-}
-
 impl Path {
     /// The path at a time.
     pub fn at(self, t: f64) -> Mix {
@@ -113,14 +106,23 @@ impl Path {
         }
     }
 
-    /// The score's weight in the velocity, defined at both ends of the variance-preserving path too.
+    /// The score's weight in the velocity: `log_rate sigma^2 - sigma sigma_rate`.
     pub fn drift_variance(self, t: f64) -> f64 {
+        let mix = self.at(t);
         match self {
-            // sigma sigma_rate is -alpha^2 log_rate, and alpha^2 + sigma^2 is 1.
-            Self::Vp => self.at(t).log_rate,
-            Self::Linear | Self::Gvp => self.at(t).drift_variance(),
+            // sigma sigma_rate is -alpha^2 log_rate, and alpha^2 + sigma^2 is 1: defined where sigma is 0 too.
+            Self::Vp => mix.log_rate,
+            Self::Linear | Self::Gvp => {
+                mix.log_rate * mix.sigma * mix.sigma - mix.sigma * mix.sigma_rate
+            }
         }
     }
+}
+
+/// A number for each sample by its time, `[batch, 1, 1, 1]`.
+fn each<B: Backend>(t: &[f32], device: &B::Device, value: impl Fn(f64) -> f64) -> Tensor<B, 4> {
+    let values: Vec<f32> = t.iter().map(|t| value(f64::from(*t)) as f32).collect();
+    Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([t.len(), 1, 1, 1])
 }
 
 /// A path, and what the network learns of it.
@@ -204,15 +206,7 @@ impl Interpolant {
         device: &B::Device,
         value: impl Fn(Mix) -> f64,
     ) -> Tensor<B, 4> {
-        let value = |t: &f32| value(self.path.at(f64::from(*t))) as f32;
-        let values: Vec<f32> = t.iter().map(value).collect();
-        Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([t.len(), 1, 1, 1])
-    }
-
-    fn drift_variance<B: Backend>(&self, t: &[f32], device: &B::Device) -> Tensor<B, 4> {
-        let value = |t: &f32| self.path.drift_variance(f64::from(*t)) as f32;
-        let values: Vec<f32> = t.iter().map(value).collect();
-        Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([t.len(), 1, 1, 1])
+        each(t, device, |t| value(self.path.at(t)))
     }
 
     /// The states at each sample's time, like `data` `[batch, channels, size, size]`.
@@ -277,8 +271,7 @@ impl Interpolant {
         if self.predicts == Predicts::Velocity || self.weighting == Weighting::None {
             return mean(square(error));
         }
-        let weight = |t: &f32| {
-            let t = f64::from(*t);
+        let weight = |t: f64| {
             let (variance, sigma) = (self.path.drift_variance(t), self.path.at(t).sigma);
             match self.weighting {
                 Weighting::None => 1.0,
@@ -286,8 +279,7 @@ impl Interpolant {
                 Weighting::Likelihood => variance / (sigma * sigma),
             }
         };
-        let weights: Vec<f32> = t.iter().map(|t| weight(t) as f32).collect();
-        let weights = Tensor::<B, 1>::from_floats(weights.as_slice(), &error.device());
+        let weights = each(t, &error.device(), weight).reshape([t.len()]);
         mean(square(error)) * weights
     }
 
@@ -314,7 +306,7 @@ impl Interpolant {
     ) -> Tensor<B, 4> {
         let device = x.device();
         x * self.at_each(t, &device, |mix| mix.log_rate)
-            + score * self.drift_variance::<B>(t, &device)
+            + score * each(t, &device, |t| self.path.drift_variance(t))
     }
 
     /// The score at states `x`, from what the network says there.

@@ -9,7 +9,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
 use super::StepNoise;
-use super::interpolant::Interpolant;
+use super::interpolant::{Interpolant, Path, Predicts};
 
 /// A network's output at a state `[batch, channels, size, size]` and a time.
 pub type Model<'a, B> = &'a mut dyn FnMut(Tensor<B, 4>, f32) -> Tensor<B, 4>;
@@ -22,7 +22,8 @@ pub enum Ode {
     Euler,
     /// Second order, two calls a step.
     Heun,
-    /// Fifth order with steps of its own choice (Dormand and Prince).
+    /// Fifth order with steps of its own choice (Dormand and Prince): one for the whole batch, as torchdiffeq has it, so that
+    /// a sample depends a little on those beside it.
     Dopri5 {
         /// Absolute tolerance.
         atol: f64,
@@ -91,10 +92,14 @@ pub struct Sde {
 }
 
 impl Ode {
-    /// SiT's own tolerances.
+    /// SiT's absolute tolerance.
+    pub const ATOL: f64 = 1e-6;
+    /// SiT's relative tolerance.
+    pub const RTOL: f64 = 1e-3;
+    /// Dormand and Prince's method with these.
     pub const DOPRI5: Self = Self::Dopri5 {
-        atol: 1e-6,
-        rtol: 1e-3,
+        atol: Self::ATOL,
+        rtol: Self::RTOL,
     };
 }
 
@@ -161,9 +166,23 @@ impl Sde {
         }
     }
 
+    /// Why it can't be solved for a network's interpolant, if so: at noise or at data something is not defined.
+    pub fn problem(&self, interpolant: &Interpolant) -> Option<&'static str> {
+        let (start, end) = self.interval(interpolant);
+        let at_noise = self.form == DiffusionForm::Sbdm && interpolant.path != Path::Vp;
+        if at_noise && start <= 0.0 {
+            return Some(
+                "`diffusion_form` \"sbdm\" has no bound at noise, where a model of velocities starts; take another",
+            );
+        }
+        let looks_at_the_end = self.last_step != LastStep::None || self.method == SdeMethod::Heun;
+        (looks_at_the_end && end >= 1.0).then_some(
+            "the score is not defined at the data; take a `last_step` with a `last_step_size` above 0",
+        )
+    }
+
     /// The times between which it is solved.
     pub fn interval(&self, interpolant: &Interpolant) -> (f64, f64) {
-        use super::interpolant::{Path, Predicts};
         let eps = interpolant.sample_eps;
         let end = match self.last_stretch() {
             0.0 => 1.0 - eps,
@@ -200,7 +219,7 @@ impl Sde {
             let score = interpolant.score(output.clone(), x.clone(), &each);
             interpolant.velocity(output, x, &each) + score * strength(t)
         };
-        for (k, &t) in times.iter().take(steps - 1).enumerate() {
+        for (k, &t) in times.iter().take(steps.saturating_sub(1)).enumerate() {
             let spread = (2.0 * strength(t)).sqrt() * f64::from(dt).sqrt();
             let moved = noise(k) * spread;
             x = match self.method {
@@ -229,7 +248,7 @@ impl Sde {
                 interpolant.denoised(score, x, &each)
             }
         };
-        watch(steps - 1, &x);
+        watch(steps.saturating_sub(1), &x);
         x
     }
 }
@@ -518,7 +537,7 @@ fn root_mean_square<B: Backend>(x: Tensor<B, 4>) -> f64 {
 mod tests {
     use burn_ndarray::NdArray;
 
-    use super::super::interpolant::{Path, Predicts, Weighting};
+    use super::super::interpolant::Weighting;
     use super::*;
 
     #[test]
@@ -547,16 +566,49 @@ mod tests {
         let x = Tensor::<NdArray, 4>::ones([2, 1, 2, 2], &Default::default());
         // The noise of data that are normal too is the state's share of noise.
         let mut model = |x: Tensor<NdArray, 4>, t: f32| x * interpolant.path.at(f64::from(t)).sigma;
-        let ode = Ode::Dopri5 {
-            atol: 1e-6,
-            rtol: 1e-3,
-        };
         let mut seen = 0;
-        let end = ode.solve(&interpolant, &mut model, x, 5, false, |_, _| seen += 1);
+        let end = Ode::DOPRI5.solve(&interpolant, &mut model, x, 5, false, |_, _| seen += 1);
         assert_eq!(seen, 4);
-        // Nothing moves: the path's distribution is the same at all times.
+        // Nothing moves: the path's distribution is the same at all times. A few steps, each within the relative tolerance
+        // of 1e-3.
         for value in end.into_data().iter::<f32>() {
             assert!((value - 1.0).abs() < 1e-2, "{value}");
+        }
+    }
+
+    #[test]
+    fn equations_that_begin_or_end_where_nothing_is_defined_are_told() {
+        let problem = |form, method, last_step, last_step_size, interpolant: Interpolant| {
+            let sde = Sde {
+                method,
+                form,
+                last_step,
+                last_step_size,
+                ..Sde::default()
+            };
+            let x = Tensor::<NdArray, 4>::ones([1, 1, 2, 2], &Default::default());
+            let mut model = |x: Tensor<NdArray, 4>, _: f32| x * 0.5;
+            let mut noise = |_: usize| Tensor::zeros([1, 1, 2, 2], &Default::default());
+            let end = sde.solve(&interpolant, &mut model, x, 5, &mut noise, |_, _| ());
+            let finite = end.into_data().iter::<f32>().all(f32::is_finite);
+            // What is told is what happens.
+            assert_eq!(sde.problem(&interpolant).is_none(), finite, "{sde:?}");
+            sde.problem(&interpolant)
+        };
+        let velocity = Interpolant::published;
+        let of = |path, predicts| Interpolant::new(path, predicts, Weighting::None, None, None);
+        let (sigma, sbdm) = (DiffusionForm::Sigma, DiffusionForm::Sbdm);
+        let (euler, heun) = (SdeMethod::Euler, SdeMethod::Heun);
+        assert!(problem(sigma, euler, LastStep::Mean, 0.04, velocity()).is_none());
+        assert!(problem(sigma, euler, LastStep::None, 0.04, velocity()).is_none());
+        assert!(problem(sigma, heun, LastStep::Tweedie, 0.04, velocity()).is_none());
+        assert!(problem(sbdm, euler, LastStep::Mean, 0.04, velocity()).is_some());
+        assert!(problem(sigma, heun, LastStep::None, 0.04, velocity()).is_some());
+        assert!(problem(sigma, euler, LastStep::Mean, 0.0, velocity()).is_some());
+        for path in [Path::Linear, Path::Gvp, Path::Vp] {
+            let noise = of(path, Predicts::Noise);
+            assert!(problem(sbdm, heun, LastStep::Euler, 0.04, noise).is_none());
+            assert!(problem(sbdm, euler, LastStep::None, 0.0, noise).is_none());
         }
     }
 
@@ -569,12 +621,8 @@ mod tests {
             true => x * (1e30 / f64::from(t - 0.5)),
             false => x,
         };
-        let ode = Ode::Dopri5 {
-            atol: 1e-6,
-            rtol: 1e-3,
-        };
         let mut seen = 0;
-        let end = ode.solve(&interpolant, &mut model, x, 5, false, |_, _| seen += 1);
+        let end = Ode::DOPRI5.solve(&interpolant, &mut model, x, 5, false, |_, _| seen += 1);
         assert_eq!(seen, 4);
         assert!(end.into_data().iter::<f32>().all(f32::is_nan));
     }
@@ -584,11 +632,7 @@ mod tests {
         let interpolant = Interpolant::published();
         let x = Tensor::<NdArray, 4>::ones([1, 1, 2, 2], &Default::default());
         let mut model = |x: Tensor<NdArray, 4>, _: f32| x * f32::NAN;
-        let ode = Ode::Dopri5 {
-            atol: 1e-6,
-            rtol: 1e-3,
-        };
-        let end = ode.solve(&interpolant, &mut model, x, 5, false, |_, _| ());
+        let end = Ode::DOPRI5.solve(&interpolant, &mut model, x, 5, false, |_, _| ());
         assert!(end.into_data().iter::<f32>().all(f32::is_nan));
     }
 }

@@ -13,7 +13,9 @@ use crate::images;
 use crate::models::{DitConfig, Network};
 use crate::npz::{SampleReader, first_images};
 use crate::ops::FusedOps;
-use crate::process::{GaussianDiffusion, Guidance, ProcessKind, Sampler, Solver, Variance};
+use crate::process::{
+    AnyProcess, GaussianDiffusion, Guidance, ProcessKind, Sampler, Solver, Variance,
+};
 use crate::report::{grid_layout, grid_png};
 use crate::weights::Checkpoint;
 
@@ -86,11 +88,12 @@ impl<B: FusedOps> Draw<'_, B> {
         }
         let ours = (0..parts.count()).filter(|part| part % self.share.of == self.share.index);
         let missing: Vec<usize> = ours.filter(|part| !parts.has(*part)).collect();
-        let (mut done, steps) = (0, missing.len() * sampling.steps);
-        for &part in &missing {
+        let steps = missing.len() * sampling.steps;
+        for (before, &part) in missing.iter().enumerate() {
             if crate::interrupt::requested() {
                 return Err(SamplingError::Interrupted);
             }
+            let (mut done, whole) = (before * sampling.steps, (before + 1) * sampling.steps);
             let indices: Vec<usize> = parts.range(part).collect();
             let samples = sampler.generate(
                 self.network,
@@ -103,6 +106,8 @@ impl<B: FusedOps> Draw<'_, B> {
                     progress(done, steps);
                 },
             );
+            // An equation has a step less than times.
+            progress(whole, steps);
             let values = samples.to_data();
             if let Some(at) = values.iter::<f32>().position(|value| !value.is_finite()) {
                 let values_a_sample = values.num_elements() / indices.len();
@@ -233,9 +238,18 @@ pub(crate) fn misfit(solver: Solver, process: ProcessKind) -> Option<String> {
         ProcessKind::Gaussian => "\"ddpm\" or \"ddim\"",
         ProcessKind::Interpolant => "\"ode\" or \"sde\"",
     };
-    (solver.process() != process).then(|| {
-        format!("the model was trained by {process}, which is sampled by the solvers {solvers}")
-    })
+    if solver.process() != process {
+        let why = format!(
+            "the model was trained by {process}, which is sampled by the solvers {solvers}"
+        );
+        return Some(why);
+    }
+    match (solver, process.process()) {
+        (Solver::Sde(sde), AnyProcess::Interpolant(interpolant)) => {
+            sde.problem(&interpolant).map(str::to_owned)
+        }
+        _ => None,
+    }
 }
 
 /// Draws samples of a checkpoint into a folder, or goes on with what is there; of a `share` alone, so that several

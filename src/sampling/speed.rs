@@ -58,8 +58,9 @@ pub fn speeds<B: FusedOps>(
                 Ok(begun.elapsed().as_secs_f64())
             };
             // The first pass finds cold caches and untuned kernels.
-            timed(2.min(sampling.steps))?;
-            let seconds = timed(steps)? * sampling.steps as f64 / steps as f64;
+            timed(steps.min(2))?;
+            let calls = |steps| sampling.solver.calls(steps) as f64;
+            let seconds = timed(steps)? * calls(sampling.steps) / calls(steps);
             rates.push(batch as f64 / seconds);
         }
     }

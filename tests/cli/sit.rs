@@ -92,7 +92,7 @@ fn a_sit_goes_through_every_stage() {
         place.run(&arguments).succeeded();
         tinyfusion::npz::read_samples(&place.path(to).join("samples.npz")).unwrap()
     };
-    // Dormand and Prince's steps are those of a whole batch.
+    // Not by `ode`: Dormand and Prince's steps are those of a whole batch.
     assert_eq!(
         sample("together", "5", "sde").images,
         sample("apart", "2", "sde").images
@@ -123,6 +123,14 @@ fn solvers_and_teachers_of_another_process_are_refused() {
     refused(
         &sample("solver = 'ode'\nmethod = 'euler'\natol = 1e-3"),
         &["`atol` is not used by a method of fixed steps"],
+    );
+    refused(
+        &sample("solver = 'sde'\ndiffusion_form = 'sbdm'"),
+        &["`train`", "no bound at noise"],
+    );
+    refused(
+        &sample("solver = 'sde'\nmethod = 'heun'\nlast_step = 'none'"),
+        &["not defined at the data"],
     );
     refused(
         &sample("solver = 'sde'\neta = 0.1"),

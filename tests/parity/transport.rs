@@ -128,7 +128,6 @@ pub fn sit_paths<B: Backend>(slack: f64) {
         host("d_sigma", &|t| mix(t).sigma_rate);
         host("d_alpha_over_alpha", &|t| mix(t).log_rate);
         host("drift_var", &|t| interpolant.path.drift_variance(t));
-        host("drift_var", &|t| mix(t).drift_variance());
         let forms: Vec<String> = (file.names())
             .filter_map(|key| Some(key.strip_prefix(&of("diffusion."))?.to_owned()))
             .collect();
@@ -319,9 +318,15 @@ pub fn sit_sde<B: Backend>(slack: f64) {
         let mut model = |x: Tensor<B, 4>, t: f32| formula.predict(interpolant.predicts, x, t);
         let mut noise = |k: usize| file.get("noise").row(k).tensor();
         let init = file.get("init").tensor();
-        let watch = follow::<B>(key, file.get(key), tolerance);
+        let mut follow = follow::<B>(key, file.get(key), tolerance);
+        let mut seen = 0;
+        let watch = |k: usize, state: &Tensor<B, 4>| {
+            seen += 1;
+            follow(k, state);
+        };
         let last = sde.solve(&interpolant, &mut model, init, steps, &mut noise, watch);
         assert!(values(last).iter().all(|value| value.is_finite()), "{key}");
+        assert_eq!(seen, steps, "{key}");
     }
 }
 

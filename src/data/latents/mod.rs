@@ -61,18 +61,20 @@ use burn_dataset::Dataset;
 
 use super::{DataError, Image, Samples, plain};
 
+mod form;
 mod npy;
 mod packed;
 mod writer;
 
+pub use form::{Dtype, Layout, RECORDS_PER_SHARD};
 pub use npy::write_npy;
 pub(super) use npy::written as npy_written;
-pub use packed::{Dtype, Layout, RECORDS_PER_SHARD};
 pub use writer::ShardWriter;
 
+pub(super) use form::INDEX;
+use form::shard_name;
 use npy::{FEATURES, LABELS, NpyFolders};
-pub(super) use packed::INDEX;
-use packed::{Packed, shard_name};
+use packed::Packed;
 
 /// Latents of either form, opened for reading.
 pub struct Latents(Form);

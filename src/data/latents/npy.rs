@@ -8,8 +8,7 @@ use std::sync::OnceLock;
 
 use crate::data::DataError;
 use crate::files::{open_file, write_atomic};
-use crate::npz::npy;
-use crate::npz::npy::Header;
+use crate::npz::npy::{self, Header};
 
 /// Folder of the latents.
 pub(super) const FEATURES: &str = "imagenet256_features";

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 
-use super::packed::{
+use super::form::{
     Dtype, FORMAT, HEADER, INDEX, Index, Layout, ShardEntry, TRAILER, VERSION, hexadecimal,
     shard_name,
 };

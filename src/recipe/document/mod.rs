@@ -288,13 +288,21 @@ fn descend<'n>(
     origin: &Origin,
 ) -> Result<&'n mut Node, Diagnostic> {
     let segment = path[path.len() - 1];
-    let fault = no_child(&node.value, path, origin);
-    let child = match &mut node.value {
-        Value::Table(table) => table.get_mut(segment).map(|entry| &mut entry.node),
-        Value::Array(items) => position(items, segment).and_then(|index| items.get_mut(index)),
+    let index = match &node.value {
+        Value::Array(items) => position(items, segment).filter(|index| *index < items.len()),
+        Value::Table(table) => table.contains_key(segment).then_some(0),
         _ => None,
     };
-    child.ok_or(fault)
+    // Looking for what may have been meant takes long among long keys: only where there is no child.
+    let Some(index) = index else {
+        return Err(no_child(&node.value, path, origin));
+    };
+    let child = match &mut node.value {
+        Value::Table(table) => table.get_mut(segment).map(|entry| &mut entry.node),
+        Value::Array(items) => items.get_mut(index),
+        _ => None,
+    };
+    child.ok_or_else(|| Diagnostic::new(origin, "there is no such key"))
 }
 
 fn no_child(parent: &Value, path: &[&str], origin: &Origin) -> Diagnostic {

@@ -60,7 +60,7 @@ pub(crate) fn plan_evaluate(
     }
     let (mut memory, mut flops) = (0, 0.0);
     for source in &evaluate.compare {
-        let config = known.dit(stage, source)?;
+        let (config, process) = known.dit(stage, source)?;
         let vae = match &evaluate.against {
             Against::Reference { vae, .. } => vae.as_deref(),
             Against::HeldOut { .. } => None,
@@ -75,7 +75,6 @@ pub(crate) fn plan_evaluate(
             (None, None) if !is_pixels(&config) => return Err(latents_need_a_vae(&config)),
             (None, _) => {}
         }
-        let process = known.process(stage, source)?;
         memory = memory.max(check_sampling(
             &evaluate.sampling,
             &config,
@@ -86,7 +85,7 @@ pub(crate) fn plan_evaluate(
     }
     match &evaluate.against {
         Against::HeldOut { features } => {
-            let Architecture::Classifier(config) = known.architecture(stage, features)? else {
+            let (Architecture::Classifier(config), _) = known.model(stage, features)? else {
                 return Err(Problem::Said(format!("`{features}` is no classifier")));
             };
             if let Some(pictures) = &pictures {
@@ -132,8 +131,9 @@ pub(crate) fn check_sampling(
     sampling: &Sampling,
     config: &DitConfig,
     source: &Source,
-    process: ProcessKind,
+    process: Option<ProcessKind>,
 ) -> Result<usize, Problem> {
+    let process = process.unwrap_or(ProcessKind::Gaussian);
     if let Some(why) = misfit(sampling.solver, process) {
         return Err(Problem::Said(format!("`{source}`: {why}")));
     }

@@ -63,25 +63,7 @@ impl Known<'_> {
         note(&mut self.missing, &stage.name, path, role)
     }
 
-    /// What a stage's source holds.
-    pub(crate) fn architecture(
-        &mut self,
-        stage: &Stage,
-        source: &Source,
-    ) -> Result<Architecture, Problem> {
-        Ok(self.model(stage, source)?.0)
-    }
-
-    /// The process of a diffusion network; Gaussian diffusion where nothing says it.
-    pub(crate) fn process(
-        &mut self,
-        stage: &Stage,
-        source: &Source,
-    ) -> Result<ProcessKind, Problem> {
-        let (_, process) = self.model(stage, source)?;
-        Ok(process.unwrap_or(ProcessKind::Gaussian))
-    }
-
+    /// What a stage's source holds, and the process it was trained under; None of a classifier, and where nothing says it.
     pub(crate) fn model(
         &mut self,
         stage: &Stage,
@@ -118,10 +100,15 @@ impl Known<'_> {
         }
     }
 
-    pub(crate) fn dit(&mut self, stage: &Stage, source: &Source) -> Result<DitConfig, Problem> {
-        match self.architecture(stage, source)? {
-            Architecture::Dit(config) => Ok(config),
-            other => Err(Problem::Said(format!(
+    /// A diffusion network, and its process if it is known.
+    pub(crate) fn dit(
+        &mut self,
+        stage: &Stage,
+        source: &Source,
+    ) -> Result<(DitConfig, Option<ProcessKind>), Problem> {
+        match self.model(stage, source)? {
+            (Architecture::Dit(config), process) => Ok((config, process)),
+            (other, _) => Err(Problem::Said(format!(
                 "`{source}` is a {other}; a diffusion network is needed"
             ))),
         }

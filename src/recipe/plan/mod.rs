@@ -172,7 +172,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             Ok(PlannedStage { process, ..planned })
         }
         StageKind::Prune(prune) => {
-            let before = known.dit(stage, &prune.from)?;
+            let (before, process) = known.dit(stage, &prune.from)?;
             if !keeps_weights(&stage.kind) {
                 known.same_classes(&prune.from)?;
             }
@@ -221,7 +221,6 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                 | PruneMethod::Random { .. }
                 | PruneMethod::Kept { .. } => (0, 0, before.parameters() * 4, 0.0),
             };
-            let (_, process) = known.model(stage, &prune.from)?;
             let planned = planned(
                 &format!("prune, {}", prune_method(&prune.method)),
                 Some(Architecture::Dit(before)),
@@ -234,21 +233,21 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             Ok(PlannedStage { process, ..planned })
         }
         StageKind::Recover(recover) => {
-            let config = known.dit(stage, &recover.from)?;
-            let process = known.process(stage, &recover.from)?;
+            let (config, process) = known.dit(stage, &recover.from)?;
+            let process = process.unwrap_or(ProcessKind::Gaussian);
             known.same_classes(&recover.from)?;
             known.fits_data(stage, &config)?;
             let seen = images(&recover.optimisation);
             let mut flops_ = TRAINING * flops(&config, seen);
             let mut memory = training_memory(&config, config.parameters(), &recover.optimisation);
             if let Some(teacher) = teacher(recover) {
-                let other = known.process(stage, teacher)?;
+                let (teacher, other) = known.dit(stage, teacher)?;
+                let other = other.unwrap_or(ProcessKind::Gaussian);
                 if other != process {
                     return Err(Problem::Said(format!(
                         "the student was trained by {process}, the teacher by {other}"
                     )));
                 }
-                let teacher = known.dit(stage, teacher)?;
                 if (DitConfig {
                     depth: config.depth,
                     ..teacher.clone()
@@ -290,8 +289,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             Ok(PlannedStage { process, ..planned })
         }
         StageKind::Sample(sample) => {
-            let config = known.dit(stage, &sample.from)?;
-            let process = known.process(stage, &sample.from)?;
+            let (config, process) = known.dit(stage, &sample.from)?;
             let memory = check_sampling(&sample.sampling, &config, &sample.from, process)?;
             let flops = sampling_flops(&sample.sampling, &config);
             if let Some(vae) = &sample.vae {
@@ -308,7 +306,6 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                 memory,
                 flops,
             );
-            let process = Some(process);
             Ok(PlannedStage { process, ..planned })
         }
         StageKind::Evaluate(evaluate) => {

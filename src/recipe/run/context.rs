@@ -12,7 +12,7 @@ use super::models::{MODEL, checkpoint};
 use crate::data::{BatchPlan, BatchSource, Batches, Split, Teacher};
 use crate::models::{Architecture, Classifier, DitConfig, Network, initialise};
 use crate::ops::TrainingBackend;
-use crate::process::{Process, ProcessKind};
+use crate::process::{AnyProcess, Process, ProcessKind};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::PlannedStage;
 use crate::recipe::schema::optimisation::Optimisation;
@@ -75,17 +75,19 @@ impl<B: TrainingBackend> Context<'_, B> {
                         assign(network, &state, &at, "a fresh network")?
                     }
                 };
-                let process = planned.process.unwrap_or(ProcessKind::Gaussian);
-                let student = Student::new(network, None, process.process(), plan.steps);
+                let process = planned.process.unwrap_or(ProcessKind::Gaussian).process();
+                let student = Student::new(network, None, process.clone(), plan.steps);
                 let (label_drop, none) = (train.label_drop, Vec::new());
-                let source = self.source(config, process, &train.optimisation, label_drop, none)?;
+                let source =
+                    self.source(config, &process, &train.optimisation, label_drop, none)?;
+                let curves = process.names().0.to_vec();
                 let fitted = self.fit(
                     student,
                     plan,
                     Vec::new(),
                     (source, process),
                     None,
-                    process.process().names().0.to_vec(),
+                    curves,
                     None,
                 )?;
                 Checkpoint::of(&fitted.ema.network, provenance, &at)
@@ -114,8 +116,8 @@ impl<B: TrainingBackend> Context<'_, B> {
                     learn_sigma: false,
                 };
                 // A classifier learns from clean pictures; its loss draws no times.
-                let any = ProcessKind::Gaussian;
-                let source = self.source(&shape, any, &train.optimisation, 0.0, Vec::new())?;
+                let any = ProcessKind::Gaussian.process();
+                let source = self.source(&shape, &any, &train.optimisation, 0.0, Vec::new())?;
                 // Before the training, so that a mistake in it shows before.
                 let test = self.held_out()?;
                 let fitted = self.fit(
@@ -152,7 +154,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         model: M,
         plan: Plan,
         groups: Vec<ParameterGroup>,
-        (source, process): (BatchSource, ProcessKind),
+        (source, process): (BatchSource, AnyProcess),
         teacher: Option<Teacher<B>>,
         curves: Vec<&'static str>,
         observe: Option<Observe<B, M>>,
@@ -168,8 +170,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     {
         let (steps, parts, device) = (plan.steps, plan.accumulate, self.device.clone());
         let batches = move |start: usize| -> Arc<dyn crate::data::Feed<B, crate::data::Batch<B>>> {
-            let batches =
-                Batches::<B>::new(source, start, steps, process.process(), &device).in_parts(parts);
+            let batches = Batches::<B>::new(source, start, steps, process, &device).in_parts(parts);
             match teacher {
                 Some((network, layers)) => Arc::new(batches.with_teacher(network, layers)),
                 None => Arc::new(batches),
@@ -203,7 +204,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     pub(crate) fn source(
         &self,
         config: &DitConfig,
-        process: ProcessKind,
+        process: &AnyProcess,
         optimisation: &Optimisation,
         label_drop: f64,
         candidates: Vec<usize>,
@@ -215,7 +216,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             size: config.input_size,
             classes: config.classes,
             label_drop,
-            times: process.process().times(),
+            times: process.times(),
             candidates,
         };
         Ok(BatchSource::new(plan, self.part(Split::Train)?))

@@ -148,14 +148,14 @@ impl<B: TrainingBackend> Context<'_, B> {
             scaling: learned.scaling.into(),
             steps: optimisation.steps,
         };
-        let process = parent.trained_by();
+        let process = parent.trained_by().process();
         let pruner = LearnedPruner::new(
             parent.network::<B>(self.device)?,
             groups.clone(),
             learned.update,
             learned.gate_init,
             annealing,
-            process.process(),
+            process.clone(),
             self.recipe.seed,
         );
         let gates = names::<B, _>(&pruner)
@@ -170,7 +170,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let candidates = groups.iter().map(|group| group.num_candidates()).collect();
         let source = self.source(
             config,
-            process,
+            &process,
             optimisation,
             learned.label_drop,
             candidates,
@@ -186,7 +186,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             )?;
             provenance.note = "all layers, as a pruning that is under way has changed them".into();
             let architecture = Architecture::Dit(config.clone());
-            plan.describe(architecture, Some(process), provenance);
+            plan.describe(architecture, Some(parent.trained_by()), provenance);
         }
         let (every, steps) = (plan.log_every, plan.steps);
         let log_path = folder.join("decisions.jsonl");
@@ -213,13 +213,14 @@ impl<B: TrainingBackend> Context<'_, B> {
                 })
             }))
         };
+        let curves = [process.names().0, &["tau", "confidence"]].concat();
         let fitted = self.fit(
             pruner,
             plan,
             vec![group],
             (source, process),
             None,
-            [process.process().names().0, &["tau", "confidence"]].concat(),
+            curves,
             Some(Box::new(observe)),
         )?;
         draw_decisions(&log_path, groups, &folder.join("decisions.svg"))?;

@@ -100,23 +100,24 @@ impl<B: TrainingBackend> Context<'_, B> {
             folder,
             &[Some(&parent), teacher_checkpoint.as_ref()],
         )?;
-        let process = parent.trained_by();
+        let kind = parent.trained_by();
+        let process = kind.process();
         let architecture = Architecture::Dit(config.clone());
-        plan.describe(architecture, Some(process), provenance.clone());
+        plan.describe(architecture, Some(kind), provenance.clone());
         let student = Student::new(
             parent.network::<B>(self.device)?,
             distillation,
-            process.process(),
+            process.clone(),
             plan.steps,
         );
         let source = self.source(
             &config,
-            process,
+            &process,
             &recover.optimisation,
             recover.label_drop,
             Vec::new(),
         )?;
-        let (loss, likeness) = process.process().names();
+        let (loss, likeness) = process.names();
         let curves = [loss, likeness, &["features"]].concat();
         let fitted = self.fit(
             student,
@@ -128,7 +129,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             None,
         )?;
         let healed = Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL));
-        Ok(healed.of_process(Some(process)).write()?)
+        Ok(healed.of_process(Some(kind)).write()?)
     }
 }
 

@@ -223,9 +223,6 @@ fn read_solver(section: &Section<'_>) -> Solver {
             }
         }
         2 => {
-            let Ode::Dopri5 { atol, rtol } = Ode::DOPRI5 else {
-                unreachable!("it is one of those")
-            };
             section.refuse(&["eta"], "solver \"ode\"");
             section.refuse(&EQUATION[3..], "solver \"ode\"");
             let methods = [
@@ -239,8 +236,8 @@ fn read_solver(section: &Section<'_>) -> Solver {
                 return Solver::Ode(method);
             }
             Solver::Ode(Ode::Dopri5 {
-                atol: section.float("atol", positive(1.0)).or(atol),
-                rtol: section.float("rtol", positive(1.0)).or(rtol),
+                atol: section.float("atol", positive(1.0)).or(Ode::ATOL),
+                rtol: section.float("rtol", positive(1.0)).or(Ode::RTOL),
             })
         }
         3 => {

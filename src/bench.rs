@@ -14,7 +14,7 @@ use burn_dataset::Dataset;
 
 use crate::data::{Batch, BatchPlan, BatchSource, DataError, Image, Samples, plain};
 use crate::evaluation::median_and_spread;
-use crate::models::{DitConfig, Network, zoo};
+use crate::models::{Denoiser, DitConfig, Network, Prunable, zoo};
 use crate::ops::TrainingBackend;
 use crate::process::{
     AnyProcess, Distillation, GaussianDiffusion, Guidance, MaskedFeatures, Process, Sampler,
@@ -225,7 +225,8 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
                 annealing,
                 process,
                 0,
-            );
+            )
+            .expect("the groups were made for this depth");
             train(plan, device, pruner, || batch.clone())
         }
         Workload::MaskedKd => {

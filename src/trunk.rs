@@ -17,6 +17,26 @@ pub struct Site {
     pub depth: usize,
 }
 
+/// The layers of a network that can be taken out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trunk {
+    /// Number of blocks.
+    pub depth: usize,
+    /// Layers before which no group of layers may reach over: the first of a decoder, say. Increasing, each above 0
+    /// and below the depth.
+    pub borders: Vec<usize>,
+}
+
+impl Trunk {
+    /// A trunk without borders.
+    pub fn plain(depth: usize) -> Self {
+        Self {
+            depth,
+            borders: Vec::new(),
+        }
+    }
+}
+
 /// Runs a block on its input, `[batch, tokens, width]` both.
 pub type Block<'a, B> = &'a dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>;
 

@@ -11,9 +11,9 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 
 use super::DataError;
 use super::loader::{Batch, BatchSource, HostBatch, lock};
-use crate::models::Network;
+use crate::models::Denoiser;
 use crate::ops::TrainingBackend;
-use crate::process::{AnyProcess, TeacherOutput};
+use crate::process::{AnyProcess, Noised, TeacherOutput};
 
 /// A loader that can fail.
 pub trait Feed<B: Backend, I>: DataLoader<B, I> {
@@ -21,11 +21,17 @@ pub trait Feed<B: Backend, I>: DataLoader<B, I> {
     fn failure(&self) -> Option<DataError>;
 }
 
-/// A teacher on the inner backend, and the layers whose features it shows.
-pub type Teacher<B> = (
-    Arc<Network<<B as AutodiffBackend>::InnerBackend>>,
-    Vec<usize>,
-);
+/// Sees a batch on the inner backend: what a teacher makes of it.
+pub type Teacher<B> = Arc<dyn Fn(&Noised<B>) -> TeacherOutput<B> + Send + Sync>;
+
+/// A network as a teacher, which shows the features of `layers`.
+pub fn teacher<B: Backend>(
+    network: impl Denoiser<B> + Sync + 'static,
+    process: AnyProcess,
+    layers: Vec<usize>,
+) -> Teacher<B> {
+    Arc::new(move |seen| seen.teach(&process, &network, &layers))
+}
 
 /// Batches from a step on, as burn-train's loader. A thread reads and draws the next two batches while the device is
 /// busy with one. A teacher sees each batch here, on the inner backend, so that no graph is built for it.
@@ -35,7 +41,7 @@ pub struct Batches<B: AutodiffBackend> {
     steps: usize,
     /// Batches that each step's samples come in.
     parts: usize,
-    teacher: Option<Teacher<B>>,
+    teacher: Option<Teacher<B::InnerBackend>>,
     process: AnyProcess,
     device: B::Device,
     failure: Arc<Mutex<Option<DataError>>>,
@@ -93,10 +99,10 @@ impl<B: AutodiffBackend> Batches<B> {
         Self { parts, ..self }
     }
 
-    /// Has a teacher see every batch; features of `layers` are tapped.
-    pub fn with_teacher(self, teacher: Arc<Network<B::InnerBackend>>, layers: Vec<usize>) -> Self {
+    /// Has a teacher see every batch.
+    pub fn with_teacher(self, teacher: Teacher<B::InnerBackend>) -> Self {
         Self {
-            teacher: Some((teacher, layers)),
+            teacher: Some(teacher),
             ..self
         }
     }
@@ -196,8 +202,8 @@ where
             }
         };
         self.step = plain.step + 1;
-        let teacher = teacher.as_ref().map(|(network, layers)| {
-            let said = plain.noised(process).teach(process, network, layers);
+        let teacher = teacher.as_ref().map(|teacher| {
+            let said = teacher(&plain.noised(process));
             TeacherOutput {
                 output: Tensor::from_inner(said.output),
                 features: said.features.into_iter().map(Tensor::from_inner).collect(),

@@ -17,7 +17,7 @@ mod loader;
 mod pictures;
 mod samples;
 
-pub use batches::{Batches, Feed, Teacher};
+pub use batches::{Batches, Feed, Teacher, teacher};
 pub use digits::{Digits, Image, Split};
 pub use extract::{Extracted, Extraction, Form, extract};
 pub use folder::ImageFolder;

@@ -5,8 +5,9 @@ use burn::tensor::{Int, Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
 use super::embeddings::{position_table, timestep_features};
+use super::{Denoiser, Prunable, Shape};
 use crate::ops::{Activation, FusedOps, Linear, LinearWeights, split};
-use crate::trunk::{self, BlockHook};
+use crate::trunk::{self, BlockHook, Trunk};
 
 /// Layer norm of every block and of the head; the reference's value, not Burn's default.
 const NORM_EPSILON: f64 = 1e-6;
@@ -59,6 +60,15 @@ impl std::fmt::Display for DitConfig {
 }
 
 impl DitConfig {
+    /// Sizes of its samples.
+    pub fn shape(&self) -> Shape {
+        Shape {
+            channels: self.channels,
+            side: self.input_size,
+            classes: self.classes,
+        }
+    }
+
     /// Channels of the output.
     pub fn out_channels(&self) -> usize {
         self.channels * if self.learn_sigma { 2 } else { 1 }
@@ -258,8 +268,37 @@ impl<B: Backend> Dit<B> {
             learn_sigma: self.learn_sigma,
         }
     }
+}
 
-    pub(super) fn keep(mut self, kept: &[usize]) -> Self {
+impl<B: FusedOps> Denoiser<B> for Dit<B> {
+    fn shape(&self) -> Shape {
+        self.config().shape()
+    }
+
+    fn forward(
+        &self,
+        x: Tensor<B, 4>,
+        t: Tensor<B, 1>,
+        y: Tensor<B, 1, Int>,
+        hook: &mut dyn BlockHook<B>,
+    ) -> Tensor<B, 4> {
+        let x = self.x_embedder.proj.forward(x, self.patch_size) + self.pos_embed.val(); // [batch, tokens, width]
+        let condition = self.t_embedder.forward(t) + self.y_embedder.forward(y); // [batch, width]
+        // Every modulation reads the same SiLU of the condition: computed once.
+        let condition = B::activate(condition, Activation::Silu);
+        let x = trunk::run(self.blocks.len(), x, hook, |layer, x| {
+            self.blocks[layer].forward(x, condition.clone())
+        });
+        self.unpatchify(self.final_layer.forward(x, condition))
+    }
+}
+
+impl<B: FusedOps> Prunable<B> for Dit<B> {
+    fn trunk(&self) -> Trunk {
+        Trunk::plain(self.blocks.len())
+    }
+
+    fn keep(mut self, kept: &[usize]) -> Self {
         assert!(
             kept.iter().all(|layer| *layer < self.blocks.len()),
             "kept layers {kept:?} must lie below the depth {}",
@@ -275,7 +314,7 @@ impl<B: Backend> Dit<B> {
         self
     }
 
-    pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
+    fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
         let mut linears = vec![&mut self.t_embedder.hidden, &mut self.t_embedder.out];
         for block in &mut self.blocks {
             linears.extend([
@@ -295,24 +334,6 @@ impl<B: Backend> Dit<B> {
 }
 
 impl<B: FusedOps> Dit<B> {
-    /// See [`Network::forward`](super::Network::forward).
-    pub fn forward(
-        &self,
-        x: Tensor<B, 4>,
-        t: Tensor<B, 1>,
-        y: Tensor<B, 1, Int>,
-        hook: &mut dyn BlockHook<B>,
-    ) -> Tensor<B, 4> {
-        let x = self.x_embedder.proj.forward(x, self.patch_size) + self.pos_embed.val(); // [batch, tokens, width]
-        let condition = self.t_embedder.forward(t) + self.y_embedder.forward(y); // [batch, width]
-        // Every modulation reads the same SiLU of the condition: computed once.
-        let condition = B::activate(condition, Activation::Silu);
-        let x = trunk::run(self.blocks.len(), x, hook, |layer, x| {
-            self.blocks[layer].forward(x, condition.clone())
-        });
-        self.unpatchify(self.final_layer.forward(x, condition))
-    }
-
     /// `[batch, h w, p p channels]` to `[batch, channels, h p, w p]`.
     fn unpatchify(&self, x: Tensor<B, 3>) -> Tensor<B, 4> {
         let [batch, tokens, features] = x.dims();

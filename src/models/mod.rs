@@ -1,16 +1,16 @@
 //! Networks and the embeddings they share.
 //!
-//! [`Network`] is the family of diffusion transformers that can be pruned, healed and sampled. Pruning, recovery
-//! and evaluation know of it only what its methods say: depth, forward through a trunk with a hook, keeping
-//! chosen layers, configuration. It is an enum rather than a trait because the set is closed and the variant is
-//! chosen at run time by a checkpoint: everything behind it is compiled once per backend.
+//! [`Denoiser`] and [`Prunable`] are the seam: pruning, recovery and sampling know no more of a network than these two
+//! traits say, and take anybody's. [`Network`] implements both for the networks that a checkpoint of this program can
+//! hold. It is an enum, as the variant is chosen at run time: everything behind it is compiled once per backend.
 //!
-//! Two networks are not of the family, as nothing here trains or prunes them: [`Vae`] stands between images and the
-//! latents a model sees, [`Inception`] measures images for FID.
+//! Two networks are neither, as nothing here trains or prunes them: [`Vae`] stands between images and the latents a
+//! model sees, [`Inception`] measures images for FID.
 
 mod classifier;
 pub mod dit;
 mod embeddings;
+mod family;
 pub mod inception;
 mod initial;
 pub mod vae;
@@ -21,11 +21,12 @@ use burn::tensor::{Int, Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
 use crate::ops::{FusedOps, Linear};
-use crate::trunk::BlockHook;
+use crate::trunk::{BlockHook, Trunk};
 
 pub use classifier::{Classifier, ClassifierConfig, Reading};
 pub use dit::{Dit, DitConfig};
 pub use embeddings::{position_table, timestep_features};
+pub use family::{Denoiser, Prunable, Shape};
 pub use inception::Inception;
 pub use initial::{initialise, initialise_lora};
 pub use vae::{Posterior, Vae, VaeConfig};
@@ -63,42 +64,22 @@ impl<B: Backend> Network<B> {
         Self::Dit(Dit::zeros(config, device))
     }
 
-    /// Number of blocks in the trunk.
-    pub fn depth(&self) -> usize {
-        match self {
-            Self::Dit(model) => model.blocks.len(),
-        }
-    }
-
     /// The configuration that rebuilds this network, kept layers counted.
     pub fn config(&self) -> DitConfig {
         match self {
             Self::Dit(model) => model.config(),
         }
     }
-
-    /// The same network with only the given blocks, in trunk order, whatever the order of `kept`.
-    ///
-    /// # Panics
-    /// When an index is not below [`depth`](Self::depth).
-    pub fn keep(self, kept: &[usize]) -> Self {
-        match self {
-            Self::Dit(model) => Self::Dit(model.keep(kept)),
-        }
-    }
-
-    /// Every linear layer, embedders and final layer included: the layers a low-rank update is attached to.
-    pub fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
-        match self {
-            Self::Dit(model) => model.linears_mut(),
-        }
-    }
 }
 
-impl<B: FusedOps> Network<B> {
-    /// Predicts from `x` `[batch, channels, size, size]` at timesteps `t` `[batch]` under labels `y` `[batch]`
-    /// (the number of classes being the null label), giving `[batch, channels or 2 channels, size, size]`.
-    pub fn forward(
+impl<B: FusedOps> Denoiser<B> for Network<B> {
+    fn shape(&self) -> Shape {
+        match self {
+            Self::Dit(model) => model.shape(),
+        }
+    }
+
+    fn forward(
         &self,
         x: Tensor<B, 4>,
         t: Tensor<B, 1>,
@@ -107,6 +88,26 @@ impl<B: FusedOps> Network<B> {
     ) -> Tensor<B, 4> {
         match self {
             Self::Dit(model) => model.forward(x, t, y, hook),
+        }
+    }
+}
+
+impl<B: FusedOps> Prunable<B> for Network<B> {
+    fn trunk(&self) -> Trunk {
+        match self {
+            Self::Dit(model) => model.trunk(),
+        }
+    }
+
+    fn keep(self, kept: &[usize]) -> Self {
+        match self {
+            Self::Dit(model) => Self::Dit(model.keep(kept)),
+        }
+    }
+
+    fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
+        match self {
+            Self::Dit(model) => model.linears_mut(),
         }
     }
 }

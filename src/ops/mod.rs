@@ -415,7 +415,7 @@ mod tests {
     use burn_flex::{Flex, FlexDevice};
 
     use super::*;
-    use crate::models::{DitConfig, Network, initialise};
+    use crate::models::{Denoiser, DitConfig, Network, initialise};
     use crate::state::{assign, collect};
     use crate::trunk::Plain;
 

@@ -8,8 +8,7 @@ use burn::tensor::{Int, Tensor, backend::Backend};
 
 use super::losses::{Distillation, TeacherOutput, Term, Terms, masked_feature_loss, sum};
 use super::{GaussianDiffusion, Interpolant};
-use crate::models::Network;
-use crate::ops::FusedOps;
+use crate::models::Denoiser;
 use crate::random::{self, Stream};
 use crate::trunk::{BlockHook, Tap};
 
@@ -142,12 +141,12 @@ impl<B: Backend> Noised<B> {
     }
 }
 
-impl<B: FusedOps> Noised<B> {
+impl<B: Backend> Noised<B> {
     /// Runs a network on the samples.
     pub fn run(
         &self,
         process: &impl Process,
-        network: &Network<B>,
+        network: &impl Denoiser<B>,
         hook: &mut dyn BlockHook<B>,
     ) -> Tensor<B, 4> {
         let t = process.told(&self.t, &self.state.device());
@@ -158,7 +157,7 @@ impl<B: FusedOps> Noised<B> {
     pub fn teach(
         &self,
         process: &impl Process,
-        teacher: &Network<B>,
+        teacher: &impl Denoiser<B>,
         layers: &[usize],
     ) -> TeacherOutput<B> {
         let mut tap = Tap::new(layers.iter().copied());

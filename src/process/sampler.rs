@@ -1,14 +1,13 @@
 //! Sampling loops.
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Int, Tensor, backend::Backend};
 use serde::Serialize;
 
 use super::gaussian::{GaussianDiffusion, Prediction};
 use super::interpolant::own;
 use super::transport::{LastStep, Ode, Sde, SdeMethod};
 use super::{AnyProcess, ProcessKind};
-use crate::models::Network;
-use crate::ops::FusedOps;
+use crate::models::{Denoiser, Shape};
 use crate::random::{self, Stream};
 use crate::trunk::Plain;
 
@@ -86,8 +85,8 @@ pub type StepNoise<'a, B> = &'a mut dyn FnMut(usize) -> Tensor<B, 4>;
 ///
 /// Runs conditional and unconditional samples as one batch. The first `guidance.channels` are extrapolated, the
 /// rest is the conditional output as it is (the reference's `forward_with_cfg`).
-pub fn guided<B: FusedOps>(
-    network: &Network<B>,
+pub fn guided<B: Backend>(
+    network: &impl Denoiser<B>,
     x: Tensor<B, 4>,
     t: Tensor<B, 1>,
     y: Tensor<B, 1, Int>,
@@ -100,7 +99,7 @@ pub fn guided<B: FusedOps>(
     let null = y
         .clone()
         .zeros_like()
-        .add_scalar(network.config().classes as i64);
+        .add_scalar(network.shape().classes as i64);
     let twice = |x: Tensor<B, 4>| Tensor::cat(vec![x.clone(), x], 0);
     let output = network.forward(
         twice(x),
@@ -135,9 +134,9 @@ impl Sampler {
     ///
     /// # Panics
     /// When the solver is not one of the process's.
-    pub fn denoise<B: FusedOps>(
+    pub fn denoise<B: Backend>(
         &self,
-        network: &Network<B>,
+        network: &impl Denoiser<B>,
         x: Tensor<B, 4>,
         y: Tensor<B, 1, Int>,
         noise: StepNoise<'_, B>,
@@ -167,10 +166,10 @@ impl Sampler {
         }
     }
 
-    fn diffuse<B: FusedOps>(
+    fn diffuse<B: Backend>(
         &self,
         diffusion: &GaussianDiffusion,
-        network: &Network<B>,
+        network: &impl Denoiser<B>,
         mut x: Tensor<B, 4>,
         y: Tensor<B, 1, Int>,
         noise: StepNoise<'_, B>,
@@ -203,17 +202,20 @@ impl Sampler {
 
     /// Generates samples `indices` with `labels`. All noise is keyed by (seed, sample index), so a sample does not
     /// depend on the batch it is made in. `progress` is called after every step.
-    pub fn generate<B: FusedOps>(
+    pub fn generate<B: Backend>(
         &self,
-        network: &Network<B>,
+        network: &impl Denoiser<B>,
         seed: u64,
         indices: &[usize],
         labels: &[usize],
         device: &B::Device,
         mut progress: impl FnMut(),
     ) -> Tensor<B, 4> {
-        let config = network.config();
-        let (channels, size) = (config.channels, config.input_size);
+        let Shape {
+            channels,
+            side: size,
+            ..
+        } = network.shape();
         let draw = |stream: Stream, step: usize| -> Tensor<B, 4> {
             let count = channels * size * size;
             let values: Vec<f32> = indices

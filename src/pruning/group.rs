@@ -77,6 +77,20 @@ pub enum GroupError {
         /// Layers of the model.
         depth: usize,
     },
+    /// A group reaches over a border of the trunk.
+    #[error(
+        "group {group} (from layer {first}, of {of}) reaches over the border of the trunk before layer {border}"
+    )]
+    Crosses {
+        /// Which group, from 0.
+        group: usize,
+        /// Its first layer.
+        first: usize,
+        /// Its layers.
+        of: usize,
+        /// The layer before which the border lies.
+        border: usize,
+    },
     /// There are no groups or no layers.
     #[error("there are no layers to group")]
     Empty,

@@ -11,6 +11,7 @@ use std::fmt;
 use serde::Serialize;
 
 pub use super::group::{Group, GroupError, MAX_CANDIDATES};
+use crate::trunk::Trunk;
 
 /// Groups that cover a trunk from its first layer to its last.
 ///
@@ -94,6 +95,34 @@ impl Groups {
     #[must_use]
     pub fn kept_depth(&self) -> usize {
         self.iter().map(Group::keep).sum()
+    }
+
+    /// Checks that the groups are those of a trunk.
+    ///
+    /// # Errors
+    ///
+    /// If they span more or fewer layers, or one reaches over a border.
+    pub fn fit(&self, trunk: &Trunk) -> Result<(), GroupError> {
+        if self.depth() != trunk.depth {
+            return Err(GroupError::DepthMismatch {
+                groups: self.len(),
+                sum: self.depth(),
+                depth: trunk.depth,
+            });
+        }
+        for (group, first) in self.offsets().into_iter().enumerate() {
+            let of = self.0[group].of();
+            let inside = first + 1..first + of;
+            if let Some(&border) = trunk.borders.iter().find(|border| inside.contains(border)) {
+                return Err(GroupError::Crosses {
+                    group,
+                    first,
+                    of,
+                    border,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// The first layer of each group.
@@ -220,6 +249,32 @@ mod tests {
         );
         assert_eq!(Groups::from_pairs(&[], 0), Err(GroupError::Empty));
         assert_eq!(Groups::parse_ratio("1:2", 0), Err(GroupError::Empty));
+    }
+
+    #[test]
+    fn no_group_reaches_over_a_border() {
+        let trunk = |depth, border| Trunk {
+            depth,
+            borders: vec![border],
+        };
+        // Groups of layers 0..4, 4..8 and 8..10.
+        for border in [4, 8] {
+            assert_eq!(hybrid().fit(&trunk(10, border)), Ok(()));
+        }
+        for (border, group, first) in [(1, 0, 0), (3, 0, 0), (5, 1, 4), (9, 2, 8)] {
+            let of = [4, 4, 2][group];
+            let expected = GroupError::Crosses {
+                group,
+                first,
+                of,
+                border,
+            };
+            assert_eq!(hybrid().fit(&trunk(10, border)), Err(expected));
+        }
+        assert!(matches!(
+            hybrid().fit(&Trunk::plain(12)),
+            Err(GroupError::DepthMismatch { .. })
+        ));
     }
 
     #[test]

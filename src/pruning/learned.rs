@@ -1,6 +1,6 @@
 //! Learned depth pruning: gates and a weight update, trained together.
 
-use burn::module::{Module, Param};
+use burn::module::{AutodiffModule, Module, ModuleDisplay, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
@@ -8,13 +8,13 @@ use burn::train::{InferenceStep, TrainOutput, TrainStep};
 use serde::{Deserialize, Serialize};
 
 use super::gate::{Annealing, Decision, decide, draw};
-use super::groups::Groups;
+use super::groups::{GroupError, Groups};
 use crate::data::Batch;
-use crate::models::{Network, initialise_lora};
+use crate::models::{Network, Prunable, initialise_lora};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::process::{AnyProcess, Terms};
 use crate::state::{collect, overlay};
-use crate::training::{Scalars, StepReport};
+use crate::training::{StepReport, scalars};
 use crate::trunk::Gated;
 
 /// The weight update that is learned beside the gates, to estimate how well a choice would recover.
@@ -36,9 +36,9 @@ pub enum Update {
 
 /// A network whose layers are gated per sample, and the gates' logits.
 #[derive(Module, Debug)]
-pub struct LearnedPruner<B: Backend> {
+pub struct LearnedPruner<B: Backend, N: Module<B> = Network<B>> {
     /// The network, with its update.
-    pub network: Network<B>,
+    pub network: N,
     /// Logits of each group's candidates, `[1, candidates]`.
     pub gates: Vec<Param<Tensor<B, 2>>>,
     #[module(skip)]
@@ -49,17 +49,21 @@ pub struct LearnedPruner<B: Backend> {
     process: AnyProcess,
 }
 
-impl<B: Backend> LearnedPruner<B> {
+impl<B: Backend, N: Prunable<B>> LearnedPruner<B, N> {
     /// Puts gates of logits `gate_init` on a network, and the update under it.
+    ///
+    /// # Errors
+    /// When the groups are not those of the network's trunk.
     pub fn new(
-        network: Network<B>,
+        network: N,
         groups: Groups,
         update: Update,
         gate_init: f64,
         annealing: Annealing,
         process: AnyProcess,
         seed: u64,
-    ) -> Self {
+    ) -> Result<Self, GroupError> {
+        groups.fit(&network.trunk())?;
         let device = network.devices().into_iter().next().unwrap_or_default();
         let mut network = if update == Update::Full {
             network
@@ -82,15 +86,17 @@ impl<B: Backend> LearnedPruner<B> {
                 Param::from_tensor(Tensor::from_data(logits, &device))
             })
             .collect();
-        Self {
+        Ok(Self {
             network,
             gates,
             groups,
             annealing,
             process,
-        }
+        })
     }
+}
 
+impl<B: Backend, N: Module<B>> LearnedPruner<B, N> {
     /// What the gates say now, at a step's scaling.
     pub fn decision(&self, step: usize) -> Decision {
         let logits: Vec<Vec<f32>> = self
@@ -107,7 +113,7 @@ impl<B: Backend> LearnedPruner<B> {
     }
 }
 
-impl<B: FusedOps> LearnedPruner<B> {
+impl<B: FusedOps, N: Prunable<B>> LearnedPruner<B, N> {
     /// The masks of a batch, `[batch, depth]`, from one draw of Gumbel noise per group.
     pub fn masks(&self, gumbel: &[Tensor<B, 2>], step: usize) -> Tensor<B, 2> {
         let (tau, scaling) = self.annealing.at(step);
@@ -132,7 +138,11 @@ impl<B: FusedOps> LearnedPruner<B> {
     }
 }
 
-impl<B: TrainingBackend> TrainStep for LearnedPruner<B> {
+impl<B, N> TrainStep for LearnedPruner<B, N>
+where
+    B: TrainingBackend,
+    N: Prunable<B> + AutodiffModule<B, InnerModule: ModuleDisplay> + ModuleDisplay,
+{
     type Input = Batch<B>;
     type Output = StepReport;
 
@@ -141,7 +151,7 @@ impl<B: TrainingBackend> TrainStep for LearnedPruner<B> {
         let loss = terms.total.clone().mean();
         let gradients = GradientsParams::from_grads(loss.backward(), self);
         let (tau, scaling) = self.annealing.at(batch.step);
-        let mut scalars = crate::recovery::scalars(&terms);
+        let mut scalars = scalars(&terms);
         scalars.0.extend([
             ("tau", tau),
             ("scaling", scaling),
@@ -150,14 +160,14 @@ impl<B: TrainingBackend> TrainStep for LearnedPruner<B> {
         TrainOutput {
             grads: gradients,
             item: StepReport {
-                scalars: Scalars(scalars.0),
+                scalars,
                 images: batch.t.len(),
             },
         }
     }
 }
 
-impl<B: Backend> InferenceStep for LearnedPruner<B> {
+impl<B: Backend, N: Module<B> + ModuleDisplay> InferenceStep for LearnedPruner<B, N> {
     type Input = ();
     type Output = ();
 

@@ -3,8 +3,7 @@
 use burn::tensor::{Int, Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
-use crate::models::Network;
-use crate::ops::FusedOps;
+use crate::models::Prunable;
 use crate::process::{Noised, Process};
 use crate::trunk::{Block, BlockHook, Plain, Site, Skip};
 
@@ -44,8 +43,8 @@ pub struct Calibration {
 }
 
 /// Measures all layers on one batch. The feature scores see clean samples (as the reference does).
-pub fn score<B: FusedOps>(
-    network: &Network<B>,
+pub fn score<B: Backend>(
+    network: &impl Prunable<B>,
     process: &impl Process,
     method: Score,
     batch: &ScoreBatch<B>,
@@ -88,8 +87,8 @@ impl<B: Backend> BlockHook<B> for Change {
     }
 }
 
-fn sensitivity<B: FusedOps>(
-    network: &Network<B>,
+fn sensitivity<B: Backend>(
+    network: &impl Prunable<B>,
     process: &impl Process,
     batch: &ScoreBatch<B>,
 ) -> Calibration {
@@ -100,7 +99,7 @@ fn sensitivity<B: FusedOps>(
         scalar(process.error(&seen, output).mean())
     };
     let base = loss(&mut Plain);
-    let scores = (0..network.depth())
+    let scores = (0..network.trunk().depth)
         .map(|layer| loss(&mut Skip { layer }) - base)
         .collect();
     Calibration {

@@ -2,35 +2,38 @@
 //!
 //! A fresh network trains by the same step: pretraining is fine-tuning from nothing.
 
-use burn::module::Module;
+use std::marker::PhantomData;
+
+use burn::module::{AutodiffModule, Module, ModuleDisplay};
 use burn::optim::GradientsParams;
-use burn::tensor::Tensor;
-use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::backend::Backend;
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
 
 use crate::data::Batch;
-use crate::models::Network;
-use crate::ops::{FusedOps, TrainingBackend};
+use crate::models::{Denoiser, Network};
+use crate::ops::TrainingBackend;
 use crate::process::{AnyProcess, Distillation, Terms};
-use crate::training::{Scalars, StepReport};
+use crate::training::{StepReport, scalars};
 use crate::trunk::{Plain, Tap};
 
 /// A network in training, alone or under a teacher.
 #[derive(Module, Debug)]
-pub struct Student<B: Backend> {
+pub struct Student<B: Backend, N: Module<B> = Network<B>> {
     /// The network.
-    pub network: Network<B>,
+    pub network: N,
     #[module(skip)]
     distillation: Option<Distillation>,
     #[module(skip)]
     process: AnyProcess,
     steps: usize,
+    #[module(skip)]
+    backend: PhantomData<B>,
 }
 
-impl<B: Backend> Student<B> {
+impl<B: Backend, N: Module<B>> Student<B, N> {
     /// A student that trains for `steps`; without a distillation it learns from data alone.
     pub fn new(
-        network: Network<B>,
+        network: N,
         distillation: Option<Distillation>,
         process: AnyProcess,
         steps: usize,
@@ -40,11 +43,12 @@ impl<B: Backend> Student<B> {
             distillation,
             process,
             steps,
+            backend: PhantomData,
         }
     }
 }
 
-impl<B: FusedOps> Student<B> {
+impl<B: Backend, N: Denoiser<B>> Student<B, N> {
     /// The loss's terms for a batch; under distillation the batch carries what the teacher said of it.
     pub fn terms(&self, batch: &Batch<B>) -> Terms<B> {
         let seen = batch.noised(&self.process);
@@ -69,7 +73,11 @@ impl<B: FusedOps> Student<B> {
     }
 }
 
-impl<B: TrainingBackend> TrainStep for Student<B> {
+impl<B, N> TrainStep for Student<B, N>
+where
+    B: TrainingBackend,
+    N: Denoiser<B> + AutodiffModule<B, InnerModule: ModuleDisplay> + ModuleDisplay,
+{
     type Input = Batch<B>;
     type Output = StepReport;
 
@@ -86,20 +94,9 @@ impl<B: TrainingBackend> TrainStep for Student<B> {
     }
 }
 
-impl<B: Backend> InferenceStep for Student<B> {
+impl<B: Backend, N: Module<B> + ModuleDisplay> InferenceStep for Student<B, N> {
     type Input = ();
     type Output = ();
 
     fn step(&self, (): ()) {}
-}
-
-/// Batch means of a loss's terms, in one transfer and outside the graph.
-pub(crate) fn scalars<B: AutodiffBackend>(terms: &Terms<B>) -> Scalars {
-    let named = std::iter::once(("loss", &terms.total))
-        .chain(terms.named.iter().map(|(name, term)| (*name, term)));
-    let (names, means): (Vec<_>, Vec<_>) = named
-        .map(|(name, term)| (name, term.clone().inner().mean()))
-        .unzip();
-    let values = Tensor::cat(means, 0).into_data();
-    Scalars(names.into_iter().zip(values.iter::<f64>()).collect())
 }

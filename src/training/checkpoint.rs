@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ema::Ema;
 use super::optimizer::{AdamW, Moments};
-use super::{TrainingError, strategy::Plan};
+use super::{Training, TrainingError};
 use crate::data::with_cause;
 use crate::state::{Array, StateDict, collect, floats, names, overlay};
 use crate::weights::{
@@ -95,7 +95,7 @@ impl Store {
         steps
     }
 
-    /// Saves, then deletes all but the last few that the plan keeps and the best. Where the plan says what model is
+    /// Saves, then deletes all but the last few that the training keeps and the best. Where the training says what model is
     /// trained, the file says it too and holds the model whole: what does not learn lies beside what does.
     pub(super) fn save<B: TrainingBackend, M: AutodiffModule<B>>(
         &self,
@@ -103,7 +103,7 @@ impl Store {
         model: &M,
         ema: &Ema<B::InnerBackend>,
         optimizer: &AdamW<B>,
-        plan: &Plan,
+        training: &Training,
     ) -> Result<(), TrainingError> {
         let broken = |error: serde_json::Error| TrainingError::Resume {
             path: self.directory.clone(),
@@ -119,7 +119,7 @@ impl Store {
         let weights = learning::<B, M>(model);
         // A module of the inner backend does not know what learns; the names do.
         let mut averages = collect::<B::InnerBackend, M::InnerModule>(&ema.apply(model.valid()));
-        let fixed = match plan.description {
+        let fixed = match training.description {
             Some(_) => (averages.iter())
                 .filter(|(name, _)| !weights.contains_key(*name))
                 .map(|(name, array)| (name.clone(), array.clone()))
@@ -137,8 +137,8 @@ impl Store {
             moments: count,
             ..position.clone()
         };
-        let mut metadata = match &plan.description {
-            Some(description) => at_step(description, plan, position.step)
+        let mut metadata = match &training.description {
+            Some(description) => at_step(description, training, position.step)
                 .metadata()
                 .map_err(broken)?,
             None => BTreeMap::new(),
@@ -148,7 +148,7 @@ impl Store {
         metadata.insert(CHECKSUM.to_owned(), checksum(&state, &metadata));
         write_safetensors(&self.path(position.step), &state.into(), metadata, None)?;
         let steps = self.steps();
-        for &step in steps.iter().rev().skip(plan.keep_last) {
+        for &step in steps.iter().rev().skip(training.optimisation.keep_last) {
             if position.best.is_none_or(|(best, _)| best != step) {
                 let path = self.path(step);
                 std::fs::remove_file(&path).map_err(|source| TrainingError::Io { path, source })?;
@@ -160,7 +160,7 @@ impl Store {
     /// Continues from the last checkpoint, if there is one.
     pub(super) fn restore<B: TrainingBackend, M: AutodiffModule<B>>(
         &self,
-        plan: &Plan,
+        training: &Training,
         model: M,
         ema: &mut Ema<B::InnerBackend>,
         optimizer: &AdamW<B>,
@@ -187,7 +187,7 @@ impl Store {
             path: path.clone(),
             problem,
         };
-        if position.fingerprint != plan.fingerprint {
+        if position.fingerprint != training.fingerprint {
             return Err(resume("belongs to a run with other settings; start a new run, or restore the recipe it was made with".into()));
         }
         let part = |part: &str| -> StateDict {
@@ -279,12 +279,15 @@ fn read(path: &Path) -> Result<(StateDict, Position), TrainingError> {
 }
 
 /// What a checkpoint in the middle of a training says of itself: how far it had come.
-fn at_step(description: &Description, plan: &Plan, step: usize) -> Description {
+fn at_step(description: &Description, training: &Training, step: usize) -> Description {
     let mut description = description.clone();
     let provenance = &mut description.provenance;
     provenance.steps = step;
-    provenance.images = step * plan.batch;
-    let middle = format!("in training: after step {step} of {}", plan.steps);
+    provenance.images = step * training.optimisation.batch;
+    let middle = format!(
+        "in training: after step {step} of {}",
+        training.optimisation.steps
+    );
     provenance.note = match provenance.note.as_str() {
         "" => middle,
         note => format!("{middle}; {note}"),

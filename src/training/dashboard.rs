@@ -26,8 +26,9 @@ use ratatui::symbols::Marker;
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Axis, Block, Chart, Dataset, Gauge, GraphType, Paragraph};
 
+use super::About;
 use super::metrics::shown;
-use super::strategy::{About, lock};
+use super::strategy::lock;
 use crate::interrupt;
 use crate::report::{brief, rounded, thousands};
 

@@ -18,8 +18,8 @@ use super::dashboard::Dashboard;
 use super::metrics::{Curve, StepReport};
 use super::optimizer::{AdamW, ParameterGroup};
 use super::renderer::Quiet;
-use super::strategy::{Ended, Plan, Steps, lock};
-use super::{Ema, TrainingError};
+use super::strategy::{Ended, Steps, lock};
+use super::{Ema, Training, TrainingError};
 
 /// Called after every step with its number, the model and the average.
 pub type OnStep<B, M> = Box<
@@ -38,22 +38,63 @@ pub(super) struct Observer<B: TrainingBackend, M> {
 /// Makes the loader of a training's batches, given the first step.
 pub type BatchesFrom<B, I> = Box<dyn FnOnce(usize) -> Arc<dyn Feed<B, I>>>;
 
-/// A training to be run.
+/// A training that is about to run.
+///
+/// See `examples/own_network.rs` for a whole one.
 pub struct Fit<B: TrainingBackend, M: TrainStep> {
-    /// Budget and bookkeeping.
-    pub plan: Plan,
-    /// Whether to go on from the last checkpoint in the plan's directory.
-    pub resume: bool,
-    /// Parameters with their own learning rate.
-    pub groups: Vec<ParameterGroup>,
-    /// The batches from a given step on.
-    pub batches: BatchesFrom<B, <M as TrainStep>::Input>,
-    /// Names of scalars the steps report, plotted on the dashboard.
-    pub curves: Vec<&'static str>,
-    /// Called after every step, given the first step, once it is known.
-    pub observe: Option<Observe<B, M>>,
-    /// Plain lines even on a terminal.
-    pub plain: bool,
+    training: Training,
+    resume: bool,
+    groups: Vec<ParameterGroup>,
+    batches: BatchesFrom<B, <M as TrainStep>::Input>,
+    curves: Vec<&'static str>,
+    observe: Option<Observe<B, M>>,
+    plain: bool,
+}
+
+impl<B: TrainingBackend, M: TrainStep> Fit<B, M> {
+    /// A training on the batches that `batches` gives from a step on.
+    pub fn new(
+        training: Training,
+        batches: impl FnOnce(usize) -> Arc<dyn Feed<B, <M as TrainStep>::Input>> + 'static,
+    ) -> Self {
+        Self {
+            training,
+            resume: false,
+            groups: Vec::new(),
+            batches: Box::new(batches),
+            curves: Vec::new(),
+            observe: None,
+            plain: false,
+        }
+    }
+
+    /// Whether to go on from the last checkpoint in the training's folder, if there is one.
+    pub fn resume(self, resume: bool) -> Self {
+        Self { resume, ..self }
+    }
+
+    /// Gives parameters a learning rate of their own.
+    pub fn groups(self, groups: Vec<ParameterGroup>) -> Self {
+        Self { groups, ..self }
+    }
+
+    /// Plots scalars that the steps report, by their names, on the dashboard.
+    pub fn curves(self, curves: Vec<&'static str>) -> Self {
+        Self { curves, ..self }
+    }
+
+    /// Calls an observer after every step; it is made once the first step is known.
+    pub fn observe(self, observe: Observe<B, M>) -> Self {
+        Self {
+            observe: Some(observe),
+            ..self
+        }
+    }
+
+    /// Whether to print plain lines even on a terminal.
+    pub fn plain(self, plain: bool) -> Self {
+        Self { plain, ..self }
+    }
 }
 
 /// A finished training.
@@ -68,110 +109,121 @@ pub struct Fitted<B: TrainingBackend, M: AutodiffModule<B>> {
     pub steps: usize,
 }
 
-/// Trains `model`.
-///
-/// # Errors
-/// When training diverges, a batch can't be read, or a checkpoint or log can't be read or written.
-pub fn fit<B, M>(model: M, fit: Fit<B, M>) -> Result<Fitted<B, M>, TrainingError>
+impl<B, M> Fit<B, M>
 where
     B: TrainingBackend,
     M: TrainStep<Output = StepReport> + AutodiffModule<B> + core::fmt::Display + 'static,
     M::InnerModule: InferenceStep<Input = (), Output = ()>,
 {
-    let Fit {
-        plan,
-        resume,
-        groups,
-        batches,
-        curves,
-        observe,
-        plain,
-    } = fit;
-    let optimizer = AdamW::new(plan.weight_decay, groups);
-    let mut ema = Ema::new(&model, plan.ema);
-    let fresh = Position {
-        step: 0,
-        skipped: 0,
-        mean_loss: f64::NAN,
-        best: None,
-        moments: 0,
-        fingerprint: plan.fingerprint.clone(),
-    };
-    let (model, start) = match resume {
-        true => Store::new(&plan.directory).restore(&plan, model, &mut ema, &optimizer)?,
-        false => (model, None),
-    };
-    let start = start.unwrap_or(fresh);
-    let step = match observe {
-        Some(observe) => observe(start.step)?,
-        None => Box::new(|_, _: &M, _: &_| Ok(())),
-    };
-    let observer = Observer { step };
-    let schedule = plan.schedule().load_record::<B>(start.step);
-    let feed = batches(start.step);
-    let loader: Arc<dyn DataLoader<B, _>> = feed.clone();
-    let dashboard = match plain {
-        true => None,
-        false => dashboard(&plan, start.step),
-    };
-    let ended = Arc::new(Mutex::new(None));
-    let directory = plan.directory.clone();
-    let strategy = Steps {
-        plan,
-        optimizer: optimizer.clone(),
-        start,
-        ema: Mutex::new(Some(ema)),
-        observer: Mutex::new(observer),
-        plain: dashboard.is_none(),
-        ended: ended.clone(),
-    };
-    let mut training = SupervisedTraining::new(&directory, loader, Arc::new(Nothing))
-        .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
-        .with_application_logger(None)
-        .with_metric_logger(Quiet)
-        .num_epochs(1);
-    for key in ["loss", "lr", "grad_norm", "images_per_second"]
-        .into_iter()
-        .chain(curves)
-    {
-        training = training.metric_train_numeric(Curve::new(key));
-    }
-    training = match dashboard {
-        Some(dashboard) => training.renderer(dashboard),
-        None => training.renderer(Quiet),
-    };
-    let result = training.launch(Learner::new(model, optimizer, schedule));
-    drop(result.renderer);
-    let Ended {
-        ema,
-        position,
-        error,
-    } = lock(&ended).take().expect("the strategy says how it ended");
-    match error.or_else(|| feed.failure().map(TrainingError::Data)) {
-        Some(error) => Err(error),
-        None => Ok(Fitted {
-            ema: ema.apply(result.model.clone()),
-            model: result.model,
-            skipped: position.skipped,
-            steps: position.step,
-        }),
+    /// Trains `model`.
+    ///
+    /// # Errors
+    /// When training diverges, a batch can't be read, or a checkpoint or log can't be read or written.
+    pub fn run(self, model: M) -> Result<Fitted<B, M>, TrainingError> {
+        let Self {
+            training,
+            resume,
+            groups,
+            batches,
+            curves,
+            observe,
+            plain,
+        } = self;
+        let optimisation = &training.optimisation;
+        let optimizer = AdamW::new(optimisation.weight_decay, groups);
+        let mut ema = Ema::new(&model, optimisation.ema);
+        let fresh = Position {
+            step: 0,
+            skipped: 0,
+            mean_loss: f64::NAN,
+            best: None,
+            moments: 0,
+            fingerprint: training.fingerprint.clone(),
+        };
+        let (model, start) = match resume {
+            true => {
+                Store::new(&training.directory).restore(&training, model, &mut ema, &optimizer)?
+            }
+            false => (model, None),
+        };
+        let start = start.unwrap_or(fresh);
+        let step = match observe {
+            Some(observe) => observe(start.step)?,
+            None => Box::new(|_, _: &M, _: &_| Ok(())),
+        };
+        let observer = Observer { step };
+        let schedule = optimisation.schedule().load_record::<B>(start.step);
+        let feed = batches(start.step);
+        let loader: Arc<dyn DataLoader<B, _>> = feed.clone();
+        let dashboard = match plain {
+            true => None,
+            false => dashboard(&training, start.step),
+        };
+        let ended = Arc::new(Mutex::new(None));
+        let directory = training.directory.clone();
+        let strategy = Steps {
+            training,
+            optimizer: optimizer.clone(),
+            start,
+            ema: Mutex::new(Some(ema)),
+            observer: Mutex::new(observer),
+            plain: dashboard.is_none(),
+            ended: ended.clone(),
+        };
+        let mut learning = SupervisedTraining::new(&directory, loader, Arc::new(Nothing))
+            .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
+            .with_application_logger(None)
+            .with_metric_logger(Quiet)
+            .num_epochs(1);
+        for key in ["loss", "lr", "grad_norm", "images_per_second"]
+            .into_iter()
+            .chain(curves)
+        {
+            learning = learning.metric_train_numeric(Curve::new(key));
+        }
+        learning = match dashboard {
+            Some(dashboard) => learning.renderer(dashboard),
+            None => learning.renderer(Quiet),
+        };
+        let result = learning.launch(Learner::new(model, optimizer, schedule));
+        drop(result.renderer);
+        let Ended {
+            ema,
+            position,
+            error,
+        } = lock(&ended).take().expect("the strategy says how it ended");
+        match error.or_else(|| feed.failure().map(TrainingError::Data)) {
+            Some(error) => Err(error),
+            None => Ok(Fitted {
+                ema: ema.apply(result.model.clone()),
+                model: result.model,
+                skipped: position.skipped,
+                steps: position.step,
+            }),
+        }
     }
 }
 
 /// The dashboard, on a terminal that can show one. It draws on standard output.
 #[cfg(feature = "tui")]
-fn dashboard(plan: &Plan, first: usize) -> Option<Dashboard> {
+fn dashboard(training: &Training, first: usize) -> Option<Dashboard> {
     let dumb =
         std::env::var_os("TERM").is_none_or(|terminal| terminal.is_empty() || terminal == "dumb");
     if dumb || !std::io::stdout().is_terminal() {
         return None;
     }
-    let log = plan.directory.join("metrics.jsonl");
-    Dashboard::start(&plan.about, &plan.name, &log, [first, plan.steps]).ok()
+    let log = training.directory.join("metrics.jsonl");
+    Dashboard::start(
+        &training.about,
+        &training.name,
+        &log,
+        [first, training.optimisation.steps],
+    )
+    .ok()
 }
 
 #[cfg(not(feature = "tui"))]
-fn dashboard(_: &Plan, _: usize) -> Option<Quiet> {
+fn dashboard(_: &Training, _: usize) -> Option<Quiet> {
     None
 }
 

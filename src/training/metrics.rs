@@ -5,6 +5,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use burn::tensor::Tensor;
+use burn::tensor::backend::AutodiffBackend;
 use burn::train::ItemLazy;
 use burn::train::metric::{
     Adaptor, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes,
@@ -12,6 +14,7 @@ use burn::train::metric::{
 };
 
 use super::TrainingError;
+use crate::process::Terms;
 
 /// Named numbers of one step.
 #[derive(Debug, Clone, Default)]
@@ -25,6 +28,17 @@ impl Scalars {
             .find(|(key, _)| *key == name)
             .map(|(_, value)| *value)
     }
+}
+
+/// Batch means of a loss's terms, in one transfer and outside the graph.
+pub fn scalars<B: AutodiffBackend>(terms: &Terms<B>) -> Scalars {
+    let named = std::iter::once(("loss", &terms.total))
+        .chain(terms.named.iter().map(|(name, term)| (*name, term)));
+    let (names, means): (Vec<_>, Vec<_>) = named
+        .map(|(name, term)| (name, term.clone().inner().mean()))
+        .unzip();
+    let values = Tensor::cat(means, 0).into_data();
+    Scalars(names.into_iter().zip(values.iter::<f64>()).collect())
 }
 
 /// What a training step hands back besides gradients; `loss` is always among its scalars.

@@ -2,7 +2,7 @@
 //!
 //! The stock strategies count epochs, checkpoint per epoch and not on interrupt, and clip per tensor. Ours counts
 //! optimizer steps, clips by the global norm, keeps an EMA, and saves everything a bit-identical continuation
-//! needs, atomically. [`fit`] is the way in.
+//! needs, atomically. [`Fit`] is the way in.
 
 mod checkpoint;
 mod classifier;
@@ -11,10 +11,16 @@ mod dashboard;
 mod ema;
 mod fit;
 mod metrics;
+mod optimisation;
 mod optimizer;
 pub(crate) mod renderer;
 mod schedule;
 mod strategy;
+#[expect(
+    clippy::module_inception,
+    reason = "the room is named for what it does"
+)]
+mod training;
 
 use std::path::PathBuf;
 
@@ -23,11 +29,12 @@ use thiserror::Error;
 pub(crate) use checkpoint::CHECKPOINTS;
 pub use classifier::ClassifierTrainee;
 pub use ema::{Ema, share_of_start, warmed_up};
-pub use fit::{Fit, Fitted, Observe, OnStep, fit};
-pub use metrics::{JsonLines, Scalars, StepReport};
+pub use fit::{BatchesFrom, Fit, Fitted, Observe, OnStep};
+pub use metrics::{JsonLines, Scalars, StepReport, scalars};
+pub use optimisation::Optimisation;
 pub use optimizer::{AdamW, ParameterGroup};
 pub use schedule::Schedule;
-pub use strategy::{About, Plan};
+pub use training::{About, Training};
 
 use crate::data::DataError;
 use crate::state::WeightsError;
@@ -57,6 +64,11 @@ pub enum TrainingError {
         /// Where checkpoints are.
         directory: PathBuf,
     },
+    /// No parameter of the model requires a gradient.
+    #[error(
+        "no parameter of the model learns: all of them are frozen (a module that comes from an inner backend is; give its values to a fresh one)"
+    )]
+    Frozen,
     /// A thread panicked.
     #[error(
         "a computing thread failed (its message stands above); nothing computed since is kept. Continue from the last checkpoint with `--resume`"

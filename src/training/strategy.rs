@@ -1,6 +1,5 @@
 //! The training loop.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,9 +12,7 @@ use burn::train::{
     SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainStep,
     TrainingComponents, TrainingItem, ValidLoader,
 };
-use serde::Serialize;
 
-use super::TrainingError;
 use super::checkpoint::{CHECKPOINTS, Position, Store};
 use super::ema::{Ema, warmed_up};
 use super::fit::Observer;
@@ -23,89 +20,8 @@ use super::metrics::{JsonLines, StepReport};
 use super::optimizer::AdamW;
 use super::renderer::Lines;
 use super::schedule::Schedule;
+use super::{Training, TrainingError};
 use crate::interrupt;
-use crate::models::Architecture;
-use crate::process::ProcessKind;
-use crate::weights::{Description, Provenance};
-
-/// Where a training stands in a larger job, for people.
-#[derive(Debug, Clone, Default)]
-pub struct About {
-    /// The recipe's name.
-    pub recipe: String,
-    /// The stage's number, from 1, and how many there are.
-    pub place: (usize, usize),
-    /// The run directory.
-    pub run: PathBuf,
-    /// Of a pruning that is being learned, the probability of each layer to stay; empty of anything else.
-    pub gates: Arc<Mutex<Vec<f64>>>,
-}
-
-/// How long to train, and what to keep.
-#[derive(Debug, Clone, Serialize)]
-pub struct Plan {
-    /// Shown in progress lines.
-    pub name: String,
-    /// Optimizer steps.
-    pub steps: usize,
-    /// Images of a step.
-    pub batch: usize,
-    /// Batches a step's images come in; their gradients are averaged.
-    pub accumulate: usize,
-    /// Highest learning rate.
-    pub lr: f64,
-    /// What the learning rate falls towards.
-    pub final_lr: f64,
-    /// Steps of linear warm-up.
-    pub warmup: usize,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-    /// Bound of the gradient's global norm.
-    pub clip: f64,
-    /// Decay of the moving average.
-    pub ema: f64,
-    /// Whether that decay grows to it; if not, it is constant, as the reference's.
-    pub ema_warmup: bool,
-    /// Steps between checkpoints.
-    pub checkpoint_every: usize,
-    /// Checkpoints kept besides the best.
-    pub keep_last: usize,
-    /// Steps between log lines.
-    pub log_every: usize,
-    /// Non-finite losses in a row after which training gives up.
-    pub max_bad_steps: usize,
-    /// Hash of what defines the training; a checkpoint of another can't be resumed.
-    pub fingerprint: String,
-    /// What each checkpoint says of the model in it; None where what is trained is no whole model.
-    pub description: Option<Description>,
-    /// Folder of the stage: `metrics.jsonl` and `checkpoints/`.
-    pub directory: PathBuf,
-    /// What a dashboard says of the job.
-    #[serde(skip)]
-    pub about: About,
-}
-
-impl Plan {
-    /// Has each checkpoint say what model it holds, so that it can be opened as one, and the process that a diffusion
-    /// network is trained under.
-    pub fn describe(
-        &mut self,
-        architecture: Architecture,
-        process: Option<ProcessKind>,
-        provenance: Provenance,
-    ) {
-        self.description = Some(Description {
-            architecture,
-            process,
-            provenance,
-        });
-    }
-
-    /// The learning rate of each step.
-    pub fn schedule(&self) -> Schedule {
-        Schedule::new(self.lr, self.final_lr, self.warmup, self.steps)
-    }
-}
 
 /// How a loop ended; shared with [`fit`](super::fit).
 pub(super) struct Ended<B: TrainingBackend> {
@@ -116,7 +32,7 @@ pub(super) struct Ended<B: TrainingBackend> {
 
 /// Steps until the budget is spent, a person interrupts, or losses stay non-finite.
 pub(super) struct Steps<B: TrainingBackend, M> {
-    pub(super) plan: Plan,
+    pub(super) training: Training,
     pub(super) optimizer: AdamW<B>,
     pub(super) start: Position,
     pub(super) ema: Mutex<Option<Ema<B::InnerBackend>>>,
@@ -180,24 +96,32 @@ where
         processor: &mut SupervisedTrainingEventProcessor<Components<B, M>>,
         stop: &dyn Fn() -> bool,
     ) -> Result<(), TrainingError> {
-        let plan = &self.plan;
-        let store = Store::new(&plan.directory);
-        let mut log = JsonLines::open(&plan.directory.join("metrics.jsonl"), position.step)?;
-        let mut lines = Lines::new(&plan.name, position.step, plan.steps);
+        let training = &self.training;
+        let optimisation = &training.optimisation;
+        let store = Store::new(&training.directory);
+        let mut log = JsonLines::open(&training.directory.join("metrics.jsonl"), position.step)?;
+        let mut lines = Lines::new(&training.name, position.step, optimisation.steps);
         let mut observer = lock(&self.observer);
         let mut batches = train.iter();
         let (mut bad, mut losses, mut since) = (0, Vec::new(), Instant::now());
         let mut logged = position.step;
-        while position.step < plan.steps {
-            let Some((mut report, gradients)) = gather(learner, &mut *batches, plan.accumulate)?
+        while position.step < optimisation.steps {
+            let Some((mut report, gradients)) =
+                gather(learner, &mut *batches, optimisation.accumulate)?
             else {
                 break;
             };
+            if gradients.is_empty() {
+                return Err(TrainingError::Frozen);
+            }
             learner.lr_step();
             let loss = report.scalars.get("loss").unwrap_or(f64::NAN);
-            let norm =
-                self.optimizer
-                    .clip_next(&learner.model(), &gradients, plan.accumulate, plan.clip);
+            let norm = self.optimizer.clip_next(
+                &learner.model(),
+                &gradients,
+                optimisation.accumulate,
+                optimisation.clip,
+            );
             if loss.is_finite() && norm.is_finite() {
                 learner.optimizer_step(gradients);
                 losses.push(loss);
@@ -207,23 +131,24 @@ where
                 bad += 1;
             }
             // As the reference does, after a skipped step too.
-            let decay = match plan.ema_warmup {
-                true => warmed_up(plan.ema, position.step),
-                false => plan.ema,
+            let decay = match optimisation.ema_warmup {
+                true => warmed_up(optimisation.ema, position.step),
+                false => optimisation.ema,
             };
             ema.update_by(&learner.model(), decay);
             position.step += 1;
-            let images = position.step * plan.batch;
-            let done = position.step == plan.steps;
+            let images = position.step * optimisation.batch;
+            let done = position.step == optimisation.steps;
             let log_now =
-                position.step.is_multiple_of(plan.log_every) || done || position.step == 1;
+                position.step.is_multiple_of(optimisation.log_every) || done || position.step == 1;
             report
                 .scalars
                 .0
                 .extend([("lr", learner.lr_current()), ("grad_norm", norm)]);
             if log_now {
                 let seconds = since.elapsed().as_secs_f64();
-                let rate = ((position.step - logged) * plan.batch) as f64 / seconds.max(1e-9);
+                let rate =
+                    ((position.step - logged) * optimisation.batch) as f64 / seconds.max(1e-9);
                 report.scalars.0.push(("images_per_second", rate));
                 (since, logged) = (Instant::now(), position.step);
                 let mut record = serde_json::Map::from_iter([
@@ -245,7 +170,7 @@ where
                 }
             }
             (observer.step)(position.step - 1, &learner.model(), ema)?;
-            let progress = Progress::new(position.step, plan.steps);
+            let progress = Progress::new(position.step, optimisation.steps);
             let item = TrainingItem::new(
                 report,
                 progress,
@@ -254,15 +179,15 @@ where
                 Some(learner.lr_current()),
             );
             processor.process_train(LearnerEvent::ProcessedItem(item));
-            if bad >= plan.max_bad_steps {
+            if bad >= optimisation.max_bad_steps {
                 return Err(TrainingError::Diverged {
                     count: bad,
                     step: position.step - 1,
-                    directory: plan.directory.join(CHECKPOINTS),
+                    directory: training.directory.join(CHECKPOINTS),
                 });
             }
             let stopping = stop();
-            if !done && (stopping || position.step.is_multiple_of(plan.checkpoint_every)) {
+            if !done && (stopping || position.step.is_multiple_of(optimisation.checkpoint_every)) {
                 position.mean_loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
                 if !losses.is_empty()
                     && position
@@ -272,7 +197,7 @@ where
                     position.best = Some((position.step, position.mean_loss));
                 }
                 losses.clear();
-                store.save(position, &learner.model(), ema, &self.optimizer, plan)?;
+                store.save(position, &learner.model(), ema, &self.optimizer, training)?;
             }
             if stopping {
                 break;

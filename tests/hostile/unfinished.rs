@@ -15,7 +15,7 @@ use tinyfusion::data::{
 use tinyfusion::models::{Classifier, ClassifierConfig};
 use tinyfusion::process::{GaussianDiffusion, Times};
 use tinyfusion::state::collect;
-use tinyfusion::training::{About, ClassifierTrainee, Fit, Fitted, Plan, TrainingError, fit};
+use tinyfusion::training::{self, ClassifierTrainee, Fit, Fitted, Optimisation, TrainingError};
 use tinyfusion::weights::read_vae;
 
 use super::mutation::Form;
@@ -72,27 +72,16 @@ fn train(
         candidates: Vec::new(),
     };
     let source = BatchSource::new(batches, Arc::new(Digits::new(Split::Train)));
-    let plan = Plan {
-        name: "classifier".into(),
-        steps,
+    let optimisation = Optimisation {
         batch: 2,
-        accumulate: 1,
-        lr: 1e-3,
-        final_lr: 1e-3,
-        warmup: 0,
-        weight_decay: 0.0,
-        clip: 1.0,
         ema: 0.9,
         ema_warmup: false,
         checkpoint_every: 1,
         keep_last: 1,
-        log_every: 2,
         max_bad_steps: 1,
-        fingerprint: "hostile".into(),
-        description: None,
-        directory: folder.to_owned(),
-        about: About::default(),
+        ..Optimisation::new(steps)
     };
+    let training = training::Training::new("classifier", optimisation, folder);
     let batches = move |start: usize| -> Arc<dyn Feed<Training, _>> {
         Arc::new(Batches::new(
             source,
@@ -102,18 +91,8 @@ fn train(
             &NdArrayDevice::default(),
         ))
     };
-    fit(
-        ClassifierTrainee { classifier },
-        Fit {
-            plan,
-            resume: true,
-            groups: Vec::new(),
-            batches: Box::new(batches),
-            curves: Vec::new(),
-            observe: None,
-            plain: true,
-        },
-    )
+    let fit = Fit::new(training, batches).resume(true).plain(true);
+    fit.run(ClassifierTrainee { classifier })
 }
 
 /// A training's last checkpoint. A checksum covers it.

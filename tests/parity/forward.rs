@@ -1,7 +1,7 @@
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use tinyfusion::data::Batch;
-use tinyfusion::models::{Network, timestep_features, zoo};
+use tinyfusion::models::{Denoiser, Network, timestep_features, zoo};
 use tinyfusion::ops::TrainingBackend;
 use tinyfusion::process::{AnyProcess, GaussianDiffusion, Guidance, guided};
 use tinyfusion::pruning::{Annealing, Groups, LearnedPruner, Update};
@@ -343,7 +343,8 @@ pub fn prune_forward<B: TrainingBackend>(slack: f64) {
             annealing.clone(),
             diffusion.clone(),
             0,
-        );
+        )
+        .unwrap();
         let mut state = base.clone();
         state.extend(gates.clone());
         if mode == "lora" {

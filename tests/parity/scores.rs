@@ -1,3 +1,4 @@
+use tinyfusion::models::Prunable;
 use tinyfusion::ops::TrainingBackend;
 use tinyfusion::process::GaussianDiffusion;
 use tinyfusion::pruning::{Score, ScoreBatch, keep_by_scores, score};
@@ -98,7 +99,7 @@ pub fn prune_scores<B: TrainingBackend>(slack: f64) {
     let argument: Vec<usize> =
         serde_json::from_str(by_index["argument"].as_str().unwrap()).unwrap();
     let pruned = network.keep(&argument);
-    assert_eq!(pruned.depth(), usizes_of(&by_index["kept"]).len());
+    assert_eq!(pruned.trunk().depth, usizes_of(&by_index["kept"]).len());
     assert_eq!(
         collect::<B::InnerBackend, _>(&pruned),
         group.state(by_index["file"].as_str().unwrap())

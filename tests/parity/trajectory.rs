@@ -4,6 +4,7 @@ use burn::tensor::backend::Backend;
 use serde_json::Value;
 use tinyfusion::data::Batch;
 use tinyfusion::models::DitConfig;
+use tinyfusion::models::Prunable;
 use tinyfusion::ops::TrainingBackend;
 use tinyfusion::process::{AnyProcess, GaussianDiffusion};
 use tinyfusion::pruning::{Annealing, Groups, LearnedPruner, Update};
@@ -194,7 +195,8 @@ pub fn prune_trajectory<B: TrainingBackend>(slack: f64) {
         annealing,
         diffusion,
         0,
-    );
+    )
+    .unwrap();
     let mut state = collect::<B, _>(&pruner);
     state.extend(group.state("lora_init.safetensors"));
     let mut pruner = assign::<B, _>(pruner, &state, &group.path, "the gated model").unwrap();

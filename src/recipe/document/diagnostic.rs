@@ -54,11 +54,18 @@ impl Diagnostic {
     }
 }
 
+/// Longer words are no typing mistakes; comparing two takes time by the product of their lengths.
+const LONGEST: usize = 200;
+
 /// The candidate within a third of its length in edits of `written`, as cargo does it.
 fn nearest<'c>(written: &str, candidates: impl IntoIterator<Item = &'c str>) -> Option<&'c str> {
+    if written.len() > LONGEST {
+        return None;
+    }
     let limit = written.chars().count().max(3) / 3;
     candidates
         .into_iter()
+        .filter(|candidate| candidate.len() <= 2 * LONGEST)
         .map(|candidate| (strsim::damerau_levenshtein(written, candidate), candidate))
         .filter(|&(distance, _)| distance <= limit)
         .min_by_key(|&(distance, _)| distance)
@@ -195,6 +202,13 @@ mod tests {
 
     fn at(start: usize, end: usize) -> Diagnostic {
         Diagnostic::new(&Origin::Span { start, end }, "wrong")
+    }
+
+    #[test]
+    fn long_words_are_not_compared() {
+        let long = "steps".repeat(LONGEST);
+        assert_eq!(nearest("stpes", ["seed", &long, "steps"]), Some("steps"));
+        assert_eq!(nearest(&long, [&*long]), None);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! What stages cost: images, floating-point operations, memory.
 
 use crate::models::DitConfig;
-use crate::recipe::schema::optimisation::Optimisation;
 use crate::sampling::Sampling;
+use crate::training::Optimisation;
 
 pub(crate) fn images(optimisation: &Optimisation) -> usize {
     optimisation.steps * optimisation.batch

@@ -19,7 +19,6 @@ use self::evaluate::{check_sampling, is_pixels, latents_need_a_vae, plan_evaluat
 use self::known::{Known, Problem, keeps_weights};
 use self::missing::{Missing, MissingFile, Role, refuse};
 use super::RecipeError;
-use super::schema::optimisation::Optimisation;
 use super::schema::prune::{Prune, PruneMethod, Scored};
 use super::schema::recover::{Recover, RecoverMethod};
 use super::schema::sample::Against;
@@ -31,6 +30,7 @@ use crate::models::{Architecture, DitConfig, zoo};
 use crate::process::ProcessKind;
 use crate::pruning::{Update, oracle};
 use crate::report::{scientific, thousands};
+use crate::training::Optimisation;
 use crate::training::share_of_start;
 
 /// A recipe with every stage's models known.

@@ -3,24 +3,25 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use burn::module::AutodiffModule;
 use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::{Tensor, TensorData};
+use burn::train::TrainStep;
 use sha2::{Digest, Sha256};
 
 use super::directory::RunDirectory;
 use super::models::{MODEL, checkpoint};
-use crate::data::{BatchPlan, BatchSource, Batches, Split, Teacher};
+use crate::data::{Batch, BatchPlan, BatchSource, Batches, Feed, Split, Teacher};
 use crate::models::{Architecture, Classifier, DitConfig, Network, initialise};
 use crate::ops::TrainingBackend;
 use crate::process::{AnyProcess, Process, ProcessKind};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::PlannedStage;
-use crate::recipe::schema::optimisation::Optimisation;
 use crate::recipe::schema::train::Train;
 use crate::recipe::schema::{Recipe, Stage};
 use crate::recovery::Student;
 use crate::state::{assign, collect};
-use crate::training::{About, ClassifierTrainee, Fit, Fitted, Observe, ParameterGroup, Plan, fit};
+use crate::training::{About, ClassifierTrainee, Fit, Fitted, Optimisation, StepReport, Training};
 use crate::weights::{Checkpoint, Provenance};
 
 /// What every stage needs.
@@ -53,7 +54,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             .map(|source| self.load(source))
             .transpose()?;
         let seed = self.recipe.seed;
-        let mut plan = self.plan(stage, &train.optimisation, folder, &[parent.as_ref()])?;
+        let mut training = self.training(stage, &train.optimisation, folder, &[parent.as_ref()])?;
         let provenance = self.provenance(
             &stage.name,
             "train",
@@ -61,9 +62,10 @@ impl<B: TrainingBackend> Context<'_, B> {
             parent.as_ref(),
         )?;
         if let Some(architecture) = &planned.after {
-            plan.describe(architecture.clone(), planned.process, provenance.clone());
+            training.describe(architecture.clone(), planned.process, provenance.clone());
         }
         let at = folder.join(MODEL);
+        let steps = train.optimisation.steps;
         match planned.after.as_ref() {
             Some(Architecture::Dit(config)) => {
                 let network = match &parent {
@@ -76,20 +78,13 @@ impl<B: TrainingBackend> Context<'_, B> {
                     }
                 };
                 let process = planned.process.unwrap_or(ProcessKind::Gaussian).process();
-                let student = Student::new(network, None, process.clone(), plan.steps);
+                let student = Student::new(network, None, process.clone(), steps);
                 let (label_drop, none) = (train.label_drop, Vec::new());
                 let source =
                     self.source(config, &process, &train.optimisation, label_drop, none)?;
                 let curves = process.names().0.to_vec();
-                let fitted = self.fit(
-                    student,
-                    plan,
-                    Vec::new(),
-                    (source, process),
-                    None,
-                    curves,
-                    None,
-                )?;
+                let fit = self.over(training, (source, process), None);
+                let fitted = finished(fit.curves(curves).run(student)?, steps)?;
                 Checkpoint::of(&fitted.ema.network, provenance, &at)
                     .of_process(planned.process)
                     .write()?;
@@ -120,15 +115,9 @@ impl<B: TrainingBackend> Context<'_, B> {
                 let source = self.source(&shape, &any, &train.optimisation, 0.0, Vec::new())?;
                 // Before the training, so that a mistake in it shows before.
                 let test = self.held_out()?;
-                let fitted = self.fit(
-                    ClassifierTrainee { classifier },
-                    plan,
-                    Vec::new(),
-                    (source, any),
-                    None,
-                    vec!["accuracy"],
-                    None,
-                )?;
+                let fit = self.over(training, (source, any), None);
+                let fit = fit.curves(vec!["accuracy"]);
+                let fitted = finished(fit.run(ClassifierTrainee { classifier })?, steps)?;
                 let (model, mut provenance) = (fitted.ema.classifier, provenance);
                 provenance.note = match test {
                     Some(test) => {
@@ -148,57 +137,31 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)] // The one place where all of a training's parts meet.
-    pub(crate) fn fit<M>(
+    /// A training on the recipe's data, under a teacher if there is one.
+    pub(crate) fn over<M>(
         &self,
-        model: M,
-        plan: Plan,
-        groups: Vec<ParameterGroup>,
+        training: Training,
         (source, process): (BatchSource, AnyProcess),
-        teacher: Option<Teacher<B>>,
-        curves: Vec<&'static str>,
-        observe: Option<Observe<B, M>>,
-    ) -> Result<Fitted<B, M>, RecipeError>
+        teacher: Option<Teacher<B::InnerBackend>>,
+    ) -> Fit<B, M>
     where
-        M: burn::train::TrainStep<
-                Input = crate::data::Batch<B>,
-                Output = crate::training::StepReport,
-            > + burn::module::AutodiffModule<B>
-            + std::fmt::Display
-            + 'static,
-        M::InnerModule: burn::train::InferenceStep<Input = (), Output = ()>,
+        M: TrainStep<Input = Batch<B>, Output = StepReport>,
     {
-        let (steps, parts, device) = (plan.steps, plan.accumulate, self.device.clone());
-        let batches = move |start: usize| -> Arc<dyn crate::data::Feed<B, crate::data::Batch<B>>> {
-            let batches = Batches::<B>::new(source, start, steps, process, &device).in_parts(parts);
+        let Optimisation {
+            steps, accumulate, ..
+        } = training.optimisation;
+        let device = self.device.clone();
+        let batches = move |start: usize| -> Arc<dyn Feed<B, Batch<B>>> {
+            let batches =
+                Batches::<B>::new(source, start, steps, process, &device).in_parts(accumulate);
             match teacher {
-                Some((network, layers)) => Arc::new(batches.with_teacher(network, layers)),
+                Some(teacher) => Arc::new(batches.with_teacher(teacher)),
                 None => Arc::new(batches),
             }
         };
-        let fitted = fit(
-            model,
-            Fit {
-                plan,
-                resume: self.resume,
-                groups,
-                batches: Box::new(batches),
-                curves,
-                observe,
-                plain: self.plain,
-            },
-        )?;
-        if fitted.skipped > 0 {
-            crate::say!(
-                "{} steps were skipped for a loss that was not finite",
-                fitted.skipped
-            );
-        }
-        if fitted.steps < steps {
-            Err(RecipeError::Interrupted)
-        } else {
-            Ok(fitted)
-        }
+        Fit::new(training, batches)
+            .resume(self.resume)
+            .plain(self.plain)
     }
 
     pub(crate) fn source(
@@ -222,36 +185,22 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(BatchSource::new(plan, self.part(Split::Train)?))
     }
 
-    pub(crate) fn plan(
+    pub(crate) fn training(
         &self,
         stage: &Stage,
         optimisation: &Optimisation,
         folder: &Path,
         parents: &[Option<&Checkpoint>],
-    ) -> Result<Plan, RecipeError> {
+    ) -> Result<Training, RecipeError> {
         let mut hash = Sha256::new();
         hash.update(super::directory::json(stage)?);
         hash.update(self.recipe.seed.to_le_bytes());
         for parent in parents.iter().flatten() {
             hash.update(parent.fingerprint()?);
         }
-        let o = optimisation.clone();
-        Ok(Plan {
+        Ok(Training {
             name: stage.name.clone(),
-            steps: o.steps,
-            batch: o.batch,
-            accumulate: o.accumulate,
-            lr: o.lr,
-            final_lr: o.final_lr,
-            warmup: o.warmup,
-            weight_decay: o.weight_decay,
-            clip: o.clip,
-            ema: o.ema,
-            ema_warmup: o.ema_warmup,
-            checkpoint_every: o.checkpoint_every,
-            keep_last: o.keep_last,
-            log_every: o.log_every,
-            max_bad_steps: o.max_bad_steps,
+            optimisation: optimisation.clone(),
             fingerprint: format!("{:x}", hash.finalize()),
             description: None,
             directory: folder.to_owned(),
@@ -316,4 +265,21 @@ pub(crate) fn images<B: burn::tensor::backend::Backend>(
     device: &B::Device,
 ) -> Tensor<B, 4> {
     Tensor::from_data(TensorData::new(pixels, shape), device)
+}
+
+/// What a training left, unless a person stopped it before its last step.
+pub(crate) fn finished<B: TrainingBackend, M: AutodiffModule<B>>(
+    fitted: Fitted<B, M>,
+    steps: usize,
+) -> Result<Fitted<B, M>, RecipeError> {
+    if fitted.skipped > 0 {
+        crate::say!(
+            "{} steps were skipped for a loss that was not finite",
+            fitted.skipped
+        );
+    }
+    match fitted.steps < steps {
+        true => Err(RecipeError::Interrupted),
+        false => Ok(fitted),
+    }
 }

@@ -332,7 +332,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             let read = read(&classifier, config, samples.pixels(), self.device)?;
             let mut verdict = judge.verdict(&name, &read, &drawn.labels)?;
             verdict.parameters = Some(network.config().parameters());
-            verdict.depth = Some(network.depth());
+            verdict.depth = Some(network.config().depth);
             verdict.macs = Some(network.config().macs());
             verdicts.push(verdict);
             checkpoints.push(checkpoint);

@@ -5,10 +5,10 @@ use std::sync::PoisonError;
 
 use serde::{Deserialize, Serialize};
 
-use super::context::Context;
+use super::context::{Context, finished};
 use super::models::MODEL;
 use crate::data::{BatchPlan, BatchSource, Split};
-use crate::models::{Architecture, DitConfig};
+use crate::models::{Architecture, DitConfig, Prunable};
 use crate::ops::TrainingBackend;
 use crate::process::{Process, Times};
 use crate::pruning::{
@@ -157,7 +157,11 @@ impl<B: TrainingBackend> Context<'_, B> {
             annealing,
             process.clone(),
             self.recipe.seed,
-        );
+        )
+        .map_err(|error| RecipeError::Stage {
+            stage: stage.name.clone(),
+            problem: error.to_string(),
+        })?;
         let gates = names::<B, _>(&pruner)
             .into_iter()
             .filter(|parameter| parameter.name.starts_with("gumbel_gates."))
@@ -175,7 +179,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             learned.label_drop,
             candidates,
         )?;
-        let mut plan = self.plan(stage, optimisation, folder, &[Some(parent)])?;
+        let mut training = self.training(stage, optimisation, folder, &[Some(parent)])?;
         // A low-rank update, or gates alone, are no model.
         if learned.update == Update::Full {
             let mut provenance = self.provenance(
@@ -186,12 +190,12 @@ impl<B: TrainingBackend> Context<'_, B> {
             )?;
             provenance.note = "all layers, as a pruning that is under way has changed them".into();
             let architecture = Architecture::Dit(config.clone());
-            plan.describe(architecture, Some(parent.trained_by()), provenance);
+            training.describe(architecture, Some(parent.trained_by()), provenance);
         }
-        let (every, steps) = (plan.log_every, plan.steps);
+        let (every, steps) = (optimisation.log_every, optimisation.steps);
         let log_path = folder.join("decisions.jsonl");
         let observe_path = log_path.clone();
-        let gates = plan.about.gates.clone();
+        let gates = training.about.gates.clone();
         let observed = groups.clone();
         let observe = move |start: usize| -> Result<OnStep<B, LearnedPruner<B>>, TrainingError> {
             let mut log = JsonLines::open(&observe_path, start)?;
@@ -214,15 +218,12 @@ impl<B: TrainingBackend> Context<'_, B> {
             }))
         };
         let curves = [process.names().0, &["tau", "confidence"]].concat();
-        let fitted = self.fit(
-            pruner,
-            plan,
-            vec![group],
-            (source, process),
-            None,
-            curves,
-            Some(Box::new(observe)),
-        )?;
+        let fit = self
+            .over(training, (source, process), None)
+            .groups(vec![group])
+            .curves(curves)
+            .observe(Box::new(observe));
+        let fitted = finished(fit.run(pruner)?, steps)?;
         draw_decisions(&log_path, groups, &folder.join("decisions.svg"))?;
         let decision = fitted.ema.decision(steps.saturating_sub(1));
         for (group, choice) in decision.choices.iter().enumerate() {

@@ -1,10 +1,10 @@
 //! The stage that heals what is left.
 
 use std::path::Path;
-use std::sync::Arc;
 
-use super::context::Context;
+use super::context::{Context, finished};
 use super::models::MODEL;
+use crate::data::teacher;
 use crate::models::Architecture;
 use crate::ops::TrainingBackend;
 use crate::process::{Distillation, MaskedFeatures, Process};
@@ -73,11 +73,12 @@ impl<B: TrainingBackend> Context<'_, B> {
             .flat_map(|distillation| &distillation.features)
             .flat_map(|features| features.taps.iter().map(|tap| tap.1))
             .collect();
-        let teacher = match &teacher_checkpoint {
-            Some(teacher) => Some((
-                Arc::new(teacher.network::<B::InnerBackend>(self.device)?),
-                layers,
-            )),
+        let sees = match &teacher_checkpoint {
+            Some(checkpoint) => {
+                let network = checkpoint.network::<B::InnerBackend>(self.device)?;
+                let process = parent.trained_by().process();
+                Some(teacher(network, process, layers))
+            }
             None => None,
         };
         let mut provenance = self.provenance(
@@ -94,21 +95,22 @@ impl<B: TrainingBackend> Context<'_, B> {
             .as_ref()
             .map(Checkpoint::fingerprint)
             .transpose()?;
-        let mut plan = self.plan(
+        let mut training = self.training(
             stage,
             &recover.optimisation,
             folder,
             &[Some(&parent), teacher_checkpoint.as_ref()],
         )?;
+        let steps = recover.optimisation.steps;
         let kind = parent.trained_by();
         let process = kind.process();
         let architecture = Architecture::Dit(config.clone());
-        plan.describe(architecture, Some(kind), provenance.clone());
+        training.describe(architecture, Some(kind), provenance.clone());
         let student = Student::new(
             parent.network::<B>(self.device)?,
             distillation,
             process.clone(),
-            plan.steps,
+            steps,
         );
         let source = self.source(
             &config,
@@ -119,15 +121,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         )?;
         let (loss, likeness) = process.names();
         let curves = [loss, likeness, &["features"]].concat();
-        let fitted = self.fit(
-            student,
-            plan,
-            Vec::new(),
-            (source, process),
-            teacher,
-            curves,
-            None,
-        )?;
+        let fit = self.over(training, (source, process), sees);
+        let fitted = finished(fit.curves(curves).run(student)?, steps)?;
         let healed = Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL));
         Ok(healed.of_process(Some(kind)).write()?)
     }

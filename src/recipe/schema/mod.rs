@@ -19,7 +19,6 @@ use serde::Serialize;
 
 use self::data::{Data, Shape};
 use self::extract::Extract;
-use self::optimisation::Optimisation;
 use self::prune::{Prune, PruneMethod};
 use self::recover::Recover;
 use self::sample::{Evaluate, Sample};
@@ -29,6 +28,7 @@ use super::document::diagnostic::Diagnostics;
 use super::document::reader::{Section, Sink};
 use super::document::{Document, string_in, title};
 use crate::backend::{BackendKind, Compute};
+use crate::training::Optimisation;
 
 /// A validated recipe.
 ///

@@ -2,12 +2,13 @@
 
 use serde::{Serialize, Serializer};
 
-use super::optimisation::{Optimisation, POSITIVE, label_drop, positive};
+use super::optimisation::{self, POSITIVE, label_drop, positive};
 use super::source::{Lineage, Source};
 use crate::pruning::{Group, GroupError, Groups, Update};
 use crate::recipe::document::diagnostic::Diagnostic;
 use crate::recipe::document::reader::Section;
 use crate::recipe::document::{Node, Value, string_in};
+use crate::training::Optimisation;
 
 /// The deepest trunk a recipe can speak of.
 const MAX_DEPTH: usize = 4096;
@@ -165,7 +166,7 @@ const METHODS: [(&str, Method); 7] = [
 /// The largest number of a random choice.
 const MOST_DRAWS: u64 = 1_000_000;
 
-/// What some method reads, besides [`Optimisation::KEYS`].
+/// What some method reads, besides [`optimisation::KEYS`].
 const KEYS: &[&str] = &[
     "groups",
     "keep",
@@ -194,7 +195,7 @@ impl Prune {
         };
         let Some(method) = method else {
             section.accept(KEYS);
-            section.accept(&Optimisation::KEYS);
+            section.accept(&optimisation::KEYS);
             return None;
         };
 
@@ -223,7 +224,7 @@ impl Prune {
         let name = string_in(section.table(), "method").unwrap_or("learned");
         let by = format!("method {name:?}");
         section.refuse(KEYS, &by);
-        section.refuse(&Optimisation::KEYS, &by);
+        section.refuse(&optimisation::KEYS, &by);
         Some(Self {
             from: from?,
             method: read?,
@@ -255,7 +256,7 @@ impl Scored {
 impl Learned {
     fn read(section: &Section<'_>) -> Option<Self> {
         let groups = section.value("groups", GroupsSpec::parse).required();
-        let optimisation = Optimisation::read(section, 1e-4, 1.0);
+        let optimisation = optimisation::optimisation(section, 1e-4, 1.0);
         let label_drop = label_drop(section);
         let update = read_update(section);
         let gate_lr = section.float("gate_lr", positive(10.0)).optional();

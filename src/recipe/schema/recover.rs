@@ -2,10 +2,11 @@
 
 use serde::Serialize;
 
-use super::optimisation::{Optimisation, POSITIVE, label_drop};
+use super::optimisation::{POSITIVE, label_drop, optimisation};
 use super::source::{Lineage, Source};
 use crate::recipe::document::reader::Section;
 use crate::recipe::document::{Node, string_in};
+use crate::training::Optimisation;
 
 /// `kind = "recover"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -97,7 +98,7 @@ impl Recover {
     pub(crate) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
         let from = lineage.from(section);
         let method = section.choice("method", &METHODS).required();
-        let optimisation = Optimisation::read(section, 2e-4, 0.5);
+        let optimisation = optimisation(section, 2e-4, 0.5);
         let label_drop = label_drop(section);
         let Some(method) = method else {
             section.accept(KEYS);

@@ -3,13 +3,14 @@
 use serde::Serialize;
 
 use super::data::Shape;
-use super::optimisation::{Optimisation, label_drop, positive};
+use super::optimisation::{label_drop, optimisation, positive};
 use super::source::{Lineage, Source};
 use crate::models::zoo::PRESETS;
 use crate::models::{ClassifierConfig, DitConfig};
 use crate::process::ProcessKind;
 use crate::recipe::document::reader::Section;
 use crate::recipe::document::string_in;
+use crate::training::Optimisation;
 
 /// `kind = "train"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -36,7 +37,7 @@ impl Train {
         let from = section.value("from", |node| lineage.source(node));
         let from_scratch = from.is_absent();
         let from = from.optional();
-        let optimisation = Optimisation::read(section, 1e-3, 0.0);
+        let optimisation = optimisation(section, 1e-3, 0.0);
         let label_drop = label_drop(section);
         let architecture = section.section("architecture");
         let architecture = if from_scratch {

@@ -1,8 +1,9 @@
 //! The operators as nodes of the autodiff graph.
 //!
-//! Each node keeps the operator's inputs and calls the backend's own backward half. Two things Burn's composed
-//! operators do that cost a pass over memory each are avoided: a sum of gradients is formed inside the operator that
-//! computes the second of them ([`earlier`]), and a slice's gradient is written into the whole once.
+//! Each node keeps the operator's inputs and calls the backend's own backward half. Two memory
+//! passes of Burn's composed operators are saved: a sum of gradients is formed inside the operator
+//! that computes the second of them ([`earlier`]), and a slice's gradient is written into the whole
+//! once.
 
 use burn::backend::Autodiff;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -33,7 +34,7 @@ fn inner<B: FusedOps, const D: usize>(x: &Tracked<B>) -> Tensor<B, D> {
     tensor(x.primitive.clone())
 }
 
-/// Makes a node of `inputs`, computed by `$forward`, whose backward step is `$operator` with `$state`.
+/// Makes a node of `inputs` with output `$output`; its backward step is `$operator` with `$state`.
 macro_rules! node {
     ($operator:expr, [$($input:ident),+], $output:expr, $state:expr) => {{
         let output = primitive($output);
@@ -46,7 +47,7 @@ macro_rules! node {
     }};
 }
 
-/// Registers a gradient for a parent that waits for one.
+/// Registers a gradient for a parent that needs one.
 macro_rules! give {
     ($grads:expr, $parent:expr, $gradient:expr) => {
         if let (Some(parent), Some(gradient)) = (&$parent, $gradient) {
@@ -55,7 +56,7 @@ macro_rules! give {
     };
 }
 
-/// Takes the gradient that parent `index` has received so far, for the operator to add its own to.
+/// Takes the gradient that parent `index` has so far, so that the operator can add its own.
 fn earlier<B: FusedOps, S, const N: usize>(
     ops: &Ops<S, N>,
     index: usize,
@@ -63,7 +64,7 @@ fn earlier<B: FusedOps, S, const N: usize>(
     any: &FloatTensor<B>,
 ) -> Option<FloatTensor<B>> {
     let node = ops.parents[index].clone()?;
-    // The container looks at the node alone; the tensor is there because its signature asks for one.
+    // The container is keyed by the node alone; the tensor only fills the signature.
     grads.remove::<B>(&Tracked::<B> {
         rc: std::sync::Arc::new(node.id),
         primitive: any.clone(),
@@ -118,9 +119,9 @@ struct LinearNode;
 
 #[derive(Debug, Clone)]
 struct LinearState<B: FusedOps> {
-    /// [rows, in]
+    /// `[rows, in]`
     x: Tensor<B, 2>,
-    /// The input's own shape.
+    /// Shape of the input, before its flattening to rows.
     shape: Vec<usize>,
     weights: LinearWeights<B>,
     activation: Activation,
@@ -183,7 +184,7 @@ impl<B: FusedOps> Backward<B, 3> for ModulatedNorm {
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let gradient = grads.consume::<B>(&ops.node);
-        // The residual branch has left its gradient of x by now.
+        // The residual branch has already registered its gradient of x.
         let sum = earlier::<B, _, 3>(&ops, 0, grads, &gradient).map(tensor);
         let (x, scale, epsilon) = ops.state;
         let gradients = B::modulated_norm_backward(tensor(gradient), x, scale, epsilon, sum);
@@ -285,7 +286,7 @@ impl<B: FusedOps> Backward<B, 3> for Blend {
 struct Columns;
 
 impl<B: FusedOps> Backward<B, 1> for Columns {
-    /// Shape of the whole, and the first column.
+    /// Shape of the whole tensor, and the first column of the slice.
     type State = ([usize; 2], usize);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {

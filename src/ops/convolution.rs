@@ -1,23 +1,23 @@
-//! A convolution over the two sides of an image.
+//! A convolution over height and width.
 
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::FusedOps;
 
-/// Where the kernel of a convolution stands: what lies around the image, and how far apart two places are.
+/// Padding and stride of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
-    /// Rows and columns from one place to the next.
+    /// Rows and columns between neighbouring places of the kernel.
     pub stride: [usize; 2],
-    /// Zeros above and left of the image.
+    /// Rows and columns of zeros above and left of the image.
     pub before: [usize; 2],
-    /// Zeros below and right of it.
+    /// Rows and columns of zeros below and right of the image.
     pub after: [usize; 2],
 }
 
 impl Window {
-    /// Every place of an image between as many zeros on either side, `[rows, columns]`.
+    /// Stride 1, with the same padding `[rows, columns]` on both sides.
     pub const fn padded(padding: [usize; 2]) -> Self {
         Self {
             stride: [1; 2],
@@ -26,7 +26,7 @@ impl Window {
         }
     }
 
-    /// The same window at every `stride`-th row and column.
+    /// The same padding with this stride along both sides.
     pub const fn every(self, stride: usize) -> Self {
         Self {
             stride: [stride; 2],
@@ -34,7 +34,7 @@ impl Window {
         }
     }
 
-    /// Height and width of what a kernel makes of an image.
+    /// Height and width of the result for an image and a kernel of these sizes.
     ///
     /// # Panics
     /// When the kernel is larger than the padded image.
@@ -78,7 +78,7 @@ impl<B: Backend> Convolution<B> {
         }
     }
 
-    /// The same without a bias.
+    /// The same convolution without a bias.
     #[must_use]
     pub fn without_bias(self) -> Self {
         Self { bias: None, ..self }
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn the_size_of_what_comes_out() {
-        // A 3 x 3 kernel at every second place of 299 values: (299 - 3) / 2 + 1.
+        // A 3 x 3 kernel with stride 2 on 299 values: (299 - 3) / 2 + 1 = 149.
         let window = Window::padded([0; 2]).every(2);
         assert_eq!(window.output([299, 300], [3, 3]), [149, 149]);
         let window = Window {

@@ -29,7 +29,7 @@ pub struct Lora<B: Backend> {
     pub scale: f64,
 }
 
-/// Names the sides of a linear layer where an initial value needs them.
+/// Sizes of a linear layer, for initialisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LinearLayout {
     /// Input features.
@@ -41,8 +41,8 @@ pub struct LinearLayout {
 impl<B: Backend> Linear<B> {
     /// A layer of zeros, to be filled from a checkpoint or an initialisation.
     ///
-    /// The weight is made when it is first asked for: a checkpoint that fills it before spares writing the zeros, which
-    /// would be half the time of opening one.
+    /// The weight is allocated on first use: a checkpoint fills it before that, and skipping the
+    /// zeros halves the time of opening one.
     pub fn zeros(input: usize, output: usize, device: &B::Device) -> Self {
         let shape = [output, input];
         let zeros = move |device: &B::Device, learns: bool| {
@@ -61,7 +61,7 @@ impl<B: Backend> Linear<B> {
         LinearLayout { input, output }
     }
 
-    /// Freezes the layer and adds a low-rank update of zeros to it; A and B are filled by the caller.
+    /// Freezes the layer and adds a low-rank update of zeros; the caller fills A and B.
     pub fn attach_lora(&mut self, rank: usize, alpha: f64) {
         let LinearLayout { input, output } = self.layout();
         let device = self.weight.val().device();
@@ -79,7 +79,7 @@ impl<B: FusedOps> Linear<B> {
         self.forward_activated(x, Activation::Identity)
     }
 
-    /// Applies the layer to the activated `x`.
+    /// Applies the layer to `activation(x)`.
     pub fn forward_activated<const D: usize>(
         &self,
         x: Tensor<B, D>,

@@ -1,10 +1,12 @@
-//! Tensor operators the models share.
+//! Tensor operators that the models share.
 //!
-//! [`FusedOps`] is the place for kernels. Each operator is a pair, forward and backward, and each method's default is
-//! composed of Burn's operators (the slow, exact reference, in [`mod@reference`]); a backend overrides what it can do
-//! faster. `Autodiff<B>` joins the pairs into nodes of the graph (see `autodiff.rs`), so a backend's kernels train
-//! without the backend knowing anything of differentiation. (Convolution and group normalisation, through which nothing
-//! large is trained, have no backward half: a graph holds their reference.) Models call the trait and never know.
+//! [`FusedOps`] is the place for kernels. Each operator is a pair, forward and backward. The
+//! default of each method is composed of Burn's operators (the slow, exact reference, in
+//! [`mod@reference`]); a backend overrides what it can do faster. `Autodiff<B>` joins the pairs
+//! into nodes of the graph (see `autodiff.rs`), so a backend's kernels train without any
+//! differentiation code of their own. (Convolution and group normalisation, through which nothing
+//! large is trained, have no backward half: a graph holds their reference.) Models call the trait
+//! and don't depend on the backend.
 //!
 //! ```text
 //! models ──> FusedOps ──┬─ Autodiff<B>: one graph node an operator, then B's forward and backward
@@ -63,20 +65,20 @@ pub struct LoraWeights<B: Backend> {
     pub scale: f64,
 }
 
-/// Which gradients of a linear layer somebody waits for.
+/// Which gradients of a linear layer are required.
 #[derive(Debug, Clone, Copy)]
 pub struct LinearWants {
-    /// The input's.
+    /// That of the input.
     pub x: bool,
-    /// The weight's.
+    /// That of the weight.
     pub weight: bool,
-    /// The bias'.
+    /// That of the bias.
     pub bias: bool,
-    /// Those of a low-rank update.
+    /// Those of the low-rank update.
     pub lora: bool,
 }
 
-/// Gradients of a linear layer; what was not asked for may be missing.
+/// Gradients of a linear layer; those not required may be missing.
 #[derive(Debug, Clone)]
 pub struct LinearGradients<B: Backend> {
     /// `[rows, in]`
@@ -92,7 +94,7 @@ pub struct LinearGradients<B: Backend> {
 /// Gradients of [`FusedOps::modulated_norm`].
 #[derive(Debug, Clone)]
 pub struct NormGradients<B: Backend> {
-    /// `[batch, tokens, width]`, with what was there before added.
+    /// `[batch, tokens, width]`, including the earlier gradient.
     pub x: Tensor<B, 3>,
     /// `[batch, width]`
     pub shift: Tensor<B, 2>,
@@ -111,21 +113,21 @@ pub struct ConvolutionGradients<B: Backend> {
     pub bias: Tensor<B, 1>,
 }
 
-/// What [`FusedOps::group_norm`] does besides its tensors.
+/// Settings of [`FusedOps::group_norm`].
 #[derive(Debug, Clone, Copy)]
 pub struct GroupNormOptions {
     /// Number of groups; it divides the channels.
     pub groups: usize,
     /// Added to the variance.
     pub epsilon: f64,
-    /// What is applied last.
+    /// Applied to the result.
     pub activation: Activation,
 }
 
 /// One step of AdamW for one parameter.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamWStep {
-    /// What the gradient is multiplied by before anything else, such as a clip's factor.
+    /// Factor of the gradient, such as that of clipping, applied first.
     pub gradient_scale: f64,
     /// The parameter's learning rate.
     pub lr: f64,
@@ -139,24 +141,24 @@ pub struct AdamWStep {
     pub time: i32,
 }
 
-/// A parameter and its moments, flat or of any shape, all alike.
+/// A parameter and its moments, all of one shape.
 #[derive(Debug, Clone)]
 pub struct AdamWState<B: Backend, const D: usize> {
     /// The parameter.
     pub value: Tensor<B, D>,
     /// Running mean of gradients.
     pub first: Tensor<B, D>,
-    /// Running mean of their squares.
+    /// Running mean of squared gradients.
     pub second: Tensor<B, D>,
 }
 
-/// Operators a diffusion transformer spends its time on.
+/// Operators in which a diffusion transformer spends its time.
 ///
-/// The defaults are the reference; an override must agree with [`mod@reference`] to the last few bits, forward and
-/// backward. Nothing here is particular to a device: shapes are whole batches, and what is saved for the backward
-/// pass are the operator's own inputs.
+/// The defaults are the reference; an override must agree with [`mod@reference`] to the last few
+/// bits, forward and backward. Nothing here is specific to a device: shapes are whole batches, and
+/// the backward pass keeps only the operator's own inputs.
 pub trait FusedOps: Backend {
-    /// What the head dimension is padded to a multiple of; 1 is no padding.
+    /// The head dimension is padded to a multiple of this; 1 is no padding.
     fn head_multiple() -> usize {
         1
     }
@@ -175,10 +177,11 @@ pub trait FusedOps: Backend {
         gradient * reference::activate_derivative(x, activation)
     }
 
-    /// A linear layer on the last dimension of the activated input: `act(x) W^T + b`, and `scale act(x) A^T B^T` if it
-    /// carries a low-rank update.
+    /// A linear layer on the last dimension of the activated input: `act(x) W^T + b`, plus
+    /// `scale act(x) A^T B^T` if it carries a low-rank update.
     ///
-    /// The activation stands before the product, not after it, because then `x` alone is kept for the backward pass.
+    /// The activation comes before the product, not after it, so that only `x` is kept for the
+    /// backward pass.
     fn linear_layer<const D: usize>(
         x: Tensor<Self, D>,
         weights: LinearWeights<Self>,
@@ -187,7 +190,8 @@ pub trait FusedOps: Backend {
         reference::linear(x, weights, activation)
     }
 
-    /// Gradients of [`linear_layer`](Self::linear_layer): `gradient` is `[rows, out]`, `x` `[rows, in]`.
+    /// Gradients of [`linear_layer`](Self::linear_layer): `gradient` is `[rows, out]`, `x`
+    /// `[rows, in]`.
     fn linear_layer_backward(
         gradient: Tensor<Self, 2>,
         x: Tensor<Self, 2>,
@@ -198,8 +202,9 @@ pub trait FusedOps: Backend {
         reference::linear_backward(gradient, x, weights, activation, wants)
     }
 
-    /// `(1 + scale) norm(x) + shift`, where norm is layer normalisation over the last dimension without affine
-    /// parameters. `x` is `[batch, tokens, width]`, `shift` and `scale` are `[batch, width]`.
+    /// `(1 + scale) norm(x) + shift`, where norm is layer normalisation over the last dimension
+    /// without affine parameters. `x` is `[batch, tokens, width]`, `shift` and `scale` are
+    /// `[batch, width]`.
     fn modulated_norm(
         x: Tensor<Self, 3>,
         shift: Tensor<Self, 2>,
@@ -209,7 +214,8 @@ pub trait FusedOps: Backend {
         reference::modulated_norm(x, shift, scale, epsilon)
     }
 
-    /// Gradients of [`modulated_norm`](Self::modulated_norm), that of `x` added to `sum` if there is one.
+    /// Gradients of [`modulated_norm`](Self::modulated_norm); that of `x` is added to `sum`, if
+    /// given.
     fn modulated_norm_backward(
         gradient: Tensor<Self, 3>,
         x: Tensor<Self, 3>,
@@ -220,8 +226,8 @@ pub trait FusedOps: Backend {
         reference::modulated_norm_backward(gradient, x, scale, epsilon, sum)
     }
 
-    /// Self-attention of all heads from the fused projection `[batch, tokens, 3 width]` (queries, keys, values in
-    /// that order, each split into `heads`), giving `[batch, tokens, width]`.
+    /// Self-attention of all heads from the fused projection `[batch, tokens, 3 width]` (queries,
+    /// keys, values in that order, each split into `heads`), giving `[batch, tokens, width]`.
     fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize) -> Tensor<Self, 3> {
         reference::qkv_attention(qkv, heads, Self::head_multiple())
     }
@@ -244,7 +250,8 @@ pub trait FusedOps: Backend {
         reference::gated_residual(x, gate, y)
     }
 
-    /// Gradients of [`gated_residual`](Self::gated_residual): of `gate` and of `y`; that of `x` is `gradient` itself.
+    /// Gradients of [`gated_residual`](Self::gated_residual) for `gate` and `y`; that of `x` is
+    /// `gradient` itself.
     fn gated_residual_backward(
         gradient: Tensor<Self, 3>,
         gate: Tensor<Self, 2>,
@@ -258,7 +265,7 @@ pub trait FusedOps: Backend {
         reference::blend(x, y, share)
     }
 
-    /// Gradients of [`blend`](Self::blend), of `x`, `y` and `share`.
+    /// Gradients of [`blend`](Self::blend) for `x`, `y` and `share`.
     fn blend_backward(
         gradient: Tensor<Self, 3>,
         x: Tensor<Self, 3>,
@@ -273,13 +280,14 @@ pub trait FusedOps: Backend {
         activation::softmax(x, 1)
     }
 
-    /// Gradient of [`row_softmax`](Self::row_softmax), where `y` is its result.
+    /// Gradient of [`row_softmax`](Self::row_softmax) with result `y`.
     fn row_softmax_backward(gradient: Tensor<Self, 2>, y: Tensor<Self, 2>) -> Tensor<Self, 2> {
         reference::softmax_backward(gradient, y)
     }
 
-    /// A convolution: `x` is `[batch, in, height, width]`, `weight` `[out, in, kernel height, kernel width]`, `bias`
-    /// `[out]`, the result `[batch, out, height', width']` by [`Window::output`].
+    /// A convolution. `x` is `[batch, in, height, width]`, `weight` is
+    /// `[out, in, kernel height, kernel width]`, `bias` is `[out]`; the result is
+    /// `[batch, out, height', width']` by [`Window::output`].
     fn convolution(
         x: Tensor<Self, 4>,
         weight: Tensor<Self, 4>,
@@ -289,7 +297,7 @@ pub trait FusedOps: Backend {
         reference::convolution(x, weight, bias, window)
     }
 
-    /// Gradients of [`convolution`](Self::convolution); that of `x` only where somebody waits for it.
+    /// Gradients of [`convolution`](Self::convolution); that of `x` only if it is required.
     fn convolution_backward(
         gradient: Tensor<Self, 4>,
         x: Tensor<Self, 4>,
@@ -300,9 +308,10 @@ pub trait FusedOps: Backend {
         reference::convolution_backward(gradient, x, weight, window, wants_x)
     }
 
-    /// Group normalisation (arXiv 1803.08494), activated: `x` is `[batch, channels, height, width]`, normalised
-    /// over the values of each of `groups` equal runs of channels, then scaled and shifted by channel; `scale` and
-    /// `shift` are `[channels]`. Gradients are Burn's own.
+    /// Group normalisation (arXiv 1803.08494) with an activation: `x` is
+    /// `[batch, channels, height, width]`, normalised over each of `groups` equal runs of channels,
+    /// then scaled and shifted by channel; `scale` and `shift` are `[channels]`. Gradients are
+    /// Burn's own.
     fn group_norm(
         x: Tensor<Self, 4>,
         scale: Tensor<Self, 1>,
@@ -349,11 +358,12 @@ pub trait FusedOps: Backend {
 /// Whether matrix products are in bf16.
 static BF16: AtomicBool = AtomicBool::new(false);
 
-/// Sets the type of matrix products from here on, for the whole process: operators are called from many places, and a
-/// run computes all of them alike. Operators with kernels of their own (ndarray's) have no other type than f32.
+/// Sets the type of matrix products for the whole process: operators are called from many places,
+/// and a run computes all of them in one type. Operators with kernels of their own (ndarray's)
+/// support f32 only.
 ///
 /// # Errors
-/// When the backend has no such type.
+/// When the backend does not support the type.
 pub fn set_compute<B: Backend>(compute: Compute, device: &B::Device) -> Result<(), String> {
     if compute == Compute::Bf16 && !B::supports_dtype(device, DType::BF16) {
         return Err(format!(
@@ -377,7 +387,7 @@ pub fn compute() -> Compute {
     }
 }
 
-/// A backend that trains: both it and the one it differentiates have the operators.
+/// A backend that trains: both it and its inner backend have the operators.
 pub trait TrainingBackend: AutodiffBackend<InnerBackend: FusedOps> + FusedOps {}
 
 impl<B: AutodiffBackend<InnerBackend: FusedOps> + FusedOps> TrainingBackend for B {}
@@ -388,7 +398,7 @@ pub fn split<B: FusedOps, const N: usize>(x: Tensor<B, 2>) -> [Tensor<B, 2>; N] 
     std::array::from_fn(|part| B::columns(x.clone(), part * width, width))
 }
 
-/// Head dimensions that CubeCL's matrix products are safe with.
+/// CubeCL's matrix products are correct for multiples of this head dimension.
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 const CUBE_HEAD_MULTIPLE: usize = 64;
 
@@ -420,11 +430,11 @@ mod tests {
     use crate::trunk::Plain;
 
     thread_local! {
-        /// What a test sets instead of the process: others run beside it.
+        /// Overrides the process-wide setting in a test, because other tests run at the same time.
         pub(super) static COMPUTE: Cell<Option<Compute>> = const { Cell::new(None) };
     }
 
-    /// The one backend of a processor that has bf16.
+    /// The only CPU backend that supports bf16.
     impl FusedOps for Flex {}
 
     #[test]
@@ -435,7 +445,7 @@ mod tests {
         assert!(Flex::<f32, i32>::supports_dtype(&FlexDevice, DType::BF16));
     }
 
-    /// Output, and the gradient of its mean square by the first block's fused projection.
+    /// The output, and the gradient of its mean square for the first block's fused projection.
     fn forward_and_backward(compute: Compute) -> (Vec<f32>, Vec<f32>) {
         type B = Autodiff<Flex>;
         COMPUTE.set(Some(compute));
@@ -453,7 +463,8 @@ mod tests {
         let network = Network::<B>::zeros(&config, &FlexDevice);
         let mut state = collect::<B, _>(&network);
         initialise(&mut state, 0);
-        // The initialisation has zeros where the blocks begin and end: nothing would depend on the rest.
+        // The initialisation zeroes modulations and final projection: the output would not depend
+        // on the rest.
         for (array, index) in state.values_mut().zip(0..) {
             let count = array.data.len();
             let noise = crate::random::normal(1, crate::random::Stream::Weights, 0, index, count);
@@ -491,8 +502,9 @@ mod tests {
                 |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
             let size = norm(&mut exact.iter().copied());
             let off = norm(&mut exact.iter().zip(&rounded).map(|(a, b)| a - b)) / size;
-            // An operand is rounded by up to 2^-9 of itself; a dozen products follow one another, and their roundings
-            // are independent. Casting anything else to bf16, or a lost factor, is further off.
+            // An operand is rounded by up to 2^-9 of itself; there are a dozen products in
+            // sequence, with independent rounding. Casting anything else to bf16, or losing a
+            // factor, would be further off.
             assert!((1e-4..0.03).contains(&off), "{off}");
         }
     }

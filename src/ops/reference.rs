@@ -1,6 +1,7 @@
-//! The operators of [`FusedOps`](super::FusedOps) and their gradients, composed of Burn's own: exact, on any backend.
+//! The operators of [`FusedOps`](super::FusedOps) and their gradients, composed of Burn's own
+//! operators: exact, on any backend.
 //!
-//! The forward halves are differentiable by Burn as well, which is what the backward halves are tested against.
+//! Burn can differentiate the forward halves too; the backward halves are tested against that.
 
 use burn::tensor::ops::{ConvOptions, PaddedConvOptions};
 use burn::tensor::{DType, Tensor, TensorPrimitive, activation, backend::Backend, module};
@@ -11,20 +12,20 @@ use super::{
 };
 use crate::backend::Compute;
 
-/// `sqrt(2 / pi)`, doubled.
+/// `2 sqrt(2 / pi)`
 const TWICE_ROOT_2_OVER_PI: f64 = 1.595_769_121_605_730_8;
-/// GELU's coefficient of the cube.
+/// GELU's coefficient of the cubic term.
 const CUBE: f64 = 0.044715;
-/// Bound of exponents, so that a gradient meets no infinity times zero; sigmoid(-80) is 2e-35.
+/// Largest exponent, so that a gradient never multiplies infinity by zero; sigmoid(-80) is 2e-35.
 const EXPONENT: f64 = 80.0;
 
-/// `1 / (1 + exp(-x))`, by a division: on ndarray Burn's `recip` is an approximation of some 14 bits.
+/// `1 / (1 + exp(-x))` by a division: on ndarray, Burn's `recip` is accurate to some 14 bits.
 fn sigmoid<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     let one = x.ones_like();
     one / (x.clamp(-EXPONENT, EXPONENT).neg().exp() + 1.0)
 }
 
-/// `2 u` of GELU: `(1 + tanh u) / 2 = sigmoid(2 u)`.
+/// GELU's `2 u`: `(1 + tanh u) / 2 = sigmoid(2 u)`.
 fn gelu_argument<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     let square = x.clone() * x.clone();
     (square.mul_scalar(CUBE * TWICE_ROOT_2_OVER_PI) + TWICE_ROOT_2_OVER_PI) * x
@@ -63,7 +64,8 @@ pub fn activate_derivative<B: Backend, const D: usize>(
     }
 }
 
-/// A matrix product in the type of [`compute`](super::compute): operands are rounded, sums and the result are f32.
+/// A matrix product in the type of [`compute`](super::compute): operands are rounded, sums and the
+/// result are f32.
 fn product<B: Backend, const D: usize>(a: Tensor<B, D>, b: Tensor<B, D>) -> Tensor<B, D> {
     match super::compute() {
         Compute::F32 => a.matmul(b),
@@ -82,7 +84,7 @@ pub fn linear<B: Backend, const D: usize>(
 ) -> Tensor<B, D> {
     let mut shape = x.dims();
     let [output, input] = weights.weight.dims();
-    // One matrix product over all rows: backends that see a batch of small products run them one at a time.
+    // One matrix product over all rows: some backends run a batch of small products one at a time.
     let rows = shape.iter().product::<usize>() / input;
     let x = activate(x.reshape([rows, input]), activation);
     let mut y = product(x.clone(), weights.weight.transpose()) + weights.bias.unsqueeze();
@@ -136,9 +138,10 @@ pub fn linear_backward<B: Backend>(
 
 /// Gradient of a softmax along rows with result `y`: `y_i sum_j y_j (g_i - g_j)`.
 ///
-/// The usual form `y_i (g_i - sum_j y_j g_j)` loses its digits where one probability is near one: its gradient is then
-/// the small difference of two equal sums. Gradients are counted from that of the most probable value, whose own term
-/// is then exactly zero, so that only small terms are added; the result is the same, because a constant has no gradient.
+/// The usual form `y_i (g_i - sum_j y_j g_j)` loses digits when one probability is near one: the
+/// gradient is then a small difference of two nearly equal sums. Here gradients are taken relative
+/// to that of the most probable value, whose own term is then exactly zero, so only small terms are
+/// added. The result is the same, because a constant gradient contributes nothing.
 pub fn softmax_backward<B: Backend>(gradient: Tensor<B, 2>, y: Tensor<B, 2>) -> Tensor<B, 2> {
     let most = y.clone().argmax(1);
     let from_most = gradient.clone() - gradient.gather(1, most);
@@ -176,7 +179,7 @@ pub fn convolution_backward<B: Backend>(
         after,
     } = window;
     let [_, _, height, width] = x.dims();
-    // Burn's own know the same padding on either side alone.
+    // Burn's own convolutions only know the same padding on both sides.
     let x = x.pad((before[1], after[1], before[0], after[0]), 0.0);
     let options = ConvOptions::new(stride, [0; 2], [1; 2], 1);
     let primitive = |x: &Tensor<B, 4>| x.clone().into_primitive().tensor();
@@ -221,7 +224,7 @@ pub fn group_norm<B: Backend>(
     activate(x * by_channel(scale) + by_channel(shift), norm.activation)
 }
 
-/// Centred values over their standard deviation, and that deviation (the last dimension 1).
+/// Centred values divided by their standard deviation, and that deviation (last dimension 1).
 fn normalise<B: Backend, const D: usize>(
     x: Tensor<B, D>,
     epsilon: f64,
@@ -278,8 +281,9 @@ pub fn modulated_norm_backward<B: Backend>(
 
 /// Queries (scaled), keys and values, `[batch, heads, tokens, head_dim + padding]` each.
 ///
-/// The head dimension is padded by zeros to a multiple of `multiple` (1 is no padding), which changes nothing but the
-/// shapes of the products: some kernels read out of bounds at sizes such as DiT-XL's 72 (tracel-ai/burn #5626).
+/// The head dimension is zero-padded to a multiple of `multiple` (1 is no padding), which changes
+/// only the shapes of the products: some kernels read out of bounds at sizes such as DiT-XL's 72
+/// (tracel-ai/burn #5626).
 fn heads_of<B: Backend>(qkv: Tensor<B, 3>, heads: usize, multiple: usize) -> [Tensor<B, 4>; 3] {
     let [batch, tokens, triple] = qkv.dims();
     let head_dim = triple / 3 / heads;
@@ -306,8 +310,8 @@ fn pad<B: Backend>(x: Tensor<B, 4>, padding: usize) -> Tensor<B, 4> {
     Tensor::cat(vec![x, zeros], 3)
 }
 
-/// Most scores that attention holds at once, a gibibyte: a DiT's are far fewer, an autoencoder's over the 16,384 places
-/// of a large latent would be more.
+/// Most scores held at once (1 GiB). A DiT needs far fewer; an autoencoder's attention over the
+/// 16,384 places of a large latent would need more.
 const SCORES: usize = 1 << 28;
 
 /// See [`FusedOps::qkv_attention`](super::FusedOps::qkv_attention).
@@ -317,7 +321,8 @@ pub fn qkv_attention<B: Backend>(qkv: Tensor<B, 3>, heads: usize, multiple: usiz
     attention_in_blocks(qkv, heads, multiple, queries)
 }
 
-/// Attention of so many queries at a time: each meets all keys, so the blocks need not know of one another.
+/// Attention for `queries` queries at a time: each query meets all keys, so the blocks are
+/// independent.
 fn attention_in_blocks<B: Backend>(
     qkv: Tensor<B, 3>,
     heads: usize,
@@ -364,7 +369,8 @@ pub fn qkv_attention_backward<B: Backend>(
     let dattention = product(gradient, v.swap_dims(2, 3)); // [batch, heads, tokens, tokens]
     let mean = (dattention.clone() * attention.clone()).sum_dim(3);
     let dscores = attention * (dattention - mean);
-    // q carries the scale already, so k's gradient does; q's is for the unscaled queries.
+    // The gradient of k includes the scale, which q carries; that of q must be for the unscaled
+    // queries.
     let dq = product(dscores.clone(), k).mul_scalar(1.0 / (head_dim as f64).sqrt());
     let dk = product(dscores.swap_dims(2, 3), q);
     let parts = [dq, dk, dv].map(|part| {
@@ -509,7 +515,8 @@ mod tests {
             )
         };
         let (plain, padded) = (run(1), run(64));
-        let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5); // sums of 72 products in another order
+        // Sums of 72 products in another order.
+        let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
         assert!(close(&plain.0, &padded.0) && close(&plain.1, &padded.1));
     }
 
@@ -523,7 +530,7 @@ mod tests {
             let x = f64::from(*x);
             let expected = x / 2.0
                 * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh());
-            // A few units in the last place of the value, f32.
+            // A few units in the last place of f32.
             assert!(
                 (f64::from(y) - expected).abs() <= 4e-7 * expected.abs().max(1.0),
                 "{x}: {y}, {expected}"

@@ -1,8 +1,9 @@
-//! Self-attention, straight from the fused projection and back into its layout: nothing is permuted.
+//! Self-attention on the fused projection, written back in its layout: nothing is permuted.
 //!
-//! One head of one sample is a task. A block of queries meets all keys at once, so its scores are whole rows and the
-//! softmax is the plain one; what a task holds grows with queries of a block times tokens, not with tokens squared.
-//! The backward pass computes the scores again: kept is only the projection, which the graph has anyway.
+//! One head of one sample is a task. A block of queries meets all keys at once, so its scores are
+//! whole rows and the softmax needs no running maximum. The scratch of a task grows with block size
+//! times tokens, not with tokens squared. The backward pass recomputes the scores: only the
+//! projection, which the graph holds anyway, is kept.
 
 use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
@@ -16,15 +17,15 @@ use super::threads;
 
 /// Most queries of a block.
 const QUERIES: usize = 84;
-/// The same where rows of scores are long.
+/// Most queries of a block when rows of scores are long (more than 2 [`DEPTH`] tokens).
 const QUERIES_OF_LONG: usize = 42;
 
-/// Sizes of an attention.
+/// Sizes of an attention operator.
 #[derive(Clone, Copy)]
 struct Sizes {
     tokens: usize,
     heads: usize,
-    /// Of one head.
+    /// Head dimension.
     dim: usize,
 }
 
@@ -40,16 +41,16 @@ impl Sizes {
         } else {
             QUERIES_OF_LONG
         };
-        // Blocks of one size, rather than full ones and a low last one.
+        // Blocks of equal size, instead of full ones and a short last one.
         self.tokens.div_ceil(self.tokens.div_ceil(most))
     }
 
-    /// Keys are divided into groups of a block's depth: this is how many there are.
+    /// Number of key groups, of at most [`DEPTH`] keys each.
     fn groups(self) -> usize {
         self.tokens.div_ceil(DEPTH)
     }
 
-    /// Values of a block of scores, `[groups][queries][STRIDE]`.
+    /// Size of a block's scores, `[groups][queries][STRIDE]`.
     fn scores(self) -> usize {
         self.groups() * self.queries() * STRIDE
     }
@@ -62,7 +63,7 @@ impl Sizes {
         }
     }
 
-    /// Basic operations of `tasks` heads, with so many products each.
+    /// Basic operations of `tasks` heads, with `products` matrix products each.
     fn cost(self, tasks: usize, products: usize) -> usize {
         tasks * self.tokens * self.tokens * (products * self.dim / 8 + 16)
     }
@@ -135,7 +136,7 @@ fn dot_all<'a, S: Simd>(
 ///
 /// # Safety
 ///
-/// `out` points at `queries` rows of as many columns as the panels have, `stride` apart.
+/// `out` points at `queries` rows, `stride` apart, each with as many columns as the panels.
 #[inline(always)]
 unsafe fn mix<S: Simd>(
     simd: S,
@@ -150,7 +151,7 @@ unsafe fn mix<S: Simd>(
         let from = group * DEPTH;
         let deep = DEPTH.min(panels.depth - from);
         let start = if group == 0 { Start::Zero } else { Start::Sum };
-        // SAFETY: a group's scores are `most` >= `queries` rows, and the caller's promise.
+        // SAFETY: a group's scores are `most` >= `queries` rows; the caller guarantees the rest.
         unsafe {
             Block::<false> {
                 rows: queries,
@@ -168,11 +169,11 @@ unsafe fn mix<S: Simd>(
     }
 }
 
-/// `out += scores^T panels`: what the keys of all groups get from the queries of a block.
+/// `out += scores^T panels`: the contribution of a block of queries to the keys of all groups.
 ///
 /// # Safety
 ///
-/// `out` points at as many rows as there are keys, of as many columns as the panels have, `stride` apart.
+/// `out` points at one row per key, `stride` apart, each with as many columns as the panels.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the sizes of three matrices")]
 unsafe fn mix_turned<S: Simd>(
@@ -188,7 +189,8 @@ unsafe fn mix_turned<S: Simd>(
     for (group, scores) in scores.chunks_exact(most * STRIDE).enumerate() {
         let first = group * DEPTH;
         let keys = DEPTH.min(tokens - first);
-        // SAFETY: a group's scores are panels.depth rows of `keys` columns, and the caller's promise.
+        // SAFETY: a group's scores are panels.depth rows of `keys` columns; the caller guarantees
+        // the rest.
         unsafe {
             Block::<true> {
                 rows: keys,
@@ -206,7 +208,7 @@ unsafe fn mix_turned<S: Simd>(
     }
 }
 
-/// The parts of a row of scores, one a group.
+/// The parts of a row of scores, one for each group: start and length.
 #[inline(always)]
 fn parts(query: usize, most: usize, tokens: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
     (0..tokens.div_ceil(DEPTH)).map(move |group| {
@@ -215,10 +217,10 @@ fn parts(query: usize, most: usize, tokens: usize) -> impl Iterator<Item = (usiz
     })
 }
 
-/// Turns a block's scores into shares that sum to one.
+/// The softmax of a block's scores.
 ///
-/// Rows are worked on in whole lines of sixteen: those of a short sequence would be done one by one otherwise. What
-/// stands beyond the last key is never read by a product.
+/// Rows are processed in whole lines of sixteen, because short rows would otherwise be done value
+/// by value. Columns beyond the last key are never read by a product.
 #[inline(always)]
 fn softmax(queries: usize, most: usize, tokens: usize, scores: &mut [f32]) {
     for query in 0..queries {
@@ -297,7 +299,7 @@ impl WithSimd for Forward<'_> {
                 );
                 softmax(queries, most, tokens, scores);
                 let start = (task.sample * tokens + first) * width + task.head * dim;
-                // SAFETY: these rows of this head are this task's alone.
+                // SAFETY: only this task writes these rows of this head.
                 unsafe {
                     let out = self.out.pointer().add(start);
                     mix(simd, queries, scores, values, most, out, width);
@@ -311,7 +313,7 @@ impl WithSimd for Forward<'_> {
 pub(super) fn forward(qkv: &Rows, heads: usize, [batch, tokens]: [usize; 2]) -> Tensor<NdArray, 3> {
     let sizes = Sizes::of(qkv, heads, tokens);
     let tasks = batch * heads;
-    // SAFETY: each task writes its head of its sample, and together they are all.
+    // SAFETY: each task writes its head of its sample; together the tasks write everything.
     unsafe {
         tensor([batch, tokens, heads * sizes.dim], |out| {
             threads::over(tasks, 1, sizes.cost(tasks, 2), |tasks| {
@@ -387,7 +389,7 @@ impl WithSimd for Backward<'_> {
                     pack_rows(simd, queries, dim, gradient, some_gradients.values());
                 let some_queries = pack_rows(simd, queries, dim, query, some_queries.values());
                 let start = if first == 0 { Start::Zero } else { Start::Sum };
-                // SAFETY: these parts of this sample's rows are this task's alone.
+                // SAFETY: only this task writes these parts of this sample's rows.
                 unsafe {
                     let out = self.out.pointer();
                     // dV = P^T dO
@@ -454,7 +456,8 @@ pub(super) fn backward(
 ) -> Tensor<NdArray, 3> {
     let sizes = Sizes::of(qkv, heads, tokens);
     let tasks = batch * heads;
-    // SAFETY: each task writes its head's three parts of its sample's rows, and together they are all.
+    // SAFETY: each task writes its head's three parts of its sample's rows; together the tasks
+    // write everything.
     unsafe {
         tensor([batch, tokens, qkv.width], |out| {
             threads::over(tasks, 1, sizes.cost(tasks, 5), |tasks| {

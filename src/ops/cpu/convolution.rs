@@ -1,10 +1,10 @@
-//! Convolutions, as products: weights `[out, depth]` times the unfolded image `[depth, places]`, where depth runs over
-//! input channels and the kernel's taps.
+//! Convolutions as matrix products: weights `[out, depth]` times the unfolded image
+//! `[depth, places]`, where depth runs over input channels and kernel taps.
 //!
-//! The unfolded image is never whole: a task takes a band of places, unfolds as many rows of it as a block of the
-//! product is deep, straight into panels, and adds their product to the output. That is [`DEPTH`] x [`BAND`] values
-//! for each thread, half a mebibyte, whatever the image's size. A 1 x 1 kernel at every place unfolds nothing: the
-//! image's planes are the rows.
+//! The image is never unfolded as a whole. A task takes a band of places, unfolds as many rows of
+//! it as a block of the product is deep, straight into panels, and adds their product to the
+//! output. A thread needs [`DEPTH`] x [`BAND`] values, half a mebibyte, whatever the image's size.
+//! A 1 x 1 kernel with stride 1 unfolds nothing: the image's planes are the rows.
 
 use std::ops::Range;
 
@@ -21,7 +21,7 @@ use crate::ops::Window;
 
 /// Most places of a band.
 const BAND: usize = 512;
-/// Fewest output channels that are worth unfolding a band once more for.
+/// Fewest output channels per share: each share unfolds the band again.
 const SHARE: usize = 32;
 
 /// Sizes of a convolution.
@@ -60,7 +60,8 @@ impl Sizes {
         }
     }
 
-    /// The same convolution where rows need not be told apart: an image of one row, if each place reads itself alone.
+    /// A 1 x 1 convolution without padding, at stride 1, as one on an image of a single row; any
+    /// other unchanged.
     fn flat(self) -> Self {
         if self.kernel != [1; 2] || self.window != Window::padded([0; 2]) {
             return self;
@@ -81,7 +82,8 @@ impl Sizes {
         self.input * self.kernel[0] * self.kernel[1]
     }
 
-    /// Bands of an image, and parts of the output channels, so that every thread has work.
+    /// Number of bands of an image and of shares of the output channels, so that every thread has
+    /// work.
     fn division(&self) -> [usize; 2] {
         let threads = threads::count();
         let mut bands = self.places().div_ceil(BAND);
@@ -97,7 +99,8 @@ impl Sizes {
     }
 }
 
-/// See [`FusedOps::convolution`](crate::ops::FusedOps::convolution); `x` and `weight` have these shapes.
+/// See [`FusedOps::convolution`](crate::ops::FusedOps::convolution); `x` and `weight` have these
+/// shapes.
 pub(super) fn forward(
     (x, x_shape): (&Values, [usize; 4]),
     (weight, weight_shape): (&Values, [usize; 4]),
@@ -111,7 +114,7 @@ pub(super) fn forward(
     let (places, depth) = (sizes.places(), sizes.depth());
     let image = sizes.input * sizes.image[0] * sizes.image[1];
     if shape.contains(&0) {
-        // SAFETY: there is no value to write.
+        // SAFETY: the result has no values.
         return unsafe { tensor(shape, |_| ()) };
     }
     let [bands, shares] = sizes.division();
@@ -121,7 +124,7 @@ pub(super) fn forward(
     let share = sizes.output.div_ceil(shares);
     let tasks = sizes.batch * bands * shares;
     let cost = sizes.batch * sizes.output * places * (depth / 8 + 1);
-    // SAFETY: the tasks' bands and shares of all images are all of the result, each of one task.
+    // SAFETY: the bands and shares of all images cover the result, and each belongs to one task.
     unsafe {
         tensor(shape, |out| {
             threads::over(tasks, 1, cost, |range| {
@@ -146,7 +149,7 @@ pub(super) fn forward(
     }
 }
 
-/// Some channels of some places of one image.
+/// A share of the output channels at a band of places of one image.
 struct Part<'a> {
     sizes: Sizes,
     /// `[in, height, width]`
@@ -156,7 +159,7 @@ struct Part<'a> {
     bias: Option<&'a [f32]>,
     /// The whole result.
     out: Out,
-    /// Where this image's begins.
+    /// Where the result of this image begins.
     first: usize,
     channels: Range<usize>,
     columns: Range<usize>,
@@ -177,7 +180,7 @@ impl WithSimd for Part<'_> {
         let mut runs = Vec::new();
         let start = |channel: usize| self.first + channel * places + self.columns.start;
         for channel in self.channels.clone() {
-            // SAFETY: these places of this channel are this task's alone.
+            // SAFETY: only this task writes these places of this channel.
             let values = unsafe { self.out.part(start(channel), count) };
             values.fill(self.bias.map_or(0.0, |bias| bias[channel]));
         }
@@ -199,8 +202,8 @@ impl WithSimd for Part<'_> {
                 for (place, weights) in scratch.chunks_exact_mut(STRIDE).zip(weights) {
                     copy(&weights[rows.clone()], place);
                 }
-                // SAFETY: scratch and panels were filled as far as they are read; the target's rows are `places`
-                // apart, and these places of them this task's.
+                // SAFETY: scratch and panels are filled as far as they are read; the target's rows
+                // are `places` apart, and only this task writes these places of them.
                 unsafe {
                     Block::<false> {
                         rows: high,
@@ -224,17 +227,17 @@ impl WithSimd for Part<'_> {
     }
 }
 
-/// Places beside one another that read values of one row of a plane.
+/// Consecutive places that read values of one row of a plane.
 #[derive(Clone, Copy)]
 struct Run {
-    /// The first place, counted in the band.
+    /// The first place, relative to the band.
     place: usize,
-    /// Where in the plane its value is.
+    /// Index in the plane of its value.
     source: usize,
     length: usize,
 }
 
-/// Writes `rows` of the unfolded image, for the places `columns`, into panels of this depth.
+/// Writes `rows` of the unfolded image, for the places `columns`, into panels `rows.len()` deep.
 #[inline(always)]
 fn unfold<S: Simd>(
     sizes: &Sizes,
@@ -249,7 +252,7 @@ fn unfold<S: Simd>(
     let (deep, taps) = (rows.len(), sizes.kernel[0] * sizes.kernel[1]);
     let plane = sizes.image[0] * sizes.image[1];
     let stride = sizes.window.stride[1];
-    // By tap, not by row: where its values lie, and where it meets the padding, is the same for all channels.
+    // By tap, not by row: the source offsets and the padding are the same for all channels.
     for tap in 0..taps {
         let bound = |row: usize| row.saturating_sub(tap).div_ceil(taps);
         let channels = bound(rows.start)..bound(rows.end);
@@ -289,7 +292,7 @@ fn unfold<S: Simd>(
     }
 }
 
-/// The runs of a kernel's tap; places between them see the padding.
+/// The runs of a kernel's tap; the places between them read padding.
 #[inline(always)]
 fn runs_of(sizes: &Sizes, tap: usize, columns: Range<usize>, runs: &mut Vec<Run>) {
     let Window { stride, before, .. } = sizes.window;
@@ -303,7 +306,7 @@ fn runs_of(sizes: &Sizes, tap: usize, columns: Range<usize>, runs: &mut Vec<Run>
         let end = columns.end.min(column - x + broad);
         let row = (y * stride[0] + down).checked_sub(before[0]);
         if let Some(row) = row.filter(|row| *row < height) {
-            // Places x whose `x stride + along - before` lies within the row.
+            // The places x for which `x stride + along - before` lies within the row.
             let within = |side: usize| (before[1] + side).saturating_sub(along).div_ceil(stride[1]);
             let from = within(0).max(x);
             let to = within(width).min(x + end - column);
@@ -338,9 +341,9 @@ mod tests {
         let cases = [
             ([1, 1, 1, 1], 1, [1, 1], valid),
             ([2, 3, 5, 7], 4, [1, 1], valid),
-            ([2, 70, 9, 9], 33, [1, 1], valid), // one panel and a bit
+            ([2, 70, 9, 9], 33, [1, 1], valid), // slightly more than one panel
             ([1, 3, 5, 7], 4, [1, 1], valid.every(2)),
-            ([1, 2, 4, 5], 3, [1, 1], same([3, 3])), // a border of nothing but the bias
+            ([1, 2, 4, 5], 3, [1, 1], same([3, 3])), // the border is the bias alone
             ([2, 5, 8, 8], 7, [3, 3], same([3, 3])),
             ([1, 5, 11, 13], 7, [3, 3], valid),
             ([3, 5, 11, 13], 7, [3, 3], valid.every(2)),
@@ -387,13 +390,13 @@ mod tests {
                     (output, window.output([shape[2], shape[3]], kernel))
                 );
                 if shape[0] == 0 {
-                    continue; // which Burn's own does not take
+                    continue; // Burn's own convolution refuses these
                 }
                 let exact = reference::convolution(x.clone(), weight.clone(), bias, window);
                 agree(&what, input * kernel[0] * kernel[1], fast, exact);
             }
         }
-        // Rows and planes that do not lie in order.
+        // Rows and planes that are not contiguous.
         let x = noise::<NdArray, 4>(0, [6, 5, 2, 3]).permute([2, 3, 0, 1]);
         let weight = noise::<NdArray, 4>(1, [3, 3, 3, 4]).permute([3, 2, 1, 0]);
         let fast = NdArray::convolution(x.clone(), weight.clone(), None, same([3, 3]));

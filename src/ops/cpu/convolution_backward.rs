@@ -1,8 +1,9 @@
 //! Gradients of convolutions, as those of a linear layer on the unfolded image.
 //!
-//! Of each place of the result, the values its kernel sees are a row of `[places, depth]`, where depth runs over the
-//! kernel's taps and then the channels; with the channels last, a kernel's row of taps is one run of the image. The
-//! gradient of the rows is added back where they came from. A few images are unfolded at a time.
+//! For each place of the result, the values under its kernel are a row of `[places, depth]`, where
+//! depth runs over the kernel's taps and then the channels. Channels come last, so a kernel's row
+//! of taps is one contiguous run of the image. The gradient of the rows is added back at the same
+//! positions. A few images are unfolded at a time.
 
 use std::ops::Range;
 
@@ -60,7 +61,7 @@ pub(super) fn backward(
                 threads::over(count, 1, count * values, |samples| {
                     for sample in samples {
                         let image = &pixels.read()[(first + sample) * image..][..image];
-                        // SAFETY: these rows are this task's alone.
+                        // SAFETY: only this task writes these rows.
                         unfold(&sizes, image, out.part(sample * values, values));
                     }
                 });
@@ -80,7 +81,7 @@ pub(super) fn backward(
             threads::over(count, 1, count * values, |samples| {
                 for sample in samples {
                     let rows = &folded.read()[sample * values..][..values];
-                    // SAFETY: this image is this task's alone, and `dx` outlives the tasks.
+                    // SAFETY: only this task writes this image, and `dx` outlives the tasks.
                     let image = unsafe { out.part((first + sample) * image, image) };
                     fold(&sizes, rows, image);
                 }
@@ -111,7 +112,8 @@ pub(super) fn backward(
     }
 }
 
-/// Of a place and a row of the kernel: which of its taps lie within the image, and where the first of them reads.
+/// For a place and a kernel row: which taps lie within the image, and where the first of them
+/// reads.
 fn taps(sizes: &Sizes, place: usize, down: usize) -> (Range<usize>, usize) {
     let Window { stride, before, .. } = sizes.window;
     let [height, width] = sizes.image;
@@ -134,7 +136,7 @@ fn taps(sizes: &Sizes, place: usize, down: usize) -> (Range<usize>, usize) {
     )
 }
 
-/// `image` is `[height, width, in]`, `rows` `[places, kernel height, kernel width, in]`.
+/// `image` is `[height, width, in]`; `rows` is `[places, kernel height, kernel width, in]`.
 fn unfold(sizes: &Sizes, image: &[f32], rows: &mut [f32]) {
     let along = sizes.kernel[1] * sizes.input;
     for (place, row) in rows.chunks_exact_mut(sizes.depth()).enumerate() {
@@ -172,7 +174,7 @@ mod tests {
 
     type Graph = Autodiff<NdArray>;
 
-    /// The node's gradients, and those Burn finds of its own convolution: of x, weight and bias.
+    /// The node's gradients of x, weight and bias against those of Burn's own convolution.
     #[test]
     fn a_node_gives_the_gradients_that_burn_gives() {
         let window = Window::padded([1; 2]).every(2);
@@ -206,7 +208,7 @@ mod tests {
                 (fast, exact) => assert!(fast.is_none() && exact.is_none()),
             }
         }
-        // What waits for nothing gets nothing.
+        // A gradient that nobody requires is not computed.
         let picture = noise::<Graph, 4>(0, [2, 3, 7, 8]);
         let y = Graph::convolution(picture.clone(), weight.clone(), None, window);
         let gradients = y.sum().backward();
@@ -228,7 +230,7 @@ mod tests {
             ([2, 3, 5, 7], 4, [1, 1], valid),
             ([3, 2, 4, 5], 3, [3, 3], same([3, 3])),
             ([2, 5, 8, 8], 7, [3, 3], same([3, 3]).every(2)),
-            ([2, 5, 7, 9], 7, [3, 3], same([3, 3]).every(2)), // the last row is seen by fewer taps
+            ([2, 5, 7, 9], 7, [3, 3], same([3, 3]).every(2)), // fewer taps reach the last row
             ([3, 5, 11, 13], 7, [3, 3], valid.every(2)),
             ([1, 3, 9, 8], 5, [3, 3], lopsided),
             ([2, 4, 6, 17], 3, [1, 7], same([1, 7])),

@@ -1,4 +1,4 @@
-//! Operators that pass over their inputs once: activations, norms, residuals.
+//! Operators that read their inputs once: activations, norms, residuals.
 
 use std::ops::Range;
 
@@ -54,7 +54,7 @@ pub(super) fn times_derivative(gradient: &mut [f32], x: &[f32], activation: Acti
     }
 }
 
-/// A new tensor, row by row: `row(index, values)`.
+/// A new tensor, written row by row with `row(index, values)`.
 fn by_row<const D: usize>(
     shape: [usize; D],
     cost: usize,
@@ -106,12 +106,12 @@ pub(super) fn activate_backward(
     )
 }
 
-/// Mean, and one over the standard deviation.
+/// Mean, and the reciprocal of the standard deviation.
 #[inline(always)]
 fn moments(x: &[f32], epsilon: f32) -> (f32, f32) {
     let count = x.len() as f32;
     let mean = sum(x, |sum, x| sum + x) / count;
-    // The mean of squares of the centred values, so a large mean costs no precision.
+    // The variance is the mean square of the centred values, so a large mean costs no precision.
     let variance = sum(x, |sum, x| (x - mean).mul_add(x - mean, sum)) / count;
     (mean, 1.0 / (variance + epsilon).sqrt())
 }
@@ -143,9 +143,10 @@ pub(super) fn modulated_norm(
     )
 }
 
-/// Runs `work(rows, sums)` over rows `[batch tokens]`, and returns the sums over each sample's tokens: `[batch, width]`.
+/// Runs `work(rows, sums)` over rows `[batch tokens]` and returns the sums over each sample's
+/// tokens, `[batch, width]`.
 ///
-/// Where there are fewer samples than cores could use, a sample's tokens are summed in parts.
+/// With fewer samples than threads, a sample's tokens are summed in parts.
 fn over_tokens(
     [batch, tokens]: [usize; 2],
     width: usize,
@@ -165,7 +166,7 @@ fn over_tokens(
                 for index in range.clone() {
                     let (sample, part) = (index / parts, index % parts);
                     let bound = |part: usize| sample * tokens + part * tokens / parts;
-                    // SAFETY: the sums of this part are this task's alone.
+                    // SAFETY: only this task writes the sums of this part.
                     let sums = unsafe { out.part(index * width, width) };
                     work(bound(part)..bound(part + 1), sums);
                 }
@@ -200,7 +201,8 @@ pub(super) fn modulated_norm_backward(
     let [batch, tokens, width] = shape;
     let (mut before, adds) = match before {
         Some(before) => (before, true),
-        // SAFETY: all rows are written below, and none is read: nothing is added to.
+        // SAFETY: every row is written below and none is read, since there is no earlier gradient
+        // to add to.
         None => (unsafe { Values::unwritten(shape) }, false),
     };
     let out = Out::of(before.write());
@@ -243,7 +245,7 @@ pub(super) fn modulated_norm_backward(
                 );
                 let total = sum(inner, |sum, inner| sum + inner) / count;
                 let projected = dot(inner, normal) / count;
-                // SAFETY: the row is this task's alone.
+                // SAFETY: only this task writes this row.
                 let out = unsafe { out.part(row * width, width) };
                 if adds {
                     update(

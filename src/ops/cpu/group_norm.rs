@@ -8,11 +8,12 @@ use super::simd::{gelu_tanh, silu, sum, vectorised, write};
 use super::threads;
 use crate::ops::{Activation, GroupNormOptions};
 
-/// Values that are summed in f32; sums of these are added in f64, as a group may be of millions.
+/// Number of values summed in f32. Sums of runs are added in f64, because a group may have millions
+/// of values.
 const RUN: usize = 4096;
 
-/// See [`FusedOps::group_norm`](crate::ops::FusedOps::group_norm). A group is a task: it is read three times, and
-/// written once.
+/// See [`FusedOps::group_norm`](crate::ops::FusedOps::group_norm). A group is a task; it is read
+/// three times and written once.
 pub(super) fn forward(
     x: &Values,
     [scale, shift]: [&Values; 2],
@@ -24,7 +25,7 @@ pub(super) fn forward(
     let group = channels * plane;
     let (x, scale, shift) = (x.read(), scale.read(), shift.read());
     let groups = batch * norm.groups;
-    // SAFETY: the groups are all of the tensor.
+    // SAFETY: the groups cover the tensor.
     unsafe {
         tensor(shape, |out| {
             threads::over(groups, 1, groups * group * 8, |range| {
@@ -46,7 +47,7 @@ pub(super) fn forward(
                                     channel * plane,
                                     (f64::from(scale[first + channel]) / deviation) as f32,
                                 );
-                                // SAFETY: this group is this task's alone.
+                                // SAFETY: only this task writes this group.
                                 let out = out.part(index * group + at, plane);
                                 let shift = shift[first + channel];
                                 apply(
@@ -64,7 +65,7 @@ pub(super) fn forward(
     }
 }
 
-/// The mean of `f`.
+/// The mean of `f` over a group.
 #[inline(always)]
 fn mean(values: &[f32], f: impl Fn(f32) -> f32) -> f64 {
     let mut total = 0.0;
@@ -78,7 +79,7 @@ fn mean(values: &[f32], f: impl Fn(f32) -> f32) -> f64 {
     total / values.len() as f64
 }
 
-/// The mean of squares of the centred values, so that a large mean costs no precision.
+/// The mean square of the centred values, so that a large mean costs no precision.
 #[inline(always)]
 fn mean_square(values: &[f32], middle: f32) -> f64 {
     mean(
@@ -88,7 +89,7 @@ fn mean_square(values: &[f32], middle: f32) -> f64 {
     )
 }
 
-/// `act((x - mean) factor + shift)` of a plane.
+/// `act((x - mean) factor + shift)` for a plane.
 #[inline(always)]
 fn apply(x: &[f32], out: &mut [f32], [mean, factor, shift]: [f32; 3], activation: Activation) {
     macro_rules! each {
@@ -128,12 +129,13 @@ mod tests {
                     epsilon: 1e-6,
                     activation,
                 };
-                // Far from zero, where a variance by squares alone would lose its digits.
+                // A large mean, at which `E[x^2] - E[x]^2` would lose its digits.
                 let x = noise::<NdArray, 4>(0, shape) + 30.0;
                 let [scale, shift] = [1, 2].map(|index| noise(index, [shape[1]]));
                 let fast = NdArray::group_norm(x.clone(), scale.clone(), shift.clone(), norm);
                 let exact = reference::group_norm(x, scale, shift, norm);
-                // The mean is rounded at 30 by either: 2e-6 of a value near one, as much as sixteen terms are allowed.
+                // Either side rounds the mean at 30: 2e-6 for a value near one, which is the
+                // tolerance of sixteen terms.
                 agree(&format!("{shape:?}, {norm:?}"), 16, fast, exact);
             }
         }

@@ -15,10 +15,10 @@ use super::simd::{copy, dot, update, vectorised};
 use super::threads;
 use crate::ops::{Activation, LinearGradients, LinearWants, LinearWeights};
 
-/// Up to so many rows, packing a weight costs more than the product.
+/// Up to this many rows, packing a weight costs more than the product.
 const FEW: usize = 8;
 
-/// Values of a weight whose gradient each core can hold for itself.
+/// Largest weight of which each core accumulates a gradient of its own.
 const SMALL: usize = 1 << 16;
 
 /// The parameters as rows.
@@ -46,7 +46,7 @@ impl Weights {
         })
     }
 
-    /// Row `index` of the weight, the update merged: the merged matrix is never stored.
+    /// Row `index` of `W + scale B A`; the merged matrix is never stored.
     #[inline(always)]
     fn merged(&self, index: usize, row: &mut [f32]) {
         copy(self.weight.row(index), row);
@@ -64,7 +64,7 @@ impl Weights {
     }
 }
 
-/// A block of rows as it lies in memory, activated.
+/// Copies a block of rows, in their order in memory, and applies the activation.
 #[inline(always)]
 pub(super) fn rows_of(
     x: &Rows,
@@ -79,7 +79,7 @@ pub(super) fn rows_of(
     }
 }
 
-/// A block of columns: what is summed over are the rows.
+/// Copies a block of columns; the product then sums over the rows.
 #[inline(always)]
 pub(super) fn columns_of(
     x: &Rows,
@@ -127,7 +127,7 @@ pub(super) fn forward(x: &Rows, weights: &Weights, activation: Activation) -> Te
     }
 }
 
-/// The forward pass of few rows: each weight is read once, where it is.
+/// The forward pass for few rows: each weight is read once, unpacked.
 fn few(x: &Rows, weights: &Weights, activation: Activation, out: Out) {
     let (inputs, outputs) = (weights.weight.width, weights.weight.count);
     let mut activated = Scratch::new(x.count * inputs);
@@ -170,7 +170,7 @@ fn few(x: &Rows, weights: &Weights, activation: Activation, out: Out) {
                         if let Some(lora) = &weights.lora {
                             y += dot(&narrow[row * rank..][..rank], lora.b.row(j));
                         }
-                        // SAFETY: column j is this task's alone.
+                        // SAFETY: only this task writes column j.
                         unsafe { out.part(row * outputs + j, 1)[0] = y };
                     }
                 }
@@ -179,7 +179,7 @@ fn few(x: &Rows, weights: &Weights, activation: Activation, out: Out) {
     });
 }
 
-/// The gradients that are wanted.
+/// The requested gradients.
 pub(super) fn backward(
     gradient: &Rows,
     x: &Rows,
@@ -188,7 +188,7 @@ pub(super) fn backward(
     wants: LinearWants,
 ) -> LinearGradients<NdArray> {
     let lora = weights.lora.as_ref().filter(|_| wants.lora);
-    // Products with the factors are this much less efficient than products with the weight.
+    // Products with the factors are 8 times less efficient than products with the weight.
     let (inputs, outputs) = (x.width, gradient.width);
     let narrow = inputs * outputs < 8 * lora.map_or(0, |lora| lora.a.count) * (inputs + outputs);
     let (weight, bias) = if wants.weight || (lora.is_some() && narrow) {
@@ -226,7 +226,7 @@ fn of_input(
                 return;
             }
             for row in rows {
-                // SAFETY: these rows are the calling task's.
+                // SAFETY: these rows belong to the calling task.
                 let values = unsafe { out.part(row * inputs, inputs) };
                 super::elementwise::times_derivative(values, x.row(row), activation);
             }
@@ -268,7 +268,7 @@ fn of_input(
     }
 }
 
-/// `dy W` of few rows: each weight is read once, where it is.
+/// `dy W` for few rows: each weight is read once, unpacked.
 fn few_backward(gradient: &Rows, weights: &Weights, out: Out) {
     let (rows, inputs, outputs) = (gradient.count, weights.weight.width, gradient.width);
     threads::over(inputs, 16, rows * inputs * outputs, |columns| {
@@ -279,7 +279,7 @@ fn few_backward(gradient: &Rows, weights: &Weights, out: Out) {
                 let mut merged = Scratch::new(inputs);
                 let merged = merged.values();
                 for row in 0..rows {
-                    // SAFETY: these columns are this task's alone.
+                    // SAFETY: only this task writes these columns.
                     unsafe { out.part(row * inputs + start, width) }.fill(0.0);
                 }
                 for p in 0..outputs {
@@ -304,7 +304,7 @@ fn few_backward(gradient: &Rows, weights: &Weights, out: Out) {
     });
 }
 
-/// `dy^T act(x)`, and the sums of dy's columns.
+/// `dy^T act(x)`, and the column sums of `dy`.
 fn of_weight(
     gradient: &Rows,
     x: &Rows,
@@ -337,7 +337,8 @@ fn of_weight(
                     #[inline(always)]
                     |block: Range<usize>, depths: Range<usize>, scratch: &mut [f32]| {
                         columns(block.clone(), depths.clone(), scratch);
-                        // The columns that this task alone copies are summed while they are near.
+                        // This task has just copied these columns: they are summed while in the
+                        // cache.
                         let sums = sums.part(block.start, block.len());
                         add_rows(scratch, depths.len(), sums, depths.start == 0);
                     },
@@ -349,7 +350,7 @@ fn of_weight(
     (weight, bias.unwrap_or_else(|| column_sums(gradient)))
 }
 
-/// Adds the first rows of a scratch to sums, which start anew where `anew`.
+/// Adds the first `rows` rows of a scratch to `sums`, which are zeroed first if `anew`.
 #[inline(always)]
 fn add_rows(scratch: &[f32], rows: usize, sums: &mut [f32], anew: bool) {
     if anew {
@@ -365,7 +366,7 @@ fn add_rows(scratch: &[f32], rows: usize, sums: &mut [f32], anew: bool) {
     }
 }
 
-/// Part of the sum over rows: the product of those rows, and the sums of their columns.
+/// One part of the sum over rows: the product of these rows, and the sums of their columns.
 struct PartOfWeight<'a> {
     gradient: &'a Rows,
     x: &'a Rows,
@@ -410,7 +411,8 @@ impl WithSimd for PartOfWeight<'_> {
                     scratch,
                 );
                 add_rows(scratch, deep, &mut sums[columns.clone()], anew);
-                // SAFETY: scratch and panels were filled as far as they are read; the product has `outputs` rows.
+                // SAFETY: scratch and panels were filled as far as they are read; the product has
+                // `outputs` rows.
                 unsafe {
                     Block::<true> {
                         rows: columns.len(),
@@ -430,7 +432,8 @@ impl WithSimd for PartOfWeight<'_> {
     }
 }
 
-/// [`of_weight`] where rows are many and the weight is small: cores share the rows, and their products are added.
+/// [`of_weight`] for many rows and a small weight: cores share the rows, and their products are
+/// added.
 fn of_small_weight(
     gradient: &Rows,
     x: &Rows,
@@ -450,7 +453,7 @@ fn of_small_weight(
                 x,
                 activation,
                 rows: bound(part)..bound(part + 1),
-                // SAFETY: this part is this task's alone.
+                // SAFETY: only this task writes this part.
                 place: unsafe { out.part(part * size, size) },
             });
         }

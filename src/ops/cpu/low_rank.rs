@@ -17,8 +17,8 @@ pub(super) struct LoraRows {
     pub(super) scale: f32,
 }
 
-/// [`gradients`] by way of the whole weight's gradient, `dA = s B^T dW` and `dB = s dW A^T`: where a weight is so narrow
-/// that products with it cost no more than products with the factors.
+/// [`gradients`] from the whole weight's gradient, `dA = s B^T dW` and `dB = s dW A^T`: for weights
+/// so narrow that products with them cost no more than products with the factors.
 pub(super) fn of_weight(lora: &LoraRows, dw: &Rows) -> (Tensor<NdArray, 2>, Tensor<NdArray, 2>) {
     let (outputs, inputs, rank) = (dw.count, dw.width, lora.a.count);
     let (mut da, mut db) = (vec![0.0; rank * inputs], vec![0.0; outputs * rank]);
@@ -98,7 +98,8 @@ pub(super) fn gradients(
         let seen = Panels::of_rows(rows, rank, |p, line| {
             line.copy_from_slice(&seen[p * rank..][..rank])
         });
-        // A's gradient is computed with its sides exchanged: there are rows enough for all cores then.
+        // A's gradient is computed transposed, because only then are there enough rows for all
+        // cores.
         let a = tensor([inputs, rank], |out| {
             multiply::<true>(
                 inputs,

@@ -1,4 +1,4 @@
-//! Memory of the kernels: rows of tensors, buffers to fill, scratch that is reused.
+//! Memory of the kernels: rows of tensors, uninitialised outputs, reusable scratch.
 
 use std::cell::RefCell;
 
@@ -7,15 +7,15 @@ use burn::tensor::{Shape, Tensor, TensorData, TensorPrimitive};
 use burn_ndarray::{NdArray, NdArrayDevice, NdArrayTensor};
 use ndarray::{ArcArray, IxDyn};
 
-/// A tensor seen as rows: all dimensions but the last are flattened, columns lie next to one another.
+/// A tensor seen as rows: all dimensions but the last are flattened, and a row is contiguous.
 #[derive(Debug, Clone)]
 pub(super) struct Rows {
     array: ArcArray<f32, IxDyn>,
-    /// How many.
+    /// Number of rows.
     pub(super) count: usize,
-    /// Length of each.
+    /// Length of a row.
     pub(super) width: usize,
-    /// From one row's start to the next.
+    /// Distance between the starts of neighbouring rows.
     stride: usize,
 }
 
@@ -32,7 +32,7 @@ impl Rows {
         let mut stride = width;
         if !array.is_standard_layout() {
             let strides = array.strides();
-            // Columns of a matrix can be read where they are; anything else is laid out anew.
+            // A matrix with contiguous rows is read in place; anything else is copied.
             if D == 2 && strides[1] == 1 && strides[0] >= width as isize {
                 stride = strides[0] as usize;
             } else {
@@ -49,13 +49,14 @@ impl Rows {
 
     pub(super) fn row(&self, index: usize) -> &[f32] {
         assert!(index < self.count, "row {index} of {}", self.count);
-        // SAFETY: the array holds `count` rows of `width` values, `stride` apart, and the index was checked.
+        // SAFETY: the array holds `count` rows of `width` values, `stride` apart, and the index was
+        // checked.
         unsafe {
             std::slice::from_raw_parts(self.array.as_ptr().add(index * self.stride), self.width)
         }
     }
 
-    /// All values, row after row. Laid out anew if they aren't.
+    /// All values, row after row. Copied if the rows are not adjacent.
     pub(super) fn into_values(self) -> Values {
         if self.array.is_standard_layout() {
             Values(self.array)
@@ -65,7 +66,7 @@ impl Rows {
     }
 }
 
-/// All values of a tensor, in order.
+/// All values of a tensor, contiguous.
 #[derive(Debug)]
 pub(super) struct Values(ArcArray<f32, IxDyn>);
 
@@ -75,21 +76,21 @@ impl Values {
         Rows::of(tensor).map(Rows::into_values)
     }
 
-    /// Room for a tensor of `shape`.
+    /// An uninitialised tensor of `shape`.
     ///
     /// # Safety
     ///
-    /// Every value is written before one is read.
+    /// The caller writes every value before reading any.
     pub(super) unsafe fn unwritten<const D: usize>(shape: [usize; D]) -> Self {
         // SAFETY: the caller writes what the closure doesn't.
         Self(unsafe { array(shape, |_| ()) })
     }
 
-    /// If anybody else sees these values: exchanges them for room of their size, and returns them.
+    /// If these values are shared, replaces them by uninitialised memory and returns the old ones.
     ///
     /// # Safety
     ///
-    /// Where values are returned, every value is written before one is read.
+    /// If values are returned, the caller writes every new value before reading any.
     pub(super) unsafe fn renew(&mut self) -> Option<Self> {
         if self.0.is_unique() {
             return None;
@@ -103,12 +104,12 @@ impl Values {
     }
 
     pub(super) fn read(&self) -> &[f32] {
-        self.0.as_slice().unwrap_or_default() // always in order
+        self.0.as_slice().unwrap_or_default() // always contiguous
     }
 
-    /// The values to write over; copied first if anybody else sees them.
+    /// The values, mutable; copied first if they are shared.
     pub(super) fn write(&mut self) -> &mut [f32] {
-        self.0.as_slice_mut().unwrap_or_default() // always in order
+        self.0.as_slice_mut().unwrap_or_default() // always contiguous
     }
 
     pub(super) fn into_tensor<const D: usize>(self) -> Tensor<NdArray, D> {
@@ -116,7 +117,8 @@ impl Values {
     }
 }
 
-/// The same values under another shape: where they lie in order, nothing is copied, which Burn's reshape always does.
+/// The same values under another shape. Contiguous values are not copied; Burn's reshape always
+/// copies.
 pub(super) fn with_shape(x: NdArrayTensor, shape: Shape) -> NdArrayTensor {
     let NdArrayTensor::F32(storage) = x else {
         return NdArray::<f32>::float_reshape(x, shape);
@@ -132,11 +134,11 @@ pub(super) fn with_shape(x: NdArrayTensor, shape: Shape) -> NdArrayTensor {
     }
 }
 
-/// A place that several threads write, each its own part.
+/// Output memory that several threads write, each its own part.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Out(*mut f32);
 
-// SAFETY: the pointer is only turned into memory by the unsafe methods below, whose callers keep parts apart.
+// SAFETY: only the unsafe methods below dereference the pointer; their callers keep parts disjoint.
 unsafe impl Send for Out {}
 // SAFETY: as above.
 unsafe impl Sync for Out {}
@@ -148,9 +150,10 @@ impl Out {
 
     /// # Safety
     ///
-    /// `start + length` lies inside the memory, which outlives the part, and nobody else holds any of it.
+    /// `start + length` lies inside the memory, which outlives the part, and the part is not
+    /// aliased.
     pub(super) unsafe fn part<'a>(self, start: usize, length: usize) -> &'a mut [f32] {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), length) }
     }
 
@@ -159,7 +162,7 @@ impl Out {
     }
 }
 
-/// A tensor of `shape` that `fill` has written all of.
+/// A tensor of `shape`, written by `fill`.
 ///
 /// # Safety
 ///
@@ -168,7 +171,7 @@ pub(super) unsafe fn tensor<const D: usize>(
     shape: [usize; D],
     fill: impl FnOnce(Out),
 ) -> Tensor<NdArray, D> {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let array = unsafe { array(shape, fill) };
     Tensor::from_primitive(TensorPrimitive::Float(array.into()))
 }
@@ -177,29 +180,30 @@ unsafe fn array<const D: usize>(shape: [usize; D], fill: impl FnOnce(Out)) -> Ar
     let count = shape.iter().product();
     let mut values: Vec<f32> = Vec::with_capacity(count);
     fill(Out(values.as_mut_ptr()));
-    // SAFETY: the capacity is there, and the caller promises that all was written.
+    // SAFETY: the capacity is reserved, and the caller guarantees that every value was written.
     unsafe { values.set_len(count) };
     ArcArray::from_shape_vec(IxDyn(&shape), values).expect("as many values as the shape holds")
 }
 
-/// A cache line of values.
+/// One cache line of values.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
 thread_local! {
-    /// Buffers of this thread that nobody uses at the moment.
+    /// This thread's buffers that are not in use.
     static IDLE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Values aligned to a cache line, from this thread's idle buffers, to which they return.
+/// Values aligned to a cache line, in a buffer taken from this thread's idle ones and returned on
+/// drop.
 pub(super) struct Scratch {
     lines: Vec<Line>,
     length: usize,
 }
 
 impl Scratch {
-    /// What the values are is unspecified: those of an earlier use.
+    /// Contents are unspecified: those of an earlier use.
     pub(super) fn new(length: usize) -> Self {
         let mut lines = IDLE.with_borrow_mut(Vec::pop).unwrap_or_default();
         let wanted = length.div_ceil(16);
@@ -211,7 +215,8 @@ impl Scratch {
     }
 
     pub(super) fn values(&mut self) -> &mut [f32] {
-        // SAFETY: a line is sixteen values without padding, and there are at least `length` of them.
+        // SAFETY: a line is sixteen values without padding, and the lines hold at least `length` of
+        // them.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.length) }
     }
 
@@ -223,7 +228,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);
-        // A thread that is ending has no idle buffers any more; then this one is freed.
+        // A thread that is ending has lost its idle buffers; then this one is freed.
         let _ = IDLE.try_with(|idle| idle.borrow_mut().push(lines));
     }
 }

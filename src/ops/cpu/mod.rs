@@ -1,13 +1,15 @@
-//! Kernels for processors: the operators of [`FusedOps`] on burn-ndarray's tensors.
+//! CPU kernels: the operators of [`FusedOps`] on burn-ndarray's tensors.
 //!
-//! Burn's own operators pass over memory once each, mostly on one core, and call the C library for every exponential.
-//! Here an operator is one pass, over all cores ([`threads`]), in vectors found at run time (`pulp`: AVX-512, AVX2,
-//! NEON), and its products are [`product`]'s. A tensor of another type than f32 is left to the reference.
+//! Burn's own operators pass over memory once each, mostly on one core, and call the C library for
+//! every exponential. Here an operator is one pass over all cores ([`threads`]), in vector
+//! instructions chosen at run time (`pulp`: AVX-512, AVX2, NEON), and its matrix products are
+//! [`product`]'s. Tensors of another type than f32 go to the reference.
 //!
-//! Nothing below this file is generic over a rank: it is compiled once, not again in every program and test.
+//! Nothing below this file is generic over a rank: it is compiled once, not again in every program
+//! and test.
 //!
-//! What `unsafe` there is rests on one idea: the rows of an output are divided among tasks, and each writes its own
-//! (see [`memory::Out`]).
+//! The `unsafe` code rests on one idea: the rows of an output are divided among tasks, and each
+//! writes its own (see [`memory::Out`]).
 
 mod attention;
 mod convolution;
@@ -35,7 +37,7 @@ use super::{
     LinearGradients, LinearWants, LinearWeights, NormGradients, Window, reference,
 };
 
-/// Looks at tensors as rows of f32, or returns what the reference makes of them.
+/// Views tensors as rows of f32, or returns the reference's result.
 macro_rules! rows {
     ($($tensor:ident),+ ; else $reference:expr) => {
         let ($(Some($tensor),)+) = ($(Rows::of($tensor.clone()),)+) else {
@@ -246,7 +248,7 @@ impl FusedOps for NdArray {
         if all.iter().any(|tensor| tensor.dtype() != DType::F32) {
             return reference::adamw(state, gradient, step);
         }
-        // Moved, not cloned: what nobody else sees is written over where it is.
+        // Moved, not cloned: values that are not shared are updated in place.
         let state = [state.value, state.first, state.second].map(Values::of);
         let [Some(mut value), Some(mut first), Some(mut second)] = state else {
             unreachable!("all are f32")

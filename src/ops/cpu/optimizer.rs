@@ -1,4 +1,4 @@
-//! Passes over parameters: the optimizer's step, the moving average, the gradient's norm.
+//! Passes over parameters: the optimizer's step, the moving average, the gradient norm.
 
 use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
@@ -8,7 +8,7 @@ use super::simd::{copy, sum2, update, vectorised};
 use super::threads;
 use crate::ops::AdamWStep;
 
-/// Passes over flat values of one length, in parts: `work(start, length)`.
+/// Runs `work(start, length)` over parts of `0..count`.
 fn over_values(count: usize, cost: usize, work: impl Fn(usize, usize) + Sync) {
     threads::over(count, 1024, cost * count, |range| {
         vectorised(
@@ -18,14 +18,15 @@ fn over_values(count: usize, cost: usize, work: impl Fn(usize, usize) + Sync) {
     });
 }
 
-/// See [`FusedOps::adamw`](crate::ops::FusedOps::adamw). The values are written over, or anew if anybody else sees them.
+/// See [`FusedOps::adamw`](crate::ops::FusedOps::adamw). Updates in place, or into new memory if
+/// the values are shared.
 pub(super) fn adamw(
     value: &mut Values,
     [first, second]: [&mut [f32]; 2],
     gradient: &[f32],
     step: AdamWStep,
 ) {
-    /// Values that are copied at a time, to be updated while they are near.
+    /// Number of values copied at a time, to be updated while in the cache.
     const NEAR: usize = 1024;
     let (beta1, beta2) = (step.betas.0 as f32, step.betas.1 as f32);
     let (rest1, rest2) = ((1.0 - step.betas.0) as f32, (1.0 - step.betas.1) as f32);
@@ -46,7 +47,7 @@ pub(super) fn adamw(
         |from, length| {
             for start in (from..from + length).step_by(NEAR) {
                 let length = NEAR.min(from + length - start);
-                // SAFETY: this part is this task's alone.
+                // SAFETY: only this task writes this part.
                 let [values, firsts, seconds] =
                     places.map(|place| unsafe { place.part(start, length) });
                 if let Some(before) = before {
@@ -76,7 +77,7 @@ pub(super) fn moving_average(average: &mut [f32], value: &[f32], decay: f64) {
         3,
         #[inline(always)]
         |start, length| {
-            // SAFETY: this part is this task's alone.
+            // SAFETY: only this task writes this part.
             let averages = unsafe { place.part(start, length) };
             update(
                 averages,
@@ -90,7 +91,7 @@ pub(super) fn moving_average(average: &mut [f32], value: &[f32], decay: f64) {
 
 /// See [`FusedOps::sum_of_squares`](crate::ops::FusedOps::sum_of_squares).
 pub(super) fn sum_of_squares(x: &[f32]) -> Tensor<NdArray, 1> {
-    /// Values of a partial sum, which is f32; the sum of partial sums is f64.
+    /// Values in a partial sum. It is f32; the total is f64.
     const PART: usize = 1 << 14;
     let mut parts = Scratch::new(x.len().div_ceil(PART));
     let parts = parts.values();
@@ -101,7 +102,7 @@ pub(super) fn sum_of_squares(x: &[f32]) -> Tensor<NdArray, 1> {
             || {
                 for index in range.clone() {
                     let part = &x[index * PART..x.len().min((index + 1) * PART)];
-                    // SAFETY: this sum is this task's alone.
+                    // SAFETY: only this task writes this sum.
                     unsafe {
                         out.part(index, 1)[0] = sum2(part, part, |sum, a, b| a.mul_add(b, sum))
                     };

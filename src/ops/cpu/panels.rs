@@ -1,4 +1,4 @@
-//! The second factor of a product, packed: tiles read it from its first value to its last.
+//! The second factor of a product, packed in the order in which tiles read it.
 
 use pulp::{Arch, Simd, WithSimd};
 
@@ -19,7 +19,8 @@ pub(super) fn panel_width() -> usize {
     Arch::new().dispatch(Width)
 }
 
-/// B, `[depth, columns]`, in panels: `[columns / width][depth][width]`, zeros beyond the last column.
+/// B, `[depth, columns]`, in panels `[columns / width][depth][width]`, with zeros beyond the last
+/// column.
 pub(super) struct Panels {
     scratch: Scratch,
     depth: usize,
@@ -28,7 +29,7 @@ pub(super) struct Panels {
 }
 
 impl Panels {
-    /// Packs B from its rows: `row(p, values)` writes row `p` of B.
+    /// Packs B by rows: `row(p, values)` writes row `p` of B.
     pub(super) fn of_rows(
         depth: usize,
         columns: usize,
@@ -46,7 +47,7 @@ impl Panels {
                     for p in rows.clone() {
                         row(p, &mut line[..columns]);
                         for (panel, values) in line.chunks_exact(width).enumerate() {
-                            // SAFETY: row p of each panel is this thread's alone.
+                            // SAFETY: only this thread writes row p of each panel.
                             let target = unsafe { out.part((panel * depth + p) * width, width) };
                             copy(values, target);
                         }
@@ -57,13 +58,13 @@ impl Panels {
         panels
     }
 
-    /// Packs B from its columns, which are rows in memory: `column(j, values)` writes column `j` of B.
+    /// Packs B by columns that are rows in memory: `column(j, values)` writes column `j` of B.
     pub(super) fn of_columns(
         depth: usize,
         columns: usize,
         column: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
-        /// Columns that are turned at a time.
+        /// Number of columns transposed at a time.
         const TURNED: usize = 16;
         let mut panels = Self::empty(depth, columns);
         let (width, out) = (panels.width, Out::of(panels.scratch.values()));
@@ -74,7 +75,7 @@ impl Panels {
                 #[inline(always)]
                 || {
                     for panel in range.clone() {
-                        // SAFETY: this panel is this thread's alone.
+                        // SAFETY: only this thread writes this panel.
                         let target = unsafe { out.part(panel * depth * width, depth * width) };
                         for first in (0..width).step_by(TURNED) {
                             let turned = TURNED.min(width - first);
@@ -121,7 +122,7 @@ impl Panels {
     }
 }
 
-/// Panels that live elsewhere.
+/// A view of panels stored elsewhere.
 #[derive(Clone, Copy)]
 pub(super) struct PanelView {
     pub(super) start: *const f32,
@@ -134,7 +135,8 @@ unsafe impl Send for PanelView {}
 // SAFETY: as above.
 unsafe impl Sync for PanelView {}
 
-/// Panels of a matrix whose rows are `row(p)`. What stands beyond the last column takes part in no sum that is kept.
+/// Panels of a matrix whose rows are `row(p)`. Columns beyond the last are left as they are; no
+/// result depends on them.
 #[inline(always)]
 pub(super) fn pack_rows<'a, S: Simd>(
     _: S,
@@ -184,7 +186,7 @@ pub(super) fn pack_columns<'a, S: Simd>(
     }
 }
 
-/// Room for panels of `depth` x `columns`, whatever their width (at most 32).
+/// Values that panels of `depth` x `columns` take, for any width up to 32.
 pub(super) fn room(depth: usize, columns: usize) -> usize {
     depth * columns.next_multiple_of(32)
 }

@@ -1,13 +1,15 @@
 //! Matrix products of f32.
 //!
-//! `C = start + A B` in the manner of Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication",
-//! ACM TOMS 34, 2008): B is packed into panels as wide as two vectors, blocks of A are copied into a scratch, and a
-//! tile of C as large as the registers hold is summed over the depth of a block.
+//! `C = start + A B` in the manner of Goto and van de Geijn ("Anatomy of High-Performance Matrix
+//! Multiplication", ACM TOMS 34, 2008): B is packed into panels two vectors wide, blocks of A are
+//! copied into a scratch, and a tile of C that fills the registers is summed over the depth of a
+//! block.
 //!
-//! It is our own because what surrounds a product in a transformer is then free: the activation before it is computed
-//! as A is copied, low-rank updates are merged as B is packed, a bias is where sums start. A product alone is about
-//! as fast as the crate `gemm`'s (`cargo bench --bench parts product` compares them). Two decisions make it short:
-//! blocks of A keep the order they have in memory, with a row distance the compiler knows, so nothing is transposed;
+//! It is our own code because the operators around a product in a transformer then cost nothing
+//! extra: the activation is computed as A is copied, low-rank updates are merged as B is packed,
+//! and sums start at the bias. A product alone is about as fast as that of the crate `gemm`
+//! (`cargo bench --bench parts product` compares them). Two decisions keep it short: blocks of A
+//! keep their order in memory, with a row distance known at compile time, so nothing is transposed;
 //! and `A^T B` is the same tile reading the same scratch with rows and columns exchanged.
 
 use std::ops::Range;
@@ -18,29 +20,30 @@ use super::memory::{Out, Scratch};
 use super::panels::PanelView;
 use super::threads;
 
-/// Depth of a block: its slice of a panel and a tile's slice of A stay near the core.
+/// Depth of a block: its slice of a panel and a tile's slice of A stay in the first-level cache.
 pub(super) const DEPTH: usize = 256;
-/// Distance of rows in the scratch: a cache line more than the depth, so that rows don't fall on the same cache sets.
+/// Row distance in the scratch: a cache line more than the depth, so that rows fall on different
+/// cache sets.
 pub(super) const STRIDE: usize = DEPTH + 16;
-/// Rows of C of a block; a multiple of every tile's height.
+/// Rows of C in a block; a multiple of every tile's height.
 pub(super) const BLOCK: usize = 168;
 /// Rows of the highest tile.
 const HIGHEST: usize = 14;
-/// Values of a packed slice of B that stay in the second cache.
+/// Values of a packed slice of B that fit the second-level cache.
 const NEAR: usize = 1 << 17;
 
-/// Where sums start.
+/// What the sums start at.
 #[derive(Clone, Copy)]
 pub(super) enum Start<'a> {
     Zero,
-    /// At a row of as many values as C has columns.
+    /// The same row, as wide as C, for every row of C.
     Row(&'a [f32]),
-    /// At what C holds.
+    /// The values of C.
     Sum,
 }
 
-/// Rows of a tile that leave registers for the sums: with two vectors a row, 28 of 32 (AVX-512), 12 of 16 (AVX2), 24
-/// of 32 (NEON).
+/// Height of the largest tile. At two vectors a row it takes 28 of 32 registers (AVX-512), 12 of 16
+/// (AVX2), 24 of 32 (NEON); the rest hold operands.
 #[inline(always)]
 const fn highest<S: Simd>() -> usize {
     match S::F32_LANES {
@@ -51,18 +54,19 @@ const fn highest<S: Simd>() -> usize {
     }
 }
 
-/// C, or a part of it.
+/// C, or a part of it, as an output.
 #[derive(Clone, Copy)]
 pub(super) struct Target {
     pub(super) out: Out,
-    /// Distance of rows.
+    /// Distance between rows.
     pub(super) stride: usize,
 }
 
 /// `C = start + A B` for the given rows of C.
 ///
-/// `fill(rows, depths, scratch)` writes a block of A: `scratch[i STRIDE + p]` for its row `i` and column `p`, or, where
-/// `TURNED`, `scratch[p STRIDE + i]`. `finish(rows)` is called once these rows of C are done and still near.
+/// `fill(rows, depths, scratch)` writes a block of A: `scratch[i STRIDE + p]` for its row `i` and
+/// column `p`, or, if `TURNED`, `scratch[p STRIDE + i]`. `finish(rows)` is called once these rows
+/// of C are complete and still in the cache.
 struct Multiply<'a, F, G, const TURNED: bool> {
     rows: Range<usize>,
     panels: PanelView,
@@ -112,13 +116,13 @@ where
         while first < self.rows.end {
             let rows = BLOCK.min(self.rows.end - first);
             let mut from = 0;
-            // A product over nothing still has its start to write.
+            // A product of depth 0 still writes its start values.
             while from < depth.max(1) {
                 let deep = DEPTH.min(depth - from);
                 (self.fill)(first..first + rows, from..from + deep, scratch);
                 let start = if from == 0 { self.start } else { Start::Sum };
-                // SAFETY: the scratch was filled as far as it is read, the panels hold `depth` rows, and the rows of
-                // the target are this task's.
+                // SAFETY: the scratch is filled as far as it is read, the panels hold `depth` rows,
+                // and only this task writes these rows of the target.
                 unsafe {
                     let c = self.target.out.pointer().add(first * self.target.stride);
                     Block::<TURNED> {
@@ -142,32 +146,32 @@ where
     }
 }
 
-/// A block of C from a filled scratch.
+/// The product of one block: a filled scratch times panels, added to C.
 pub(super) struct Block<'a, const TURNED: bool> {
     /// Rows of the block.
     pub(super) rows: usize,
     /// Its depth, at most [`DEPTH`].
     pub(super) deep: usize,
-    /// The block of A, as [`Multiply`] says.
+    /// The block of A, laid out as in [`Multiply`].
     pub(super) scratch: *const f32,
     pub(super) panels: PanelView,
     /// The first row of B.
     pub(super) from: usize,
     pub(super) columns: Range<usize>,
-    /// The first of `columns` in the block's first row.
+    /// The first of `columns` in the block's first row of C.
     pub(super) c: *mut f32,
-    /// Distance of C's rows.
+    /// Distance between the rows of C.
     pub(super) stride: usize,
     pub(super) start: Start<'a>,
 }
 
 impl<const TURNED: bool> Block<'_, TURNED> {
-    /// Computes it. One function for all that multiply, not one for each: tiles are much code.
+    /// Computes the block. One function for all callers, because tiles are a lot of code.
     ///
     /// # Safety
     ///
-    /// The scratch holds `rows` x `deep` values, the panels hold rows `from .. from + deep`, and `c` points at `rows`
-    /// rows that nobody else holds.
+    /// The scratch holds `rows` x `deep` values, the panels hold rows `from .. from + deep`, and
+    /// `c` points at `rows` rows that are not aliased.
     #[inline(always)]
     pub(super) unsafe fn multiply<S: Simd>(self, simd: S) {
         simd.vectorize(self);
@@ -200,7 +204,8 @@ impl<const TURNED: bool> WithSimd for Block<'_, TURNED> {
                 let high = height::<S>(rows - row);
                 let mut column = slice;
                 while column < end {
-                    // SAFETY: as `multiply`'s caller promises; panels are `width` wide and padded.
+                    // SAFETY: guaranteed by the caller of `multiply`; panels are `width` wide and
+                    // padded.
                     unsafe {
                         let a = scratch.add(if TURNED { row } else { row * STRIDE });
                         let b = panels.start.add(column * panels.depth + from * width);
@@ -219,8 +224,8 @@ impl<const TURNED: bool> WithSimd for Block<'_, TURNED> {
     }
 }
 
-/// Rows of the next tile where `left` remain: tiles of one height rather than full ones and a low last one, whose few
-/// sums would wait for one another.
+/// Height of the next tile when `left` rows remain. Tiles of equal height, because the few sums of
+/// a short last tile would wait for one another.
 #[inline(always)]
 fn height<S: Simd>(left: usize) -> usize {
     let most = highest::<S>();
@@ -237,11 +242,11 @@ fn height<S: Simd>(left: usize) -> usize {
     }
 }
 
-/// A tile, complete or cut off at C's last column.
+/// A tile, complete or cut off at the last column of C.
 ///
 /// # Safety
 ///
-/// As for [`tile`]; only `broad` columns of C need to be there.
+/// As for [`tile`], but only `broad` columns of C need exist.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the sizes of three matrices")]
 unsafe fn tile_of<S: Simd, const TURNED: bool>(
@@ -277,7 +282,7 @@ unsafe fn tile_of<S: Simd, const TURNED: bool>(
             }
         };
     }
-    // SAFETY: the caller's promises; a cut-off tile is summed in a place of its own first.
+    // SAFETY: guaranteed by the caller; a cut-off tile is first summed in a buffer of its own.
     unsafe {
         if broad == 2 * lanes {
             tiles!(2, c, stride, begin);
@@ -305,7 +310,7 @@ unsafe fn tile_of<S: Simd, const TURNED: bool>(
     }
 }
 
-/// [`Start`], at a tile.
+/// [`Start`] of one tile.
 #[derive(Clone, Copy)]
 enum Begin {
     Zero,
@@ -313,11 +318,12 @@ enum Begin {
     Sum,
 }
 
-/// `HIGH` rows of C, `VECTORS` vectors broad, summed in registers.
+/// `HIGH` rows of C, `VECTORS` vectors wide, summed in registers.
 ///
 /// # Safety
 ///
-/// `a` points at `HIGH` x `deep` values of the scratch, `b` at `deep` rows of a panel, `c` at `HIGH` rows.
+/// `a` points at `HIGH` x `deep` values of the scratch, `b` at `deep` rows of a panel, `c` at
+/// `HIGH` rows.
 #[inline(always)]
 unsafe fn tile<S: Simd, const HIGH: usize, const VECTORS: usize, const TURNED: bool>(
     simd: S,
@@ -330,7 +336,7 @@ unsafe fn tile<S: Simd, const HIGH: usize, const VECTORS: usize, const TURNED: b
 ) {
     let lanes = S::F32_LANES;
     let (row, depth) = if TURNED { (1, STRIDE) } else { (STRIDE, 1) };
-    // SAFETY: the caller's promises, for every pointer below.
+    // SAFETY: guaranteed by the caller, for every pointer below.
     unsafe {
         let mut sums = [[simd.splat_f32s(0.0); VECTORS]; HIGH];
         match begin {
@@ -375,8 +381,9 @@ unsafe fn tile<S: Simd, const HIGH: usize, const VECTORS: usize, const TURNED: b
     }
 }
 
-/// What rows are divided among cores by, in a product with so many `weights`. Each part reads all of them: where they
-/// are many and rows are few, parts are as large as a block holds, of one size, as many for each core.
+/// The multiple of rows by which a product with `weights` weights is divided among cores. Each part
+/// reads all weights. With many weights and few rows, parts are therefore as large as a block, of
+/// equal size, and as many for each core.
 fn unit_of(rows: usize, weights: usize) -> usize {
     let threads = threads::count();
     let blocks = rows.div_ceil(BLOCK).next_multiple_of(threads);
@@ -386,12 +393,12 @@ fn unit_of(rows: usize, weights: usize) -> usize {
     rows.div_ceil(blocks.max(1)).next_multiple_of(2)
 }
 
-/// `C = start + A B` over all cores; `fill` and `finish` are called as [`Multiply`] says.
+/// `C = start + A B` over all cores; `fill` and `finish` are called as in [`Multiply`].
 ///
 /// # Safety
 ///
-/// The target has `rows` rows of as many columns as the panels have, and nobody else holds them. `fill` writes the
-/// whole block it is asked for.
+/// The target has `rows` rows, not aliased, each with as many columns as the panels. `fill` writes
+/// the whole block it is asked for.
 pub(super) unsafe fn multiply<const TURNED: bool>(
     rows: usize,
     panels: PanelView,
@@ -406,7 +413,8 @@ pub(super) unsafe fn multiply<const TURNED: bool>(
         unit_of(rows, panels.depth * panels.columns),
         cost,
         |rows| {
-            // Not `&fill`: a reference's own `call` is a function the compiler makes for the least vectors.
+            // Not `&fill`: calling through a reference goes through a function compiled for the
+            // baseline instruction set.
             Arch::new().dispatch(Multiply::<_, _, TURNED>::new(
                 rows,
                 panels,

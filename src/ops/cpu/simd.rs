@@ -1,16 +1,18 @@
-//! Functions of one value, written so that the compiler makes vectors of them inside [`vectorised`].
+//! Functions of one value, written so that the compiler vectorises them inside [`vectorised`].
 
 use std::sync::atomic::{Ordering, compiler_fence};
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Runs `work` compiled for the best vectors of this machine (AVX-512, AVX2, NEON), found at run time.
+/// Runs `work` compiled for this machine's best vector instructions (AVX-512, AVX2, NEON), chosen
+/// at run time.
 ///
-/// What `work` calls must be `#[inline(always)]`, itself included, or it is compiled for the least.
+/// `work` and everything it calls must be `#[inline(always)]`; otherwise they are compiled for the
+/// baseline instruction set.
 #[inline(always)]
 pub(super) fn vectorised(work: impl FnMut()) {
-    // Not pulp's own way with closures: that takes `FnOnce`, and for a closure that could be called again the compiler
-    // puts a function between, which is compiled for the least.
+    // pulp's own closures are `FnOnce`: for a closure that can be called again, the compiler
+    // inserts a function compiled for the baseline instruction set.
     struct Work<F>(F);
     impl<F: FnMut()> WithSimd for Work<F> {
         type Output = ();
@@ -22,12 +24,13 @@ pub(super) fn vectorised(work: impl FnMut()) {
     Arch::new().dispatch(Work(work));
 }
 
-/// `e^x`, at most 2 units in the last place off for `x` in [-87.3, 88.3]; outside, the value at the nearer end.
+/// `e^x` to 2 units in the last place for `x` in [-87.3, 88.3]; outside, the value at the nearer
+/// end.
 ///
-/// `2^n e^r` with `n` whole and `|r| <= ln 2 / 2`; the polynomial is Cephes' `expf`.
+/// `2^n e^r` with integer `n` and `|r| <= ln 2 / 2`; the polynomial is Cephes' `expf`.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits.
+    // 1.5 * 2^23: adding it leaves the nearest integer in the low bits.
     const WHOLE: f32 = 12_582_912.0;
     let x = x.clamp(-87.3, 88.3);
     let shifted = x.mul_add(std::f32::consts::LOG2_E, WHOLE);
@@ -42,7 +45,7 @@ pub(super) fn exp(x: f32) -> f32 {
     p = r.mul_add(p, 1.666_666_5e-1);
     p = r.mul_add(p, 0.5);
     let e = (r * r).mul_add(p, r) + 1.0;
-    // The low bits of `shifted` are n: moved into the exponent.
+    // The low bits of `shifted` are n; they are moved into the exponent.
     let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
     e * power
 }
@@ -67,7 +70,7 @@ fn gelu_argument(x: f32) -> f32 {
     (x * x).mul_add(CUBE * TWICE_ROOT_2_OVER_PI, TWICE_ROOT_2_OVER_PI) * x
 }
 
-/// Its derivative.
+/// Derivative of [`gelu_tanh`].
 #[inline(always)]
 pub(super) fn gelu_tanh_derivative(x: f32) -> f32 {
     let s = sigmoid(gelu_argument(x));
@@ -81,17 +84,17 @@ pub(super) fn silu(x: f32) -> f32 {
     x * sigmoid(x)
 }
 
-/// Its derivative.
+/// Derivative of [`silu`].
 #[inline(always)]
 pub(super) fn silu_derivative(x: f32) -> f32 {
     let s = sigmoid(x);
     (x * s).mul_add(1.0 - s, s)
 }
 
-/// Values that are worked on at a time: a vector of AVX-512, several of lesser ones.
+/// Values processed at a time: one vector of AVX-512, several of narrower instruction sets.
 pub(super) const LINE: usize = 16;
 
-/// `out[i] = f(a[i], b[i], ..)` over rows of one length.
+/// `out[i] = f(a[i], b[i], ..)` over rows of equal length.
 #[inline(always)]
 pub(super) fn write<const N: usize>(
     out: &mut [f32],
@@ -106,7 +109,7 @@ pub(super) fn write<const N: usize>(
     );
 }
 
-/// `out[i] = f(out[i], [a[i], b[i], ..])` over rows of one length.
+/// `out[i] = f(out[i], [a[i], b[i], ..])` over rows of equal length.
 #[inline(always)]
 pub(super) fn update<const N: usize>(
     out: &mut [f32],
@@ -116,11 +119,11 @@ pub(super) fn update<const N: usize>(
     by_line::<N, true>(out, inputs, f);
 }
 
-/// [`update`], or [`write`] if what `out` holds is not to be read.
+/// [`update`] if `READ`, else [`write`].
 ///
-/// Whole lines are read before any of their results is written: otherwise the compiler, which can't tell the rows
-/// apart, would move one value at a time, or check that they are apart in every call, which costs more than a short
-/// row itself.
+/// A whole line is read before any of its results is written. Otherwise the compiler, which can't
+/// tell the rows apart, would move one value at a time, or check for overlap in every call, which
+/// costs more than a short row itself.
 #[inline(always)]
 fn by_line<const N: usize, const READ: bool>(
     out: &mut [f32],
@@ -148,8 +151,8 @@ fn by_line<const N: usize, const READ: bool>(
             line[lane] = f(line[lane], at);
         }
         *out = line;
-        // Makes no instruction. It keeps the compiler from working on sixteen lines at once, which it would gather
-        // from and scatter to memory value by value.
+        // Emits no instruction. It keeps the compiler from vectorising over sixteen lines at once,
+        // with a gather and a scatter for each value.
         compiler_fence(Ordering::SeqCst);
     }
     for (index, out) in rest.iter_mut().enumerate() {
@@ -161,7 +164,7 @@ fn by_line<const N: usize, const READ: bool>(
     }
 }
 
-/// Copies a row to the start of `out`. (Not by the library's function, whose call costs more than a short row.)
+/// Copies a row to the start of `out`. The library's function costs more per call than a short row.
 #[inline(always)]
 pub(super) fn copy(values: &[f32], out: &mut [f32]) {
     write(
@@ -188,7 +191,7 @@ pub(super) fn sum2(a: &[f32], b: &[f32], f: impl Fn(f32, f32, f32) -> f32) -> f3
     fold(sums, |a, b| a + b)
 }
 
-/// Sixteen values made one, pairwise.
+/// Sums sixteen values pairwise.
 #[inline(always)]
 pub(super) fn fold(mut values: [f32; LINE], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = 8;

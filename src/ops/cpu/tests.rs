@@ -1,5 +1,5 @@
-//! Kernels against the reference, forward and backward, at sizes that fit nothing; nodes against Burn's own gradients;
-//! gradients against differences.
+//! Kernels against the reference, forward and backward, at sizes that are no multiples of a block;
+//! nodes against Burn's own gradients; gradients against finite differences.
 
 use burn::backend::Autodiff;
 use burn::tensor::{Tensor, TensorData, TensorPrimitive};
@@ -27,8 +27,9 @@ pub(super) fn noise<B: burn::tensor::backend::Backend, const D: usize>(
     )
 }
 
-/// Both are f32 computations in another order: each value may be off by the rounding of a sum of `terms` terms, of
-/// which the largest are some units: a few units in the last place, growing with the root of the count.
+/// Both are f32 computations in different orders. Each value may be off by the rounding of a sum of
+/// `terms` terms, the largest of which are a few units: a few units in the last place, growing with
+/// the root of the count.
 #[track_caller]
 pub(super) fn agree<B: burn::tensor::backend::Backend, const D: usize>(
     what: &str,
@@ -146,7 +147,7 @@ fn norms_residuals_and_blends_agree_with_the_reference() {
         let terms = 2 * tokens.max(width);
         let [x, y, gradient] =
             [0, 1, 2].map(|index| noise::<NdArray, 3>(index, [batch, tokens, width]));
-        // Parts of a wider matrix, as they come from a modulation.
+        // Columns of a wider matrix, as a modulation delivers them.
         let wide = noise::<NdArray, 2>(3, [batch, 3 * width]);
         let shift = wide.clone().narrow(1, width, width);
         let scale = wide.narrow(1, 0, width);
@@ -197,7 +198,8 @@ fn norms_residuals_and_blends_agree_with_the_reference() {
 
 #[test]
 fn attention_agrees_with_the_reference() {
-    // Tokens beyond one group of keys (256) and beyond the shorter blocks (512), heads wider than a block is deep.
+    // More tokens than a group of keys (256) and than the limit for large blocks (512), and heads
+    // wider than a block is deep.
     let sizes = [
         (1, 1, 1, 1),
         (2, 3, 2, 5),
@@ -270,7 +272,7 @@ fn an_optimizer_step_agrees_with_the_reference_and_leaves_shared_values_alone() 
         };
         let fast = NdArray::adamw(state.clone(), gradient.clone(), step);
         let exact = reference::adamw(state.clone(), gradient.clone(), step);
-        // Values nobody else sees are written over where they are.
+        // Values that are not shared are updated in place.
         let own = AdamWState {
             value: value.clone() + 0.0,
             ..state.clone()
@@ -309,7 +311,7 @@ fn values_under_another_shape_keep_their_order() {
     }
 }
 
-/// Inputs of every node, all waiting for a gradient.
+/// Inputs of every node, all requiring gradients.
 struct Inputs {
     x: Tensor<Graph, 3>,
     y: Tensor<Graph, 3>,
@@ -338,7 +340,7 @@ impl Inputs {
         }
     }
 
-    /// Gradients of a function of them, in order.
+    /// Gradients of `loss` with respect to the inputs, in order.
     fn gradients(&self, loss: Tensor<Graph, 1>) -> Vec<Vec<f32>> {
         let gradients = loss.backward();
         let lora = self.weights.lora.as_ref().unwrap();
@@ -355,8 +357,8 @@ impl Inputs {
         ]
     }
 
-    /// Everything at once, as in a block: x is read by a norm, a residual and a blend, the wide matrix by columns that
-    /// overlap, and by the loss itself.
+    /// All operators, as in a block: x is read by a norm, a residual and a blend; the wide matrix
+    /// is read by overlapping columns and by the loss itself.
     fn by_nodes(&self) -> Tensor<Graph, 1> {
         let part = |start| Graph::columns(self.wide.clone(), start, 12);
         let normal = Graph::modulated_norm(self.x.clone(), part(0), part(6), 1e-6);
@@ -396,8 +398,8 @@ fn nodes_give_the_gradients_that_burn_gives_for_the_reference() {
             .iter()
             .fold(1.0f32, |size, value| size.max(value.abs()));
         for (fast, exact) in fast.iter().zip(exact) {
-            // Burn's own gradient of a division multiplies by ndarray's `recip`, which is good to some 14 bits; what
-            // the nodes compute is held closer by the tests above.
+            // Burn's own gradient of a division multiplies by ndarray's `recip`, accurate to some
+            // 14 bits; the tests above hold the nodes to tighter tolerances.
             assert!(
                 (fast - exact).abs() <= 1e-3 * size,
                 "input {index}: {fast}, {exact}"
@@ -426,7 +428,7 @@ fn an_input_that_waits_for_nothing_gets_nothing() {
 fn gradients_are_what_differences_say() {
     let inputs = Inputs::new();
     let gradient = inputs.gradients(inputs.by_nodes());
-    // Along the direction of each input's own gradient, where rounding is least.
+    // Along each input's own gradient, where rounding matters least.
     let loss = |inputs: &Inputs| inputs.by_nodes().into_scalar();
     let step = 1.0 / 256.0;
     let moved = |which: usize, by: f32| {
@@ -455,7 +457,8 @@ fn gradients_are_what_differences_say() {
     for which in 0..gradient.len() {
         let ((after, length), (before, _)) = (moved(which, step), moved(which, -step));
         let slope = (after - before) / (2.0 * step);
-        // Rounding of a loss of some hundreds over the step, and the third derivative: within a few hundredths.
+        // Rounding of a loss of some hundreds, divided by the step, and the third derivative:
+        // within 0.03.
         assert!(
             (slope - length).abs() <= 0.03 * length,
             "input {which}: the slope is {slope}, the gradient's length {length}"

@@ -1,9 +1,9 @@
 //! Work over all cores.
 //!
-//! A team of our own, not rayon's pool: an operator at the digit model's size takes a tenth of a millisecond, and a pool
-//! thread that has gone to sleep takes a good part of that to wake. These spin for a moment after each piece of work,
-//! which is long enough for the next operator to come, and sleep when a step is over. How many they are is rayon's
-//! number of threads, so that one setting serves both.
+//! A team of our own instead of rayon's pool: an operator at the digit model's size takes a tenth
+//! of a millisecond, and waking a sleeping pool thread takes a good part of that. These threads
+//! spin briefly after each piece of work, long enough for the next operator to arrive, and sleep
+//! when a step is over. Their number is rayon's number of threads, so that one setting serves both.
 
 use std::cell::UnsafeCell;
 use std::ops::Range;
@@ -12,22 +12,23 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-/// Work below this many basic operations is not worth another thread's attention.
+/// Work of fewer basic operations than this is not worth another thread.
 const LEAST: usize = 1 << 16;
 
-/// Most parts for each thread: more than one, so that a thread that was disturbed holds up little.
+/// Most parts per thread: more than one, so that a delayed thread holds up little.
 pub(super) const PARTS: usize = 4;
 
 /// How long a helper spins before it sleeps: longer than the gaps between the operators of a step.
 const PATIENCE: Duration = Duration::from_micros(200);
 
-/// How many threads there are, the caller counted.
+/// Number of threads, including the caller.
 pub(super) fn count() -> usize {
     team().helpers + 1
 }
 
-/// Runs `work` over parts of `0..count` that are multiples of `unit` (but for the last), on all threads. `cost` is the
-/// number of basic operations (a multiplication, an addition, a value moved) of all together.
+/// Runs `work` over parts of `0..count`, on all threads. All parts but the last are multiples of
+/// `unit`. `cost` is the total number of basic operations (a multiplication, an addition, a value
+/// moved).
 pub(super) fn over(count: usize, unit: usize, cost: usize, work: impl Fn(Range<usize>) + Sync) {
     let team = team();
     let threads = team.helpers + 1;
@@ -52,14 +53,15 @@ pub(super) fn over(count: usize, unit: usize, cost: usize, work: impl Fn(Range<u
     });
 }
 
-/// Threads that take part in one piece of work at a time.
+/// Threads that work together on one piece of work at a time.
 struct Team {
     helpers: usize,
-    /// Number of the piece (from bit 17), whether it may be entered ([`OPEN`]), and how many helpers are in it.
+    /// Number of the piece (from bit 17), whether it may be entered ([`OPEN`]), and the helpers in
+    /// it.
     state: AtomicU64,
     /// The piece: valid while it is open or a helper is in it.
     work: UnsafeCell<Option<Work>>,
-    /// Held by the thread whose piece it is.
+    /// Held by the thread that submitted the piece.
     owner: Mutex<()>,
     panicked: AtomicBool,
     asleep: AtomicUsize,
@@ -69,7 +71,8 @@ struct Team {
 
 type Work = *const (dyn Fn() + Sync);
 
-// SAFETY: `work` is written by the owner alone, before it opens the piece, and read by helpers inside it.
+// SAFETY: only the owner writes `work`, before it opens the piece; helpers read it inside the
+// piece.
 unsafe impl Sync for Team {}
 
 const OPEN: u64 = 1 << 16;
@@ -81,7 +84,7 @@ fn team() -> &'static Team {
 }
 
 impl Team {
-    /// A team of so many threads, the caller counted, that lives as long as the process.
+    /// A team of `threads` threads, including the caller, that lives as long as the process.
     fn of(threads: usize) -> &'static Self {
         let team: &Self = Box::leak(Box::new(Self {
             helpers: threads - 1,
@@ -94,7 +97,7 @@ impl Team {
             wake: Condvar::new(),
         }));
         for index in 1..threads {
-            // Where a thread can't be had, the others do its share.
+            // If a thread can't be started, the others do its share.
             let _ = std::thread::Builder::new()
                 .name(format!("kernels-{index}"))
                 .spawn(|| team.help());
@@ -102,19 +105,19 @@ impl Team {
         team
     }
 
-    /// Calls `work` on this thread, and on every helper that comes before this thread is done with it; `work` must share
-    /// itself out. Where the team is another thread's at the moment, or this call is from inside a piece, this thread
-    /// does all of it.
+    /// Calls `work` on this thread, and on every helper that enters before this thread is done;
+    /// `work` must divide itself. If the team is busy for another thread, or this call comes from
+    /// inside a piece, this thread does all of it.
     fn run(&self, work: &(dyn Fn() + Sync)) {
         let _owner = match self.owner.try_lock() {
             Ok(owner) => owner,
-            // An owner panicked; it guards nothing that could be left half done.
+            // The last owner panicked. The lock protects no data, so nothing is left half done.
             Err(TryLockError::Poisoned(owner)) => owner.into_inner(),
             Err(TryLockError::WouldBlock) => return work(),
         };
         self.panicked.store(false, Ordering::Relaxed);
-        // SAFETY: the piece is closed below, and left by all, before the reference ends; nobody reads it before it is
-        // opened, since the last piece was left by all.
+        // SAFETY: the piece is closed below, and all helpers have left it, before the reference
+        // ends. Nobody reads it before it is opened, because all helpers have left the last piece.
         unsafe {
             let work = std::mem::transmute::<&(dyn Fn() + Sync), Work>(work);
             *self.work.get() = Some(work);
@@ -122,12 +125,13 @@ impl Team {
         let last = self.state.load(Ordering::Relaxed) / PIECE;
         self.state
             .store(((last + 1) * PIECE) | OPEN, Ordering::SeqCst);
-        // A helper counts itself asleep before it looks at the state a last time: it sees the piece, or is seen here.
+        // A helper counts itself asleep before it checks the state a last time: it sees the piece,
+        // or is seen here.
         if self.asleep.load(Ordering::SeqCst) > 0 {
             let _lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.wake.notify_all();
         }
-        // Closes the piece when `work` panics, too.
+        // Closes the piece even if `work` panics.
         struct Close<'a>(&'a Team);
         impl Drop for Close<'_> {
             fn drop(&mut self) {
@@ -151,7 +155,7 @@ impl Team {
         );
     }
 
-    /// What a helper does all its life.
+    /// Loop of a helper thread: waits for work and does it.
     fn help(&self) {
         let mut done = 0;
         loop {
@@ -202,7 +206,7 @@ impl Team {
     }
 }
 
-/// Whether a piece may be entered that is not `done`.
+/// Whether an open piece other than `done` can be entered.
 fn is_new(state: u64, done: u64) -> bool {
     state & OPEN != 0 && state / PIECE != done
 }
@@ -228,7 +232,7 @@ mod tests {
     #[test]
     fn every_index_is_visited_once_whoever_comes_and_however_it_nests() {
         let team = Team::of(4);
-        // Longer than a helper's patience between some rounds: both ways of waiting are taken.
+        // Some rounds are further apart than `PATIENCE`, so helpers both spin and sleep.
         std::thread::scope(|scope| {
             for caller in 0..3 {
                 scope.spawn(move || {

@@ -1,17 +1,19 @@
-//! Pictures brought to a square: the centre crop of ADM's preprocessing (`center_crop_arr` of guided-diffusion, which DiT, SiT and MAR share), bit
-//! for bit.
+//! Square pictures by the centre crop of ADM's preprocessing (`center_crop_arr` of
+//! guided-diffusion, which DiT, SiT and MAR share), bit for bit.
 //!
-//! While the shorter side is at least twice the target, the picture is halved with a box filter; then the shorter
-//! side is brought to the target by a bicubic filter, and the centre cut out. Each of these is the resampling of
-//! 8-bit pictures of Pillow 9.5 to 12.1: rows first, then columns, weights in fixed point with 22 fractional bits, a
-//! rounding to a byte after *every* pass. Real arithmetic differs in every second pixel.
+//! While the shorter side is at least twice the target, the picture is halved with a box filter.
+//! Then a bicubic filter resizes the shorter side to the target, and the centre is cut out. Each
+//! step resamples 8-bit pictures as Pillow 9.5 to 12.1 does: rows first, then columns, with
+//! fixed-point weights of 22 fractional bits, rounded to a byte after *every* pass. Real arithmetic
+//! gives different values in every second pixel.
 //!
-//! Pillow 13.0.0 gives the same for pictures at most twice as high as wide. Of taller ones it resamples the columns
-//! first, and since every pass rounds, its pixels differ there by up to 31 levels. Here they stay those of the
-//! older versions.
+//! Pillow 13.0.0 gives the same result for pictures at most twice as high as wide. For taller ones
+//! it resamples the columns first, and since every pass rounds, its pixels differ there by up to 31
+//! levels. Here they stay those of the older versions.
 //!
-//! Only the pixels the crop is made of are computed: from the crop backwards, each pass knows the range it must
-//! deliver. So an extremely long picture costs no more memory than a square one.
+//! Only the pixels that the crop needs are computed: working backwards from the crop, each pass
+//! knows the range it must deliver. So an extremely long picture costs no more memory than a square
+//! one.
 
 use std::ops::Range;
 
@@ -21,7 +23,7 @@ use image::RgbImage;
 const PRECISION: u32 = 22;
 const CHANNELS: usize = 3;
 
-/// What a pixel weighs by its distance from the centre, and how far the filter reaches.
+/// The filters: a weight by distance from the centre, up to a reach.
 #[derive(Clone, Copy)]
 enum Filter {
     Box,
@@ -55,32 +57,32 @@ impl Filter {
     }
 }
 
-/// One resampling along one side: a range of its outputs, each a weighted sum of neighbouring inputs.
+/// One resampling along one side: a range of outputs, each a weighted sum of neighbouring inputs.
 struct Pass {
-    /// Inputs that are read, as their places along the side.
+    /// Range of the inputs that are read.
     inputs: Range<usize>,
-    /// Of each output: its first input, counted from the start of `inputs`, and the weights from there on.
+    /// For each output: its first input, relative to the start of `inputs`, and its weights.
     taps: Vec<(usize, Vec<i32>)>,
 }
 
 impl Pass {
     fn new(filter: Filter, from: usize, to: usize, outputs: Range<usize>) -> Self {
         let scale = from as f64 / to as f64;
-        // A shrinking filter is widened, so that no input is passed over.
+        // A shrinking filter is widened, so that it covers every input.
         let stretch = scale.max(1.0);
         let reach = filter.reach() * stretch;
         let narrow = 1.0 / stretch;
         let mut taps: Vec<(usize, Vec<i32>)> = outputs
             .map(|output| {
                 let center = (output as f64 + 0.5) * scale;
-                // Conversions cut towards zero, and make zero of what lies before the first input.
+                // Casts truncate, and saturate to zero before the first input.
                 let first = (center - reach + 0.5) as usize;
                 let end = ((center + reach + 0.5) as usize).min(from);
                 let weights: Vec<f64> = (first..end)
                     .map(|input| filter.weight((input as f64 - center + 0.5) * narrow))
                     .collect();
                 let total: f64 = weights.iter().sum();
-                // `round` takes halves away from zero, as Pillow does.
+                // `round` rounds halves away from zero, as Pillow does.
                 let fixed =
                     |weight: f64| (weight / total * f64::from(1 << PRECISION)).round() as i32;
                 (first, weights.into_iter().map(fixed).collect())
@@ -131,23 +133,23 @@ impl Pass {
     }
 }
 
-/// Rounds a sum when its fraction is cut off.
+/// Added to a sum before its fraction is cut off, to round it.
 const HALF: i32 = 1 << (PRECISION - 1);
 
 fn to_byte(sum: i32) -> u8 {
     (sum >> PRECISION).clamp(0, 255) as u8
 }
 
-/// The passes along one side, `None` where the length stays and Pillow does nothing.
+/// The passes along one side; `None` if the length stays, where Pillow does nothing.
 struct Side {
-    /// Pixels that are read of the picture.
+    /// Range of the picture's pixels that are read.
     inputs: Range<usize>,
     passes: Vec<Option<Pass>>,
 }
 
 impl Side {
     fn new(length: usize, halvings: usize, resized: usize, size: usize) -> Self {
-        // A long picture's short side may be halved to nothing.
+        // Halvings could bring a long picture's short side to zero.
         let halved = |times: usize| (length >> times).max(1);
         let mut lengths: Vec<usize> = (0..=halvings).map(halved).collect();
         lengths.push(resized);
@@ -170,7 +172,7 @@ impl Side {
     }
 }
 
-/// The crop of pictures of one size: all weights, computed once.
+/// The centre crop for pictures of one size, with all weights computed once.
 pub struct CenterCrop {
     dimensions: (u32, u32),
     size: usize,
@@ -179,7 +181,7 @@ pub struct CenterCrop {
 }
 
 impl CenterCrop {
-    /// The crop `[size, size]` of pictures `dimensions` = (width, height) large.
+    /// The crop `[size, size]` of pictures with `dimensions` = (width, height).
     pub fn new(dimensions: (u32, u32), size: usize) -> Self {
         let (width, height) = (dimensions.0 as usize, dimensions.1 as usize);
         let shorter = width.min(height);
@@ -201,8 +203,8 @@ impl CenterCrop {
         }
     }
 
-    /// Crops a picture: `[size, size, 3]`, rows top to bottom; empty if the picture or the crop has no pixels. A
-    /// picture of another size than the crop was made for gets weights of its own.
+    /// Crops a picture to `[size, size, 3]`, rows top to bottom; empty if the picture or the crop
+    /// has no pixels. For a picture of another size than `dimensions`, weights are computed anew.
     pub fn apply(&self, picture: &RgbImage) -> Vec<u8> {
         if picture.dimensions() != self.dimensions {
             return center_crop(picture, self.size);
@@ -214,7 +216,7 @@ impl CenterCrop {
     }
 }
 
-/// The part of a picture that the sides' passes deliver, rows top to bottom.
+/// The part of a picture that the passes deliver, rows top to bottom.
 fn resample(picture: &RgbImage, horizontal: &Side, vertical: &Side) -> Vec<u8> {
     let mut pixels = Vec::new();
     let rows = picture
@@ -224,7 +226,7 @@ fn resample(picture: &RgbImage, horizontal: &Side, vertical: &Side) -> Vec<u8> {
         let Range { start, end } = horizontal.inputs;
         pixels.extend_from_slice(&row[start * CHANNELS..end * CHANNELS]);
     }
-    // Every pass delivers exactly what the next one reads.
+    // Every pass delivers exactly the inputs of the next.
     for (across, down) in horizontal.passes.iter().zip(&vertical.passes) {
         if let Some(pass) = across {
             pixels = pass.along_rows(&pixels);
@@ -236,9 +238,10 @@ fn resample(picture: &RgbImage, horizontal: &Side, vertical: &Side) -> Vec<u8> {
     pixels
 }
 
-/// A whole picture `[size, size, 3]` with `fill` around it. The longer side is brought to `size` as [`center_crop`]
-/// brings the shorter one, if it is longer than that; a smaller picture is not enlarged. It lies in the middle, a
-/// pixel to the left and above where the margins can't be equal. All `fill` if the picture has no pixels.
+/// A whole picture in `[size, size, 3]`, with `fill` around it. If its longer side exceeds `size`,
+/// it is reduced to that as [`center_crop`] reduces the shorter one; a smaller picture is not
+/// enlarged. It is centred; if the margins can't be equal, the left and upper ones are a pixel
+/// smaller. All `fill` if the picture has no pixels.
 pub fn pad(picture: &RgbImage, size: usize, fill: u8) -> Vec<u8> {
     let lengths = [picture.width() as usize, picture.height() as usize];
     let mut padded = vec![fill; size * size * CHANNELS];
@@ -267,8 +270,9 @@ pub fn pad(picture: &RgbImage, size: usize, fill: u8) -> Vec<u8> {
     padded
 }
 
-/// The centre crop `[size, size, 3]` of a picture, as ADM, DiT, SiT and MAR prepare ImageNet; the module's text says
-/// how. Empty for a size of 0, or a picture without pixels. For many pictures of one size, see [`CenterCrop`].
+/// The centre crop `[size, size, 3]` of a picture, as ADM, DiT, SiT and MAR prepare ImageNet; the
+/// algorithm is described at the top of the module. Empty if `size` is 0 or the picture has no
+/// pixels. For many pictures of one size, see [`CenterCrop`].
 ///
 /// # Examples
 ///
@@ -284,8 +288,8 @@ pub fn center_crop(picture: &RgbImage, size: usize) -> Vec<u8> {
     CenterCrop::new(picture.dimensions(), size).apply(picture)
 }
 
-/// A square picture `[size, size, 3]` as a network reads it: `[3, size, size]` in [−1, 1], mirrored left to right if
-/// asked for. `pixels` beyond the square are passed over, missing ones are taken to be black.
+/// A square picture `[size, size, 3]` as network input: `[3, size, size]` in [−1, 1], mirrored left
+/// to right if `mirrored`. Excess `pixels` are ignored, missing ones are black.
 pub fn to_chw(pixels: &[u8], size: usize, mirrored: bool) -> Vec<f32> {
     (0..CHANNELS)
         .flat_map(|channel| {
@@ -293,7 +297,8 @@ pub fn to_chw(pixels: &[u8], size: usize, mirrored: bool) -> Vec<f32> {
                 let (row, column) = (at / size, at % size);
                 let column = if mirrored { size - 1 - column } else { column };
                 let byte = pixels.get((row * size + column) * CHANNELS + channel);
-                // The order of torchvision's ToTensor and Normalize(0.5, 0.5), for equality to the last bit.
+                // The order of torchvision's ToTensor and Normalize(0.5, 0.5), for bitwise
+                // equality.
                 (f32::from(byte.copied().unwrap_or(0)) / 255.0 - 0.5) / 0.5
             })
         })
@@ -328,7 +333,7 @@ mod tests {
                 }
             }
         }
-        // A square one is resampled as the crop resamples it, whole.
+        // A square picture is resampled as the crop resamples it.
         for side in [8, 17, 40] {
             let picture = pattern(side, side);
             assert_eq!(pad(&picture, 8, 0), center_crop(&picture, 8), "{side}");
@@ -337,7 +342,7 @@ mod tests {
         let padded = pad(&RgbImage::from_pixel(40, 20, Rgb([51; 3])), 8, 255);
         let rows: Vec<u8> = padded.chunks_exact(24).map(|row| row[12]).collect();
         assert_eq!(rows, [255, 255, 51, 51, 51, 51, 255, 255]);
-        // Of an extremely long one a line remains.
+        // An extremely long picture becomes a line.
         let padded = pad(&RgbImage::from_pixel(1, 5000, Rgb([0; 3])), 4, 255);
         assert_eq!(padded.iter().filter(|byte| **byte == 0).count(), 4 * 3);
         assert_eq!(pad(&RgbImage::new(0, 7), 2, 3), [3; 12]);

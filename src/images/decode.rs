@@ -13,12 +13,14 @@ use thiserror::Error;
 use super::jpeg;
 use crate::files::open_file;
 
-/// Most pixels of a picture. The largest of ImageNet has 61 million; a file that states more is no photograph.
+/// Most pixels of a picture. The largest of ImageNet has 61 million; a larger file is no
+/// photograph.
 const MOST_PIXELS: u64 = 1 << 26;
-/// Most bytes of a file: [`MOST_PIXELS`] of four bytes, not compressed at all.
+/// Most bytes of a file: [`MOST_PIXELS`] of four bytes, uncompressed.
 const MOST_BYTES: u64 = 1 << 28;
-/// Most bytes the decoder of PNG may hold at once: [`MOST_PIXELS`] of eight bytes, and as much for its own work.
-/// That of JPEG holds less: all coefficients of a progressive file, 2 bytes for each of 4 channels, and the picture.
+/// Most bytes the PNG decoder may hold at once: [`MOST_PIXELS`] of eight bytes, and as much again
+/// for its own work. The JPEG decoder holds less: all coefficients of a progressive file, 2 bytes
+/// for each of 4 channels, and the picture.
 const MOST_MEMORY: u64 = 1 << 30;
 
 /// Why a picture can't be read.
@@ -30,7 +32,7 @@ pub enum PictureError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the file system.
         source: io::Error,
     },
     /// The file is not what it should be.
@@ -38,9 +40,9 @@ pub enum PictureError {
     Unexpected {
         /// The file.
         path: PathBuf,
-        /// What was asked for.
+        /// The expected content.
         expected: String,
-        /// What the file holds.
+        /// The content found.
         found: String,
     },
     /// The file is damaged, or of a kind that can't be decoded.
@@ -48,44 +50,46 @@ pub enum PictureError {
     Decode {
         /// The file.
         path: PathBuf,
-        /// What the decoder said.
+        /// Error of the decoder.
         source: ImageError,
     },
 }
 
-/// Reads a PNG or JPEG, told apart by their first bytes and not by name (ImageNet holds a PNG called `.JPEG`), as
-/// `[height, width, 3]` bytes.
+/// Reads a PNG or JPEG as `[height, width, 3]` bytes. The format is detected by the first bytes,
+/// not the name (ImageNet holds a PNG called `.JPEG`).
 ///
-/// Other kinds of pixels become RGB as Pillow's `convert("RGB")` makes them: grey is replicated, a palette looked up,
-/// alpha dropped without compositing, of 16-bit colours the high byte taken; 16-bit grey without alpha is *clipped*
-/// at 255, not scaled; four channels of a JPEG are taken for inverted CMYK. An orientation in the metadata is not
-/// applied.
+/// Other pixel types become RGB as by Pillow's `convert("RGB")`: grey is replicated, a palette
+/// looked up, alpha dropped without compositing, and 16-bit colours reduced to their high byte.
+/// 16-bit grey without alpha is *clipped* at 255, not scaled. Four channels of a JPEG are read as
+/// inverted CMYK. An orientation in the metadata is not applied.
 ///
-/// PNG is exact. The standard does not prescribe JPEG's pixels to the last bit, and decoders differ by a few levels
-/// in some. Here they are libjpeg-turbo's at its defaults, which Pillow keeps: the accurate integer inverse cosine
-/// transform, interpolated chroma, and smoothed blocks where a progressive file ends before its last scan. Every byte
-/// equals Pillow's, from 9.5 to 13.0; but versions before 10.4 smooth such unfinished files otherwise.
+/// PNG is exact. The standard does not define JPEG's pixels to the last bit, and decoders differ by
+/// a few levels in some. Here they are libjpeg-turbo's with its default settings, which Pillow
+/// keeps: the accurate integer inverse cosine transform, interpolated chroma, and smoothed blocks
+/// where a progressive file ends before its last scan. Every byte equals Pillow's, from 9.5 to
+/// 13.0; but versions before 10.4 smooth such unfinished files differently.
 ///
 /// # Errors
-/// When the file can't be read, is neither PNG nor JPEG, is damaged or cut short, or states more than 2^26 pixels;
-/// the message names it. A JPEG is damaged when libjpeg-turbo fails on it or warns that compressed data are missing
-/// or wrong, which Pillow passes over and fills with grey; one without the marker of its end is refused, as it is by
-/// Pillow. Warnings about harmless oddities, such as needless bytes before a marker, are passed over. Damage that
-/// leaves valid codes can't be seen by any decoder, as JPEG has no check sums. Memory stays below about 1.5 GB
-/// whatever the file states.
+/// When the file can't be read, is neither PNG nor JPEG, is damaged or cut short, or states more
+/// than 2^26 pixels; the message names the file. A JPEG is damaged when libjpeg-turbo fails on it
+/// or warns that compressed data are missing or wrong, which Pillow ignores and fills with grey.
+/// One without an end marker is refused, as by Pillow. Warnings about harmless oddities, such as
+/// extra bytes before a marker, are ignored. No decoder can detect damage that leaves valid codes,
+/// since JPEG has no checksums. Memory stays below about 1.5 GB whatever the file states.
 pub fn read_rgb(path: &Path) -> Result<RgbImage, PictureError> {
     read_then(path, |picture| picture)
 }
 
-/// As [`read_rgb`], and does something with the picture, on a thread among others: together they hold pictures of at most
-/// 2^26 pixels at a time, and each waits for its turn. `then` must not read pictures itself, nor wait for threads that do.
+/// As [`read_rgb`], then calls `then` with the picture. Threads that read at the same time share a
+/// budget of 2^26 pixels, and each waits for its part. `then` must not read pictures itself, nor
+/// wait for threads that do.
 ///
 /// # Errors
 /// As [`read_rgb`].
 pub fn read_then<T>(path: &Path, then: impl FnOnce(RgbImage) -> T) -> Result<T, PictureError> {
     let mut file = PictureFile::open(path)?;
     let [width, height] = file.size()?;
-    // A pixel is worth four bytes of a file that is held beside it.
+    // The file is held as well; four of its bytes count as one pixel.
     let _room = MEMORY.take((u64::from(width) * u64::from(height)).max(file.length / 4));
     file.read(MOST_BYTES + 1)?;
     if file.bytes.len() as u64 > MOST_BYTES {
@@ -105,23 +109,26 @@ pub fn read_then<T>(path: &Path, then: impl FnOnce(RgbImage) -> T) -> Result<T, 
     let mut decoder = PngDecoder::with_limits(Cursor::new(bytes), limits()).map_err(broken)?;
     decoder.set_limits(limits()).map_err(broken)?;
     let image = DynamicImage::from_decoder(decoder).map_err(broken)?;
-    // Byte 25 of a PNG is its kind of colour; 0 is grey, to which the decoder adds alpha for a transparent level.
+    // Byte 25 of a PNG is its colour type; 0 is grey, to which the decoder adds alpha for a
+    // transparent level.
     let grey = bytes.get(25) == Some(&0);
     Ok(then(to_rgb(image, grey)))
 }
 
-/// `[width, height]` of a PNG or JPEG, of which the first bytes are read.
+/// `[width, height]` of a PNG or JPEG; only the beginning of the file is read.
 ///
 /// # Errors
-/// When the file can't be read, is neither PNG nor JPEG, does not state its size, or states more than 2^26 pixels.
+/// When the file can't be read, is neither PNG nor JPEG, does not state its size, or states more
+/// than 2^26 pixels.
 pub fn picture_size(path: &Path) -> Result<[u32; 2], PictureError> {
     PictureFile::open(path)?.size()
 }
 
-/// Bytes in which files state their size: most in the first few, others behind a profile or a small picture.
+/// Lengths to read in search of the size: it is mostly in the first few bytes, sometimes behind a
+/// profile or a thumbnail.
 const HEADS: [u64; 3] = [1 << 13, 1 << 17, MOST_BYTES];
 
-/// A file, read as far as was needed.
+/// An open file and the bytes read so far.
 struct PictureFile<'a> {
     path: &'a Path,
     file: File,
@@ -173,7 +180,7 @@ impl<'a> PictureFile<'a> {
         self.unexpected(format!("at most {MOST_PIXELS} pixels"), found)
     }
 
-    /// Reads on until so many bytes are there, or all.
+    /// Reads on until `most` bytes, or all of the file, are read.
     fn read(&mut self, most: u64) -> Result<(), PictureError> {
         let left = most.saturating_sub(self.bytes.len() as u64);
         let read = (&self.file).take(left).read_to_end(&mut self.bytes);
@@ -199,7 +206,7 @@ impl<'a> PictureFile<'a> {
         }
     }
 
-    /// The size, if the bytes that were read state it.
+    /// The size, if the bytes read so far state it.
     fn stated_size(&self) -> Result<[u32; 2], PictureError> {
         match self.format {
             Some(ImageFormat::Png) => PngDecoder::with_limits(Cursor::new(&self.bytes), limits())
@@ -211,20 +218,21 @@ impl<'a> PictureFile<'a> {
             Some(ImageFormat::Jpeg) => {
                 jpeg::size(&self.bytes).map_err(|failure| self.failed(failure))
             }
-            // Not its first bytes: a link may lead to what is nobody's to read.
+            // The message does not quote the first bytes: a link may lead to a file whose content
+            // is private.
             _ => Err(self.unexpected("a PNG or JPEG", "a file of another kind")),
         }
     }
 }
 
-/// Pixels of the pictures that are being read.
+/// Budget of pixels being read.
 static MEMORY: Room = Room {
     taken: Mutex::new(0),
     freed: Condvar::new(),
     most: MOST_PIXELS,
 };
 
-/// So much of something, of which each thread takes a part and waits for it.
+/// A budget that threads share; each takes a part, waiting until it is free.
 struct Room {
     taken: Mutex<u64>,
     freed: Condvar,
@@ -232,8 +240,8 @@ struct Room {
 }
 
 impl Room {
-    /// Waits until so much is free; it is given back when what is returned is dropped. One that wants more than there is
-    /// has all of it.
+    /// Takes `part` of the budget once that much is free, and gives it back when the result is
+    /// dropped. A part larger than the budget takes all of it.
     fn take(&self, part: u64) -> Taken<'_> {
         let part = part.min(self.most);
         let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -262,7 +270,7 @@ fn limits() -> Limits {
     limits
 }
 
-/// Pillow's `convert("RGB")`. `grey` says that the file has one channel and no alpha of its own.
+/// Pillow's `convert("RGB")`. `grey`: the file has one channel and no alpha channel.
 fn to_rgb(image: DynamicImage, grey: bool) -> RgbImage {
     let (width, height) = (image.width(), image.height());
     let clipped = |level: u16| [level.min(255) as u8; 3];
@@ -295,7 +303,7 @@ mod tests {
     use super::*;
     use image::{ExtendedColorType, ImageEncoder};
 
-    /// The file `bytes` as it is read.
+    /// Reads `bytes` as a file.
     fn read(bytes: &[u8]) -> Result<RgbImage, PictureError> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.png");
@@ -303,7 +311,7 @@ mod tests {
         read_rgb(&path)
     }
 
-    /// One row of pixels, as PNG.
+    /// A PNG of one row of pixels.
     fn png(width: u32, color: ExtendedColorType, row: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
         image::codecs::png::PngEncoder::new(&mut bytes)
@@ -353,7 +361,8 @@ mod tests {
 
     #[test]
     fn a_transparent_level_does_not_make_grey_another_kind() {
-        // Grey, 16 bits, 3 x 1, with a tRNS chunk for level 100, made by hand with zlib; Pillow reads 0, 100, 255.
+        // Grey, 16 bits, 3 x 1, with a tRNS chunk for level 100, made by hand with zlib; Pillow
+        // reads 0, 100, 255.
         let mut bytes = png(3, ExtendedColorType::L16, &levels(&[0, 100, 300]));
         let data = bytes.windows(4).position(|name| name == b"IDAT").unwrap() - 4;
         let chunk = [&b"tRNS"[..], &[0, 100]].concat();
@@ -421,7 +430,7 @@ mod tests {
         );
         let mut whole = jpeg(40, 24);
         assert_eq!(size(&whole).unwrap(), [40, 24]);
-        // A profile before the size, longer than what is read at first.
+        // A profile before the size, longer than the first read.
         let segment = [&[0xff, 0xe2, 0xff, 0xff][..], &[7; 0xfffd]].concat();
         whole.splice(2..2, [&segment[..], &segment].concat());
         assert_eq!(size(&whole).unwrap(), [40, 24]);
@@ -449,7 +458,8 @@ mod tests {
         for (x, y, pixel) in image.enumerate_pixels() {
             let expected = [x as i32 * 3, y as i32 * 4, 90];
             for (found, expected) in pixel.0.iter().zip(expected) {
-                // Quality 98 quantises by at most a few levels, and the chroma of 2 x 2 pixels may be shared.
+                // Quality 98 quantises by at most a few levels, and the chroma of 2 x 2 pixels may
+                // be shared.
                 assert!(
                     (i32::from(*found) - expected).abs() <= 8,
                     "{x} {y} {pixel:?}"

@@ -1,10 +1,11 @@
-//! JPEG by libjpeg-turbo's decoder, which Pillow uses too: the only unsafe code of the pictures.
+//! JPEG by libjpeg-turbo's decoder, which Pillow uses too; this is the only unsafe code of the
+//! module.
 //!
-//! libjpeg calls back when it has something to say, and expects that the callback for errors does not return. Here
-//! it unwinds with a [`Complaint`] to [`decode`]. libjpeg is compiled with unwind tables (feature `unwinding`), its
-//! functions are declared "C-unwind", and its frames hold nothing that must be dropped: its memory belongs to the
-//! decoder, which [`Decoder`] destroys. `resume_unwind` runs no panic hook, so nothing is printed and no panic is
-//! counted.
+//! libjpeg reports through callbacks, and expects that the one for errors does not return. Here it
+//! unwinds with a [`Complaint`] to [`decode`]. libjpeg is compiled with unwind tables (feature
+//! `unwinding`), its functions are declared "C-unwind", and its frames hold nothing that must be
+//! dropped: its memory belongs to the decoder, which [`Decoder`] destroys. `resume_unwind` runs no
+//! panic hook, so nothing is printed and no panic is counted.
 
 use std::any::Any;
 use std::ffi::{CStr, c_char, c_int, c_long};
@@ -14,49 +15,51 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use image::RgbImage;
 use mozjpeg_sys as sys;
 
-/// Why a JPEG gives no picture.
+/// Why a JPEG can't be decoded.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Failure {
     /// It states more pixels than allowed: width and height.
     Large(u32, u32),
-    /// What libjpeg said.
+    /// Message of libjpeg.
     Decoder(String),
 }
 
-/// What libjpeg said before it was stopped; the payload of the unwinding.
+/// The message of libjpeg's error; the payload of the unwinding.
 struct Complaint(String);
 
-/// Most bytes libjpeg is handed at once. With 512 for each block of an MCU (the least is one block) it would decode
-/// a baseline MCU by its fast path, which takes an invalid Huffman code for a zero and says nothing.
+/// Most bytes given to libjpeg at once. From 512 bytes for each block of an MCU (which has at least
+/// one), it would decode a baseline MCU by its fast path, which silently reads an invalid Huffman
+/// code as zero.
 const PIECE: usize = 511;
 
-/// Most bytes of a message, its closing zero included (`JMSG_LENGTH_MAX`).
+/// Most bytes of a message, including its terminating zero (`JMSG_LENGTH_MAX`).
 const MESSAGE: usize = 200;
 
-/// Decodes `bytes`, one JPEG, to RGB as Pillow's `convert("RGB")` does: grey is replicated, and four channels are
-/// taken for inverted CMYK, as Adobe's programs write it, whether they say so or not.
+/// Decodes `bytes`, one JPEG, to RGB as Pillow's `convert("RGB")` does: grey is replicated, and
+/// four channels are read as inverted CMYK, as Adobe's programs write it, whether marked so or not.
 pub(super) fn decode(bytes: &[u8], most_pixels: u64) -> Result<RgbImage, Failure> {
     let decoded = catch_unwind(AssertUnwindSafe(|| run(bytes, most_pixels)));
     decoded.unwrap_or_else(|payload: Box<dyn Any + Send>| {
         match payload.downcast::<Complaint>() {
             Ok(complaint) => Err(Failure::Decoder(complaint.0)),
-            // A panic of this program's own is none of libjpeg's errors.
+            // A panic of this program is not an error of libjpeg.
             Err(panic) => resume_unwind(panic),
         }
     })
 }
 
-/// `[width, height]` of a JPEG, of which the beginning is enough.
+/// `[width, height]` of a JPEG; its beginning is enough.
 pub(super) fn size(bytes: &[u8]) -> Result<[u32; 2], Failure> {
     match decode(bytes, 0) {
-        // Where no pixel is allowed, every picture is too large.
+        // A limit of no pixels makes every picture too large.
         Err(Failure::Large(width, height)) => Ok([width, height]),
         Err(failure) => Err(failure),
         Ok(image) => Ok(image.dimensions().into()),
     }
 }
 
-/// The bytes that libjpeg has yet to be handed. `manager` comes first, so that a pointer to it is one to the whole.
+/// The bytes libjpeg has not read yet. `manager` comes first, so that a pointer to it points to the
+/// whole.
 #[repr(C)]
 struct Source {
     manager: sys::jpeg_source_mgr,
@@ -64,13 +67,13 @@ struct Source {
     left: usize,
 }
 
-/// Frees what libjpeg holds, also when it is left by unwinding.
+/// Frees libjpeg's memory, also on unwinding.
 struct Decoder(*mut sys::jpeg_decompress_struct);
 
 impl Drop for Decoder {
     fn drop(&mut self) {
-        // SAFETY: `run` made the struct of zeros, which `jpeg_destroy` takes for one that holds nothing, and it
-        // outlives this guard. Freeing reports no errors, so nothing unwinds.
+        // SAFETY: `run` made the struct of zeros, which `jpeg_destroy` accepts as holding nothing,
+        // and it outlives this guard. Freeing reports no errors, so nothing unwinds.
         unsafe { sys::jpeg_destroy_decompress(&mut *self.0) }
     }
 }
@@ -95,21 +98,21 @@ fn run(bytes: &[u8], most_pixels: u64) -> Result<RgbImage, Failure> {
     let mut info = MaybeUninit::<sys::jpeg_decompress_struct>::zeroed();
     let info = info.as_mut_ptr();
 
-    // SAFETY: zeros are a valid value of both structs: numbers, pointers that may be null, optional functions, and
-    // enumerations that have a member 0. All three structs live until the end of this function, longer than
-    // `decoder`, and are used through these pointers only.
+    // SAFETY: zeros are a valid value of both structs: numbers, nullable pointers, optional
+    // functions, and enumerations that have a member 0. All three structs live until the end of
+    // this function, longer than `decoder`, and are used through these pointers only.
     let decoder = unsafe {
         sys::jpeg_std_error(&mut *errors);
         (*errors).error_exit = Some(stop);
         (*errors).emit_message = Some(listen);
         (*info).common.err = errors;
         let decoder = Decoder(info);
-        // It compares the version and the size of the struct it was compiled with to these.
+        // It compares the version and struct size it was compiled with to these arguments.
         sys::jpeg_create_decompress(info);
         (*info).src = source.cast();
         decoder
     };
-    // SAFETY: the functions are called in the order that libjpeg prescribes, with the struct it has made.
+    // SAFETY: the functions are called in the order libjpeg prescribes, with the struct it created.
     let (width, height, channels) = unsafe {
         sys::jpeg_read_header(&mut *info, 1);
         (
@@ -129,7 +132,7 @@ fn run(bytes: &[u8], most_pixels: u64) -> Result<RgbImage, Failure> {
             return Err(Failure::Decoder(message));
         }
     };
-    // SAFETY: as above; both are colours that libjpeg makes of so many channels, or else it complains.
+    // SAFETY: as above; libjpeg converts to either colour space, or reports an error.
     unsafe {
         (*info).out_color_space = if inverted {
             sys::J_COLOR_SPACE::JCS_CMYK
@@ -146,26 +149,27 @@ fn run(bytes: &[u8], most_pixels: u64) -> Result<RgbImage, Failure> {
         } else {
             row.as_mut_ptr()
         };
-        // SAFETY: `start` points to `width` pixels of the bytes that the colours above have, and nothing else uses
-        // them meanwhile. libjpeg writes one row: the source never makes it wait.
+        // SAFETY: `start` points to `width` pixels of the colour space set above, and nothing else
+        // uses them meanwhile. libjpeg writes one row: the source never suspends it.
         unsafe { sys::jpeg_read_scanlines(&mut *info, &raw mut start, 1) };
         if inverted {
             from_inverted_cmyk(&inks, row);
         }
     }
-    // SAFETY: all rows were read, as it demands. It reads on to the marker of the end.
+    // SAFETY: all rows were read, as required. It reads on to the end marker.
     unsafe { sys::jpeg_finish_decompress(&mut *info) };
     drop(decoder);
     Ok(RgbImage::from_raw(width, height, pixels).expect("three bytes were made of every pixel"))
 }
 
-/// Pillow's colours of CMYK, in its integers; `inks` are inverted, so that 255 is none.
+/// Pillow's conversion of CMYK, in its integer arithmetic; `inks` are inverted, so 255 is no ink.
 fn from_inverted_cmyk(inks: &[u8], row: &mut [u8]) {
     let (inks, _) = inks.as_chunks::<4>();
     let (pixels, _) = row.as_chunks_mut::<3>();
     for (pixel, &[c, m, y, k]) in pixels.iter_mut().zip(inks) {
         *pixel = [c, m, y].map(|ink| {
-            // The ink takes its share of the light that black leaves: `k` less the rounded product over 255.
+            // The ink absorbs its share of the light that black leaves: `k` less the rounded
+            // product over 255.
             let light = u32::from(k);
             let product = u32::from(255 - ink) * light + 128;
             (light - ((product >> 8) + product) / 256) as u8
@@ -173,13 +177,14 @@ fn from_inverted_cmyk(inks: &[u8], row: &mut [u8]) {
     }
 }
 
-/// Leaves libjpeg with what it has to say. It calls this where it can't go on.
+/// Error callback: leaves libjpeg by unwinding with its message.
 unsafe extern "C-unwind" fn stop(common: &mut sys::jpeg_common_struct) {
-    /// As C declares it. The bindings' type has a buffer that is too short and not to be written to.
+    /// As C declares it. The buffer in the bindings' type is too short and not mutable.
     type Format = unsafe extern "C-unwind" fn(*mut sys::jpeg_common_struct, *mut c_char);
     let mut message: [c_char; MESSAGE] = [0; MESSAGE];
-    // SAFETY: libjpeg hands its own struct, whose errors `run` has set up and which outlives the call. The two types
-    // of the function differ in the kinds of pointers only. It writes a string of at most `MESSAGE` bytes.
+    // SAFETY: libjpeg passes its own struct, whose errors `run` set up and which outlives the call.
+    // The two function types differ in the kinds of pointers only. The function writes a string of
+    // at most `MESSAGE` bytes.
     let message = unsafe {
         if let Some(format) = (*common.err).format_message {
             let format: Format = std::mem::transmute(format);
@@ -190,14 +195,15 @@ unsafe extern "C-unwind" fn stop(common: &mut sys::jpeg_common_struct) {
     resume_unwind(Box::new(Complaint(message.to_string_lossy().into_owned())))
 }
 
-/// Hears a remark; `level` is negative for a warning. libjpeg would print it and go on, with grey or repeated
-/// pixels in place of what is missing.
+/// Message callback; `level` is negative for a warning. By default libjpeg prints the warning and
+/// goes on, with grey or repeated pixels in place of missing ones.
 ///
-/// These warnings leave the pixels as the encoder meant them, and old but sound photographs cause them: bytes before
-/// a marker that belong to nothing, an unknown version of JFIF, an unknown transform in Adobe's marker (read as
-/// YCbCr or YCCK), and in a baseline file a range of coefficients where none need be stated. All others say that
-/// compressed data are missing or wrong: a segment ends early, a code is invalid (Huffman or arithmetic), a restart
-/// marker is not the next one, a progressive scan refines what no scan has sent, the file ends without its marker.
+/// The ignored warnings leave the pixels as the encoder meant them, and old but sound photographs
+/// cause them: stray bytes before a marker, an unknown version of JFIF, an unknown transform in
+/// Adobe's marker (read as YCbCr or YCCK), and a range of coefficients in a baseline file, where
+/// none is needed. All others say that compressed data are missing or wrong: a segment ends early,
+/// a code is invalid (Huffman or arithmetic), a restart marker is out of order, a progressive scan
+/// refines what no scan has sent, or the file ends without its marker.
 unsafe extern "C-unwind" fn listen(common: &mut sys::jpeg_common_struct, level: c_int) {
     const HARMLESS: [c_int; 4] = [
         sys::JWRN_EXTRANEOUS_DATA,
@@ -205,7 +211,7 @@ unsafe extern "C-unwind" fn listen(common: &mut sys::jpeg_common_struct, level: 
         sys::JWRN_ADOBE_XFORM,
         sys::JWRN_NOT_SEQUENTIAL,
     ];
-    // SAFETY: libjpeg hands its own struct, whose errors `run` has set up.
+    // SAFETY: libjpeg passes its own struct, whose errors `run` set up.
     unsafe {
         if level < 0 && !HARMLESS.contains(&(*common.err).msg_code) {
             stop(common);
@@ -213,12 +219,13 @@ unsafe extern "C-unwind" fn listen(common: &mut sys::jpeg_common_struct, level: 
     }
 }
 
-/// Nothing need be done before the first byte or after the last.
+/// Callback before the first byte and after the last: nothing to do.
 unsafe extern "C-unwind" fn nothing(_: &mut sys::jpeg_decompress_struct) {}
 
-/// Hands over the next piece. It never makes libjpeg wait.
+/// Supplies the next piece. It never suspends libjpeg.
 unsafe extern "C-unwind" fn fill(info: &mut sys::jpeg_decompress_struct) -> sys::boolean {
-    // SAFETY: `src` is the `Source` of `run`, which outlives the decoder; `rest` and `left` are the end of the bytes.
+    // SAFETY: `src` is the `Source` of `run`, which outlives the decoder; `rest` and `left` are the
+    // remaining bytes.
     unsafe {
         let source = info.src.cast::<Source>();
         let count = (*source).left.min(PIECE);
@@ -234,7 +241,7 @@ unsafe extern "C-unwind" fn fill(info: &mut sys::jpeg_decompress_struct) -> sys:
     1
 }
 
-/// Passes over `count` bytes, or all that are left.
+/// Skips `count` bytes, or all that are left.
 unsafe extern "C-unwind" fn skip(info: &mut sys::jpeg_decompress_struct, count: c_long) {
     // SAFETY: as in `fill`.
     unsafe {
@@ -266,7 +273,7 @@ mod tests {
         std::fs::read(fixtures().join(name)).unwrap()
     }
 
-    /// What libjpeg says of a damaged file.
+    /// libjpeg's message for a damaged file.
     fn complaint(bytes: &[u8]) -> String {
         match decode(bytes, ALL) {
             Err(Failure::Decoder(message)) => message,
@@ -274,7 +281,7 @@ mod tests {
         }
     }
 
-    /// Where the scans start, at their marker.
+    /// Positions of the scans' markers.
     fn scans(bytes: &[u8]) -> Vec<usize> {
         let pairs = bytes.windows(2).enumerate();
         pairs
@@ -283,7 +290,7 @@ mod tests {
             .collect()
     }
 
-    /// Noise of 128 x 128 pixels: far more bytes than libjpeg wants before it decodes an MCU by its fast path.
+    /// Noise of 128 x 128 pixels: far more bytes than the fast path needs for an MCU.
     fn noise() -> Vec<u8> {
         let mut state = 1u32;
         let pixels: Vec<u8> = (0..128 * 128 * 3)
@@ -326,7 +333,7 @@ mod tests {
             let cut = &whole[..whole.len() - 20];
             let message = complaint(cut);
             assert!(message.contains("Premature end of JPEG file"), "{message}");
-            // All of the picture is there, but not the marker of the end, without which Pillow refuses it too.
+            // The picture is complete, but the end marker is missing; Pillow refuses it too.
             let message = complaint(&whole[..whole.len() - 2]);
             assert!(message.contains("Premature end of JPEG file"), "{message}");
         }
@@ -342,7 +349,7 @@ mod tests {
 
     #[test]
     fn invalid_codes_are_an_error_everywhere_in_a_scan() {
-        // Sixteen ones are no Huffman code, and a zero follows each byte of ones.
+        // Sixteen ones are no Huffman code; every byte of ones is followed by a zero.
         let whole = noise();
         for share in [4, 2] {
             let mut damaged = whole.clone();

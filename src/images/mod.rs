@@ -1,9 +1,9 @@
 //! 8-bit pictures.
 //!
-//! [`Images`] is a batch of one size, as samplers make them and the evaluation and the report read them.
-//! [`read_rgb`] reads a picture from a file, [`center_crop`], [`pad`] and [`to_chw`] prepare it for a network. All of it equals
-//! the reference's preprocessing to the last bit, if that runs with Pillow 9.5 to 12.1. Pillow 13.0.0 crops pictures
-//! more than twice as high as wide otherwise.
+//! [`Images`] is a batch of one size, as samplers make it and the evaluation and the report read
+//! it. [`read_rgb`] reads a picture from a file; [`center_crop`], [`pad`] and [`to_chw`] prepare it
+//! for a network. The result equals the reference's preprocessing bit for bit, if that runs with
+//! Pillow 9.5 to 12.1. Pillow 13.0.0 crops pictures more than twice as high as wide differently.
 
 use thiserror::Error;
 
@@ -25,7 +25,7 @@ pub struct Images {
     pixels: Vec<u8>,
 }
 
-/// The pixels do not fill the shape they were given with.
+/// The number of pixels does not match the shape.
 #[derive(Debug, Error)]
 #[error("images of shape [count, height, width, channels] = {shape:?} need {}, found {found} bytes",
     .expected.map_or("more bytes than can be addressed".to_owned(), |n| format!("{n} bytes")))]

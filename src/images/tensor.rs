@@ -1,18 +1,18 @@
-//! Tensors in [−1, 1] as 8-bit pictures, by the two rules there are.
+//! Tensors in [−1, 1] as 8-bit pictures, by truncating or by rounding.
 
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::Images;
 
-/// Images in [−1, 1], `[batch, channels, height, width]`, as 8-bit pictures: `127.5 x + 128`, clamped to 0..=255 and
-/// truncated, as the samplers of DiT write what an autoencoder decodes.
+/// Images in [−1, 1], `[batch, channels, height, width]`, as 8-bit pictures: `127.5 x + 128`,
+/// clamped to 0..=255 and truncated, as DiT's samplers write decoded latents.
 pub fn truncated<B: Backend>(images: Tensor<B, 4>) -> Images {
-    // `as` saturates and truncates; what is not a number becomes black.
+    // `as` saturates and truncates; NaN becomes black.
     bytes(images * 127.5 + 128.0, |value| value as u8)
 }
 
-/// Images in [−1, 1], `[batch, channels, height, width]`, as 8-bit pictures: `127.5 (x + 1)`, rounded, so that the
-/// pictures that a model of pixels learned come back as they were.
+/// Images in [−1, 1], `[batch, channels, height, width]`, as 8-bit pictures: `127.5 (x + 1)`,
+/// rounded, so that the training pictures of a pixel model are reproduced exactly.
 pub fn rounded<B: Backend>(images: Tensor<B, 4>) -> Images {
     bytes(images, byte)
 }

@@ -1,6 +1,5 @@
-//! Arrays in and out of an `.npz`: a zip archive of `.npy` members (NumPy Enhancement Proposal 1).
-//!
-//! Data are read in large pieces.
+//! Reading and writing arrays of an `.npz`: a zip archive of `.npy` members (NumPy Enhancement
+//! Proposal 1).
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Take, Write};
@@ -15,7 +14,7 @@ use super::npy::Header;
 use super::{NpzError, npy};
 use crate::files::{Bounded, open_file, open_zip};
 
-/// The name in the archive of the array `array`.
+/// Name of the member that holds `array`.
 pub(crate) fn member_name(array: &str) -> String {
     format!("{array}.npy")
 }
@@ -51,7 +50,8 @@ impl<'a> Archive<'a> {
         })
     }
 
-    /// An array whose header is read and whose data are not; None if there is none of that name.
+    /// An array whose header is read and whose data are not; None if the archive has none of that
+    /// name.
     pub(crate) fn array(&mut self, array: &str) -> Result<Option<Array>, NpzError> {
         let at = Place {
             path: self.path.to_owned(),
@@ -83,15 +83,15 @@ impl<'a> Archive<'a> {
     }
 }
 
-/// The most bytes that deflate makes of one (zlib's technical details).
+/// The most bytes that one byte of deflate expands to (zlib's technical details).
 const MOST_DEFLATED: u64 = 1032;
 
 /// A member's bytes, unpacked as they are read and checked against their checksum at the end.
 ///
-/// It has the file open for itself, so that it can be read piece by piece while the archive is gone.
+/// It opens the file itself, so that it can be read piece by piece after the archive is closed.
 struct Member {
     bytes: Unpacking,
-    /// Bytes there are to come, if the archive tells the truth.
+    /// Most bytes still to come, by the archive's header and its size.
     promised: u64,
     seen: crc32fast::Hasher,
     checksum: u32,
@@ -146,7 +146,7 @@ impl Read for Member {
     }
 }
 
-/// An array of an archive, for messages.
+/// Path and array, for error messages.
 struct Place {
     path: PathBuf,
     array: String,
@@ -163,27 +163,27 @@ impl Place {
     }
 }
 
-/// An array whose data are read when they are asked for.
+/// An array whose data are read on demand.
 pub(crate) struct Array {
     at: Place,
     header: Header,
     /// Number of elements along each axis.
     pub(crate) shape: Vec<usize>,
-    /// Bytes of all data.
+    /// Bytes of the data.
     size: usize,
-    /// Bytes that have not been read.
+    /// Bytes not read yet.
     left: usize,
     member: Member,
 }
 
 impl Array {
-    /// `expected` was asked for, and the array is what it is.
+    /// The error that `expected` was required and this array is something else.
     pub(crate) fn mismatch(&self, expected: &str) -> NpzError {
         let found = format!("'{}' of shape {:?}", self.header.descr, self.shape);
         self.at.fail(expected, found)
     }
 
-    /// Refuses another NumPy type than `descr`.
+    /// Refuses NumPy types other than `descr`.
     pub(crate) fn expect(&self, descr: &str) -> Result<(), NpzError> {
         if self.header.descr == descr {
             return Ok(());
@@ -191,7 +191,8 @@ impl Array {
         Err(self.mismatch(&format!("the type '{descr}'")))
     }
 
-    /// Refuses a shape that asks for more data than the archive says it has: before hours of reading, not after.
+    /// Refuses a shape with more data than the archive states, before hours of reading and not
+    /// after.
     pub(crate) fn expect_whole(&self) -> Result<(), NpzError> {
         if self.left as u64 <= self.member.promised {
             return Ok(());
@@ -208,10 +209,10 @@ impl Array {
         self.at.fail(&expected, format!("{found} bytes"))
     }
 
-    /// The next `count` bytes; with the last of the array its checksum is compared.
+    /// The next `count` bytes; the checksum is compared at the end of the array.
     pub(crate) fn read(&mut self, count: usize) -> Result<Vec<u8>, NpzError> {
         let broken = |error: io::Error| self.at.fail("readable data", error.to_string());
-        // A system may promise any memory that is asked for.
+        // Checked before allocating, since a system may grant any amount of memory.
         if count as u64 > self.member.promised {
             return Err(self.short((self.size - self.left) as u64 + self.member.promised));
         }
@@ -228,8 +229,9 @@ impl Array {
             return Err(self.short((self.size - self.left) as u64));
         }
         if self.left == 0 {
-            // Asking for one more byte finds the end, where the checksum is compared. NumPy lets data follow; but nobody
-            // writes such archives, and a damaged header may state a smaller array.
+            // Reading one more byte reaches the end, where the checksum is compared. NumPy ignores
+            // data after the array; but no program writes such archives, and a damaged header may
+            // state a smaller array.
             if self.member.read(&mut [0]).map_err(broken)? > 0 {
                 let expected = format!("nothing after the shape {:?}", self.shape);
                 return Err(self.at.fail(&expected, "more bytes".to_owned()));
@@ -238,7 +240,7 @@ impl Array {
         Ok(data)
     }
 
-    /// Values in C order, of `SIZE` bytes and the NumPy type `descr`.
+    /// The values in C order, `SIZE` bytes each, of the NumPy type `descr`.
     pub(crate) fn values<T: Copy, const SIZE: usize>(
         mut self,
         descr: &str,
@@ -264,7 +266,8 @@ impl Array {
     }
 }
 
-/// Begins the member of an array of that type and shape; its data, which the caller writes next, have `size` bytes.
+/// Begins the member of an array of this type and shape; the caller then writes its `size` bytes of
+/// data.
 pub(crate) fn start_array<W: Write + Seek>(
     archive: &mut ZipWriter<W>,
     name: &str,
@@ -293,7 +296,7 @@ pub(crate) fn write_array<W: Write + Seek>(
     archive.write_all(data)
 }
 
-/// Reorders values whose first index runs fastest into values whose last index does.
+/// Converts values from Fortran to C order.
 fn c_order<T: Copy>(values: &[T], shape: &[usize]) -> Vec<T> {
     let mut index = vec![0; shape.len()];
     let mut next = || {
@@ -313,12 +316,12 @@ fn c_order<T: Copy>(values: &[T], shape: &[usize]) -> Vec<T> {
     (0..values.len()).map(|_| values[next()]).collect()
 }
 
-/// Archives for tests.
+/// Builds archives for tests.
 #[cfg(test)]
 pub(crate) mod testing {
     use super::*;
 
-    /// An archive with these members, packed, and its path.
+    /// A deflated archive of these members, and its path.
     pub(crate) fn archive(members: &[(&str, Vec<u8>)]) -> (tempfile::TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("batch.npz");

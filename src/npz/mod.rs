@@ -1,8 +1,9 @@
-//! Pictures as files that other programs read: NumPy's `.npy` and `.npz`, and folders of PNG and JPEG.
+//! Pictures as files for other programs: NumPy's `.npy` and `.npz`, and folders of PNG and JPEG.
 //!
-//! ADM's evaluation exchanges pictures as archives with `arr_0`, `u8` `[count, height, width, channels]`, and labels as
-//! `arr_1`, `i64` `[count]`: [`SampleReader`] and [`SampleWriter`] work a block at a time, [`read_samples`] and
-//! [`write_samples`] on the whole. A folder of pictures is read as such an archive.
+//! ADM's evaluation exchanges pictures as archives with `arr_0`, `u8`
+//! `[count, height, width, channels]`, and labels as `arr_1`, `i64` `[count]`. [`SampleReader`] and
+//! [`SampleWriter`] work a block at a time, [`read_samples`] and [`write_samples`] on the whole. A
+//! folder of pictures is read in the same way.
 
 pub(crate) mod archive;
 pub(crate) mod npy;
@@ -27,10 +28,10 @@ pub enum NpzError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the file system or the archive reader said.
+        /// Error of the file system or the archive reader.
         source: io::Error,
     },
-    /// More or fewer pictures, labels or bytes than there should be.
+    /// The number of pictures, labels or bytes is wrong.
     #[error("{what}: expected {expected}, found {found}")]
     Shape {
         /// The quantity with the wrong size.
@@ -43,7 +44,7 @@ pub enum NpzError {
     /// A picture of a folder that can't be read.
     #[error(transparent)]
     Picture(#[from] PictureError),
-    /// Pictures of a folder that are not all of one size.
+    /// The pictures of a folder differ in size.
     #[error(
         "{}: {} is {} x {} pixels and {} {} x {}; crop them to one size, as `tinyfusion extract` crops its images",
         .path.display(), .first.display(), .size[1], .size[0], .other.display(), .other_size[1], .other_size[0]
@@ -51,35 +52,35 @@ pub enum NpzError {
     Sizes {
         /// The folder.
         path: PathBuf,
-        /// The first picture, below the folder.
+        /// The first picture, relative to the folder.
         first: PathBuf,
         /// Its `[height, width]`.
         size: [usize; 2],
-        /// The first of another size.
+        /// The first picture of another size, relative to the folder.
         other: PathBuf,
         /// Its `[height, width]`.
         other_size: [usize; 2],
     },
-    /// A folder that is not what it should be.
+    /// A folder is unsuitable.
     #[error("{}: expected {expected}, found {found}", .path.display())]
     Folder {
         /// The folder.
         path: PathBuf,
-        /// What was asked for.
+        /// The expected content.
         expected: String,
-        /// What is in it.
+        /// The content found.
         found: String,
     },
-    /// An array of an archive is missing or is not what it should be.
+    /// An array of an archive is missing or unsuitable.
     #[error("{}: array `{array}`: expected {expected}, found {found}", .path.display())]
     Array {
         /// The archive.
         path: PathBuf,
         /// The array's name in the archive, without `.npy`.
         array: String,
-        /// What was asked for.
+        /// The expected array.
         expected: String,
-        /// What the archive holds.
+        /// The array found.
         found: String,
     },
 }

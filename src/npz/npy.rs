@@ -1,29 +1,31 @@
-//! Headers of `.npy` files (NumPy Enhancement Proposal 1): magic, version, length, and a Python dictionary.
+//! Headers of `.npy` files (NumPy Enhancement Proposal 1): magic, version, length, and a Python
+//! dictionary.
 
 use std::io::Read;
 
 const MAGIC: &[u8; 6] = b"\x93NUMPY";
-/// Longest dictionary. NumPy's own take 118 bytes, and the longest of the types and shapes read here a few hundred.
+/// Longest dictionary. NumPy's own take 118 bytes; the longest for the types and shapes read here,
+/// a few hundred.
 const MOST: usize = 4096;
-/// Most sides of an array, NumPy's own limit.
+/// Most dimensions of an array, NumPy's own limit.
 const MOST_SIDES: usize = 64;
 
-/// What a `.npy` file says of its array.
+/// The header of a `.npy` file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Header {
     /// The type, such as `<f4`.
     pub(crate) descr: String,
-    /// Whether the first index runs fastest.
+    /// Whether the first index varies fastest.
     pub(crate) fortran: bool,
     /// Number of elements along each axis.
     pub(crate) shape: Vec<usize>,
 }
 
 impl Header {
-    /// Reads a header, after which the values follow.
+    /// Reads a header and stops at the first value.
     ///
     /// # Errors
-    /// Why it is none of an array of numbers.
+    /// Why it is no header of an array of numbers.
     pub(crate) fn read(file: &mut impl Read) -> Result<Self, String> {
         let io = |error: std::io::Error| error.to_string();
         let mut start = [0; 8];
@@ -57,33 +59,34 @@ impl Header {
             })
     }
 
-    /// Bytes of an element; None of what is no type of fixed size.
+    /// Bytes of an element; None for a type without a fixed size.
     pub(crate) fn item_bytes(&self) -> Option<usize> {
         let mut letters = self.descr.bytes();
         let (_, kind) = (letters.next()?, letters.next()?);
         let digits = self.descr.get(2..)?;
         let end = digits.find(|c: char| !c.is_ascii_digit());
         let count: usize = digits[..end.unwrap_or(digits.len())].parse().ok()?;
-        // Text is counted in characters of four bytes.
+        // Text is counted in characters, of four bytes each.
         count.checked_mul(if kind == b'U' { 4 } else { 1 })
     }
 
-    /// Number of elements; None of more than can be counted.
+    /// Number of elements; None if it overflows.
     pub(crate) fn elements(&self) -> Option<usize> {
         let sides = self.shape.iter();
         sides.copied().try_fold(1usize, usize::checked_mul)
     }
 }
 
-/// The Python literal of a header. Only what NumPy writes of an array of one type is understood: nothing nests, so that
-/// nothing can be nested deep.
+/// Parser of a header's Python literal. Only what NumPy writes for an array of one type is
+/// accepted; it has no nesting, so no input can nest deeply.
 struct Reader<'a> {
     text: &'a [u8],
     at: usize,
 }
 
 impl Reader<'_> {
-    /// `{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }`, the keys in any order, each once.
+    /// `{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }`, with the keys in any order,
+    /// each once.
     fn header(&mut self) -> Option<Header> {
         let (mut descr, mut fortran, mut shape) = (None, None, None);
         self.token(b"{")?;
@@ -118,7 +121,7 @@ impl Reader<'_> {
         self.at += rest.len() - rest.trim_ascii_start().len();
     }
 
-    /// Passes over blanks and these bytes, if they are next.
+    /// Skips blanks, then these bytes if they are next.
     fn token(&mut self, token: &[u8]) -> Option<()> {
         self.blanks();
         self.text[self.at..]
@@ -160,7 +163,7 @@ impl Reader<'_> {
             let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
             let number = std::str::from_utf8(&rest[..digits]).ok()?.parse().ok()?;
             self.at += digits;
-            // Python 2 wrote long integers so.
+            // Python 2 wrote long integers with an `L`.
             let _ = self.text[self.at..].starts_with(b"L").then(|| self.at += 1);
             (sides.len() < MOST_SIDES).then(|| sides.push(number))?;
             if self.token(b",").is_none() {
@@ -183,7 +186,7 @@ pub(crate) fn header(descr: &str, shape: &[usize]) -> Vec<u8> {
     let unpadded = prefix.len() + 2 + text.len() + 1;
     text.push_str(&" ".repeat(unpadded.next_multiple_of(64) - unpadded));
     text.push('\n');
-    // At most four sides of at most 20 digits each: far below 65536.
+    // At most four dimensions of at most 20 digits each: far below 65536.
     let length = (text.len() as u16).to_le_bytes();
     [&prefix[..], &length, text.as_bytes()].concat()
 }
@@ -305,7 +308,7 @@ mod tests {
             assert!(error.starts_with("the header \""), "{error}");
             assert!(error.len() < 300, "{}", error.len());
         }
-        // Nothing is made room for before the length is known to be sane.
+        // Nothing is allocated before the length is checked.
         let mut huge = file(2, "");
         huge[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
         let error = Header::read(&mut &huge[..]).unwrap_err();

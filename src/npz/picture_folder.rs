@@ -1,4 +1,4 @@
-//! Folders of PNG and JPEG pictures, read as an archive is: `u8` RGB, a block at a time.
+//! Folders of PNG and JPEG pictures, read like an archive: `u8` RGB, a block at a time.
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
@@ -10,19 +10,19 @@ use super::NpzError;
 use crate::files::sha256;
 use crate::images::{Images, picture_size, read_rgb};
 
-/// The pictures of a folder, and of its sub-folders if it has one for each class.
+/// The pictures of a folder and, if it has one for each class, of its sub-folders.
 ///
-/// They are listed in the byte order of their names below the folder, with `/` between; which are pictures their
-/// endings say.
+/// They are ordered by the bytes of their names relative to the folder, with `/` as separator.
+/// Their endings say which files are pictures.
 pub(crate) struct PictureFolder {
-    /// Name below the folder, and path.
+    /// Name relative to the folder, and path.
     pictures: Vec<(Vec<u8>, PathBuf)>,
-    /// Entries that are no pictures; names that begin with a dot are not counted.
+    /// Number of entries that are no pictures, without names that begin with a dot.
     ignored: usize,
 }
 
 impl PictureFolder {
-    /// Lists a folder; no picture is opened.
+    /// Lists a folder without opening its pictures.
     ///
     /// # Errors
     ///
@@ -44,7 +44,7 @@ impl PictureFolder {
         Ok(folder)
     }
 
-    /// Adds a folder's entries, those of the sub-folder of that name if it is one.
+    /// Adds the entries of the folder, or of its sub-folder `class`.
     fn enter(&mut self, path: &Path, class: Option<&[u8]>) -> Result<(), NpzError> {
         for entry in fs::read_dir(path).map_err(NpzError::io(path))? {
             let entry = entry.map_err(NpzError::io(path))?;
@@ -56,7 +56,7 @@ impl PictureFolder {
             match class {
                 // Links are followed.
                 None if path.is_dir() => self.enter(&path, Some(name))?,
-                // A pipe of that name would be waited for, for ever.
+                // Opening a pipe with the name of a picture would block forever.
                 _ if !is_picture(&path) || !path.is_file() => self.ignored += 1,
                 None => self.pictures.push((name.to_vec(), path)),
                 Some(class) => self.pictures.push(([class, b"/", name].concat(), path)),
@@ -65,22 +65,22 @@ impl PictureFolder {
         Ok(())
     }
 
-    /// How many pictures there are, at least one.
+    /// Number of pictures, at least one.
     pub(crate) fn count(&self) -> usize {
         self.pictures.len()
     }
 
-    /// How many entries were passed over.
+    /// Number of ignored entries.
     pub(crate) fn ignored(&self) -> usize {
         self.ignored
     }
 
-    /// `[height, width]` of all pictures, of which the first bytes are read.
+    /// `[height, width]` of all pictures; only the beginning of each is read.
     ///
     /// # Errors
     ///
-    /// [`NpzError::Picture`] for the first that is no PNG or JPEG, [`NpzError::Sizes`] for the first of
-    /// another size than those before it.
+    /// [`NpzError::Picture`] for the first file that is no PNG or JPEG, [`NpzError::Sizes`] for the
+    /// first whose size differs from those before it.
     pub(crate) fn size(&self, folder: &Path) -> Result<[usize; 2], NpzError> {
         let size = |(_, path): &(_, PathBuf)| -> Result<[usize; 2], NpzError> {
             let [width, height] = picture_size(path)?;
@@ -105,7 +105,8 @@ impl PictureFolder {
     ///
     /// # Errors
     ///
-    /// [`NpzError::Picture`] when one can't be read, [`NpzError::Sizes`] when one has changed its size.
+    /// [`NpzError::Picture`] when one can't be read, [`NpzError::Sizes`] when the size of one has
+    /// changed.
     pub(crate) fn read(
         &self,
         folder: &Path,
@@ -132,8 +133,9 @@ impl PictureFolder {
         })
     }
 
-    /// SHA-256 over names and content, in hexadecimal: that of the lines `SHA-256 of the file, two spaces, name`, which
-    /// is what `sha256sum` prints of the names in this order.
+    /// SHA-256 over names and contents, in hexadecimal. It is taken over the lines
+    /// `SHA-256 of the file, two spaces, name`, which is what `sha256sum` prints for the names in
+    /// this order.
     ///
     /// # Errors
     ///
@@ -210,7 +212,8 @@ mod tests {
     fn a_folder_is_read_as_an_archive_in_the_order_of_names() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path();
-        // Byte order: digits before capitals before small letters, and `b.png` before `b/a.png`, as `.` is before `/`.
+        // Byte order: digits before capitals before small letters, and `b.png` before `b/a.png`,
+        // since `.` precedes `/`.
         let names = ["10.png", "9.PNG", "B/2.png", "b.png", "b/a.png"];
         let mut expected = Vec::new();
         for (index, name) in names.iter().enumerate() {
@@ -229,7 +232,7 @@ mod tests {
         for most in [1, 2, 5, usize::MAX] {
             let mut reader = SampleReader::open(path).unwrap();
             assert_eq!(reader.shape(), [5, 2, 3, 3]);
-            // Not those with a dot; a folder within a class counts as one.
+            // Names with a dot are not counted; a folder within a class counts as one.
             assert_eq!(reader.ignored(), 3);
             assert_eq!(reader.labels().unwrap(), None);
             let mut pixels = Vec::new();
@@ -266,7 +269,7 @@ mod tests {
             (digest.file.as_str(), &digest.sha256),
             ("pictures", &expected)
         );
-        // What is no picture changes nothing; a byte or a name does.
+        // Another kind of file doesn't change the digest; a byte or a name of a picture does.
         fs::write(path.join("notes.txt"), "c").unwrap();
         assert_eq!(FileDigest::of(&path).unwrap(), digest);
         fs::write(path.join("y.jpg"), "c").unwrap();
@@ -288,7 +291,7 @@ mod tests {
             assert!(error.contains(words), "{error}");
         }
         assert!(error.contains(&path.display().to_string()), "{error}");
-        // One that changes while the others are read.
+        // A picture whose size changes after the reader was opened.
         fs::remove_file(path.join("d.png")).unwrap();
         write(path, "b/c.png", 3, 2, 0);
         let mut reader = SampleReader::open(path).unwrap();

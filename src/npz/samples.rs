@@ -1,7 +1,9 @@
-//! Pictures as `.npz` archives, the exchange format of the ADM evaluation suite, or as folders of files.
+//! Pictures as `.npz` archives, the exchange format of the ADM evaluation suite, or as folders of
+//! files.
 //!
-//! A batch holds `arr_0`, `u8` `[count, height, width, 3]`, and with class labels `arr_1`, `i64` `[count]`. 50 000
-//! pictures of 256 x 256 are 10 GB, so [`SampleReader`] and [`SampleWriter`] hold no more of them than a block.
+//! A batch holds `arr_0`, `u8` `[count, height, width, 3]`, and with class labels `arr_1`, `i64`
+//! `[count]`. 50 000 pictures of 256 x 256 are 10 GB, so [`SampleReader`] and [`SampleWriter`] hold
+//! no more of them than a block.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -26,13 +28,14 @@ pub struct Samples {
 /// Reads `arr_0` and, if present, `arr_1`.
 ///
 /// Members may be stored or deflated, in C or Fortran order. The pictures are held in memory: 2 GB
-/// for the usual 10 000 reference pictures of 256 x 256, twice that in Fortran order. [`SampleReader`] needs less.
+/// for the usual 10 000 reference pictures of 256 x 256, twice that in Fortran order.
+/// [`SampleReader`] needs less.
 ///
 /// # Errors
 ///
-/// [`NpzError::Io`] when the file is not a readable archive, [`NpzError::Array`] when
-/// `arr_0` is missing or not `u8` `[count, height, width, channels]`, or when `arr_1` is there and not
-/// `i64` `[count]`.
+/// [`NpzError::Io`] when the file is not a readable archive, [`NpzError::Array`] when `arr_0` is
+/// missing or not `u8` `[count, height, width, channels]`, or when `arr_1` is present and not `i64`
+/// `[count]`.
 pub fn read_samples(path: &Path) -> Result<Samples, NpzError> {
     let mut archive = Archive::open(path)?;
     let (pixels, shape) = pixels(&mut archive)?;
@@ -51,7 +54,7 @@ fn pixels(archive: &mut Archive) -> Result<(Array, [usize; 4]), NpzError> {
     Ok((pixels, shape))
 }
 
-/// `arr_1`, one for each of `count` pictures.
+/// `arr_1`, a label for each of `count` pictures.
 fn labels(archive: &mut Archive, count: usize) -> Result<Option<Vec<i64>>, NpzError> {
     let Some(labels) = archive.array("arr_1")? else {
         return Ok(None);
@@ -90,9 +93,9 @@ fn images(path: &Path, pixels: Vec<u8>, shape: [usize; 4]) -> Result<Images, Npz
 pub struct SampleReader {
     path: PathBuf,
     shape: [usize; 4],
-    /// Pictures in the archive, those after the first few that are asked for among them.
+    /// Number of pictures in the file or folder, including those beyond `first`.
     whole: usize,
-    /// Pictures that have been given out.
+    /// Number of pictures returned so far.
     given: usize,
     source: Source,
 }
@@ -100,25 +103,27 @@ pub struct SampleReader {
 enum Source {
     /// In the file, picture after picture.
     File(Box<Array>),
-    /// In memory: in Fortran order the first pixels of all pictures come first.
+    /// In memory: in Fortran order, the first pixels of all pictures come first.
     Memory(Images),
     /// Each in a file of its own.
     Folder(PictureFolder),
 }
 
 impl SampleReader {
-    /// Opens an archive as [`read_samples`] reads it. Pictures in Fortran order, which nobody's sampler writes, are
-    /// read now and held whole.
+    /// Opens an archive as [`read_samples`] does. Pictures in Fortran order, which no sampler
+    /// writes, are read now and held in memory.
     ///
-    /// A folder is opened as an archive of the pictures in it and in its sub-folders (one for each class, say), PNG and
-    /// JPEG by their endings, in the byte order of their names below the folder. They are read as 8-bit RGB
-    /// ([`read_rgb`](crate::images::read_rgb)) and must be of one size, which is looked at now.
+    /// A folder is read as an archive of the pictures in it and in its sub-folders (such as one for
+    /// each class). Files that end as PNG or JPEG count as pictures, in the byte order of their
+    /// names relative to the folder. They are read as 8-bit RGB
+    /// ([`read_rgb`](crate::images::read_rgb)) and must be of one size, which is checked now.
     ///
     /// # Errors
     ///
-    /// As [`read_samples`]; also when the archive holds less data than the shape asks for. `arr_1` is not looked at. Of
-    /// a folder [`NpzError::Folder`] when it has no pictures, [`NpzError::Picture`] when one of them is
-    /// none, and [`NpzError::Sizes`] when two differ in size.
+    /// As [`read_samples`]; also when the archive holds less data than the shape requires. `arr_1`
+    /// is not read. For a folder, [`NpzError::Folder`] when it has no pictures,
+    /// [`NpzError::Picture`] when a file is no PNG or JPEG, and [`NpzError::Sizes`] when two
+    /// pictures differ in size.
     pub fn open(path: &Path) -> Result<Self, NpzError> {
         if path.is_dir() {
             let folder = PictureFolder::list(path)?;
@@ -147,7 +152,7 @@ impl SampleReader {
         })
     }
 
-    /// The first `count` pictures alone; all, if there are no more. What comes after them is not read, so that the
+    /// Only the first `count` pictures, or all if there are fewer. The rest is not read, so the
     /// checksum of the archive is not compared.
     #[must_use]
     pub fn first(mut self, count: usize) -> Self {
@@ -160,12 +165,13 @@ impl SampleReader {
         &self.path
     }
 
-    /// `[count, height, width, channels]` of all pictures, those already read among them.
+    /// `[count, height, width, channels]` of all pictures, including those already read.
     pub fn shape(&self) -> [usize; 4] {
         self.shape
     }
 
-    /// Entries of a folder that were passed over because they are no pictures; hidden files don't count.
+    /// Entries of a folder that were ignored because they are no pictures; hidden files don't
+    /// count.
     pub fn ignored(&self) -> usize {
         match &self.source {
             Source::Folder(folder) => folder.ignored(),
@@ -189,20 +195,22 @@ impl SampleReader {
         Ok(labels)
     }
 
-    /// The next pictures, at most `most` and at least one, `[pictures, height, width, channels]`; `None` when all
-    /// were read. With the last block the checksum of the archive is compared.
+    /// The next pictures, `[pictures, height, width, channels]`, at least one and at most `most`;
+    /// `None` when all were read. The checksum of the archive is compared after the last block.
     ///
     /// # Errors
     ///
     /// [`NpzError::Array`] when the data are damaged, end early or don't fit the memory,
-    /// [`NpzError::Picture`] when a picture of a folder can't be read. The reader is of no use then.
+    /// [`NpzError::Picture`] when a picture of a folder can't be read. After an error the reader
+    /// can't be used.
     pub fn next_block(&mut self, most: usize) -> Result<Option<Images>, NpzError> {
         let [count, height, width, channels] = self.shape;
         let pictures = most.max(1).min(count.saturating_sub(self.given));
         if pictures == 0 {
             return Ok(None);
         }
-        // Their product with the number of pictures, which isn't zero here, was checked as the header was read.
+        // Reading the header checked the product with the number of pictures, which isn't zero
+        // here.
         let size = height * width * channels;
         let pixels = match &mut self.source {
             Source::File(pixels) => pixels.read(pictures * size)?,
@@ -220,11 +228,12 @@ impl SampleReader {
     }
 }
 
-/// At most `count` pictures of an archive or a folder, from the first.
+/// The first pictures of an archive or a folder, at most `count`.
 ///
 /// # Errors
 ///
-/// As [`SampleReader::open`] and [`SampleReader::next_block`]; [`NpzError::Shape`] when there are none.
+/// As [`SampleReader::open`] and [`SampleReader::next_block`]; [`NpzError::Shape`] when there are
+/// none.
 pub fn first_images(path: &Path, count: usize) -> Result<Images, NpzError> {
     let images = SampleReader::open(path)?.next_block(count)?;
     images.ok_or_else(|| NpzError::Shape {
@@ -234,8 +243,9 @@ pub fn first_images(path: &Path, count: usize) -> Result<Images, NpzError> {
     })
 }
 
-/// Writes pictures as `arr_0` and labels as `arr_1`, stored without compression as `numpy.savez` does, a block at a
-/// time. The file appears whole, when [`finish`](Self::finish) returns, or not at all.
+/// Writes pictures as `arr_0` and labels as `arr_1`, stored without compression as by
+/// `numpy.savez`, a block at a time. The file appears whole, when [`finish`](Self::finish) returns,
+/// or not at all.
 ///
 /// # Examples
 ///
@@ -255,17 +265,18 @@ pub struct SampleWriter {
     path: PathBuf,
     shape: [usize; 4],
     written: usize,
-    /// None after a write that failed in the middle of a block.
+    /// None after a write that failed within a block.
     archive: Option<ZipWriter<AtomicFile>>,
 }
 
 impl SampleWriter {
-    /// Begins an archive of pictures `[count, height, width, channels]`; missing folders are created.
+    /// Begins an archive of pictures `[count, height, width, channels]`; missing folders are
+    /// created.
     ///
     /// # Errors
     ///
-    /// [`NpzError::Shape`] when so many pixels can't be addressed, [`NpzError::Io`] when the file can't
-    /// be written.
+    /// [`NpzError::Shape`] when the number of pixels overflows, [`NpzError::Io`] when the file
+    /// can't be written.
     pub fn create(path: &Path, shape: [usize; 4]) -> Result<Self, NpzError> {
         let size = shape
             .iter()
@@ -292,8 +303,8 @@ impl SampleWriter {
     ///
     /// # Errors
     ///
-    /// [`NpzError::Shape`] when they are of another size or more than there should be, [`NpzError::Io`]
-    /// when they can't be written; after that nothing more can be.
+    /// [`NpzError::Shape`] when they are of another size or too many, [`NpzError::Io`] when they
+    /// can't be written; after that the writer can't be used.
     pub fn push(&mut self, images: &Images) -> Result<(), NpzError> {
         let [count, size @ ..] = images.shape();
         let [most, expected @ ..] = self.shape;
@@ -316,7 +327,7 @@ impl SampleWriter {
         Ok(())
     }
 
-    /// Appends the labels, if there are any, and gives the file its name.
+    /// Appends the labels, if given, and gives the file its name.
     ///
     /// # Errors
     ///

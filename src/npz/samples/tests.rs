@@ -1,4 +1,4 @@
-//! Archives of samples: what is written is read, and what is wrong is said.
+//! Archives of samples: round trips, and error messages.
 
 use std::fs;
 
@@ -118,7 +118,7 @@ fn blocks_are_the_archive_whatever_their_size() {
             assert!(blocks.iter().all(|block| block.shape()[1..] == size));
         }
         assert_eq!(blocks(&path, 0).unwrap().len(), count);
-        // The first few alone, and no more than there are.
+        // Only the first few, and no more than there are.
         for few in [0, 1, 3, count + 1] {
             let mut reader = SampleReader::open(&path).unwrap().first(few);
             let few = few.min(count);
@@ -139,7 +139,8 @@ fn blocks_are_the_archive_whatever_their_size() {
 
 #[test]
 fn damaged_data_are_found() {
-    // Stored, so that a bit that flips is still a picture's; found by the checksum alone.
+    // Stored without compression, so that a flipped bit still gives a picture, and only the
+    // checksum finds it.
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("batch.npz");
     let images = Images::new((0..24).collect(), [2, 2, 2, 3]).unwrap();
@@ -160,12 +161,12 @@ fn damaged_data_are_found() {
             "{message}"
         );
     }
-    // Cut anywhere, it is no archive any more.
+    // Cut off anywhere, it is no archive.
     for length in (0..whole.len()).step_by(7) {
         fs::write(&path, &whole[..length]).unwrap();
         assert!(SampleReader::open(&path).is_err() && read_samples(&path).is_err());
     }
-    // Whatever byte is wrong, nothing but an error or pictures of the stated size comes of it.
+    // Whichever byte is wrong, the result is an error or pictures of the stated size.
     for place in 0..whole.len() {
         let mut bytes = whole.clone();
         bytes[place] ^= 0xFF;
@@ -188,12 +189,12 @@ fn a_reader_refuses_what_the_archive_can_not_hold_at_once() {
         let error = SampleReader::open(&path).err().unwrap().to_string();
         assert!(error.contains("batch.npz: array `arr_0`"), "{error}");
     }
-    // Without pixels nothing is missing.
+    // No pixels, so no data are missing.
     let (_folder, path) = archive(&[("arr_0.npy", npy("|u1", &[0, 1 << 40, 1 << 40, 3], &[]))]);
     assert!(blocks(&path, 8).unwrap().is_empty());
     let (_folder, path) = archive(&[("arr_0.npy", npy("|u1", &[3, 0, 1 << 40, 3], &[]))]);
     assert_eq!(blocks(&path, 2).unwrap().len(), 2);
-    // More data than an array needs are not taken for the end of it, where the checksum is compared.
+    // Excess data are not mistaken for the end of the array, where the checksum is compared.
     let (_folder, path) = archive(&[("arr_0.npy", npy("|u1", &[1, 1, 2, 3], &[7; 8]))]);
     let error = blocks(&path, 8).unwrap_err().to_string();
     assert!(error.contains("found more bytes"), "{error}");
@@ -220,7 +221,7 @@ fn a_writer_takes_what_it_was_told_and_leaves_nothing_else() {
     assert_eq!(whole.images, some(3));
     assert_eq!(whole.labels, Some(vec![1, 2, 3]));
 
-    // Pictures or labels that are missing: the file before stays, and nothing is left of the new one.
+    // With missing pictures or labels, the earlier file stays and nothing of the new one remains.
     let mut writer = fresh();
     writer.push(&turned).unwrap_err();
     writer.push(&some(1)).unwrap();

@@ -1,17 +1,17 @@
 //! The choices of the learnable masks over the course of training, and the bars that show them.
 
-/// Most steps that are drawn: a bar of a finer history would be less than two pixels wide.
+/// Most steps drawn: in a finer history a bar would be less than two pixels wide.
 const MOST_STEPS: usize = 400;
 
 /// Opacities are rounded to this many levels, so that a steady choice becomes one long bar.
 const OPACITY_LEVELS: f64 = 50.0;
 
-/// Consecutive layers of which some are kept, such as 1 of 2 or 2 of 4.
+/// The scheme of a group: how many of its consecutive layers are kept, such as 1 of 2 or 2 of 4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecisionGroup {
-    /// Number of layers that stay.
+    /// Number of layers kept.
     pub keep: usize,
-    /// Number of layers there are.
+    /// Number of layers in the group.
     pub of: usize,
 }
 
@@ -38,7 +38,7 @@ pub struct DecisionHistory {
 }
 
 impl DecisionHistory {
-    /// The contradiction in the history, if there is one.
+    /// Describes a contradiction in the history, if there is one.
     pub(super) fn check(&self) -> Result<(), String> {
         let layers = self
             .groups
@@ -50,7 +50,7 @@ impl DecisionHistory {
                 self.groups, self.depth
             ));
         }
-        // Beyond any model, and what a picture can show.
+        // More than any model has, and than a picture can show.
         if self.depth > 1024 {
             return Err(format!("{} layers are too many to draw", self.depth));
         }
@@ -63,7 +63,7 @@ impl DecisionHistory {
         if !self.steps.is_sorted_by(|a, b| a < b) {
             return Err("the logged steps are not ascending".to_owned());
         }
-        // Beyond it, neighbouring steps are one and the same f64.
+        // Close to where an f64 no longer tells neighbouring integers apart.
         if let Some(last) = self.steps.last().filter(|&&last| last as u64 >= 1 << 52) {
             return Err(format!("step {last} is too large to draw"));
         }
@@ -101,7 +101,7 @@ impl DecisionHistory {
         Ok(())
     }
 
-    /// The layers of each group.
+    /// The range of layers of each group.
     pub(super) fn bands(&self) -> impl Iterator<Item = std::ops::Range<usize>> {
         self.groups.iter().scan(0, |first, group| {
             let band = *first..*first + group.of;
@@ -110,14 +110,14 @@ impl DecisionHistory {
         })
     }
 
-    /// Bars of each layer: consecutive drawn steps with the same choice become one.
+    /// The bars of all layers: consecutive drawn steps with the same choice become one.
     pub(super) fn bars(&self) -> Vec<Bar> {
         let every = self.steps.len().div_ceil(MOST_STEPS);
         let drawn: Vec<usize> = (0..self.steps.len()).step_by(every).collect();
         let mut bars: Vec<Bar> = Vec::new();
         let mut growing: Vec<Option<usize>> = vec![None; self.depth];
         for (position, &index) in drawn.iter().enumerate() {
-            // A step lasts until the next one that is drawn.
+            // A step lasts until the next drawn step.
             let from = self.steps[index] as f64;
             let until = match drawn.get(position + 1) {
                 Some(&next) => self.steps[next] as f64,
@@ -150,7 +150,7 @@ impl DecisionHistory {
         bars
     }
 
-    /// Where the axis ends: the last step lasts as long as the mean of the others.
+    /// End of the axis: the last step lasts as long as the mean of the others.
     pub(super) fn end(&self) -> f64 {
         let (first, last) = (
             self.steps[0] as f64,
@@ -160,7 +160,7 @@ impl DecisionHistory {
     }
 }
 
-/// A stretch of steps during which a layer is chosen with the same probability.
+/// A range of steps during which a layer is chosen with the same probability.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Bar {
     pub(super) layer: usize,
@@ -174,7 +174,7 @@ pub(super) struct Bar {
 pub(super) mod tests {
     use super::*;
 
-    /// One of two layers, a choice every ten steps.
+    /// A group of 1 of 2 layers, with a choice every ten steps.
     pub(in crate::report) fn history(choices: &[([usize; 1], f64)]) -> DecisionHistory {
         let decision = |&([layer], probability): &([usize; 1], f64)| {
             vec![Decision {

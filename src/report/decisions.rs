@@ -15,20 +15,21 @@ use super::ReportError;
 use super::decision_history::DecisionHistory;
 use crate::files::write_atomic;
 
-/// Size of the plot in pixels, without the height of the layers.
+/// Size of the plot in pixels, excluding the height of the layers.
 const WIDTH: u32 = 960;
 const HEAD_AND_FOOT: u32 = 130;
 
-/// Colours of the groups, in turn.
+/// Colours of the groups, alternating.
 const COLOURS: [RGBColor; 2] = [RGBColor(31, 95, 170), RGBColor(196, 84, 22)];
 
-/// Width of the characters of the font at size one, roughly: what SVG viewers use differs.
+/// Approximate width of a character at font size one; SVG viewers' fonts differ.
 const CHARACTER_WIDTH: f64 = 0.55;
 
 /// Writes `history` as an SVG: training steps to the right, layers (0 is the first) upwards, groups
 /// as shaded bands, and bars whose opacity is the probability of the choice.
 ///
-/// Of histories with more than 400 logged steps evenly spaced ones are drawn. The file appears whole
+/// Of histories with more than 400 logged steps, evenly spaced ones are drawn. The file appears
+/// whole or not at all.
 /// or not at all.
 ///
 /// # Errors
@@ -54,7 +55,7 @@ type DrawError<'a> = DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::Er
 
 fn draw(history: &DecisionHistory) -> Result<String, Box<dyn std::error::Error>> {
     let depth = history.depth;
-    // Room for every layer's number, less where there are too many layers to number.
+    // Room for every layer's number, or less if there are too many layers to number.
     let layer_height = (600 / depth as u32).clamp(6, 20);
     let mut svg = String::new();
     {
@@ -109,7 +110,7 @@ fn draw(history: &DecisionHistory) -> Result<String, Box<dyn std::error::Error>>
     Ok(svg)
 }
 
-/// Steps are whole; a short run has tick marks between them, which stay without a number.
+/// Steps are integers; a short run has tick marks between them, which get no label.
 fn step_label(step: &f64) -> String {
     if (step - step.round()).abs() < 1e-6 {
         format!("{step:.0}")
@@ -118,11 +119,11 @@ fn step_label(step: &f64) -> String {
     }
 }
 
-/// The layers from below the first to above the last, with numbers at whole layers only: the axis
-/// that plotters makes of `-0.5..depth - 0.5` has them anywhere.
+/// An axis from below the first layer to above the last, with numbers at integers only: plotters'
+/// own axis for `-0.5..depth - 0.5` puts them anywhere.
 struct LayerAxis {
     depth: usize,
-    /// Every how many layers there is a number.
+    /// Distance between numbered layers.
     every: usize,
 }
 
@@ -153,7 +154,7 @@ impl ValueFormatter<f64> for LayerAxis {
     }
 }
 
-/// Title, and the opacities with their probabilities.
+/// The title, and the legend of opacities with their probabilities.
 fn draw_head<'a>(
     root: &DrawingArea<SVGBackend<'a>, Shift>,
     history: &DecisionHistory,
@@ -177,7 +178,7 @@ fn draw_head<'a>(
     Ok(())
 }
 
-/// `2 of 4` when all groups are alike, else the totals.
+/// `2 of 4` if all groups are equal, else the totals.
 fn scheme(history: &DecisionHistory) -> String {
     match history.groups.as_slice() {
         [first, rest @ ..] if rest.iter().all(|group| group == first) && !rest.is_empty() => {

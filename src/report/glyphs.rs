@@ -17,8 +17,8 @@ pub(super) fn text_height(scale: u32) -> u32 {
     GLYPH * scale
 }
 
-/// Draws `text` in dark grey with its upper left corner at `(left, top)`. Characters outside Latin-1
-/// become question marks; what lies outside the picture is cut off.
+/// Draws `text` in dark grey with its upper left corner at `(left, top)`. Characters outside
+/// Latin-1 become question marks; text outside the picture is cut off.
 pub(super) fn draw_text(picture: &mut RgbImage, text: &str, left: u32, top: u32, scale: u32) {
     for (index, character) in text.chars().enumerate() {
         let glyph = BASIC_FONTS

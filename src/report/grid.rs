@@ -17,15 +17,16 @@ const MARGIN: u32 = 12;
 /// Enlargement of the 8x8 label font.
 const LABEL_SCALE: u32 = 2;
 
-/// Most pixels of a picture; beyond it viewers give up.
+/// Most pixels of a picture: viewers fail on larger ones.
 const MOST_PIXELS: u64 = 1 << 28;
 
-/// Columns of a picture of samples, at most.
+/// Most columns of a picture of samples.
 pub(crate) const COLUMNS: usize = 20;
-/// Pixels along a side of a picture of samples, at most.
+/// Most pixels along a side of a picture of samples.
 const PICTURE: usize = 4096;
 
-/// Columns of a picture of `count` square images, and how much each is enlarged: small ones are, for people's eyes.
+/// Number of columns for `count` square images, and the scale: small images are enlarged to be
+/// visible.
 pub(crate) fn grid_layout(side: usize, count: usize) -> (usize, u32) {
     let scale = (64 / side.max(1)).clamp(1, 5);
     let columns = (PICTURE / (side * scale).max(1)).clamp(1, COLUMNS);
@@ -93,7 +94,7 @@ pub fn comparison_png(
     write_png(path, &draw(path, &sections, scale)?)
 }
 
-/// A grid and what is written above it.
+/// A grid and its label.
 struct Section<'a> {
     label: Option<&'a str>,
     layout: Layout,
@@ -117,7 +118,7 @@ impl Section<'_> {
     }
 }
 
-/// Sizes in pixels, checked to be drawable.
+/// Sizes in pixels, checked against the limit.
 struct Layout {
     columns: usize,
     /// Distance from one picture to the next, to the right and down.
@@ -253,7 +254,8 @@ mod tests {
     fn pixels_are_where_they_belong() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("grid.png");
-        // Three grey pictures of 1 x 2 in two columns; scale 32 makes 32 x 64 cells with a gap of 2.
+        // Three grey pictures of 1 x 2 in two columns; scale 32 makes 32 x 64 cells with a gap of
+        // 2.
         let images = Images::new(vec![0, 10, 20, 30, 40, 50], [3, 1, 2, 1]).unwrap();
         grid_png(&path, &images, 2, 32).unwrap();
         let grid = read(&path);

@@ -1,4 +1,4 @@
-//! What a run shows a person: pictures, the pruning decisions over time, and tables.
+//! Output for people: pictures, the pruning decisions over time, and tables.
 
 use std::path::PathBuf;
 
@@ -36,7 +36,7 @@ pub enum ReportError {
     Io {
         /// The picture that was to be written.
         path: PathBuf,
-        /// What the file system or the encoder said.
+        /// Error of the file system or the encoder.
         source: std::io::Error,
     },
 }

@@ -1,4 +1,4 @@
-//! Numbers as people read them.
+//! Numbers formatted for people.
 
 use std::time::Duration;
 
@@ -7,9 +7,10 @@ pub(crate) fn scientific(number: f64) -> String {
     format!("{number:.2e}")
 }
 
-/// A measured number by three digits: `0.0337`, `12.4`, `207`, `1.80e-4`; `-` where there is none.
+/// A measurement to three digits: `0.0337`, `12.4`, `207`, `1.80e-4`; `-` for one that is not
+/// finite.
 pub(crate) fn rounded(value: f64) -> String {
-    // The number of digits is that of what it is rounded to.
+    // The number of digits depends on the rounded value.
     let size = match value.abs() {
         size if !size.is_finite() => return "-".to_owned(),
         size => size * 1.0005,
@@ -29,7 +30,7 @@ pub(crate) fn rounded(value: f64) -> String {
 /// 1234567 as `1.23M`.
 pub(crate) fn short(number: usize) -> String {
     let units = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")];
-    // What rounds up to a thousand of a unit is one of the next.
+    // A value that rounds up to a thousand belongs to the next unit.
     match units
         .into_iter()
         .find(|(unit, _)| number as f64 >= 0.9995 * unit)

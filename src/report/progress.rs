@@ -1,4 +1,4 @@
-//! How far a long stage is: a bar with the time left on a terminal, a line now and then elsewhere.
+//! Progress of a long stage: a bar with the time left on a terminal, an occasional line elsewhere.
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -8,10 +8,10 @@ use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::{brief, thousands};
 
-/// Time between lines where there is no terminal.
+/// Time between lines without a terminal.
 const BETWEEN: Duration = Duration::from_secs(30);
 
-/// Progress of something that is counted.
+/// Progress of a counted task.
 pub(crate) struct Progress {
     name: String,
     what: &'static str,
@@ -23,7 +23,7 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Progress through `total` of `what` (images, say).
+    /// Progress through `total` items, called `what` (such as images).
     pub(crate) fn new(name: &str, what: &'static str, total: usize) -> Self {
         let template =
             format!("{{msg:<12}} {{wide_bar}} {{pos}}/{{len}} {what}, {{rate}}/s, {{eta}} left");
@@ -34,7 +34,7 @@ impl Progress {
                     style
                         .unwrap_or_else(|_| ProgressStyle::default_bar())
                         .with_key("rate", |state: &ProgressState, out: &mut dyn fmt::Write| {
-                            // A string takes all that is written.
+                            // Writing to a string can't fail.
                             let _ = write!(out, "{:.1}", state.per_sec());
                         }),
                 )
@@ -52,7 +52,7 @@ impl Progress {
         }
     }
 
-    /// Counts what an earlier process did: it is no part of the rate.
+    /// Counts items that an earlier process finished; they don't enter the rate.
     pub(crate) fn skip(&mut self, count: usize) {
         self.total -= count.min(self.total);
         if let Some(bar) = &self.bar {
@@ -60,12 +60,12 @@ impl Progress {
         }
     }
 
-    /// Counts on.
+    /// Counts `count` more items.
     pub(crate) fn add(&mut self, count: usize) {
         self.reach(self.done + count);
     }
 
-    /// So many are done.
+    /// Sets the number of items done.
     pub(crate) fn reach(&mut self, done: usize) {
         self.done = done;
         match &self.bar {
@@ -88,7 +88,7 @@ impl Progress {
     }
 }
 
-/// A bar is taken away when what it counts is over.
+/// The bar is removed at the end.
 impl Drop for Progress {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {
@@ -97,7 +97,7 @@ impl Drop for Progress {
     }
 }
 
-/// Progress of library code, which tells how many of how many are done.
+/// A callback for library code, which passes the items done and the total.
 pub(crate) fn watch(name: &str, what: &'static str) -> impl FnMut(usize, usize) {
     let (name, mut progress) = (name.to_owned(), None);
     move |done, total| {

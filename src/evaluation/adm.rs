@@ -1,7 +1,8 @@
-//! The ADM evaluation suite from archives to its five numbers.
+//! The ADM evaluation suite, from archives to its five numbers.
 //!
-//! [`measure`] reads the samples through Inception, [`Reference`] what they are held against, and [`compare`] gives
-//! FID, sFID, the Inception Score, precision and recall, as `evaluator.py` prints them.
+//! [`measure`] runs Inception on the samples and [`Reference`] holds what they are compared with.
+//! [`compare`] gives FID, sFID, the Inception Score, precision and recall, as `evaluator.py` prints
+//! them.
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
@@ -15,30 +16,33 @@ use crate::models::inception::{Inception, POOLED, SPATIAL};
 use crate::npz::SampleReader;
 use crate::ops::FusedOps;
 
-/// What Inception says of a set of pictures.
+/// Inception's results for a set of pictures.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Measured {
     /// Number of pictures.
     pub count: usize,
-    /// Moments of the pooled activations, `[2048]`: FID's.
+    /// Moments of the pooled activations, `[2048]`, for FID.
     pub pooled: Statistics,
-    /// Moments of the spatial activations, `[2023]`: sFID's.
+    /// Moments of the spatial activations, `[2023]`, for sFID.
     pub spatial: Statistics,
-    /// The Inception Score over splits of [`DEFAULT_SPLIT_SIZE`] pictures in the order of the archive.
+    /// The Inception Score over splits of [`DEFAULT_SPLIT_SIZE`] pictures in the order of the
+    /// archive.
     pub inception_score: f64,
     /// The pooled activations `[count, 2048]`, for precision and recall: 8 KiB a picture.
     pub features: Features,
 }
 
-/// Reads the pictures that `reader` has left through the network, `batch` at a time (some 20 MiB each).
+/// Runs the network on the pictures left in `reader`, `batch` at a time (some 20 MiB each).
 ///
-/// Of the pictures only a batch is in memory. `progress` is called after each with the number read so far.
+/// Only one batch of pictures is in memory. `progress` is called after each with the number read so
+/// far.
 ///
 /// # Errors
 ///
 /// Those of the reader; [`EvaluationError::Pictures`] for pictures that the network can't read,
-/// [`EvaluationError::Value`] when its activations aren't finite, [`EvaluationError::TooFew`] for fewer than two
-/// pictures, and [`EvaluationError::Interrupted`] when a stop was requested ([`crate::interrupt`]).
+/// [`EvaluationError::Value`] when its activations aren't finite, [`EvaluationError::TooFew`] for
+/// fewer than two pictures, and [`EvaluationError::Interrupted`] when a stop was requested
+/// ([`crate::interrupt`]).
 pub fn measure<B: FusedOps>(
     inception: &Inception<B>,
     reader: SampleReader,
@@ -104,24 +108,27 @@ fn rows<B: Backend>(values: Tensor<B, 2>) -> Result<Features, EvaluationError> {
     Features::new(dim, values.into_data().iter::<f32>().collect())
 }
 
-/// The numbers of the suite.
+/// The scores of the suite.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Scores {
     /// Fréchet distance of the pooled activations; lower is better.
     pub fid: f64,
-    /// Fréchet distance of the spatial activations; lower is better. None when the reference has no statistics of them.
+    /// Fréchet distance of the spatial activations; lower is better. None when the reference lacks
+    /// their statistics.
     pub sfid: Option<f64>,
-    /// Higher is better, 1 at least.
+    /// At least 1; higher is better.
     pub inception_score: f64,
-    /// Share of the samples on the reference's manifold; none when the reference has statistics alone.
+    /// Share of the samples on the reference's manifold; none when the reference has only
+    /// statistics.
     pub precision: Option<f64>,
-    /// Share of the reference on the samples' manifold; none when the reference has statistics alone.
+    /// Share of the reference on the samples' manifold; none when the reference has only
+    /// statistics.
     pub recall: Option<f64>,
 }
 
-/// Holds samples against a reference, with manifolds of balls that reach to the `neighbours`-th nearest point
-/// ([`DEFAULT_NEIGHBOURS`](super::DEFAULT_NEIGHBOURS) in published numbers), by `distances` of that arithmetic. All
-/// activations of both sides enter.
+/// Compares samples with a reference. The balls of the manifolds reach to the `neighbours`-th
+/// nearest point ([`DEFAULT_NEIGHBOURS`](super::DEFAULT_NEIGHBOURS) in published numbers);
+/// `distances` is their arithmetic. All activations of both sides are used.
 ///
 /// # Errors
 ///
@@ -165,7 +172,7 @@ mod tests {
     use crate::state::{Tensors, WeightsError};
     use crate::weights::{read_inception, write_torch};
 
-    /// The network of the formula's weights, by way of a file.
+    /// The network with the formula's weights, read from a file.
     static INCEPTION: LazyLock<Inception<NdArray>> = LazyLock::new(|| {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("inception.pth");
@@ -173,7 +180,7 @@ mod tests {
         read_inception(&path, &Default::default()).unwrap().network
     });
 
-    /// An archive of pictures 20 x 24, waves of a length of their own in each.
+    /// An archive of pictures of 20 x 24, each with waves of another length.
     fn archive(folder: &Path, name: &str, count: usize, channels: usize, salt: usize) -> PathBuf {
         let path = folder.join(name);
         let values = (0..count * 20 * 24 * channels).map(|index| {
@@ -205,7 +212,8 @@ mod tests {
         assert_eq!(samples.features.rows(), 4);
         assert!(samples.inception_score >= 1.0 && samples.inception_score < 4.0);
 
-        // The same as a reference, in other blocks; what is kept of it stands in for the network the second time.
+        // The same pictures as a reference, in other batches; the second time, the cache replaces
+        // the network.
         let digest = FileDigest::of(&path).unwrap();
         let cache = cache_file(&folder.path().join("cache"), &digest, &digest);
         let open = || Reference::open(&path).unwrap();
@@ -216,8 +224,8 @@ mod tests {
         let kept = open().measure_cached(&INCEPTION, &cache, 1, |_| panic!("it is kept"));
         assert_eq!(kept.unwrap(), reference);
         assert_eq!(reference.moments, Moments::Measured);
-        // Whatever the blocks, statistics take the same rows in the same order; but the network may round otherwise in
-        // another batch, to 1e-6 of activations of size one.
+        // The statistics take the same rows in the same order, whatever the batches. But in another
+        // batch the network may round differently, by 1e-6 for activations of size one.
         let spatial = reference.spatial.as_ref().unwrap();
         for (one, other) in [
             (&samples.pooled, &reference.pooled),
@@ -226,7 +234,7 @@ mod tests {
             assert!((one.mean() - other.mean()).amax() < 1e-5);
             assert!((one.covariance() - other.covariance()).amax() < 1e-5);
         }
-        // A set against itself, up to that rounding in traces of some hundreds.
+        // A set against itself: zero up to that rounding, in traces of some hundreds.
         let scores = compare(&reference, &samples, 3, Distances::F64).unwrap();
         assert!(scores.fid.abs() < 1e-3, "{scores:?}");
         assert!(scores.sfid.unwrap().abs() < 1e-3, "{scores:?}");
@@ -243,7 +251,7 @@ mod tests {
             "{far:?}"
         );
         assert!(far.sfid > Some(1.0) && far.sfid != Some(far.fid));
-        // The arithmetic is passed on: the formula's own value of the same activations.
+        // The arithmetic is passed on: the result is that of the formula on the same activations.
         let half = compare(&reference, &other, 3, Distances::F16).unwrap();
         let features = reference.features.as_ref().unwrap();
         let expected = precision_recall_with(features, &other.features, 3, Distances::F16).unwrap();
@@ -252,7 +260,7 @@ mod tests {
             Some((expected.precision, expected.recall))
         );
 
-        // Against the moments alone, the network being asked nothing.
+        // Against the moments alone, without running the network.
         let moments = ReferenceMeasured {
             features: None,
             ..reference.clone()
@@ -271,7 +279,8 @@ mod tests {
         assert_eq!((scores.precision, scores.recall), (None, None));
         assert_eq!((scores.fid, scores.sfid), (far.fid, far.sfid));
 
-        // Against the moments of the pooled activations alone, as most files have them: no sFID either.
+        // Against the moments of the pooled activations alone, which most files hold: no sFID
+        // either.
         let pooled = ReferenceMeasured {
             spatial: None,
             ..alone
@@ -338,7 +347,7 @@ mod tests {
         );
         assert!(Reference::open(&folder.path().join("missing.npz")).is_err());
 
-        // A file that is no Inception.
+        // A file of other weights.
         let path = folder.path().join("vae.pth");
         let mut state = formula_weights(0);
         state.retain(|name, _| name.starts_with("fc."));
@@ -346,7 +355,7 @@ mod tests {
         let error = read_inception::<NdArray>(&path, &Default::default()).unwrap_err();
         assert!(matches!(error, WeightsError::Mismatch { .. }), "{error}");
 
-        // Something else where the reference was kept.
+        // A cache file with other contents.
         let cache = archive(folder.path(), "cache.npz", 2, 3, 0);
         let reference = Reference::open(&cache).unwrap();
         let error = reference

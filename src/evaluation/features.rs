@@ -2,7 +2,7 @@
 
 use super::EvaluationError;
 
-/// A matrix of `f32` rows, one row per picture: `[rows, dim]`, row-major, as a network returns it.
+/// A matrix of `f32`, one row per picture: `[rows, dim]`, row-major, as a network returns it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Features {
     dim: usize,

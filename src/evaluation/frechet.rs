@@ -12,8 +12,8 @@ use rayon::prelude::*;
 use super::statistics::{check_dim, invalid};
 use super::{EvaluationError, Statistics};
 
-/// A covariance whose most negative eigenvalue exceeds this fraction of the largest is not one.
-/// Generous: it is to catch matrices that are no covariances, not the rounding of real ones.
+/// A matrix whose most negative eigenvalue exceeds this fraction of the largest is no covariance.
+/// Generous, because it should reject wrong matrices but not the rounding of real covariances.
 const NEGATIVE_TOLERANCE: f64 = 1e-4;
 
 /// Columns of a matrix product that one thread computes at a time.
@@ -23,14 +23,15 @@ const PANEL_COLUMNS: usize = 128;
 ///
 /// `|mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr sqrt(S_a S_b)`
 ///
-/// (Dowson and Landau 1982; FID and sFID, see the module). Zero for equal statistics up to rounding,
-/// which may leave it slightly negative.
+/// (Dowson and Landau 1982; FID and sFID, see the module). Zero for equal statistics up to
+/// rounding, which may leave it slightly negative.
 ///
-/// The general square root is avoided: with `S_a = F F^T`, the eigenvalues of `S_a S_b` other than zero are those of
-/// the symmetric positive matrix `F^T S_b F`, and the trace is the sum of their square roots. This also covers
-/// singular covariances (fewer rows than dimensions), for which the reference's iteration may fail and add `1e-6` to
-/// the diagonals. Of the two it is the covariance of lower rank that is factored: `F^T S_b F` then has as many rows as
-/// that rank, and no eigenvalues that are zero but for rounding, whose square roots would add up (1e-8 each, relative
+/// The general square root is avoided. With `S_a = F F^T`, the nonzero eigenvalues of `S_a S_b` are
+/// those of the symmetric positive semidefinite matrix `F^T S_b F`, and the trace is the sum of
+/// their square roots. This also covers singular covariances (fewer rows than dimensions), for
+/// which the reference's iteration may fail and add `1e-6` to the diagonals. The covariance of
+/// lower rank is the one that is factored: `F^T S_b F` then has as many rows as that rank, and no
+/// eigenvalues that are zero up to rounding, whose square roots would add up (1e-8 each, relative
 /// to the largest). Takes some three seconds for `dim = 2048` in a release build.
 ///
 /// # Errors
@@ -79,20 +80,22 @@ fn product(a: &DMatrix<f64>, b: &DMatrix<f64>) -> DMatrix<f64> {
     product
 }
 
-/// What is left of a covariance where nothing but rounding is left.
+/// Size below which a remainder of a covariance counts as rounding.
 fn rounding(a: &DMatrix<f64>) -> f64 {
     a.nrows() as f64 * f64::EPSILON * a.amax()
 }
 
-/// `F` with `F F^T = a`, `[dim, rank]`, by Cholesky's decomposition with pivots (Higham, "Accuracy and Stability of
-/// Numerical Algorithms", section 10.3), if [`is_factor`] finds that it is: where `a` is not positive semidefinite to
-/// the precision of `f64`, as a covariance that was stored as `f32` may not be, this decomposition means nothing.
+/// `F` with `F F^T = a`, `[dim, rank]`, by Cholesky's decomposition with pivots (Higham, "Accuracy
+/// and Stability of Numerical Algorithms", section 10.3). The caller must check it by
+/// [`is_factor`]: if `a` is not positive semidefinite to the precision of `f64`, such as a
+/// covariance that was stored as `f32`, the result is meaningless.
 ///
-/// `least` is the least rank found so far, by whoever else looks for it. Nothing is returned where the rank is higher.
+/// `least` is the lowest rank found so far, shared with other threads. None if this rank is higher.
 fn cholesky(a: &DMatrix<f64>, least: &AtomicUsize) -> Option<DMatrix<f64>> {
     let dim = a.nrows();
     let rounding = rounding(a);
-    // Row `i` of the factor belongs to row `order[i]` of `a`; `rest` is the diagonal less what is in the factor.
+    // Row `i` of the factor belongs to row `order[i]` of `a`; `rest` is the diagonal minus the
+    // factor's part.
     let mut order: Vec<usize> = (0..dim).collect();
     let mut rest: Vec<f64> = a.diagonal().iter().copied().collect();
     let mut factor = DMatrix::zeros(dim, dim);
@@ -101,7 +104,7 @@ fn cholesky(a: &DMatrix<f64>, least: &AtomicUsize) -> Option<DMatrix<f64>> {
         if rest[pivot].is_nan() || rest[pivot] <= rounding {
             break;
         }
-        // Not at the same rank: which of two is chosen must not depend on which was faster.
+        // A factor of equal rank is still returned: the choice must not depend on which is faster.
         if rank >= least.load(Ordering::Relaxed) {
             return None;
         }
@@ -133,15 +136,16 @@ fn cholesky(a: &DMatrix<f64>, least: &AtomicUsize) -> Option<DMatrix<f64>> {
     Some(sorted)
 }
 
-/// Whether `factor factor^T` is `a` up to rounding: ten times what pivots that small leave.
+/// Whether `factor factor^T` is `a` up to ten times the rounding of [`rounding`].
 fn is_factor(factor: &DMatrix<f64>, a: &DMatrix<f64>) -> bool {
     let most = 10.0 * rounding(a);
     let left = a - product(factor, &factor.transpose());
     left.iter().all(|value| value.abs() <= most)
 }
 
-/// `F` with `F F^T = a`, `[dim, rank]`, by the eigenvectors, which bear a matrix that is off by more than rounding.
-/// Those of eigenvalues that are zero to the precision of `f64` are left out.
+/// `F` with `F F^T = a`, `[dim, rank]`, by eigenvectors, which also work for a matrix that is off
+/// by more than rounding. Those with eigenvalues that are zero to the precision of `f64` are left
+/// out.
 fn eigen_factor(a: &DMatrix<f64>) -> Result<DMatrix<f64>, EvaluationError> {
     let SymmetricEigen {
         eigenvalues,
@@ -158,18 +162,18 @@ fn eigen_factor(a: &DMatrix<f64>) -> Result<DMatrix<f64>, EvaluationError> {
     Ok(DMatrix::from_columns(&columns))
 }
 
-/// Eigenvalues of a positive semidefinite matrix, ascending; those below zero by rounding may come with it.
+/// Eigenvalues of a positive semidefinite matrix, ascending; some may be below zero by rounding.
 ///
-/// The matrix is brought to tridiagonal form, whose eigenvalues are found one by one by bisection (Givens 1954; Golub
-/// and Van Loan, "Matrix Computations", section 8.4.1): a third of the work of what also finds eigenvectors, on all
-/// cores, and nothing that might not converge.
+/// The matrix is reduced to tridiagonal form, whose eigenvalues are found one by one by bisection
+/// (Givens 1954; Golub and Van Loan, "Matrix Computations", section 8.4.1). That is a third of the
+/// work of a decomposition with eigenvectors, runs on all cores, and always converges.
 fn eigenvalues(matrix: DMatrix<f64>) -> Result<Vec<f64>, EvaluationError> {
     let most = check_finite(&matrix)?;
     let dim = matrix.nrows();
     if dim == 0 || most == 0.0 {
         return Ok(vec![0.0; dim]);
     }
-    // Of size one, nothing below can overflow.
+    // Scaled to size one, nothing below can overflow.
     let (diagonal, beside) = match dim {
         1 => (vec![matrix[0] / most], vec![]),
         _ => {
@@ -179,7 +183,8 @@ fn eigenvalues(matrix: DMatrix<f64>) -> Result<Vec<f64>, EvaluationError> {
         }
     };
     let squares: Vec<f64> = beside.iter().map(|value| value * value).collect();
-    // Sylvester's law of inertia: as many eigenvalues are below `x` as pivots of `T - x` are negative.
+    // Sylvester's law of inertia: the number of eigenvalues below `x` is the number of negative
+    // pivots of `T - x`.
     let below = |x: f64| {
         let mut pivot = 1.0;
         let mut count = 0;
@@ -193,7 +198,7 @@ fn eigenvalues(matrix: DMatrix<f64>) -> Result<Vec<f64>, EvaluationError> {
         }
         count
     };
-    // Gershgorin: no eigenvalue is farther from zero than the largest sum of a row.
+    // Gershgorin: the magnitude of an eigenvalue is at most the largest row sum.
     let largest = |values: &[f64]| {
         values
             .iter()
@@ -217,7 +222,7 @@ fn eigenvalues(matrix: DMatrix<f64>) -> Result<Vec<f64>, EvaluationError> {
     Ok(found)
 }
 
-/// The largest entry; NaN and infinities are refused, which would keep an iteration from ever ending.
+/// The largest entry. Refuses NaN and infinities, with which an iteration would never end.
 fn check_finite(matrix: &DMatrix<f64>) -> Result<f64, EvaluationError> {
     if matrix.iter().all(|value| value.is_finite()) {
         return Ok(matrix.amax());
@@ -226,7 +231,7 @@ fn check_finite(matrix: &DMatrix<f64>) -> Result<f64, EvaluationError> {
     Err(invalid("covariance", problem))
 }
 
-/// Refuses a smallest eigenvalue below zero by more than rounding.
+/// Refuses a smallest eigenvalue that is negative by more than rounding.
 fn check_positive(least: f64, most: f64) -> Result<(), EvaluationError> {
     if least >= -NEGATIVE_TOLERANCE * most.abs() {
         return Ok(());
@@ -235,8 +240,8 @@ fn check_positive(least: f64, most: f64) -> Result<(), EvaluationError> {
     Err(invalid("covariance", &problem))
 }
 
-/// Eigendecomposition of a positive semidefinite matrix; eigenvalues below zero by rounding are set
-/// to zero.
+/// Eigendecomposition of a positive semidefinite matrix; eigenvalues that are negative by rounding
+/// are set to zero.
 fn eigen(matrix: DMatrix<f64>) -> Result<SymmetricEigen<f64, nalgebra::Dyn>, EvaluationError> {
     check_finite(&matrix)?;
     let sweeps = 100 * matrix.nrows().max(1);
@@ -255,7 +260,7 @@ mod tests {
         Statistics::from_moments(mean.to_vec(), covariance.to_vec()).unwrap()
     }
 
-    /// `x x^T / columns` of entries without a pattern: of that rank.
+    /// `x x^T / columns` with pseudorandom entries: a covariance of that rank.
     fn covariance(dim: usize, rank: usize) -> DMatrix<f64> {
         let x = DMatrix::from_fn(dim, rank, |i, j| {
             ((1 + i * 31 + j * 17 + i * j) as f64).sin()
@@ -267,7 +272,7 @@ mod tests {
     fn diagonal_covariances_by_hand() {
         let a = statistics(&[0.0, 0.0], &[4.0, 0.0, 0.0, 9.0]);
         let b = statistics(&[1.0, 2.0], &[1.0, 0.0, 0.0, 16.0]);
-        // (1 + 4) + (2 - 1)^2 + (3 - 4)^2, each term exact but for the square roots.
+        // (1 + 4) + (2 - 1)^2 + (3 - 4)^2, where only the square roots round.
         assert!((frechet_distance(&a, &b).unwrap() - 7.0).abs() < 1e-12);
         assert!(frechet_distance(&a, &a).unwrap().abs() < 1e-12);
     }
@@ -283,7 +288,7 @@ mod tests {
         assert_eq!(frechet_distance(&zero, &zero).unwrap(), 0.0);
     }
 
-    /// Cholesky's factor, whatever the rank.
+    /// Cholesky's factor, with no bound on the rank.
     fn alone(a: &DMatrix<f64>) -> DMatrix<f64> {
         cholesky(a, &AtomicUsize::new(usize::MAX)).unwrap()
     }
@@ -299,7 +304,7 @@ mod tests {
                 (dim, rank.min(dim)),
                 "one column for each rank"
             );
-            let rounding = 1e-13 * a.amax(); // dim eps, and some
+            let rounding = 1e-13 * a.amax(); // dim eps, with some room
             assert!((&factor * factor.transpose() - &a).amax() < rounding);
             let slow = eigen_factor(&a).unwrap();
             assert!((&slow * slow.transpose() - &a).amax() < 10.0 * rounding);
@@ -312,13 +317,14 @@ mod tests {
             }
         }
         assert!(alone(&DMatrix::zeros(3, 3)).is_empty());
-        // Where somebody has found as low a rank it is still looked for, where a lower one, no longer.
+        // The search goes on at a rank equal to the lowest found so far, and stops above it.
         let a = covariance(40, 12);
         assert!(cholesky(&a, &AtomicUsize::new(12)).is_some());
         assert!(cholesky(&a, &AtomicUsize::new(11)).is_none());
     }
 
-    /// `a` in directions of no particular place: mirrored at a hyperplane (Householder), which changes no trace.
+    /// `a` reflected at a hyperplane (Householder), so that its axes are not the coordinate axes;
+    /// traces stay the same.
     fn mirrored(a: &DMatrix<f64>) -> DMatrix<f64> {
         let dim = a.nrows();
         let normal = DVector::from_fn(dim, |i, _| ((1 + 7 * i) as f64).sin()).normalize();
@@ -329,7 +335,8 @@ mod tests {
 
     #[test]
     fn directions_that_one_side_lacks_add_no_rounding() {
-        // One full side and one of rank 12, diagonal in the same directions: the trace is a sum of known square roots.
+        // One covariance of full rank and one of rank 12, diagonal in the same basis: the trace is
+        // a sum of known square roots.
         let (dim, rank) = (300, 12);
         let full = DVector::from_fn(dim, |i, _| 1.0 + (i as f64).cos() / 2.0);
         let low = DVector::from_fn(dim, |i, _| if i < rank { 1.0 + i as f64 } else { 0.0 });
@@ -337,15 +344,16 @@ mod tests {
         let [full, low] = [full, low].map(|values| mirrored(&DMatrix::from_diagonal(&values)));
         for (a, b) in [(&full, &low), (&low, &full)] {
             let error = trace_of_product_root(a, b).unwrap() / expected - 1.0;
-            // With the full side factored, 288 roots of 1e-16 come to 1e-7.
+            // If the full side were factored, 288 square roots of about 1e-16 would add up to 1e-7.
             assert!(error.abs() < 1e-12, "{error:e}");
         }
     }
 
     #[test]
     fn few_samples_against_full_statistics_are_exact() {
-        // Another formula: with `S_a = L L^T` and `S_b = X X^T` the trace is the sum of the singular values of `L^T X`
-        // (the nuclear norm), which are found without squaring them, so that those that are zero are so to 1e-16.
+        // By another formula: with `S_a = L L^T` and `S_b = X X^T` the trace is the sum of the
+        // singular values of `L^T X` (the nuclear norm). They are computed without squaring, so the
+        // zero ones are zero to 1e-16.
         let (dim, rows) = (96, 20);
         let data: Vec<f32> = (0..rows * dim)
             .map(|i| ((i * i % 977) as f32).sin() + (i % dim) as f32 / 50.0)
@@ -373,7 +381,8 @@ mod tests {
         let full = statistics(mean.as_slice(), full.as_slice());
         for (a, b) in [(&full, &samples), (&samples, &full)] {
             let distance = frechet_distance(a, b).unwrap();
-            // Sums of 96 squares in another order; with the full side factored it is off by 1e-9 and more.
+            // Sums of 96 squares in another order; factoring the full side would be off by 1e-9 and
+            // more.
             assert!(
                 (distance / expected - 1.0).abs() < 1e-12,
                 "{distance} {expected}"
@@ -383,13 +392,13 @@ mod tests {
 
     #[test]
     fn covariances_that_were_rounded_are_still_compared() {
-        // Rank 12 of 40 and stored as f32, it has negative eigenvalues of 1e-8, for which Cholesky's decomposition
-        // has no answer.
+        // Rank 12 of 40, stored as f32: it has negative eigenvalues of 1e-8, at which Cholesky's
+        // decomposition fails.
         let exact = covariance(40, 12);
         let rounded = exact.map(|value| f64::from(value as f32));
         assert!(!is_factor(&alone(&rounded), &rounded));
         let of = |covariance: DMatrix<f64>| statistics(&[0.0; 40], covariance.as_slice());
-        // The square root makes 1e-4 of 1e-8, in each of 28 directions.
+        // The square root turns 1e-8 into 1e-4, in each of 28 directions.
         for (a, b) in [(&exact, &rounded), (&rounded, &exact), (&rounded, &rounded)] {
             let distance = frechet_distance(&of(a.clone()), &of(b.clone())).unwrap();
             assert!(distance.abs() < 28e-4, "{distance}");

@@ -1,9 +1,11 @@
-//! Precision and recall with distances in half precision, [`Distances::F16`](super::Distances::F16) says which and why.
+//! Precision and recall with distances in half precision; [`Distances::F16`](super::Distances::F16)
+//! describes the arithmetic and its purpose.
 //!
-//! `evaluator.py` names the quantities: `_batch_pairwise_distances` the distance, `ManifoldEstimator` the radii and the
-//! blocks. A value of half precision is kept here as the `f32` that it equals, and an operation of half precision is
-//! the one of `f32` rounded once more: `f32` has more than twice the digits, so that this is the correctly rounded
-//! result (Figueroa 1995, "When is double rounding innocuous?").
+//! The names in `evaluator.py` are `_batch_pairwise_distances` for the distance and
+//! `ManifoldEstimator` for the radii and the blocks. A half-precision value is held as the `f32` it
+//! equals, and a half-precision operation is that of `f32`, rounded once more: `f32` has more than
+//! twice the digits, so this is the correctly rounded result (Figueroa 1995, "When is double
+//! rounding innocuous?").
 
 use std::sync::{Mutex, PoisonError};
 
@@ -16,26 +18,27 @@ use super::precision_recall::{
 };
 use super::{EvaluationError, Features, PrecisionRecall};
 
-/// Points per side of a block that is computed in one precision: `evaluator.py`'s `row_batch_size` and
+/// Points per side of a block of one precision: `evaluator.py`'s `row_batch_size` and
 /// `col_batch_size`.
 const BATCH: usize = 10_000;
 
-/// Distances that are known to be below this are finite in half precision, whose largest number is 65 504: nine per
-/// cent are left for the rounding of what enters them, 2^-11 each time.
+/// Distances with a bound below this are finite in half precision, whose largest number is 65 504:
+/// nine per cent are left for the rounding of the operands, 2^-11 each time.
 const SAFE: f32 = 60_000.0;
 
-/// Squared lengths up to this leave every distance, and what it is computed from, finite in `f32`: `|u - v|^2` is at
-/// most `2 (|u|^2 + |v|^2)`.
+/// With squared lengths up to this, every distance and its intermediate results are finite in
+/// `f32`: `|u - v|^2` is at most `2 (|u|^2 + |v|^2)`.
 const LARGEST: f32 = f32::MAX / 8.0;
 
-/// Points of either side in the smallest piece of a matrix product. Its sums fill the 16 vector registers of four
-/// numbers that every processor of 64 bits has, less those for what is multiplied.
+/// Points per side of the smallest piece of a matrix product. Its sums fill the 16 four-lane vector
+/// registers that every 64-bit processor has, minus those for the operands.
 const ROWS: usize = 4;
 const COLUMNS: usize = 8;
-/// Pieces of rows that are multiplied by a piece of columns while both are in the cache, some 0.5 MiB of Inception's.
+/// Pieces of rows multiplied by one piece of columns while both are in the cache, some 0.5 MiB for
+/// Inception.
 const GROUP: usize = 16;
 
-/// Half precision where it is finite, in blocks of `batch` points a side.
+/// Distances in half precision where finite, in blocks of `batch` points a side.
 pub(super) struct Half {
     batch: usize,
 }
@@ -84,8 +87,8 @@ impl<'a> Points<'a> {
         if half { &self.half_norms } else { &self.norms }
     }
 
-    /// The rows from `first` on, in pieces of `W` rows: for each piece, column after column. The last is filled with
-    /// zeros.
+    /// The `rows` rows from `first` on, in pieces of `W` rows, each stored column after column. The
+    /// last piece is padded with zeros.
     fn pieces<const W: usize>(&self, first: usize, rows: usize, half: bool) -> Vec<[f32; W]> {
         let dim = self.features.dim();
         let data = &self.features.data()[first * dim..][..rows * dim];
@@ -101,12 +104,12 @@ impl<'a> Points<'a> {
     }
 }
 
-/// Blocks of two sets of points, and which of them are computed in half precision.
+/// The blocks of two sets of points, and which of them are computed in half precision.
 struct Blocks<'a> {
     of: &'a Half,
     first: &'a Points<'a>,
     second: &'a Points<'a>,
-    /// For each block of the first set, for each of the second.
+    /// For each pair of blocks, the second set's varying fastest.
     half: Vec<bool>,
 }
 
@@ -138,8 +141,8 @@ impl Half {
         }))
     }
 
-    /// For each point the distance at place `neighbours`, from 0, of its distances to all points in ascending order,
-    /// to itself among them.
+    /// For each point, its distances to all points, itself included, are sorted in ascending order;
+    /// the result is the one at index `neighbours`, counted from 0.
     fn radii(&self, points: &Points<'_>, neighbours: usize) -> Vec<f64> {
         let starts = self.starts(points.rows());
         let blocks = Blocks::new(self, points, points);
@@ -153,7 +156,7 @@ impl Half {
         let pairs: Vec<_> = (0..starts.len())
             .flat_map(|first| (first..starts.len()).map(move |second| (first, second)))
             .collect();
-        // Products are the same seen from either end; the distances made of them are rounded in another order.
+        // The products are symmetric, but the distances made of them are rounded in another order.
         each(&pairs, |&(first, second)| {
             let (a, b) = (starts[first], starts[second]);
             let half = blocks.half(a, b);
@@ -188,7 +191,7 @@ impl Half {
         nearest.map(|nearest| nearest.farthest()).collect()
     }
 
-    /// First rows of the tiles that are multiplied at once, none of which is in two blocks.
+    /// First rows of the tiles that are multiplied at once; no tile spans two blocks.
     fn starts(&self, rows: usize) -> Vec<usize> {
         let blocks = (0..rows).step_by(self.batch);
         blocks
@@ -196,14 +199,14 @@ impl Half {
             .collect()
     }
 
-    /// Rows of the tile that begins there, of so many in all.
+    /// Number of rows of the tile that begins at `start`, of `all` rows.
     fn rows(&self, start: usize, all: usize) -> usize {
         let block_end = (start / self.batch + 1) * self.batch;
         all.min(block_end).min(start + BLOCK) - start
     }
 
-    /// `u.v` of two tiles, `[u rows, v rows]`, accumulated in `f32` from the first column to the last. In half precision
-    /// it is of rounded values and not rounded itself.
+    /// `u.v` of two tiles, `[u rows, v rows]`, accumulated in `f32` from the first column to the
+    /// last. With `half`, the operands are rounded and the result is not.
     fn products(
         &self,
         u: &Points<'_>,
@@ -255,7 +258,7 @@ impl<'a> Blocks<'a> {
         self.half[a / self.of.batch * across + b / self.of.batch]
     }
 
-    /// Whether all distances of the block that begins at `a` and `b` are finite in half precision.
+    /// Whether all distances of the block beginning at `a` and `b` are finite in half precision.
     fn is_finite(&self, a: usize, b: usize) -> bool {
         let end = |points: &Points<'_>, start: usize| points.rows().min(start + self.of.batch);
         let (a_end, b_end) = (end(self.first, a), end(self.second, b));
@@ -267,7 +270,7 @@ impl<'a> Blocks<'a> {
         };
         let most =
             longest(&self.first.half_norms[a..a_end]) + longest(&self.second.half_norms[b..b_end]);
-        // No two points are farther apart than their lengths together.
+        // The distance of two points is at most the sum of their lengths.
         if most * most < SAFE {
             return true;
         }
@@ -292,7 +295,7 @@ impl<'a> Blocks<'a> {
     }
 }
 
-/// `max((|u|^2 - 2 u.v) + |v|^2, 0)` of `|u|^2`, `u.v` and `|v|^2`; NaN where one of these is not a number.
+/// `max((|u|^2 - 2 u.v) + |v|^2, 0)` from `|u|^2`, `u.v` and `|v|^2`; NaN if one of them is NaN.
 fn distance(norm: f32, product: f32, other: f32, half: bool) -> f32 {
     let distance = if half {
         let twice = rounded(2.0 * rounded(product));
@@ -303,7 +306,7 @@ fn distance(norm: f32, product: f32, other: f32, half: bool) -> f32 {
     if distance < 0.0 { 0.0 } else { distance }
 }
 
-/// The nearest number of half precision.
+/// The nearest half-precision number.
 fn rounded(value: f32) -> f32 {
     f16::from_f32(value).to_f32()
 }
@@ -314,7 +317,8 @@ fn sums(u: &[[f32; ROWS]], v: &[[f32; COLUMNS]]) -> [[f32; COLUMNS]; ROWS] {
     for (u, v) in u.iter().zip(v) {
         for (sums, u) in sums.iter_mut().zip(u) {
             for (sum, v) in sums.iter_mut().zip(v) {
-                // A multiplication and an addition: fused, `f32` would round otherwise than the formula says.
+                // A multiplication and an addition: fused, they would be rounded differently from
+                // the formula.
                 *sum += u * v;
             }
         }
@@ -331,7 +335,7 @@ mod tests {
         Features::new(dim, data.to_vec()).unwrap()
     }
 
-    /// Values in [0, 1) without a pattern (a linear congruential generator).
+    /// Pseudorandom values in [0, 1) (a linear congruential generator).
     fn noise(count: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
         let next = |_| {
@@ -341,7 +345,7 @@ mod tests {
         (0..count).map(next).collect()
     }
 
-    /// The formula as it is written, all pairs of a block at once, in the arithmetic of a type of half precision.
+    /// The formula as written, on all pairs of a block at once, in a half-precision type.
     fn slow_block(u: &[&[f32]], v: &[&[f32]]) -> Vec<Vec<f32>> {
         let cast = |rows: &[&[f32]]| -> Vec<Vec<f16>> {
             let row = |row: &&[f32]| row.iter().map(|&value| f16::from_f32(value)).collect();
@@ -382,7 +386,7 @@ mod tests {
             .collect()
     }
 
-    /// All distances, `[u rows][v rows]`, block by block.
+    /// All distances, `[u rows][v rows]`, computed block by block.
     fn slow_distances(u: &Features, v: &Features, batch: usize) -> Vec<Vec<f32>> {
         let rows = |of: &'_ Features| -> Vec<Vec<f32>> {
             (0..of.rows()).map(|row| of.row(row).to_vec()).collect()
@@ -429,10 +433,11 @@ mod tests {
 
     #[test]
     fn by_hand() {
-        // Squares of the reference: 1024, 1089. Product 1056, so the distances are 1024 - 2112 + 1089 = 1, exactly.
+        // Squares of the reference: 1024, 1089. The product is 1056, so the distance is 1024 - 2112
+        // + 1089 = 1, exactly.
         let reference = features(1, &[32.0, 33.0]);
-        // 34.03125^2 = 1158.13 -> 1158; times 33: 1123.03 -> 1123; 1089 - 2246 = -1157; + 1158 = 1: on the surface.
-        // It really is 1.063. 50 is far from both.
+        // 34.03125^2 = 1158.13 -> 1158; times 33: 1123.03 -> 1123; 1089 - 2246 = -1157; + 1158 = 1:
+        // on the surface. The true value is 1.063. 50 is far from both.
         let samples = features(1, &[34.03125, 50.0]);
         let half = precision_recall_with(&reference, &samples, 1, Distances::F16).unwrap();
         let expected = PrecisionRecall {
@@ -445,7 +450,7 @@ mod tests {
             0.0
         );
 
-        // Where all steps are exact there is no difference.
+        // If all steps are exact, there is no difference.
         let (a, b) = (features(1, &[0.0, 1.0, 3.0]), features(1, &[2.0, 7.0, 9.0]));
         let half = precision_recall_with(&a, &b, 1, Distances::F16).unwrap();
         assert_eq!(half, precision_recall(&a, &b, 1).unwrap());
@@ -453,9 +458,10 @@ mod tests {
 
     #[test]
     fn a_point_that_is_not_at_distance_zero_of_itself_is_no_exception() {
-        // 33 squares of 8.0625, 65.00390625 -> 65: 2145 -> 2144 (steps of 2). The product isn't rounded in between:
-        // 33 x 65.00390625 = 2145.13 -> 2146. 2144 - 4292 = -2148; + 2144 = -4 -> 0. The other way about with 7.9375,
-        // 63.00390625 -> 63: 2079 -> 2080, product 2079.13 -> 2080: 0.
+        // 33 squares of 8.0625, 65.00390625 -> 65: 2145 -> 2144 (steps of 2). The product isn't
+        // rounded in between: 33 x 65.00390625 = 2145.13 -> 2146. 2144 - 4292 = -2148; + 2144 = -4
+        // -> 0. In the other direction with 7.9375, 63.00390625 -> 63: 2079 -> 2080, product
+        // 2079.13 -> 2080: 0.
         let row = |value: f32| vec![value; 33];
         let points = features(33, &[row(8.0625), row(7.9375), row(8.0)].concat());
         let distances = slow_distances(&points, &points, BATCH);
@@ -466,7 +472,8 @@ mod tests {
         }
     }
 
-    /// Rows of a mean and a spread that leave distances a small part of the squared lengths, as Inception's are.
+    /// Rows with a mean and spread for which distances are small relative to the squared lengths,
+    /// as for Inception.
     fn like_inception(rows: usize, dim: usize, seed: u32) -> Features {
         let mut data = noise(rows * dim, seed);
         for (index, value) in data.iter_mut().enumerate() {
@@ -477,7 +484,7 @@ mod tests {
 
     #[test]
     fn the_fast_path_is_the_formula() {
-        // More than a tile; sizes that no piece divides; blocks of which the last is not full.
+        // More than a tile; sizes that are no multiples of a piece; a last block that is not full.
         for (rows, others, dim, batch) in [
             (BLOCK + 9, 61, 5, BATCH),
             (150, 203, 97, BATCH),
@@ -492,7 +499,7 @@ mod tests {
             let expected = slow_radii(&a, 3, batch).into_iter().map(f64::from);
             assert_eq!(radii, expected.collect::<Vec<_>>());
         }
-        // The arithmetic matters, and it raises the numbers.
+        // The arithmetic matters, and it raises both numbers.
         let (a, b) = (like_inception(150, 97, 1), like_inception(203, 97, 2));
         let half = precision_recall_with(&a, &b, 3, Distances::F16).unwrap();
         let exact = precision_recall(&a, &b, 3).unwrap();
@@ -502,9 +509,10 @@ mod tests {
 
     #[test]
     fn blocks_that_are_not_finite_are_computed_in_single_precision() {
-        // The last rows are scaled until their squared lengths, and in the end they themselves, are beyond 65504. Of
-        // the blocks of four some are then computed in half and some in single precision. In between, distances may be
-        // finite where their bound is not, which only computing them shows.
+        // The last rows are scaled until their squared lengths, and in the end the values
+        // themselves, exceed 65504. Some of the blocks of four are then computed in half and some
+        // in single precision. In between, distances may be finite although their bound is not;
+        // only computing them shows it.
         let (dim, batch) = (6, 4);
         for scale in [1.0f32, 100.0, 120.0, 300.0, 7e4] {
             let mut data = noise(14 * dim, 5);
@@ -526,7 +534,7 @@ mod tests {
             let found = half.precision_recall(&a, &b, 2).unwrap();
             assert_eq!(found, slow(&a, &b, 2, batch), "{scale}");
         }
-        // In blocks of the usual size all of it is.
+        // With blocks of the default size, everything is computed in single precision.
         let one = features(1, &[1.0, 1.03125, 2.0, 400.0]);
         let radii = Half::default().radii(&Points::new(&one).unwrap(), 1);
         assert_eq!(radii[0], f64::from(0.03125f32.powi(2)));

@@ -2,24 +2,23 @@
 
 use super::{EvaluationError, Features};
 
-/// Pictures per split in the published numbers (`evaluator.py`, `compute_inception_score`).
+/// Pictures per split in published numbers (`evaluator.py`, `compute_inception_score`).
 pub const DEFAULT_SPLIT_SIZE: usize = 5000;
 
-/// How far the sum of a row may be from one: half-precision softmax over 1000 classes passes,
-/// logits do not.
+/// Tolerance for the sum of a row: a half-precision softmax over 1000 classes passes, logits do
+/// not.
 const SUM_TOLERANCE: f64 = 0.02;
 
 /// `exp(mean_x KL(p(y|x) || p(y)))`, averaged over splits.
 ///
 /// `probabilities` is `[pictures, classes]`, the softmax output for each picture. The rows are cut
-/// into consecutive splits of `split_size`, of which the last may be shorter and counts as much as
-/// the others; `p(y)` is the mean row of a split. The score lies between 1 and the number of
-/// classes.
+/// into consecutive splits of `split_size`; the last may be shorter and counts as much as the
+/// others. `p(y)` is the mean row of a split. The score lies between 1 and the number of classes.
 ///
 /// # Errors
 ///
-/// [`EvaluationError::TooFew`] without any row, [`EvaluationError::Shape`] when `split_size` is zero,
-/// [`EvaluationError::Value`] when a row is not a probability distribution.
+/// [`EvaluationError::TooFew`] without any row, [`EvaluationError::Shape`] when `split_size` is
+/// zero, [`EvaluationError::Value`] when a row is not a probability distribution.
 ///
 /// # Examples
 ///
@@ -38,7 +37,8 @@ pub fn inception_score(
     splits.finish()
 }
 
-/// Computes [`inception_score`] from batches, so that the probabilities need not be kept. Holds one split.
+/// Computes [`inception_score`] from batches, so that the probabilities need not be kept. Holds one
+/// split.
 ///
 /// # Examples
 ///
@@ -53,19 +53,19 @@ pub fn inception_score(
 #[derive(Clone, Debug)]
 pub struct InceptionScore {
     split_size: usize,
-    /// Classes of the rows, zero before the first.
+    /// Number of classes; zero before the first row.
     classes: usize,
-    /// Rows before those of the split under way.
+    /// Number of rows in earlier splits.
     before: usize,
-    /// Rows of the split under way, `[pictures, classes]`.
+    /// Rows of the current split, `[pictures, classes]`.
     split: Vec<f32>,
-    /// Sum of the scores of the splits that are full, and how many they are.
+    /// Sum of the scores of the full splits, and their number.
     sum: f64,
     splits: usize,
 }
 
 impl InceptionScore {
-    /// No rows yet, to be cut into splits of `split_size`.
+    /// An empty score with splits of `split_size`.
     pub fn new(split_size: usize) -> Self {
         Self {
             split_size,
@@ -81,8 +81,8 @@ impl InceptionScore {
     ///
     /// # Errors
     ///
-    /// [`EvaluationError::Shape`] when the split size is zero or the number of classes is not that of the rows before,
-    /// [`EvaluationError::Value`] when a row is not a probability distribution.
+    /// [`EvaluationError::Shape`] when the split size is zero or the number of classes differs from
+    /// earlier rows, [`EvaluationError::Value`] when a row is not a probability distribution.
     pub fn push(&mut self, probabilities: &Features) -> Result<(), EvaluationError> {
         let shape = |what, expected: String, found: usize| EvaluationError::Shape {
             what,
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn by_hand() {
-        // All pictures alike: 1. All certain and different: the number of classes.
+        // Equal rows give 1. Certain and different rows give the number of classes.
         assert_eq!(score(2, &[0.5, 0.5, 0.5, 0.5], 10).unwrap(), 1.0);
         let certain = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0];
         assert!((score(3, &certain, 10).unwrap() - 3.0).abs() < 1e-12);
@@ -211,7 +211,7 @@ mod tests {
                     .push(&Features::new(2, rows.to_vec()).unwrap())
                     .unwrap();
             }
-            // To the last bit: splits hold the same rows.
+            // Bitwise equal: the splits hold the same rows.
             assert_eq!(splits.finish().unwrap(), whole, "{batch}");
         }
     }

@@ -1,9 +1,10 @@
-//! How good are the samples? The measures of the ADM evaluation suite.
+//! Quality of samples: the measures of the ADM evaluation suite.
 //!
 //! FID and sFID ([`frechet_distance`]), the Inception Score ([`inception_score`]) and precision and
 //! recall ([`precision_recall`]) are computed from activations, in `f64`, on the CPU. Pictures and
-//! precomputed reference statistics are exchanged as `.npz` archives ([`SampleReader`](crate::npz::SampleReader),
-//! [`SampleWriter`](crate::npz::SampleWriter), [`read_reference_statistics`]); pictures are also read from folders of PNG and JPEG.
+//! precomputed reference statistics are exchanged as `.npz` archives
+//! ([`SampleReader`](crate::npz::SampleReader), [`SampleWriter`](crate::npz::SampleWriter),
+//! [`read_reference_statistics`]); pictures are also read from folders of PNG and JPEG.
 //!
 //! The suite as a whole, on Inception's activations:
 //!
@@ -14,15 +15,16 @@
 //! ```
 //!
 //! The definitions follow `guided-diffusion/evaluations/evaluator.py` (Dhariwal and Nichol 2021,
-//! arXiv:2105.05233). One thing is a choice: that code computes the distances of precision and recall in `float16`
-//! where it can, which raises published numbers by some thousandths. [`Distances::F16`] follows its arithmetic; by
-//! default they are computed in `f64`.
+//! arXiv:2105.05233). There is one choice: that code computes the distances of precision and recall
+//! in `float16` where it can, which raises published numbers by some thousandths.
+//! [`Distances::F16`] follows its arithmetic; the default is `f64`.
 //!
-//! All of it depends on the protocol. FID is biased upwards for few samples, roughly by `c / N` (Chong and Forsyth
-//! 2020, arXiv:1911.07023), so that it can be compared between sets of the same size only. And pictures must have come
-//! to Inception in the same way: statistics of another protocol can be read, and nothing in the file says that they
-//! are, but samples as they are measured here can't be compared with them. (pytorch-fid resizes and scales pictures
-//! otherwise, by which its FID is some per cent off; torch-fidelity follows the same protocol.)
+//! The numbers depend on the protocol. FID is biased upwards for few samples, roughly by `c / N`
+//! (Chong and Forsyth 2020, arXiv:1911.07023), so only sets of the same size can be compared. The
+//! pictures must also have been prepared for Inception in the same way. A file does not state its
+//! protocol: statistics of another one can be read, but samples measured here can't be compared
+//! with them. (pytorch-fid resizes and scales pictures differently, so its FID is off by some per
+//! cent; torch-fidelity follows the same protocol.)
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -63,7 +65,7 @@ pub use verdict::{AdmEvaluation, AdmProtocol, AdmVerdict, FileDigest};
 /// Why an evaluation could not be carried out.
 #[derive(Debug, Error)]
 pub enum EvaluationError {
-    /// Two arrays that belong together do not fit, or one has an impossible size.
+    /// Two arrays do not match, or the size of one is impossible.
     #[error("{what}: expected {expected}, found {found}")]
     Shape {
         /// The quantity with the wrong size.
@@ -73,7 +75,7 @@ pub enum EvaluationError {
         /// The size it has.
         found: String,
     },
-    /// The measure is not defined for so few rows.
+    /// Too few rows for the measure.
     #[error("{what} needs at least {needed} rows, found {found}")]
     TooFew {
         /// The measure.
@@ -83,7 +85,7 @@ pub enum EvaluationError {
         /// The number of rows given.
         found: usize,
     },
-    /// A value that the measure is not defined for, such as NaN among activations.
+    /// A value for which the measure is not defined, such as NaN among activations.
     #[error("{what}: {problem}")]
     Value {
         /// The quantity with the bad value.
@@ -96,7 +98,7 @@ pub enum EvaluationError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the file system or the archive reader said.
+        /// Error of the file system or the archive reader.
         source: io::Error,
     },
     /// Pictures that Inception can't read.
@@ -104,7 +106,7 @@ pub enum EvaluationError {
     Pictures {
         /// The archive.
         path: PathBuf,
-        /// What it reads, and what they are.
+        /// The expected and the actual pictures.
         source: UnreadablePictures,
     },
     /// An archive or a folder of pictures that can't be read or written.

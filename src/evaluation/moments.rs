@@ -1,8 +1,8 @@
-//! Precomputed statistics out of an `.npz`, the exchange format of the ADM evaluation suite.
+//! Precomputed statistics from an `.npz`, the exchange format of the ADM evaluation suite.
 //!
-//! Reference batches hold, beside or instead of the pictures in `arr_0`, the statistics of their activations: `mu`
-//! `[2048]`, `sigma` `[2048, 2048]` for FID and `mu_s`, `sigma_s` (2023) for sFID. Many files (those of pytorch-fid,
-//! `adm_in256_stats.npz` of MAR) hold the first two alone.
+//! Beside or instead of the pictures in `arr_0`, reference batches hold the statistics of their
+//! activations: `mu` `[2048]`, `sigma` `[2048, 2048]` for FID and `mu_s`, `sigma_s` (2023) for
+//! sFID. Many files (those of pytorch-fid, `adm_in256_stats.npz` of MAR) hold only the first two.
 
 use std::path::Path;
 
@@ -18,14 +18,14 @@ pub struct ReferenceStatistics {
     pub spatial: Option<Statistics>,
 }
 
-/// Reads `mu`, `sigma`, `mu_s` and `sigma_s` (`f32` or `f64`), or `None` when the archive has none of them and the
-/// statistics must be computed from `arr_0`.
+/// Reads `mu`, `sigma`, `mu_s` and `sigma_s` (`f32` or `f64`), or `None` when the archive has none
+/// of them and the statistics must be computed from `arr_0`.
 ///
 /// # Errors
 ///
-/// [`EvaluationError::Npz`] when the file is not a readable archive, or when a mean or a
-/// covariance is there without the other, `mu_s` without `mu`, or one has the wrong type or shape, and the errors of
-/// [`Statistics::from_moments`].
+/// [`EvaluationError::Npz`] when the file is not a readable archive, when a mean or covariance is
+/// present without the other or `mu_s` without `mu`, or when one has the wrong type or shape; and
+/// the errors of [`Statistics::from_moments`].
 pub fn read_reference_statistics(
     path: &Path,
 ) -> Result<Option<ReferenceStatistics>, EvaluationError> {

@@ -1,9 +1,9 @@
 //! Improved precision and recall (Kynkäänniemi et al. 2019, arXiv:1904.06991, section 2).
 //!
-//! Each set of activations stands for a manifold: the union of balls around its points, each reaching
+//! Each set of activations defines a manifold: the union of balls around its points, each reaching
 //! to the `k`-th nearest other point of the same set. Precision is the fraction of samples on the
-//! reference manifold (are they plausible?), recall the fraction of reference points on the sample
-//! manifold (is everything covered?).
+//! reference manifold (plausibility), recall the fraction of reference points on the sample
+//! manifold (coverage).
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +23,7 @@ pub const DEFAULT_NEIGHBOURS: usize = 3;
 /// tile: about 40 MiB for `dim = 2048`.
 pub(super) const BLOCK: usize = 1024;
 
-/// Squared distances below this fraction of the squared lengths are rounding, see
+/// Squared distances below this fraction of the squared lengths are rounding errors, see
 /// [`squared_distances`].
 const ROUNDING: f64 = 1e-13;
 
@@ -31,29 +31,32 @@ const ROUNDING: f64 = 1e-13;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Distances {
-    /// Double precision: the distances of the definition.
+    /// Double precision, as the measures are defined.
     #[default]
     F64,
-    /// Half precision, as `guided-diffusion/evaluations/evaluator.py` computes them: for comparison with published
-    /// numbers, which this arithmetic raises.
+    /// Half precision, as `guided-diffusion/evaluations/evaluator.py` computes them, for comparison
+    /// with published numbers, which this arithmetic raises.
     ///
-    /// Of activations `u` and `v`, rounded to 16 bits, it takes `max((|u|^2 - 2 u.v) + |v|^2, 0)`, where each square,
-    /// each of the two sums of squares, `u.v`, `2 u.v`, the difference and the sum are rounded to 16 bits. Activations
-    /// of Inception have squared lengths of some hundreds, where 16 bits count in steps of a half: distances coincide,
-    /// and what coincides with a radius is inside. On samples of that kind both precision and recall come out 0.0005 to
-    /// 0.004 higher. The distance of a point to itself, which may not be zero then, counts among the neighbours.
+    /// For activations `u` and `v`, rounded to 16 bits, it takes `max((|u|^2 - 2 u.v) + |v|^2, 0)`,
+    /// where each square, each of the two sums of squares, `u.v`, `2 u.v`, the difference and the
+    /// sum are rounded to 16 bits. Inception's activations have squared lengths of some hundreds,
+    /// where 16 bits resolve steps of a half: distances coincide, and a distance equal to a radius
+    /// is inside. On such samples both precision and recall come out 0.0005 to 0.004 higher. The
+    /// distance of a point to itself, which may then be nonzero, counts among the neighbours.
     ///
-    /// Sums of products are accumulated in 32 bits from the first term to the last and rounded once, as graphics cards
-    /// multiply matrices of half precision. Other devices and libraries add in another order or round in between, and
-    /// get other last bits; so the numbers agree with those of that program in kind, not to the last sample.
+    /// Sums of products are accumulated in 32 bits from the first term to the last and rounded
+    /// once, as GPUs multiply half-precision matrices. Other devices and libraries add in another
+    /// order or round in between, and get other last bits; so the numbers may differ from that
+    /// program's by single samples.
     ///
-    /// As there, distances are computed in blocks of 10 000 x 10 000, and a block in which one is not finite in 16 bits
-    /// (squared distances above 65 504, which Inception's are far below) is computed in 32 bits.
+    /// As there, distances are computed in blocks of 10 000 x 10 000, and a block with a distance
+    /// that is not finite in 16 bits (squared distances above 65 504, far above Inception's) is
+    /// computed in 32 bits.
     F16,
 }
 
 impl Distances {
-    /// The name in recipes, on the command line and in results.
+    /// Name in recipes, on the command line and in results.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::F64 => "f64",
@@ -71,9 +74,9 @@ impl fmt::Display for Distances {
 /// Precision and recall, fractions between 0 and 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PrecisionRecall {
-    /// Fraction of the samples that lie in at least one ball of the reference.
+    /// Fraction of the samples in at least one ball of the reference.
     pub precision: f64,
-    /// Fraction of the reference that lies in at least one ball of the samples.
+    /// Fraction of the reference in at least one ball of the samples.
     pub recall: f64,
 }
 
@@ -104,12 +107,12 @@ pub fn precision_recall(
     precision_recall_with(reference, samples, neighbours, Distances::F64)
 }
 
-/// As [`precision_recall`], with the arithmetic of the distances as it is asked for.
+/// As [`precision_recall`], with a choice of arithmetic for the distances.
 ///
 /// # Errors
 ///
-/// As [`precision_recall`]; with [`Distances::F16`] also [`EvaluationError::Value`] when activations are so large that
-/// their distances aren't finite in 32 bits.
+/// As [`precision_recall`]; with [`Distances::F16`] also [`EvaluationError::Value`] when
+/// activations are so large that distances would not be finite in 32 bits.
 ///
 /// # Examples
 ///
@@ -117,8 +120,8 @@ pub fn precision_recall(
 /// use tinyfusion::evaluation::{Distances, Features, precision_recall_with};
 /// let reference = Features::new(1, vec![32.0, 33.0])?;
 /// let samples = Features::new(1, vec![34.03125, 50.0])?;
-/// // The ball around 33 reaches to 34. In half precision, whose numbers above 1024 (the square of 32) are whole, the
-/// // distance of 34.03125 comes out as 1 too.
+/// // The ball around 33 reaches to 34. In half precision, whose numbers above 1024 (the square of
+/// // 32) are integers, the distance of 34.03125 comes out as 1 too.
 /// let exact = precision_recall_with(&reference, &samples, 1, Distances::F64)?;
 /// let half = precision_recall_with(&reference, &samples, 1, Distances::F16)?;
 /// assert_eq!((exact.precision, half.precision), (0.0, 0.5));
@@ -158,14 +161,14 @@ pub(super) struct Radii<'a> {
     pub(super) samples: &'a [f64],
 }
 
-/// Every block of one side with every block of the other.
+/// All pairs of a block of one side and a block of the other.
 pub(super) fn pairs(reference: &[usize], samples: &[usize]) -> Vec<(usize, usize)> {
     let with = |&first: &usize| samples.iter().map(move |&second| (first, second));
     reference.iter().flat_map(with).collect()
 }
 
-/// Which points lie in a ball of the other side. `distances` gives the squared distances of the block of the reference
-/// that begins at the first of its arguments to the block of the samples that begins at the second.
+/// Which points lie in a ball of the other side. `distances(r, s)` gives the squared distances
+/// between the reference block that begins at `r` and the sample block that begins at `s`.
 pub(super) fn coverage(
     pairs: &[(usize, usize)],
     radii: &Radii<'_>,
@@ -176,7 +179,7 @@ pub(super) fn coverage(
     };
     let covered_reference = outside(radii.reference);
     let covered_samples = outside(radii.samples);
-    // Every distance is computed once and asked both ways.
+    // Each distance is computed once and used in both directions.
     each(pairs, |&(first, second)| {
         let distances = distances(first, second);
         let covered = &covered_reference[first..][..distances.nrows()];
@@ -201,14 +204,14 @@ pub(super) fn coverage(
     }
 }
 
-/// The fraction that is true.
+/// The fraction of flags that are set.
 fn fraction(flags: Vec<AtomicBool>) -> f64 {
     let (count, mut all) = (flags.len() as f64, flags);
     all.retain_mut(|flag| *flag.get_mut());
     all.len() as f64 / count
 }
 
-/// For each row the *squared* distance to its `neighbours`-th nearest other row, `[rows]`.
+/// The *squared* distance of each row to its `neighbours`-th nearest other row, `[rows]`.
 ///
 /// # Errors
 ///
@@ -230,8 +233,8 @@ pub fn neighbour_radii(
     let pairs: Vec<_> = (0..starts.len())
         .flat_map(|first| (first..starts.len()).map(move |second| (first, second)))
         .collect();
-    // A distance is the same seen from either end, so only half of them are computed. In which order the others come
-    // to a point makes no difference to the smallest few.
+    // Distances are symmetric, so only half of them are computed. The order in which a point
+    // receives them does not change the smallest ones.
     each(&pairs, |&(first, second)| {
         let points = Block::new(features, starts[first]);
         if first == second {
@@ -266,7 +269,7 @@ pub fn neighbour_radii(
     Ok(nearest.map(|nearest| nearest.farthest()).collect())
 }
 
-/// Refuses a neighbourhood that isn't there.
+/// Refuses a zero number of neighbours, or more than there are other rows.
 pub(super) fn check_neighbours(
     features: &Features,
     neighbours: usize,
@@ -291,7 +294,8 @@ pub(super) fn check_neighbours(
     Ok(())
 }
 
-/// Runs `work` on every pair of blocks, on all cores. A pair is a good part of a second's work and is handed out alone.
+/// Runs `work` on every pair, on all cores. A pair takes a good part of a second and is scheduled
+/// singly.
 pub(super) fn each<T: Sync>(pairs: &[T], work: impl Fn(&T) + Send + Sync) {
     pairs.par_iter().with_max_len(1).for_each(work);
 }
@@ -330,9 +334,9 @@ impl Block {
 
 /// `max(|u|^2 - 2 u.v + |v|^2, 0)` for all pairs, `[a points, b points]`.
 ///
-/// The expansion turns the work into a matrix product. It leaves equal points a rounding error
-/// apart, which would decide whether a point is inside a ball of radius zero (there are such balls
-/// as soon as a sampler repeats itself); distances that small are therefore set to zero.
+/// The expansion turns the work into a matrix product. It leaves a rounding error between equal
+/// points, which would decide whether a point is inside a ball of radius zero (such balls occur as
+/// soon as a sampler repeats itself); distances that small are therefore set to zero.
 fn squared_distances(a: &Block, b: &Block) -> DMatrix<f64> {
     let mut distances = a.points.transpose() * &b.points;
     for (mut column, &b_square) in distances.column_iter_mut().zip(&b.squares) {
@@ -349,7 +353,7 @@ fn squared_distances(a: &Block, b: &Block) -> DMatrix<f64> {
     distances
 }
 
-/// The smallest few of the distances seen, in ascending order.
+/// The smallest distances seen so far, in ascending order.
 #[derive(Clone)]
 pub(super) struct Nearest(Vec<f64>);
 
@@ -379,7 +383,7 @@ mod tests {
         Features::new(dim, data.to_vec()).unwrap()
     }
 
-    /// Values in [0, 1) without a pattern (a linear congruential generator).
+    /// Pseudorandom values in [0, 1) (a linear congruential generator).
     fn noise(count: usize) -> Vec<f32> {
         let mut state = 1u32;
         let next = |_| {
@@ -425,14 +429,15 @@ mod tests {
                 })
                 .collect();
             all.sort_by(f64::total_cmp);
-            // The differences u - v of the slow path are rounded to f32: 6e-8 each, relative.
+            // The slow path rounds the differences u - v to f32: 6e-8 each, relative.
             assert!((radii[index] / all[k - 1] - 1.0).abs() < 1e-5, "{index}");
         }
     }
 
     #[test]
     fn coverage_agrees_with_all_pairs() {
-        // Sets of more than one block, of different density, so that no radius is like its neighbour's.
+        // Sets of more than one block and of varying density, so that neighbouring points have
+        // different radii.
         let dim = 4;
         let spread = |rows: usize, by: f32| {
             let mut data = noise(rows * dim);
@@ -465,7 +470,8 @@ mod tests {
     #[test]
     fn equal_points_are_at_distance_zero() {
         let (rows, dim) = (100, 37);
-        // Squares of f32 values of like size add up exactly in f64; columns of unlike size do not.
+        // Squares of f32 values of similar size add up exactly in f64; those of columns of
+        // different size do not.
         let mut data = noise(rows * dim);
         for (index, value) in data.iter_mut().enumerate() {
             *value *= 7f32.powi((index % dim % 8) as i32);

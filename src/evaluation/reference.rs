@@ -1,4 +1,4 @@
-//! What samples are held against.
+//! The reference of an evaluation.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,12 +18,13 @@ use crate::ops::FusedOps;
 
 /// An open reference batch of the ADM suite, such as `VIRTUAL_imagenet256_labeled.npz`.
 ///
-/// As `evaluator.py` has it, FID and sFID take the moments that the archive states (`mu`, `sigma`, `mu_s`, `sigma_s`)
-/// if it does, else those of its pictures (`arr_0`); precision and recall need the pictures. A folder of pictures is a
-/// reference too, and so is an archive of `mu` and `sigma` alone, with which there is no more than FID.
+/// As in `evaluator.py`, FID and sFID use the moments in the archive (`mu`, `sigma`, `mu_s`,
+/// `sigma_s`) if it has them, else those of its pictures (`arr_0`); precision and recall need the
+/// pictures. A folder of pictures is a reference too, and so is an archive of `mu` and `sigma`
+/// alone, which gives only FID.
 ///
-/// Moments that an archive states are comparable with samples if they were measured as samples are measured here;
-/// nothing in the file says so.
+/// Moments in an archive are comparable with samples only if they were measured by the protocol
+/// used here; nothing in the file says so.
 pub struct Reference {
     moments: Option<ReferenceStatistics>,
     pictures: Option<SampleReader>,
@@ -33,22 +34,22 @@ pub struct Reference {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Moments {
-    /// The archive states them, and who made it knows how they were measured.
+    /// Stored in the archive; how they were measured is not known here.
     Stated,
-    /// They are those of its pictures, as this program's Inception sees them.
+    /// Measured on its pictures by this program's Inception.
     Measured,
 }
 
-/// A reference as samples are compared with it.
+/// A reference, ready for comparison.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ReferenceMeasured {
-    /// Moments of the pooled activations, `[2048]`: FID's.
+    /// Moments of the pooled activations, `[2048]`, for FID.
     pub pooled: Statistics,
-    /// Moments of the spatial activations, `[2023]`: sFID's. None when the archive has `mu` and `sigma` alone: there is
-    /// no sFID then.
+    /// Moments of the spatial activations, `[2023]`, for sFID; none when the archive has only `mu`
+    /// and `sigma`.
     pub spatial: Option<Statistics>,
-    /// The pooled activations `[pictures, 2048]`; none when the archive has moments alone. Without them there are no
-    /// precision and recall.
+    /// The pooled activations `[pictures, 2048]`, for precision and recall; none when the archive
+    /// has only moments.
     pub features: Option<Features>,
     /// Where the moments come from.
     pub moments: Moments,
@@ -59,9 +60,10 @@ impl Reference {
     ///
     /// # Errors
     ///
-    /// Those of [`read_reference_statistics`] and [`SampleReader::open`], and [`EvaluationError::Npz`] when the
-    /// archive has neither moments nor pictures, moments of another network's activations, or pictures beside moments
-    /// for FID alone: whether its sFID is to be that of the pictures nobody could tell from the result.
+    /// Those of [`read_reference_statistics`] and [`SampleReader::open`]; [`EvaluationError::Npz`]
+    /// when the archive has neither moments nor pictures, moments of another network's activations,
+    /// or pictures beside moments for FID alone: the result would not show whether its sFID comes
+    /// from the pictures.
     pub fn open(path: &Path) -> Result<Self, EvaluationError> {
         if path.is_dir() {
             let pictures = Some(SampleReader::open(path)?);
@@ -102,17 +104,18 @@ impl Reference {
         Ok(Self { moments, pictures })
     }
 
-    /// How many pictures it has; none when it has moments alone.
+    /// Number of pictures; none when it has only moments.
     pub fn pictures(&self) -> Option<usize> {
         self.pictures.as_ref().map(|pictures| pictures.shape()[0])
     }
 
-    /// Entries of a folder that were passed over because they are no pictures.
+    /// Entries of a folder that were ignored because they are no pictures.
     pub fn ignored(&self) -> usize {
         self.pictures.as_ref().map_or(0, SampleReader::ignored)
     }
 
-    /// Reads the pictures, if there are any, through the network; arguments and `progress` as [`measure`]'s.
+    /// Runs the network on the pictures, if there are any; arguments and `progress` as in
+    /// [`measure`].
     ///
     /// # Errors
     ///
@@ -138,7 +141,7 @@ impl Reference {
         let (source, moments) = match (self.moments, measured) {
             (Some(stated), _) => (Moments::Stated, stated),
             (None, Some(measured)) => (Moments::Measured, measured),
-            // `open` refuses an archive with neither; there is nothing to measure in none.
+            // `open` refuses an archive with neither.
             (None, None) => {
                 return Err(EvaluationError::TooFew {
                     what: "a reference",
@@ -155,12 +158,14 @@ impl Reference {
         })
     }
 
-    /// As [`measure`](Self::measure), but what was measured is kept in the file `cache` ([`cache_file`]) and read from
-    /// there the next time. A reference of moments alone needs no cache and makes none.
+    /// As [`measure`](Self::measure), but caches the result in the file `cache` ([`cache_file`])
+    /// and reads it from there the next time. A reference of moments alone needs no cache and
+    /// writes none.
     ///
     /// # Errors
     ///
-    /// As [`measure`], and when the file can't be written or holds something else; delete it then.
+    /// As [`measure`]; also when the cache can't be written or holds something else. Delete it
+    /// then.
     pub fn measure_cached<B: FusedOps>(
         self,
         inception: &Inception<B>,
@@ -184,10 +189,10 @@ impl Reference {
     }
 }
 
-/// Changes when what is kept, or how it is computed, changes.
+/// To be raised whenever the contents of a cache file, or their computation, change.
 const CACHE_VERSION: u32 = 1;
 
-/// The file in `folder` that keeps what was measured of that reference with these weights.
+/// The cache file in `folder` for this reference, measured with these weights.
 pub fn cache_file(folder: &Path, reference: &FileDigest, inception: &FileDigest) -> PathBuf {
     let short = |digest: &FileDigest| digest.sha256.chars().take(16).collect::<String>();
     folder.join(format!(
@@ -198,7 +203,7 @@ pub fn cache_file(folder: &Path, reference: &FileDigest, inception: &FileDigest)
 }
 
 impl ReferenceMeasured {
-    /// Keeps the moments, and the features if there are any.
+    /// Writes the moments, and the features if there are any.
     pub(super) fn write(&self, path: &Path) -> Result<(), EvaluationError> {
         let write = || -> io::Result<()> {
             let mut archive = ZipWriter::new(AtomicFile::create(path)?);
@@ -218,7 +223,8 @@ impl ReferenceMeasured {
                 let dim = moments.mean().len();
                 let values = doubles(moments.mean().as_slice());
                 write_array(&mut archive, mean, "<f8", &[dim], &values)?;
-                // Column by column, and read back so: symmetric but for rounding, which is kept.
+                // Column-major, and read back so: the matrix is symmetric up to rounding, and the
+                // rounding is kept.
                 let values = doubles(moments.covariance().as_slice());
                 write_array(&mut archive, covariance, "<f8", &[dim, dim], &values)?;
             }

@@ -1,22 +1,22 @@
-//! A rate that was measured more than once.
+//! A rate from repeated measurements.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The median of several measurements and how far they lie apart.
+/// Median and spread of several measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Speed {
     /// The median.
     pub median: f64,
     /// Half the distance between the quartiles.
     pub spread: f64,
-    /// How often it was measured.
+    /// Number of measurements.
     pub rounds: usize,
 }
 
 impl Speed {
-    /// Of measurements in any order; none where there are none.
+    /// From measurements in any order; none if there are none.
     ///
     /// ```
     /// use tinyfusion::evaluation::Speed;
@@ -34,7 +34,8 @@ impl Speed {
     }
 }
 
-/// The median of measurements in any order, and half the distance between their quartiles; none of none.
+/// The median of measurements in any order, and half the distance between their quartiles; none if
+/// there are none.
 pub(crate) fn median_and_spread(measured: &[f64]) -> Option<(f64, f64)> {
     let mut sorted = measured.to_vec();
     sorted.sort_by(f64::total_cmp);

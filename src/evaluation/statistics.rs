@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::{EvaluationError, Features};
 
-/// Rows that enter the covariance in one matrix product; bounds the extra memory to
+/// Rows that enter the covariance in one matrix product. Bounds the extra memory to
 /// `2 * CHUNK_ROWS * dim` doubles (16 MiB for Inception).
 const CHUNK_ROWS: usize = 512;
 
@@ -20,7 +20,7 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// Takes precomputed moments: `mean` `[dim]` and `covariance` `[dim, dim]`, the unbiased one.
+    /// Takes precomputed moments: `mean` `[dim]` and the unbiased `covariance` `[dim, dim]`.
     ///
     /// # Errors
     ///
@@ -44,7 +44,7 @@ impl Statistics {
         {
             return Err(invalid("statistics", "an entry is not finite"));
         }
-        // The eigensolver reads one triangle only and would not notice.
+        // The eigensolver reads one triangle only, so it would not detect this.
         if (&covariance - covariance.transpose()).amax() > 1e-4 * covariance.amax() {
             return Err(invalid("covariance", "the matrix is not symmetric"));
         }
@@ -66,10 +66,10 @@ impl Statistics {
 ///
 /// Batches are merged by the update of Chan, Golub and LeVeque (1979, "Updating formulae and a
 /// pairwise algorithm for computing sample variances", eq. 2.1): each is centred on its own mean
-/// before it is squared, so that nothing cancels, however far the mean is from zero.
+/// before it is squared, so nothing cancels, however far the mean is from zero.
 ///
-/// What is merged are always the same 512 rows: a batch may end anywhere without changing a bit of
-/// the result, and the products are large enough to use all cores.
+/// Rows are always merged in chunks of the same 512: a batch may end anywhere without changing a
+/// bit of the result, and the products are large enough to use all cores.
 ///
 /// # Examples
 ///
@@ -88,12 +88,12 @@ pub struct StatisticsAccumulator {
     mean: DVector<f64>,
     /// Sum of the outer products of the deviations from the mean so far, `[dim, dim]`.
     scatter: DMatrix<f64>,
-    /// Rows that wait for a chunk to be full, `[rows, dim]`.
+    /// Rows of an incomplete chunk, `[rows, dim]`.
     waiting: Vec<f32>,
 }
 
 impl StatisticsAccumulator {
-    /// An empty accumulator for rows of `dim` values. Uses `8 * dim * dim` bytes, and 512 rows.
+    /// An empty accumulator for rows of `dim` values. Uses `8 * dim * dim` bytes, plus 512 rows.
     pub fn new(dim: usize) -> Self {
         Self {
             count: 0,
@@ -107,7 +107,7 @@ impl StatisticsAccumulator {
     ///
     /// # Errors
     ///
-    /// [`EvaluationError::Shape`] when the dimension is not the accumulator's.
+    /// [`EvaluationError::Shape`] when the rows have another dimension.
     pub fn push(&mut self, features: &Features) -> Result<(), EvaluationError> {
         check_dim(self.mean.len(), features.dim())?;
         let chunk = CHUNK_ROWS * features.dim();
@@ -133,7 +133,7 @@ impl StatisticsAccumulator {
     fn push_chunk(&mut self, rows: &[f32]) {
         let dim = self.mean.len();
         let count = rows.len() / dim;
-        // Row-major rows are column-major columns: one column per picture, [dim, count].
+        // Row-major rows are column-major columns: one column per picture, `[dim, count]`.
         let mut centred =
             DMatrix::from_iterator(dim, count, rows.iter().map(|&value| f64::from(value)));
         let mean = centred.column_mean();
@@ -244,15 +244,16 @@ mod tests {
             2 * CHUNK_ROWS,
         ] {
             let batches: Vec<&[f32]> = data.chunks(batch * dim).collect();
-            // To the last bit: the sums are taken over the same rows in the same order.
+            // Bitwise equal: the sums are taken over the same rows in the same order.
             assert_eq!(accumulate(dim, &batches), whole, "{batch}");
         }
     }
 
     #[test]
     fn a_large_offset_does_not_cancel() {
-        // Variance of 0, 1 repeated is n / (4 (n - 1)); the offset squared is 1e14 times larger. More
-        // rows and columns than a chunk and a panel, so that both boundaries are crossed.
+        // The variance of 0, 1 repeated is n / (4 (n - 1)); the squared offset is 1e14 times
+        // larger. There are more rows and columns than in a chunk and a panel, so both boundaries
+        // are crossed.
         let (rows, dim) = (2 * CHUNK_ROWS + 2, PANEL_COLUMNS + 3);
         let data: Vec<f32> = (0..rows * dim)
             .map(|i| 8_388_600.0 + (i / dim % 2) as f32)

@@ -1,4 +1,4 @@
-//! What an evaluation leaves behind: its numbers, and what they can only be compared under.
+//! Results of an evaluation: its numbers, and the protocol under which they are comparable.
 
 use std::fmt;
 use std::io::Write;
@@ -11,22 +11,23 @@ use crate::files::{sha256, write_atomic};
 use crate::npz::picture_folder::PictureFolder;
 use crate::report::{Table, short};
 
-/// A file, or a folder of pictures, by its name and content.
+/// A file, or a folder of pictures, identified by name and content.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileDigest {
-    /// Its name, without folders.
+    /// File name without folders.
     pub file: String,
-    /// SHA-256 of its bytes, in hexadecimal. Of a folder, of what `sha256sum` prints of its pictures, in the byte order
-    /// of their names below it: a line for each with the SHA-256 of its bytes and its name.
+    /// SHA-256 of the bytes, in hexadecimal. For a folder, that of what `sha256sum` prints for its
+    /// pictures in the byte order of their relative names: one line each, with the SHA-256 of its
+    /// bytes and its name.
     pub sha256: String,
 }
 
 impl FileDigest {
-    /// Reads the file once, a piece at a time; or all pictures of a folder.
+    /// Reads a file once, a piece at a time, or all pictures of a folder.
     ///
     /// # Errors
     ///
-    /// When it can't be read; when a folder has no pictures.
+    /// When it can't be read, or when a folder has no pictures.
     pub fn of(path: &Path) -> Result<Self, EvaluationError> {
         let sha256 = if path.is_dir() {
             PictureFolder::list(path)?.sha256()?
@@ -36,7 +37,7 @@ impl FileDigest {
         Ok(Self::known(path, &sha256))
     }
 
-    /// Of a file whose SHA-256 is known.
+    /// For a file whose SHA-256 is known.
     pub fn known(path: &Path, sha256: &str) -> Self {
         let name = path.file_name().unwrap_or(path.as_os_str());
         Self {
@@ -46,32 +47,32 @@ impl FileDigest {
     }
 }
 
-/// The numbers of one set of samples.
+/// The results for one set of samples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdmVerdict {
     /// The model, or the archive of samples.
     pub model: String,
-    /// Parameters of the model, where it is known.
+    /// Parameters of the model, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parameters: Option<usize>,
-    /// Its layers.
+    /// Layers of the model, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth: Option<usize>,
-    /// Multiply-accumulates of one pass of one image.
+    /// Multiply-accumulates of one forward pass on one image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub macs: Option<usize>,
-    /// How fast it draws, decoding not counted.
+    /// Sampling speed in images per second, excluding decoding.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images_per_second: Option<Speed>,
-    /// How many there are.
+    /// Number of samples.
     pub count: usize,
-    /// The numbers.
+    /// The scores.
     #[serde(flatten)]
     pub scores: Scores,
 }
 
 impl AdmVerdict {
-    /// The verdict on the samples of that name.
+    /// The verdict on the samples of this model.
     pub fn new(model: &str, measured: &Measured, scores: Scores) -> Self {
         Self {
             model: model.to_owned(),
@@ -85,40 +86,40 @@ impl AdmVerdict {
     }
 }
 
-/// What the numbers can only be compared under.
+/// The conditions under which the numbers are comparable.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdmProtocol {
     /// Number of samples of each set; FID falls as it grows.
     pub samples: usize,
     /// The reference batch.
     pub reference: FileDigest,
-    /// Pictures of the reference that precision and recall are computed from; none when it has moments alone.
+    /// Number of reference pictures for precision and recall; none when the reference has only
+    /// moments.
     pub reference_pictures: Option<usize>,
     /// Where the reference's moments come from.
     pub reference_moments: Moments,
     /// Inception's weights.
     pub inception: FileDigest,
-    /// Neighbours that the balls of precision and recall reach to.
+    /// Index of the nearest neighbour that defines the radii of precision and recall.
     pub neighbours: usize,
-    /// Arithmetic of the distances between activations that precision and recall are computed from.
+    /// Arithmetic of the distances in precision and recall.
     #[serde(default)]
     pub distances: Distances,
     /// Pictures per split of the Inception Score.
     pub split_size: usize,
-    /// Type that Inception is computed in: `f32`. All that follows is in f64.
+    /// Type of Inception's computation: `f32`. Everything after it is in f64.
     pub inception_compute: String,
     /// The backend that Inception ran on.
     pub backend: String,
-    /// How the samples were made, if that is known: solver, steps, guidance, autoencoder, seed.
+    /// How the samples were made, if known: solver, steps, guidance, autoencoder, seed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampling: Option<serde_json::Value>,
 }
 
-/// An evaluation as it is written to a file and shown; printed, it is [`table`](Self::table) and what there is to say
-/// of it.
+/// An evaluation, for a JSON file and for display: [`table`](Self::table) and remarks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdmEvaluation {
-    /// What the numbers can only be compared under.
+    /// The conditions under which the numbers are comparable.
     pub protocol: AdmProtocol,
     /// One for each set of samples.
     pub verdicts: Vec<AdmVerdict>,
@@ -138,7 +139,7 @@ impl AdmEvaluation {
         write().map_err(EvaluationError::io(path))
     }
 
-    /// The numbers as published ones are shown, a row for each set of samples.
+    /// The numbers in the usual form, one row for each set of samples.
     pub fn table(&self) -> Table<10> {
         let mut table = Table::new([
             "samples",
@@ -152,7 +153,7 @@ impl AdmEvaluation {
             "precision",
             "recall",
         ]);
-        // Rounding may leave a distance of zero a little below.
+        // Rounding may leave a zero distance slightly negative.
         let distance = |value: f64| format!("{:.2}", value.max(0.0));
         let share = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.3}"));
         let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".into());
@@ -183,7 +184,7 @@ impl AdmEvaluation {
     }
 }
 
-/// What must be said of a FID of so many samples.
+/// The remark on the bias of a FID of `samples` samples.
 pub(crate) fn bias(samples: usize) -> String {
     format!(
         "FID of {samples} samples: it is too high by an amount that falls roughly as one over their number, so compare it \
@@ -277,7 +278,7 @@ mod tests {
             let text = std::fs::read_to_string(&path).unwrap();
             assert_eq!(serde_json::from_str::<AdmEvaluation>(&text).unwrap(), whole);
         }
-        // A number that is not there is said to be missing, not left out.
+        // A missing number is written as null, not left out.
         let json: serde_json::Value =
             serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
         assert!(json["verdicts"][0]["precision"].is_null());
@@ -292,7 +293,7 @@ mod tests {
             serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
         assert!(json["verdicts"][0]["sfid"].is_null());
         assert_eq!(json["protocol"]["distances"], "f16");
-        // Results from before there was a choice had no other distances.
+        // Results from before this choice existed used `f64`.
         json["protocol"]
             .as_object_mut()
             .unwrap()
@@ -343,7 +344,7 @@ mod tests {
     fn a_file_is_hashed_whole() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("abc");
-        // FIPS 180-2, B.3: a million times the letter a, with a piece that is not full at the end.
+        // FIPS 180-2, B.3: a million times the letter a, so that the last piece is not full.
         std::fs::write(&path, vec![b'a'; 1_000_000]).unwrap();
         let digest = FileDigest::of(&path).unwrap();
         let expected = "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0";
@@ -351,7 +352,7 @@ mod tests {
             (digest.file.as_str(), digest.sha256.as_str()),
             ("abc", expected)
         );
-        // More than a piece: not the hash of the first alone.
+        // More than one piece: the hash is not that of the first piece alone.
         std::fs::write(&path, vec![b'a'; 100_001]).unwrap();
         let longer = FileDigest::of(&path).unwrap();
         std::fs::write(&path, vec![b'a'; 100_000]).unwrap();

@@ -1,10 +1,10 @@
-//! What can go wrong with named arrays and the files they come from.
+//! Errors of named arrays and the files they come from.
 
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// What can go wrong with a weight file.
+/// Why a weight file can't be used.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum WeightsError {
@@ -13,17 +13,17 @@ pub enum WeightsError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the file system.
         source: std::io::Error,
     },
-    /// The file is not what its name says.
+    /// The file is not of the format its name states.
     #[error("{path}: not a readable {expected} file: {found}", path = path.display())]
     Format {
         /// The file.
         path: PathBuf,
         /// The format expected.
         expected: &'static str,
-        /// What was wrong.
+        /// The problem.
         found: String,
     },
     /// The file's weights do not fit the model.
@@ -36,7 +36,7 @@ pub enum WeightsError {
         /// One line for each parameter that is missing, surplus or misshapen.
         problems: String,
     },
-    /// The file says nothing, or nothing usable, of the model it holds.
+    /// The file describes no model, or not in a usable way.
     #[error("{path}: {problem}", path = path.display())]
     Model {
         /// The file.

@@ -1,4 +1,4 @@
-//! All that is wrong with a file's tensors, said at once.
+//! Collects everything that is wrong with a file's tensors for one error.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -6,10 +6,10 @@ use std::path::Path;
 
 use super::{TensorSource, WeightsError};
 
-/// Lines of each kind that are written out; a file of another model may have hundreds.
+/// Most lines of each kind in the message; a file of another model may have hundreds.
 const SHOWN: usize = 8;
 
-/// Tensors that do not fit a model, one line each.
+/// Tensors that do not fit a model, one line for each.
 #[derive(Debug, Default)]
 pub(crate) struct Misfits {
     missing: Lines,
@@ -18,7 +18,7 @@ pub(crate) struct Misfits {
     others: Lines,
 }
 
-/// Lines of one kind: the first few, and how many there are in all.
+/// Lines of one kind: the first few, and the total number.
 #[derive(Debug, Default)]
 struct Lines {
     shown: Vec<String>,
@@ -35,23 +35,23 @@ impl Lines {
 }
 
 impl Misfits {
-    /// A tensor that should be there.
+    /// Adds a tensor that should be present.
     pub(crate) fn missing(&mut self, name: &str, shape: Option<&[usize]>) {
         let shape = shape.map(|shape| format!(" {shape:?}")).unwrap_or_default();
         self.missing.push(format!("missing   {name}{shape}"));
     }
 
-    /// A tensor that should not be there.
+    /// Adds a tensor that should not be present.
     pub(crate) fn surplus(&mut self, name: &str, shape: &[usize]) {
         self.surplus.push(format!("surplus   {name} {shape:?}"));
     }
 
-    /// Anything else.
+    /// Adds any other problem.
     pub(crate) fn other(&mut self, problem: String) {
         self.others.push(problem);
     }
 
-    /// Compares names and shapes that are there with those expected.
+    /// Compares names and shapes with those expected.
     pub(crate) fn compare<'a>(
         &mut self,
         found: &impl TensorSource,
@@ -72,7 +72,7 @@ impl Misfits {
         }
     }
 
-    /// The error, if anything was wrong; `path` and `model` are for its message.
+    /// The error, if there are problems; `path` and `model` are for its message.
     pub(crate) fn into_result(self, path: &Path, model: &str) -> Result<(), WeightsError> {
         let kinds = [
             (self.missing, " missing"),
@@ -102,7 +102,7 @@ impl Misfits {
     }
 }
 
-/// At most eight items with commas between them, and how many more there are.
+/// At most eight items, separated by commas, and the number of further ones.
 pub(crate) fn some<T: std::fmt::Display>(items: impl Iterator<Item = T>, count: usize) -> String {
     let shown: Vec<String> = items.take(SHOWN).map(|item| item.to_string()).collect();
     let more = count.saturating_sub(shown.len());

@@ -44,7 +44,7 @@ impl Array {
 /// Arrays by parameter name.
 pub type StateDict = BTreeMap<String, Array>;
 
-/// Where a module's parameters come from.
+/// A source of a module's parameters.
 pub trait TensorSource {
     /// Names and shapes of all tensors.
     fn shapes(&self) -> impl Iterator<Item = (&str, &[usize])>;
@@ -67,7 +67,7 @@ impl TensorSource for StateDict {
     }
 }
 
-/// Values of a float type as f32, from their little-endian bytes; `None` for another type.
+/// Converts little-endian bytes of a float type to f32; `None` for another type.
 pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     fn values<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
         bytes.as_chunks().0.iter().map(|b| value(*b)).collect()
@@ -81,7 +81,7 @@ pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     })
 }
 
-/// Values in a float type, as little-endian bytes; half types round to the nearest.
+/// Converts values to little-endian bytes of a float type; half types round to the nearest.
 pub(crate) fn encode(values: Vec<f32>, dtype: Dtype) -> Vec<u8> {
     let values = values.into_iter();
     match dtype {

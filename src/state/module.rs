@@ -1,4 +1,4 @@
-//! Between a Burn module and a state dict.
+//! Conversion between a Burn module and a state dict.
 
 use std::path::Path;
 
@@ -7,10 +7,10 @@ use burn::tensor::{Tensor, TensorData, backend::Backend};
 
 use super::{Array, Misfits, StateDict, TensorSource, WeightsError};
 
-/// A parameter as a module names it.
+/// A parameter and its checkpoint name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParameterName {
-    /// Burn's identity of the parameter.
+    /// Burn's id of the parameter.
     pub id: ParamId,
     /// Its name in a checkpoint.
     pub name: String,
@@ -20,8 +20,9 @@ pub struct ParameterName {
 
 /// The checkpoint's name for a parameter at a module path.
 ///
-/// Rust has no field called `mlp.0` or `weight` for a bare table; these few differ from the PyTorch names. Where a
-/// network sits in what is trained, and which of the family it is, are no part of a name.
+/// A Rust field can't be called `mlp.0`, and a bare table has no `weight`; these few names differ
+/// from PyTorch's. The network's place in the trained module, and its family, are not part of a
+/// name.
 pub fn reference_name(path: &str) -> String {
     let path = path.strip_prefix("network.").unwrap_or(path);
     let path = path.strip_prefix("Dit.").unwrap_or(path);
@@ -39,7 +40,7 @@ pub fn reference_name(path: &str) -> String {
         .fold(path.to_owned(), |name, (from, to)| name.replace(from, to))
 }
 
-/// The path of a walk through a module, joined by dots.
+/// The path during a walk through a module, joined by dots.
 #[derive(Default)]
 struct Walk(Vec<String>);
 
@@ -106,7 +107,7 @@ pub fn collect<B: Backend, M: Module<B>>(module: &M) -> StateDict {
     visitor.state
 }
 
-/// The values of float tensor data as f32.
+/// Converts float tensor data to f32.
 pub(crate) fn floats(data: TensorData) -> Vec<f32> {
     data.iter::<f32>().collect()
 }
@@ -114,8 +115,9 @@ pub(crate) fn floats(data: TensorData) -> Vec<f32> {
 /// Fills every float parameter of `module` from `source`, one at a time.
 ///
 /// # Errors
-/// [`WeightsError::Mismatch`], listing every parameter that is missing from `source`, that the module does not
-/// have, or whose shape differs; `path` and `model` are for that message. When values can't be read.
+/// [`WeightsError::Mismatch`], listing every parameter that is missing from `source`, that the
+/// module does not have, or whose shape differs; `path` and `model` are for that message. Also when
+/// values can't be read.
 pub fn assign<B: Backend, M: Module<B>>(
     module: M,
     source: &impl TensorSource,
@@ -132,7 +134,7 @@ pub fn assign<B: Backend, M: Module<B>>(
     overlay(module, source)
 }
 
-/// Replaces the parameters of `module` whose names `source` has; shapes must agree.
+/// Replaces the parameters of `module` that `source` has; shapes must agree.
 ///
 /// # Errors
 /// When values can't be read.
@@ -163,7 +165,8 @@ pub(crate) fn overlay<B: Backend, M: Module<B>>(
             };
             let data = TensorData::new(array.data, array.shape);
             if !param.is_initialized() {
-                // A layer's weight that nobody has asked for: not made to be thrown away. Such a weight learns.
+                // A lazy weight is set without being allocated first. Lazy weights require
+                // gradients.
                 let tensor = Tensor::from_data(data, &param.lazy_device()).require_grad();
                 return Param::initialized(param.id, tensor);
             }

@@ -1,8 +1,9 @@
-//! Tensors of a file, each read when it is asked for.
+//! Tensors of a file, each read on demand.
 //!
-//! A checkpoint may be larger than what is free in memory beside the network it fills. So a file is opened for its
-//! names, shapes and places; values come one tensor at a time. A tensor may be several pieces of the file in a row: that
-//! is how a layout that stores q, k and v apart is read as one that stacks them, without a copy in between.
+//! A checkpoint may be larger than the memory that is free beside the network it fills. So opening
+//! a file reads only names, shapes and offsets; values come one tensor at a time. A tensor may
+//! consist of several pieces of the file: a layout that stores q, k and v apart is read as one that
+//! stacks them, without an intermediate copy.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,29 +16,29 @@ use safetensors::Dtype;
 
 use super::{Array, StateDict, TensorSource, WeightsError, decode, encode};
 
-/// Bytes that are read at once where a stretch is only compared with its checksum.
+/// Bytes read at a time when a range is only checksummed.
 const PIECE: u64 = 1 << 20;
 
-/// Where bytes lie.
+/// Storage of bytes.
 #[derive(Debug)]
 enum Store {
     File(PathBuf, Mutex<File>),
     Memory(PathBuf, Vec<u8>),
     Embedded(PathBuf, &'static [u8]),
-    /// Values that were computed.
+    /// Computed values.
     Values(Vec<f32>),
-    /// A stretch of others that states its CRC-32.
+    /// Other bytes, with the expected CRC-32 of a range.
     Stated {
         all: Bytes,
         start: u64,
         length: u64,
         crc32: u32,
-        /// Whether it has been compared.
+        /// Whether the CRC-32 has been compared.
         compared: AtomicBool,
     },
 }
 
-/// Bytes that tensors lie in: a file, or memory.
+/// Bytes that hold tensors: a file, or memory.
 #[derive(Debug, Clone)]
 pub(crate) struct Bytes(Arc<Store>);
 
@@ -56,7 +57,8 @@ impl Bytes {
         Self(Arc::new(Store::Embedded(path.to_owned(), bytes)))
     }
 
-    /// The same bytes, of which the `length` from `start` on are compared with their CRC-32 before any of them is used.
+    /// The same bytes; the `length` bytes from `start` are compared with `crc32` before any of them
+    /// is used.
     pub(crate) fn stated(&self, start: u64, length: u64, crc32: u32) -> Self {
         Self(Arc::new(Store::Stated {
             all: self.clone(),
@@ -67,7 +69,7 @@ impl Bytes {
         }))
     }
 
-    /// Where they lie, for messages.
+    /// Path of the file, for messages.
     fn path(&self) -> &Path {
         match &*self.0 {
             Store::File(path, _) | Store::Memory(path, _) | Store::Embedded(path, _) => path,
@@ -76,7 +78,8 @@ impl Bytes {
         }
     }
 
-    /// The CRC-32 of `length` bytes from `start` on; `first` are the first of them if somebody has read these.
+    /// The CRC-32 of `length` bytes from `start`; `first` are those already read, from the first
+    /// on.
     fn crc32(&self, start: u64, length: u64, first: &[u8]) -> Result<u32, WeightsError> {
         let mut crc32 = crc32fast::Hasher::new();
         crc32.update(first);
@@ -121,7 +124,7 @@ impl Bytes {
                 if compared.load(Ordering::Relaxed) {
                     return Ok(());
                 }
-                // A usual tensor is all of its storage: it is read once.
+                // Usually a tensor is its whole storage; then it is read only once.
                 let first = match start == *from && out.len() as u64 <= *length {
                     true => &*out,
                     false => &[],
@@ -143,14 +146,14 @@ impl Bytes {
     }
 }
 
-/// A run of values: a strided view of some bytes.
+/// A strided view of some bytes.
 #[derive(Debug, Clone)]
 struct Part {
     bytes: Bytes,
-    /// Byte of the first value.
+    /// Offset of the first value, in bytes.
     start: u64,
     shape: Vec<usize>,
-    /// Values from one index of a dimension to the next.
+    /// Distance between neighbouring indices of each dimension, in values.
     strides: Vec<usize>,
 }
 
@@ -159,9 +162,10 @@ impl Part {
         self.shape.iter().product()
     }
 
-    /// Reads the values, row after row.
+    /// Reads the values in row-major order.
     fn read(&self, size: usize, mut out: &mut [u8]) -> Result<(), WeightsError> {
-        // Rows of the last dimensions that lie in order are read at once; all of a usual tensor is one row.
+        // Trailing dimensions that are contiguous are read as one row; most tensors are a single
+        // row.
         let (mut row, mut outer) = (1, self.shape.len());
         while outer > 0 && (self.strides[outer - 1] == row || self.shape[outer - 1] == 1) {
             row *= self.shape[outer - 1];
@@ -170,7 +174,7 @@ impl Part {
         if outer == 0 {
             return self.bytes.read(self.start, out);
         }
-        // Rows are short where a view is transposed: from memory, not one by one from a file.
+        // In a transposed view rows are short: they are gathered in memory, not read one by one.
         let last =
             (self.shape.iter().zip(&self.strides)).map(|(n, stride)| (n.max(&1) - 1) * stride);
         let mut all = vec![0; (last.sum::<usize>() + 1) * size];
@@ -194,27 +198,28 @@ impl Part {
     }
 }
 
-/// A tensor that has not been read.
+/// A tensor that is read on demand.
 #[derive(Debug, Clone)]
 pub struct Stored {
     shape: Vec<usize>,
     dtype: Dtype,
-    /// Their values, one after another, are the tensor's.
+    /// Their values, concatenated, are the tensor's.
     parts: Vec<Part>,
 }
 
 impl Stored {
-    /// A dense tensor at a byte of `bytes`.
+    /// A dense tensor at offset `start` of `bytes`.
     pub(crate) fn dense(shape: Vec<usize>, dtype: Dtype, bytes: &Bytes, start: u64) -> Self {
         let mut strides = vec![1usize; shape.len()];
         for i in (1..shape.len()).rev() {
-            // A tensor without values may state any other sizes.
+            // A tensor without values may have any other sizes.
             strides[i - 1] = strides[i].wrapping_mul(shape[i]);
         }
         Self::strided(shape, strides, dtype, bytes, start)
     }
 
-    /// A strided view whose first value is at a byte of `bytes`; the caller has checked that all of it lies inside.
+    /// A strided view from offset `start` of `bytes`; the caller has checked that all of it lies
+    /// inside.
     pub(crate) fn strided(
         shape: Vec<usize>,
         strides: Vec<usize>,
@@ -235,13 +240,13 @@ impl Stored {
         }
     }
 
-    /// Values in memory.
+    /// A tensor in memory.
     pub(crate) fn values(array: Array) -> Self {
         let bytes = Bytes(Arc::new(Store::Values(array.data)));
         Self::dense(array.shape, Dtype::F32, &bytes, 0)
     }
 
-    /// The values rounded to a type, in memory.
+    /// The values rounded to `dtype`, in memory.
     ///
     /// # Errors
     /// When they can't be read.
@@ -256,7 +261,7 @@ impl Stored {
         Ok(Self::dense(self.shape, dtype, &bytes, 0))
     }
 
-    /// Tensors of one type stacked along their first dimension; None if they don't fit.
+    /// Tensors of one type, stacked along the first dimension; None if they don't fit.
     pub(crate) fn stack(tensors: &[&Self]) -> Option<Self> {
         let first = tensors.first()?;
         let (rows, rest) = first.shape.split_first()?;
@@ -276,7 +281,8 @@ impl Stored {
         Some(stacked)
     }
 
-    /// Rows `first..first + count` of the first dimension; None if they aren't there, or cut through a stacked part.
+    /// Rows `first..first + count` of the first dimension; None if they don't exist or would split
+    /// a stacked part.
     pub(crate) fn rows(&self, first: usize, count: usize) -> Option<Self> {
         let (rows, rest) = self.shape.split_first()?;
         if first.checked_add(count)? > *rows {
@@ -321,7 +327,7 @@ impl Stored {
         self.shape.iter().product()
     }
 
-    /// The stored bytes, values row after row, little-endian.
+    /// The stored bytes, in row-major order, little-endian.
     ///
     /// # Errors
     /// When the file can't be read.
@@ -337,12 +343,12 @@ impl Stored {
     /// When the file can't be read.
     pub fn read(&self) -> Result<Array, WeightsError> {
         let data = if self.dtype == Dtype::F32 && cfg!(target_endian = "little") {
-            // Straight into place: no second copy of the largest tensors.
+            // Read in place, without a second copy of the largest tensors.
             let mut data = vec![0f32; self.count()];
             self.fill(bytemuck::cast_slice_mut(&mut data))?;
             data
         } else {
-            // Other types are refused when a file is opened.
+            // Opening a file refuses other types.
             decode(self.dtype, &self.bytes()?).unwrap_or_default()
         };
         Ok(Array::new(self.shape.clone(), data))
@@ -361,7 +367,7 @@ impl Stored {
     }
 }
 
-/// Bytes of a float value; 0 for types that are not read.
+/// Size of a float value in bytes; 0 for unsupported types.
 pub(crate) fn size_of_value(dtype: Dtype) -> usize {
     match dtype {
         Dtype::F16 | Dtype::BF16 => 2,
@@ -376,7 +382,7 @@ pub(crate) fn size_of_value(dtype: Dtype) -> usize {
 pub struct Tensors(BTreeMap<String, Stored>);
 
 impl Tensors {
-    /// The tensor of a name.
+    /// The tensor named `name`.
     pub fn get(&self, name: &str) -> Option<&Stored> {
         self.0.get(name)
     }
@@ -386,12 +392,12 @@ impl Tensors {
         self.0.insert(name.into(), tensor);
     }
 
-    /// Takes a tensor out.
+    /// Removes a tensor and returns it.
     pub(crate) fn remove(&mut self, name: &str) -> Option<Stored> {
         self.0.remove(name)
     }
 
-    /// All, by name.
+    /// All tensors, ordered by name.
     pub fn iter(&self) -> impl Iterator<Item = (&String, &Stored)> {
         self.0.iter()
     }
@@ -411,7 +417,7 @@ impl Tensors {
         self.0.values().map(Stored::count).sum()
     }
 
-    /// The tensors of some names, under what is left of these.
+    /// The tensors for which `rename` returns a name, under that name.
     pub(crate) fn renamed(&self, rename: impl Fn(&str) -> Option<&str>) -> Self {
         let renamed = |(name, tensor): (&String, &Stored)| {
             rename(name).map(|name| (name.to_owned(), tensor.clone()))
@@ -419,8 +425,8 @@ impl Tensors {
         Self(self.0.iter().filter_map(renamed).collect())
     }
 
-    /// Takes off the prefixes of PyTorch's wrappers, in any order and number, as far as all names carry the same:
-    /// a model that was compiled or trained on several devices is saved under them.
+    /// Removes the prefixes of PyTorch's wrappers, in any order and number, as long as all names
+    /// share them: a model that was compiled or trained on several devices is saved with them.
     pub(crate) fn unwrapped(self) -> Self {
         const WRAPPERS: [&str; 2] = ["module.", "_orig_mod."];
         let mut taken = 0;
@@ -439,7 +445,7 @@ impl Tensors {
         self.renamed(|name| name.get(taken..))
     }
 
-    /// Reads all of them.
+    /// Reads all tensors.
     ///
     /// # Errors
     /// When a file can't be read.
@@ -554,7 +560,7 @@ mod tests {
             let bytes = numbers(24).stated(8, 32, crc32);
             Stored::dense(vec![count], Dtype::F32, &bytes, start).read()
         };
-        // All of it, its beginning, its end.
+        // The whole range, its beginning, its end.
         for (start, first, count) in [(8, 2.0, 8), (8, 2.0, 3), (32, 8.0, 2)] {
             let read = tensor(start, count, crc32).unwrap();
             assert_eq!((read.data[0], read.data.len()), (first, count));

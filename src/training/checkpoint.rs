@@ -1,4 +1,4 @@
-//! Everything a bit-identical continuation needs, in one file.
+//! Checkpoint files with everything needed to continue a training bit for bit.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,29 +17,29 @@ use crate::weights::{
     Description, EMA, FIXED, MODEL, MOMENTS, TRAINING, read_safetensors, write_safetensors,
 };
 
-/// Where a training stands. Data order, noise and learning rate are functions of the step, so the step is all of
-/// their state.
+/// State of a training loop. Data order, noise and learning rate are functions of the step, so they
+/// need no state but the step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Position {
-    /// Steps done; the next step's number.
+    /// Number of steps done, which is the index of the next one.
     pub step: usize,
-    /// Steps skipped for a non-finite loss.
+    /// Number of steps skipped for a non-finite loss.
     pub skipped: usize,
-    /// Mean loss since the checkpoint before.
+    /// Mean loss since the previous checkpoint.
     pub mean_loss: f64,
-    /// The best checkpoint so far, by that loss.
+    /// Step and mean loss of the best checkpoint so far.
     pub best: Option<(usize, f64)>,
-    /// How many arrays of the optimizer's state belong to it.
+    /// Number of arrays of optimizer state that belong to it.
     pub moments: usize,
     /// Hash of what defines the training: configuration, data, parent.
     pub fingerprint: String,
 }
 
-/// What of the metadata states the checksum of all else; checkpoints of earlier versions have none.
+/// Metadata key of the checksum over all else; checkpoints of earlier versions have none.
 const CHECKSUM: &str = "tinyfusion.checksum";
 
-/// The CRC-32 of all metadata but itself, and of names, shapes and values: safetensors files have none of their own, and
-/// a training that goes on from a damaged one is another training.
+/// The CRC-32 of all other metadata and of names, shapes and values. safetensors files have no
+/// checksum, and continuing from a damaged checkpoint would give a different training.
 fn checksum(state: &StateDict, metadata: &BTreeMap<String, String>) -> String {
     let mut crc32 = crc32fast::Hasher::new();
     for (key, value) in metadata.iter().filter(|(key, _)| *key != CHECKSUM) {
@@ -76,7 +76,7 @@ impl Store {
         self.directory.join(format!("step-{step:08}.safetensors"))
     }
 
-    /// Steps that have a checkpoint, ascending. A file cut off while it was written has another name.
+    /// Steps that have a checkpoint, ascending. A file still being written has another name.
     fn steps(&self) -> Vec<usize> {
         let Ok(entries) = std::fs::read_dir(&self.directory) else {
             return Vec::new();
@@ -95,8 +95,9 @@ impl Store {
         steps
     }
 
-    /// Saves, then deletes all but the last few that the training keeps and the best. Where the training says what model is
-    /// trained, the file says it too and holds the model whole: what does not learn lies beside what does.
+    /// Saves a checkpoint, then deletes all but the best and the last few that the training keeps. If
+    /// the training describes the model, the file does too and holds the whole model, including the
+    /// parameters that don't learn.
     pub(super) fn save<B: TrainingBackend, M: AutodiffModule<B>>(
         &self,
         position: &Position,
@@ -117,7 +118,8 @@ impl Store {
             )
         };
         let weights = learning::<B, M>(model);
-        // A module of the inner backend does not know what learns; the names do.
+        // A module of the inner backend has no gradient flags; the parameter names tell what
+        // learns.
         let mut averages = collect::<B::InnerBackend, M::InnerModule>(&ema.apply(model.valid()));
         let fixed = match training.description {
             Some(_) => (averages.iter())
@@ -157,7 +159,7 @@ impl Store {
         Ok(())
     }
 
-    /// Continues from the last checkpoint, if there is one.
+    /// Restores the last checkpoint, if there is one.
     pub(super) fn restore<B: TrainingBackend, M: AutodiffModule<B>>(
         &self,
         training: &Training,
@@ -173,7 +175,8 @@ impl Store {
             let path = self.path(step);
             match read(&path) {
                 Ok((state, position)) => break (path, state, position),
-                // What is computed again from the one before is the same.
+                // The previous checkpoint leads to the same results; the steps in between are
+                // computed again.
                 Err(error) if !steps.is_empty() => {
                     crate::say!(
                         "note: {}; going on from the checkpoint before",
@@ -221,7 +224,7 @@ impl Store {
         {
             return Err(resume(format!("`{missing}` is missing")));
         }
-        // Adam starts a parameter's moments with its first gradient, so either all three are there or none.
+        // Adam creates a parameter's moments at its first gradient, so all three exist or none.
         for parameter in names::<B, M>(&model) {
             let part = |which: &str| moments.get(&format!("{which}.{}", parameter.name));
             let whole = match (part("first"), part("second"), part("time")) {
@@ -257,7 +260,7 @@ impl Store {
     }
 }
 
-/// A checkpoint's arrays, whole, and where the training stood.
+/// All arrays of a checkpoint, and the position of the training.
 fn read(path: &Path) -> Result<(StateDict, Position), TrainingError> {
     let resume = |problem: String| TrainingError::Resume {
         path: path.to_owned(),
@@ -278,7 +281,7 @@ fn read(path: &Path) -> Result<(StateDict, Position), TrainingError> {
     Ok((state, position))
 }
 
-/// What a checkpoint in the middle of a training says of itself: how far it had come.
+/// The description for a checkpoint within a training, with the steps done so far.
 fn at_step(description: &Description, training: &Training, step: usize) -> Description {
     let mut description = description.clone();
     let provenance = &mut description.provenance;
@@ -295,13 +298,13 @@ fn at_step(description: &Description, training: &Training, step: usize) -> Descr
     description
 }
 
-/// A visitor over the learning parameters, by name.
+/// A visitor of the learning parameters, by name.
 struct Learning<F> {
     path: Vec<String>,
     each: F,
 }
 
-/// What is done to each learning parameter.
+/// An action on each learning parameter.
 trait Each<B: TrainingBackend> {
     fn each<const D: usize>(&mut self, name: String, param: &Param<Tensor<B, D>>);
 }
@@ -376,7 +379,7 @@ fn moments<B: TrainingBackend, M: AutodiffModule<B>>(model: &M, optimizer: &Adam
                 self.1.insert(format!("first.{name}"), array(tensor(first)));
                 self.1
                     .insert(format!("second.{name}"), array(tensor(second)));
-                // Exact below 2^24 updates; beyond, Adam's corrections are 1 to the last bit.
+                // Exact below 2^24 updates; beyond, Adam's corrections round to 1.
                 self.1
                     .insert(format!("time.{name}"), Array::new([1], vec![*time as f32]));
             }

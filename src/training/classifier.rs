@@ -11,7 +11,8 @@ use crate::data::Batch;
 use crate::models::Classifier;
 use crate::ops::TrainingBackend;
 
-/// Standard deviation of the noise added to training images; generated pictures are not as clean as real ones.
+/// Standard deviation of the noise added to training images, because generated pictures are not as
+/// clean as real ones.
 const NOISE: f64 = 0.2;
 
 /// A classifier in training.

@@ -1,9 +1,10 @@
 //! The dashboard on a terminal: burn-train's metrics and progress, through its renderer interface.
 //!
-//! burn-train's own dashboard has a fixed layout that needs a large terminal, a linear axis on which the first steps hide
-//! all others, and a key that ends the program by a panic. This one says which stage of which recipe runs, keeps its
-//! curves over a resumption, shows what the gates choose, and fits small terminals. A key never loses a training: `q` and
-//! Ctrl-C end it after the step, saved; once more, at once.
+//! burn-train's own dashboard has a fixed layout that needs a large terminal, a linear axis on
+//! which the first steps hide all others, and a key that ends the program by a panic. This one
+//! names the recipe and stage, keeps its curves when a run is resumed, shows the gates' choices,
+//! and fits small terminals. No key loses a training: `q` and Ctrl-C end it after the step and
+//! save; pressed again, they end it at once.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::Path;
@@ -32,21 +33,21 @@ use super::strategy::lock;
 use crate::interrupt;
 use crate::report::{brief, rounded, thousands};
 
-/// Time between two pictures, and the longest that a key waits.
+/// Time between two redraws, and the longest delay of a key.
 const TICK: Duration = Duration::from_millis(100);
-/// Steps of this long count for the time that is left.
+/// Time over which the speed for the time left is measured.
 const RECENT: Duration = Duration::from_secs(60);
-/// Most points of a curve; of more, every second is dropped.
+/// Most points of a curve; beyond, every second one is dropped.
 const POINTS: usize = 4000;
-/// Narrowest terminal with a list of numbers beside the curve.
+/// Narrowest terminal that shows a list of numbers beside the curve.
 const WIDE: u16 = 70;
-/// Highest curve on a logarithmic axis is this many times the lowest, at least.
+/// An axis is logarithmic if the highest value is more than this many times the lowest.
 const DECADES: f64 = 3.0;
 
-/// Shades of a probability, from 0 to 1.
+/// Shades for a probability, from 0 to 1.
 const SHADES: [char; 5] = [' ', '░', '▒', '▓', '█'];
 
-/// Draws on a thread of its own, until it is dropped.
+/// The dashboard; drawn on its own thread until dropped.
 pub(super) struct Dashboard {
     state: Arc<Mutex<State>>,
     over: Arc<AtomicBool>,
@@ -54,10 +55,10 @@ pub(super) struct Dashboard {
 }
 
 impl Dashboard {
-    /// Takes the terminal. `log` holds the curves of earlier steps; `first` is the step that comes next.
+    /// Takes over the terminal. `log` holds the curves of earlier steps; `first` is the next step.
     ///
     /// # Errors
-    /// When the terminal can't be taken; then lines do.
+    /// When the terminal can't be used; the caller then prints lines.
     pub(super) fn start(
         about: &About,
         stage: &str,
@@ -73,14 +74,14 @@ impl Dashboard {
             .spawn(move || {
                 let mut told = false;
                 while !ended.load(Ordering::Relaxed) {
-                    // A signal's handler has written a line over the picture.
+                    // The signal handler has printed a line over the picture.
                     if interrupt::requested() && !told {
                         told = true;
                         let _ = terminal.clear();
                     }
                     let drawn = terminal.draw(|frame| lock(&shared).draw(frame)).map(drop);
-                    // A terminal that has gone away is no reason to lose a training: what was asked for by closing it, a
-                    // signal says.
+                    // A closed terminal must not end a training; if that is wanted, a signal says
+                    // so.
                     if drawn.and_then(|()| keys(&shared)).is_err() {
                         break;
                     }
@@ -104,7 +105,8 @@ impl Dashboard {
 impl Drop for Dashboard {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
-        // Of a terminal that has gone away crossterm's `poll` (0.29) never returns: its thread is left behind.
+        // On a closed terminal crossterm's `poll` (0.29) never returns; then the thread is
+        // abandoned.
         let asked = Instant::now();
         while self
             .drawing
@@ -114,12 +116,12 @@ impl Drop for Dashboard {
         {
             std::thread::sleep(TICK / 10);
         }
-        // Of a terminal that has gone away there is nothing to restore.
+        // On a closed terminal there is nothing to restore.
         let _ = ratatui::try_restore();
     }
 }
 
-/// Answers the keys of one tick.
+/// Handles the keys pressed within one tick.
 fn keys(state: &Mutex<State>) -> std::io::Result<()> {
     if !event::poll(TICK)? {
         return Ok(());
@@ -148,7 +150,7 @@ enum Action {
 fn action(key: KeyEvent) -> Option<Action> {
     match key.code {
         KeyCode::Char('q' | 'Q') => Some(Action::Stop),
-        // A terminal in raw mode hands it over as a key.
+        // In raw mode the terminal delivers Ctrl-C as a key.
         KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => Some(Action::Stop),
         KeyCode::Right | KeyCode::Down | KeyCode::Tab => Some(Action::Curve(1)),
         KeyCode::Left | KeyCode::Up | KeyCode::BackTab => Some(Action::Curve(-1)),
@@ -156,18 +158,18 @@ fn action(key: KeyEvent) -> Option<Action> {
     }
 }
 
-/// What is shown.
+/// The displayed state.
 struct State {
     about: About,
     stage: String,
     names: HashMap<MetricId, String>,
-    /// `(step, value)` by name.
+    /// `(step, value)` of each curve, by name.
     curves: BTreeMap<String, Vec<(f64, f64)>>,
     chosen: usize,
-    /// Steps done, of how many.
+    /// Steps done, then all steps.
     done: usize,
     steps: usize,
-    /// Steps done at times not long ago.
+    /// Recent times, with the steps done by then.
     recent: VecDeque<(Instant, usize)>,
 }
 
@@ -183,7 +185,7 @@ impl State {
             steps,
             recent: VecDeque::from([(Instant::now(), first)]),
         };
-        // What an earlier process has drawn; a log that can't be read is told by the training itself.
+        // The curves of an earlier process. If the log can't be read, the training reports it.
         let text = std::fs::read_to_string(log).unwrap_or_default();
         for line in text.lines() {
             state.recall(line, first);
@@ -191,7 +193,7 @@ impl State {
         state
     }
 
-    /// Takes up a line of `metrics.jsonl`.
+    /// Adds the values of a line of `metrics.jsonl`.
     fn recall(&mut self, line: &str, first: usize) {
         let Ok(serde_json::Value::Object(record)) = serde_json::from_str(line) else {
             return;
@@ -229,13 +231,13 @@ impl State {
     fn reach(&mut self, done: usize, now: Instant) {
         self.done = done;
         self.recent.push_back((now, done));
-        // Two at least, so that there is a speed.
+        // At least two are kept, so that a speed can be computed.
         while self.recent.len() > 2 && now.duration_since(self.recent[0].0) > RECENT {
             self.recent.pop_front();
         }
     }
 
-    /// The time left at the speed of late.
+    /// The time left at the recent speed.
     fn left(&self) -> Option<Duration> {
         let (&(then, before), &(now, done)) = (self.recent.front()?, self.recent.back()?);
         let steps = done.checked_sub(before).filter(|steps| *steps > 0)?;
@@ -250,7 +252,7 @@ impl State {
         self.chosen = (self.chosen as isize + by).rem_euclid(count as isize) as usize;
     }
 
-    /// The loss first, the others as their names order them.
+    /// The loss first, the others sorted by name.
     fn order(&self) -> Vec<(&String, &Vec<(f64, f64)>)> {
         let mut all: Vec<_> = self.curves.iter().collect();
         all.sort_by_key(|(name, _)| (*name != "loss", (*name).clone()));
@@ -364,7 +366,8 @@ fn help_line() -> Line<'static> {
     }
 }
 
-/// One cell for each layer, the darker the likelier it stays; below it, where there is room, the layers' numbers.
+/// One cell for each layer, darker the more probably it is kept; below it, if there is room, the
+/// layers' numbers.
 fn strip_lines(gates: &[f64], width: u16) -> Vec<Line<'static>> {
     if gates.is_empty() {
         return Vec::new();
@@ -397,7 +400,7 @@ fn strip_lines(gates: &[f64], width: u16) -> Vec<Line<'static>> {
     ]
 }
 
-/// An axis of values: logarithmic where they are positive and span much.
+/// An axis of values, logarithmic if they are positive and span a wide range.
 struct Scale {
     logarithmic: bool,
     bounds: [f64; 2],
@@ -415,7 +418,7 @@ impl Scale {
             true => (low.log10(), high.log10()),
             false => (low, high),
         };
-        // A flat curve needs some height, an empty one any.
+        // A flat curve needs some height; an empty one gets a default.
         let bounds = match (high - low).is_finite() {
             true if high > low => [low, high],
             true => [

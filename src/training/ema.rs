@@ -9,19 +9,19 @@ use burn::tensor::{Tensor, TensorMetadata, TensorPrimitive};
 
 use crate::ops::FusedOps;
 
-/// The decay of an average's update after `step` others: `decay`, but at first `(1 + step) / (10 + step)`, so that a
-/// short training does not end with an average of the weights it began with. TensorFlow's `num_updates` is this rule,
-/// and the field's trainers have it.
+/// The decay of the update after `step` earlier ones: at most `decay`, and
+/// `(1 + step) / (10 + step)` at first, so that the average of a short training doesn't consist of
+/// the initial weights. This is the rule of TensorFlow's `num_updates`, which common trainers use.
 pub fn warmed_up(decay: f64, step: usize) -> f64 {
     decay.min((1.0 + step as f64) / (10.0 + step as f64))
 }
 
-/// The share that the initial weights have in an average of constant decay after a number of steps.
+/// The weight of the initial parameters in an average of constant decay after `steps` steps.
 pub fn share_of_start(decay: f64, steps: usize) -> f64 {
     decay.powf(steps as f64)
 }
 
-/// `average <- decay average + (1 - decay) parameter`, kept as a copy from the start, on the inner backend.
+/// `average <- decay average + (1 - decay) parameter`, starting as a copy, on the inner backend.
 #[derive(Debug, Clone)]
 pub struct Ema<B: Backend> {
     decay: f64,
@@ -42,7 +42,7 @@ impl<B: FusedOps> Ema<B> {
         ema
     }
 
-    /// Moves the average towards the current parameters, by the decay it was made with: the reference's rule.
+    /// Moves the average towards the current parameters by its own decay, as the reference does.
     pub fn update<AB: AutodiffBackend<InnerBackend = B>, M: AutodiffModule<AB>>(
         &mut self,
         module: &M,
@@ -50,13 +50,13 @@ impl<B: FusedOps> Ema<B> {
         self.update_by(module, self.decay);
     }
 
-    /// Moves the average towards the current parameters by a decay of this step alone, as [`warmed_up`] gives it.
+    /// Moves the average towards the current parameters by `decay`, such as that of [`warmed_up`].
     pub fn update_by<AB: AutodiffBackend<InnerBackend = B>, M: AutodiffModule<AB>>(
         &mut self,
         module: &M,
         decay: f64,
     ) {
-        // The rank of a parameter says nothing to an average: all are passed over as vectors.
+        // An average doesn't depend on the rank of a parameter: all are processed as vectors.
         let flat = |x: FloatTensor<B>| {
             let count = x.shape().num_elements();
             Tensor::<B, 1>::from_primitive(TensorPrimitive::Float(B::with_shape(x, [count].into())))
@@ -124,7 +124,7 @@ impl<B: FusedOps> Ema<B> {
         module.map(&mut Apply::<B>(&self.averages))
     }
 
-    /// Replaces the averages by those that `module` holds for the same parameters.
+    /// Replaces the averages by the values in `module` of the same parameters.
     pub(super) fn restore<M: Module<B>>(&mut self, module: &M) {
         struct Restore<'a, B: Backend>(&'a mut HashMap<ParamId, FloatTensor<B>>);
         impl<B: Backend> ModuleVisitor<B> for Restore<'_, B> {
@@ -149,9 +149,10 @@ mod tests {
         assert_eq!(warmed_up(0.999, 100_000), 0.999);
         assert_eq!(warmed_up(0.05, 0), 0.05);
         let left: f64 = (0..300).map(|step| warmed_up(0.999, step)).product();
-        // 9! / (300 .. 309): what is left of the start is the product of all decays.
+        // 9! / (300 .. 309): the initial weight's remaining share is the product of all decays.
         assert!(left < 1e-16, "{left}");
-        // 0.999^300, the three quarters of noise that a run of 300 steps was left with.
+        // 0.999^300: with constant decay, a run of 300 steps ended with three quarters of initial
+        // noise.
         assert!((share_of_start(0.999, 300) - 0.7407).abs() < 1e-4);
     }
 }

@@ -1,4 +1,4 @@
-//! The way into training.
+//! The entry point of training.
 
 #[cfg(feature = "tui")]
 use std::io::IsTerminal;
@@ -21,7 +21,7 @@ use super::renderer::Quiet;
 use super::strategy::{Ended, Steps, lock};
 use super::{Ema, Training, TrainingError};
 
-/// Called after every step with its number, the model and the average.
+/// Called after every step with its number, the model and the moving average.
 pub type OnStep<B, M> = Box<
     dyn FnMut(usize, &M, &Ema<<B as AutodiffBackend>::InnerBackend>) -> Result<(), TrainingError>
         + Send,
@@ -30,7 +30,7 @@ pub type OnStep<B, M> = Box<
 /// Makes an observer, given the first step.
 pub type Observe<B, M> = Box<dyn FnOnce(usize) -> Result<OnStep<B, M>, TrainingError>>;
 
-/// Watches a training.
+/// Observes a training.
 pub(super) struct Observer<B: TrainingBackend, M> {
     pub(super) step: OnStep<B, M>,
 }
@@ -105,7 +105,7 @@ pub struct Fitted<B: TrainingBackend, M: AutodiffModule<B>> {
     pub ema: M::InnerModule,
     /// Steps that were skipped for a non-finite loss.
     pub skipped: usize,
-    /// Steps done; fewer than planned when a person interrupted.
+    /// Steps done; fewer than planned after an interrupt.
     pub steps: usize,
 }
 
@@ -204,7 +204,7 @@ where
     }
 }
 
-/// The dashboard, on a terminal that can show one. It draws on standard output.
+/// The dashboard, if standard output is a terminal that can show it.
 #[cfg(feature = "tui")]
 fn dashboard(training: &Training, first: usize) -> Option<Dashboard> {
     let dumb =
@@ -227,7 +227,7 @@ fn dashboard(_: &Training, _: usize) -> Option<Quiet> {
     None
 }
 
-/// The validation split burn-train asks for; ours is a stage of its own.
+/// burn-train requires a validation split; here evaluation is a stage of its own.
 struct Nothing;
 
 impl Iterator for Nothing {

@@ -1,4 +1,4 @@
-//! What a step reports, on the dashboard and in `metrics.jsonl`.
+//! Metrics of a step, for the dashboard and `metrics.jsonl`.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -21,7 +21,7 @@ use crate::process::Terms;
 pub struct Scalars(pub Vec<(&'static str, f64)>);
 
 impl Scalars {
-    /// The number of that name.
+    /// The number named `name`.
     pub fn get(&self, name: &str) -> Option<f64> {
         self.0
             .iter()
@@ -41,17 +41,17 @@ pub fn scalars<B: AutodiffBackend>(terms: &Terms<B>) -> Scalars {
     Scalars(names.into_iter().zip(values.iter::<f64>()).collect())
 }
 
-/// What a training step hands back besides gradients; `loss` is always among its scalars.
+/// Results of a training step besides gradients; `loss` is always among its scalars.
 #[derive(Debug, Clone, Default)]
 pub struct StepReport {
     /// The numbers.
     pub scalars: Scalars,
-    /// Images of the step.
+    /// Number of images in the step.
     pub images: usize,
 }
 
 impl StepReport {
-    /// Of several batches of one step: the mean of each number, the sum of images.
+    /// Combines the batches of one step: the mean of each number, the sum of images.
     pub(super) fn mean(reports: &[Self]) -> Self {
         let share = 1.0 / reports.len().max(1) as f64;
         let names = reports.first().map(|report| report.scalars.0.clone());
@@ -86,7 +86,7 @@ impl Adaptor<Scalars> for StepReport {
     }
 }
 
-/// What a person reads for the name of a number in `metrics.jsonl`.
+/// The displayed name of a number in `metrics.jsonl`.
 pub(super) fn shown(name: &str) -> String {
     match name {
         "images_per_second" => "images/s".to_owned(),
@@ -94,7 +94,7 @@ pub(super) fn shown(name: &str) -> String {
     }
 }
 
-/// One scalar as a curve of burn-train's dashboard.
+/// One scalar as a metric of burn-train's renderer.
 #[derive(Debug, Clone)]
 pub(super) struct Curve {
     key: &'static str,
@@ -166,8 +166,8 @@ pub struct JsonLines {
 }
 
 impl JsonLines {
-    /// Opens the log to go on at step `start`: lines of that step and later, left by a run that was cut off after its
-    /// last checkpoint, are dropped.
+    /// Opens the log to continue at step `start`. Lines from that step on are dropped: a run that
+    /// was cut off after its last checkpoint left them.
     ///
     /// # Errors
     /// When the file can't be read or written.

@@ -1,8 +1,8 @@
-//! Training that can be trusted: burn-train's `Learner` under a strategy of our own.
+//! Training by burn-train's `Learner` under a strategy of our own.
 //!
-//! The stock strategies count epochs, checkpoint per epoch and not on interrupt, and clip per tensor. Ours counts
-//! optimizer steps, clips by the global norm, keeps an EMA, and saves everything a bit-identical continuation
-//! needs, atomically. [`Fit`] is the way in.
+//! The stock strategies count epochs, checkpoint per epoch and not on interrupt, and clip per
+//! tensor. Ours counts optimizer steps, clips by the global norm, keeps an EMA, and atomically
+//! saves everything a bit-identical continuation needs. [`Fit`] is the entry point.
 
 mod checkpoint;
 mod classifier;
@@ -39,7 +39,7 @@ pub use training::{About, Training};
 use crate::data::DataError;
 use crate::state::WeightsError;
 
-/// Where the last checkpoint lies, if one was made.
+/// Path of the last checkpoint for a message, if there is one.
 fn last_checkpoint(directory: &std::path::Path) -> String {
     match directory.is_dir() {
         true => format!(". The last checkpoint is in {}", directory.display()),
@@ -47,7 +47,7 @@ fn last_checkpoint(directory: &std::path::Path) -> String {
     }
 }
 
-/// How a training can fail.
+/// Why a training failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TrainingError {
@@ -57,11 +57,11 @@ pub enum TrainingError {
         last_checkpoint(directory)
     )]
     Diverged {
-        /// How many.
+        /// Number of non-finite losses in a row.
         count: usize,
-        /// Where it was given up.
+        /// The step at which training gave up.
         step: usize,
-        /// Where checkpoints are.
+        /// Folder of the checkpoints.
         directory: PathBuf,
     },
     /// No parameter of the model requires a gradient.
@@ -74,10 +74,10 @@ pub enum TrainingError {
         "a computing thread failed (its message stands above); nothing computed since is kept. Continue from the last checkpoint with `--resume`"
     )]
     Device,
-    /// A sample can't be read, or is not what the plan says.
+    /// A sample can't be read, or does not match the plan.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// A checkpoint can't be written, read, or does not belong to this run.
+    /// A checkpoint can't be written or read, or does not belong to this run.
     #[error(transparent)]
     Weights(#[from] WeightsError),
     /// A training checkpoint belongs to another run.
@@ -85,7 +85,7 @@ pub enum TrainingError {
     Resume {
         /// The checkpoint.
         path: PathBuf,
-        /// Why it can't be continued.
+        /// Why it can't be continued from.
         problem: String,
     },
     /// A log can't be written.
@@ -93,7 +93,7 @@ pub enum TrainingError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the file system.
         source: std::io::Error,
     },
 }

@@ -12,12 +12,12 @@ use burn::tensor::{Tensor, TensorPrimitive};
 use super::strategy::lock;
 use crate::ops::{AdamWState, AdamWStep, FusedOps, TrainingBackend};
 
-/// Parameters that learn at their own rate.
+/// Parameters with a learning rate of their own.
 #[derive(Debug, Clone)]
 pub struct ParameterGroup {
     /// The parameters.
     pub parameters: Vec<ParamId>,
-    /// Their rate over the schedule's.
+    /// Factor of the schedule's rate.
     pub lr_factor: f64,
 }
 
@@ -26,14 +26,15 @@ pub struct ParameterGroup {
 pub(super) struct Moments<B: Backend> {
     pub(super) first: FloatTensor<B>,
     pub(super) second: FloatTensor<B>,
-    /// Updates so far.
+    /// Number of updates so far.
     pub(super) time: i32,
 }
 
 /// AdamW (arXiv 1711.05101) in PyTorch's arithmetic, with parameter groups.
 ///
-/// Burn's own has one rate for all parameters and keeps its state where it can be neither named nor shared; this
-/// one's clones share their moments, so that the strategy can checkpoint what the `Learner`'s copy updates.
+/// Burn's own has one rate for all parameters, and its state can be neither named nor shared.
+/// Clones of this one share their moments, so that the strategy can checkpoint what the `Learner`'s
+/// copy updates.
 #[derive(Debug, Clone)]
 pub struct AdamW<B: AutodiffBackend> {
     betas: (f64, f64),
@@ -41,7 +42,7 @@ pub struct AdamW<B: AutodiffBackend> {
     weight_decay: f64,
     groups: Vec<ParameterGroup>,
     moments: Arc<Mutex<HashMap<ParamId, Moments<B::InnerBackend>>>>,
-    /// What the next step multiplies gradients by.
+    /// Factor of the gradients in the next step.
     gradient_scale: Arc<Mutex<f64>>,
 }
 
@@ -58,10 +59,11 @@ impl<B: TrainingBackend> AdamW<B> {
         }
     }
 
-    /// Has the next step scale its gradients, sums over `parts` batches, to their mean, and this so that its norm over
-    /// all parameters of `module` together is at most `bound`; returns the norm of the mean before.
+    /// Sets the factor of the next step's gradients, which are sums over `parts` batches: to their
+    /// mean, and further so that its norm over all parameters of `module` is at most `bound`.
+    /// Returns the norm of the mean before clipping.
     ///
-    /// The step reads every gradient anyway: scaling them here would be one more pass over memory.
+    /// The step reads every gradient anyway; scaling them here would cost another pass over memory.
     pub fn clip_next<M: AutodiffModule<B>>(
         &self,
         module: &M,
@@ -71,9 +73,9 @@ impl<B: TrainingBackend> AdamW<B> {
     ) -> f64 {
         let share = 1.0 / parts as f64;
         let norm = share * global_norm::<B, M>(module, gradients);
-        // PyTorch's rule, its epsilon included.
+        // PyTorch's rule, including its epsilon.
         let by = bound / (norm + 1e-6);
-        // A norm that isn't finite is above no bound: the step, if it is made, is made as it is.
+        // A non-finite norm is not clipped: such a step is skipped, or made unscaled.
         let bounded = by < 1.0 && norm.is_finite();
         *lock(&self.gradient_scale) = if bounded { by * share } else { share };
         norm
@@ -135,7 +137,7 @@ impl<B: TrainingBackend> AdamW<B> {
 }
 
 impl<B: TrainingBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
-    // State is saved by the strategy, under parameter names; Burn's record of it is empty.
+    // The strategy saves the state, under parameter names; Burn's record of it is empty.
     type Record = ();
 
     fn step(&mut self, lr: f64, module: M, gradients: GradientsParams) -> M {
@@ -175,7 +177,7 @@ impl<B: TrainingBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
     }
 
     fn step_multi(&mut self, lr: f64, module: M, mut gradients: MultiGradientsParams) -> M {
-        // One device per process: a list of one.
+        // One device per process, so the list has one entry.
         match gradients.grads.pop() {
             Some((gradients, _)) => self.step(lr, module, gradients),
             None => module,

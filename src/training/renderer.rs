@@ -1,4 +1,4 @@
-//! Progress off the dashboard: plain lines, and a renderer for burn-train that draws nothing.
+//! Progress without the dashboard: plain lines, and a renderer for burn-train that draws nothing.
 
 use std::time::Instant;
 
@@ -15,7 +15,8 @@ use burn::train::renderer::{
 use super::metrics::{Scalars, shown};
 use crate::report::{brief, rounded, thousands};
 
-/// Draws and logs nothing: lines and `metrics.jsonl` are the strategy's, in step with the training.
+/// A renderer that draws and logs nothing: the strategy writes lines and `metrics.jsonl`, in step
+/// with the training.
 pub(super) struct Quiet;
 
 impl MetricsRendererTraining for Quiet {
@@ -47,12 +48,12 @@ impl MetricLogger for Quiet {
     fn log_epoch_summary(&mut self, _: EpochSummary) {}
 }
 
-/// Lines of a training, but for those of its first and last steps.
+/// Approximate number of lines between the first and the last step.
 const LINES: usize = 20;
-/// Longest line.
+/// Length of the longest line, in characters.
 const COLUMNS: usize = 100;
 
-/// Steps, speed and time left of a training, as lines on standard error.
+/// Lines on standard error with the step, the numbers, the speed and the time left.
 pub(super) struct Lines {
     name: String,
     started: Instant,
@@ -73,7 +74,8 @@ impl Lines {
         }
     }
 
-    /// Whether a finished step (counted from 1) is worth a line: the first, the last, and some twenty between.
+    /// Whether to print a line for a finished step (counted from 1): the first, the last, and some
+    /// twenty between.
     pub(super) fn due(&mut self, done: usize) -> bool {
         let due = done == self.steps
             || self
@@ -85,7 +87,7 @@ impl Lines {
         due
     }
 
-    /// The line for a finished step, of as many numbers as fit.
+    /// The line for a finished step, with as many numbers as fit.
     pub(super) fn line(&self, done: usize, scalars: &Scalars) -> String {
         let elapsed = self.started.elapsed();
         let left = elapsed.mul_f64((self.steps - done) as f64 / (done - self.first).max(1) as f64);
@@ -139,7 +141,7 @@ mod tests {
         ] {
             assert!(line.contains(words), "{words}: {line}");
         }
-        // Short trainings tell every step.
+        // Short trainings print every step.
         let mut lines = Lines::new("x", 3, 8);
         assert!((4..=8).all(|step| lines.due(step)));
     }

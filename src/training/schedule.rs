@@ -17,7 +17,7 @@ pub struct Schedule {
     pub warmup: usize,
     /// Steps of the whole run.
     pub steps: usize,
-    /// The step whose rate is handed out next.
+    /// The step whose rate is returned next.
     pub next: usize,
 }
 
@@ -33,7 +33,7 @@ impl Schedule {
         }
     }
 
-    /// The rate of a step.
+    /// The rate of step `step`.
     pub fn at(&self, step: usize) -> f64 {
         if step < self.warmup {
             return self.lr * (step + 1) as f64 / self.warmup as f64;

@@ -23,14 +23,14 @@ use super::schedule::Schedule;
 use super::{Training, TrainingError};
 use crate::interrupt;
 
-/// How a loop ended; shared with [`fit`](super::fit).
+/// Result of the loop; shared with [`fit`](super::fit).
 pub(super) struct Ended<B: TrainingBackend> {
     pub(super) ema: Ema<B::InnerBackend>,
     pub(super) position: Position,
     pub(super) error: Option<TrainingError>,
 }
 
-/// Steps until the budget is spent, a person interrupts, or losses stay non-finite.
+/// Runs steps until the budget is spent, an interrupt is requested, or losses stay non-finite.
 pub(super) struct Steps<B: TrainingBackend, M> {
     pub(super) training: Training,
     pub(super) optimizer: AdamW<B>,
@@ -207,7 +207,8 @@ where
     }
 }
 
-/// The gradients of one step, summed over its batches, and the mean of what these report; None at the end of the data.
+/// The gradients of one step, summed over its batches, and the mean of their reports; None at the
+/// end of the data.
 fn gather<B, M>(
     learner: &Learner<Components<B, M>>,
     batches: &mut dyn DataLoaderIterator<M::Input>,
@@ -240,7 +241,7 @@ where
     Ok(None)
 }
 
-/// Seconds since 1970, to the millisecond: the clock that lines of other programs' logs are matched by.
+/// Seconds since 1970, to the millisecond, for matching lines with the logs of other programs.
 fn unix_time() -> f64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.unwrap_or_default().as_millis() as f64 / 1000.0

@@ -17,7 +17,7 @@ fn state(gates: &[f64]) -> State {
     let line = |step: usize, loss: f64| {
         format!("{{\"step\":{step},\"images\":64,\"loss\":{loss},\"lr\":0.001}}\n")
     };
-    // One step too many, which the checkpoint does not have.
+    // Two steps more than the checkpoint has.
     let lines: String = (0..12)
         .map(|step| line(step, 10.0 / (step + 1) as f64))
         .collect();
@@ -55,7 +55,7 @@ fn it_fits_terminals_of_any_size() {
         assert_eq!(text.contains("007"), height >= 18, "{text}");
         assert_eq!(text.contains(" lr "), width >= WIDE, "{text}");
     }
-    // Nothing to say, and no room to say it in.
+    // Terminals too small for any content.
     for (width, height) in [(1, 1), (7, 3), (200, 2), (3, 60)] {
         screen(&state, width, height);
     }
@@ -104,7 +104,7 @@ fn the_time_left_is_that_of_the_last_minute() {
     let mut state = state(&[]);
     assert_eq!(state.left(), None);
     let begun = Instant::now();
-    // Slow at first, then a step a second.
+    // Slow at first, then one step per second.
     state.reach(11, begun + Duration::from_secs(500));
     for done in 12..=150 {
         state.reach(done, begun + Duration::from_secs(488 + done as u64));

@@ -1,8 +1,8 @@
-//! Files and folders that appear whole or not at all, and files that are read no further than is sound.
+//! Files and folders that appear whole or not at all, and bounded reading of untrusted files.
 //!
 //! A run that is interrupted while it writes must never leave half an archive or picture under the
 //! final name: the next run would read it as a result. Every writer of the crate goes through
-//! [`write_atomic`], or through an [`AtomicFile`] where what is written comes bit by bit.
+//! [`write_atomic`], or through an [`AtomicFile`] if the contents come piece by piece.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -14,11 +14,11 @@ use sha2::{Digest, Sha256};
 use zip::ZipArchive;
 use zip::result::ZipError;
 
-/// Writes the file `path` by way of a temporary file in the same folder.
+/// Writes the file `path` through a temporary file in the same folder.
 ///
 /// Missing parent folders are created. `write` receives the open temporary file; when it returns,
-/// the contents are flushed, synced to the disk and renamed to `path`, replacing what was there. A
-/// reader therefore sees the old file or the complete new one. On any error, and on a panic of
+/// the contents are flushed, synced to the disk and renamed to `path`, replacing an existing file.
+/// A reader therefore sees the old file or the complete new one. On any error, and on a panic of
 /// `write`, the temporary file is removed and `path` is left as it was.
 ///
 /// # Errors
@@ -45,18 +45,18 @@ pub fn write_atomic(
     file.commit()
 }
 
-/// Makes the folder `path`, which is not there or empty, by way of one with another name beside it, which `write` fills:
-/// the folder appears whole or not at all.
+/// Creates the folder `path`, which must not exist or be empty. `write` fills a temporary folder
+/// beside it, which is then renamed: the folder appears whole or not at all.
 ///
 /// # Errors
 ///
-/// What `write` returns; the error of the file system, as `write`'s are.
+/// What `write` returns; errors of the file system, converted by `io`.
 pub fn write_folder<T, E>(
     path: &Path,
     write: impl FnOnce(&Path) -> Result<T, E>,
     io: impl Fn(io::Error) -> E,
 ) -> Result<T, E> {
-    // A link, or `.`, leads to a folder of another name.
+    // A link, or `.`, is resolved to the folder's real name.
     let path = match path.is_dir() {
         true => path.canonicalize().map_err(&io)?,
         false => path.to_owned(),
@@ -65,13 +65,13 @@ pub fn write_folder<T, E>(
     let written = write(&temporary)
         .and_then(|written| fs::rename(&temporary, &path).map(|()| written).map_err(io));
     if written.is_err() {
-        // What is left of it was nobody's yet.
+        // The temporary folder was not visible under its final name yet.
         let _ = fs::remove_dir_all(&temporary);
     }
     written
 }
 
-/// Makes `.NAME.PID-COUNT.tmp` beside a path.
+/// Creates `.NAME.PID-COUNT.tmp` beside a path.
 fn create_temporary_folder(path: &Path) -> io::Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| {
         io::Error::new(
@@ -87,7 +87,7 @@ fn create_temporary_folder(path: &Path) -> io::Result<PathBuf> {
         let temporary = path.with_file_name(temporary_name(name));
         match fs::create_dir(&temporary) {
             Ok(()) => return Ok(temporary),
-            // Left by a killed process that had the same id.
+            // Left behind by a killed process with the same id.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
@@ -104,7 +104,8 @@ fn temporary_name(name: &std::ffi::OsStr) -> OsString {
     temporary
 }
 
-/// Opens a file to read. What is no file is refused: a pipe would be waited for, and a device may never end.
+/// Opens a regular file to read. Others are refused: a pipe would block, and a device may never
+/// end.
 ///
 /// # Errors
 ///
@@ -117,10 +118,10 @@ pub fn open_file(path: &Path) -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::InvalidInput, message))
 }
 
-/// Reads a file that may lead its reader astray: no more than a sound file of its size needs is read of it.
+/// Reads an untrusted file up to a bound, more than any sound file of its size needs.
 ///
-/// An archive's end is looked for backwards, and one with many false ends has its parser read the same bytes over and
-/// over, for minutes.
+/// The end of an archive is searched backwards; one with many false ends makes its parser read the
+/// same bytes over and over, for minutes.
 #[derive(Debug)]
 pub struct Bounded {
     file: File,
@@ -128,7 +129,7 @@ pub struct Bounded {
 }
 
 impl Bounded {
-    /// Allows eight times the file, and a GiB.
+    /// A bound of eight times the file's size plus one GiB.
     ///
     /// # Errors
     ///
@@ -138,7 +139,7 @@ impl Bounded {
         Ok(Self { file, left })
     }
 
-    /// The file, without a bound.
+    /// The file, without the bound.
     pub fn into_inner(self) -> File {
         self.file
     }
@@ -164,11 +165,12 @@ impl Seek for Bounded {
     }
 }
 
-/// Opens a zip archive, all of whose entries are found. A directory has no checksum: a damaged one may list some entries
-/// twice and others not at all, and what is optional would be missing without a word.
+/// Opens a zip archive and checks that its directory is complete. A directory has no checksum: a
+/// damaged one may list some entries twice and others not at all, so that an optional entry would
+/// be missing unnoticed.
 ///
 /// # Errors
-/// When it is no archive, or its directory is not made of the entries that its end counts.
+/// When it is no archive, or its directory doesn't match the number of entries stated at its end.
 pub fn open_zip(file: File) -> Result<ZipArchive<BufReader<Bounded>>, ZipError> {
     let listed = listed_entries(&file)?;
     let archive = ZipArchive::new(BufReader::new(Bounded::new(file)?))?;
@@ -182,23 +184,24 @@ pub fn open_zip(file: File) -> Result<ZipArchive<BufReader<Bounded>>, ZipError> 
     }
 }
 
-/// What the directory of an archive says of itself.
+/// Result of checking the directory of an archive.
 enum Listed {
-    /// It is made of so many entries.
+    /// It consists of this many entries.
     Whole(usize),
-    /// It is not made of the entries that are counted.
+    /// Its entries don't match the stated number.
     Damaged,
-    /// It has more entries or bytes than the record at the end can count, or there is no such record.
+    /// Not checked: it has more entries or bytes than the end record can count, or there is no such
+    /// record.
     Elsewhere,
 }
 
-/// Walks the directory that the record at the end of an archive counts (APPNOTE.TXT, 4.3.12 and 4.3.16).
+/// Walks the directory that an archive's end record describes (APPNOTE.TXT, 4.3.12 and 4.3.16).
 fn listed_entries(file: &File) -> io::Result<Listed> {
     const END: usize = 22;
     const ENTRY: usize = 46;
     let length = file.metadata()?.len();
     let short = |bytes: &[u8], at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
-    // Alone, or before a comment.
+    // The record ends the file, or is followed by a comment.
     for most in [END, END + usize::from(u16::MAX)] {
         let size = length.min(most as u64);
         let mut tail = vec![0; size as usize];
@@ -211,7 +214,8 @@ fn listed_entries(file: &File) -> io::Result<Listed> {
             let count = short(end, 10);
             let bytes = u32::from_le_bytes([end[12], end[13], end[14], end[15]]);
             let at = length - end.len() as u64;
-            // Files beyond 4 GiB have a record of larger numbers between the directory and this one, and its place.
+            // Archives beyond 4 GiB have a Zip64 record and its locator between the directory and
+            // this record.
             let mut locator = [0; 4];
             if at >= 20 {
                 read_at(file, &mut locator, at - 20)?;
@@ -247,7 +251,7 @@ fn listed_entries(file: &File) -> io::Result<Listed> {
     Ok(Listed::Elsewhere)
 }
 
-/// SHA-256 of a file, in hexadecimal; it is read in pieces.
+/// SHA-256 of a file, in hexadecimal; the file is read in pieces.
 ///
 /// # Errors
 /// When it can't be read.
@@ -257,11 +261,11 @@ pub fn sha256(path: &Path) -> io::Result<String> {
     Ok(format!("{:x}", hash.finalize()))
 }
 
-/// Fills `out` from the bytes of a file at a place, for any number of threads at once.
+/// Fills `out` from offset `at` of a file; any number of threads may do so at once.
 ///
 /// # Errors
 ///
-/// The error of the file system; when the file ends before.
+/// The error of the file system, also when the file ends too early.
 pub fn read_at(file: &File, out: &mut [u8], at: u64) -> io::Result<()> {
     #[cfg(unix)]
     return std::os::unix::fs::FileExt::read_exact_at(file, out, at);
@@ -279,7 +283,7 @@ pub fn read_at(file: &File, out: &mut [u8], at: u64) -> io::Result<()> {
     }
 }
 
-/// Opens a file that only its lock is needed of; what it holds, or what a link of that name leads to, stays as it is.
+/// Opens a file only to lock it; its contents, or those of a link's target, are left unchanged.
 ///
 /// # Errors
 ///
@@ -289,23 +293,23 @@ pub fn lock_file(path: &Path) -> io::Result<File> {
     options.write(true).create(true).truncate(false).open(path)
 }
 
-/// A file that is being written, under a temporary name until [`commit`](Self::commit) gives it its own.
+/// A file that is being written under a temporary name, until [`commit`](Self::commit) renames it.
 ///
-/// Dropped before that, it is removed, and what was at its path is left as it was.
+/// If dropped before, it is removed, and an existing file at its path is left as it was.
 #[derive(Debug)]
 pub struct AtomicFile {
-    // Before `temporary`: an open file can't be removed everywhere.
+    // Before `temporary`: on some systems an open file can't be removed.
     writer: BufWriter<File>,
     temporary: Temporary,
     target: PathBuf,
 }
 
 impl AtomicFile {
-    /// A new file that will be `path`; missing parent folders are created.
+    /// A new file that will become `path`; missing parent folders are created.
     ///
     /// # Errors
     ///
-    /// The error of the file system, as [`write_atomic`]'s.
+    /// The error of the file system, as for [`write_atomic`].
     pub fn create(path: &Path) -> io::Result<Self> {
         let name = path.file_name().ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name")
@@ -324,7 +328,7 @@ impl AtomicFile {
         })
     }
 
-    /// Flushes, syncs to the disk and renames, replacing what was there.
+    /// Flushes, syncs to the disk and renames, replacing an existing file.
     ///
     /// # Errors
     ///
@@ -365,7 +369,7 @@ fn create_temporary(folder: &Path, name: &std::ffi::OsStr) -> io::Result<(File, 
         let path = folder.join(temporary_name(name));
         match OpenOptions::new().write(true).create_new(true).open(&path) {
             Ok(file) => return Ok((file, Temporary { path: Some(path) })),
-            // Left by a killed process that had the same id.
+            // Left behind by a killed process with the same id.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
@@ -391,7 +395,7 @@ impl Temporary {
 impl Drop for Temporary {
     fn drop(&mut self) {
         if let Some(path) = &self.path {
-            // The error that led here is the one to report.
+            // The earlier error is the one to report.
             let _ = fs::remove_file(path);
         }
     }
@@ -427,26 +431,26 @@ mod tests {
             open_zip(File::open(&path).unwrap()).map(|zip| zip.len())
         };
         assert_eq!(entries(&whole).unwrap(), 3);
-        // A record of the directory twice, as it was found by chance: the last is beyond the count.
+        // The first directory record twice: the last one is then beyond the count.
         let record = 46 + 2;
         let first = whole.len() - 22 - 3 * record;
         let again = whole[first..first + record].to_vec();
         let mut twice = whole.clone();
         twice.splice(first..first, again);
         assert!(entries(&twice).is_err());
-        // One less is counted, in both places.
+        // The end record counts one entry less, in both places.
         let mut fewer = whole.clone();
         let end = whole.len() - 22;
         (fewer[end + 8], fewer[end + 10]) = (2, 2);
         let error = entries(&fewer).unwrap_err().to_string();
         assert!(error.contains("its directory is damaged"), "{error}");
-        // Of larger archives another record counts.
+        // In larger archives another record counts the entries.
         let mut large = whole.clone();
         large.splice(end..end, [&b"PK\x06\x07"[..], &[0; 16]].concat());
         fs::write(&path, &large).unwrap();
         let listed = listed_entries(&File::open(&path).unwrap()).unwrap();
         assert!(matches!(listed, Listed::Elsewhere));
-        // A comment is no damage.
+        // A comment is not damage.
         let mut said = whole.clone();
         said[end + 20] = 2;
         said.extend(b"hi");
@@ -521,7 +525,7 @@ mod tests {
         assert_eq!(names(place.path()), [""; 0]);
         fs::create_dir(&path).unwrap();
         fill(false).unwrap();
-        // What somebody has put there meanwhile stays.
+        // A folder that has been filled meanwhile stays.
         fs::write(path.join("b"), "b").unwrap();
         assert!(fill(false).is_err());
         assert_eq!(names(&path), ["a", "b"]);

@@ -1,15 +1,15 @@
 //! Counter-keyed randomness, drawn on the host.
 //!
-//! Every draw is addressed by (seed, [`Stream`], step, index), never by what was drawn before it. So a run
-//! sees the same masks, noise and order on every backend, with any batch size, and after a restart; Burn's own
-//! generator is one global state per backend and can promise none of these.
+//! A draw is addressed by (seed, [`Stream`], step, index) and doesn't depend on earlier draws. So a
+//! run uses the same masks, noise and order on every backend, with any batch size, and after a
+//! restart. Burn's own generator is one global state per backend and guarantees none of these.
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Gumbel, StandardNormal, Uniform};
 
-/// What a random number is for. Streams with different purposes never share numbers.
+/// Purpose of a random number. Streams never share numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stream {
     /// Weight initialisation; `index` counts parameters.
@@ -42,7 +42,7 @@ pub enum Stream {
     Class = 14,
 }
 
-/// A generator for one address.
+/// The generator for one address.
 pub fn generator(seed: u64, stream: Stream, step: u64, index: u64) -> ChaCha8Rng {
     let mut key = [0; 32];
     for (slot, word) in key

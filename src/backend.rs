@@ -1,18 +1,18 @@
-//! The choice of a backend, made once; everything behind it is generic.
+//! The backend, chosen at run time; all other code is generic over it.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Where tensors live.
+/// The backends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum BackendKind {
-    /// The processor.
+    /// The CPU.
     Ndarray,
-    /// Any graphics card with Vulkan, Metal, DirectX 12 or WebGPU.
+    /// Any GPU with Vulkan, Metal, DirectX 12 or WebGPU.
     Wgpu,
-    /// An NVIDIA card.
+    /// An NVIDIA GPU.
     Cuda,
 }
 
@@ -26,19 +26,19 @@ impl fmt::Display for BackendKind {
     }
 }
 
-/// Type that matrix products are computed in; weights, sums and everything else stay f32.
+/// Type of matrix products; weights, sums and everything else stay f32.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Compute {
     /// 32-bit floats.
     #[default]
     F32,
-    /// Brain floats, where the backend has them.
+    /// bfloat16, if the backend supports it.
     Bf16,
 }
 
 impl BackendKind {
-    /// The backends this binary was built with, best for a plain run first.
+    /// The backends in this binary; the best for a plain run comes first.
     pub const BUILT: &'static [Self] = &[
         #[cfg(feature = "ndarray")]
         Self::Ndarray,
@@ -48,7 +48,7 @@ impl BackendKind {
         Self::Cuda,
     ];
 
-    /// Why this backend can't be used, if so.
+    /// Why this backend can't be used, if it can't.
     pub fn missing(self) -> Option<String> {
         let built: Vec<String> = Self::BUILT.iter().map(ToString::to_string).collect();
         (!Self::BUILT.contains(&self)).then(|| {
@@ -57,8 +57,9 @@ impl BackendKind {
     }
 }
 
-/// Runs `$body` with the type `$B` bound to the training backend of a [`BackendKind`] and `$device` to its default
-/// device. The kind must not be [`missing`](BackendKind::missing); `$absent` is evaluated if it is.
+/// Runs `$body` with the type `$B` bound to the training backend of a [`BackendKind`] and `$device`
+/// to its default device. For a [`missing`](BackendKind::missing) kind, evaluates `$absent`
+/// instead.
 #[macro_export]
 macro_rules! with_backend {
     ($kind:expr, $B:ident, $device:ident => $body:expr, else $absent:expr) => {

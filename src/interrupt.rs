@@ -1,11 +1,11 @@
-//! Reasons to stop: a person's wish (Ctrl-C, SIGTERM), and a thread that panicked.
+//! Reasons to stop: a request (Ctrl-C, SIGTERM), or a thread that panicked.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 
-/// Makes Ctrl-C and SIGTERM request a stop; the step under way finishes and is saved. A second one ends the program
-/// at once.
+/// Makes Ctrl-C and SIGTERM request a stop; the current step is finished and saved. A second signal
+/// ends the program at once.
 ///
 /// # Errors
 /// When the system refuses the handler.
@@ -18,12 +18,12 @@ pub fn listen() -> Result<(), ctrlc::Error> {
     })
 }
 
-/// Asks for a stop; says whether one had been asked for before.
+/// Requests a stop; returns whether one was requested before.
 pub fn request() -> bool {
     REQUESTED.swap(true, Ordering::SeqCst)
 }
 
-/// Ends the program: the one way out that does not wait for the step.
+/// Ends the program without waiting for the current step.
 #[allow(clippy::exit)]
 pub fn leave() -> ! {
     std::process::exit(130)
@@ -31,7 +31,7 @@ pub fn leave() -> ! {
 
 static PANICKED: AtomicBool = AtomicBool::new(false);
 
-/// Remembers any thread's panic: a device's own thread only logs it, and what is computed afterwards is worthless.
+/// Records any thread's panic: a device's own thread only logs it, and later results are worthless.
 pub fn watch_panics() {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {

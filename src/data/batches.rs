@@ -1,4 +1,4 @@
-//! Batches as burn-train's loader: read ahead, seen by the teacher.
+//! Batches as burn-train's data loader, read ahead, with the teacher's outputs.
 
 use std::marker::PhantomData;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -17,11 +17,11 @@ use crate::process::{AnyProcess, Noised, TeacherOutput};
 
 /// A loader that can fail.
 pub trait Feed<B: Backend, I>: DataLoader<B, I> {
-    /// Why the batches ended too early, told once.
+    /// The error that ended the batches early; returned once.
     fn failure(&self) -> Option<DataError>;
 }
 
-/// Sees a batch on the inner backend: what a teacher makes of it.
+/// A teacher on the inner backend: its outputs for a batch.
 pub type Teacher<B> = Arc<dyn Fn(&Noised<B>) -> TeacherOutput<B> + Send + Sync>;
 
 /// A network as a teacher, which shows the features of `layers`.
@@ -33,13 +33,14 @@ pub fn teacher<B: Backend>(
     Arc::new(move |seen| seen.teach(&process, &network, &layers))
 }
 
-/// Batches from a step on, as burn-train's loader. A thread reads and draws the next two batches while the device is
-/// busy with one. A teacher sees each batch here, on the inner backend, so that no graph is built for it.
+/// Batches from a given step on, as burn-train's data loader. A thread reads and draws the next two
+/// batches while the device works on one. The teacher runs on each batch here, on the inner
+/// backend, so that no graph is built for it.
 pub struct Batches<B: AutodiffBackend> {
     source: BatchSource,
     start: usize,
     steps: usize,
-    /// Batches that each step's samples come in.
+    /// Number of batches that a step's samples are divided into.
     parts: usize,
     teacher: Option<Teacher<B::InnerBackend>>,
     process: AnyProcess,
@@ -86,7 +87,7 @@ impl<B: AutodiffBackend> Batches<B> {
         }
     }
 
-    /// Divides each step's samples into equal batches that follow one another.
+    /// Divides each step's samples into consecutive batches of equal size.
     ///
     /// # Panics
     /// When `parts` does not divide the batch.
@@ -99,7 +100,7 @@ impl<B: AutodiffBackend> Batches<B> {
         Self { parts, ..self }
     }
 
-    /// Has a teacher see every batch.
+    /// Runs a teacher on every batch.
     pub fn with_teacher(self, teacher: Teacher<B::InnerBackend>) -> Self {
         Self {
             teacher: Some(teacher),
@@ -125,7 +126,7 @@ where
                 };
                 for batch in batches {
                     let failed = batch.is_err();
-                    // Nobody takes it when the iterator is gone.
+                    // Sending fails once the iterator is dropped.
                     if sender.send(batch).is_err() || failed {
                         return;
                     }
@@ -133,7 +134,7 @@ where
             }
         };
         if let Err(source) = thread::Builder::new().name("batches".into()).spawn(load) {
-            // The first that is sent: there is room for it.
+            // The channel is empty, so this does not block.
             let _ = failed.send(Err(DataError::Threads { count: 1, source }));
         }
         Box::new(Iter {
@@ -175,7 +176,7 @@ where
 
 struct Iter<'a, B: AutodiffBackend> {
     batches: &'a Batches<B>,
-    /// What the reading thread has made.
+    /// Batches from the reading thread.
     ahead: Receiver<Result<HostBatch, DataError>>,
     step: usize,
 }

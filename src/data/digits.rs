@@ -1,7 +1,8 @@
 //! The embedded handwritten digits.
 //!
-//! "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998,
-//! <https://doi.org/10.24432/C50P49>, CC BY 4.0; the 1,797 images of its test part, as scikit-learn ships them.
+//! "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning
+//! Repository, 1998, <https://doi.org/10.24432/C50P49>, CC BY 4.0; the 1,797 images of its test
+//! part, as distributed by scikit-learn.
 
 use std::io::Read;
 use std::sync::OnceLock;
@@ -18,9 +19,9 @@ pub const SIDE: usize = 8;
 
 /// Largest pixel value.
 const WHITE: f32 = 16.0;
-/// Images of the test split: a fifth.
+/// Images in the test split: a fifth.
 const TEST: usize = 360;
-/// The split never changes with a recipe's seed: scores of different runs must be comparable.
+/// Independent of a recipe's seed, because scores of different runs must be comparable.
 const SPLIT_SEED: u64 = 0;
 
 /// A labelled image.
@@ -28,16 +29,16 @@ const SPLIT_SEED: u64 = 0;
 pub struct Image {
     /// `[channels, size, size]` in [−1, 1], row-major.
     pub pixels: Vec<f32>,
-    /// Class.
+    /// The class.
     pub label: usize,
 }
 
-/// Which part of a data set.
+/// Part of a data set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Split {
-    /// To learn from.
+    /// For training.
     Train,
-    /// To be measured against.
+    /// For evaluation.
     Test,
 }
 
@@ -104,7 +105,7 @@ impl Samples for Digits {
     }
 }
 
-/// Rows of 64 pixel values 0..=16 and a label.
+/// Decodes rows of 64 pixel values 0..=16 and a label.
 fn decode(compressed: &[u8]) -> Option<Vec<Image>> {
     let mut text = String::new();
     flate2::read::GzDecoder::new(compressed)

@@ -1,4 +1,4 @@
-//! Images to latents: what training on ImageNet reads instead of images.
+//! Encodes images to latents, on which training on ImageNet runs.
 
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
@@ -19,39 +19,39 @@ use crate::ops::FusedOps;
 use crate::random::{self, Stream};
 use crate::state::floats;
 
-/// File that says how a folder of latents is made, so that nobody goes on with it in another way.
+/// File with the settings of a folder of latents, so that it is continued only with the same ones.
 const JOB: &str = "extraction.json";
-/// File of the images that could not be read, one a line with the reason.
+/// List of the images that could not be read, one line each with the reason.
 const SKIPPED: &str = "skipped.txt";
-/// Pictures a thread may be ahead of the autoencoder.
+/// Most pictures that a thread reads ahead of the autoencoder.
 const AHEAD: usize = 4;
 
 /// Form of latents on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Form {
-    /// Packed shards of a type.
+    /// Packed shards of this number type.
     Packed(Dtype),
     /// The reference's folders of `.npy` files.
     Npy,
 }
 
-/// How images become latents.
+/// Settings of an extraction.
 #[derive(Debug, Clone)]
 pub struct Extraction {
     /// Side of the centre crop, in pixels.
     pub size: usize,
     /// Whether each image's mirror image is encoded too.
     pub mirror: bool,
-    /// Form on disk.
+    /// Form of the latents on disk.
     pub form: Form,
-    /// Records of a packed shard; [`RECORDS_PER_SHARD`](super::latents::RECORDS_PER_SHARD) is a good number.
+    /// Records per packed shard; see [`RECORDS_PER_SHARD`](super::latents::RECORDS_PER_SHARD).
     pub records_per_shard: usize,
-    /// Images encoded together.
+    /// Number of images encoded together.
     pub batch: usize,
-    /// Pictures the autoencoder holds at once: fewer need less memory and give the same latents.
+    /// Pictures in the autoencoder at once: fewer need less memory and give the same latents.
     pub slice: usize,
-    /// Threads that read pictures; at least 1.
+    /// Number of threads that read pictures; at least 1.
     pub workers: usize,
     /// Seed of the draws from the posterior, which are keyed by image.
     pub seed: u64,
@@ -59,18 +59,18 @@ pub struct Extraction {
     pub vae_sha256: String,
 }
 
-/// What came of it.
+/// Result of an extraction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Extracted {
-    /// Images whose latents are on disk.
+    /// Number of images whose latents are on disk.
     pub images: usize,
-    /// Images that could not be read, by their number in the folder, with the reason.
+    /// Images that could not be read, by their index in the folder, with the reason.
     pub skipped: BTreeMap<usize, String>,
-    /// Whether all of the folder is done; a person may interrupt.
+    /// Whether the whole folder is done; false after an interrupt.
     pub finished: bool,
 }
 
-/// What a folder of latents is made from.
+/// Everything that determines a folder of latents.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Job {
     images: usize,
@@ -79,12 +79,12 @@ struct Job {
     size: usize,
     mirror: bool,
     form: Form,
-    /// Images that were encoded together. Sums may be rounded otherwise in batches of another size.
+    /// In batches of another size, sums may be rounded differently.
     batch: usize,
     seed: u64,
     vae_sha256: String,
     vae: VaeConfig,
-    /// Another may round otherwise.
+    /// Another backend may round differently.
     backend: String,
     compute: Compute,
 }
@@ -114,7 +114,7 @@ impl Job {
     }
 }
 
-/// Where latents go.
+/// Destination of the latents.
 enum Sink {
     Packed(ShardWriter),
     Npy { shape: [usize; 3], next: usize },
@@ -128,7 +128,7 @@ impl Sink {
         }
     }
 
-    /// Whether all that could be read is there. Of `.npy` files nothing says so.
+    /// Whether the set is marked as finished, which `.npy` folders can't be.
     fn finished(&self) -> bool {
         matches!(self, Self::Packed(writer) if writer.finished())
     }
@@ -145,18 +145,19 @@ impl Sink {
     }
 }
 
-/// A picture ready for the autoencoder, `[views, 3, size, size]`, or why there is none.
+/// A picture for the autoencoder, `[views, 3, size, size]`, or why it can't be read.
 type Picture = Result<Vec<f32>, PictureError>;
 
-/// Encodes every image of a folder, in its order, into `to`, or goes on where an earlier process stopped: what is there
-/// in the end is the same bytes. Each latent is a draw from the posterior times the autoencoder's scaling factor, with
-/// noise that depends on the seed, the image's number and the view alone. Images that are damaged or none are left out and
-/// listed in `skipped.txt`. `progress` is called with the number of images dealt with since the last call, the first
-/// time with those an earlier process did. Stops early, between batches, when a person interrupts.
+/// Encodes all images of a folder, in order, into `to`, or continues an interrupted extraction: the
+/// result is the same bytes. Each latent is a draw from the posterior times the autoencoder's
+/// scaling factor, with noise that depends only on the seed, the image's index and the view.
+/// Damaged files and other files are left out and listed in `skipped.txt`. `progress` is called
+/// with the number of images done since the last call, and whether an earlier process did them,
+/// which is so in the first call. Stops early, between batches, after an interrupt.
 ///
 /// # Errors
-/// When the folder can't be written, or holds latents that were made in another way; when the system can't read an
-/// image; when a latent is not finite.
+/// When the folder can't be written, or holds latents made with other settings; when an image can't
+/// be read because of the system; when a latent is not finite.
 pub fn extract<B: FusedOps>(
     folder: &ImageFolder,
     vae: &Vae<B>,
@@ -188,7 +189,7 @@ pub fn extract<B: FusedOps>(
         ));
     }
     progress(start, true);
-    // Batches begin at the same images however often the work was interrupted.
+    // Batches begin at the same images, however often the extraction was interrupted.
     let first_batch = start / how.batch;
     let finished = std::thread::scope(|scope| -> Result<bool, DataError> {
         let workers = how.workers.max(1);
@@ -198,7 +199,7 @@ pub fn extract<B: FusedOps>(
             let (sender, receiver) = sync_channel(AHEAD);
             let read = move || {
                 for (path, _) in images.iter().skip(first + worker).step_by(workers) {
-                    // Nobody listens any more when the work was interrupted.
+                    // Sending fails after an interrupt, when the receiver is gone.
                     if sender.send(picture(path, how)).is_err() {
                         return;
                     }
@@ -221,13 +222,13 @@ pub fn extract<B: FusedOps>(
             let (mut good, known) = (Vec::with_capacity(last - batch), skipped.len());
             let mut pixels = Vec::new();
             for index in batch..last {
-                // Each thread sends one result for each of its images, in order.
+                // Each thread sends one result per image, in order.
                 let picture = queues[(index - first) % workers].recv().map_err(|_| {
                     let found = "that the thread which reads it ended";
                     DataError::unexpected(&images[index].0, "a picture, or why it is none", found)
                 })?;
-                // What was left out stays so, and what has its latents keeps them, whatever became of the file since:
-                // the records that follow count on it.
+                // Skipped images stay skipped, and images with latents keep them, even if the file
+                // has changed since: the numbering of later records depends on it.
                 if skipped.contains_key(&index) {
                     continue;
                 }
@@ -237,7 +238,7 @@ pub fn extract<B: FusedOps>(
                         pixels.extend(picture);
                     }
                     Err(_) if index < start => {}
-                    // Not the picture's fault: the next try may read it.
+                    // A system error, not a damaged picture: the next run may read it.
                     Err(PictureError::Io { path, source }) => {
                         return Err(DataError::Io { path, source });
                     }
@@ -246,14 +247,15 @@ pub fn extract<B: FusedOps>(
                     }
                 }
             }
-            // Before the batch's latents: the records that follow count on it.
+            // Written before the batch's latents, because the numbering of later records depends on
+            // it.
             if skipped.len() > known {
                 write_skipped(to, folder, &skipped)?;
             }
             let latents = encode(vae, config, how, shape, &good, pixels, device);
             let record = shape.iter().product::<usize>() * side;
             for (index, latent) in good.iter().zip(latents.chunks_exact(record.max(1))) {
-                // The batch that was interrupted is encoded again, and what is there of it stays.
+                // An interrupted batch is encoded again, but its existing records stay.
                 if *index >= start {
                     sink.push(to, latent, images[*index].1)?;
                 }
@@ -273,7 +275,8 @@ pub fn extract<B: FusedOps>(
     })
 }
 
-/// Notes how the latents are made, or refuses to go on with others. The folder is this process's while the file is held.
+/// Writes the settings, or refuses to continue with others. While the returned file is open, the
+/// folder is locked for this process.
 fn begin(job: &Job, to: &Path) -> Result<File, DataError> {
     let path = to.join(JOB);
     match std::fs::read(&path) {
@@ -301,7 +304,7 @@ fn begin(job: &Job, to: &Path) -> Result<File, DataError> {
         Err(error) => return Err(DataError::io(&path)(error)),
     }
     let file = File::open(&path).map_err(DataError::io(&path))?;
-    // A file system without locks is no reason not to work.
+    // File systems without locks are accepted.
     if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
         let found = "one that another process extracts into";
         return Err(DataError::unexpected(to, "a folder of its own", found));
@@ -309,7 +312,7 @@ fn begin(job: &Job, to: &Path) -> Result<File, DataError> {
     Ok(file)
 }
 
-/// What another extraction has otherwise, as `key there, not here`.
+/// Settings in which another extraction differs, as `key there, not here`.
 fn differences(job: &Job, there: &Job) -> String {
     let entries = |job: &Job| match serde_json::to_value(job) {
         Ok(serde_json::Value::Object(entries)) => entries,
@@ -359,7 +362,8 @@ fn open(
     })
 }
 
-/// The image to go on with, when `records` are there and images that can't be read are known.
+/// The first image to process, given the number of records on disk and the images known as
+/// unreadable.
 fn resume_at(records: usize, images: usize, skipped: &BTreeMap<usize, String>) -> usize {
     let mut readable = (0..images).filter(|index| !skipped.contains_key(index));
     match records.checked_sub(1) {
@@ -414,7 +418,7 @@ fn encode<B: FusedOps>(
     floats((posterior.sample(noise) * config.scaling_factor).into_data())
 }
 
-/// Each line is the number of one of so many images and the reason, divided by a tab.
+/// Each line has an index below `images`, a tab and the reason.
 fn read_skipped(to: &Path, images: usize) -> Result<BTreeMap<usize, String>, DataError> {
     let path = to.join(SKIPPED);
     let text = match std::fs::read_to_string(&path) {

@@ -1,8 +1,8 @@
 //! Fashion-MNIST: 60,000 + 10,000 pictures of clothes, 28 x 28, one channel, ten classes.
 //!
-//! H. Xiao, K. Rasul and R. Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
-//! Algorithms", arXiv 1708.07747, 2017; MIT licence, copyright Zalando SE. Part of the program are the first thousand
-//! training pictures of each class, in the order of the file.
+//! H. Xiao, K. Rasul and R. Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking
+//! Machine Learning Algorithms", arXiv 1708.07747, 2017; MIT licence, copyright Zalando SE. The
+//! program embeds the first thousand training pictures of each class, in the order of the file.
 
 use std::path::{Path, PathBuf};
 
@@ -12,10 +12,10 @@ use super::{DataError, Split};
 /// Side of a picture.
 pub const SIDE: usize = 28;
 
-/// [`IdxPictures::checksum`] of the two parts.
+/// [`IdxPictures::checksum`] of the two splits.
 const CHECKSUMS: [u32; 2] = [0xa8c9_1d78, 0xd12e_98e2];
 
-/// Pictures that are part of the program.
+/// Number of embedded pictures.
 pub const EMBEDDED_COUNT: usize = 10_000;
 
 /// The classes.
@@ -32,13 +32,14 @@ pub const CLASS_NAMES: [&str; 10] = [
     "Ankle boot",
 ];
 
-/// Where the files are looked for: the project's folder, then the one of Debian's package `dataset-fashion-mnist`.
+/// Where the files are searched: the project's folder, then that of Debian's package
+/// `dataset-fashion-mnist`.
 pub const FOLDERS: [&str; 2] = [
     "artifacts/data/fashion-mnist",
     "/usr/share/datasets/fashion-mnist",
 ];
 
-/// What to do where they are not there.
+/// What to do if the files are missing.
 pub const HOW_TO_GET: &str = "the four .gz files of Fashion-MNIST (30 MB): install Debian's package dataset-fashion-mnist, or \
      download them from https://github.com/zalandoresearch/fashion-mnist";
 
@@ -54,13 +55,13 @@ pub fn is_complete(folder: &Path) -> bool {
         .all(|split| IdxPictures::is_at(folder, split))
 }
 
-/// Reads a part from a folder.
+/// Reads a split from a folder.
 ///
 /// # Errors
-/// When a file is missing, or holds something else.
+/// When a file is missing or has other contents.
 pub fn open(folder: &Path, split: Split) -> Result<IdxPictures, DataError> {
     let pictures = IdxPictures::open(folder, split)?;
-    // Files of MNIST have the same names and sizes.
+    // MNIST's files have the same names and sizes.
     let [expected, found] = [CHECKSUMS[split as usize], pictures.checksum()];
     if found != expected {
         return Err(DataError::unexpected(
@@ -72,7 +73,7 @@ pub fn open(folder: &Path, split: Split) -> Result<IdxPictures, DataError> {
     Ok(pictures)
 }
 
-/// The 10,000 training pictures that are part of the program.
+/// The 10,000 embedded training pictures.
 pub fn embedded() -> IdxPictures {
     let [images, labels] = EMBEDDED.map(|(name, _)| Path::new(name));
     let idx = |at: usize, dimensions, path| Idx::parse(EMBEDDED[at].1, dimensions, path);
@@ -128,7 +129,7 @@ mod tests {
         assert!(error.contains("the pictures of Fashion-MNIST"), "{error}");
     }
 
-    /// Checked where the files are there; that they are not is no failure.
+    /// Runs only if the files are present.
     #[test]
     fn the_embedded_subset_is_the_first_thousand_of_each_class() {
         let Some(folder) = folder() else { return };

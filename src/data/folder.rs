@@ -1,4 +1,4 @@
-//! Labelled images as they lie on disk: one sub-folder a class.
+//! Labelled images on disk, in one sub-folder per class.
 
 use std::ffi::OsString;
 use std::fs;
@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 
 use super::DataError;
 
-/// A folder of images, its sub-folders the classes; as torchvision's `ImageFolder`, but only one level deep, and of
-/// PNG and JPEG alone. A folder without sub-folders is a single class, called as the folder is.
+/// A folder of images whose sub-folders are the classes; like torchvision's `ImageFolder`, but one
+/// level deep and for PNG and JPEG only. A folder without sub-folders is a single class with the
+/// folder's name.
 ///
-/// Classes are numbered in the byte order of their names, images listed class by class in the byte order of theirs:
-/// the same list on every system. A sub-folder without images is a class all the same, so that the numbering is that
-/// of the names alone.
+/// Classes are numbered in the byte order of their names, and images listed class by class in the
+/// byte order of theirs: the same list on every system. A sub-folder without images is still a
+/// class, so the numbering depends on the names alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageFolder {
     classes: Vec<String>,
@@ -20,11 +21,11 @@ pub struct ImageFolder {
 }
 
 impl ImageFolder {
-    /// Lists a folder. No image is opened. Names that begin with a dot are passed over.
+    /// Lists a folder without opening its images. Names that begin with a dot are ignored.
     ///
     /// # Errors
-    /// When the folder can't be read, or neither it nor a sub-folder has an image; and when the name of a class is not
-    /// UTF-8.
+    /// When the folder can't be read, when neither it nor a sub-folder has an image, or when the
+    /// name of a class is not UTF-8.
     pub fn open(path: &Path) -> Result<Self, DataError> {
         let unexpected = |expected: &str, found: String| DataError::Unexpected {
             path: path.to_owned(),
@@ -64,10 +65,10 @@ impl ImageFolder {
         })
     }
 
-    /// The classes of a folder, without a look into them; see [`open`](Self::open).
+    /// The classes of a folder, without reading the sub-folders; see [`open`](Self::open).
     ///
     /// # Errors
-    /// When the folder can't be read, and when the name of a class is not UTF-8.
+    /// When the folder can't be read, or when the name of a class is not UTF-8.
     pub fn list_classes(path: &Path) -> Result<Vec<String>, DataError> {
         let entries = entries(path)?.into_iter();
         let folders: Vec<OsString> = (entries.filter(|(_, is_folder)| *is_folder))
@@ -96,12 +97,12 @@ impl ImageFolder {
         })
     }
 
-    /// Names of the classes; a label is a place in this list.
+    /// Names of the classes; a label is an index into this list.
     pub fn classes(&self) -> &[String] {
         &self.classes
     }
 
-    /// The same images with other names for the classes, of which there must be as many.
+    /// The same images with other class names, of the same number.
     pub(super) fn named(mut self, classes: &[String]) -> Self {
         debug_assert_eq!(self.classes.len(), classes.len());
         self.classes = classes.to_vec();
@@ -113,16 +114,16 @@ impl ImageFolder {
         &self.images
     }
 
-    /// How many entries were passed over: files beside the classes, files that are no images by their names, and
-    /// folders inside a class.
+    /// Number of ignored entries: files beside the classes, files whose names are not those of
+    /// images, and folders inside a class.
     pub fn ignored(&self) -> usize {
         self.ignored
     }
 }
 
-/// A folder's own name.
+/// The folder's own name.
 fn name_of(path: &Path) -> Result<String, DataError> {
-    // `.` and `/` have none.
+    // `.` and `/` have no name.
     let whole = path.canonicalize().map_err(DataError::io(path))?;
     let name = whole.file_name().unwrap_or(whole.as_os_str());
     utf8(path, name.to_owned())
@@ -134,7 +135,7 @@ fn utf8(path: &Path, name: OsString) -> Result<String, DataError> {
     })
 }
 
-/// Names in byte order, and whether each is a folder; links are followed.
+/// Names in byte order, each with whether it is a folder; links are followed.
 fn entries(folder: &Path) -> Result<Vec<(OsString, bool)>, DataError> {
     let mut entries = fs::read_dir(folder)
         .and_then(|entries| {

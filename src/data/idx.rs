@@ -1,8 +1,8 @@
-//! Files in the format of MNIST, IDX: pictures and labels, plain or compressed with gzip.
+//! Files in MNIST's format, IDX: pictures and labels, plain or compressed with gzip.
 //!
-//! A file is, all numbers big-endian: two zero bytes, the type of its numbers (8 for `u8`), the number of dimensions,
-//! each dimension as `u32`, and the numbers, the last dimension running fastest
-//! (<http://yann.lecun.com/exdb/mnist/>, "the IDX file format").
+//! A file consists of two zero bytes, the type of its numbers (8 for `u8`), the number of
+//! dimensions, each dimension as `u32`, and the numbers, the last dimension varying fastest. All
+//! are big-endian (<http://yann.lecun.com/exdb/mnist/>, "the IDX file format").
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,8 @@ use super::{DataError, Image, Samples, Split, level, plain};
 
 /// The type of `u8`.
 const BYTES: u8 = 8;
-/// Most bytes of a file, decompressed: 20 times MNIST's. What states more would not fit beside a training.
+/// Most decompressed bytes of a file: 20 times MNIST's. More would not fit in memory beside a
+/// training.
 const MOST_BYTES: u64 = 1 << 30;
 
 /// Labelled pictures of one channel, read from IDX files into memory.
@@ -30,18 +31,19 @@ pub struct IdxPictures {
 }
 
 impl IdxPictures {
-    /// Reads a part from a folder whose files are called as MNIST's: `train-images-idx3-ubyte`,
-    /// `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`, each with `.gz` or without.
+    /// Reads a split from a folder with MNIST's file names: `train-images-idx3-ubyte`,
+    /// `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`, each with or
+    /// without `.gz`.
     ///
     /// # Errors
-    /// When a file is missing or not what it should be, pictures are not square, there are none, or not one label for
-    /// each; and when a class below the largest label has no picture to train on.
+    /// When a file is missing or unsuitable, pictures are not square, there are none, or not one
+    /// label for each; and when a class below the largest label has no training picture.
     pub fn open(folder: &Path, split: Split) -> Result<Self, DataError> {
         let [images, labels] = files(folder, split)?;
         let read = |path: &Path, dimensions| Idx::read(path, dimensions);
         let pictures = Self::new(read(&images, 3)?, read(&labels, 1)?, [&images, &labels])?;
         match pictures.empty_class() {
-            // A few pictures to be measured against need not be of all classes.
+            // A small test split need not have all classes.
             Some(empty) if split == Split::Train => {
                 let expected = format!("pictures of all {} classes", pictures.classes);
                 let found = format!("none of class {empty}");
@@ -51,14 +53,14 @@ impl IdxPictures {
         }
     }
 
-    /// The first class below the largest label that no picture has.
+    /// The first class below the largest label without a picture.
     fn empty_class(&self) -> Option<usize> {
         let mut counts = [0; 256];
         (self.labels.iter()).for_each(|label| counts[usize::from(*label)] += 1);
         counts[..self.classes].iter().position(|count| *count == 0)
     }
 
-    /// Whether a folder has the files of a part.
+    /// Whether a folder has the files of a split.
     pub fn is_at(folder: &Path, split: Split) -> bool {
         files(folder, split).is_ok()
     }
@@ -140,7 +142,7 @@ impl Samples for IdxPictures {
     }
 }
 
-/// Bytes with the size of each dimension.
+/// Bytes, with the size of each dimension.
 #[derive(Debug)]
 pub(super) struct Idx {
     pub(super) shape: Vec<usize>,
@@ -148,16 +150,18 @@ pub(super) struct Idx {
 }
 
 impl Idx {
-    /// Reads a file of bytes in `dimensions` dimensions, compressed or not by its first bytes.
+    /// Reads a file of bytes in `dimensions` dimensions; its first bytes show whether it is
+    /// compressed.
     ///
     /// # Errors
-    /// When it can't be read, is no IDX file of bytes, has other dimensions, or fewer or more bytes than it states.
+    /// When it can't be read, is no IDX file of bytes, has other dimensions, or holds fewer or more
+    /// bytes than it states.
     pub(super) fn read(path: &Path, dimensions: usize) -> Result<Self, DataError> {
         let file = open_file(path).map_err(DataError::io(path))?;
         Self::parse(file, dimensions, path)
     }
 
-    /// Reads what `file` holds; `path` is for messages.
+    /// Reads from `file`; `path` is for messages.
     pub(super) fn parse(
         mut file: impl Read,
         dimensions: usize,
@@ -209,10 +213,10 @@ impl Idx {
     }
 }
 
-/// The files of a part, pictures and labels.
+/// The files of a split: pictures, then labels.
 ///
 /// # Errors
-/// Names the folder and the first file that is not there.
+/// Names the folder and the first missing file.
 fn files(folder: &Path, split: Split) -> Result<[PathBuf; 2], DataError> {
     let [images, labels] = names(split).map(|name| find(folder, &name));
     Ok([images?, labels?])
@@ -249,7 +253,7 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// The bytes of an IDX file.
+    /// Encodes an IDX file.
     pub(in crate::data) fn encode(shape: &[usize], bytes: &[u8]) -> Vec<u8> {
         let mut file = vec![0, 0, BYTES, shape.len() as u8];
         file.extend(shape.iter().flat_map(|&size| (size as u32).to_be_bytes()));

@@ -9,37 +9,37 @@ use super::{DataError, Samples, view};
 use crate::process::{Noised, Process, TeacherOutput, Times};
 use crate::random::{self, Stream};
 
-/// What a training step is computed from; every random draw of it has been made.
+/// Inputs of a training step, including all its random draws.
 #[derive(Debug, Clone)]
 pub struct Batch<B: Backend> {
-    /// Number of the step, from 0.
+    /// Index of the step, from 0.
     pub step: usize,
     /// Clean samples, `[batch, channels, size, size]`.
     pub x: Tensor<B, 4>,
-    /// Noise like `x`.
+    /// Noise, of the shape of `x`.
     pub noise: Tensor<B, 4>,
-    /// Time of each sample.
+    /// Diffusion time of each sample.
     pub t: Vec<f32>,
     /// Labels `[batch]`, dropped ones replaced by the null class.
     pub y: Tensor<B, 1, Int>,
     /// Gumbel noise of each pruning group, `[batch, candidates]`.
     pub gumbel: Vec<Tensor<B, 2>>,
-    /// What the teacher says of the noised samples.
+    /// The teacher's output on the noised samples.
     pub teacher: Option<TeacherOutput<B>>,
 }
 
 impl<B: Backend> Batch<B> {
-    /// The samples as a network sees them.
+    /// The samples as input of a network.
     pub fn noised(&self, process: &impl Process) -> Noised<B> {
         let (clean, noise) = (self.x.clone(), self.noise.clone());
         Noised::new(process, clean, noise, self.t.clone(), self.y.clone())
     }
 }
 
-/// Shape of the batches.
+/// Settings of the batches.
 #[derive(Debug, Clone)]
 pub struct BatchPlan {
-    /// Samples of a batch.
+    /// Samples per batch.
     pub batch: usize,
     /// Seed of every draw.
     pub seed: u64,
@@ -51,28 +51,28 @@ pub struct BatchPlan {
     pub classes: usize,
     /// Probability that a label is dropped.
     pub label_drop: f64,
-    /// The times that samples are drawn at.
+    /// Distribution of the diffusion times.
     pub times: Times,
-    /// Candidates of each pruning group, empty outside pruning.
+    /// Number of candidates of each pruning group; empty outside pruning.
     pub candidates: Vec<usize>,
 }
 
-/// An epoch's number, and its order.
+/// Index of an epoch, and its order.
 type Epoch = (usize, Arc<[usize]>);
 
 /// Draws batches from a data set.
 #[derive(Clone)]
 pub struct BatchSource {
-    /// Shape of the batches.
+    /// Settings of the batches.
     pub plan: BatchPlan,
     /// The data.
     pub data: Arc<dyn Samples>,
-    /// The epoch last used, and its order: shuffled once an epoch, not once a step.
+    /// The last epoch used, so that it is shuffled once per epoch, not once per step.
     order: Arc<Mutex<Option<Epoch>>>,
 }
 
 impl BatchSource {
-    /// A source of a plan's batches.
+    /// A source of batches with these settings.
     pub fn new(plan: BatchPlan, data: Arc<dyn Samples>) -> Self {
         Self {
             plan,
@@ -81,7 +81,7 @@ impl BatchSource {
         }
     }
 
-    /// Indices of a step's samples: epochs are permutations, and batches run across their borders.
+    /// Indices of a step's samples. Epochs are permutations, and batches may span two epochs.
     pub fn indices(&self, step: usize) -> Vec<usize> {
         let (count, batch) = (self.data.len(), self.plan.batch);
         (step * batch..(step + 1) * batch)
@@ -107,8 +107,8 @@ impl BatchSource {
         }
     }
 
-    /// Clean samples of a step's batch, `[batch, channels, size, size]`, and their labels. Where the data has two
-    /// views of each, a draw of its own chooses.
+    /// Clean samples of a step's batch, `[batch, channels, size, size]`, and their labels. If the
+    /// data has two views of each sample, a draw of its own chooses one.
     ///
     /// # Errors
     /// When a sample can't be read, or is not of the plan's shape and classes.
@@ -155,7 +155,7 @@ impl BatchSource {
         Ok((x, labels))
     }
 
-    /// The batch of a step as numbers of the host, without a teacher.
+    /// The batch of a step on the host, without a teacher.
     ///
     /// # Errors
     /// As [`samples`](Self::samples).
@@ -189,7 +189,7 @@ impl BatchSource {
                 (if kept { label } else { classes }) as i64
             })
             .collect();
-        // One stream of numbers per sample, dealt out to the groups.
+        // One stream of numbers per sample, divided among the groups.
         let total: usize = candidates.iter().sum();
         let draws: Vec<Vec<f32>> = per_sample()
             .map(|sample| random::gumbel(seed, Stream::Gumbel, at, sample, total))
@@ -226,27 +226,27 @@ impl BatchSource {
     }
 }
 
-/// A number uniform in [0, 1).
+/// A uniform number in [0, 1).
 fn unit(seed: u64, stream: Stream, step: u64, sample: u64) -> f32 {
     random::uniform(seed, stream, step, sample, 1, (0.0, 1.0))[0]
 }
 
-/// A [`Batch`] before it is on a device.
+/// A [`Batch`] on the host.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostBatch {
     step: usize,
-    /// Of `x` and `noise`.
+    /// Shape of `x` and `noise`.
     shape: [usize; 4],
     x: Vec<f32>,
     noise: Vec<f32>,
     t: Vec<f32>,
     y: Vec<i64>,
-    /// Values and candidates of each group.
+    /// Values and number of candidates of each group.
     gumbel: Vec<(Vec<f32>, usize)>,
 }
 
 impl HostBatch {
-    /// Equal batches of the same step, whose samples in a row are this one's.
+    /// Splits into `parts` equal batches of the same step; together they hold the samples in order.
     pub(super) fn split(self, parts: usize) -> Vec<Self> {
         let [batch, channels, height, width] = self.shape;
         let part = batch / parts;
@@ -273,7 +273,7 @@ impl HostBatch {
             .collect()
     }
 
-    /// Brings the batch to a device.
+    /// Uploads the batch to a device.
     pub fn upload<B: Backend>(self, device: &B::Device) -> Batch<B> {
         let batch = self.shape[0];
         let floats =
@@ -320,7 +320,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Recorded before data sets had views: a change here would make every recipe's results other ones.
+    /// Recorded before data sets had views: a difference would change the results of every recipe.
     #[test]
     fn batches_of_digits_never_change() {
         let source = BatchSource::new(plan(6), Arc::new(Digits::new(Split::Train)));
@@ -400,7 +400,7 @@ pub(super) mod tests {
             assert!(latent.iter().all(|value| *value == expected), "{sample}");
             mirrored += usize::from(u < 0.5);
         }
-        // Of 1000 fair draws; the standard deviation is 16.
+        // 1000 fair draws; the standard deviation is 16.
         assert!((420..580).contains(&mirrored), "{mirrored}");
         let plain = BatchSource::new(plan(1000), Arc::new(Signed(1)));
         assert!(

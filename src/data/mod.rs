@@ -1,5 +1,5 @@
-//! Training data: the embedded digits, Fashion-MNIST and other IDX files, folders of pictures, latents on disk, and the
-//! deterministic loader.
+//! Training data: the embedded digits, Fashion-MNIST and other IDX files, folders of pictures,
+//! latents on disk, and the deterministic loader.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -38,25 +38,25 @@ pub enum DataError {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the file system.
         source: io::Error,
     },
-    /// A file or folder is not what it should be.
+    /// A file or folder is unsuitable.
     #[error("{}: expected {expected}, found {found}", path.display())]
     Unexpected {
         /// The file or folder.
         path: PathBuf,
-        /// What was asked for.
+        /// The expected contents.
         expected: String,
-        /// What is there.
+        /// The actual contents.
         found: String,
     },
-    /// The system has no threads to give.
+    /// The system refuses to start threads.
     #[error("{count} threads can't be had; ask for fewer, or free some of this user's processes")]
     Threads {
-        /// How many were asked for.
+        /// Number of threads requested.
         count: usize,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
     /// Pictures that can't be read.
@@ -65,19 +65,19 @@ pub enum DataError {
         /// Path and reason of each.
         pictures: Vec<String>,
     },
-    /// A sample does not fit what it is asked or given for.
+    /// A sample is unsuitable for its use.
     #[error("sample {index}: expected {expected}, found {found}")]
     Sample {
-        /// Its number.
+        /// Index of the sample.
         index: usize,
-        /// What was asked for.
+        /// The expected property.
         expected: String,
-        /// What is there.
+        /// The actual property.
         found: String,
     },
 }
 
-/// An error with its cause, as one line.
+/// An error and its causes, in one line.
 pub(crate) fn with_cause(error: &dyn std::error::Error) -> String {
     match error.source().map(ToString::to_string) {
         Some(cause) if !error.to_string().contains(&cause) => format!("{error}: {cause}"),
@@ -85,7 +85,7 @@ pub(crate) fn with_cause(error: &dyn std::error::Error) -> String {
     }
 }
 
-/// How many broken pictures are named one by one.
+/// Most broken pictures named individually.
 const NAMED: usize = 20;
 
 fn count(pictures: usize) -> String {

@@ -1,9 +1,10 @@
-//! Folders of pictures as training data in pixel space: each picture decoded once, into records that are read from then
-//! on.
+//! Folders of pictures as training data in pixel space. Each picture is decoded once, into records
+//! that training reads from then on.
 //!
-//! The records are packed shards of bytes ([`latents`](super::latents)), `train` and `test` beside each other. Which
-//! pictures are held out for the test depends on their names alone, never on a recipe's seed or on what else is in the
-//! folder: what one model was measured against, no other has learned.
+//! The records are packed shards of bytes ([`latents`](super::latents)), with `train` and `test`
+//! side by side. Whether a picture is held out for the test depends on its name alone, not on a
+//! recipe's seed or on other files in the folder: no model has learned a picture that another is
+//! tested on.
 
 use std::fs::{self, TryLockError};
 use std::path::{Path, PathBuf};
@@ -23,11 +24,11 @@ use crate::images::{center_crop, pad, read_then};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "fit", rename_all = "lowercase")]
 pub enum Fit {
-    /// The shorter side is brought to the size, and the middle cut out ([`center_crop`]).
+    /// The shorter side is resized to the size, and the middle cut out ([`center_crop`]).
     Crop,
-    /// A longer side is brought to the size, and what is missing filled up ([`pad`]).
+    /// A longer side is resized to the size, and the rest is filled ([`pad`]).
     Pad {
-        /// Level of what is filled up, 0 black.
+        /// Level of the filling; 0 is black.
         fill: u8,
     },
 }
@@ -61,22 +62,22 @@ impl Rule {
     }
 }
 
-/// Pillow's `convert("L")`: ITU-R 601-2 luma with 16 fractional bits, rounded.
+/// Pillow's `convert("L")`: ITU-R 601-2 luma in fixed point with 16 fractional bits, rounded.
 fn grey([red, green, blue]: [u8; 3]) -> u8 {
     let [red, green, blue] = [red, green, blue].map(u32::from);
     ((red * 19_595 + green * 38_470 + blue * 7_471 + 0x8000) >> 16) as u8
 }
 
-/// Where the held-out pictures come from.
+/// Source of the held-out pictures.
 #[derive(Debug, Clone, PartialEq)]
 pub enum HeldOut {
-    /// About a share of the folder's pictures, each held out or not by its own name.
+    /// About this share of the folder's pictures; each is held out or not by its own name.
     Share(f64),
     /// Another folder with the same classes.
     Folder(PathBuf),
 }
 
-/// Pictures to train on and to be measured against, listed but not read.
+/// Pictures for training and test, listed but not read.
 #[derive(Debug)]
 pub struct PictureSet {
     rule: Rule,
@@ -87,11 +88,11 @@ pub struct PictureSet {
 }
 
 impl PictureSet {
-    /// Lists a folder, and divides it.
+    /// Lists a folder and divides it.
     ///
     /// # Errors
-    /// When a folder can't be read or has no pictures; when a class has none to train on, or the test folder has other
-    /// classes.
+    /// When a folder can't be read or has no pictures; when a class has no training picture, or the
+    /// test folder has other classes.
     pub fn open(folder: &Path, held_out: &HeldOut, rule: Rule) -> Result<Self, DataError> {
         let listed = ImageFolder::open(folder)?;
         let mut ignored = listed.ignored();
@@ -110,7 +111,7 @@ impl PictureSet {
                 }
                 let mut test = ImageFolder::open(other)?;
                 ignored += test.ignored();
-                // A flat folder's only class has the folder's name.
+                // The only class of a flat folder has the folder's name, which may differ.
                 if test.classes().len() == 1 && classes.len() == 1 {
                     test = test.named(&classes);
                 }
@@ -162,12 +163,12 @@ impl PictureSet {
         &self.classes
     }
 
-    /// How many pictures a part has.
+    /// Number of pictures in a split.
     pub fn count(&self, split: Split) -> usize {
         self.part(split).len()
     }
 
-    /// How many entries of the folders were passed over.
+    /// Number of ignored entries of the folders.
     pub fn ignored(&self) -> usize {
         self.ignored
     }
@@ -179,10 +180,11 @@ impl PictureSet {
         }
     }
 
-    /// SHA-256 of what the records depend on: the rule, the classes, and each file's name, label, size and time of change.
+    /// SHA-256 of what the records depend on: the rule, the classes, and each file's name, label,
+    /// size and modification time.
     ///
     /// # Errors
-    /// When a file is not there any more.
+    /// When a file no longer exists.
     pub fn key(&self) -> Result<String, DataError> {
         let mut hash = Sha256::new();
         hash.update(format!(
@@ -205,11 +207,11 @@ impl PictureSet {
         Ok(format!("{:x}", hash.finalize()))
     }
 
-    /// Decodes a part into `to`, or goes on where an earlier process stopped; `progress` is called with the number of
-    /// pictures dealt with. Returns whether all is done: a person may interrupt.
+    /// Decodes a split into `to`, or continues an interrupted run; `progress` is called with the
+    /// number of pictures done. Returns whether all is done; false after an interrupt.
     ///
     /// # Errors
-    /// When pictures can't be read, which are named together; when the folder can't be written.
+    /// When pictures can't be read (all are named together), or when the folder can't be written.
     pub fn pack(
         &self,
         split: Split,
@@ -229,8 +231,8 @@ impl PictureSet {
         fs::create_dir_all(to).map_err(DataError::io(to))?;
         let lock_path = to.join("pack.lock");
         let lock = lock_file(&lock_path).map_err(DataError::io(&lock_path))?;
-        // Another process may decode into the same cache: when it is done, so is this. A file system without locks is no
-        // reason not to work.
+        // Another process may be decoding into the same cache; its result is used. File systems
+        // without locks are accepted.
         while matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) {
             if crate::interrupt::requested() {
                 return Ok(false);
@@ -254,7 +256,7 @@ impl PictureSet {
                 .collect();
             for (values, (_, label)) in read.into_iter().zip(pictures) {
                 match values {
-                    // After the first that can't be read, the others are only looked at.
+                    // After the first broken picture, the others are only checked.
                     Ok(values) if broken.is_empty() => writer.push(&values, *label)?,
                     Ok(_) => {}
                     Err(error) => broken.push(with_cause(&error)),
@@ -270,18 +272,18 @@ impl PictureSet {
     }
 }
 
-/// Changes with the arithmetic that makes records of pictures, so that none of another are found in a cache.
+/// To be raised whenever the arithmetic of the records changes, so that cached ones are not reused.
 const RECORDS_VERSION: u32 = 1;
 
-/// Pictures decoded together at most, on all cores.
+/// Most pictures decoded at once, on all cores.
 const DECODED_AT_ONCE: usize = 256;
-/// Bytes of the numbers that are made of them, at most, if that is more than one picture.
+/// Most bytes of their decoded numbers, unless one picture needs more.
 const DECODED_BYTES: usize = 128 << 20;
 
-/// Time between two looks at a lock that another process holds.
+/// Time between two attempts to lock.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(200);
 
-/// Bytes of a shard, about: what a kill costs.
+/// Approximate bytes of a shard: the work that a kill can lose.
 const SHARD_BYTES: usize = 32 << 20;
 
 fn records_per_shard(rule: &Rule) -> usize {
@@ -290,9 +292,9 @@ fn records_per_shard(rule: &Rule) -> usize {
 
 type Labelled = Vec<(PathBuf, usize)>;
 
-/// Holds out about a share of the pictures, each by a hash of its class and name; both parts keep the order.
+/// Holds out about a share of the pictures by a hash of class and name; both parts keep the order.
 fn divide(folder: &ImageFolder, share: f64) -> (Labelled, Labelled) {
-    // The name of a flat folder, the only class, may be any.
+    // The only class of a flat folder has an arbitrary name, which is left out.
     let classes = folder.classes();
     let class = |label: usize| {
         if classes.len() > 1 {
@@ -310,7 +312,7 @@ fn divide(folder: &ImageFolder, share: f64) -> (Labelled, Labelled) {
             .finalize()
             .first_chunk()
             .map_or(0, |bytes| u64::from_le_bytes(*bytes));
-        // 53 bits, a number in [0, 1).
+        // 53 bits, as a number in [0, 1).
         ((start >> 11) as f64) < share * (1u64 << 53) as f64
     };
     let (mut train, mut test) = (Vec::new(), Vec::new());
@@ -325,15 +327,15 @@ fn divide(folder: &ImageFolder, share: f64) -> (Labelled, Labelled) {
     (train, test)
 }
 
-/// Whether all records of a folder are there.
+/// Whether a folder has all records.
 pub fn is_packed(folder: &Path) -> bool {
     folder.join(INDEX).is_file()
 }
 
-/// Opens the records of a part.
+/// Opens the records of a split.
 ///
 /// # Errors
-/// As [`Latents::open`]; and when they are not pictures' of that rule.
+/// As [`Latents::open`]; also when they don't have the rule's size, channels and type.
 pub fn open_records(folder: &Path, rule: &Rule) -> Result<Latents, DataError> {
     let records = Latents::open(folder)?;
     if (records.channels(), records.side()) != (rule.channels, rule.size) {
@@ -358,7 +360,7 @@ mod tests {
         fit: Fit::Crop,
     };
 
-    /// `classes` folders of `count` pictures, each of one colour that says which it is.
+    /// `classes` folders of `count` pictures, each of a single colour that identifies it.
     fn folder(classes: &[&str], count: u8) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         for (label, class) in classes.iter().enumerate() {
@@ -405,11 +407,11 @@ mod tests {
                 seen.push((*label, name));
             }
         }
-        // Every picture is in one part, and the parts are the same each time.
+        // Every picture is in one part; the parts are the same each time.
         seen.sort_unstable();
         seen.dedup();
         assert_eq!(seen.len(), 20);
-        // Another picture changes nothing for those there are.
+        // A new picture does not change the part of any other.
         let before = set.part(Split::Test).to_vec();
         assert_eq!(share(root.path(), 0.25).part(Split::Test), before);
         let more = RgbImage::from_pixel(6, 5, Rgb([0; 3]));
@@ -425,7 +427,7 @@ mod tests {
         let set = share(root.path(), 0.0);
         let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         set.pack(Split::Train, whole.path(), |_| ()).unwrap();
-        // A writer that was killed after a shard of two, in effect.
+        // Simulates a writer that was killed after a shard of two.
         let shard = "shard-00000.bin";
         let layout = Layout {
             views: 1,
@@ -513,7 +515,7 @@ mod tests {
         assert!(error.contains("a, b, found a, c"), "{error}");
         let same = open(&train, &folder(&["a", "b"], 3)).unwrap();
         assert_eq!((same.count(Split::Train), same.count(Split::Test)), (4, 6));
-        // Of flat folders the names do not matter.
+        // For flat folders the names do not matter.
         assert_eq!(
             open(&flat, &folder(&["."], 1)).unwrap().count(Split::Test),
             1

@@ -1,4 +1,4 @@
-//! What the loader asks of a data set.
+//! The interface between the loader and a data set.
 
 use std::sync::Arc;
 
@@ -6,22 +6,26 @@ use burn_dataset::Dataset;
 
 use super::{DataError, Image};
 
-/// Labelled samples, read by number, from memory or from disk.
+/// Labelled samples, read by index, from memory or from disk.
 ///
-/// A data set may hold two views of each sample: the image, and its mirror image. Of latents, views are what an encoder
-/// made of each, so that one can't be computed from the other; of pictures, see [`Mirrored`]. As Burn's data set it is that of the plain views ([`plain`]).
+/// A data set may hold two views of each sample: the image and its mirror image. For latents, each
+/// view was encoded separately, so one can't be computed from the other; for pictures, see
+/// [`Mirrored`]. As Burn's `Dataset` it holds the plain views ([`plain`]).
 pub trait Samples: Dataset<Image> {
-    /// Views of each sample, at least 1.
+    /// Views per sample, at least 1.
     fn views(&self) -> usize;
 
-    /// Appends view `view` of sample `index`, `[channels, side, side]` row-major, to `out`, and returns its label.
+    /// Appends view `view` of sample `index`, `[channels, side, side]` row-major, to `out`, and
+    /// returns its label.
     ///
     /// # Errors
-    /// When there is no such sample or view, or it can't be read; `out` is then of no use.
+    /// When there is no such sample or view, or it can't be read; the contents of `out` are then
+    /// undefined.
     fn read(&self, index: usize, view: usize, out: &mut Vec<f32>) -> Result<usize, DataError>;
 }
 
-/// A sample's plain view, as a [`Dataset`] gives it: None if there is no such sample, or it can't be read.
+/// A sample's plain view, as for a [`Dataset`]: None if there is no such sample, or it can't be
+/// read.
 pub fn plain(samples: &impl Samples, index: usize) -> Option<Image> {
     let mut pixels = Vec::new();
     let label = (index < samples.len()).then(|| samples.read(index, 0, &mut pixels))?;
@@ -29,18 +33,18 @@ pub fn plain(samples: &impl Samples, index: usize) -> Option<Image> {
     Some(Image { pixels, label })
 }
 
-/// Which of `views` a uniform number in [0, 1) chooses: with two, the mirrored one below a half, as the reference's
-/// trainers do.
+/// The view that a uniform number in [0, 1) chooses: the mirrored one below a half if there are
+/// two, as in the reference's trainers.
 pub fn view(views: usize, u: f32) -> usize {
     usize::from(views == 2 && u < 0.5)
 }
 
-/// The number in [−1, 1] that a picture's byte stands for.
+/// The number in [−1, 1] that a picture's byte represents.
 pub(super) fn level(byte: u8) -> f32 {
     f32::from(byte) / 127.5 - 1.0
 }
 
-/// Pictures and their mirror images, which are made as they are read: two views of each.
+/// Pictures and their mirror images as two views; mirroring happens on reading.
 pub struct Mirrored {
     plain: Arc<dyn Samples>,
     side: usize,
@@ -88,7 +92,7 @@ mod tests {
         let plain = Arc::new(Digits::new(Split::Test));
         let both = Mirrored::new(plain.clone(), 8);
         assert_eq!((both.views(), both.len()), (2, plain.len()));
-        // What is there already stays as it is.
+        // Existing values stay.
         let mut values = vec![7.0];
         let label = both.read(3, 0, &mut values).unwrap();
         assert_eq!(both.read(3, 1, &mut values).unwrap(), label);

@@ -1,4 +1,4 @@
-//! Small pictures through a small autoencoder of random weights.
+//! Small pictures, encoded by a small autoencoder with random weights.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -32,7 +32,8 @@ fn vae() -> (Vae<NdArray>, VaeConfig) {
     (vae, config)
 }
 
-/// Eleven pictures of three classes. Two of them are broken: one is none, and of one half the scan is missing.
+/// Eleven pictures of three classes. One file is no picture, and one picture is cut off in its
+/// scan.
 fn pictures(root: &Path) -> ImageFolder {
     for index in 0..11u8 {
         let class = root.join(["cat", "dog", "eel"][usize::from(index) / 4]);
@@ -118,7 +119,7 @@ fn interrupted_work_goes_on_to_the_same_bytes() {
             damaged.is_some_and(|line| line.contains("premature end of data segment")),
             "{listed}"
         );
-        // Killed after every number of batches, one after another, with another number of threads each time.
+        // Killed after increasing numbers of batches, with another number of threads each time.
         for (killed, workers) in [(1, 1), (2, 2), (1, 5)] {
             let how = Extraction {
                 workers,
@@ -240,7 +241,7 @@ fn what_was_left_out_stays_so_though_it_can_be_read_by_now() {
     };
     run(&at("whole"), usize::MAX).unwrap().unwrap();
     assert!(run(&at("parts"), 1).is_err());
-    // The broken picture is repaired, and one whose latents are there is broken.
+    // The broken picture is repaired, and a picture that already has latents is broken.
     let (good, repaired) = (&folder.images()[0].0, &folder.images()[3].0);
     std::fs::copy(good, repaired).unwrap();
     std::fs::write(good, "no picture any more").unwrap();
@@ -268,7 +269,7 @@ fn a_latent_is_a_scaled_draw_from_the_posterior_of_the_crop() {
     )
     .unwrap();
     let latents = Latents::open(&to).unwrap();
-    // The fifth image of the folder is the fourth that can be read.
+    // The fifth image of the folder is the fourth readable one.
     let (path, label) = &folder.images()[4];
     let pixels = center_crop(&read_rgb(path).unwrap(), 16);
     for view in 0..2 {
@@ -280,7 +281,7 @@ fn a_latent_is_a_scaled_draw_from_the_posterior_of_the_crop() {
         let mut found = Vec::new();
         let read = crate::data::Samples::read(&latents, 3, view, &mut found).unwrap();
         assert_eq!(read, *label);
-        // Alone or in a batch: sums may be rounded otherwise.
+        // Computed alone, not in a batch: sums may be rounded differently.
         for (found, expected) in found.iter().zip(&expected) {
             assert!(
                 (found - expected).abs() <= 1e-5 * (1.0 + expected.abs()),

@@ -1,4 +1,4 @@
-//! The form of packed shards: what is in a record, a header, and the index.
+//! The format of packed shards: record, header and index.
 
 use std::fmt;
 use std::path::Path;
@@ -7,31 +7,33 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::DataError;
 
-/// The file that says what the shards hold.
+/// The index file.
 pub(in crate::data) const INDEX: &str = "latents.json";
 pub(super) const FORMAT: &str = "tinyfusion latents";
 pub(super) const VERSION: u32 = 1;
 const MAGIC: &[u8; 8] = b"TFLATENT";
-/// Bytes of a shard's header, and what records are aligned to.
+/// Bytes of a shard's header, and alignment of records.
 pub(super) const HEADER: usize = 64;
 /// Bytes of the checksum at a shard's end.
 pub(super) const TRAILER: usize = 4;
-/// Most bytes of a shard: enough for any, and far from overflow.
+/// Most bytes of a shard by the estimate of [`Layout::check`]; far from overflow.
 const MOST_BYTES: usize = 1 << 36;
 
-/// A good number of records in a shard: 33 MB of ImageNet's latents at half precision and both views.
+/// The usual number of records in a shard: 33 MB for ImageNet's latents in half precision with two
+/// views.
 pub const RECORDS_PER_SHARD: usize = 2048;
 
-/// How numbers are stored.
+/// Type of stored numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// Half precision, rounded to nearest, half the size; latents lie far within its range, and the rounding (2^-11
-    /// of a value) is small beside the noise of the posterior they were drawn from.
+    /// Half precision, rounded to nearest, at half the size. Latents lie far within its range, and
+    /// the rounding (relative 2^-11) is small beside the noise of the posterior they were drawn
+    /// from.
     F16,
-    /// What the autoencoder made, to the last bit.
+    /// Single precision: the autoencoder's output, bit for bit.
     F32,
-    /// The bytes of pictures: `b` stands for `b / 127.5 - 1`.
+    /// Bytes of pictures: `b` represents `b / 127.5 - 1`.
     U8,
 }
 
@@ -45,23 +47,23 @@ impl Dtype {
     }
 }
 
-/// What every record of a set holds.
+/// Layout of a set's records.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layout {
-    /// Views of each sample: 1 (image) or 2 (image, mirror image).
+    /// Views per sample: 1 (image) or 2 (image, mirror image).
     pub views: usize,
     /// Channels of a latent.
     pub channels: usize,
     /// Side of a latent.
     pub side: usize,
-    /// How numbers are stored.
+    /// Type of stored numbers.
     pub dtype: Dtype,
-    /// Number of classes; labels lie below it.
+    /// Number of classes; labels are smaller.
     pub classes: usize,
-    /// Records of every shard but the last; see [`RECORDS_PER_SHARD`].
+    /// Records in every shard but the last; see [`RECORDS_PER_SHARD`].
     pub records_per_shard: usize,
-    /// What the autoencoder's latents were multiplied by: 0.18215 for Stable Diffusion's.
+    /// Factor applied to the autoencoder's latents: 0.18215 for Stable Diffusion's.
     pub scaling_factor: f64,
 }
 
@@ -90,12 +92,12 @@ impl Layout {
         [self.views, self.channels, self.side]
     }
 
-    /// Numbers of one view.
+    /// Numbers in one view.
     pub(super) fn values(&self) -> usize {
         self.channels * self.side * self.side
     }
 
-    /// Where a record's label lies.
+    /// Offset of the label in a record.
     pub(super) fn label_at(&self) -> usize {
         self.views * self.values() * self.dtype.bytes()
     }
@@ -110,7 +112,8 @@ impl Layout {
         HEADER + records * self.stride() + TRAILER
     }
 
-    /// Refuses what can't be stored; `path` is whose layout it is. After this no product of its sizes overflows.
+    /// Refuses layouts that can't be stored; `path` is for messages. After this, no product of the
+    /// sizes overflows.
     pub(super) fn check(&self, path: &Path) -> Result<(), DataError> {
         let sizes = [
             2,
@@ -120,7 +123,8 @@ impl Layout {
             4,
             self.records_per_shard,
         ];
-        // The record's label and padding are paid for by the factor 16.
+        // The factor 16 covers label and padding: at most 64 bytes of record for 4 bytes of
+        // numbers.
         let bytes = sizes
             .iter()
             .try_fold(16usize, |n, &size| n.checked_mul(size));
@@ -140,7 +144,7 @@ impl Layout {
         Err(DataError::unexpected(path, expected, self.to_string()))
     }
 
-    /// The header of a shard of `records`, the first of them number `first`.
+    /// The header of a shard of `records` records, starting with number `first`.
     pub(super) fn header(&self, first: usize, records: usize) -> [u8; HEADER] {
         let mut header = [0; HEADER];
         header[..8].copy_from_slice(MAGIC);
@@ -164,7 +168,7 @@ impl Layout {
         header
     }
 
-    /// Compares what a shard begins with to the header it should have.
+    /// Compares the first bytes of a shard with the expected header.
     pub(super) fn check_header(
         &self,
         path: &Path,
@@ -208,7 +212,7 @@ impl Layout {
     }
 }
 
-/// `latents.json`.
+/// Contents of `latents.json`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Index {
@@ -221,7 +225,7 @@ pub(super) struct Index {
     pub(super) shards: Vec<ShardEntry>,
 }
 
-/// One file.
+/// One shard in the index.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ShardEntry {
@@ -235,7 +239,7 @@ pub(super) fn shard_name(shard: usize) -> String {
     format!("shard-{shard:05}.bin")
 }
 
-/// A checksum as the index writes it.
+/// A checksum in the format of the index.
 pub(super) fn hexadecimal(checksum: u32) -> String {
     format!("{checksum:08x}")
 }
@@ -246,7 +250,7 @@ impl Index {
         let text = std::fs::read_to_string(&path).map_err(DataError::io(&path))?;
         let wrong =
             |expected: &str, found: String| Err(DataError::unexpected(&path, expected, found));
-        // The version first: another one may have other keys.
+        // The version is read first: another one may have other keys.
         #[derive(Deserialize)]
         struct Kind {
             format: String,
@@ -281,7 +285,7 @@ impl Index {
                 ),
             );
         }
-        // Neither can overflow: shards in the text and records in a shard are bounded.
+        // No overflow: the number of shards in the text and of records in a shard are bounded.
         let sum = full.len() * capacity + last.records;
         if sum != index.count {
             return wrong(

@@ -1,14 +1,16 @@
-//! Latents on disk: what an autoencoder made of a data set, once, for all trainings to come.
+//! Latents on disk: a data set encoded once by an autoencoder, for any number of trainings.
 //!
 //! [`Latents::open`] reads two forms.
 //!
 //! # `.npy` folders
-//! The reference's: `imagenet256_features/I.npy`, `f32` `[views, channels, side, side]`, and `imagenet256_labels/I.npy`,
-//! `i64` `[1]`. Both folders are listed in the byte order of the names (`10.npy` before `2.npy`) and matched by
-//! position. [`write_npy`] writes one sample. Two files are opened for each sample that is read, which is slow.
+//! The reference's format: `imagenet256_features/I.npy`, `f32` `[views, channels, side, side]`, and
+//! `imagenet256_labels/I.npy`, `i64` `[1]`. Both folders are listed in the byte order of the names
+//! (`10.npy` before `2.npy`) and matched by position. [`write_npy`] writes one sample. Reading a
+//! sample opens two files, which is slow.
 //!
 //! # Packed shards
-//! This crate's: `latents.json` and files of records of one size. [`ShardWriter`] writes them.
+//! This crate's format: `latents.json` and files of records of equal size, written by
+//! [`ShardWriter`].
 //!
 //! `latents.json` is written last, so a folder without it is unfinished:
 //!
@@ -26,8 +28,8 @@
 //! }
 //! ```
 //!
-//! `class_names` may be missing. Every shard but the last holds `records_per_shard` records. A shard is, with all
-//! numbers little-endian:
+//! `class_names` is optional. Every shard but the last holds `records_per_shard` records. The
+//! layout of a shard, with all numbers little-endian:
 //!
 //! | Bytes | Contents |
 //! |---|---|
@@ -38,7 +40,7 @@
 //! | 20..24 | `u32`, channels |
 //! | 24..28 | `u32`, side |
 //! | 28..32 | `u32`, classes |
-//! | 32..40 | `f64`, what the autoencoder's latents were multiplied by |
+//! | 32..40 | `f64`, factor applied to the autoencoder's latents |
 //! | 40..44 | `u32`, records of a full shard |
 //! | 44..48 | `u32`, records of this shard |
 //! | 48..56 | `u64`, number of its first record |
@@ -46,14 +48,14 @@
 //! | 64.. | records |
 //! | last 4 | `u32`, CRC-32 (IEEE) of all bytes before; `checksum` in hexadecimal |
 //!
-//! A record is the latents `[views, channels, side, side]`, the label as `u32`, and zeros up to a multiple of 64
-//! bytes. So records and latents lie on the borders of cache lines.
+//! A record is the latents `[views, channels, side, side]`, the label as `u32`, and zeros up to a
+//! multiple of 64 bytes, so records are aligned to cache lines.
 //!
-//! Pictures that are learned in pixel space are packed in the same form, as `u8`: a byte `b` is the number
-//! `b / 127.5 - 1`.
+//! Pictures for training in pixel space are packed in the same format, as `u8`: a byte `b`
+//! represents the number `b / 127.5 - 1`.
 //!
-//! CRC-32, because it must find damage by disk and wire, not by malice; processors compute it at several gigabytes a
-//! second, and `crc32fast`, which does so, is built for `zip` in any case.
+//! CRC-32, because it only has to detect accidental damage; processors compute it at several
+//! gigabytes per second, and `crc32fast`, which does so, is already a dependency of `zip`.
 
 use std::path::Path;
 
@@ -76,7 +78,7 @@ use form::shard_name;
 use npy::{FEATURES, LABELS, NpyFolders};
 use packed::Packed;
 
-/// Latents of either form, opened for reading.
+/// Latents of either format, opened for reading.
 pub struct Latents(Form);
 
 enum Form {
@@ -85,14 +87,15 @@ enum Form {
 }
 
 impl Latents {
-    /// Opens a folder of packed shards, one that holds `imagenet256_features` and `imagenet256_labels`, or a folder
-    /// `NAME_features` beside `NAME_labels`.
+    /// Opens a folder of packed shards, one that holds `imagenet256_features` and
+    /// `imagenet256_labels`, or a folder `NAME_features` beside `NAME_labels`.
     ///
-    /// Sizes and headers of all shards are checked, and of the `.npy` files the first pair; what the files hold is
-    /// checked when it is read, or by [`verify`](Self::verify). The files must not be changed while they are open.
+    /// Checks the sizes and headers of all shards, or the first pair of `.npy` files; the contents
+    /// are checked when they are read, or by [`verify`](Self::verify). The files must not be
+    /// changed while they are open.
     ///
     /// # Errors
-    /// When the folder is none of these, is unfinished, holds nothing, or a file is not what it should be.
+    /// When the folder is none of these, is unfinished or empty, or a file is not as expected.
     pub fn open(path: &Path) -> Result<Self, DataError> {
         if path.join(INDEX).is_file() {
             return Packed::open(path).map(|packed| Self(Form::Packed(packed)));
@@ -140,7 +143,7 @@ impl Latents {
         }
     }
 
-    /// Views of each sample: 1, or 2 with the mirror image's.
+    /// Views per sample: 1, or 2 with the mirror image.
     pub fn views(&self) -> usize {
         self.shape()[0]
     }
@@ -162,8 +165,8 @@ impl Latents {
         }
     }
 
-    /// Number of classes. Shards state it; of `.npy` folders it is one more than the largest label, for which the
-    /// first call reads all of them.
+    /// Number of classes. Shards state it; for `.npy` folders it is one more than the largest
+    /// label, and the first call reads all labels.
     ///
     /// # Errors
     /// When a label can't be read.
@@ -174,7 +177,8 @@ impl Latents {
         }
     }
 
-    /// The number of classes where the form states it: asking a million `.npy` files takes minutes.
+    /// The number of classes if the format states it: reading the labels of a million `.npy` files
+    /// takes minutes.
     pub fn stated_classes(&self) -> Option<usize> {
         match &self.0 {
             Form::Npy(_) => None,
@@ -182,7 +186,7 @@ impl Latents {
         }
     }
 
-    /// Names of the classes; none where they are not known.
+    /// Names of the classes; empty if unknown.
     pub fn class_names(&self) -> &[String] {
         match &self.0 {
             Form::Npy(_) => &[],
@@ -190,7 +194,7 @@ impl Latents {
         }
     }
 
-    /// What the autoencoder's latents were multiplied by, where the form states it.
+    /// Factor applied to the autoencoder's latents, if the format states it.
     pub fn scaling_factor(&self) -> Option<f64> {
         match &self.0 {
             Form::Npy(_) => None,
@@ -198,10 +202,10 @@ impl Latents {
         }
     }
 
-    /// Label of a sample.
+    /// The label of a sample.
     ///
     /// # Errors
-    /// When there is no such sample, its label can't be read, or is no class.
+    /// When there is no such sample, or its label can't be read or is no class.
     pub fn label(&self, index: usize) -> Result<usize, DataError> {
         self.check(index, 0)?;
         match &self.0 {
@@ -210,10 +214,10 @@ impl Latents {
         }
     }
 
-    /// Reads everything, and compares the shards with their checksums.
+    /// Reads everything, and compares shards with their checksums.
     ///
     /// # Errors
-    /// Names the first file that is damaged.
+    /// Names the first damaged file.
     pub fn verify(&self) -> Result<(), DataError> {
         match &self.0 {
             Form::Npy(folders) => folders.verify(),

@@ -16,15 +16,16 @@ pub(super) const FEATURES: &str = "imagenet256_features";
 pub(super) const LABELS: &str = "imagenet256_labels";
 const FLOAT: &str = "<f4";
 const INTEGER: &str = "<i8";
-/// Most bytes of a file; the largest latents there are, of 1024 x 1024 pictures, take 8 MiB.
+/// Most bytes of a file; the largest latents in use, those of 1024 x 1024 pictures, take 8 MiB.
 const MOST_BYTES: u64 = 1 << 26;
 
-/// Writes sample `index` below `root`: `latents`, `[views, channels, side, side]` for `shape` = `[views, channels,
-/// side]`, and its label. Each file appears whole or not at all, the label last: a sample is there if its label is.
+/// Writes sample `index` below `root`: `latents`, `[views, channels, side, side]` for `shape` =
+/// `[views, channels, side]`, and its label. Each file appears whole or not at all, the label last:
+/// a sample exists if its label does.
 ///
 /// # Errors
-/// [`DataError::Sample`] when `latents` do not fill `shape`, are not all finite, or the label is no `i64`;
-/// [`DataError::Io`] when a file can't be written.
+/// [`DataError::Sample`] when `latents` do not fill `shape`, are not all finite, or the label is no
+/// `i64`; [`DataError::Io`] when a file can't be written.
 pub fn write_npy(
     root: &Path,
     index: usize,
@@ -61,11 +62,11 @@ pub fn write_npy(
     write(LABELS, npy::header(INTEGER, &[1]), &label.to_le_bytes())
 }
 
-/// How many samples of `shape` = `[views, channels, side]` were written below `root`, one after another from 0. Temporary
-/// files a killed writer left are removed.
+/// Number of samples of `shape` = `[views, channels, side]` written below `root`, consecutively
+/// from 0. Removes temporary files of a killed writer.
 ///
 /// # Errors
-/// When a folder can't be read; when a file has not the size it was written with.
+/// When a folder can't be read, or when the size of a file is not the one it was written with.
 pub(in crate::data) fn written(
     root: &Path,
     [views, channels, side]: [usize; 3],
@@ -102,7 +103,7 @@ pub(in crate::data) fn written(
                     );
                     return Err(DataError::unexpected(&path, format!("{size} bytes"), found));
                 }
-                // A sample is there if its label is.
+                // A sample exists if its label does.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound && folder == LABELS => {
                     return Ok(index);
                 }
@@ -120,7 +121,7 @@ struct Files {
     names: Vec<OsString>,
     descr: &'static str,
     shape: Vec<usize>,
-    /// Header of the first file. Most files share it, and need not be parsed.
+    /// Header of the first file. Most files have the same one, which then need not be parsed again.
     header: Vec<u8>,
 }
 
@@ -133,7 +134,7 @@ impl Files {
                     .collect::<std::io::Result<Vec<_>>>()
             })
             .map_err(DataError::io(folder))?;
-        // A name that begins with a dot is one that is being written.
+        // A name that begins with a dot is a file being written.
         names.retain(|name| {
             let name = name.as_encoded_bytes();
             name.ends_with(b".npy") && !name.starts_with(b".")
@@ -158,7 +159,7 @@ impl Files {
         self.folder.join(&self.names[index])
     }
 
-    /// The values of file `index`, undecoded, and its path.
+    /// The undecoded values of file `index`, and its path.
     fn data(&self, index: usize) -> Result<(Vec<u8>, PathBuf), DataError> {
         let path = self.path(index);
         let mut bytes = contents(&path)?;
@@ -199,7 +200,7 @@ fn contents(path: &Path) -> Result<Vec<u8>, DataError> {
     Ok(bytes)
 }
 
-/// Shape of an array of type `descr`, and where its values begin.
+/// Shape of an array of type `descr`, and offset of its values.
 fn parse(path: &Path, bytes: &[u8], descr: &str) -> Result<(Vec<usize>, usize), DataError> {
     let mut rest = bytes;
     let header = Header::read(&mut rest)
@@ -218,7 +219,7 @@ fn parse(path: &Path, bytes: &[u8], descr: &str) -> Result<(Vec<usize>, usize), 
             "Fortran order",
         ));
     }
-    // A shape whose values outnumber the file's bytes is refused here, so that products of it can't overflow.
+    // A shape with more values than the file has bytes is refused, so that products can't overflow.
     if header.elements().is_none_or(|count| count > rest.len()) {
         let found = format!("{:?} in {} bytes", header.shape, rest.len());
         return Err(DataError::unexpected(
@@ -309,7 +310,7 @@ impl NpyFolders {
             .map_err(|_| DataError::unexpected(&path, "a label in 0..2^32", label.to_string()))
     }
 
-    /// `view` is one there is.
+    /// `view` must exist.
     pub(super) fn read(
         &self,
         index: usize,

@@ -13,24 +13,24 @@ use super::form::{Dtype, HEADER, INDEX, Index, Layout, TRAILER, hexadecimal, sha
 use crate::data::{DataError, level};
 use crate::files::{open_file, read_at};
 
-/// Bytes that are read at once to compare a shard with its checksum.
+/// Bytes read at a time to compute a shard's checksum.
 const PIECE: usize = 1 << 20;
 
 struct Shard {
     path: PathBuf,
-    /// Number of its first record.
+    /// Number of the first record.
     first: usize,
     records: usize,
-    /// As the index has it.
+    /// Checksum in the index.
     checksum: String,
-    /// The records' labels, or the checksum of what is there if it is another; known once somebody has read of it.
+    /// The records' labels, or the actual checksum if it is wrong; known after the first read.
     content: OnceLock<Result<Vec<u32>, String>>,
-    /// Kept open, for one of the first shards that are read.
+    /// Kept open for the first [`MOST_OPEN`] shards that are read.
     file: OnceLock<File>,
 }
 
 impl Shard {
-    /// Opens the file, which must have the size and the header that the index says.
+    /// Opens the file, whose size and header must be as in the index.
     fn open(&self, layout: &Layout) -> Result<File, DataError> {
         let file = open_file(&self.path).map_err(DataError::io(&self.path))?;
         let length = file.metadata().map_err(DataError::io(&self.path))?.len();
@@ -52,16 +52,16 @@ impl Shard {
     }
 }
 
-/// Files that stay open: a set may have more shards than a process may have files.
+/// Number of files that stay open: a set may have more shards than a process may open files.
 const MOST_OPEN: usize = 512;
 
 thread_local! {
-    /// What a thread reads a record into before it is decoded.
+    /// This thread's buffer for a record before it is decoded.
     static STORED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Records in shards, each read when it is asked for. They are not mapped into memory: of a mapped file that is cut
-/// short, or on a disk that fails, the process would be killed where a read returns an error.
+/// Records in shards, each read on demand. Shards are not mapped into memory: if a mapped file is
+/// cut short or its disk fails, the process is killed where a read returns an error.
 pub(super) struct Packed {
     index: Index,
     shards: Vec<Shard>,
@@ -73,7 +73,7 @@ impl Packed {
         let index = Index::read(folder)?;
         let mut shards = Vec::with_capacity(index.shards.len());
         for (number, entry) in index.shards.iter().enumerate() {
-            // Names are stated for people; another one would lead out of the folder.
+            // The names in the index are for people; any other name could lead out of the folder.
             let name = shard_name(number);
             if entry.file != name {
                 return Err(DataError::unexpected(
@@ -90,7 +90,7 @@ impl Packed {
                 content: OnceLock::new(),
                 file: OnceLock::new(),
             };
-            // What is not there, or of another form, is told before anything is learned.
+            // Missing or unsuitable shards are reported before training starts.
             shard.open(&index.layout)?;
             shards.push(shard);
         }
@@ -101,7 +101,7 @@ impl Packed {
         })
     }
 
-    /// Fills `out` from the bytes at `start` of a shard.
+    /// Fills `out` from offset `start` of a shard.
     fn fill(&self, number: usize, start: usize, out: &mut [u8]) -> Result<(), DataError> {
         let shard = &self.shards[number];
         let cut_short = |error: io::Error| match error.kind() {
@@ -123,8 +123,8 @@ impl Packed {
         Ok(())
     }
 
-    /// Compares a shard with its checksums, the first time of all: it is whole before anything of it is learned. Returns
-    /// its labels.
+    /// Returns a shard's labels. The first call compares the shard with its checksum, so that it is
+    /// whole before anything is learned from it.
     fn check(&self, number: usize) -> Result<&[u32], DataError> {
         let shard = &self.shards[number];
         let content = match shard.content.get() {
@@ -140,7 +140,7 @@ impl Packed {
         })
     }
 
-    /// The labels of a shard, or the checksum of what it holds if that is not the one it should have.
+    /// The labels of a shard, or its actual checksum if that is wrong.
     fn content(&self, number: usize) -> Result<Result<Vec<u32>, String>, DataError> {
         let shard = &self.shards[number];
         let layout = &self.index.layout;
@@ -182,7 +182,7 @@ impl Packed {
         &self.index.class_names
     }
 
-    /// The shard of a record there is, and where it lies in there.
+    /// The shard of an existing record, and the offset of the record in it.
     fn place(&self, index: usize) -> (usize, usize) {
         let layout = &self.index.layout;
         let (number, record) = (
@@ -213,7 +213,7 @@ impl Packed {
         Err(DataError::unexpected(path, expected, label.to_string()))
     }
 
-    /// `view` is one there is.
+    /// `view` must exist.
     pub(super) fn read(
         &self,
         index: usize,
@@ -257,12 +257,12 @@ impl Packed {
     }
 }
 
-/// Converts little-endian halves to as many floats. `half` looks for the processor's instruction anew for every eight
-/// numbers, which takes longer than to convert them.
+/// Converts little-endian halves to floats. `half` tests for the processor's instruction again for
+/// every eight numbers, which takes longer than the conversion.
 fn widen(halves: &[[u8; 2]], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx") && std::arch::is_x86_feature_detected!("f16c") {
-        // SAFETY: the processor has what the function is compiled for.
+        // SAFETY: the processor has the features that the function is compiled for.
         return unsafe { widen_by_eights(halves, out) };
     }
     widen_each(halves, out);
@@ -281,7 +281,8 @@ fn widen_by_eights(halves: &[[u8; 2]], out: &mut [f32]) {
     let (eights, rest) = halves.as_chunks::<8>();
     let (wide, last) = out.as_chunks_mut::<8>();
     for (eight, wide) in eights.iter().zip(wide) {
-        // SAFETY: sixteen bytes are read and eight floats written, which the arrays have; neither need be aligned.
+        // SAFETY: sixteen bytes are read and eight floats written, as the arrays hold; neither must
+        // be aligned.
         unsafe {
             let eight = _mm_loadu_si128(eight.as_ptr().cast());
             _mm256_storeu_ps(wide.as_mut_ptr(), _mm256_cvtph_ps(eight));
@@ -296,7 +297,7 @@ mod tests {
 
     #[test]
     fn every_half_is_widened_as_half_does_it() {
-        // An odd count, so that some are left over after the eights.
+        // An odd count, so that some are left over after the groups of eight.
         let finite = (0..=u16::MAX).filter(|bits| f16::from_bits(*bits).is_finite());
         let halves: Vec<[u8; 2]> = finite.map(u16::to_le_bytes).skip(1).collect();
         let mut out = vec![f32::NAN; halves.len()];

@@ -93,7 +93,7 @@ fn npy_files_become_shards_bit_for_bit() {
     assert_eq!((npy.channels(), npy.side()), (3, 4));
     assert_eq!(npy.classes().unwrap(), 5);
     npy.verify().unwrap();
-    // The names' order: 0, 1, 10, 2, ...
+    // The order of the names: 0, 1, 10, 2, ...
     let order = [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9];
     let mut writer = ShardWriter::open(to.path(), layout(Dtype::F32), Vec::new()).unwrap();
     for (index, original) in order.into_iter().enumerate() {
@@ -170,7 +170,7 @@ fn a_writer_killed_anywhere_makes_the_same_bytes() {
         let mut writer = open();
         push(&mut writer, killed_at);
         drop(writer);
-        // What a kill in the middle of a shard leaves.
+        // The remains of a writer that was killed within a shard.
         fs::write(folder.path().join(".shard-00001.bin.77-0.tmp"), "half").unwrap();
         let mut writer = open();
         // A full shard is written when the next record comes.
@@ -427,7 +427,7 @@ fn verify_finds_any_changed_byte() {
 #[test]
 fn a_label_that_is_no_class_is_found_when_it_is_read() {
     let folder = packed(Dtype::F32);
-    // With checksums that fit: somebody wrote it so.
+    // With matching checksums, as if written so.
     let mut checksums = [0; 2];
     tamper(folder.path(), "shard-00000.bin", |bytes| {
         let end = bytes.len() - 4;
@@ -468,7 +468,7 @@ fn damaged_npy_files_are_errors_that_name_them() {
         [crate::npz::npy::header(descr, shape), vec![0; bytes]].concat()
     };
     let shape = [2, 3, 4, 4];
-    // The first file is checked when the folder is opened, another one when it is read.
+    // The first file is checked when the folder is opened, another when it is read.
     let cases = [
         (
             "0.npy",

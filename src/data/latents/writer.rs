@@ -1,4 +1,4 @@
-//! Writing packed shards, with interruptions.
+//! Writing packed shards, resumable after interruptions.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -14,12 +14,13 @@ use super::form::{
 use crate::data::DataError;
 use crate::files::write_atomic;
 
-/// Writes latents as packed shards; the [module](super)'s text describes the files.
+/// Writes latents as packed shards; the [module](super) describes the files.
 ///
-/// Records are gathered in memory, one shard of them, and a full shard appears on disk whole or not at all. After a
-/// kill, [`open`](Self::open) the folder again: the finished shards are counted, and [`next`](Self::next) says from
-/// which record to go on. Fed with the same records, the files are the same bytes, however often the writing was
-/// interrupted. A folder must have one writer at a time.
+/// The records of one shard are gathered in memory, and a full shard appears on disk whole or not
+/// at all. After a kill, [`open`](Self::open) the folder again: the finished shards are counted,
+/// and [`next`](Self::next) is the record to continue with. With the same records, the files have
+/// the same bytes, however often the writing was interrupted. A folder must have one writer at a
+/// time.
 ///
 /// # Examples
 ///
@@ -45,19 +46,19 @@ pub struct ShardWriter {
     class_names: Vec<String>,
     /// Checksums of the full shards on disk.
     full: Vec<u32>,
-    /// Records of the shard that is being gathered.
+    /// Records of the shard being gathered.
     gathered: Vec<u8>,
 }
 
 impl ShardWriter {
-    /// Begins a folder, or goes on with one. `class_names` is empty, or has a name for each class.
+    /// Starts a folder, or continues one. `class_names` is empty, or has a name for each class.
     ///
-    /// Temporary files a killed writer left are removed. Shards of a finished set are kept, and more records may
-    /// follow.
+    /// Temporary files of a killed writer are removed. Shards of a finished set are kept, and more
+    /// records may follow.
     ///
     /// # Errors
-    /// When `layout` can't be stored, the folder can't be written or read, or it holds shards of another layout or
-    /// with a gap between them.
+    /// When `layout` can't be stored, the folder can't be written or read, or it holds shards of
+    /// another layout or with a gap in their numbers.
     pub fn open(
         folder: &Path,
         layout: Layout,
@@ -84,7 +85,7 @@ impl ShardWriter {
         Ok(writer)
     }
 
-    /// Number of the record to be pushed next: how many there are.
+    /// Number of the next record, which is the number of records so far.
     pub fn next(&self) -> usize {
         self.full.len() * self.layout.records_per_shard + self.gathered.len() / self.layout.stride()
     }
@@ -94,12 +95,13 @@ impl ShardWriter {
         self.folder.join(INDEX).is_file()
     }
 
-    /// Adds a record: `latents`, `[views, channels, side, side]` row-major, and its label. A shard that is full is
-    /// written before the next record is added.
+    /// Adds a record: `latents`, `[views, channels, side, side]` row-major, and its label. A full
+    /// shard is written before the next record is added.
     ///
     /// # Errors
-    /// [`DataError::Sample`] when there are more or fewer numbers, one is not finite or too large for the layout's type, or the
-    /// label is no class; [`DataError::Io`] when the full shard can't be written. The record is then not added.
+    /// [`DataError::Sample`] when there are more or fewer numbers, one is not finite or too large
+    /// for the layout's type, or the label is no class; [`DataError::Io`] when the full shard can't
+    /// be written. The record is then not added.
     pub fn push(&mut self, latents: &[f32], label: usize) -> Result<(), DataError> {
         let Layout {
             dtype,
@@ -142,21 +144,21 @@ impl ShardWriter {
                     .gathered
                     .extend_from_slice(&f16::from_f32(*value).to_le_bytes()),
                 Dtype::F32 => self.gathered.extend_from_slice(&value.to_le_bytes()),
-                // Rounded, so that a byte's value becomes the byte.
+                // Rounded, so that the value of a byte gives that byte again.
                 Dtype::U8 => self.gathered.push(((value + 1.0) * 127.5).round() as u8),
             }
         }
-        // Below `classes`, which is checked to be a `u32`.
+        // Below `classes`, which fits a `u32`.
         self.gathered
             .extend_from_slice(&(label as u32).to_le_bytes());
         self.gathered.resize(end, 0);
         Ok(())
     }
 
-    /// Writes the last shard, full or not, and the index that makes the set whole.
+    /// Writes the last shard, full or not, and the index that completes the set.
     ///
     /// # Errors
-    /// When there is no record at all, or a file can't be written.
+    /// When there are no records, or a file can't be written.
     pub fn finish(mut self) -> Result<(), DataError> {
         let count = self.next();
         if count == 0 {
@@ -191,7 +193,7 @@ impl ShardWriter {
         .map_err(DataError::io(&path))
     }
 
-    /// Writes what was gathered as the next shard, and returns its checksum.
+    /// Writes the gathered records as the next shard and returns its checksum.
     fn write_shard(&self) -> Result<u32, DataError> {
         // An index of fewer records must not outlive the shard it describes.
         let index = self.folder.join(INDEX);
@@ -218,7 +220,7 @@ impl ShardWriter {
         Ok(checksum)
     }
 
-    /// Counts a shard that is on disk. The last one may be short: then its records are gathered again.
+    /// Counts an existing shard. If the last one is short, its records are gathered again.
     fn take_up(&mut self, number: usize, last: bool) -> Result<(), DataError> {
         let layout = &self.layout;
         let path = self.folder.join(shard_name(number));
@@ -250,7 +252,7 @@ impl ShardWriter {
             let mut checksum = crc32fast::Hasher::new();
             checksum.update(&header);
             checksum.update(records);
-            // It will get a new checksum, which must not cover damage up.
+            // The shard will get a new checksum, which must not hide damage.
             let checksum = checksum.finalize();
             if trailer != checksum.to_le_bytes() {
                 let expected = "a shard that fits its checksum";
@@ -269,7 +271,8 @@ impl ShardWriter {
     }
 }
 
-/// Removes what a killed writer left unfinished, and counts the shards; they must be numbered without a gap.
+/// Removes the unfinished files of a killed writer and counts the shards, which must be numbered
+/// without a gap.
 fn tidy(folder: &Path) -> io::Result<usize> {
     let mut shards = BTreeSet::new();
     for entry in fs::read_dir(folder)? {

@@ -77,7 +77,7 @@ pub enum DataError {
     },
 }
 
-/// An error and its causes, in one line.
+/// An error with its cause, in one line.
 pub(crate) fn with_cause(error: &dyn std::error::Error) -> String {
     match error.source().map(ToString::to_string) {
         Some(cause) if !error.to_string().contains(&cause) => format!("{error}: {cause}"),

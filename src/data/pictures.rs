@@ -335,7 +335,7 @@ pub fn is_packed(folder: &Path) -> bool {
 /// Opens the records of a split.
 ///
 /// # Errors
-/// As [`Latents::open`]; also when they don't have the rule's size, channels and type.
+/// As [`Latents::open`]; also when they don't have the rule's size and channels.
 pub fn open_records(folder: &Path, rule: &Rule) -> Result<Latents, DataError> {
     let records = Latents::open(folder)?;
     if (records.channels(), records.side()) != (rule.channels, rule.size) {

@@ -204,7 +204,7 @@ impl CenterCrop {
     }
 
     /// Crops a picture to `[size, size, 3]`, rows top to bottom; empty if the picture or the crop
-    /// has no pixels. For a picture of another size than `dimensions`, weights are computed anew.
+    /// has no pixels. For a picture of another size than `dimensions`, weights are recomputed.
     pub fn apply(&self, picture: &RgbImage) -> Vec<u8> {
         if picture.dimensions() != self.dimensions {
             return center_crop(picture, self.size);

@@ -75,7 +75,7 @@ impl<B: TrainingBackend> AdamW<B> {
         let norm = share * global_norm::<B, M>(module, gradients);
         // PyTorch's rule, including its epsilon.
         let by = bound / (norm + 1e-6);
-        // A non-finite norm is not clipped: such a step is skipped, or made unscaled.
+        // A step with a non-finite norm is not clipped; the training loop skips it.
         let bounded = by < 1.0 && norm.is_finite();
         *lock(&self.gradient_scale) = if bounded { by * share } else { share };
         norm

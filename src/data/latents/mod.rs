@@ -1,6 +1,6 @@
 //! Latents on disk: a data set encoded once by an autoencoder, for any number of trainings.
 //!
-//! [`Latents::open`] reads two forms.
+//! [`Latents::open`] reads two formats.
 //!
 //! # `.npy` folders
 //! The reference's format: `imagenet256_features/I.npy`, `f32` `[views, channels, side, side]`, and

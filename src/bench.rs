@@ -27,7 +27,8 @@ use crate::training::{AdamW, Ema, StepReport};
 use crate::trunk::Plain;
 
 /// What is timed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Workload {
     /// One forward pass of a batch.

@@ -9,6 +9,7 @@ static REQUESTED: AtomicBool = AtomicBool::new(false);
 ///
 /// # Errors
 /// When the system refuses the handler.
+#[cfg(feature = "cli")]
 pub fn listen() -> Result<(), ctrlc::Error> {
     ctrlc::set_handler(|| {
         if request() {

@@ -36,7 +36,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod backend;
+#[cfg(feature = "cli")]
 pub mod bench;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;
 pub mod evaluation;
@@ -53,7 +55,7 @@ pub mod recipe;
 pub mod recovery;
 pub mod report;
 pub mod sampling;
-#[cfg(feature = "ndarray")]
+#[cfg(all(feature = "cli", feature = "ndarray"))]
 pub mod standin;
 pub mod state;
 pub mod terminal;

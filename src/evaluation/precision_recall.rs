@@ -28,7 +28,8 @@ pub(super) const BLOCK: usize = 1024;
 const ROUNDING: f64 = 1e-13;
 
 /// Arithmetic of the distances between activations.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Distances {
     /// Double precision, as the measures are defined.

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::{AnyProcess, GaussianDiffusion, Interpolant};
 
 /// The process that a network was trained to reverse. No tensor tells: a SiT has the names and shapes of a DiT.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum ProcessKind {
     /// Gaussian diffusion in 1000 steps, as of DiT.

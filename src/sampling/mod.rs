@@ -108,7 +108,8 @@ pub struct Sampling {
 }
 
 /// Which class each sample is of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Labels {
     /// The classes in turn, so that all are drawn equally often.

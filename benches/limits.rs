@@ -11,7 +11,7 @@ use burn::tensor::{Distribution, Tensor};
 use burn_ndarray::{NdArray, NdArrayDevice};
 use clap::ValueEnum;
 use tinyfusion::bench::{self, BenchPlan, Workload};
-use tinyfusion::models::DitConfig;
+use tinyfusion::models::Architecture;
 use tinyfusion::ops::{Activation, FusedOps, LinearWeights};
 
 // As the program does: memory that a step frees is there for the next.
@@ -140,10 +140,13 @@ struct Work {
 }
 
 impl Work {
-    fn of(workload: Workload, model: &DitConfig, batch: usize) -> Self {
+    fn of(workload: Workload, model: &Architecture, batch: usize) -> Self {
+        let Architecture::Dit(model) = model else {
+            unreachable!("the presets are transformers")
+        };
         let (rows, width) = (batch * model.tokens(), model.width);
         let forward = 2.0 * (batch * model.macs()) as f64;
-        let parameters = model.parameters() as f64;
+        let parameters = Architecture::from(model.clone()).parameters() as f64;
         // Values an operator of a block passes per row and column, forward: two norms 2 each, projection of q, k, v 4,
         // attention 4, its projection 2, two residuals 3 each, the MLP's two layers 5 each.
         let there = (30 * rows * width * model.depth) as f64;

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use burn_ndarray::{NdArray, NdArrayDevice};
-use tinyfusion::models::{Architecture, position_table, zoo};
+use tinyfusion::models::{Architecture, position_table, presets};
 use tinyfusion::state::{Array, StateDict};
 use tinyfusion::weights::{Checkpoint, Conversion, Provenance, WeightFile, convert};
 
@@ -113,7 +113,7 @@ fn read(files: &[std::path::PathBuf]) -> Duration {
 
 /// Writes a DiT-XL/2 of numbered values.
 fn make(path: &Path) {
-    let config = zoo::config("DiT-XL/2", 32, 4, 1000).expect("the zoo has it");
+    let config = presets::config("DiT-XL/2", 32, 4, 1000).expect("it is a preset");
     let mut state: StateDict = (config.tensors().into_iter().enumerate())
         .map(|(index, (name, shape))| {
             let values = (0..shape.iter().product()).map(|i: usize| (index + i) as f32 * 1e-7);

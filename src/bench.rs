@@ -14,17 +14,17 @@ use burn_dataset::Dataset;
 
 use crate::data::{Batch, BatchPlan, BatchSource, DataError, Image, Samples, plain};
 use crate::evaluation::median_and_spread;
-use crate::models::{Denoiser, DitConfig, Network, Prunable, zoo};
+use crate::models::{Architecture, Denoiser, Network, Prunable, Shape};
 use crate::ops::TrainingBackend;
 use crate::process::{
-    AnyProcess, Distillation, GaussianDiffusion, Guidance, MaskedFeatures, Process, Sampler,
-    Solver, TeacherOutput, Times,
+    Distillation, Guidance, MaskedFeatures, Process, ProcessKind, Sampler, TeacherOutput, Times,
 };
 use crate::pruning::{Annealing, Groups, LearnedPruner, Update};
 use crate::random::{self, Stream};
 use crate::recovery::Student;
 use crate::training::{AdamW, Ema, StepReport};
 use crate::trunk::Plain;
+use crate::weights::{EmbeddedName, embedded};
 
 /// What is timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -49,7 +49,7 @@ pub struct BenchPlan {
     /// The workload.
     pub workload: Workload,
     /// Sizes.
-    pub model: DitConfig,
+    pub model: Architecture,
     /// Samples of a batch.
     pub batch: usize,
     /// Runs before timing.
@@ -66,7 +66,8 @@ pub struct Measurement {
     /// Backend and device.
     pub backend: String,
     /// Sizes.
-    pub model: DitConfig,
+    #[serde(serialize_with = "sizes_alone")]
+    pub model: Architecture,
     /// Parameters.
     pub parameters: usize,
     /// Samples of a batch.
@@ -85,22 +86,20 @@ pub struct Measurement {
     pub peak_memory_mib: Option<f64>,
 }
 
-/// The model of that name, sizes overridden: `digits` or a preset.
-pub fn model(name: &str) -> Option<DitConfig> {
-    if name == "digits" {
-        return Some(DitConfig {
-            input_size: 8,
-            patch_size: 2,
-            channels: 1,
-            width: 64,
-            depth: 12,
-            heads: 4,
-            mlp_ratio: 4.0,
-            classes: 10,
-            learn_sigma: true,
-        });
+/// The model of that name: `digits`, the embedded teacher's sizes, or a published one.
+pub fn model(name: &str) -> Option<Architecture> {
+    match name {
+        "digits" => (embedded::checkpoint(EmbeddedName::DigitsTeacher).ok())
+            .map(|teacher| teacher.architecture),
+        name => Architecture::preset(name),
     }
-    zoo::config(name, 32, 4, 1000)
+}
+
+fn sizes_alone<S: serde::Serializer>(
+    model: &Architecture,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    model.sizes().serialize(serializer)
 }
 
 /// Random images.
@@ -140,12 +139,17 @@ impl Samples for Random {
 /// Times a workload.
 pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measurement {
     let config = &plan.model;
+    let Shape {
+        channels,
+        side,
+        classes,
+    } = config.shape();
     let data = Random {
-        pixels: config.channels * config.input_size.pow(2),
-        classes: config.classes,
+        pixels: channels * side.pow(2),
+        classes,
         count: plan.batch.max(256),
     };
-    let groups = Groups::parse_ratio("1:2", config.depth).ok();
+    let groups = Groups::parse_ratio("1:2", config.depth()).ok();
     let candidates = match plan.workload {
         Workload::Prune => groups
             .iter()
@@ -156,9 +160,9 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
     let shape = BatchPlan {
         batch: plan.batch,
         seed: 0,
-        channels: config.channels,
-        size: config.input_size,
-        classes: config.classes,
+        channels,
+        size: side,
+        classes,
         label_drop: 0.1,
         times: Times::Steps(1000),
         candidates,
@@ -166,7 +170,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
     let source = BatchSource::new(shape, Arc::new(data));
     let drawn = source.on_host(0).expect("random images are made, not read");
     let batch = drawn.clone().upload::<B>(device);
-    let process = AnyProcess::from(GaussianDiffusion::full());
+    let process = ProcessKind::ASSUMED.process();
     let runs = match plan.workload {
         Workload::Infer => {
             let network = network::<B::InnerBackend>(config, device);
@@ -178,17 +182,14 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
         }
         Workload::Sample => {
             let network = network::<B::InnerBackend>(config, device);
-            let one_step =
-                GaussianDiffusion::new("1").unwrap_or_else(|_| GaussianDiffusion::full());
-            let sampler = Sampler {
-                process: one_step.into(),
-                steps: 1,
-                solver: Solver::Ddpm,
-                guidance: Guidance {
-                    scale: 1.5,
-                    channels: 3,
-                },
+            let guidance = Guidance {
+                scale: 1.5,
+                channels: 3,
             };
+            let kind = ProcessKind::ASSUMED;
+            let sampler =
+                Sampler::new(kind, config.predicts_variance(), 1, kind.solver(), guidance)
+                    .expect("the process can be sampled in one step");
             let (x, y): (_, Tensor<B::InnerBackend, 1, Int>) = (batch.x.inner(), batch.y.inner());
             let noise = batch.noise.inner();
             time::<B>(plan, device, || {
@@ -232,11 +233,11 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
         }
         Workload::MaskedKd => {
             let teacher = network::<B::InnerBackend>(config, device);
-            let kept: Vec<usize> = (0..config.depth).step_by(2).collect();
+            let kept: Vec<usize> = (0..config.depth()).step_by(2).collect();
             let student = network::<B>(config, device).keep(&kept);
             let taps: Vec<(usize, usize)> = (0..kept.len())
                 .map(|layer| (layer, 2 * layer + 1))
-                .filter(|(_, layer)| *layer < config.depth)
+                .filter(|(_, layer)| *layer < config.depth())
                 .collect();
             let layers: Vec<usize> = taps.iter().map(|tap| tap.1).collect();
             let distillation = Distillation {
@@ -280,7 +281,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
 }
 
 /// A network of small random weights, made one parameter after the other, so that there is never more than one of it.
-fn network<B: Backend>(config: &DitConfig, device: &B::Device) -> Network<B> {
+fn network<B: Backend>(config: &Architecture, device: &B::Device) -> Network<B> {
     struct Randomise(u64);
     impl<B: Backend> ModuleMapper<B> for Randomise {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
@@ -295,7 +296,10 @@ fn network<B: Backend>(config: &DitConfig, device: &B::Device) -> Network<B> {
             })
         }
     }
-    Network::<B>::zeros(config, device).map(&mut Randomise(0))
+    let zeros = Network::<B>::zeros(config, device);
+    // Checked by the caller.
+    let zeros = zeros.unwrap_or_else(|| unreachable!("models of this name are diffusion networks"));
+    zeros.map(&mut Randomise(0))
 }
 
 fn train<B, M>(

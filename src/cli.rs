@@ -13,8 +13,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::backend::{BackendKind, Compute};
 use crate::interrupt;
-use crate::process::transport::{Ode, Sde};
-use crate::process::{ProcessKind, Solver};
+use crate::process::ProcessKind;
 use crate::recipe::document::{Document, MOST_BYTES};
 use crate::recipe::plan::Plan;
 use crate::recipe::run::models::read_file;
@@ -453,15 +452,12 @@ impl RunArguments {
             guidance: self.guidance,
             guidance_channels: self.guidance_channels as usize,
             solver: match self.solver.as_deref() {
-                Some("ddim") => Solver::Ddim { eta: self.eta },
-                Some("ode") => Solver::Ode(Ode::DOPRI5),
-                Some("sde") => Solver::Sde(Sde::default()),
-                Some(_) => Solver::Ddpm,
+                Some(name) => ProcessKind::solver_named(name, self.eta)
+                    .unwrap_or_else(|| ProcessKind::ASSUMED.solver()),
                 // A model that can't be read is told of when it is planned with.
-                None => match model.and_then(|model| open(model).ok()?.process) {
-                    Some(ProcessKind::Interpolant) => Solver::Ode(Ode::DOPRI5),
-                    _ => Solver::Ddpm,
-                },
+                None => (model.and_then(|model| open(model).ok()?.process))
+                    .unwrap_or(ProcessKind::ASSUMED)
+                    .solver(),
             },
             steps: self.steps.unwrap_or(100) as usize,
         })

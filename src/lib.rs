@@ -5,10 +5,10 @@
 //!
 //! | Room | What it is for |
 //! |---|---|
-//! | [`models`] | networks made of residual blocks, [`models::Network`] being the family that can be pruned; the autoencoder and Inception |
+//! | [`models`] | networks, and the seam any network fits: [`models::Denoiser`], [`models::Prunable`]; the autoencoder and Inception |
 //! | [`trunk`] | the seam: a stack of blocks, and what may happen around each |
 //! | [`ops`] | tensor operators the models share; [`ops::FusedOps`] is where a backend's kernels go |
-//! | [`process`] | what is learned, as a trait: Gaussian diffusion and interpolants, their losses and samplers |
+//! | [`process`] | what is learned, as a trait: Gaussian diffusion and interpolants, their losses and samplers; [`process::FAMILIES`], a network and its process each |
 //! | [`pruning`] | which layers stay: groups and masks, the gate, learned pruning, scores, the oracle rule |
 //! | [`recovery`] | healing: fine-tuning and distillation |
 //! | [`training`] | burn-train's `Learner` under a strategy of our own; optimizer, EMA, checkpoints |
@@ -32,6 +32,29 @@
 //! Everything that computes is generic over Burn's `Backend`. [`with_backend!`] turns the choice made on the command
 //! line into a type, once. All randomness is drawn on the host and keyed, so the same recipe gives the same masks,
 //! noise and order everywhere.
+//!
+//! # Example
+//!
+//! Half of the embedded teacher's layers, by how much each changes what goes through it:
+//!
+//! ```
+//! # #[cfg(feature = "ndarray")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use burn_ndarray::NdArray;
+//! use tinyfusion::models::{Denoiser, Prunable};
+//! use tinyfusion::pruning::{Score, ScoreBatch, keep_by_scores, score};
+//! use tinyfusion::weights::{EmbeddedName, embedded};
+//!
+//! let teacher = embedded::checkpoint(EmbeddedName::DigitsTeacher)?;
+//! let (network, process) = (teacher.network::<NdArray>(&Default::default())?, teacher.trained_by().process());
+//! let batch = ScoreBatch::noise(network.shape(), 4, 0, &Default::default());
+//! let scores = score(&network, &process, Score::FluxLite, &batch).scores;
+//! let pruned = network.keep(&keep_by_scores(Score::FluxLite, &scores, 6));
+//! assert_eq!(pruned.trunk().depth, 6);
+//! # Ok(()) }
+//! # #[cfg(not(feature = "ndarray"))] fn main() {}
+//! ```
+//!
+//! `examples/` has a network of one's own, pruned and healed.
 #![recursion_limit = "256"]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

@@ -13,11 +13,12 @@ use crate::files::{write_atomic, write_folder};
 use crate::images::{Images, center_crop};
 use crate::models::inception::formula_weights;
 use crate::models::vae::VaeConfig;
-use crate::models::{DitConfig, Vae, position_table};
+use crate::models::{Architecture, Demand, Key, Keys, Network, Shape, Vae};
 use crate::npz::write_samples;
+use crate::process::ProcessKind;
 use crate::random::{self, Stream};
 use crate::recipe::RecipeError;
-use crate::state::{Array, StateDict, names};
+use crate::state::{Array, StateDict, collect, names};
 use crate::weights::{write_safetensors, write_torch};
 
 /// Images, in equal parts of [`CLASSES`] classes.
@@ -29,18 +30,36 @@ pub const CLASSES: usize = 4;
 /// Side of the centre crop that the reference batch is made of; the model's latents are an eighth of it.
 pub const SIDE: usize = 64;
 
-/// The diffusion transformer's sizes.
-pub fn dit() -> DitConfig {
-    DitConfig {
-        input_size: SIDE / 8,
-        patch_size: 2,
+/// The diffusion transformer, of four layers.
+pub fn network() -> Architecture {
+    let samples = Shape {
         channels: 4,
-        width: 32,
-        depth: 4,
-        heads: 2,
-        mlp_ratio: 4.0,
+        side: SIDE / 8,
         classes: CLASSES,
-        learn_sigma: true,
+    };
+    let mut sizes = Small;
+    (ProcessKind::ASSUMED.family().read)(&mut sizes, samples)
+}
+
+/// A small network's sizes.
+struct Small;
+
+impl Keys for Small {
+    fn integer(&mut self, key: Key<usize>, _: Option<Demand<'_>>) -> usize {
+        match key.name {
+            "width" => 32,
+            "depth" => 4,
+            "heads" => 2,
+            _ => key.default,
+        }
+    }
+
+    fn float(&mut self, key: Key<f64>) -> f64 {
+        key.default
+    }
+
+    fn boolean(&mut self, _: &'static str, _: &'static str, default: bool) -> bool {
+        default
     }
 }
 
@@ -99,11 +118,18 @@ fn fill(folder: &Path) -> Result<(), RecipeError> {
     let crops = crops.map_err(|error| RecipeError::Run(error.to_string()))?;
     write_samples(&folder.join("standin-reference.npz"), &crops, None)?;
 
-    let config = dit();
-    let mut state = noise(config.tensors(), 0.2);
-    let table = position_table(config.width, config.input_size / config.patch_size);
-    let shape = [1, config.tokens(), config.width];
-    state.insert("pos_embed".into(), Array::new(shape, table));
+    type B = burn_ndarray::NdArray;
+    let network = network();
+    let zeros = Network::<B>::zeros(&network, &Default::default());
+    // What is no zero is fixed, as a table of positions is.
+    let fixed = zeros
+        .map(|zeros| collect::<B, _>(&zeros))
+        .unwrap_or_default();
+    let fixed = fixed
+        .into_iter()
+        .filter(|(_, array)| array.data.iter().any(|value| *value != 0.0));
+    let mut state = noise(network.tensors(), 0.2);
+    state.extend(fixed);
     write_torch(&folder.join("standin-dit.pt"), &state.into(), None)?;
 
     let vae_folder = folder.join("standin-vae");

@@ -2,7 +2,7 @@
 
 use crate::backend::{BackendKind, Compute};
 use crate::bench::{self, BenchPlan, Workload};
-use crate::models::zoo;
+use crate::models::Architecture;
 use crate::recipe::RecipeError;
 
 #[derive(Debug, clap::Args)]
@@ -62,36 +62,32 @@ pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), RecipeError> {
         return Err(usage(problem));
     }
     let mut model = bench::model(&arguments.model).ok_or_else(|| {
-        let names: Vec<&str> = zoo::PRESETS.iter().map(|preset| preset.name).collect();
+        let names: Vec<&str> = Architecture::presets().collect();
         usage(format!(
             "no model is called `{}`; there are digits, {}",
             arguments.model,
             names.join(", ")
         ))
     })?;
-    let set = |field: &mut usize, value: Option<u32>| {
-        *field = value.map_or(*field, |value| value as usize)
-    };
-    set(&mut model.depth, arguments.depth);
-    set(&mut model.width, arguments.width);
-    set(&mut model.heads, arguments.heads);
-    if let Some(tokens) = arguments.tokens {
-        let side = (tokens as usize).isqrt();
-        if side * side != tokens as usize {
-            return Err(usage(format!("--tokens {tokens} is not a square number")));
-        }
-        model.input_size = side * model.patch_size;
+    let size = |value: Option<u32>| value.map(|value| value as usize);
+    if let Some(depth) = size(arguments.depth) {
+        model = model.with_depth(depth);
+    }
+    model = model.with_width(size(arguments.width), size(arguments.heads));
+    if let Some(tokens) = size(arguments.tokens) {
+        model = (model.with_tokens(tokens))
+            .ok_or_else(|| usage(format!("--tokens {tokens} is not a square number")))?;
     }
     if let Some(problem) = model.problem() {
         return Err(usage(problem));
     }
-    if arguments.workload == Workload::Prune && model.depth % 2 == 1 {
+    if arguments.workload == Workload::Prune && model.depth() % 2 == 1 {
         return Err(usage(format!(
             "the prune workload has groups 1:2, and {} layers are no pairs",
-            model.depth
+            model.depth()
         )));
     }
-    if arguments.workload == Workload::MaskedKd && model.depth < 2 {
+    if arguments.workload == Workload::MaskedKd && model.depth() < 2 {
         return Err(usage(
             "the masked-kd workload keeps every other layer of at least 2".into(),
         ));

@@ -127,12 +127,16 @@ pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
     for path in weights::convert(&checkpoint, &arguments.to, &conversion)? {
         crate::tell!("{}", path.display());
     }
-    if checkpoint.process == Some(ProcessKind::Interpolant)
+    if let Some(process) = checkpoint
+        .process
+        .filter(|process| process.must_be_stated())
         && WeightFile::of(&arguments.to) == Some(WeightFile::Torch)
     {
         crate::say!(
-            "note: {}: a PyTorch state dict can't say that it is a SiT; state `--process interpolant` where it is read",
-            arguments.to.display()
+            "note: {}: a PyTorch state dict can't say that it is a {:?}; state `--process {}` where it is read",
+            arguments.to.display(),
+            process.family(),
+            process.name()
         );
     }
     Ok(())

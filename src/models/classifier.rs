@@ -5,6 +5,7 @@ use burn::module::Module;
 use burn::tensor::{Tensor, activation, backend::Backend};
 use serde::{Deserialize, Serialize};
 
+use super::{Demand, Key, Keys, Shape};
 use crate::ops::{Convolution, FusedOps, Linear, Window};
 
 /// Sides are halved until they are at most this.
@@ -38,6 +39,41 @@ fn ten() -> usize {
 }
 
 impl ClassifierConfig {
+    /// Sizes of the pictures it reads.
+    pub fn shape(&self) -> Shape {
+        Shape {
+            channels: self.channels,
+            side: self.input_size,
+            classes: self.classes,
+        }
+    }
+
+    /// Reads the sizes from whoever gives them; those of the pictures are `samples` where none are given.
+    #[rustfmt::skip]
+    pub fn read(keys: &mut dyn Keys, samples: Shape) -> Self {
+        let Shape { channels, side, classes } = samples;
+        let width = keys.integer(Key {
+            name: "width", least: 4, most: 4096, default: 64,
+            meaning: "width of the penultimate features",
+        }, Some(Demand {
+            holds: &|width| width.is_multiple_of(4),
+            must: "be a multiple of 4".to_owned(),
+        }));
+        let input_size = keys.integer(Key {
+            name: "input_size", least: 1, most: 4096, default: side,
+            meaning: "side of a picture, in pixels",
+        }, None);
+        let channels = keys.integer(Key {
+            name: "channels", least: 1, most: 1024, default: channels,
+            meaning: "channels of a picture",
+        }, None);
+        let classes = keys.integer(Key {
+            name: "classes", least: 1, most: 1_000_000, default: classes,
+            meaning: "number of classes",
+        }, None);
+        Self { width, channels, input_size, classes }
+    }
+
     /// Sides after each convolution but the first.
     fn sides(&self) -> Vec<usize> {
         let mut sides = vec![self.input_size.div_ceil(2)];

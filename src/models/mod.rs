@@ -7,49 +7,34 @@
 //! Two networks are neither, as nothing here trains or prunes them: [`Vae`] stands between images and the latents a
 //! model sees, [`Inception`] measures images for FID.
 
+mod architecture;
 mod classifier;
 pub mod dit;
 mod embeddings;
 mod family;
 pub mod inception;
 mod initial;
+mod keys;
 pub mod vae;
-pub mod zoo;
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, backend::Backend};
-use serde::{Deserialize, Serialize};
 
 use crate::ops::{FusedOps, Linear};
 use crate::trunk::{BlockHook, Trunk};
 
+pub(crate) use architecture::Heads;
+pub use architecture::{Architecture, Sizes};
 pub use classifier::{Classifier, ClassifierConfig, Reading};
+pub(crate) use dit::diffusers::{DIFFUSERS_ALONE, DIFFUSERS_USE, is_diffusers};
+pub use dit::presets;
 pub use dit::{Dit, DitConfig};
 pub use embeddings::{position_table, timestep_features};
 pub use family::{Denoiser, Prunable, Shape};
 pub use inception::Inception;
 pub use initial::{initialise, initialise_lora};
+pub use keys::{Demand, Key, Keys};
 pub use vae::{Posterior, Vae, VaeConfig};
-
-/// What a checkpoint holds: enough to rebuild the module without code.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "family", rename_all = "kebab-case")]
-pub enum Architecture {
-    /// A diffusion transformer.
-    Dit(DitConfig),
-    /// The classifier whose features evaluation uses.
-    #[serde(alias = "digits-classifier")]
-    Classifier(ClassifierConfig),
-}
-
-impl std::fmt::Display for Architecture {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Dit(config) => config.fmt(f),
-            Self::Classifier(config) => config.fmt(f),
-        }
-    }
-}
 
 /// A prunable diffusion network.
 #[derive(Module, Debug)]
@@ -59,15 +44,19 @@ pub enum Network<B: Backend> {
 }
 
 impl<B: Backend> Network<B> {
-    /// A network of zeros.
-    pub fn zeros(config: &DitConfig, device: &B::Device) -> Self {
-        Self::Dit(Dit::zeros(config, device))
+    /// A network of zeros, to be filled from a checkpoint or an initialisation; None of an architecture that is no
+    /// diffusion network.
+    pub fn zeros(architecture: &Architecture, device: &B::Device) -> Option<Self> {
+        match architecture {
+            Architecture::Dit(config) => Some(Self::Dit(Dit::zeros(config, device))),
+            Architecture::Classifier(_) => None,
+        }
     }
 
-    /// The configuration that rebuilds this network, kept layers counted.
-    pub fn config(&self) -> DitConfig {
+    /// What rebuilds this network, kept layers counted.
+    pub fn architecture(&self) -> Architecture {
         match self {
-            Self::Dit(model) => model.config(),
+            Self::Dit(model) => Architecture::Dit(model.config()),
         }
     }
 }

@@ -460,7 +460,7 @@ mod tests {
             classes: 10,
             learn_sigma: false,
         };
-        let network = Network::<B>::zeros(&config, &FlexDevice);
+        let network = Network::<B>::zeros(&config.into(), &FlexDevice).unwrap();
         let mut state = collect::<B, _>(&network);
         initialise(&mut state, 0);
         // The initialisation zeroes modulations and final projection: the output would not depend

@@ -4,6 +4,7 @@
 //! knows a process by name. [`GaussianDiffusion`] is DiT's, [`Interpolant`] SiT's, [`AnyProcess`] whichever a checkpoint
 //! names. [`Sampler`] goes back from noise to data.
 
+mod family;
 mod gaussian;
 mod gaussian_loss;
 pub mod interpolant;
@@ -15,6 +16,7 @@ mod sampler;
 mod schedule;
 pub mod transport;
 
+pub use family::{FAMILIES, Family};
 pub use gaussian::{GaussianDiffusion, Prediction, Variance};
 pub use interpolant::Interpolant;
 pub use kind::ProcessKind;

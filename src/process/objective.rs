@@ -59,6 +59,14 @@ pub enum Times {
 }
 
 impl Times {
+    /// The first so many steps, of a process that has steps.
+    pub fn within(self, steps: usize) -> Self {
+        match self {
+            Self::Steps(all) => Self::Steps(steps.min(all)),
+            any => any,
+        }
+    }
+
     /// The time of a sample, keyed by seed, step and sample.
     pub fn draw(self, seed: u64, step: u64, sample: u64) -> f32 {
         match self {

@@ -3,7 +3,7 @@
 use burn::tensor::{Int, Tensor, backend::Backend};
 use serde::Serialize;
 
-use super::gaussian::{GaussianDiffusion, Prediction};
+use super::gaussian::{GaussianDiffusion, Prediction, Variance};
 use super::interpolant::own;
 use super::transport::{LastStep, Ode, Sde, SdeMethod};
 use super::{AnyProcess, ProcessKind};
@@ -44,6 +44,22 @@ impl Solver {
                 };
                 step * between + usize::from(sde.last_step != LastStep::None)
             }
+        }
+    }
+
+    /// Why it can't sample a model of a process, if so.
+    pub fn misfit(self, process: ProcessKind) -> Option<String> {
+        if self.process() != process {
+            let solvers = process.solvers();
+            return Some(format!(
+                "the model was trained by {process}, which is sampled by the solvers {solvers}"
+            ));
+        }
+        match (self, process.process()) {
+            (Self::Sde(sde), AnyProcess::Interpolant(interpolant)) => {
+                sde.problem(&interpolant).map(str::to_owned)
+            }
+            _ => None,
         }
     }
 
@@ -129,6 +145,44 @@ pub fn guided<B: Backend>(
 }
 
 impl Sampler {
+    /// The sampler of a model that was trained under a process, in so many steps.
+    ///
+    /// # Errors
+    /// When the solver is not one of the process's, or the process can't be respaced to so many steps.
+    pub fn new(
+        process: ProcessKind,
+        predicts_variance: bool,
+        steps: usize,
+        solver: Solver,
+        guidance: Guidance,
+    ) -> Result<Self, String> {
+        if let Some(problem) = solver.misfit(process) {
+            return Err(problem);
+        }
+        let process = match process.process() {
+            AnyProcess::Gaussian(full) => {
+                let spacing = match steps == full.steps() {
+                    true => String::new(),
+                    false => steps.to_string(),
+                };
+                let diffusion = GaussianDiffusion::new(&spacing);
+                let diffusion = diffusion.map_err(|error| error.to_string())?;
+                match predicts_variance {
+                    true => diffusion.into(),
+                    // What the reference samples such models with.
+                    false => diffusion.with_variance(Variance::FixedLarge).into(),
+                }
+            }
+            continuous @ AnyProcess::Interpolant(_) => continuous,
+        };
+        Ok(Self {
+            process,
+            steps,
+            solver,
+            guidance,
+        })
+    }
+
     /// Denoises `x`, calling `watch(k, state, prediction)` after each step, where the prediction is that of the clean
     /// sample or, of an interpolant, the state itself; returns the final state.
     ///

@@ -1,10 +1,11 @@
 //! Importance of layers, measured: block influence (ShortGPT), feature change (Flux-Lite), and sensitivity.
 
-use burn::tensor::{Int, Tensor, backend::Backend};
+use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use serde::{Deserialize, Serialize};
 
-use crate::models::Prunable;
+use crate::models::{Prunable, Shape};
 use crate::process::{Noised, Process};
+use crate::random::{self, Stream};
 use crate::trunk::{Block, BlockHook, Plain, Site, Skip};
 
 /// How a layer's importance is measured.
@@ -31,6 +32,24 @@ pub struct ScoreBatch<B: Backend> {
     pub y: Tensor<B, 1, Int>,
     /// Times of the process.
     pub t: Vec<f32>,
+}
+
+impl<B: Backend> ScoreBatch<B> {
+    /// So many samples of nothing but noise, of the first class and at time 0: enough to try a score.
+    pub fn noise(shape: Shape, count: usize, seed: u64, device: &B::Device) -> Self {
+        let Shape { channels, side, .. } = shape;
+        let shape = [count, channels, side, side];
+        let draw = |stream| {
+            let values = random::normal(seed, stream, 0, 0, shape.iter().product());
+            Tensor::from_data(TensorData::new(values, shape), device)
+        };
+        Self {
+            x: draw(Stream::SampleStart),
+            noise: draw(Stream::Noise),
+            y: Tensor::zeros([count], device),
+            t: vec![0.0; count],
+        }
+    }
 }
 
 /// Scores of one batch.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::models::{Architecture, zoo};
+use crate::models::Architecture;
 use crate::process::ProcessKind;
 
 /// A file that others publish.
@@ -16,28 +16,28 @@ pub struct PublicFile {
     pub size: &'static str,
     /// Where it comes from: the address at which its project publishes it, or what makes it.
     pub from: &'static str,
-    /// The published model it holds, if it holds one of the zoo's.
+    /// The published model it holds, if it holds one.
     model: Option<&'static str>,
 }
 
 impl PublicFile {
     /// What it holds, if that is a diffusion network.
     pub fn architecture(&self) -> Option<Architecture> {
-        // All of them are of ImageNet at 256 x 256, in latents of a VAE that reduces each side eight times.
-        zoo::config(self.model?, 32, 4, 1000).map(Architecture::Dit)
+        // All of them are of ImageNet at 256 x 256.
+        Architecture::preset(self.model?)
     }
 
     /// The process it was trained under, if it is a diffusion network; the file itself may not say it.
     pub fn process(&self) -> Option<ProcessKind> {
         match self.model {
             Some(model) => ProcessKind::of_model(model),
-            None => (self.name == STANDIN_DIT).then_some(ProcessKind::Gaussian),
+            None => (self.name == STANDIN_NETWORK).then_some(ProcessKind::ASSUMED),
         }
     }
 }
 
 /// The stand-in for a published diffusion network.
-const STANDIN_DIT: &str = "standin-dit.pt";
+const STANDIN_NETWORK: &str = "standin-dit.pt";
 
 /// What makes the stand-ins of `recipes/standin.toml`.
 const STANDIN: &str = "`tinyfusion standin FOLDER`, which makes all stand-ins";
@@ -100,7 +100,7 @@ const FILES: [PublicFile; 12] = [
         model: None,
     },
     PublicFile {
-        name: STANDIN_DIT,
+        name: STANDIN_NETWORK,
         what: "a random stand-in for DiT-XL/2",
         size: "0.4 MB",
         from: STANDIN,

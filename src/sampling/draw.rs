@@ -10,12 +10,10 @@ use super::parts::Parts;
 use super::{Decoder, Sampling, SamplingError, Share};
 use crate::files::{lock_file, write_atomic};
 use crate::images;
-use crate::models::{DitConfig, Network};
+use crate::models::{Architecture, Denoiser, Network};
 use crate::npz::{SampleReader, first_images};
 use crate::ops::FusedOps;
-use crate::process::{
-    AnyProcess, GaussianDiffusion, Guidance, ProcessKind, Sampler, Solver, Variance,
-};
+use crate::process::{Guidance, ProcessKind, Sampler};
 use crate::report::{grid_layout, grid_png};
 use crate::weights::Checkpoint;
 
@@ -68,9 +66,14 @@ impl<B: FusedOps> Draw<'_, B> {
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Drawn, SamplingError> {
         let sampling = self.sampling;
-        let labels = sampling.label_of_each(self.network.config().classes, self.seed);
+        let labels = sampling.label_of_each(self.network.shape().classes, self.seed);
         let archive = self.folder.join(SAMPLES);
-        let sampler = sampler(self.name, sampling, &self.network.config(), self.process)?;
+        let sampler = sampler(
+            self.name,
+            sampling,
+            &self.network.architecture(),
+            self.process,
+        )?;
         let parts = Parts {
             folder: self.folder.join("parts"),
             sampling,
@@ -166,10 +169,10 @@ impl<B: FusedOps> Draw<'_, B> {
 
     /// `[height, width, channels]` of an image.
     fn shape(&self) -> [usize; 3] {
-        let model = self.network.config();
+        let model = self.network.shape();
         match self.decoder {
-            Some(decoder) => decoder.shape(model.input_size),
-            None => [model.input_size, model.input_size, model.channels],
+            Some(decoder) => decoder.shape(model.side),
+            None => [model.side, model.side, model.channels],
         }
     }
 
@@ -186,70 +189,24 @@ impl<B: FusedOps> Draw<'_, B> {
 /// The sampler of a protocol for a model, which messages call `name`.
 ///
 /// # Errors
-/// When the process can't be respaced to so many steps.
+/// When the process can't be sampled so.
 pub fn sampler(
     name: &str,
     sampling: &Sampling,
-    model: &DitConfig,
+    model: &Architecture,
     process: ProcessKind,
 ) -> Result<Sampler, SamplingError> {
-    let wrong = |problem: String| SamplingError::Model {
-        model: name.to_owned(),
-        problem,
-    };
-    if let Some(problem) = misfit(sampling.solver, process) {
-        return Err(wrong(problem));
-    }
     let guidance = Guidance {
         scale: sampling.guidance,
         channels: sampling.guidance_channels,
     };
-    if process == ProcessKind::Interpolant {
-        return Ok(Sampler {
-            process: process.process(),
-            steps: sampling.steps,
-            solver: sampling.solver,
-            guidance,
-        });
-    }
-    let steps = sampling.steps;
-    let spacing = if steps == GaussianDiffusion::full().steps() {
-        String::new()
-    } else {
-        steps.to_string()
-    };
-    let mut diffusion =
-        GaussianDiffusion::new(&spacing).map_err(|error| wrong(error.to_string()))?;
-    if !model.learn_sigma {
-        // What the reference samples such models with.
-        diffusion = diffusion.with_variance(Variance::FixedLarge);
-    }
-    Ok(Sampler {
-        process: diffusion.into(),
-        steps,
-        solver: sampling.solver,
-        guidance,
-    })
-}
-
-/// Why a solver can't sample a model of a process, if so.
-pub(crate) fn misfit(solver: Solver, process: ProcessKind) -> Option<String> {
-    let solvers = match process {
-        ProcessKind::Gaussian => "\"ddpm\" or \"ddim\"",
-        ProcessKind::Interpolant => "\"ode\" or \"sde\"",
-    };
-    if solver.process() != process {
-        let why = format!(
-            "the model was trained by {process}, which is sampled by the solvers {solvers}"
-        );
-        return Some(why);
-    }
-    match (solver, process.process()) {
-        (Solver::Sde(sde), AnyProcess::Interpolant(interpolant)) => {
-            sde.problem(&interpolant).map(str::to_owned)
+    let (steps, solver) = (sampling.steps, sampling.solver);
+    Sampler::new(process, model.predicts_variance(), steps, solver, guidance).map_err(|problem| {
+        SamplingError::Model {
+            model: name.to_owned(),
+            problem,
         }
-        _ => None,
-    }
+    })
 }
 
 /// Draws samples of a checkpoint into a folder, or goes on with what is there; of a `share` alone, so that several
@@ -267,7 +224,7 @@ pub fn draw_into<B: FusedOps>(
     progress: impl FnMut(usize, usize),
 ) -> Result<Option<PathBuf>, SamplingError> {
     let network = checkpoint.network::<B>(device)?;
-    let channels = network.config().channels;
+    let channels = network.shape().channels;
     let decoder = vae.map(|path| Decoder::read(path, channels, device));
     let decoder = decoder.transpose()?;
     let settings = serde_json::json!({

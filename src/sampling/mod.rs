@@ -13,7 +13,6 @@ use serde::Serialize;
 use thiserror::Error;
 
 pub use decoder::Decoder;
-pub(crate) use draw::misfit;
 pub use draw::{Draw, Drawn, PICTURE_FILE, SAMPLES, SAMPLING, draw_into, sampler};
 pub use parts::Share;
 pub use pictures::{refuse_existing, write_pictures};

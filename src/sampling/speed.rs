@@ -38,8 +38,8 @@ pub fn speeds<B: FusedOps>(
                 return Err(SamplingError::Interrupted);
             }
             let network = checkpoint.network::<B>(device)?;
-            let config = network.config();
-            let labels = sampling.label_of_each(config.classes, 0);
+            let model = network.architecture();
+            let labels = sampling.label_of_each(model.shape().classes, 0);
             let timed = |steps: usize| -> Result<f64, SamplingError> {
                 let sampler = sampler(
                     "speed",
@@ -47,7 +47,7 @@ pub fn speeds<B: FusedOps>(
                         steps,
                         ..sampling.clone()
                     },
-                    &config,
+                    &model,
                     checkpoint.trained_by(),
                 )?;
                 let begun = Instant::now();

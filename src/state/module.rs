@@ -25,7 +25,11 @@ pub struct ParameterName {
 /// name.
 pub fn reference_name(path: &str) -> String {
     let path = path.strip_prefix("network.").unwrap_or(path);
-    let path = path.strip_prefix("Dit.").unwrap_or(path);
+    // The variant of an enum of networks is written as Rust names it.
+    let path = match path.split_once('.') {
+        Some((variant, rest)) if variant.starts_with(char::is_uppercase) => rest,
+        _ => path,
+    };
     const RENAMED: [(&str, &str); 7] = [
         ("t_embedder.hidden.", "t_embedder.mlp.0."),
         ("t_embedder.out.", "t_embedder.mlp.2."),

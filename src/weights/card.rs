@@ -125,10 +125,7 @@ fn write_card(
 
     writeln!(out, "## How to load it\n")?;
     if conversion.diffusers {
-        writeln!(
-            out,
-            "```python\nfrom diffusers import DiTTransformer2DModel\nmodel = DiTTransformer2DModel.from_pretrained(\"THIS_FOLDER\")\nfor block in model.transformer_blocks:\n    block.norm1.emb.time_proj.downscale_freq_shift = 0\n```\n\nThe loop is part of it: diffusers spaces the frequencies of timesteps otherwise than DiT does, which changes the predicted\nnoise by some percent (of a trained model up to 3.6%). With it the outputs are those of the original code."
-        )
+        writeln!(out, "{}", crate::models::DIFFUSERS_USE)
     } else if conversion.shard.is_some() {
         writeln!(
             out,

@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::WeightFile;
-use super::infer::{self, Heads};
-use super::layout::{DiffusersConfig, from_diffusers, is_diffusers};
 use super::opened::Opened;
 use super::safetensors::{open, write_safetensors};
-use crate::models::{Architecture, Classifier, ClassifierConfig, DitConfig, Network, zoo};
+use crate::models::{
+    Architecture, Classifier, ClassifierConfig, DIFFUSERS_ALONE, Heads, Network, is_diffusers,
+};
 use crate::process::ProcessKind;
 use crate::state::{Bytes, Tensors, WeightsError, assign, collect, encode};
 
@@ -123,7 +123,7 @@ impl Description {
             // Other programs' loaders ask whose conventions the names follow.
             ("format".to_owned(), "pt".to_owned()),
         ]);
-        if let Architecture::Dit(_) = self.architecture {
+        if self.architecture.is_denoiser() {
             metadata.insert(PROCESS.to_owned(), mark(self.process).to_owned());
         }
         Ok(metadata)
@@ -143,9 +143,8 @@ fn marked(mark: &str) -> Result<Option<ProcessKind>, String> {
     let known = ProcessKind::NAMES.iter().find(|(name, _)| *name == mark);
     known.map(|(_, kind)| Some(*kind)).ok_or_else(|| {
         format!(
-            "it is marked for the process {mark:?}; expected one of {}, {}, {UNSTATED}",
-            ProcessKind::NAMES[0].0,
-            ProcessKind::NAMES[1].0
+            "it is marked for the process {mark:?}; expected one of {}, {UNSTATED}",
+            ProcessKind::NAMES.map(|(name, _)| name).join(", ")
         )
     })
 }
@@ -174,10 +173,7 @@ impl Checkpoint {
         provenance: Provenance,
         path: &Path,
     ) -> Self {
-        let process = match &architecture {
-            Architecture::Dit(_) => Some(ProcessKind::Gaussian),
-            Architecture::Classifier(_) => None,
-        };
+        let process = architecture.is_denoiser().then_some(ProcessKind::ASSUMED);
         Self {
             architecture,
             process,
@@ -244,68 +240,53 @@ impl Checkpoint {
         let provenance = said(&metadata, PROVENANCE).map_err(problem)?;
         let mut process = match (metadata.get(PROCESS), &known) {
             (Some(mark), _) => marked(mark).map_err(problem)?,
-            (None, Some(Architecture::Dit(_))) => Some(ProcessKind::Gaussian),
+            (None, Some(known)) if known.is_denoiser() => Some(ProcessKind::ASSUMED),
             (None, _) => arguments,
         };
-        let known = match known {
+        let mut known = match known {
             Some(known) => Some(known),
             None => beside(path)?.map(|(known, beside)| {
                 process = process.or(beside);
                 known
             }),
         };
-        let (mut tensors, mut known) = (tensors, known);
+        let mut tensors = tensors;
         if is_diffusers(&tensors) {
-            let Some(Architecture::Dit(config)) = &known else {
-                return Err(problem(
-                    "it has the names of diffusers' DiT, whose config.json must lie beside it"
-                        .into(),
-                ));
+            let Some(known) = known.as_ref().filter(|known| known.is_denoiser()) else {
+                return Err(problem(DIFFUSERS_ALONE.into()));
             };
-            check(config, path)?;
-            tensors = from_diffusers(tensors, config, path)?;
+            check(known, path)?;
+            tensors = known.from_diffusers(tensors, path)?;
         }
-        if let Some(Architecture::Classifier(config)) = &known {
-            if let Some(why) = config.problem() {
-                return Err(problem(format!(
-                    "the architecture it describes can't be built: {why}"
-                )));
-            }
-            infer::check_classifier(&tensors, config, path)?;
+        if let Some(known) = known.as_ref().filter(|known| !known.is_denoiser()) {
+            check(known, path)?;
+            known.check(&tensors, path)?;
         } else {
             let heads = Heads {
-                known: match &known {
-                    Some(Architecture::Dit(config)) => Some(config.heads),
-                    _ => stated.heads,
-                },
+                known: known.as_ref().map_or(stated.heads, Architecture::heads),
                 otherwise: stated.heads_otherwise,
             };
-            let found = infer::dit(&tensors, heads, path)?;
-            if let Some(heads) = stated.heads
-                && heads != found.heads
+            let found = Architecture::of_tensors(&tensors, heads, path)?;
+            if let (Some(heads), Some(found)) = (stated.heads, found.heads())
+                && heads != found
             {
                 return Err(problem(format!(
-                    "{heads} heads are stated, but it has {}",
-                    found.heads
+                    "{heads} heads are stated, but it has {found}"
                 )));
             }
-            let config = match known {
-                Some(Architecture::Dit(config)) => config,
-                _ => found,
-            };
+            let architecture = known.unwrap_or(found);
             if let Some(name) = &stated.model {
-                let (size, channels) = (config.input_size, config.channels);
-                let expected = zoo::config(name, size, channels, config.classes);
-                if expected.as_ref() != Some(&config) {
-                    let expected = expected.map_or("no model".into(), |config| config.to_string());
+                let expected = Architecture::preset_of(name, architecture.shape());
+                if expected.as_ref() != Some(&architecture) {
+                    let expected = expected.map_or("no model".into(), |model| model.to_string());
                     return Err(problem(format!(
-                        "it is said to be {name} ({expected}), but it is: {config}"
+                        "it is said to be {name} ({expected}), but it is: {architecture}"
                     )));
                 }
             }
-            check(&config, path)?;
-            infer::check_dit(&tensors, &config, path)?;
-            known = Some(Architecture::Dit(config));
+            check(&architecture, path)?;
+            architecture.check(&tensors, path)?;
+            known = Some(architecture);
             process = agreed(process, stated).map_err(problem)?;
         }
         let architecture = known.ok_or_else(|| problem("it holds no model".into()))?;
@@ -316,21 +297,18 @@ impl Checkpoint {
 
     /// The same weights, said to be trained under another process; None says that nobody knows.
     pub fn of_process(self, process: Option<ProcessKind>) -> Self {
-        let process = match &self.architecture {
-            Architecture::Dit(_) => process,
-            Architecture::Classifier(_) => None,
-        };
+        let process = process.filter(|_| self.architecture.is_denoiser());
         Self { process, ..self }
     }
 
     /// The process it was trained under; Gaussian diffusion where nothing says it.
     pub fn trained_by(&self) -> ProcessKind {
-        self.process.unwrap_or(ProcessKind::Gaussian)
+        self.process.unwrap_or(ProcessKind::ASSUMED)
     }
 
     /// Whether this is a diffusion network of which nothing says how it was trained.
     pub fn is_unmarked(&self) -> bool {
-        matches!(self.architecture, Architecture::Dit(_)) && self.process.is_none()
+        self.architecture.is_denoiser() && self.process.is_none()
     }
 
     /// What the weights are of, in words, the family by the process.
@@ -341,12 +319,7 @@ impl Checkpoint {
     /// A checkpoint of a network.
     pub fn of<B: Backend>(network: &Network<B>, provenance: Provenance, path: &Path) -> Self {
         let tensors = collect::<B, _>(network).into();
-        Self::new(
-            Architecture::Dit(network.config()),
-            tensors,
-            provenance,
-            path,
-        )
+        Self::new(network.architecture(), tensors, provenance, path)
     }
 
     /// Writes the checkpoint to its path as safetensors, atomically.
@@ -370,14 +343,14 @@ impl Checkpoint {
         })
     }
 
-    /// The configuration, if this is a diffusion network.
+    /// The architecture, if it is a diffusion network's.
     ///
     /// # Errors
     /// When it is something else.
-    pub fn dit(&self) -> Result<&DitConfig, WeightsError> {
-        match &self.architecture {
-            Architecture::Dit(config) => Ok(config),
-            other => Err(self.wrong("a diffusion network", other)),
+    pub fn denoiser(&self) -> Result<&Architecture, WeightsError> {
+        match self.architecture.is_denoiser() {
+            true => Ok(&self.architecture),
+            false => Err(self.wrong("a diffusion network")),
         }
     }
 
@@ -386,12 +359,13 @@ impl Checkpoint {
     /// # Errors
     /// When the checkpoint holds something else, or its weights do not fit its architecture.
     pub fn network<B: Backend>(&self, device: &B::Device) -> Result<Network<B>, WeightsError> {
-        let config = self.dit()?;
+        let zeros = Network::zeros(&self.architecture, device)
+            .ok_or_else(|| self.wrong("a diffusion network"))?;
         assign(
-            Network::zeros(config, device),
+            zeros,
             &self.tensors,
             &self.path,
-            &config.to_string(),
+            &self.architecture.to_string(),
         )
     }
 
@@ -400,10 +374,8 @@ impl Checkpoint {
     /// # Errors
     /// When it is something else.
     pub fn classifier_config(&self) -> Result<&ClassifierConfig, WeightsError> {
-        match &self.architecture {
-            Architecture::Classifier(config) => Ok(config),
-            other => Err(self.wrong("a classifier", other)),
-        }
+        let config = self.architecture.classifier();
+        config.ok_or_else(|| self.wrong("a classifier"))
     }
 
     /// Builds the classifier.
@@ -423,10 +395,10 @@ impl Checkpoint {
         )
     }
 
-    fn wrong(&self, expected: &str, found: &Architecture) -> WeightsError {
+    fn wrong(&self, expected: &str) -> WeightsError {
         WeightsError::Model {
             path: self.path.clone(),
-            problem: format!("expected {expected}, found {found}"),
+            problem: format!("expected {expected}, found {}", self.architecture),
         }
     }
 
@@ -471,8 +443,8 @@ fn agreed(said: Option<ProcessKind>, stated: &Stated) -> Result<Option<ProcessKi
 }
 
 /// Refuses a configuration that no model can have.
-fn check(config: &DitConfig, path: &Path) -> Result<(), WeightsError> {
-    config.problem().map_or(Ok(()), |why| {
+fn check(architecture: &Architecture, path: &Path) -> Result<(), WeightsError> {
+    architecture.problem().map_or(Ok(()), |why| {
         Err(WeightsError::Model {
             path: path.to_owned(),
             problem: format!("the architecture it describes can't be built: {why}"),
@@ -496,12 +468,9 @@ fn beside(path: &Path) -> Result<Option<(Architecture, Option<ProcessKind>)>, We
     let Ok(json) = serde_json::from_str::<serde_json::Value>(&text) else {
         return Err(broken("it is no JSON".into()));
     };
-    if let Some(config) = DiffusersConfig::of(&json) {
-        let config = config.and_then(|config| config.dit()).map_err(broken)?;
-        return Ok(Some((
-            Architecture::Dit(config),
-            Some(ProcessKind::Gaussian),
-        )));
+    if let Some(architecture) = Architecture::of_diffusers(&json) {
+        let architecture = architecture.map_err(broken)?;
+        return Ok(Some((architecture, Some(ProcessKind::ASSUMED))));
     }
     // Somebody else's configuration may lie there too.
     if json.get("family").is_none() {
@@ -510,7 +479,7 @@ fn beside(path: &Path) -> Result<Option<(Architecture, Option<ProcessKind>)>, We
     let process = match json.get("process") {
         Some(serde_json::Value::String(mark)) => marked(mark).map_err(broken)?,
         Some(other) => return Err(broken(format!("`process` is {other}, expected a string"))),
-        None => Some(ProcessKind::Gaussian),
+        None => Some(ProcessKind::ASSUMED),
     };
     let architecture = serde_json::from_value(json).map_err(|error| broken(error.to_string()))?;
     Ok(Some((architecture, process)))

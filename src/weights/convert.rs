@@ -8,13 +8,11 @@ use serde_json::Value;
 
 use super::card::card;
 use super::checkpoint::{CONFIG, mark};
-use super::layout::{diffusers_config, to_diffusers};
 use super::safetensors::write_safetensors;
 use super::shards::write_shards;
 use super::torch::write_torch;
 use super::{Checkpoint, WeightFile};
 use crate::files::{write_atomic, write_folder};
-use crate::models::Architecture;
 use crate::process::ProcessKind;
 use crate::state::WeightsError;
 
@@ -129,31 +127,29 @@ fn folder(
         path: to.to_owned(),
         problem,
     };
-    let (stem, tensors, config) = match (&checkpoint.architecture, conversion.diffusers) {
-        (Architecture::Dit(_), true) if checkpoint.process == Some(ProcessKind::Interpolant) => {
-            return Err(wrong(
-                "diffusers has no SiT: it would sample the model as a DiT; leave out --diffusers"
-                    .into(),
-            ));
+    let architecture = &checkpoint.architecture;
+    let (stem, tensors, config) = if conversion.diffusers {
+        if let Some(process) = checkpoint
+            .process
+            .filter(|process| process.must_be_stated())
+        {
+            let (family, assumed) = (process.family(), ProcessKind::ASSUMED.family());
+            return Err(wrong(format!(
+                "diffusers has no {family:?}: it would sample the model as a {assumed:?}; leave out --diffusers"
+            )));
         }
-        (Architecture::Dit(config), true) => {
-            let tensors = to_diffusers(checkpoint.tensors.clone(), config, &checkpoint.path)?;
-            if config.hidden() != 4 * config.width {
-                return Err(wrong(
-                    "diffusers' DiT has an MLP four times as wide as the trunk".into(),
-                ));
-            }
-            ("diffusion_pytorch_model", tensors, diffusers_config(config))
+        let tensors = checkpoint.tensors.clone();
+        let (tensors, config) = architecture.to_diffusers(tensors, &checkpoint.path)?;
+        ("diffusion_pytorch_model", tensors, config)
+    } else {
+        let config = serde_json::to_value(architecture);
+        let mut config: Value = config.map_err(|error| wrong(error.to_string()))?;
+        if let Some(config) = config.as_object_mut()
+            && architecture.is_denoiser()
+        {
+            config.insert("process".to_owned(), mark(checkpoint.process).into());
         }
-        (other, true) => return Err(wrong(format!("diffusers has no {other}"))),
-        (architecture, false) => {
-            let config = serde_json::to_value(architecture);
-            let mut config: Value = config.map_err(|error| wrong(error.to_string()))?;
-            if let (Architecture::Dit(_), Some(config)) = (architecture, config.as_object_mut()) {
-                config.insert("process".to_owned(), mark(checkpoint.process).into());
-            }
-            ("model", checkpoint.tensors.clone(), config)
-        }
+        ("model", checkpoint.tensors.clone(), config)
     };
     let (metadata, dtype) = (checkpoint.metadata()?, conversion.dtype);
     let mut written = if let Some(most) = conversion.shard {
@@ -182,7 +178,7 @@ fn folder(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::{DitConfig, position_table};
+    use crate::models::{Architecture, DitConfig, position_table};
     use crate::random::{self, Stream};
     use crate::state::{Array, StateDict, Tensors};
     use crate::weights::{Provenance, Stated, open_torch};

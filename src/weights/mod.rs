@@ -9,8 +9,6 @@ mod card;
 mod checkpoint;
 mod convert;
 pub mod embedded;
-mod infer;
-mod layout;
 mod legacy;
 mod networks;
 mod opened;

@@ -120,7 +120,8 @@ fn heads_that_hold_otherwise_give_way() {
             heads_otherwise,
             ..Stated::default()
         };
-        Checkpoint::read_stated(&path, &stated).map(|read| read.dit().unwrap().heads)
+        Checkpoint::read_stated(&path, &stated)
+            .map(|read| read.denoiser().unwrap().heads().unwrap())
     };
     assert_eq!(read(None, Some(2)).unwrap(), 2);
     assert_eq!(read(Some(3), Some(2)).unwrap(), 3);
@@ -142,7 +143,7 @@ fn heads_that_hold_otherwise_give_way() {
         ..Stated::default()
     };
     let read = Checkpoint::read_stated(&path, &stated).unwrap();
-    assert_eq!(read.dit().unwrap().heads, 6);
+    assert_eq!(read.denoiser().unwrap().heads(), Some(6));
     let path = folder.path().join("ours.safetensors");
     let ours = Checkpoint::new(
         Architecture::Dit(config(1)),
@@ -152,7 +153,7 @@ fn heads_that_hold_otherwise_give_way() {
     );
     ours.write().unwrap();
     let read = Checkpoint::read_stated(&path, &stated).unwrap();
-    assert_eq!(read.dit().unwrap().heads, 3);
+    assert_eq!(read.denoiser().unwrap().heads(), Some(3));
 }
 
 #[test]

@@ -65,13 +65,12 @@ pub(super) fn open_said(
         .map_err(broken)
 }
 
-/// The process that a training was of, by its arguments: the model's name, else what only transport has.
+/// The process that a training was of, by its arguments: the model's name, else what only one process has.
 pub(super) fn process(pickle: &Pickle) -> Option<ProcessKind> {
     let arguments = pickle.get(pickle.entry(pickle.root(), "args")?);
     let model = pickle.entry(arguments, "model");
     let named = model.and_then(|id| ProcessKind::of_model(pickle.text(id)?));
-    let transport = || pickle.entry(arguments, "path_type");
-    named.or_else(|| transport().map(|_| ProcessKind::Interpolant))
+    named.or_else(|| ProcessKind::of_arguments(|key| pickle.entry(arguments, key).is_some()))
 }
 
 /// The storage classes of float values.

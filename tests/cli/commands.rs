@@ -263,8 +263,8 @@ fn a_model_of_other_pictures_is_told_what_to_be_measured_against() {
         classes: 10,
         learn_sigma: false,
     };
-    let network =
-        tinyfusion::models::Network::<burn_ndarray::NdArray>::zeros(&config, &Default::default());
+    type Network = tinyfusion::models::Network<burn_ndarray::NdArray>;
+    let network = Network::zeros(&config.into(), &Default::default()).unwrap();
     let model = place.path("own.safetensors");
     tinyfusion::weights::Checkpoint::of(&network, Default::default(), &model)
         .write()

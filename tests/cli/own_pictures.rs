@@ -162,11 +162,8 @@ fn a_folder_of_pictures_is_trained_pruned_recovered_and_measured() {
     }
     let whole = place.path("whole/own/001");
     let teacher = Checkpoint::read(&whole.join("02-teacher/model.safetensors")).unwrap();
-    let config = teacher.dit().unwrap();
-    assert_eq!(
-        (config.channels, config.input_size, config.classes),
-        (3, 8, 2)
-    );
+    let shape = teacher.denoiser().unwrap().shape();
+    assert_eq!((shape.channels, shape.side, shape.classes), (3, 8, 2));
     for stage in [
         "01-features",
         "02-teacher",
@@ -253,11 +250,8 @@ fn files_in_the_format_of_mnist_are_trained_on_and_measured_against() {
     let table = "10 held-out images of idx (FID in the features of features)";
     assert!(finished.stdout.contains(table), "{}", finished.stdout);
     let teacher = Checkpoint::read(&place.path("runs/idx/001/02-teacher/model.safetensors"));
-    let config = teacher.unwrap().dit().unwrap().clone();
-    assert_eq!(
-        (config.channels, config.input_size, config.classes),
-        (1, 8, 2)
-    );
+    let shape = teacher.unwrap().denoiser().unwrap().shape();
+    assert_eq!((shape.channels, shape.side, shape.classes), (1, 8, 2));
 
     // The same, asked for by the command line.
     let arguments = |data: &'static str| {

@@ -145,7 +145,7 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
         (64, 2, 8)
     );
     let student = Checkpoint::read(&run.join("03-recover/model.safetensors")).unwrap();
-    assert_eq!(student.dit().unwrap().depth, 2);
+    assert_eq!(student.denoiser().unwrap().depth(), 2);
     assert_eq!(student.provenance.kept.as_ref().unwrap().len(), 2);
     assert_eq!(student.provenance.recipe_sha256.len(), 64);
     assert!(run.join("04-sample/samples.png").is_file());

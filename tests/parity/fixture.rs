@@ -237,7 +237,7 @@ pub fn config(value: &Value) -> DitConfig {
 
 pub fn network<B: Backend>(config: &DitConfig, state: &StateDict) -> Network<B> {
     assign(
-        Network::zeros(config, &B::Device::default()),
+        Network::zeros(&config.clone().into(), &B::Device::default()).unwrap(),
         state,
         Path::new("fixture"),
         "the fixture's model",

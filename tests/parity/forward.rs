@@ -1,7 +1,7 @@
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use tinyfusion::data::Batch;
-use tinyfusion::models::{Denoiser, Network, timestep_features, zoo};
+use tinyfusion::models::{Architecture, Denoiser, Network, presets, timestep_features};
 use tinyfusion::ops::TrainingBackend;
 use tinyfusion::process::{AnyProcess, GaussianDiffusion, Guidance, guided};
 use tinyfusion::pruning::{Annealing, Groups, LearnedPruner, Update};
@@ -193,13 +193,17 @@ fn sit_zoo() {
     let zoo_json: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     for (name, model) in zoo_json["models"].as_object().unwrap() {
-        let config = zoo::config(name, 32, 4, 1000).unwrap_or_else(|| panic!("no {name}"));
+        let config = presets::config(name, 32, 4, 1000).unwrap_or_else(|| panic!("no {name}"));
         let sizes =
             ["depth", "hidden_size", "num_heads", "patch_size"].map(|key| usize_of(&model[key]));
         let found = [config.depth, config.width, config.heads, config.patch_size];
         assert_eq!(found, sizes, "{name}");
         let parameters = usize_of(&model["parameters_learn_sigma"]);
-        assert_eq!(config.parameters(), parameters, "{name}");
+        assert_eq!(
+            Architecture::from(config).parameters(),
+            parameters,
+            "{name}"
+        );
     }
 }
 
@@ -245,7 +249,7 @@ pub fn dit_weights<B: TrainingBackend>(slack: f64) {
         if !expected["num_gate_params"].is_null() {
             continue;
         }
-        let config = zoo::config(
+        let config = presets::config(
             name,
             size("input_size"),
             size("in_channels"),
@@ -261,14 +265,14 @@ pub fn dit_weights<B: TrainingBackend>(slack: f64) {
             "{name}"
         );
         assert_eq!(
-            config.parameters(),
+            Architecture::from(config.clone()).parameters(),
             usize_of(&expected["num_params"]),
             "{name}"
         );
     }
     for (name, entries) in zoo["state_dict"].as_object().unwrap() {
         // One block is as good as all: names and shapes are compared through a model of the same width.
-        let config = zoo::config(
+        let config = presets::config(
             name,
             size("input_size"),
             size("in_channels"),
@@ -279,7 +283,7 @@ pub fn dit_weights<B: TrainingBackend>(slack: f64) {
             depth: 1,
             ..config.clone()
         };
-        let network = Network::<B>::zeros(&small, &B::Device::default());
+        let network = Network::<B>::zeros(&small.clone().into(), &B::Device::default()).unwrap();
         let actual: std::collections::BTreeMap<String, Vec<usize>> = names::<B, _>(&network)
             .into_iter()
             .map(|parameter| (parameter.name, parameter.shape))

@@ -4,12 +4,12 @@ use super::cost::{inference_memory, sampling_flops};
 use super::known::{Known, Problem};
 use super::missing::Role;
 use crate::data::Split;
-use crate::models::{Architecture, DitConfig};
+use crate::models::{Architecture, Shape};
 use crate::process::ProcessKind;
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::sample::{Against, Evaluate};
 use crate::recipe::schema::source::Source;
-use crate::sampling::{Sampling, misfit};
+use crate::sampling::Sampling;
 
 /// Checks an evaluation, and estimates its bytes and operations.
 pub(crate) fn plan_evaluate(
@@ -60,36 +60,33 @@ pub(crate) fn plan_evaluate(
     }
     let (mut memory, mut flops) = (0, 0.0);
     for source in &evaluate.compare {
-        let (config, process) = known.dit(stage, source)?;
+        let (model, process) = known.denoiser(stage, source)?;
+        let samples = model.shape();
         let vae = match &evaluate.against {
             Against::Reference { vae, .. } => vae.as_deref(),
             Against::HeldOut { .. } => None,
         };
         if let Some(vae) = vae {
-            known.vae(stage, vae, &config)?;
+            known.vae(stage, vae, samples)?;
         }
         // Held-out pictures of other things than the model draws say nothing of it.
         match (&pictures, vae) {
-            (Some(pictures), None) => known.draws(source, &config, pictures)?,
-            (Some(pictures), Some(_)) => known.decodes(source, &config, pictures)?,
-            (None, None) if !is_pixels(&config) => return Err(latents_need_a_vae(&config)),
+            (Some(pictures), None) => known.draws(source, samples, pictures)?,
+            (Some(pictures), Some(_)) => known.decodes(source, samples, pictures)?,
+            (None, None) if !is_pixels(samples) => return Err(latents_need_a_vae(samples)),
             (None, _) => {}
         }
-        memory = memory.max(check_sampling(
-            &evaluate.sampling,
-            &config,
-            source,
-            process,
-        )?);
-        flops += sampling_flops(&evaluate.sampling, &config);
+        memory = memory.max(check_sampling(&evaluate.sampling, &model, source, process)?);
+        flops += sampling_flops(&evaluate.sampling, &model);
     }
     match &evaluate.against {
         Against::HeldOut { features } => {
-            let (Architecture::Classifier(config), _) = known.model(stage, features)? else {
+            let (classifier, _) = known.model(stage, features)?;
+            if classifier.classifier().is_none() {
                 return Err(Problem::Said(format!("`{features}` is no classifier")));
-            };
+            }
             if let Some(pictures) = &pictures {
-                known.reads(features, &config, pictures)?;
+                known.reads(features, &classifier, pictures)?;
             }
         }
         Against::Reference {
@@ -115,45 +112,46 @@ pub(crate) fn plan_evaluate(
 }
 
 /// Whether a model's samples are grey or coloured pixels.
-pub(crate) fn is_pixels(config: &DitConfig) -> bool {
-    matches!(config.channels, 1 | 3)
+pub(crate) fn is_pixels(model: Shape) -> bool {
+    matches!(model.channels, 1 | 3)
 }
 
-pub(crate) fn latents_need_a_vae(config: &DitConfig) -> Problem {
+pub(crate) fn latents_need_a_vae(model: Shape) -> Problem {
     Problem::Said(format!(
         "the model draws latents of {} channels; give the autoencoder that makes images of them as `vae`",
-        config.channels
+        model.channels
     ))
 }
 
 /// Refuses classes that a model doesn't have and solvers that are not its process's; estimates the bytes of drawing.
 pub(crate) fn check_sampling(
     sampling: &Sampling,
-    config: &DitConfig,
+    model: &Architecture,
     source: &Source,
     process: Option<ProcessKind>,
 ) -> Result<usize, Problem> {
-    let process = process.unwrap_or(ProcessKind::Gaussian);
-    if let Some(why) = misfit(sampling.solver, process) {
+    let process = process.unwrap_or(ProcessKind::ASSUMED);
+    if let Some(why) = sampling.solver.misfit(process) {
         return Err(Problem::Said(format!("`{source}`: {why}")));
     }
-    if sampling.steps < 2 && process == ProcessKind::Interpolant {
-        let why = "an equation needs 2 `steps` at least, the start and the end";
-        return Err(Problem::Said(why.to_owned()));
+    let least = process.least_steps();
+    if sampling.steps < least {
+        let why = format!("an equation needs {least} `steps` at least, the start and the end");
+        return Err(Problem::Said(why));
     }
     if let Some(class) = sampling
         .classes
         .iter()
         .flatten()
-        .find(|class| **class >= config.classes)
+        .find(|class| **class >= model.shape().classes)
     {
         return Err(Problem::Said(format!(
             "class {class} does not exist; the model has {}, counted from 0",
-            config.classes
+            model.shape().classes
         )));
     }
     Ok(inference_memory(
-        config,
+        model,
         2 * sampling.batch.min(sampling.count),
     ))
 }

@@ -7,11 +7,11 @@ use burn_dataset::Dataset;
 
 use super::missing::{MissingFile, Role, note};
 use crate::data::{Digits, IdxPictures, Latents, PictureSet, Split, fashion, with_cause};
-use crate::models::{Architecture, ClassifierConfig, DitConfig, zoo};
+use crate::models::{Architecture, Shape};
 use crate::process::ProcessKind;
 use crate::recipe::published::public_file;
 use crate::recipe::run::models::read_file;
-use crate::recipe::schema::data::{Data, Idx, Pictures, Shape};
+use crate::recipe::schema::data::{Data, DataShape, Idx, Pictures};
 use crate::recipe::schema::prune::PruneMethod;
 use crate::recipe::schema::source::Source;
 use crate::recipe::schema::{Recipe, Stage, StageKind};
@@ -54,7 +54,7 @@ pub(crate) struct Known<'a> {
     pub(crate) made: BTreeMap<String, (Architecture, Option<ProcessKind>)>,
     pub(crate) missing: Vec<MissingFile>,
     /// The recipe's pictures to train on and those held out, and how many there are, once they have been looked at.
-    pub(crate) looked: [Option<(Shape, usize)>; 2],
+    pub(crate) looked: [Option<(DataShape, usize)>; 2],
 }
 
 impl Known<'_> {
@@ -82,13 +82,13 @@ impl Known<'_> {
                 }
                 // A recipe can be planned without its files where it is known what they hold.
                 let stated = file.stated.model.as_deref();
-                let stated = stated.and_then(|name| zoo::config(name, 32, 4, 1000));
+                let stated = stated.and_then(Architecture::preset);
                 let public = public_file(&file.path).and_then(|file| file.architecture());
                 // One that others publish is listed among the missing.
                 if stated.is_none() && public.is_none() && public_file(&file.path).is_some() {
                     return Err(Problem::Unknown);
                 }
-                let known = stated.map(Architecture::Dit).or(public).ok_or_else(|| {
+                let known = stated.or(public).ok_or_else(|| {
                     Problem::Said(format!(
                         "`{source}` is not there, and nothing says what it holds"
                     ))
@@ -101,26 +101,22 @@ impl Known<'_> {
     }
 
     /// A diffusion network, and its process if it is known.
-    pub(crate) fn dit(
+    pub(crate) fn denoiser(
         &mut self,
         stage: &Stage,
         source: &Source,
-    ) -> Result<(DitConfig, Option<ProcessKind>), Problem> {
-        match self.model(stage, source)? {
-            (Architecture::Dit(config), process) => Ok((config, process)),
-            (other, _) => Err(Problem::Said(format!(
-                "`{source}` is a {other}; a diffusion network is needed"
+    ) -> Result<(Architecture, Option<ProcessKind>), Problem> {
+        let (model, process) = self.model(stage, source)?;
+        match model.is_denoiser() {
+            true => Ok((model, process)),
+            false => Err(Problem::Said(format!(
+                "`{source}` is a {model}; a diffusion network is needed"
             ))),
         }
     }
 
     /// Notes an autoencoder; refuses one whose latents are not what a model draws, as far as it can be known.
-    pub(crate) fn vae(
-        &mut self,
-        stage: &Stage,
-        path: &Path,
-        model: &DitConfig,
-    ) -> Result<(), Problem> {
+    pub(crate) fn vae(&mut self, stage: &Stage, path: &Path, model: Shape) -> Result<(), Problem> {
         if !self.need(stage, path, Role::Vae) {
             return Ok(());
         }
@@ -143,7 +139,7 @@ impl Known<'_> {
         &mut self,
         stage: &Stage,
         split: Split,
-    ) -> Result<Option<(Shape, usize)>, Problem> {
+    ) -> Result<Option<(DataShape, usize)>, Problem> {
         let data = &self.recipe.data;
         let at = usize::from(split == Split::Test);
         if let Some(looked) = &self.looked[at] {
@@ -200,7 +196,7 @@ impl Known<'_> {
     }
 
     /// Refuses a model that can't learn from the recipe's data.
-    pub(crate) fn fits_data(&mut self, stage: &Stage, config: &DitConfig) -> Result<(), Problem> {
+    pub(crate) fn fits_data(&mut self, stage: &Stage, model: Shape) -> Result<(), Problem> {
         let recipe = self.recipe;
         let (name, channels, size, classes) = match &recipe.data {
             Data::Digits | Data::Fashion(_) | Data::Idx(_) | Data::Pictures(_) => {
@@ -224,7 +220,7 @@ impl Known<'_> {
                     latents.channels(),
                     latents.side(),
                     // Labels of files that don't say are checked as they are read.
-                    latents.stated_classes().unwrap_or(config.classes),
+                    latents.stated_classes().unwrap_or(model.classes),
                 )
             }
             Data::Stage(name) => {
@@ -239,21 +235,21 @@ impl Known<'_> {
                 };
                 let factor = vae.map_or(AUTOENCODER_REDUCTION, |vae| vae.factor());
                 let size = extract.size / factor;
-                (name.clone(), config.channels, size, config.classes)
+                (name.clone(), model.channels, size, model.classes)
             }
         };
         // A model may know more classes than latents have: a part of a data set is one too. Those of pictures are numbered
         // by the names there are.
         let fits = match recipe.data {
-            Data::Latents(_) | Data::Stage(_) => config.classes >= classes,
-            _ => config.classes == classes,
+            Data::Latents(_) | Data::Stage(_) => model.classes >= classes,
+            _ => model.classes == classes,
         };
-        if (config.input_size, config.channels) == (size, channels) && fits {
+        if (model.side, model.channels) == (size, channels) && fits {
             return Ok(());
         }
         Err(Problem::Said(format!(
             "the data are {name}, {channels}x{size}x{size} in {classes} classes, but the model is for {}x{}x{} in {}",
-            config.channels, config.input_size, config.input_size, config.classes
+            model.channels, model.side, model.side, model.classes
         )))
     }
 
@@ -261,11 +257,10 @@ impl Known<'_> {
     pub(crate) fn classifies(
         &mut self,
         stage: &Stage,
-        config: &ClassifierConfig,
-        named: &Architecture,
+        model: &Architecture,
     ) -> Result<(), Problem> {
-        if let Some(why) = config.problem() {
-            return Err(Problem::Said(format!("the {named} can't be built: {why}")));
+        if let Some(why) = model.problem() {
+            return Err(Problem::Said(format!("the {model} can't be built: {why}")));
         }
         let data = &self.recipe.data;
         if data.shape().is_none() {
@@ -276,11 +271,11 @@ impl Known<'_> {
         let Some((shape, _)) = self.pictures(stage, Split::Train)? else {
             return Ok(());
         };
-        if shape.is(config.channels, config.input_size, config.classes) {
+        if shape.sizes() == model.shape() {
             return Ok(());
         }
         Err(Problem::Said(format!(
-            "the data are {}, {shape}, but the model is a {config}",
+            "the data are {}, {shape}, but the model is a {model}",
             self.recipe.data
         )))
     }
@@ -304,12 +299,12 @@ impl Known<'_> {
     pub(crate) fn reads(
         &self,
         source: &Source,
-        config: &ClassifierConfig,
-        pictures: &Shape,
+        model: &Architecture,
+        pictures: &DataShape,
     ) -> Result<(), Problem> {
-        if !pictures.is(config.channels, config.input_size, config.classes) {
+        if pictures.sizes() != model.shape() {
             return Err(Problem::Said(format!(
-                "`{source}` is a {config}, and the data, {}, are {pictures}; `features` needs a classifier trained on them",
+                "`{source}` is a {model}, and the data, {}, are {pictures}; `features` needs a classifier trained on them",
                 self.recipe.data
             )));
         }
@@ -320,17 +315,17 @@ impl Known<'_> {
     pub(crate) fn draws(
         &self,
         source: &Source,
-        config: &DitConfig,
-        pictures: &Shape,
+        model: Shape,
+        pictures: &DataShape,
     ) -> Result<(), Problem> {
-        if pictures.is(config.channels, config.input_size, config.classes) {
+        if pictures.sizes() == model {
             return self.same_classes(source);
         }
         Err(Problem::Said(format!(
             "`{source}` draws {0}x{1}x{1} in {2} classes, and the data, {3}, are {pictures}; `data` (`--data` on the command \
              line) names the pictures that a model is measured against, or `reference` and `inception` do in a recipe; \
              `tinyfusion evaluate SAMPLES REFERENCE` measures what `tinyfusion sample` drew",
-            config.channels, config.input_size, config.classes, self.recipe.data
+            model.channels, model.side, model.classes, self.recipe.data
         )))
     }
 
@@ -338,16 +333,16 @@ impl Known<'_> {
     pub(crate) fn decodes(
         &self,
         source: &Source,
-        config: &DitConfig,
-        pictures: &Shape,
+        model: Shape,
+        pictures: &DataShape,
     ) -> Result<(), Problem> {
-        if config.classes == pictures.classes {
+        if model.classes == pictures.classes {
             return self.same_classes(source);
         }
         Err(Problem::Said(format!(
             "`{source}` draws pictures of {} classes, and the data, {}, have {}; `data` or `reference` names the pictures \
              that a model is measured against",
-            config.classes, self.recipe.data, pictures.classes
+            model.classes, self.recipe.data, pictures.classes
         )))
     }
 }

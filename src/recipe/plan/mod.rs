@@ -12,8 +12,7 @@ use std::fmt;
 use serde::Serialize;
 
 use self::cost::{
-    FROZEN, TRAINING, flops, images, inference_memory, lora_parameters, sampling_flops,
-    training_memory,
+    FROZEN, TRAINING, flops, images, inference_memory, sampling_flops, training_memory,
 };
 use self::evaluate::{check_sampling, is_pixels, latents_need_a_vae, plan_evaluate};
 use self::known::{Known, Problem, keeps_weights};
@@ -23,10 +22,10 @@ use super::schema::prune::{Prune, PruneMethod, Scored};
 use super::schema::recover::{Recover, RecoverMethod};
 use super::schema::sample::Against;
 use super::schema::source::Source;
-use super::schema::train::{Architecture as Wanted, Dit, Train};
+use super::schema::train::{Train, Wanted};
 use super::schema::{Recipe, Stage, StageKind};
 use crate::data::ImageFolder;
-use crate::models::{Architecture, DitConfig, zoo};
+use crate::models::Architecture;
 use crate::process::ProcessKind;
 use crate::pruning::{Update, oracle};
 use crate::report::{scientific, thousands};
@@ -147,19 +146,12 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                 known.same_classes(from)?;
             }
             let seen = images(&train.optimisation);
-            let (memory, flops) = match &after {
-                Architecture::Dit(config) => {
-                    known.fits_data(stage, config)?;
-                    let memory = training_memory(config, config.parameters(), &train.optimisation);
-                    (memory, TRAINING * flops(config, seen))
-                }
-                Architecture::Classifier(config) => {
-                    known.classifies(stage, config, &after)?;
-                    // Each activation with its gradient and what it was computed from.
-                    let memory = 4 * 4 * train.optimisation.batch * config.activations();
-                    (memory, TRAINING * 2.0 * config.macs() as f64 * seen as f64)
-                }
-            };
+            match after.is_denoiser() {
+                true => known.fits_data(stage, after.shape())?,
+                false => known.classifies(stage, &after)?,
+            }
+            let memory = training_memory(&after, after.parameters(), &train.optimisation);
+            let flops = TRAINING * flops(&after, seen);
             let planned = planned(
                 "train",
                 before,
@@ -172,21 +164,18 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             Ok(PlannedStage { process, ..planned })
         }
         StageKind::Prune(prune) => {
-            let (before, process) = known.dit(stage, &prune.from)?;
+            let (before, process) = known.denoiser(stage, &prune.from)?;
             if !keeps_weights(&stage.kind) {
                 known.same_classes(&prune.from)?;
             }
             let kept = kept_depth(prune, &before)?;
-            let after = DitConfig {
-                depth: kept,
-                ..before.clone()
-            };
+            let after = before.with_depth(kept);
             let (steps, seen, memory, flops) = match &prune.method {
                 PruneMethod::Learned(learned) => {
-                    known.fits_data(stage, &before)?;
+                    known.fits_data(stage, before.shape())?;
                     let learning = match learned.update {
                         Update::Full => before.parameters(),
-                        Update::Lora { rank, .. } => lora_parameters(&before, rank),
+                        Update::Lora { rank, .. } => before.lora_parameters(rank),
                         Update::Frozen => 0,
                     };
                     let seen = images(&learned.optimisation);
@@ -204,10 +193,10 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                 PruneMethod::ShortGpt(scored)
                 | PruneMethod::FluxLite(scored)
                 | PruneMethod::Sensitivity(scored) => {
-                    known.fits_data(stage, &before)?;
+                    known.fits_data(stage, before.shape())?;
                     let seen = scored.batches * scored.batch;
                     let passes = match &prune.method {
-                        PruneMethod::Sensitivity(_) => 1.0 + before.depth as f64,
+                        PruneMethod::Sensitivity(_) => 1.0 + before.depth() as f64,
                         _ => 1.0,
                     };
                     (
@@ -223,8 +212,8 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             };
             let planned = planned(
                 &format!("prune, {}", prune_method(&prune.method)),
-                Some(Architecture::Dit(before)),
-                Some(Architecture::Dit(after)),
+                Some(before),
+                Some(after),
                 steps,
                 seen,
                 memory,
@@ -233,26 +222,22 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             Ok(PlannedStage { process, ..planned })
         }
         StageKind::Recover(recover) => {
-            let (config, process) = known.dit(stage, &recover.from)?;
-            let process = process.unwrap_or(ProcessKind::Gaussian);
+            let (config, process) = known.denoiser(stage, &recover.from)?;
+            let process = process.unwrap_or(ProcessKind::ASSUMED);
             known.same_classes(&recover.from)?;
-            known.fits_data(stage, &config)?;
+            known.fits_data(stage, config.shape())?;
             let seen = images(&recover.optimisation);
             let mut flops_ = TRAINING * flops(&config, seen);
             let mut memory = training_memory(&config, config.parameters(), &recover.optimisation);
             if let Some(teacher) = teacher(recover) {
-                let (teacher, other) = known.dit(stage, teacher)?;
-                let other = other.unwrap_or(ProcessKind::Gaussian);
+                let (teacher, other) = known.denoiser(stage, teacher)?;
+                let other = other.unwrap_or(ProcessKind::ASSUMED);
                 if other != process {
                     return Err(Problem::Said(format!(
                         "the student was trained by {process}, the teacher by {other}"
                     )));
                 }
-                if (DitConfig {
-                    depth: config.depth,
-                    ..teacher.clone()
-                }) != config
-                {
+                if teacher.with_depth(config.depth()) != config {
                     return Err(Problem::Said(format!(
                         "student and teacher differ in more than depth: {config}; {teacher}"
                     )));
@@ -269,13 +254,13 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
                         .iter()
                         .map(|[student, teacher]| (*student, *teacher))
                         .collect();
-                    check_taps(&taps, config.depth, teacher.depth).map_err(Problem::Said)?;
+                    check_taps(&taps, config.depth(), teacher.depth()).map_err(Problem::Said)?;
                 }
                 let part = recover.optimisation.batch / recover.optimisation.accumulate;
                 memory += inference_memory(&teacher, part);
                 flops_ += flops(&teacher, seen);
             }
-            let before = Architecture::Dit(config);
+            let before = config;
             let planned = planned(
                 &format!("recover, {}", recover_method(&recover.method)),
                 Some(before.clone()),
@@ -289,17 +274,17 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
             Ok(PlannedStage { process, ..planned })
         }
         StageKind::Sample(sample) => {
-            let (config, process) = known.dit(stage, &sample.from)?;
+            let (config, process) = known.denoiser(stage, &sample.from)?;
             let memory = check_sampling(&sample.sampling, &config, &sample.from, process)?;
             let flops = sampling_flops(&sample.sampling, &config);
             if let Some(vae) = &sample.vae {
-                known.vae(stage, vae, &config)?;
-            } else if !is_pixels(&config) {
-                return Err(latents_need_a_vae(&config));
+                known.vae(stage, vae, config.shape())?;
+            } else if !is_pixels(config.shape()) {
+                return Err(latents_need_a_vae(config.shape()));
             }
             let planned = planned(
                 "sample",
-                Some(Architecture::Dit(config)),
+                Some(config),
                 None,
                 sample.sampling.steps,
                 sample.sampling.count,
@@ -377,21 +362,16 @@ fn train_architecture(
 ) -> Result<(Option<Architecture>, Architecture, Option<ProcessKind>), Problem> {
     let wanted = match &train.architecture {
         None => None,
-        Some(Wanted::Classifier(config)) => Some(Architecture::Classifier(config.clone())),
-        Some(Wanted::Dit(Dit::Sizes(config)) | Wanted::Sit(Dit::Sizes(config))) => {
-            Some(Architecture::Dit(config.clone()))
-        }
-        Some(Wanted::Dit(Dit::Preset { preset }) | Wanted::Sit(Dit::Preset { preset })) => {
-            let config = zoo::config(preset, 32, 4, 1000)
-                .ok_or_else(|| Problem::Said(format!("no model is called `{preset}`")))?;
-            Some(Architecture::Dit(config))
-        }
+        Some(wanted) => Some(
+            (wanted.architecture())
+                .ok_or_else(|| Problem::Said(format!("no model is called `{:?}`", wanted.model)))?,
+        ),
     };
-    let process = train.architecture.as_ref().and_then(Wanted::process);
-    if let Some(Architecture::Dit(config)) = &wanted
-        && let Some(why) = config.problem()
+    let process = (train.architecture.as_ref()).and_then(|wanted: &Wanted| wanted.family.process);
+    if let Some(wanted) = wanted.as_ref().filter(|wanted| wanted.is_denoiser())
+        && let Some(why) = wanted.problem()
     {
-        return Err(Problem::Said(format!("the {config} can't be built: {why}")));
+        return Err(Problem::Said(format!("the {wanted} can't be built: {why}")));
     }
     let Some(from) = &train.from else {
         let wanted = wanted
@@ -399,10 +379,8 @@ fn train_architecture(
         return Ok((None, wanted, process));
     };
     let (before, known_process) = known.model(stage, from)?;
-    let trained_by = match before {
-        Architecture::Dit(_) => Some(known_process.unwrap_or(ProcessKind::Gaussian)),
-        Architecture::Classifier(_) => None,
-    };
+    let known_process = known_process.unwrap_or(ProcessKind::ASSUMED);
+    let trained_by = before.is_denoiser().then_some(known_process);
     match wanted {
         Some(wanted) if before != wanted => Err(Problem::Said(format!(
             "the architecture asked for is {wanted}, but the checkpoint holds {before}"
@@ -414,10 +392,16 @@ fn train_architecture(
     }
 }
 
-fn kept_depth(prune: &Prune, before: &DitConfig) -> Result<usize, Problem> {
-    let depth = before.depth;
+fn kept_depth(prune: &Prune, before: &Architecture) -> Result<usize, Problem> {
+    let depth = before.depth();
     Ok(match &prune.method {
-        PruneMethod::Learned(learned) => learned.groups.resolve(depth)?.kept_depth(),
+        PruneMethod::Learned(learned) => {
+            let groups = learned.groups.resolve(depth)?;
+            if let Some(trunk) = before.trunk() {
+                groups.fit(&trunk)?;
+            }
+            groups.kept_depth()
+        }
         PruneMethod::Oracle { keep } => {
             let kept = oracle(depth).ok_or_else(|| Problem::Said(format!("the oracle rule keeps one layer of each pair, and {depth} layers are no pairs")))?.len();
             match keep {
@@ -518,14 +502,14 @@ impl fmt::Display for Plan {
         for (index, stage) in self.stages.iter().enumerate() {
             writeln!(f, "{}. {}: {}", index + 1, stage.name, stage.what)?;
             let model = |label: &str, architecture: &Architecture| -> String {
-                match architecture {
-                    Architecture::Dit(config) => format!(
+                match architecture.is_denoiser() {
+                    true => format!(
                         "   {label} {}, {} parameters, {} MACs an image",
-                        ProcessKind::called(stage.process, config),
-                        thousands(config.parameters()),
-                        thousands(config.macs())
+                        ProcessKind::called(stage.process, architecture),
+                        thousands(architecture.parameters()),
+                        thousands(architecture.macs())
                     ),
-                    other => format!("   {label} {other}"),
+                    false => format!("   {label} {architecture}"),
                 }
             };
             match (&stage.before, &stage.after) {

@@ -1,4 +1,4 @@
-//! What stages that train have in common, and the plainest of them.
+//! What stages have in common.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,18 +10,14 @@ use burn::train::TrainStep;
 use sha2::{Digest, Sha256};
 
 use super::directory::RunDirectory;
-use super::models::{MODEL, checkpoint};
+use super::models::checkpoint;
 use crate::data::{Batch, BatchPlan, BatchSource, Batches, Feed, Split, Teacher};
-use crate::models::{Architecture, Classifier, DitConfig, Network, initialise};
+use crate::models::Shape;
 use crate::ops::TrainingBackend;
-use crate::process::{AnyProcess, Process, ProcessKind};
+use crate::process::{AnyProcess, Times};
 use crate::recipe::RecipeError;
-use crate::recipe::plan::PlannedStage;
-use crate::recipe::schema::train::Train;
 use crate::recipe::schema::{Recipe, Stage};
-use crate::recovery::Student;
-use crate::state::{assign, collect};
-use crate::training::{About, ClassifierTrainee, Fit, Fitted, Optimisation, StepReport, Training};
+use crate::training::{About, Fit, Fitted, Optimisation, StepReport, Training};
 use crate::weights::{Checkpoint, Provenance};
 
 /// What every stage needs.
@@ -39,102 +35,6 @@ impl<B: TrainingBackend> Context<'_, B> {
         source: &crate::recipe::schema::source::Source,
     ) -> Result<Checkpoint, RecipeError> {
         checkpoint(self.recipe, self.directory, source)
-    }
-
-    pub(crate) fn train(
-        &self,
-        stage: &Stage,
-        planned: &PlannedStage,
-        train: &Train,
-        folder: &Path,
-    ) -> Result<(), RecipeError> {
-        let parent = train
-            .from
-            .as_ref()
-            .map(|source| self.load(source))
-            .transpose()?;
-        let seed = self.recipe.seed;
-        let mut training = self.training(stage, &train.optimisation, folder, &[parent.as_ref()])?;
-        let provenance = self.provenance(
-            &stage.name,
-            "train",
-            Some(&train.optimisation),
-            parent.as_ref(),
-        )?;
-        if let Some(architecture) = &planned.after {
-            training.describe(architecture.clone(), planned.process, provenance.clone());
-        }
-        let at = folder.join(MODEL);
-        let steps = train.optimisation.steps;
-        match planned.after.as_ref() {
-            Some(Architecture::Dit(config)) => {
-                let network = match &parent {
-                    Some(parent) => parent.network::<B>(self.device)?,
-                    None => {
-                        let network = Network::<B>::zeros(config, self.device);
-                        let mut state = collect::<B, _>(&network);
-                        initialise(&mut state, seed);
-                        assign(network, &state, &at, "a fresh network")?
-                    }
-                };
-                let process = planned.process.unwrap_or(ProcessKind::Gaussian).process();
-                let student = Student::new(network, None, process.clone(), steps);
-                let (label_drop, none) = (train.label_drop, Vec::new());
-                let source =
-                    self.source(config, &process, &train.optimisation, label_drop, none)?;
-                let curves = process.names().0.to_vec();
-                let fit = self.over(training, (source, process), None);
-                let fitted = finished(fit.curves(curves).run(student)?, steps)?;
-                Checkpoint::of(&fitted.ema.network, provenance, &at)
-                    .of_process(planned.process)
-                    .write()?;
-            }
-            Some(architecture @ Architecture::Classifier(config)) => {
-                let classifier = match &parent {
-                    Some(parent) => parent.classifier::<B>(self.device)?,
-                    None => {
-                        let classifier = Classifier::<B>::zeros(config, self.device);
-                        let mut state = collect::<B, _>(&classifier);
-                        initialise(&mut state, seed);
-                        assign(classifier, &state, &at, "a fresh classifier")?
-                    }
-                };
-                let shape = DitConfig {
-                    input_size: config.input_size,
-                    patch_size: 1,
-                    channels: config.channels,
-                    width: 0,
-                    depth: 0,
-                    heads: 1,
-                    mlp_ratio: 1.0,
-                    classes: config.classes,
-                    learn_sigma: false,
-                };
-                // A classifier learns from clean pictures; its loss draws no times.
-                let any = ProcessKind::Gaussian.process();
-                let source = self.source(&shape, &any, &train.optimisation, 0.0, Vec::new())?;
-                // Before the training, so that a mistake in it shows before.
-                let test = self.held_out()?;
-                let fit = self.over(training, (source, any), None);
-                let fit = fit.curves(vec!["accuracy"]);
-                let fitted = finished(fit.run(ClassifierTrainee { classifier })?, steps)?;
-                let (model, mut provenance) = (fitted.ema.classifier, provenance);
-                provenance.note = match test {
-                    Some(test) => {
-                        let pictures = (&*test, &self.shape()?);
-                        let accuracy =
-                            super::evaluate::accuracy(&model, config, pictures, self.device)?;
-                        format!("test accuracy {accuracy:.4} on {} images", test.len())
-                    }
-                    None => "no pictures to test it on".to_owned(),
-                };
-                crate::say!("{}: {}", stage.name, provenance.note);
-                let tensors = collect::<B::InnerBackend, _>(&model).into();
-                Checkpoint::new(architecture.clone(), tensors, provenance, &at).write()?;
-            }
-            None => {}
-        }
-        Ok(())
     }
 
     /// A training on the recipe's data, under a teacher if there is one.
@@ -166,8 +66,8 @@ impl<B: TrainingBackend> Context<'_, B> {
 
     pub(crate) fn source(
         &self,
-        config: &DitConfig,
-        process: &AnyProcess,
+        shape: Shape,
+        times: Times,
         optimisation: &Optimisation,
         label_drop: f64,
         candidates: Vec<usize>,
@@ -175,11 +75,11 @@ impl<B: TrainingBackend> Context<'_, B> {
         let plan = BatchPlan {
             batch: optimisation.batch,
             seed: self.recipe.seed,
-            channels: config.channels,
-            size: config.input_size,
-            classes: config.classes,
+            channels: shape.channels,
+            size: shape.side,
+            classes: shape.classes,
             label_drop,
-            times: process.times(),
+            times,
             candidates,
         };
         Ok(BatchSource::new(plan, self.part(Split::Train)?))

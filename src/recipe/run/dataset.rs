@@ -16,7 +16,7 @@ use crate::data::{
 };
 use crate::ops::TrainingBackend;
 use crate::recipe::RecipeError;
-use crate::recipe::schema::data::{Data, Idx, Pictures, Shape};
+use crate::recipe::schema::data::{Data, DataShape, Idx, Pictures};
 use crate::report::Progress;
 use crate::report::thousands;
 
@@ -94,7 +94,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     ///
     /// # Errors
     /// Of latents.
-    pub(crate) fn shape(&self) -> Result<Shape, RecipeError> {
+    pub(crate) fn shape(&self) -> Result<DataShape, RecipeError> {
         let data = &self.recipe.data;
         (data.shape()).ok_or_else(|| RecipeError::Run(format!("{data}: latents are no pictures")))
     }

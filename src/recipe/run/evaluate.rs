@@ -15,12 +15,12 @@ use crate::evaluation::{
     inception_score, precision_recall,
 };
 use crate::images::{Images, byte};
-use crate::models::{Classifier, ClassifierConfig, DitConfig};
+use crate::models::{Classifier, ClassifierConfig, Shape};
 use crate::npz::{first_images, read_samples, write_samples};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::random::{self, Stream};
 use crate::recipe::RecipeError;
-use crate::recipe::schema::data::Shape;
+use crate::recipe::schema::data::DataShape;
 use crate::recipe::schema::sample::{Against, Evaluate, Sample};
 use crate::report::{COLUMNS, Table, comparison_png, grid_layout, short, thousands, watch};
 use crate::sampling::{Decoder, Draw, PICTURE_FILE, Sampling, Share, speeds};
@@ -84,7 +84,7 @@ fn read<B: FusedOps>(
 pub(crate) fn accuracy<B: FusedOps>(
     classifier: &Classifier<B>,
     config: &ClassifierConfig,
-    (samples, shape): (&dyn Samples, &Shape),
+    (samples, shape): (&dyn Samples, &DataShape),
     device: &B::Device,
 ) -> Result<f64, RecipeError> {
     let all: Vec<usize> = (0..samples.len()).collect();
@@ -109,7 +109,7 @@ struct Pictured {
 fn pictured(
     samples: &dyn Samples,
     indices: &[usize],
-    shape: &Shape,
+    shape: &DataShape,
 ) -> Result<Pictured, RecipeError> {
     let area = shape.side * shape.side;
     let mut pictured = Pictured {
@@ -208,7 +208,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<(), RecipeError> {
         let checkpoint = self.load(&sample.from)?;
         let network = checkpoint.network::<B::InnerBackend>(self.device)?;
-        let decoder = self.decoder(sample.vae.as_deref(), &network.config())?;
+        let decoder = self.decoder(sample.vae.as_deref(), checkpoint.architecture.shape())?;
         let drawn = Draw {
             name: stage,
             network: &network,
@@ -234,7 +234,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     pub(crate) fn decoder(
         &self,
         vae: Option<&Path>,
-        model: &DitConfig,
+        model: Shape,
     ) -> Result<Option<Decoder<B::InnerBackend>>, RecipeError> {
         let decoder = vae.map(|path| Decoder::read(path, model.channels, self.device));
         Ok(decoder.transpose()?)
@@ -331,9 +331,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             let samples = read_samples(&archive)?.images;
             let read = read(&classifier, config, samples.pixels(), self.device)?;
             let mut verdict = judge.verdict(&name, &read, &drawn.labels)?;
-            verdict.parameters = Some(network.config().parameters());
-            verdict.depth = Some(network.config().depth);
-            verdict.macs = Some(network.config().macs());
+            verdict.parameters = Some(checkpoint.architecture.parameters());
+            verdict.depth = Some(checkpoint.architecture.depth());
+            verdict.macs = Some(checkpoint.architecture.macs());
             verdicts.push(verdict);
             checkpoints.push(checkpoint);
             rows.push((name, first_images(&archive, 2 * COLUMNS)?));

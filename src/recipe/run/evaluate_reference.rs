@@ -11,7 +11,7 @@ use crate::evaluation::{
     ReferenceMeasured, Speed, cache_file, compare, measure,
 };
 use crate::images::Images;
-use crate::models::{DitConfig, Inception};
+use crate::models::{Architecture, Inception};
 use crate::npz::{SampleReader, first_images};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::recipe::RecipeError;
@@ -156,8 +156,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         for (index, source) in evaluate.compare.iter().enumerate() {
             let (name, checkpoint) = (source.to_string(), self.load(source)?);
             let network = checkpoint.network::<B::InnerBackend>(self.device)?;
-            let config = network.config();
-            let decoder = self.decoder(files.vae, &config)?;
+            let model = checkpoint.architecture.clone();
+            let decoder = self.decoder(files.vae, model.shape())?;
             let drawn = Draw {
                 name: &name,
                 network: &network,
@@ -172,7 +172,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             vae_sha256 = decoder.map(|decoder| decoder.sha256().to_owned());
             let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
             count = evaluate.sampling.count;
-            archives.push((name, archive, Some(config)));
+            archives.push((name, archive, Some(model)));
             checkpoints.push(checkpoint);
         }
         archives.extend(
@@ -182,10 +182,10 @@ impl<B: TrainingBackend> Context<'_, B> {
         let mut judge = Judge::<B::InnerBackend>::new(files, neighbours, cache, self.device)?;
         for (name, archive, model) in &archives {
             let mut verdict = judge.verdict(name, archive, count)?;
-            if let Some(config) = model {
-                verdict.parameters = Some(config.parameters());
-                verdict.depth = Some(config.depth);
-                verdict.macs = Some(config.macs());
+            if let Some(model) = model {
+                verdict.parameters = Some(model.parameters());
+                verdict.depth = Some(model.depth());
+                verdict.macs = Some(model.macs());
             }
             verdicts.push(verdict);
         }
@@ -264,7 +264,7 @@ fn enough(archive: &Path, pictures: usize) -> Result<(), RecipeError> {
     }
 }
 
-type Measurable = (String, PathBuf, Option<DitConfig>);
+type Measurable = (String, PathBuf, Option<Architecture>);
 
 /// The first samples of each, where all are of one size.
 fn picture(path: &Path, archives: &[Measurable]) -> Result<(), RecipeError> {

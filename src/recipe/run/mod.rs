@@ -12,6 +12,7 @@ pub(crate) mod models;
 mod prune;
 mod recover;
 pub mod seeds;
+mod train;
 
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};

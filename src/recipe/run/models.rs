@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use super::directory::RunDirectory;
+use crate::process::ProcessKind;
 use crate::recipe::RecipeError;
 use crate::recipe::published::public_file;
 use crate::recipe::schema::Recipe;
@@ -71,8 +72,14 @@ fn tell_unmarked(path: &std::path::Path) {
     let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
     if told.insert(path.to_owned()) {
         crate::say!(
-            "note: {}: nothing in it says whether it is a DiT or a SiT, whose tensors are alike; taken for a DiT. To state it: `--process gaussian` or `--process interpolant` on the command line, `process = \"gaussian\"` or `process = \"interpolant\"` beside `path` in a recipe",
-            path.display()
+            "note: {}: nothing in it says whether it is {}, whose tensors are alike; taken for a {:?}. To state it: {} on the command line, {} beside `path` in a recipe",
+            path.display(),
+            ProcessKind::NAMES
+                .map(|(_, kind)| format!("a {:?}", kind.family()))
+                .join(" or "),
+            ProcessKind::ASSUMED.family(),
+            ProcessKind::stated("--process ", ""),
+            ProcessKind::stated("process = \"", "\"")
         );
     }
 }

@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use super::context::{Context, finished};
 use super::models::MODEL;
 use crate::data::{BatchPlan, BatchSource, Split};
-use crate::models::{Architecture, DitConfig, Prunable};
+use crate::models::{Architecture, Prunable};
 use crate::ops::TrainingBackend;
-use crate::process::{Process, Times};
+use crate::process::Process;
 use crate::pruning::{
     Annealing, Decision, Groups, LearnedPruner, Score, ScoreBatch, Update, keep_by_scores, oracle,
     score,
@@ -33,7 +33,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<(), RecipeError> {
         let parent = self.load(&prune.from)?;
-        let config = parent.dit()?.clone();
+        let config = parent.denoiser()?.clone();
         let problem = |problem: String| RecipeError::Stage {
             stage: stage.name.clone(),
             problem,
@@ -43,14 +43,14 @@ impl<B: TrainingBackend> Context<'_, B> {
             PruneMethod::Learned(learned) => {
                 let resolved = learned
                     .groups
-                    .resolve(config.depth)
+                    .resolve(config.depth())
                     .map_err(|error| problem(error.to_string()))?;
                 let decision = self.learn(stage, learned, &parent, &config, &resolved, folder)?;
                 groups = Some(resolved);
                 decision.kept
             }
-            PruneMethod::Oracle { .. } => oracle(config.depth)
-                .ok_or_else(|| problem(format!("{} layers are no pairs", config.depth)))?,
+            PruneMethod::Oracle { .. } => oracle(config.depth())
+                .ok_or_else(|| problem(format!("{} layers are no pairs", config.depth())))?,
             PruneMethod::ShortGpt(scored) => self.score(
                 &stage.name,
                 Score::Shortgpt,
@@ -76,7 +76,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 folder,
             )?,
             PruneMethod::Random { keep, draw } => {
-                let mut kept = permutation(self.recipe.seed, Stream::Layers, *draw, config.depth);
+                let mut kept = permutation(self.recipe.seed, Stream::Layers, *draw, config.depth());
                 kept.truncate(*keep);
                 kept.sort_unstable();
                 kept
@@ -90,7 +90,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         // The oracle keeps one layer of each pair, so its taps are those of 1:2 groups.
         if matches!(prune.method, PruneMethod::Oracle { .. }) {
             groups = Some(
-                Groups::parse_ratio("1:2", config.depth)
+                Groups::parse_ratio("1:2", config.depth())
                     .map_err(|error| problem(error.to_string()))?,
             );
         }
@@ -111,14 +111,14 @@ impl<B: TrainingBackend> Context<'_, B> {
                 .map(|group| [group.keep(), group.of()])
                 .collect()
         });
-        provenance.parent_depth = Some(config.depth);
+        provenance.parent_depth = Some(config.depth());
         if learned.is_some() {
             provenance.note = "the kept layers have their original weights; what was learned beside the choice is thrown away".into();
         }
         crate::say!(
             "{}: keeps layers {kept:?} of {}, with their original weights",
             stage.name,
-            config.depth
+            config.depth()
         );
         provenance.kept = Some(kept);
         let pruned = Checkpoint::of(&pruned, provenance, &folder.join(MODEL));
@@ -138,7 +138,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         stage: &Stage,
         learned: &Learned,
         parent: &Checkpoint,
-        config: &DitConfig,
+        config: &Architecture,
         groups: &Groups,
         folder: &Path,
     ) -> Result<Decision, RecipeError> {
@@ -173,8 +173,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         let candidates = groups.iter().map(|group| group.num_candidates()).collect();
         let source = self.source(
-            config,
-            &process,
+            config.shape(),
+            process.times(),
             optimisation,
             learned.label_drop,
             candidates,
@@ -189,8 +189,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 Some(parent),
             )?;
             provenance.note = "all layers, as a pruning that is under way has changed them".into();
-            let architecture = Architecture::Dit(config.clone());
-            training.describe(architecture, Some(parent.trained_by()), provenance);
+            training.describe(config.clone(), Some(parent.trained_by()), provenance);
         }
         let (every, steps) = (optimisation.log_every, optimisation.steps);
         let log_path = folder.join("decisions.jsonl");
@@ -243,27 +242,25 @@ impl<B: TrainingBackend> Context<'_, B> {
         method: Score,
         scored: &Scored,
         parent: &Checkpoint,
-        config: &DitConfig,
+        config: &Architecture,
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
         let network = parent.network::<B::InnerBackend>(self.device)?;
         let process = parent.trained_by().process();
-        let times = match process.times() {
-            Times::Steps(_) => Times::Steps(scored.timesteps),
-            any => any,
-        };
+        let times = process.times().within(scored.timesteps);
+        let shape = config.shape();
         let plan = BatchPlan {
             batch: scored.batch,
             seed: self.recipe.seed,
-            channels: config.channels,
-            size: config.input_size,
-            classes: config.classes,
+            channels: shape.channels,
+            size: shape.side,
+            classes: shape.classes,
             label_drop: 0.0,
             times,
             candidates: Vec::new(),
         };
         let source = BatchSource::new(plan, self.part(Split::Train)?);
-        let mut scores = vec![0.0; config.depth];
+        let mut scores = vec![0.0; config.depth()];
         for step in 0..scored.batches {
             if crate::interrupt::requested() {
                 return Err(RecipeError::Interrupted);

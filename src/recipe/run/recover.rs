@@ -5,7 +5,6 @@ use std::path::Path;
 use super::context::{Context, finished};
 use super::models::MODEL;
 use crate::data::teacher;
-use crate::models::Architecture;
 use crate::ops::TrainingBackend;
 use crate::process::{Distillation, MaskedFeatures, Process};
 use crate::pruning::{self, Groups};
@@ -24,22 +23,23 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<(), RecipeError> {
         let parent = self.load(&recover.from)?;
-        let config = parent.dit()?.clone();
+        let architecture = parent.denoiser()?.clone();
         let teacher_checkpoint = crate::recipe::plan::teacher(recover)
             .map(|source| self.load(source))
             .transpose()?;
         let features = |representation: &Representation,
                         k: Option<f64>|
          -> Result<Option<MaskedFeatures>, RecipeError> {
-            let depth = teacher_checkpoint
-                .as_ref()
-                .map_or(Ok(0), |teacher| teacher.dit().map(|config| config.depth))?;
-            let taps = taps(representation, &parent, config.depth, depth).map_err(|problem| {
-                RecipeError::Stage {
-                    stage: stage.name.clone(),
-                    problem,
-                }
+            let depth = teacher_checkpoint.as_ref().map_or(Ok(0), |teacher| {
+                teacher.denoiser().map(|teacher| teacher.depth())
             })?;
+            let taps =
+                taps(representation, &parent, architecture.depth(), depth).map_err(|problem| {
+                    RecipeError::Stage {
+                        stage: stage.name.clone(),
+                        problem,
+                    }
+                })?;
             Ok(Some(MaskedFeatures {
                 taps,
                 k,
@@ -104,8 +104,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let steps = recover.optimisation.steps;
         let kind = parent.trained_by();
         let process = kind.process();
-        let architecture = Architecture::Dit(config.clone());
-        training.describe(architecture, Some(kind), provenance.clone());
+        training.describe(architecture.clone(), Some(kind), provenance.clone());
         let student = Student::new(
             parent.network::<B>(self.device)?,
             distillation,
@@ -113,8 +112,8 @@ impl<B: TrainingBackend> Context<'_, B> {
             steps,
         );
         let source = self.source(
-            &config,
-            &process,
+            architecture.shape(),
+            process.times(),
             &recover.optimisation,
             recover.label_drop,
             Vec::new(),

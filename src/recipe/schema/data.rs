@@ -9,6 +9,7 @@ use crate::data::{
     DataError, Fit, HeldOut, IdxPictures, ImageFolder, Latents, Rule, Split, digits, fashion,
     with_cause,
 };
+use crate::models::Shape;
 use crate::recipe::document::diagnostic::{Diagnostic, Diagnostics};
 use crate::recipe::document::reader::{Section, Sink};
 use crate::recipe::document::{Document, Node, Value};
@@ -74,7 +75,7 @@ pub struct Idx {
     pub flips: bool,
     /// What the files hold, looked up when the recipe is read.
     #[serde(skip)]
-    shape: Shape,
+    shape: DataShape,
 }
 
 /// `{ images = "folder", size = 32 }`.
@@ -95,7 +96,7 @@ pub struct Pictures {
     pub cache: Option<PathBuf>,
     /// What the folder holds, looked up when the recipe is read.
     #[serde(skip)]
-    shape: Shape,
+    shape: DataShape,
 }
 
 fn held_out<S: Serializer>(held_out: &HeldOut, serializer: S) -> Result<S::Ok, S::Error> {
@@ -108,7 +109,7 @@ fn held_out<S: Serializer>(held_out: &HeldOut, serializer: S) -> Result<S::Ok, S
 
 /// What every sample of a data set is; `1x28x28 in 10 classes`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Shape {
+pub struct DataShape {
     /// Channels.
     pub channels: usize,
     /// Side, in pixels.
@@ -121,14 +122,18 @@ pub struct Shape {
     pub features: Option<EmbeddedName>,
 }
 
-impl Shape {
-    /// Whether a network is of such pictures.
-    pub(crate) fn is(&self, channels: usize, side: usize, classes: usize) -> bool {
-        (self.channels, self.side, self.classes) == (channels, side, classes)
+impl DataShape {
+    /// The sizes alone.
+    pub(crate) fn sizes(&self) -> Shape {
+        Shape {
+            channels: self.channels,
+            side: self.side,
+            classes: self.classes,
+        }
     }
 }
 
-impl fmt::Display for Shape {
+impl fmt::Display for DataShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
             channels,
@@ -307,9 +312,9 @@ impl Data {
     }
 
     /// What its samples are; None of latents, of which a folder is asked when it is there.
-    pub fn shape(&self) -> Option<Shape> {
+    pub fn shape(&self) -> Option<DataShape> {
         match self {
-            Self::Digits => Some(Shape {
+            Self::Digits => Some(DataShape {
                 channels: 1,
                 side: digits::SIDE,
                 classes: digits::CLASSES,
@@ -318,7 +323,7 @@ impl Data {
                     .collect(),
                 features: Some(EmbeddedName::DigitsFeatures),
             }),
-            Self::Fashion(_) => Some(Shape {
+            Self::Fashion(_) => Some(DataShape {
                 channels: 1,
                 side: fashion::SIDE,
                 classes: fashion::CLASS_NAMES.len(),
@@ -402,7 +407,7 @@ impl Pictures {
             flips,
             held_out: held_out?,
             cache,
-            shape: Shape {
+            shape: DataShape {
                 channels,
                 side: size,
                 classes: class_names.len(),
@@ -414,11 +419,11 @@ impl Pictures {
 }
 
 /// A folder of IDX files, and what those to train on hold.
-fn idx_folder(node: &Node) -> Result<(PathBuf, Shape), Diagnostic> {
+fn idx_folder(node: &Node) -> Result<(PathBuf, DataShape), Diagnostic> {
     let path = folder(node)?;
     let pictures = IdxPictures::open(&path, Split::Train);
     let pictures = pictures.map_err(|error| node.fault(with_cause(&error)))?;
-    let shape = Shape {
+    let shape = DataShape {
         channels: 1,
         side: pictures.side(),
         classes: pictures.classes(),

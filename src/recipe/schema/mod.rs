@@ -17,7 +17,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use self::data::{Data, Shape};
+use self::data::{Data, DataShape};
 use self::extract::Extract;
 use self::prune::{Prune, PruneMethod};
 use self::recover::Recover;
@@ -204,7 +204,7 @@ impl Recipe {
 }
 
 /// Reads all stages, even after one that is wrong.
-fn read_stages(sections: Vec<Section<'_>>, data: Option<&Shape>) -> Option<Vec<Stage>> {
+fn read_stages(sections: Vec<Section<'_>>, data: Option<&DataShape>) -> Option<Vec<Stage>> {
     let listings: Vec<Listing> = sections.iter().map(list).collect();
     let read = sections.into_iter().enumerate();
     let stages: Vec<_> = read
@@ -228,7 +228,7 @@ impl Stage {
         section: Section<'_>,
         listings: &[Listing],
         index: usize,
-        data: Option<&Shape>,
+        data: Option<&DataShape>,
     ) -> Option<Self> {
         let lineage = Lineage::new(listings, index);
         let kind = section.choice("kind", &KINDS).required();

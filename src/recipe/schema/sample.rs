@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::data::Shape;
+use super::data::DataShape;
 use super::optimisation::positive;
 use super::source::{Lineage, Source};
 use crate::evaluation::Distances;
@@ -89,7 +89,7 @@ impl Evaluate {
     pub(crate) fn read(
         section: &Section<'_>,
         lineage: Lineage<'_>,
-        data: Option<&Shape>,
+        data: Option<&DataShape>,
     ) -> Option<Self> {
         let compare = section.list("compare", |node| lineage.source(node)).check(
             |all| (1..all.len()).all(|i| !all[..i].contains(&all[i])),

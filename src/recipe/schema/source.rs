@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Serialize, Serializer};
 
-use crate::models::zoo;
+use crate::models::Architecture;
 use crate::process::ProcessKind;
 use crate::recipe::document::diagnostic::Diagnostic;
 use crate::recipe::document::reader::Section;
@@ -194,7 +194,7 @@ fn file(node: &Node, table: &Table) -> Result<FileSource, Diagnostic> {
     let entry = |key: &str| table.get(key).map(|entry| &entry.node);
     let text = |key: &str| entry(key).map(Node::string).transpose();
     let path = text("path")?.ok_or_else(|| node.fault("missing key `path`"))?;
-    let models: Vec<(&str, &str)> = zoo::PRESETS.iter().map(|p| (p.name, p.name)).collect();
+    let models: Vec<(&str, &str)> = Architecture::presets().map(|name| (name, name)).collect();
     let model = entry("model")
         .map(|node| node.choice(&models))
         .transpose()?;

@@ -1,13 +1,14 @@
 //! The stage that trains a model from scratch, or trains an existing one on.
 
-use serde::Serialize;
+use std::ops::Bound;
 
-use super::data::Shape;
-use super::optimisation::{label_drop, optimisation, positive};
+use serde::{Serialize, Serializer};
+
+use super::data::DataShape;
+use super::optimisation::{label_drop, optimisation};
 use super::source::{Lineage, Source};
-use crate::models::zoo::PRESETS;
-use crate::models::{ClassifierConfig, DitConfig};
-use crate::process::ProcessKind;
+use crate::models::{Architecture, Demand, Key, Keys, Shape};
+use crate::process::{FAMILIES, Family, ProcessKind};
 use crate::recipe::document::reader::Section;
 use crate::recipe::document::string_in;
 use crate::training::Optimisation;
@@ -25,14 +26,14 @@ pub struct Train {
     pub label_drop: f64,
     /// What to train; always there without `from`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub architecture: Option<Architecture>,
+    pub architecture: Option<Wanted>,
 }
 
 impl Train {
     pub(crate) fn read(
         section: &Section<'_>,
         lineage: Lineage<'_>,
-        data: Option<&Shape>,
+        data: Option<&DataShape>,
     ) -> Option<Self> {
         let from = section.value("from", |node| lineage.source(node));
         let from_scratch = from.is_absent();
@@ -47,7 +48,7 @@ impl Train {
         };
         Some(Self {
             from,
-            architecture: architecture.and_then(|section| Architecture::read(section, data)),
+            architecture: architecture.and_then(|section| Wanted::read(section, data)),
             label_drop,
             optimisation: optimisation?,
         })
@@ -56,198 +57,148 @@ impl Train {
 
 /// The model to train: the table `architecture`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-#[serde(tag = "family", rename_all = "kebab-case")]
-pub enum Architecture {
-    /// A diffusion transformer, trained by Gaussian diffusion.
-    Dit(Dit),
-    /// The same network, trained by an interpolant.
-    Sit(Dit),
-    /// A small convolutional classifier, which makes features for evaluation.
-    Classifier(ClassifierConfig),
+pub struct Wanted {
+    /// What its network is, and the process it is trained under.
+    pub family: &'static Family,
+    /// Which of the family's.
+    #[serde(flatten)]
+    pub model: Model,
 }
 
-/// A diffusion transformer, by name or by its sizes.
+/// A model of a family, by name or by its sizes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
-pub enum Dit {
-    /// One of [`PRESETS`].
+pub enum Model {
+    /// A published one.
     Preset {
         /// Its name.
         preset: String,
     },
     /// Each size on its own.
-    Sizes(DitConfig),
+    #[serde(serialize_with = "sizes_alone")]
+    Sizes(Architecture),
 }
 
-#[derive(Clone, Copy)]
-enum Family {
-    Dit,
-    Sit,
-    Classifier,
+fn sizes_alone<S: Serializer>(
+    architecture: &Architecture,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    architecture.sizes().serialize(serializer)
 }
 
-impl Family {
-    fn process(self) -> Option<ProcessKind> {
-        match self {
-            Self::Dit => Some(ProcessKind::Gaussian),
-            Self::Sit => Some(ProcessKind::Interpolant),
-            Self::Classifier => None,
-        }
-    }
+/// What a model reads where neither its table nor the recipe's data say it: the digits.
+const DIGITS: Shape = Shape {
+    channels: 1,
+    side: 8,
+    classes: 10,
+};
 
-    fn of(self, sizes: Dit) -> Architecture {
-        match self {
-            Self::Sit => Architecture::Sit(sizes),
-            Self::Dit | Self::Classifier => Architecture::Dit(sizes),
-        }
-    }
-}
-
-const KEYS: &[&str] = &[
-    "preset",
-    "input_size",
-    "patch_size",
-    "channels",
-    "width",
-    "depth",
-    "heads",
-    "mlp_ratio",
-    "classes",
-    "learn_sigma",
-];
-
-impl Architecture {
-    /// The process it is trained under; None of a classifier.
-    pub fn process(&self) -> Option<ProcessKind> {
-        match self {
-            Self::Dit(_) => Some(ProcessKind::Gaussian),
-            Self::Sit(_) => Some(ProcessKind::Interpolant),
-            Self::Classifier(_) => None,
+impl Wanted {
+    /// The architecture; published models are those of ImageNet at 256 x 256.
+    pub fn architecture(&self) -> Option<Architecture> {
+        match &self.model {
+            Model::Preset { preset } => Architecture::preset(preset),
+            Model::Sizes(architecture) => Some(architecture.clone()),
         }
     }
 
     /// Reads the table; sizes of pictures that it does not state are those of the recipe's `data`.
-    fn read(section: Section<'_>, data: Option<&Shape>) -> Option<Self> {
-        let families = [
-            ("dit", Family::Dit),
-            ("sit", Family::Sit),
-            ("classifier", Family::Classifier),
-        ];
+    fn read(section: Section<'_>, data: Option<&DataShape>) -> Option<Self> {
+        let families: Vec<_> = FAMILIES
+            .iter()
+            .map(|family| (family.name, family))
+            .collect();
         let family = section.choice("family", &families);
         let has_preset = section.table().contains_key("preset");
         let family = if has_preset && family.is_absent() {
             // What the name says.
             let name = string_in(section.table(), "preset").unwrap_or_default();
-            Some(match ProcessKind::of_model(name) {
-                Some(ProcessKind::Interpolant) => Family::Sit,
-                _ => Family::Dit,
-            })
+            let assumed = ProcessKind::ASSUMED.family();
+            Some(Family::of_model(name).unwrap_or(assumed))
         } else {
             family.required()
         };
-        let architecture = match family {
-            Some(family @ (Family::Dit | Family::Sit)) if has_preset => {
-                let wanted = family.process();
-                let names: Vec<_> = PRESETS
-                    .iter()
-                    .filter(|preset| ProcessKind::of_model(preset.name) == wanted)
-                    .map(|preset| (preset.name, preset.name))
-                    .collect();
-                let preset = section.choice("preset", &names).optional();
-                section.refuse(KEYS, "a preset");
-                preset.map(|name| {
-                    let preset = name.to_owned();
-                    family.of(Dit::Preset { preset })
-                })
+        // Of the keys of all families, those that this one does not read are refused.
+        let all: Vec<&str> = FAMILIES.iter().flat_map(keys).chain(["preset"]).collect();
+        let wanted = family.and_then(|family| {
+            if has_preset && !family.presets().is_empty() {
+                let presets = family.presets().into_iter().map(|name| (name, name));
+                let preset = section.choice("preset", &presets.collect::<Vec<_>>());
+                let preset = preset.optional();
+                section.refuse(&all, "a preset");
+                let preset = preset?.to_owned();
+                let model = Model::Preset { preset };
+                return Some(Self { family, model });
             }
-            Some(family @ (Family::Dit | Family::Sit)) => {
-                Some(family.of(Dit::Sizes(read_sizes(&section, data))))
-            }
-            Some(Family::Classifier) => {
-                let width = section
-                    .integer("width", 4..=4096)
-                    .check(
-                        |width: &usize| width.is_multiple_of(4),
-                        "must be a multiple of 4",
-                    )
-                    .or(64);
-                let Pictured {
-                    input_size,
-                    channels,
-                    classes,
-                } = Pictured::read(&section, data);
-                section.refuse(KEYS, "family \"classifier\"");
-                Some(Self::Classifier(ClassifierConfig {
-                    width,
-                    channels,
-                    input_size,
-                    classes,
-                }))
-            }
-            None => {
-                section.accept(KEYS);
-                None
-            }
-        };
+            let samples = data.map_or(DIGITS, DataShape::sizes);
+            let architecture = (family.read)(&mut Asked(&section), samples);
+            section.refuse(&all, &format!("family {:?}", family.name));
+            let model = Model::Sizes(architecture);
+            Some(Self { family, model })
+        });
+        if family.is_none() {
+            section.accept(&all);
+        }
         section.finish();
-        architecture
+        wanted
     }
 }
 
-/// What a model reads: the keys that the data have a say in.
-struct Pictured {
-    input_size: usize,
-    channels: usize,
-    classes: usize,
+/// The keys that a family reads.
+fn keys(family: &Family) -> Vec<&'static str> {
+    let mut names = Names(Vec::new());
+    (family.read)(&mut names, DIGITS);
+    names.0
 }
 
-impl Pictured {
-    fn read(section: &Section<'_>, data: Option<&Shape>) -> Self {
-        let [side, channels, classes] =
-            data.map_or([8, 1, 10], |data| [data.side, data.channels, data.classes]);
-        Self {
-            input_size: section.integer("input_size", 1..=4096).or(side),
-            channels: section.integer("channels", 1..=1024).or(channels),
-            classes: section.integer("classes", 1..=1_000_000).or(classes),
-        }
+/// Notes the names of keys.
+struct Names(Vec<&'static str>);
+
+impl Keys for Names {
+    fn integer(&mut self, key: Key<usize>, _: Option<Demand<'_>>) -> usize {
+        self.0.push(key.name);
+        key.default
+    }
+
+    fn float(&mut self, key: Key<f64>) -> f64 {
+        self.0.push(key.name);
+        key.default
+    }
+
+    fn boolean(&mut self, name: &'static str, _: &'static str, default: bool) -> bool {
+        self.0.push(name);
+        default
     }
 }
 
-fn read_sizes(section: &Section<'_>, data: Option<&Shape>) -> DitConfig {
-    {
-        let Pictured {
-            input_size,
-            channels,
-            classes,
-        } = Pictured::read(section, data);
-        let patch_size = section.integer("patch_size", 1..=4096).or_checked(
-            2,
-            |patch| input_size.is_multiple_of(*patch),
-            &format!("must divide `input_size`, which is {input_size}"),
-        );
-        let heads: usize = section.integer("heads", 1..=1024).or(4);
-        let width = section.integer("width", 1..=65_536).or_checked(
-            64,
-            |width: &usize| width.is_multiple_of(heads) && width.is_multiple_of(4),
-            &format!("must be a multiple of 4 and of `heads`, which is {heads}"),
-        );
-        DitConfig {
-            input_size,
-            patch_size,
-            channels,
-            width,
-            depth: section.integer("depth", 1..=1024).or(12),
-            heads,
-            mlp_ratio: section.float("mlp_ratio", positive(64.0)).or(4.0),
-            classes,
-            learn_sigma: section.boolean("learn_sigma").or(true),
+/// A recipe's table, asked for a configuration's keys.
+struct Asked<'a, 'b>(&'a Section<'b>);
+
+impl Keys for Asked<'_, '_> {
+    fn integer(&mut self, key: Key<usize>, demand: Option<Demand<'_>>) -> usize {
+        let value = self.0.integer(key.name, key.least..=key.most);
+        match demand {
+            Some(Demand { holds, must }) => {
+                value.or_checked(key.default, |value| holds(*value), &format!("must {must}"))
+            }
+            None => value.or(key.default),
         }
+    }
+
+    fn float(&mut self, key: Key<f64>) -> f64 {
+        let range = (Bound::Excluded(key.least), Bound::Included(key.most));
+        self.0.float(key.name, range).or(key.default)
+    }
+
+    fn boolean(&mut self, name: &'static str, _: &'static str, default: bool) -> bool {
+        self.0.boolean(name).or(default)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::{ClassifierConfig, presets};
     use crate::recipe::schema::StageKind;
     use crate::recipe::schema::tests::{errors, messages, second, stage};
 
@@ -276,7 +227,9 @@ mod tests {
             };
             train.architecture.unwrap()
         };
-        let Architecture::Dit(Dit::Sizes(sizes)) = architecture("family = 'dit', depth = 6") else {
+        let Model::Sizes(Architecture::Dit(sizes)) =
+            architecture("family = 'dit', depth = 6").model
+        else {
             panic!()
         };
         assert_eq!(
@@ -284,24 +237,25 @@ mod tests {
             (6, 64, 4, 4.0)
         );
         assert!(sizes.learn_sigma);
-        for preset in PRESETS.iter().map(|preset| preset.name) {
-            let sizes = Dit::Preset {
-                preset: preset.to_owned(),
+        for preset in presets::PRESETS.iter().map(|preset| preset.name) {
+            let wanted = architecture(&format!("preset = {preset:?}"));
+            let family = match preset.starts_with("SiT") {
+                true => "sit",
+                false => "dit",
             };
-            let expected = match preset.starts_with("SiT") {
-                true => Architecture::Sit(sizes),
-                false => Architecture::Dit(sizes),
-            };
-            assert_eq!(architecture(&format!("preset = {preset:?}")), expected);
+            assert_eq!(wanted.family.name, family);
+            let preset = preset.to_owned();
+            assert_eq!(wanted.model, Model::Preset { preset });
         }
+        let classifier = architecture("family = 'classifier', width = 32");
         assert_eq!(
-            architecture("family = 'classifier', width = 32"),
-            Architecture::Classifier(ClassifierConfig {
+            classifier.model,
+            Model::Sizes(Architecture::Classifier(ClassifierConfig {
                 width: 32,
                 channels: 1,
                 input_size: 8,
                 classes: 10
-            })
+            }))
         );
     }
 

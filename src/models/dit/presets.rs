@@ -1,6 +1,14 @@
 //! The published models, as one table.
 
 use super::DitConfig;
+use crate::models::Shape;
+
+/// Latents of ImageNet's pictures of 256 x 256, whose sides an autoencoder has reduced eight times.
+pub const IMAGENET_256: Shape = Shape {
+    channels: 4,
+    side: 32,
+    classes: 1000,
+};
 
 /// A published model: its name, and its sizes but for the image.
 #[derive(Debug, Clone, Copy)]

@@ -9,8 +9,16 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::models::{DitConfig, position_table};
+use super::DitConfig;
+use crate::models::position_table;
 use crate::state::{Array, Misfits, Stored, Tensors, WeightsError};
+
+/// What is wrong with files in this layout without their `config.json`.
+pub(crate) const DIFFUSERS_ALONE: &str =
+    "it has the names of diffusers' DiT, whose config.json must lie beside it";
+
+/// How a folder in this layout is used, for its card.
+pub(crate) const DIFFUSERS_USE: &str = "```python\nfrom diffusers import DiTTransformer2DModel\nmodel = DiTTransformer2DModel.from_pretrained(\"THIS_FOLDER\")\nfor block in model.transformer_blocks:\n    block.norm1.emb.time_proj.downscale_freq_shift = 0\n```\n\nThe loop is part of it: diffusers spaces the frequencies of timesteps otherwise than DiT does, which changes the predicted\nnoise by some percent (of a trained model up to 3.6%). With it the outputs are those of the original code.";
 
 /// Names outside the blocks: the reference's, and diffusers'.
 const ENDS: [(&str, &str); 6] = [
@@ -55,14 +63,14 @@ const POSITIONS: &str = "pos_embed";
 const ROUNDING: f32 = 2.0;
 
 /// Whether tensors are named as diffusers names DiT's.
-pub(super) fn is_diffusers(tensors: &Tensors) -> bool {
+pub(crate) fn is_diffusers(tensors: &Tensors) -> bool {
     let mut names = tensors.iter().map(|(name, _)| name);
     names.any(|name| name.starts_with("transformer_blocks."))
 }
 
 /// What is used of the `config.json` of a `DiTTransformer2DModel`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct DiffusersConfig {
+pub(in crate::models) struct DiffusersConfig {
     pub num_attention_heads: usize,
     pub attention_head_dim: usize,
     pub in_channels: usize,
@@ -75,7 +83,7 @@ pub(super) struct DiffusersConfig {
 
 impl DiffusersConfig {
     /// The configuration that a `config.json` holds; None if it is of another kind of model.
-    pub(super) fn of(json: &Value) -> Option<Result<Self, String>> {
+    pub(in crate::models) fn of(json: &Value) -> Option<Result<Self, String>> {
         let class = json.get("_class_name")?.as_str()?;
         // The class had the second name before it had its own.
         if !["DiTTransformer2DModel", "Transformer2DModel"].contains(&class) {
@@ -98,7 +106,7 @@ impl DiffusersConfig {
     }
 
     /// The configuration of the same model here.
-    pub(super) fn dit(&self) -> Result<DitConfig, String> {
+    pub(in crate::models) fn dit(&self) -> Result<DitConfig, String> {
         let width = self
             .num_attention_heads
             .checked_mul(self.attention_head_dim);
@@ -141,7 +149,7 @@ impl DiffusersConfig {
 }
 
 /// The `config.json` with which diffusers rebuilds the model.
-pub(super) fn diffusers_config(config: &DitConfig) -> Value {
+pub(in crate::models) fn diffusers_config(config: &DitConfig) -> Value {
     let mut json = Map::from_iter([
         (
             "_class_name".to_owned(),
@@ -164,7 +172,7 @@ pub(super) fn diffusers_config(config: &DitConfig) -> Value {
 ///
 /// # Errors
 /// When names are missing or surplus, or a block's embedders differ from the first block's; when a file can't be read.
-pub(super) fn from_diffusers(
+pub(in crate::models) fn from_diffusers(
     mut found: Tensors,
     config: &DitConfig,
     path: &Path,
@@ -250,7 +258,7 @@ pub(super) fn from_diffusers(
 ///
 /// # Errors
 /// When the position table is not the standard one, which diffusers would put in its place; when a file can't be read.
-pub(super) fn to_diffusers(
+pub(in crate::models) fn to_diffusers(
     mut tensors: Tensors,
     config: &DitConfig,
     path: &Path,
@@ -275,6 +283,11 @@ pub(super) fn to_diffusers(
     if !stored.iter().zip(&table).all(near) {
         return Err(damaged(
             "its position table is not the standard one, which is the only one the diffusers layout has; keep the reference's layout".into(),
+        ));
+    }
+    if config.hidden() != 4 * config.width {
+        return Err(damaged(
+            "diffusers' DiT has an MLP four times as wide as the trunk".into(),
         ));
     }
     let mut named = Tensors::default();

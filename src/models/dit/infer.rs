@@ -3,24 +3,20 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use crate::models::{ClassifierConfig, DitConfig, zoo};
+use super::{DitConfig, presets};
+use crate::models::Heads;
 use crate::state::{Misfits, Tensors, WeightsError, some};
-
-/// Heads of a model, which no tensor tells.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Heads {
-    /// What is known.
-    pub(super) known: Option<usize>,
-    /// What holds where nothing is known and no published model has the width.
-    pub(super) otherwise: Option<usize>,
-}
 
 /// The DiT whose state dict this is, as deep as its highest block. Without known heads it has those of the published
 /// model of its width.
 ///
 /// # Errors
 /// What makes it none.
-pub(super) fn dit(tensors: &Tensors, heads: Heads, path: &Path) -> Result<DitConfig, WeightsError> {
+pub(in crate::models) fn dit(
+    tensors: &Tensors,
+    heads: Heads,
+    path: &Path,
+) -> Result<DitConfig, WeightsError> {
     let problem = |problem: String| WeightsError::Model {
         path: path.to_owned(),
         problem,
@@ -78,7 +74,7 @@ pub(super) fn dit(tensors: &Tensors, heads: Heads, path: &Path) -> Result<DitCon
     }
     let heads = heads
         .known
-        .or_else(|| zoo::heads_of_width(width))
+        .or_else(|| presets::heads_of_width(width))
         .or(heads.otherwise)
         .ok_or_else(|| {
             problem(format!(
@@ -128,25 +124,8 @@ fn depth(blocks: &BTreeSet<usize>) -> Result<usize, String> {
     ))
 }
 
-/// Refuses tensors that are not those of the model, naming all that are missing, surplus or misshapen.
-pub(super) fn check_dit(
-    tensors: &Tensors,
-    config: &DitConfig,
-    path: &Path,
-) -> Result<(), WeightsError> {
-    check(tensors, &config.tensors(), &config.to_string(), path)
-}
-
-/// As [`check_dit`], of a classifier.
-pub(super) fn check_classifier(
-    tensors: &Tensors,
-    config: &ClassifierConfig,
-    path: &Path,
-) -> Result<(), WeightsError> {
-    check(tensors, &config.tensors(), &config.to_string(), path)
-}
-
-fn check(
+/// Refuses tensors that are not the expected ones, naming all that are missing, surplus or misshapen.
+pub(in crate::models) fn check(
     tensors: &Tensors,
     expected: &[(String, Vec<usize>)],
     what: &str,

@@ -1,0 +1,291 @@
+//! What a checkpoint holds, and what any room may ask of it: sizes, cost, tensors.
+
+use std::fmt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::dit::{diffusers, infer, presets};
+use super::{ClassifierConfig, DitConfig, Shape};
+use crate::state::{Tensors, WeightsError};
+use crate::trunk::Trunk;
+
+/// A network's kind and sizes: enough to rebuild the module without code.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "family", rename_all = "kebab-case")]
+pub enum Architecture {
+    /// A diffusion transformer.
+    Dit(DitConfig),
+    /// The classifier whose features evaluation uses.
+    #[serde(alias = "digits-classifier")]
+    Classifier(ClassifierConfig),
+}
+
+/// The sizes alone, without the word for their kind.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum Sizes<'a> {
+    /// Those of a diffusion transformer.
+    Dit(&'a DitConfig),
+    /// Those of a classifier.
+    Classifier(&'a ClassifierConfig),
+}
+
+/// Asks whichever it is.
+macro_rules! ask {
+    ($architecture:expr, $config:ident => $answer:expr) => {
+        match $architecture {
+            Architecture::Dit($config) => $answer,
+            Architecture::Classifier($config) => $answer,
+        }
+    };
+}
+
+impl Architecture {
+    /// A published model of ImageNet at 256 x 256, in latents of an autoencoder that reduces each side eight times.
+    pub fn preset(name: &str) -> Option<Self> {
+        Self::preset_of(name, presets::IMAGENET_256)
+    }
+
+    /// A published model's sizes, for samples of another shape.
+    pub fn preset_of(name: &str, shape: Shape) -> Option<Self> {
+        let Shape {
+            channels,
+            side,
+            classes,
+        } = shape;
+        presets::config(name, side, channels, classes).map(Self::Dit)
+    }
+
+    /// The names of all published models.
+    pub fn presets() -> impl Iterator<Item = &'static str> {
+        presets::PRESETS.iter().map(|preset| preset.name)
+    }
+
+    /// Whether it is a network that a process trains and samples.
+    pub fn is_denoiser(&self) -> bool {
+        matches!(self, Self::Dit(_))
+    }
+
+    /// The sizes of a classifier, if it is one.
+    pub fn classifier(&self) -> Option<&ClassifierConfig> {
+        match self {
+            Self::Classifier(config) => Some(config),
+            Self::Dit(_) => None,
+        }
+    }
+
+    /// The layers that can be taken out; None of a network without such a trunk.
+    pub fn trunk(&self) -> Option<Trunk> {
+        match self {
+            Self::Dit(config) => Some(Trunk::plain(config.depth)),
+            Self::Classifier(_) => None,
+        }
+    }
+
+    /// Layers of the trunk; 0 without one.
+    pub fn depth(&self) -> usize {
+        self.trunk().map_or(0, |trunk| trunk.depth)
+    }
+
+    /// The same with another number of layers, if it has a trunk.
+    pub fn with_depth(&self, depth: usize) -> Self {
+        match self {
+            Self::Dit(config) => Self::Dit(DitConfig {
+                depth,
+                ..config.clone()
+            }),
+            Self::Classifier(_) => self.clone(),
+        }
+    }
+
+    /// The same of another width, or with another number of attention heads, if it has any.
+    pub fn with_width(&self, width: Option<usize>, heads: Option<usize>) -> Self {
+        match self {
+            Self::Dit(config) => Self::Dit(DitConfig {
+                width: width.unwrap_or(config.width),
+                heads: heads.unwrap_or(config.heads),
+                ..config.clone()
+            }),
+            Self::Classifier(config) => Self::Classifier(ClassifierConfig {
+                width: width.unwrap_or(config.width),
+                ..config.clone()
+            }),
+        }
+    }
+
+    /// The same for samples of so many tokens; None where they make no square.
+    pub fn with_tokens(&self, tokens: usize) -> Option<Self> {
+        let side = tokens.isqrt();
+        if side * side != tokens {
+            return None;
+        }
+        Some(match self {
+            Self::Dit(config) => Self::Dit(DitConfig {
+                input_size: side * config.patch_size,
+                ..config.clone()
+            }),
+            Self::Classifier(_) => self.clone(),
+        })
+    }
+
+    /// Sizes of its samples, or of the pictures it reads.
+    pub fn shape(&self) -> Shape {
+        ask!(self, config => config.shape())
+    }
+
+    /// Whether it predicts the variance beside the mean.
+    pub fn predicts_variance(&self) -> bool {
+        match self {
+            Self::Dit(config) => config.learn_sigma,
+            Self::Classifier(_) => false,
+        }
+    }
+
+    /// Names and shapes of all parameters in a checkpoint.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        ask!(self, config => config.tensors())
+    }
+
+    /// Parameters, fixed ones counted.
+    pub fn parameters(&self) -> usize {
+        let count = |(_, shape): &(String, Vec<usize>)| shape.iter().product::<usize>();
+        self.tensors().iter().map(count).sum()
+    }
+
+    /// Multiply-accumulates of one pass of one sample.
+    pub fn macs(&self) -> usize {
+        ask!(self, config => config.macs())
+    }
+
+    /// Parameters of a low-rank update of every linear layer that [`Prunable`](super::Prunable) names.
+    pub fn lora_parameters(&self, rank: usize) -> usize {
+        match self {
+            Self::Dit(config) => config.lora_parameters(rank),
+            Self::Classifier(_) => 0,
+        }
+    }
+
+    /// Bytes that a batch's pass leaves for its backward pass.
+    pub fn kept_bytes(&self, batch: usize) -> usize {
+        match self {
+            Self::Dit(config) => config.depth * config.block_bytes(batch),
+            // Each activation with its gradient and what it was computed from.
+            Self::Classifier(config) => 4 * 4 * batch * config.activations(),
+        }
+    }
+
+    /// Bytes that a batch's pass needs at once beside the weights.
+    pub fn pass_bytes(&self, batch: usize) -> usize {
+        match self {
+            Self::Dit(config) => config.block_bytes(batch),
+            Self::Classifier(config) => 4 * batch * config.activations(),
+        }
+    }
+
+    /// Why no network can have these sizes, if so.
+    pub fn problem(&self) -> Option<String> {
+        ask!(self, config => config.problem())
+    }
+
+    /// The sizes alone.
+    pub fn sizes(&self) -> Sizes<'_> {
+        match self {
+            Self::Dit(config) => Sizes::Dit(config),
+            Self::Classifier(config) => Sizes::Classifier(config),
+        }
+    }
+
+    /// The diffusion network whose tensors these are, by their names and shapes.
+    ///
+    /// # Errors
+    /// What makes it none.
+    pub(crate) fn of_tensors(
+        tensors: &Tensors,
+        heads: Heads,
+        path: &Path,
+    ) -> Result<Self, WeightsError> {
+        infer::dit(tensors, heads, path).map(Self::Dit)
+    }
+
+    /// Refuses tensors that are not this network's, naming all that are missing, surplus or misshapen.
+    pub(crate) fn check(&self, tensors: &Tensors, path: &Path) -> Result<(), WeightsError> {
+        infer::check(tensors, &self.tensors(), &self.to_string(), path)
+    }
+
+    /// Attention heads, which no tensor tells; None of a network without attention.
+    pub(crate) fn heads(&self) -> Option<usize> {
+        match self {
+            Self::Dit(config) => Some(config.heads),
+            Self::Classifier(_) => None,
+        }
+    }
+
+    /// What a `config.json` of diffusers describes; None if it is of no kind of model known here.
+    pub(crate) fn of_diffusers(json: &Value) -> Option<Result<Self, String>> {
+        let config = diffusers::DiffusersConfig::of(json)?;
+        Some(config.and_then(|config| config.dit()).map(Self::Dit))
+    }
+
+    /// Tensors in diffusers' layout, as the reference's.
+    ///
+    /// # Errors
+    /// When they are not this network's.
+    pub(crate) fn from_diffusers(
+        &self,
+        tensors: Tensors,
+        path: &Path,
+    ) -> Result<Tensors, WeightsError> {
+        match self {
+            Self::Dit(config) => diffusers::from_diffusers(tensors, config, path),
+            Self::Classifier(_) => Err(self.unknown_to_diffusers(path)),
+        }
+    }
+
+    /// The reference's tensors in diffusers' layout, and the `config.json` beside them.
+    ///
+    /// # Errors
+    /// When diffusers has no such network.
+    pub(crate) fn to_diffusers(
+        &self,
+        tensors: Tensors,
+        path: &Path,
+    ) -> Result<(Tensors, Value), WeightsError> {
+        match self {
+            Self::Dit(config) => {
+                let tensors = diffusers::to_diffusers(tensors, config, path)?;
+                Ok((tensors, diffusers::diffusers_config(config)))
+            }
+            Self::Classifier(_) => Err(self.unknown_to_diffusers(path)),
+        }
+    }
+
+    fn unknown_to_diffusers(&self, path: &Path) -> WeightsError {
+        WeightsError::Model {
+            path: path.to_owned(),
+            problem: format!("diffusers has no {self}"),
+        }
+    }
+}
+
+impl From<DitConfig> for Architecture {
+    fn from(config: DitConfig) -> Self {
+        Self::Dit(config)
+    }
+}
+
+impl fmt::Display for Architecture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        ask!(self, config => config.fmt(f))
+    }
+}
+
+/// Heads of a network, which no tensor tells.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Heads {
+    /// What is known.
+    pub(crate) known: Option<usize>,
+    /// What holds where nothing is known and no published model has the width.
+    pub(crate) otherwise: Option<usize>,
+}

@@ -1,0 +1,88 @@
+//! What a configuration asks of whoever fills it: a recipe's table, a page that lists the keys, or a check of values.
+
+/// A key of a configuration.
+#[derive(Debug, Clone, Copy)]
+pub struct Key<T> {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is, with its unit.
+    pub meaning: &'static str,
+    /// Least value; of a real number, the value it must exceed.
+    pub least: T,
+    /// Greatest value.
+    pub most: T,
+    /// Value where none is given.
+    pub default: T,
+}
+
+/// A demand on a whole number that depends on other keys.
+pub struct Demand<'a> {
+    /// Whether a value meets it.
+    pub holds: &'a dyn Fn(usize) -> bool,
+    /// What a value must be, after "must".
+    pub must: String,
+}
+
+/// Gives the values of keys.
+pub trait Keys {
+    /// A whole number.
+    fn integer(&mut self, key: Key<usize>, demand: Option<Demand<'_>>) -> usize;
+
+    /// A real number.
+    fn float(&mut self, key: Key<f64>) -> f64;
+
+    /// Yes or no.
+    fn boolean(&mut self, name: &'static str, meaning: &'static str, default: bool) -> bool;
+}
+
+/// Asks of a configuration whether its own values lie where they must.
+pub(super) struct Check<F: Fn(&str) -> f64> {
+    /// The value of a key.
+    pub(super) value: F,
+    /// The first that does not.
+    pub(super) problem: Option<String>,
+}
+
+impl<F: Fn(&str) -> f64> Check<F> {
+    pub(super) fn new(value: F) -> Self {
+        Self {
+            value,
+            problem: None,
+        }
+    }
+}
+
+impl<F: Fn(&str) -> f64> Keys for Check<F> {
+    fn integer(&mut self, key: Key<usize>, demand: Option<Demand<'_>>) -> usize {
+        let Key {
+            name, least, most, ..
+        } = key;
+        // Sizes are far below 2^53, up to which every whole number is an f64.
+        let value = (self.value)(name) as usize;
+        let must = match demand {
+            _ if !(least..=most).contains(&value) => Some(format!("lie in {least}..={most}")),
+            Some(demand) if !(demand.holds)(value) => Some(demand.must),
+            _ => None,
+        };
+        if let Some(must) = must {
+            (self.problem).get_or_insert_with(|| format!("{name} is {value}, which must {must}"));
+        }
+        value
+    }
+
+    fn float(&mut self, key: Key<f64>) -> f64 {
+        let Key {
+            name, least, most, ..
+        } = key;
+        let value = (self.value)(name);
+        if !(value > least && value <= most) {
+            let why = || format!("{name} is {value}, which must lie above {least}, up to {most}");
+            self.problem.get_or_insert_with(why);
+        }
+        value
+    }
+
+    fn boolean(&mut self, name: &'static str, _: &'static str, _: bool) -> bool {
+        (self.value)(name) != 0.0
+    }
+}

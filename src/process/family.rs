@@ -1,0 +1,85 @@
+//! The families of models: a network, and the process that its models are trained under.
+
+use serde::{Serialize, Serializer};
+
+use super::ProcessKind;
+use crate::models::{Architecture, ClassifierConfig, DitConfig, Keys, Shape};
+
+/// A family of models.
+pub struct Family {
+    /// Its name in a recipe.
+    pub name: &'static str,
+    /// Its name in words, with which the names of its published models begin.
+    pub title: &'static str,
+    /// What its models are trained under; None of a classifier.
+    pub process: Option<ProcessKind>,
+    /// Reads the sizes of a model, those of its samples being the given ones where none are said.
+    pub read: fn(&mut dyn Keys, Shape) -> Architecture,
+}
+
+/// All of them.
+#[rustfmt::skip]
+pub const FAMILIES: [Family; 3] = [
+    Family { name: "dit", title: "DiT", process: Some(ProcessKind::Gaussian), read: dit },
+    Family { name: "sit", title: "SiT", process: Some(ProcessKind::Interpolant), read: dit },
+    Family { name: "classifier", title: "classifier", process: None, read: classifier },
+];
+
+// A SiT has a DiT's network.
+fn dit(keys: &mut dyn Keys, samples: Shape) -> Architecture {
+    Architecture::Dit(DitConfig::read(keys, samples))
+}
+
+fn classifier(keys: &mut dyn Keys, samples: Shape) -> Architecture {
+    Architecture::Classifier(ClassifierConfig::read(keys, samples))
+}
+
+impl Family {
+    /// The family of a published model, by its name.
+    pub fn of_model(name: &str) -> Option<&'static Self> {
+        FAMILIES.iter().find(|family| {
+            let rest = name.strip_prefix(family.title);
+            rest.is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_alphanumeric()))
+        })
+    }
+
+    /// The names of its published models.
+    pub fn presets(&self) -> Vec<&'static str> {
+        let own = |name: &&str| Self::of_model(name).is_some_and(|family| family == self);
+        Architecture::presets().filter(own).collect()
+    }
+}
+
+impl PartialEq for Family {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl std::fmt::Debug for Family {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.title)
+    }
+}
+
+impl Serialize for Family {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_are_known_by_their_family() {
+        let family = |name: &str| Family::of_model(name).map(|family| family.name);
+        assert_eq!(family("DiT-XL/2"), Some("dit"));
+        assert_eq!(family("SiT-tiny"), Some("sit"));
+        assert_eq!(family("SiTar"), None);
+        assert_eq!(family("mar_base"), None);
+        let presets: usize = FAMILIES.iter().map(|family| family.presets().len()).sum();
+        assert_eq!(presets, Architecture::presets().count());
+    }
+}

@@ -1,4 +1,5 @@
-//! The model card that goes with weights: what they are, where they came from, how good they were measured to be.
+//! The model card beside exported weights: what they are, where they come from, and their measured
+//! quality.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -9,7 +10,7 @@ use super::{Checkpoint, Conversion, Provenance};
 use crate::report::{rounded, short};
 use crate::state::WeightsError;
 
-/// The card, as Markdown with the header that model hubs read.
+/// The card, as Markdown with the front matter that model hubs read.
 pub(super) fn card(
     checkpoint: &Checkpoint,
     conversion: &Conversion,
@@ -139,13 +140,13 @@ fn write_card(
     }
 }
 
-/// The evaluation of the run that made a checkpoint, and what it calls the model.
+/// The evaluation in the run that made a checkpoint, and the model's name in it.
 fn evaluation(checkpoint: &Path) -> Option<(String, Value)> {
     let stage = checkpoint.parent()?;
     let (_, name) = stage.file_name()?.to_str()?.split_once('-')?;
     let stages = std::fs::read_dir(stage.parent()?).ok()?;
     let mut folders: Vec<_> = stages.flatten().map(|folder| folder.path()).collect();
-    // A folder lists its entries in any order; of several evaluations the first stage's counts.
+    // A folder lists its entries in any order; of several evaluations the first stage's is used.
     folders.sort();
     folders.iter().find_map(|folder| {
         let text = std::fs::read_to_string(folder.join("eval.json")).ok()?;
@@ -156,7 +157,7 @@ fn evaluation(checkpoint: &Path) -> Option<(String, Value)> {
     })
 }
 
-/// The keys of a verdict, and what heads their columns.
+/// The keys of a verdict, and their column titles.
 const COLUMNS: [(&str, &str); 12] = [
     ("model", "model"),
     ("depth", "depth"),
@@ -172,7 +173,7 @@ const COLUMNS: [(&str, &str); 12] = [
     ("accuracy", "accuracy"),
 ];
 
-/// All lines of an evaluation, since a number says little without those beside it, and its protocol.
+/// All rows of an evaluation, since a score means little without the others, and its protocol.
 fn write_evaluation(out: &mut String, name: &str, evaluation: &Value) -> std::fmt::Result {
     let verdicts: &[Value] = evaluation["verdicts"].as_array().map_or(&[], Vec::as_slice);
     let columns: Vec<_> = (COLUMNS.iter())
@@ -205,7 +206,7 @@ fn write_evaluation(out: &mut String, name: &str, evaluation: &Value) -> std::fm
     writeln!(out)
 }
 
-/// A value as a cell of a table.
+/// A value as a table cell.
 fn cell(key: &str, value: &Value) -> String {
     let number = |value: &Value| value.as_f64().map(rounded);
     match value {
@@ -221,7 +222,7 @@ fn cell(key: &str, value: &Value) -> String {
     .unwrap_or_else(|| "-".to_owned())
 }
 
-/// A value of the protocol in words.
+/// A value of the protocol as text.
 fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -235,7 +236,7 @@ fn plain(value: &Value) -> String {
     }
 }
 
-/// Text that does not end a cell.
+/// Text escaped for a table cell.
 fn escaped(text: &str) -> String {
     text.replace('|', "\\|").replace('\n', " ")
 }

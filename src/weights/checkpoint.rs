@@ -1,4 +1,4 @@
-//! A model on disk: weights, the architecture that rebuilds the module, and where it came from.
+//! A model on disk: weights, architecture and provenance.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,19 +19,19 @@ use crate::models::{
 use crate::process::ProcessKind;
 use crate::state::{Bytes, Tensors, WeightsError, assign, collect, encode};
 
-/// Metadata keys of our files.
+/// Metadata keys of this program's files.
 pub(super) const ARCHITECTURE: &str = "tinyfusion.architecture";
 const PROVENANCE: &str = "tinyfusion.provenance";
 const PROCESS: &str = "tinyfusion.process";
 
-/// The mark of a diffusion network of which nobody has said how it was trained. Without any mark, a file of ours is of
-/// the time when all were trained by Gaussian diffusion.
+/// The mark of a diffusion network whose process is unknown. Files without any mark are older than
+/// the mark, when all networks were trained by Gaussian diffusion.
 const UNSTATED: &str = "unstated";
 
-/// File beside weights that rebuilds their model.
+/// File beside weights with the configuration that rebuilds their model.
 pub(super) const CONFIG: &str = "config.json";
 
-/// Where a checkpoint came from.
+/// Origin of a checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Provenance {
@@ -51,65 +51,66 @@ pub struct Provenance {
     /// SHA-256 of the parent checkpoint's weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
-    /// SHA-256 of the weights of the teacher it was healed under.
+    /// SHA-256 of the weights of the teacher it was recovered under.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher: Option<String>,
     /// Layers of the parent that were kept, when the stage pruned.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kept: Option<Vec<usize>>,
-    /// Depth of that parent.
+    /// Depth of the pruned parent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parent_depth: Option<usize>,
-    /// Groups `[N, M]` the kept layers were chosen in.
+    /// Groups `[N, M]` within which the kept layers were chosen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub groups: Option<Vec<[usize; 2]>>,
-    /// The data it learned from, as its recipe names them.
+    /// The training data, as its recipe names them.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub data: String,
-    /// Names of the classes, where the data have any; a label is a place in this list.
+    /// Names of the classes, where the data have any; a label is an index into this list.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub class_names: Vec<String>,
-    /// A sentence a person should read.
+    /// A note for the reader, one sentence.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub note: String,
 }
 
-/// What a person states of a file that the file itself may not.
+/// Statements about a file that may lack them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Stated {
-    /// Which of a training checkpoint's state dicts to read; by default `ema`, else `model`.
+    /// Which state dict of a training checkpoint to read; by default `ema`, else `model`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights_key: Option<String>,
-    /// Attention heads, which no tensor tells.
+    /// Number of attention heads, which no tensor shows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heads: Option<usize>,
-    /// Attention heads of a file that doesn't say them and has the width of no published model.
+    /// Number of attention heads if the file doesn't state them and no published model has its
+    /// width.
     #[serde(skip)]
     pub heads_otherwise: Option<usize>,
-    /// The process it was trained under, which no tensor tells either.
+    /// The process it was trained under, which no tensor shows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process: Option<ProcessKind>,
-    /// The published model it must be, but for the size of its images and the number of classes.
+    /// The published model that the file must hold, up to image size and number of classes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
 }
 
-/// What a file of ours says of the model in it.
+/// Description of the model in a file of this program.
 #[derive(Debug, Clone, Serialize)]
 pub struct Description {
-    /// What the weights are of.
+    /// The architecture.
     pub architecture: Architecture,
-    /// The process a diffusion network was trained under; None where nobody has said it.
+    /// The process a diffusion network was trained under; None if unknown.
     pub process: Option<ProcessKind>,
-    /// Where the weights came from.
+    /// Origin of the weights.
     pub provenance: Provenance,
 }
 
 impl Description {
-    /// The metadata that says it.
+    /// The description as metadata.
     ///
     /// # Errors
-    /// None of values that can be written as JSON.
+    /// None for values that can be written as JSON.
     pub(crate) fn metadata(&self) -> Result<BTreeMap<String, String>, serde_json::Error> {
         let mut metadata = BTreeMap::from([
             (
@@ -120,7 +121,7 @@ impl Description {
                 PROVENANCE.to_owned(),
                 serde_json::to_string(&self.provenance)?,
             ),
-            // Other programs' loaders ask whose conventions the names follow.
+            // Other programs' loaders ask which framework's tensor layout the file has.
             ("format".to_owned(), "pt".to_owned()),
         ]);
         if self.architecture.is_denoiser() {
@@ -130,12 +131,12 @@ impl Description {
     }
 }
 
-/// How a process is marked in files.
+/// The mark of a process in files.
 pub(super) fn mark(process: Option<ProcessKind>) -> &'static str {
     process.map_or(UNSTATED, ProcessKind::name)
 }
 
-/// The process of a mark; `None` within where it is marked as unstated.
+/// The process of a mark; the inner `None` if it is marked as unstated.
 fn marked(mark: &str) -> Result<Option<ProcessKind>, String> {
     if mark == UNSTATED {
         return Ok(None);
@@ -149,16 +150,17 @@ fn marked(mark: &str) -> Result<Option<ProcessKind>, String> {
     })
 }
 
-/// A model file's content; its tensors are read when they are asked for.
+/// Content of a model file; tensors are read on demand.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
-    /// What the weights are of.
+    /// The architecture.
     pub architecture: Architecture,
-    /// The process it was trained under; None of a classifier, and of a diffusion network where nothing says it.
+    /// The process it was trained under; None for a classifier, and for a diffusion network if
+    /// unknown.
     pub process: Option<ProcessKind>,
     /// The weights, under the reference's names.
     pub tensors: Tensors,
-    /// Where they came from; default for files of other programs.
+    /// Origin of the weights; default for files of other programs.
     pub provenance: Provenance,
     /// The file, for messages.
     pub path: PathBuf,
@@ -166,7 +168,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// A checkpoint of weights in memory, to be written to `path`; a diffusion network's process is Gaussian.
+    /// A checkpoint of weights in memory, to be written to `path`; a diffusion network's process is
+    /// Gaussian.
     pub fn new(
         architecture: Architecture,
         tensors: Tensors,
@@ -184,27 +187,27 @@ impl Checkpoint {
         }
     }
 
-    /// Opens a file that [`WeightFile`] knows. One without our metadata has its architecture inferred from names and
-    /// shapes.
+    /// Opens a file of any kind in [`WeightFile`]. Without this program's metadata, the
+    /// architecture is inferred from names and shapes.
     ///
     /// # Errors
-    /// When the file can't be read, is damaged, or holds no model this crate knows; one error names all tensors that
-    /// are missing, surplus or misshapen.
+    /// When the file can't be read, is damaged, or holds no model this crate knows; one error names
+    /// all tensors that are missing, surplus or misshapen.
     pub fn read(path: &Path) -> Result<Self, WeightsError> {
         Self::read_stated(path, &Stated::default())
     }
 
-    /// Opens a file of which a person states something.
+    /// Opens a file about which the caller states something.
     ///
     /// # Errors
-    /// As [`read`](Self::read), and when the file contradicts them.
+    /// As [`read`](Self::read), and when the file contradicts the statements.
     pub fn read_stated(path: &Path, stated: &Stated) -> Result<Self, WeightsError> {
         let (kind, file) = WeightFile::locate(path)?;
         let opened = Opened::open(kind, &file, stated.weights_key.as_deref())?;
         Self::from_opened(opened, &file, stated)
     }
 
-    /// Opens the bytes of a safetensors file inside the binary; `path` is for messages.
+    /// Opens the bytes of an embedded safetensors file; `path` is for messages.
     ///
     /// # Errors
     /// As [`read`](Self::read).
@@ -295,28 +298,28 @@ impl Checkpoint {
         Ok(checkpoint.of_process(process))
     }
 
-    /// The same weights, said to be trained under another process; None says that nobody knows.
+    /// The same weights, marked with another process; None for unknown.
     pub fn of_process(self, process: Option<ProcessKind>) -> Self {
         let process = process.filter(|_| self.architecture.is_denoiser());
         Self { process, ..self }
     }
 
-    /// The process it was trained under; Gaussian diffusion where nothing says it.
+    /// The process it was trained under; Gaussian diffusion if unknown.
     pub fn trained_by(&self) -> ProcessKind {
         self.process.unwrap_or(ProcessKind::ASSUMED)
     }
 
-    /// Whether this is a diffusion network of which nothing says how it was trained.
+    /// Whether this is a diffusion network whose process is unknown.
     pub fn is_unmarked(&self) -> bool {
         self.architecture.is_denoiser() && self.process.is_none()
     }
 
-    /// What the weights are of, in words, the family by the process.
+    /// The model in words; the family is named by the process.
     pub fn model(&self) -> String {
         ProcessKind::called(self.process, &self.architecture)
     }
 
-    /// A checkpoint of a network.
+    /// A checkpoint holding a network's weights.
     pub fn of<B: Backend>(network: &Network<B>, provenance: Provenance, path: &Path) -> Self {
         let tensors = collect::<B, _>(network).into();
         Self::new(network.architecture(), tensors, provenance, path)
@@ -330,7 +333,7 @@ impl Checkpoint {
         write_safetensors(&self.path, &self.tensors, self.metadata()?, None)
     }
 
-    /// What our files say of themselves.
+    /// The metadata of this program's files.
     pub(super) fn metadata(&self) -> Result<BTreeMap<String, String>, WeightsError> {
         let description = Description {
             architecture: self.architecture.clone(),
@@ -421,7 +424,7 @@ impl Checkpoint {
     }
 }
 
-/// The process that a file says and a person states.
+/// The process according to the file and the caller.
 fn agreed(said: Option<ProcessKind>, stated: &Stated) -> Result<Option<ProcessKind>, String> {
     let model = stated.model.as_deref();
     let named = model.and_then(|model| Some((ProcessKind::of_model(model)?, model)));
@@ -452,7 +455,8 @@ fn check(architecture: &Architecture, path: &Path) -> Result<(), WeightsError> {
     })
 }
 
-/// The architecture in a `config.json` beside a file, ours or that of diffusers' DiT, and the process it says.
+/// The architecture and process in a `config.json` beside a file, this program's or that of
+/// diffusers' DiT.
 fn beside(path: &Path) -> Result<Option<(Architecture, Option<ProcessKind>)>, WeightsError> {
     let path = path.with_file_name(CONFIG);
     let text = match std::fs::read_to_string(&path) {
@@ -472,7 +476,7 @@ fn beside(path: &Path) -> Result<Option<(Architecture, Option<ProcessKind>)>, We
         let architecture = architecture.map_err(broken)?;
         return Ok(Some((architecture, Some(ProcessKind::ASSUMED))));
     }
-    // Somebody else's configuration may lie there too.
+    // Another program's configuration may lie there too.
     if json.get("family").is_none() {
         return Ok(None);
     }

@@ -1,4 +1,4 @@
-//! Weights out: any of the forms that are read.
+//! Writes weights in any of the formats that are read.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -16,29 +16,30 @@ use crate::files::{write_atomic, write_folder};
 use crate::process::ProcessKind;
 use crate::state::WeightsError;
 
-/// Endings of forms that people have models in, and that are not written.
+/// Endings of other model formats, which are not written.
 const UNKNOWN_FORMS: [&str; 9] = [
     "onnx", "gguf", "ggml", "h5", "npz", "npy", "pb", "tflite", "msgpack",
 ];
 
-/// How to write a checkpoint.
+/// Options for writing a checkpoint.
 #[derive(Debug, Clone, Default)]
 pub struct Conversion {
-    /// Names and configuration of diffusers rather than the reference's; for a folder.
+    /// Use diffusers' names and configuration instead of the reference's; for a folder.
     pub diffusers: bool,
     /// Type of the values; by default each tensor's own, so that nothing is rounded.
     pub dtype: Option<Dtype>,
-    /// Largest size of a file in bytes; safetensors that are larger become several with an index.
+    /// Largest size of a file in bytes; larger safetensors are divided into several with an index.
     pub shard: Option<u64>,
     /// Licence of the weights, for the model card.
     pub licence: Option<String>,
 }
 
-/// Writes a checkpoint to `to` and returns the files written. The ending of `to` decides the form: one safetensors file,
-/// several with an index, a PyTorch state dict, or, with none of these, a folder with the weights, the `config.json` that
-/// rebuilds the model, and a model card.
+/// Writes a checkpoint to `to` and returns the files written. The ending of `to` decides the
+/// format: one safetensors file, several with an index, a PyTorch state dict, or, with none of
+/// these endings, a folder with the weights, the `config.json` that rebuilds the model, and a model
+/// card.
 ///
-/// Names and shapes are the reference's, so that PyTorch's `load_state_dict` takes them, or diffusers'.
+/// Names and shapes are the reference's, which PyTorch's `load_state_dict` accepts, or diffusers'.
 ///
 /// # Errors
 /// When `to` exists; when it can't be written; when the model does not fit the layout.
@@ -55,7 +56,7 @@ pub fn convert(
         return Err(problem("exists; nothing is overwritten, name another"));
     }
     let kind = WeightFile::of(to);
-    // `model.onnx` is no folder's name; `TinyDiT-D14.v2` may be.
+    // `model.onnx` is not meant as a folder; `TinyDiT-D14.v2` may be.
     let ending = to.extension().and_then(|ending| ending.to_str());
     if kind.is_none()
         && let Some(ending) = ending
@@ -99,7 +100,7 @@ pub fn convert(
     Ok(written)
 }
 
-/// Writes a folder, whole or not at all.
+/// Writes a folder, all of it or nothing.
 fn whole_folder(
     checkpoint: &Checkpoint,
     to: &Path,
@@ -116,7 +117,7 @@ fn whole_folder(
     write_folder(to, write, |error| WeightsError::io(to)(error))
 }
 
-/// Writes into the folder `into`; messages call it `to`.
+/// Writes into the folder `into`; messages name it `to`.
 fn folder(
     checkpoint: &Checkpoint,
     into: &Path,
@@ -247,7 +248,7 @@ mod tests {
                     .all(|(_, found, _)| *found == dtype.unwrap_or(Dtype::F32))
             );
             let mut last = start;
-            // Each from the one before, so that every form is read and written.
+            // Each is converted from the one before, so that every format is read and written.
             let diffusers = Conversion {
                 diffusers: true,
                 ..Conversion::default()
@@ -276,7 +277,7 @@ mod tests {
                 let path = at(&format!("{dtype:?}-{name}"));
                 let written = convert(&last, &path, conversion).unwrap();
                 assert!(written.iter().all(|path| path.is_file()), "{written:?}");
-                // A .pt says nothing of heads, and no published model is that narrow.
+                // A .pt has no field for heads, and no published model is that narrow.
                 let torch = matches!(WeightFile::of(&path), Some(WeightFile::Torch));
                 let stated = Stated {
                     heads: torch.then_some(3),
@@ -293,7 +294,7 @@ mod tests {
                 }
                 last = next;
             }
-            // Lost with a.pt, which can't carry it, and never invented.
+            // Provenance is lost in a.pt, which can't hold it, and is not invented afterwards.
             assert_eq!(last.provenance, Provenance::default());
         }
     }

@@ -5,16 +5,16 @@ use std::path::Path;
 use crate::state::WeightsError;
 use crate::weights::Checkpoint;
 
-/// A checkpoint that is part of the binary.
+/// A checkpoint embedded in the binary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EmbeddedName {
     /// The diffusion transformer trained on digits.
     DigitsTeacher,
-    /// The digits classifier whose features are compared in evaluation.
+    /// The digits classifier, whose features are compared in evaluation.
     DigitsFeatures,
     /// The diffusion transformer of 28 layers trained on Fashion-MNIST.
     FashionTeacher,
-    /// The classifier of Fashion-MNIST whose features are compared in evaluation.
+    /// The Fashion-MNIST classifier, whose features are compared in evaluation.
     FashionFeatures,
 }
 
@@ -27,7 +27,7 @@ impl EmbeddedName {
         Self::FashionFeatures,
     ];
 
-    /// The name as a recipe writes it, prefix included.
+    /// Its name in recipes, prefix included.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {

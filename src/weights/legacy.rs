@@ -1,5 +1,6 @@
-//! What `torch.save` wrote before PyTorch 1.6: five pickles one after another (a magic number, the format's version,
-//! sizes of the machine's integers, the object, the names of its storages), then each storage's length and values.
+//! The format of `torch.save` before PyTorch 1.6: five pickles in a row (a magic number, the
+//! format's version, the machine's integer sizes, the object, the names of its storages), then each
+//! storage's length and values.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -11,10 +12,11 @@ use super::torch::{MOST, process, wanted};
 use crate::process::ProcessKind;
 use crate::state::{Bytes, Stored, Tensors, size_of_value};
 
-/// The first pickle: protocol 2, the magic number 0x1950a86a20f9469cfc6c as a long of ten bytes, the end.
+/// The first pickle: protocol 2, the magic number 0x1950a86a20f9469cfc6c as a long of ten bytes,
+/// the end.
 const BEGINNING: &[u8; 15] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e";
 
-/// Bytes of a value by the class of its storage.
+/// Bytes per value, by storage class.
 const SIZES: [(&str, u64); 10] = [
     ("torch DoubleStorage", 8),
     ("torch FloatStorage", 4),
@@ -28,15 +30,15 @@ const SIZES: [(&str, u64); 10] = [
     ("torch BoolStorage", 1),
 ];
 
-/// Whether a file begins as such files do; it is left at its beginning.
+/// Whether a file begins in this format; the reader is rewound.
 pub(super) fn is_legacy(reader: &mut BufReader<File>) -> io::Result<bool> {
     let begins = reader.fill_buf()?.starts_with(BEGINNING);
     reader.rewind()?;
     Ok(begins)
 }
 
-/// Opens the state dict of that key, or the best there is, in a file of `length` bytes, and says what the training's
-/// arguments tell of its process; `path` is for messages.
+/// Opens the state dict at `key`, or else the preferred one, in a file of `length` bytes. Also
+/// returns the process according to the training's arguments; `path` is for messages.
 pub(super) fn open(
     mut file: File,
     length: u64,
@@ -63,7 +65,8 @@ pub(super) fn open(
     }
     let wanted = wanted(&object, key, length)?;
 
-    // Storages lie in the order of the keys, whatever they are of: without each one's size none behind it is found.
+    // Storages lie in the order of the keys, whatever their type: the place of each depends on the
+    // sizes of all before it.
     let damaged = "its list of storages is damaged";
     let mut sizes = HashMap::new();
     for node in object.nodes() {
@@ -135,8 +138,8 @@ mod tests {
         [b"\x80\x02", instructions, b"."].concat()
     }
 
-    /// `{"n.num_batches_tracked": a long, "a": [2, 3] turned over, "b": [2] from the fourth value}` of storages of one
-    /// long and of six floats, the long first.
+    /// `{"n.num_batches_tracked": a long, "a": [2, 3] transposed, "b": [2] from the fourth value}`,
+    /// with a storage of one long followed by a storage of six floats.
     fn file(values: usize) -> Vec<u8> {
         let tensor = |name: &str,
                       class: &str,

@@ -1,9 +1,10 @@
-//! Weights in and out.
+//! Weight files: reading, writing and conversion.
 //!
-//! A file is opened as [`Tensors`]: names, shapes and places, under the names the PyTorch reference gives them, so that
-//! files move between the two worlds without a conversion step; values are read one tensor at a time. [`assign`] fills a
-//! module from them and refuses anything missing, surplus or misshapen, all at once. [`collect`] reads a module into a
-//! [`StateDict`], which is tensors in memory. [`convert`] writes what was opened in any of the forms.
+//! A file is opened as [`Tensors`]: names, shapes and places, under the PyTorch reference's names,
+//! so that files are exchanged with PyTorch without conversion; values are read one tensor at a
+//! time. [`assign`] fills a module from them and refuses missing, surplus and misshapen tensors,
+//! all in one error. [`collect`] reads a module into a [`StateDict`], which holds tensors in
+//! memory. [`convert`] writes opened weights in any of the formats.
 
 mod card;
 mod checkpoint;
@@ -37,19 +38,19 @@ pub use crate::state::{
     names, reference_name,
 };
 
-/// A kind of file that weights are read from, known by its ending.
+/// A kind of weight file, known by its ending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WeightFile {
     /// `.safetensors`
     Safetensors,
-    /// `.safetensors.index.json`, which says which tensors lie in which safetensors file beside it.
+    /// `.safetensors.index.json`, which names the safetensors file of each tensor.
     Shards,
-    /// `.pt`, `.pth`, `.bin` or `.ckpt`: what `torch.save` writes.
+    /// `.pt`, `.pth`, `.bin` or `.ckpt`: written by `torch.save`.
     Torch,
 }
 
 impl WeightFile {
-    /// All endings, as messages name them.
+    /// All endings, for messages.
     pub const ENDINGS: [&str; 6] = [
         ".safetensors",
         ".safetensors.index.json",
@@ -59,7 +60,7 @@ impl WeightFile {
         ".ckpt",
     ];
 
-    /// The kind of a file; letters may be large or small.
+    /// The kind of a file, by its ending in any case.
     pub fn of(path: &Path) -> Option<Self> {
         let name = path.file_name()?.to_str()?.to_ascii_lowercase();
         let ending = Self::ENDINGS
@@ -72,7 +73,7 @@ impl WeightFile {
         })
     }
 
-    /// The kind and path of the weights that a path names: a file, or the one model of a folder.
+    /// The kind and path of the weights that a path names: a file, or the only model in a folder.
     ///
     /// # Errors
     /// When it is neither.
@@ -88,7 +89,8 @@ impl WeightFile {
             };
             let mut found = there(&FOLDER_NAMES);
             if found.is_empty() {
-                // Diffusers keeps the same weights in several forms side by side: the first is enough.
+                // Diffusers keeps the same weights in several formats side by side: the first is
+                // enough.
                 found = there(&OTHER_FOLDER_NAMES);
                 found.truncate(1);
             }
@@ -117,17 +119,17 @@ impl WeightFile {
     }
 }
 
-/// Opens weights of any kind that [`WeightFile`] knows, whatever model they are of, and says which file they are in.
-/// [`Checkpoint`] opens those that can be pruned.
+/// Opens weights of any kind in [`WeightFile`], whatever their model; also returns the path of the
+/// file. [`Checkpoint`] opens models that can be pruned.
 ///
 /// # Errors
-/// When it is none, can't be read, or is damaged.
+/// When there is no weight file, or it can't be read or is damaged.
 pub fn open_weights(path: &Path) -> Result<(Tensors, PathBuf), WeightsError> {
     let (kind, file) = WeightFile::locate(path)?;
     Ok((Opened::open(kind, &file, None)?.tensors, file))
 }
 
-/// What the weights in a folder are called: ours, then diffusers'.
+/// File names of weights in a folder: this crate's, then diffusers'.
 pub(crate) const FOLDER_NAMES: [&str; 4] = [
     "model.safetensors",
     "model.safetensors.index.json",
@@ -135,7 +137,7 @@ pub(crate) const FOLDER_NAMES: [&str; 4] = [
     "diffusion_pytorch_model.safetensors.index.json",
 ];
 
-/// What else diffusers calls them, best first: pickles of the same precision, then variants of half of it.
+/// diffusers' other names, best first: a pickle of the same precision, then half precision.
 pub(crate) const OTHER_FOLDER_NAMES: [&str; 3] = [
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.fp16.safetensors",

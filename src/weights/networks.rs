@@ -1,4 +1,4 @@
-//! The networks that are only read, never trained: the autoencoder and Inception.
+//! Networks for inference only: the autoencoder and Inception.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use crate::models::inception::Inception;
 use crate::models::vae::{Vae, VaeConfig, rename_attention};
 use crate::state::{WeightsError, assign};
 
-/// A network, what it was read from, and by which others know it again.
+/// A network with the file it was read from.
 #[derive(Debug)]
 pub struct Known<N> {
     /// The network.
@@ -22,12 +22,12 @@ pub struct Known<N> {
     pub sha256: String,
 }
 
-/// Reads an autoencoder: a folder with diffusers' `config.json` and weights, or a weight file, beside which that
-/// configuration may lie; without one, sizes are inferred.
+/// Reads an autoencoder: a folder with diffusers' `config.json` and weights, or a weight file,
+/// which may have that configuration beside it. Without a configuration, sizes are inferred.
 ///
 /// # Errors
-/// When a file can't be read or asks for a computation that is not supported; one error names all tensors that are
-/// missing, surplus or misshapen.
+/// When a file can't be read or asks for an unsupported computation; one error names all tensors
+/// that are missing, surplus or misshapen.
 pub fn read_vae<B: Backend>(
     path: &Path,
     device: &B::Device,
@@ -48,7 +48,7 @@ pub fn read_vae<B: Backend>(
                 .map_or(Ok(config), |problem| Err(model(problem)))?
         }
     };
-    // Before anything is made as large as a few bytes of configuration ask for.
+    // Checked before allocation: a small configuration may ask for any size.
     let (least, there) = (config.least_parameters(), tensors.parameters());
     if least > there {
         return Err(WeightsError::Model {
@@ -73,10 +73,10 @@ pub fn read_vae<B: Backend>(
     Ok((known, config))
 }
 
-/// What the `config.json` of an autoencoder says; None where there is none beside its weights.
+/// The configuration in an autoencoder's `config.json`; None if there is none beside its weights.
 ///
 /// # Errors
-/// When there are no weights, or it asks for a computation that is not supported.
+/// When there are no weights, or the configuration asks for an unsupported computation.
 pub fn vae_config(path: &Path) -> Result<Option<VaeConfig>, WeightsError> {
     let (_, file) = WeightFile::locate(path)?;
     let path = file.with_file_name(CONFIG);
@@ -93,10 +93,10 @@ pub fn vae_config(path: &Path) -> Result<Option<VaeConfig>, WeightsError> {
     }
 }
 
-/// Reads the Inception network that FID is measured in.
+/// Reads the Inception network for FID.
 ///
 /// # Errors
-/// When the file can't be read, or holds other tensors; one error names them all.
+/// When the file can't be read, or its tensors don't fit; one error names them all.
 pub fn read_inception<B: Backend>(
     path: &Path,
     device: &B::Device,

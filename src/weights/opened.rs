@@ -1,4 +1,4 @@
-//! A weight file, opened: the tensors that were asked for, and what the file says beside them.
+//! An opened weight file: the requested tensors and the rest of its content.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,18 +11,19 @@ use super::torch::open_said;
 use crate::process::ProcessKind;
 use crate::state::{Tensors, WeightsError};
 
-/// What a file holds.
+/// Content of a weight file.
 pub(super) struct Opened {
-    /// Its tensors, under the names of the model itself.
+    /// Its tensors, under the model's own names.
     pub(super) tensors: Tensors,
-    /// Its metadata; none of a PyTorch file.
+    /// Its metadata; empty for a PyTorch file.
     pub(super) metadata: BTreeMap<String, String>,
-    /// The process that the arguments of a training tell, which are kept in PyTorch files.
+    /// The process according to the training's arguments, which PyTorch files may keep.
     pub(super) process: Option<ProcessKind>,
 }
 
 impl Opened {
-    /// Opens a file of a kind; of several state dicts in it, that of `key`, or the best.
+    /// Opens a file of a given kind; of several state dicts, the one at `key`, or else the
+    /// preferred one.
     ///
     /// # Errors
     /// When the file can't be read, is damaged, or has no such state dict.

@@ -1,20 +1,21 @@
-//! Python's pickles, read as data: nothing a pickle names is ever called.
+//! Python's pickles, read as data: nothing that a pickle names is ever called.
 //!
-//! A pickle is a program for a stack machine (CPython's `pickletools` documents the instructions). Here it is run with
-//! calls and instances kept as [`Node::Call`]: the name of what would be called, and its arguments. Whoever knows what
-//! a name means, [`torch`](super::torch) say, reads it from there.
+//! A pickle is a program for a stack machine (CPython's `pickletools` documents the instructions).
+//! It is run here with calls and instances kept as [`Node::Call`]: the name of the callee and its
+//! arguments. Modules that know the names, such as [`torch`](super::torch), interpret them.
 
 use std::collections::HashMap;
 
-/// A place in a [`Pickle`].
+/// Index of a value in a [`Pickle`].
 pub(super) type Id = usize;
 
-/// A value; those it holds are named by their places, since a pickle may use one many times, or within itself.
+/// A value. It refers to others by index, since a pickle may use a value several times, or within
+/// itself.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Node {
     None,
     Bool(bool),
-    /// None where it doesn't fit.
+    /// None if it doesn't fit.
     Int(Option<i64>),
     Float(f64),
     Text(String),
@@ -24,15 +25,15 @@ pub(super) enum Node {
     Dict(Vec<(Id, Id)>),
     /// `module name`
     Global(String),
-    /// What is called, and a tuple of arguments. Instances are calls of their class.
+    /// The callee and its tuple of arguments. An instance is a call of its class.
     Call(Id, Id),
-    /// The arguments of a training script, which are an object's attributes: the dict of them, once it was given.
+    /// A training script's arguments, an object with attributes: the dict of them, once it is set.
     Namespace(Option<Id>),
-    /// Something that lies beside the pickle.
+    /// A reference to data outside the pickle.
     Persistent(Id),
 }
 
-/// A pickle's values.
+/// The values of a pickle.
 #[derive(Debug)]
 pub(super) struct Pickle {
     nodes: Vec<Node>,
@@ -43,12 +44,12 @@ impl Pickle {
     /// Reads a pickle of protocol 0 to 5.
     ///
     /// # Errors
-    /// What is wrong with it, and at which byte.
+    /// What is wrong, and at which byte.
     pub(super) fn read(bytes: &[u8]) -> Result<Self, String> {
         Self::read_first(bytes).map(|(pickle, _)| pickle)
     }
 
-    /// Reads the first of several pickles, and says how many bytes it has.
+    /// Reads the first of several pickles, and returns its size in bytes too.
     ///
     /// # Errors
     /// As [`read`](Self::read).
@@ -75,7 +76,7 @@ impl Pickle {
         &self.nodes[self.root]
     }
 
-    /// All values, in the order they were made.
+    /// All values, in the order of their creation.
     pub(super) fn nodes(&self) -> &[Node] {
         &self.nodes
     }
@@ -84,7 +85,7 @@ impl Pickle {
         &self.nodes[id]
     }
 
-    /// The members of a list or tuple.
+    /// The items of a list or tuple.
     pub(super) fn list(&self, id: Id) -> Option<&[Id]> {
         match self.get(id) {
             Node::List(items) => Some(items),
@@ -99,7 +100,7 @@ impl Pickle {
         }
     }
 
-    /// A number that can be a size.
+    /// A number that is a valid size.
     pub(super) fn size(&self, id: Id) -> Option<usize> {
         match self.get(id) {
             Node::Int(value) => usize::try_from((*value)?).ok(),
@@ -113,7 +114,7 @@ impl Pickle {
         sizes.iter().map(|id| self.size(*id)).collect()
     }
 
-    /// What a call calls, as `module name`, and its arguments.
+    /// A call's callee, as `module name`, and its arguments.
     pub(super) fn call(&self, id: Id) -> Option<(&str, &[Id])> {
         match self.get(id) {
             Node::Call(callee, arguments) => match self.get(*callee) {
@@ -124,7 +125,7 @@ impl Pickle {
         }
     }
 
-    /// The value of a dict's text key, or of a namespace's attribute.
+    /// The value at a text key of a dict, or of a namespace's attribute.
     pub(super) fn entry(&self, dict: &Node, key: &str) -> Option<Id> {
         let dict = match dict {
             Node::Namespace(attributes) => self.get((*attributes)?),
@@ -143,10 +144,11 @@ impl Pickle {
 
 type Result_<T> = Result<T, &'static str>;
 
-/// Most instructions of a pickle; a training checkpoint of a thousand tensors has a hundred thousand.
+/// Most instructions in a pickle; a training checkpoint of a thousand tensors has a hundred
+/// thousand.
 const MOST_INSTRUCTIONS: usize = 4_000_000;
 
-/// Most sides of a tensor, PyTorch's own limit.
+/// Most dimensions of a tensor, PyTorch's own limit.
 const MOST_SIDES: usize = 64;
 
 const ENDS: &str = "ends early";
@@ -157,7 +159,7 @@ struct Machine<'a> {
     at: usize,
     nodes: Vec<Node>,
     stack: Vec<Id>,
-    /// Heights of the stack.
+    /// Heights of the stack at its marks.
     marks: Vec<usize>,
     memo: HashMap<usize, Id>,
 }
@@ -177,7 +179,7 @@ impl<'a> Machine<'a> {
         usize::try_from(number).map_err(|_| ENDS)
     }
 
-    /// Bytes up to a line's end, which is passed over.
+    /// The bytes up to the end of the line, which is consumed.
     fn line(&mut self) -> Result_<&'a str> {
         let length = self.bytes[self.at..].iter().position(|byte| *byte == b'\n');
         let line = self.take(length.ok_or(ENDS)?)?;
@@ -207,7 +209,7 @@ impl<'a> Machine<'a> {
     }
 
     fn pop(&mut self) -> Result_<Id> {
-        // What lies below a mark is not for those above it.
+        // Items below the last mark are out of reach for the instructions above it.
         if self.stack.len() <= self.marks.last().copied().unwrap_or(0) {
             return Err(EMPTY);
         }
@@ -218,7 +220,7 @@ impl<'a> Machine<'a> {
         self.stack.last().copied().ok_or(EMPTY)
     }
 
-    /// All since the last mark.
+    /// All items since the last mark.
     fn marked(&mut self) -> Result_<Vec<Id>> {
         let mark = self.marks.pop().ok_or("has no mark")?;
         Ok(self.stack.split_off(mark.min(self.stack.len())))
@@ -252,7 +254,8 @@ impl<'a> Machine<'a> {
             Node::Global(class) => class.as_str(),
             _ => "",
         };
-        // The two classes whose instances are read: an ordered dict is a dict, a namespace has attributes.
+        // The two classes whose instances are read: an ordered dict is a dict, a namespace has
+        // attributes.
         let node = match class {
             "collections OrderedDict" => Node::Dict(Vec::new()),
             "argparse Namespace" => Node::Namespace(None),
@@ -264,7 +267,7 @@ impl<'a> Machine<'a> {
 
     fn append(&mut self, items: Vec<Id>) -> Result_<()> {
         let list = self.top()?;
-        // Others than lists are objects that know how to be extended: what they become is not read.
+        // Objects other than lists may also be extended; their content is not read.
         if let Node::List(list) = &mut self.nodes[list] {
             list.extend(items);
         }
@@ -284,7 +287,7 @@ impl<'a> Machine<'a> {
     }
 
     fn run(&mut self) -> Result_<Id> {
-        // An instruction makes at most two values, so that what a pickle takes of memory is bounded.
+        // An instruction makes at most two values, which bounds a pickle's memory.
         for _ in 0..MOST_INSTRUCTIONS {
             let instruction = self.take(1)?[0];
             match instruction {
@@ -354,7 +357,7 @@ impl<'a> Machine<'a> {
                         b'T' | b'B' => 4,
                         _ => 8,
                     })?;
-                    // Python 2's texts; bytes are never read.
+                    // Python 2's strings; only text is read from them.
                     let node = match instruction {
                         b'U' | b'T' => self.text(length)?,
                         _ => self.skip(length)?,
@@ -424,7 +427,7 @@ impl<'a> Machine<'a> {
                     let arguments = self.make(Node::List(items));
                     self.push(Node::Call(class, arguments));
                 }
-                // An object's state: but for a namespace, what it is stays what it was made as.
+                // Sets an object's state, which is only read for a namespace.
                 b'b' => {
                     let state = self.pop()?;
                     let object = self.top()?;
@@ -472,7 +475,7 @@ impl<'a> Machine<'a> {
 fn long(bytes: &[u8]) -> Option<i64> {
     let negative = bytes.last().is_some_and(|byte| byte & 0x80 != 0);
     let mut whole = [if negative { 0xff } else { 0 }; 8];
-    // More bytes than eight may still be a small number's sign.
+    // Beyond eight bytes, only sign bytes may follow.
     let (low, high) = bytes.split_at(bytes.len().min(8));
     whole[..low.len()].copy_from_slice(low);
     let value = i64::from_le_bytes(whole);
@@ -486,7 +489,8 @@ mod tests {
 
     #[test]
     fn values_are_read_and_calls_are_kept_as_data() {
-        // {"a": (1, -2, 300, 70000, True, None, 1.5), "o": OrderedDict(), "x": os.system("true")}, as protocol 2 has it.
+        // {"a": (1, -2, 300, 70000, True, None, 1.5), "o": OrderedDict(), "x": os.system("true")},
+        // in protocol 2.
         let mut bytes = b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01(K\x01J\xfe\xff\xff\xffM\x2c\x01J\x70\x11\x01\x00\x88NG\x3f\xf8\0\0\0\0\0\0tq\x02".to_vec();
         bytes.extend(b"X\x01\x00\x00\x00occollections\nOrderedDict\n)R");
         bytes.extend(b"X\x01\x00\x00\x00xcos\nsystem\nX\x04\x00\x00\x00true\x85Ru.");
@@ -521,7 +525,7 @@ mod tests {
 
     #[test]
     fn the_attributes_of_a_namespace_are_read() {
-        // {"args": Namespace(model="SiT-S/2"), "own": Namespace of itself}, as protocol 2 has it.
+        // {"args": Namespace(model="SiT-S/2"), "own": Namespace of itself}, in protocol 2.
         let mut bytes = b"\x80\x02}(X\x04\x00\x00\x00args".to_vec();
         bytes.extend(
             b"cargparse\nNamespace\n)\x81}X\x05\x00\x00\x00modelX\x07\x00\x00\x00SiT-S/2sb",
@@ -564,7 +568,7 @@ mod tests {
         for length in 0..whole.len() {
             assert!(Pickle::read(&whole[..length]).is_err(), "{length} bytes");
         }
-        // Whatever a byte is changed to, there is an answer.
+        // Reading ends without a panic whatever a byte is changed to.
         for at in 0..whole.len() {
             for byte in 0..=255 {
                 let mut bytes = whole.to_vec();

@@ -1,4 +1,4 @@
-//! Safetensors files: opened for what they hold, written one tensor at a time.
+//! Safetensors files: opened without reading values, written one tensor at a time.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,11 +13,11 @@ use super::torch::is_counter;
 use crate::files::{open_file, write_atomic};
 use crate::state::{Bytes, StateDict, Stored, Tensors, WeightsError, encode, size_of_value};
 
-/// The file begins with the size of its header.
+/// Bytes of the header's size, with which the file begins.
 const SIZE: usize = 8;
-/// The largest header that is read, the limit of the format's own library.
+/// The largest header that is read; the format's own library has the same limit.
 const MOST: u64 = 100_000_000;
-/// The header's key for what is no tensor.
+/// The header's key for metadata.
 const METADATA: &str = "__metadata__";
 
 /// Opens a safetensors file: its float tensors, unread, and its metadata.
@@ -41,7 +41,7 @@ pub fn read_safetensors(
     Ok((tensors.read_all()?, metadata))
 }
 
-/// Opens `length` bytes that are a safetensors file; `path` is for messages.
+/// Opens `length` bytes of a safetensors file; `path` is for messages.
 pub(super) fn open(
     bytes: &Bytes,
     length: u64,
@@ -104,8 +104,8 @@ pub(super) fn open(
     Ok((tensors, metadata.into_iter().collect()))
 }
 
-/// Writes tensors and metadata as a safetensors file, atomically, one tensor in memory at a time; `dtype` is the type
-/// to store values in, by default each tensor's own.
+/// Writes tensors and metadata as a safetensors file, atomically, one tensor in memory at a time;
+/// `dtype` is the type of the stored values, by default each tensor's own.
 ///
 /// # Errors
 /// When a tensor can't be read or the file can't be written.
@@ -135,7 +135,7 @@ pub fn write_safetensors(
     };
     let header = Header { metadata, infos };
     let mut header = serde_json::to_vec(&header).map_err(|error| broken(error.to_string()))?;
-    // Values begin at a multiple of 8 bytes, so that a mapped file can be read in place.
+    // Values begin at a multiple of 8 bytes, so that a mapped file can be used in place.
     header.resize(header.len().next_multiple_of(8), b' ');
     write_tensors(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
@@ -147,11 +147,11 @@ pub fn write_safetensors(
     })
 }
 
-/// A file's header. The format's own library keeps metadata in a hash map, whose order differs from one run to the
-/// next; here it is sorted, so that the same weights always make the same bytes.
+/// A file's header. The format's own library keeps metadata in a hash map, whose order changes
+/// between runs; here it is sorted, so that the same weights always make the same bytes.
 struct Header {
     metadata: BTreeMap<String, String>,
-    /// By increasing offsets.
+    /// Ordered by offset.
     infos: Vec<(String, TensorInfo)>,
 }
 
@@ -168,7 +168,7 @@ impl Serialize for Header {
     }
 }
 
-/// Writes a file atomically; what is wrong with a tensor that is read meanwhile is the error, if that is why.
+/// Writes a file atomically. If reading a tensor fails meanwhile, its error is returned.
 pub(super) fn write_tensors(
     path: &Path,
     write: impl FnOnce(&mut io::BufWriter<File>) -> io::Result<()>,
@@ -176,7 +176,7 @@ pub(super) fn write_tensors(
     write_atomic(path, write).map_err(|error| cause(path, error))
 }
 
-/// What is wrong with a tensor, where that is why a file was not written.
+/// The error of a tensor, if that is why writing failed; else the I/O error.
 pub(super) fn cause(path: &Path, error: io::Error) -> WeightsError {
     match error.downcast::<WeightsError>() {
         Ok(error) => error,
@@ -184,7 +184,7 @@ pub(super) fn cause(path: &Path, error: io::Error) -> WeightsError {
     }
 }
 
-/// A tensor's bytes in a type, by default its own.
+/// A tensor's bytes as `dtype`, by default its own type.
 pub(super) fn encoded(tensor: &Stored, dtype: Option<Dtype>) -> io::Result<Vec<u8>> {
     let dtype = dtype.unwrap_or(tensor.dtype());
     if dtype == tensor.dtype() {

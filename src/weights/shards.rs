@@ -1,4 +1,4 @@
-//! Safetensors in several files, with an index beside them.
+//! Safetensors in several files with an index.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -11,20 +11,20 @@ use super::safetensors::{cause, encoded, open_safetensors, write_safetensors};
 use crate::files::write_atomic;
 use crate::state::{Tensors, WeightsError, size_of_value, some};
 
-/// What is read of an index.
+/// The fields read from an index.
 #[derive(Serialize, Deserialize)]
 struct Index {
-    /// Bytes of all tensors, as `total_size`; for other programs.
+    /// Has `total_size`, the bytes of all tensors; for other programs.
     #[serde(default)]
     metadata: BTreeMap<String, serde_json::Value>,
     /// The file of each tensor, by name.
     weight_map: BTreeMap<String, String>,
 }
 
-/// Opens the tensors that an index names in the files that it names, and reads the metadata of all of them.
+/// Opens the tensors of an index from its files, and reads the metadata of all of them.
 ///
 /// # Errors
-/// When a file can't be read; when the files hold other tensors than the index says.
+/// When a file can't be read; when the files hold other tensors than the index names.
 pub(super) fn open_shards(
     path: &Path,
 ) -> Result<(Tensors, BTreeMap<String, String>), WeightsError> {
@@ -72,12 +72,13 @@ pub(super) fn open_shards(
     Ok((state, metadata))
 }
 
-/// Writes tensors into files of at most `most` bytes (more only where one tensor is larger) and their index to `path`,
-/// each atomically, the index last. A file of the same bytes, left by a process that was killed before the index, is
-/// kept. Returns the files beside the index.
+/// Writes tensors into files of at most `most` bytes (more only for a single larger tensor) and
+/// their index to `path`, each atomically, the index last. A file with the same content, left by a
+/// process that was killed before the index, is kept. Returns the files without the index.
 ///
 /// # Errors
-/// When a tensor can't be read or a file can't be written; when there is another file of a name that is needed.
+/// When a tensor can't be read or a file can't be written; when a needed file name is taken by
+/// another file.
 pub(super) fn write_shards(
     path: &Path,
     tensors: &Tensors,
@@ -116,7 +117,7 @@ pub(super) fn write_shards(
             shards.len()
         )
     };
-    // Before anything is written.
+    // Checked before anything is written.
     for (number, shard) in shards.iter().enumerate() {
         let file = path.with_file_name(file_of(number));
         if file.exists() && !holds(&file, shard, metadata, dtype)? {
@@ -146,14 +147,14 @@ pub(super) fn write_shards(
     Ok(written)
 }
 
-/// Whether a file holds what would be written there.
+/// Whether a file already holds the tensors that would be written to it.
 fn holds(
     file: &Path,
     shard: &Tensors,
     metadata: &BTreeMap<String, String>,
     dtype: Option<Dtype>,
 ) -> Result<bool, WeightsError> {
-    // What is no safetensors file is another one.
+    // A file that is no safetensors file is another one.
     let Ok((tensors, said)) = open_safetensors(file) else {
         return Ok(false);
     };
@@ -224,7 +225,7 @@ mod tests {
                 .join(format!("m{most}.safetensors.index.json"));
             let written = write_shards(&path, &tensors, &said, None, most).unwrap();
             assert_eq!(written.len(), files, "{most}");
-            // As after a kill before the index.
+            // As after a kill before the index was written.
             std::fs::remove_file(&path).unwrap();
             std::fs::remove_file(&written[0]).unwrap();
             assert_eq!(

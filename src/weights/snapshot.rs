@@ -1,7 +1,7 @@
-//! The checkpoints that a training leaves to be resumed from, opened as the models they hold.
+//! Training checkpoints, from which a training is resumed, opened as models.
 //!
-//! Such a file has the learning weights and their moving average, the optimizer's moments, and what does not learn; each
-//! name begins with the part it belongs to. The training room writes it and resumes from it.
+//! Such a file has the trained weights, their moving average, the optimizer's moments and the fixed
+//! tensors; each name begins with its part. The training room writes the file and resumes from it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -9,32 +9,34 @@ use std::path::Path;
 use super::checkpoint::ARCHITECTURE;
 use crate::state::{Tensors, WeightsError, some};
 
-/// Metadata key of a training's position, which no other file has.
+/// Metadata key of a training's position, which only training checkpoints have.
 pub(crate) const TRAINING: &str = "tinyfusion.training";
 
-/// The moving average of what learns.
+/// The moving average of the trained weights.
 pub(crate) const EMA: &str = "ema";
-/// What learns.
+/// The trained weights.
 pub(crate) const MODEL: &str = "model";
-/// What does not learn, the table of positions say; only where the whole model is written.
+/// Fixed tensors, such as the position table; only where the whole model is written.
 pub(crate) const FIXED: &str = "fixed";
 /// The optimizer's state.
 pub(crate) const MOMENTS: &str = "moments";
 
-/// What begins the names of a classifier in training.
+/// Prefix of the names of a classifier in training.
 const CLASSIFIER: &str = "classifier.";
-/// What begins the names of the gates that a pruning learns, which are no part of a model.
+/// Prefix of the gates that a pruning learns, which are not part of a model.
 const GATES: &str = "gumbel_gates.";
 
-/// Whether the file of this metadata is a training's checkpoint.
+/// Whether a file with this metadata is a training checkpoint.
 pub(super) fn is_snapshot(metadata: &BTreeMap<String, String>) -> bool {
     metadata.contains_key(TRAINING)
 }
 
-/// The model in a training's checkpoint: of its weights those of `key`, by default the moving average.
+/// The model in a training checkpoint, with the weights of the part `key`; by default the moving
+/// average.
 ///
 /// # Errors
-/// When there is no such part; when the file holds a part of a model, or doesn't say of which model it is.
+/// When there is no such part, when the file holds only a part of a model, or when it doesn't say
+/// which model it holds.
 pub(super) fn model(
     tensors: &Tensors,
     metadata: &BTreeMap<String, String>,

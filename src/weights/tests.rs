@@ -1,4 +1,4 @@
-//! Whole files, read as models.
+//! Reading whole weight files as models.
 
 use std::path::{Path, PathBuf};
 
@@ -54,7 +54,7 @@ fn error(path: &Path, stated: &Stated) -> String {
     error.to_string()
 }
 
-/// A file of SiT's training: weights, their average, and the arguments.
+/// A checkpoint of SiT's training script: weights, their average, and the arguments.
 fn sit() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sit_forward/checkpoint.pt")
 }
@@ -78,7 +78,7 @@ fn wrapped_models_are_read_as_they_are() {
             assert_eq!(read.tensors.read_all().unwrap(), state, "{prefix} {ending}");
         }
     }
-    // A prefix that some names lack is a part of the others.
+    // A prefix that only some names have is not stripped.
     let path = folder.path().join("mixed.pt");
     let mut mixed = prefixed(&state, "module.");
     mixed.insert("sigma".into(), Array::new([1], vec![0.0]));
@@ -99,7 +99,7 @@ fn a_lost_tensor_is_named_and_nothing_else() {
         assert!(error.contains(&format!("missing   {lost} ")), "{error}");
         assert_eq!(error.lines().count(), 2, "{error}");
     }
-    // A name says any number; what is made is bounded by what is there.
+    // A name may hold any number, but allocations are bounded by the tensors in the file.
     let mut state = state(&config(6));
     let block = "blocks.99999999999.attn.qkv.bias";
     state.insert(block.into(), Array::new([36], vec![0.0; 36]));
@@ -130,7 +130,7 @@ fn heads_that_hold_otherwise_give_way() {
         error.contains("`--heads N` on the command line, `heads = N` in a recipe"),
         "{error}"
     );
-    // A published width, and a file that says its heads, come first.
+    // A published width and the heads in a file of this program take precedence.
     let wide = DitConfig {
         width: 384,
         heads: 6,
@@ -178,7 +178,7 @@ fn a_sit_is_known_by_its_training_and_stays_one() {
     }
     let card = std::fs::read_to_string(folder.path().join("c/README.md")).unwrap();
     assert!(card.contains("# SiT, 3 layers"), "{card}");
-    // The configuration says it too, where weights that say nothing lie beside it.
+    // `config.json` also names the process, for weights without metadata beside it.
     let weights = folder.path().join("c/model.safetensors");
     write_safetensors(&weights, &sit.tensors, Default::default(), None).unwrap();
     let read = Checkpoint::read(&folder.path().join("c")).unwrap();
@@ -241,7 +241,7 @@ fn what_nobody_says_of_a_process_stays_unsaid() {
     let read = Checkpoint::read_stated(&at("s.pt"), &model).unwrap();
     assert_eq!(read.process, Some(ProcessKind::Gaussian));
 
-    // Files of ours from before the mark are of the time of one process; diffusers' class has one.
+    // Files of this program without the mark are Gaussian, as is diffusers' class.
     let metadata = bare.metadata().unwrap();
     let old = metadata.into_iter();
     let old = old.filter(|(key, _)| key != "tinyfusion.process").collect();
@@ -304,7 +304,7 @@ fn pickles_have_many_endings_and_folders_many_names() {
         .unwrap();
     };
     let found = || WeightFile::locate(&at("f")).unwrap().1;
-    // The same weights in several forms: the whole ones, and safetensors before pickles.
+    // The same weights in several formats: full precision first, and safetensors before pickles.
     bare("f/diffusion_pytorch_model.fp16.safetensors");
     assert!(found().ends_with("diffusion_pytorch_model.fp16.safetensors"));
     assert!(Checkpoint::read_stated(&at("f"), &heads()).is_ok());
@@ -324,7 +324,7 @@ fn pickles_have_many_endings_and_folders_many_names() {
     assert!(Checkpoint::read_stated(&at("g"), &heads()).is_ok());
 }
 
-/// What a training writes, of the parts given.
+/// Writes a training checkpoint with the given parts.
 fn snapshot(path: &Path, parts: &[(&str, StateDict)], described: bool) {
     let state: StateDict = (parts.iter())
         .flat_map(|(part, state)| prefixed(state, &format!("{part}.")))
@@ -387,11 +387,11 @@ fn a_training_is_opened_as_its_average_or_as_it_learns() {
     assert_eq!(read(&keyed("model")), with_table(raw));
     assert!(error(&path, &keyed("moments")).contains("which has ema, model"));
 
-    // As it was before it was said what is trained.
+    // A checkpoint from before the architecture was part of the metadata.
     snapshot(&path, &parts[..2], false);
     let error_ = error(&path, &Stated::default());
     assert!(error_.contains("does not say of which model"), "{error_}");
-    // A pruning by a low-rank update, and one of the gates alone.
+    // A pruning with low-rank updates, and one with gates alone.
     let mut update = gates.clone();
     for linear in ["blocks.0.attn.qkv", "blocks.1.attn.qkv"] {
         update.insert(
@@ -414,7 +414,7 @@ fn a_training_is_opened_as_its_average_or_as_it_learns() {
         let error = error(&path, &Stated::default());
         assert!(error.contains(says), "{error}");
     }
-    // One model of ours has one state dict.
+    // A model file of this program has a single state dict.
     let ours = folder.path().join("ours.safetensors");
     write_safetensors(&ours, &state(&config(1)).into(), Default::default(), None).unwrap();
     assert!(error(&ours, &keyed("ema")).contains("holds one model"));

@@ -1,5 +1,5 @@
-//! PyTorch's files, `.pt`, `.pth`, `.bin` or `.ckpt`: an archive of a pickle, which says what there is, and of the bytes of each storage;
-//! or, before PyTorch 1.6, the same one after another ([`legacy`]).
+//! PyTorch's files, `.pt`, `.pth`, `.bin` or `.ckpt`: an archive with a pickle, which describes the
+//! tensors, and the bytes of each storage; or, before PyTorch 1.6, the same in a row ([`legacy`]).
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -20,24 +20,26 @@ use crate::files::{Bounded, open_file, open_zip};
 use crate::process::ProcessKind;
 use crate::state::{Bytes, Stored, Tensors, WeightsError, size_of_value};
 
-/// Where a training checkpoint keeps its weights, best first: published samples come from the EMA.
+/// Keys of the weights in a training checkpoint, best first: published samples come from the EMA.
 const PRECEDENCE: [&str; 2] = ["ema", "model"];
 
-/// The largest pickle that is read; those of checkpoints say little more than names and sizes.
+/// The largest pickle that is read; a checkpoint's holds little more than names and sizes.
 pub(super) const MOST: u64 = 256 << 20;
 
-/// Opens a state dict, either bare or inside a training checkpoint (`ema`, else `model`; `key` overrides).
+/// Opens a state dict, either bare or inside a training checkpoint (`ema`, else `model`; `key`
+/// overrides).
 ///
-/// Whatever else a checkpoint holds (optimizer, schedules) is passed over, and nothing in it is run.
+/// The rest of a checkpoint (optimizer, schedules) is ignored, and nothing in it is run.
 ///
 /// # Errors
-/// When the file can't be read, is no PyTorch file, or lacks `key`; when a tensor is not of a float type, or lies
-/// outside its storage.
+/// When the file can't be read, is no PyTorch file, or lacks `key`; when a tensor is not of a float
+/// type, or lies outside its storage.
 pub fn open_torch(path: &Path, key: Option<&str>) -> Result<Tensors, WeightsError> {
     open_said(path, key).map(|(tensors, _)| tensors)
 }
 
-/// As [`open_torch`], and the process that the training's arguments beside the weights tell, if they are there.
+/// As [`open_torch`]; also returns the process according to the training's arguments, if the file
+/// has them.
 ///
 /// # Errors
 /// As [`open_torch`].
@@ -86,24 +88,24 @@ fn float(class: &str) -> Option<Dtype> {
     known.map(|(_, dtype)| *dtype)
 }
 
-/// Whether a tensor only counts the batches that a normalisation has seen: an integer, and no weight.
+/// Whether a tensor is a normalisation's counter of batches: an integer, not a weight.
 pub(super) fn is_counter(name: &str) -> bool {
     name.ends_with(".num_batches_tracked")
 }
 
 /// A tensor as the pickle describes it.
 pub(super) struct Tensor<'a> {
-    /// Name of the storage in the file.
+    /// The storage's name in the file.
     pub(super) storage: &'a str,
     pub(super) dtype: Dtype,
-    /// Values of the storage.
+    /// Number of values in the storage.
     pub(super) count: usize,
     pub(super) offset: usize,
     pub(super) shape: Vec<usize>,
     pub(super) strides: Vec<usize>,
 }
 
-/// The tensors of the state dict of that key, or the best there is, in a file of `length` bytes.
+/// The tensors of the state dict at `key`, or else the preferred one, in a file of `length` bytes.
 pub(super) fn wanted<'a>(
     pickle: &'a Pickle,
     key: Option<&str>,
@@ -144,7 +146,8 @@ pub(super) fn wanted<'a>(
             continue;
         };
         let tensor = tensor.map_err(|problem| format!("tensor `{name}` {problem}"))?;
-        // A small file must not make us allocate much: no tensor has more values than the file has room for.
+        // A small file must not cause large allocations: no tensor has more values than the file
+        // has room for.
         let bytes = (tensor.shape.iter()).try_fold(size_of_value(tensor.dtype), |bytes, size| {
             bytes.checked_mul(*size)
         });
@@ -164,10 +167,10 @@ pub(super) fn wanted<'a>(
 /// An open file.
 struct Checkpoint {
     archive: ZipArchive<BufReader<Bounded>>,
-    /// The folder that all entries lie in.
+    /// The folder of all entries.
     folder: String,
     pickle: Pickle,
-    /// Bytes of the file.
+    /// The file's size in bytes.
     length: u64,
 }
 
@@ -193,7 +196,7 @@ impl Checkpoint {
         })
     }
 
-    /// The state dict of that key, or the best there is.
+    /// The state dict at `key`, or else the preferred one.
     fn tensors(
         mut self,
         key: Option<&str>,
@@ -217,7 +220,7 @@ impl Checkpoint {
                     file.size()
                 )));
             }
-            // PyTorch packs nothing.
+            // PyTorch does not compress.
             let start = (file.compression() == CompressionMethod::Stored)
                 .then(|| file.data_start())
                 .flatten();
@@ -227,12 +230,12 @@ impl Checkpoint {
             if start.checked_add(bytes).is_none_or(|end| end > self.length) {
                 return Err(problem("its storage ends beyond the file".into()));
             }
-            // PyTorch can be told not to compute them, and then states 0.
+            // 0 if PyTorch was told not to compute checksums.
             places.push((start, bytes, Some(file.crc32()).filter(|crc32| *crc32 != 0)));
         }
         let file = Bytes::file(path, self.archive.into_inner().into_inner().into_inner());
         let mut tensors = Tensors::default();
-        // Tensors may share a storage, which is compared once.
+        // Tensors may share a storage, whose checksum is verified once.
         let mut storages = HashMap::new();
         for ((name, tensor), (start, bytes, crc32)) in wanted.into_iter().zip(places) {
             let storage = storages.entry(start).or_insert_with(|| match crc32 {
@@ -249,7 +252,7 @@ impl Checkpoint {
 }
 
 impl<'a> Tensor<'a> {
-    /// The tensor that a value is; None if it is none.
+    /// The tensor that a value describes; None if it is not a tensor.
     fn of(pickle: &'a Pickle, id: Id) -> Result<Option<Self>, String> {
         let Some((callee, arguments)) = pickle.call(id) else {
             return Ok(None);
@@ -296,7 +299,7 @@ impl<'a> Tensor<'a> {
         }))
     }
 
-    /// Whether all its values are values of the storage.
+    /// Whether all its values lie in the storage.
     pub(super) fn lies_inside(&self) -> bool {
         let last = (self.shape.iter().zip(&self.strides))
             .try_fold(self.offset, |last, (size, stride)| {
@@ -306,7 +309,7 @@ impl<'a> Tensor<'a> {
     }
 }
 
-/// An entry of the archive, of which at most `most` bytes are read.
+/// Reads an entry of the archive, at most `most` bytes.
 fn entry(
     archive: &mut ZipArchive<BufReader<Bounded>>,
     name: &str,
@@ -317,7 +320,7 @@ fn entry(
     let crc32 = (archive.by_index_raw(index))
         .map_err(|error| problem(&error))?
         .crc32();
-    // PyTorch can be told not to compute checksums, and then states 0.
+    // 0 if PyTorch was told not to compute checksums.
     let options = ZipReadOptions::new().ignore_crc32(crc32 == 0);
     let file = (archive.by_index_with_options(index, options)).map_err(|error| problem(&error))?;
     let mut bytes = Vec::new();
@@ -330,8 +333,8 @@ fn entry(
     Ok(bytes)
 }
 
-/// Writes a state dict as `torch.save` would, atomically, one tensor in memory at a time; `dtype` is the type to store
-/// values in, by default each tensor's own.
+/// Writes a state dict in `torch.save`'s format, atomically, one tensor in memory at a time;
+/// `dtype` is the type of the stored values, by default each tensor's own.
 ///
 /// # Errors
 /// When a tensor can't be read or the file can't be written.
@@ -349,8 +352,8 @@ fn write_archive(
     dtype: Option<Dtype>,
 ) -> io::Result<()> {
     let mut archive = ZipWriter::new(file);
-    // PyTorch maps files whose storages begin at multiples of 64 bytes. Without a date, the same weights always make
-    // the same bytes.
+    // PyTorch maps files whose storages begin at multiples of 64 bytes. Dates are left out, so that
+    // the same weights always make the same bytes.
     let options = SimpleFileOptions::default()
         .compression_method(CompressionMethod::Stored)
         .last_modified_time(DateTime::default())
@@ -371,7 +374,7 @@ fn write_archive(
     Ok(())
 }
 
-/// The pickle, of protocol 2, of an ordered dict of tensors whose storages are numbered from 0.
+/// The pickle, in protocol 2, of an ordered dict of tensors whose storages are numbered from 0.
 fn state_dict(tensors: &Tensors, dtype: Option<Dtype>) -> Vec<u8> {
     const EMPTY_DICT: &[u8] = b"ccollections\nOrderedDict\n)R";
     fn text(out: &mut Vec<u8>, text: &str) {
@@ -468,7 +471,8 @@ mod tests {
         std::fs::write(&path, &flipped).unwrap();
         let error = open_torch(&path, None).unwrap().read_all().unwrap_err();
         assert!(error.to_string().contains("x.pt"), "{error}");
-        // As torch.save writes with `config.save.compute_crc32 = False`: in both headers of each entry.
+        // As written with `config.save.compute_crc32 = False`: checksums of 0 in both headers of
+        // each entry.
         let mut stated = whole.clone();
         for (signature, at) in [(b"PK\x03\x04", 14), (b"PK\x01\x02", 16)] {
             for start in 0..whole.len() - 4 {

@@ -1,7 +1,7 @@
-//! The diffusers layout of DiT, read as the reference's and written from it.
+//! The diffusers layout of DiT: read into the reference's names, and written from them.
 //!
-//! `DiTTransformer2DModel` keeps q, k and v apart, gives every block a copy of the embedders, and computes the position
-//! table anew. The pairs of names below are those of the two public implementations.
+//! `DiTTransformer2DModel` keeps q, k and v apart, gives every block a copy of the embedders, and
+//! recomputes the position table. The name pairs below are those of the two public implementations.
 
 use std::path::Path;
 
@@ -30,7 +30,7 @@ const ENDS: [(&str, &str); 6] = [
     ("final_layer.linear.bias", "proj_out_2.bias"),
 ];
 
-/// Embedders, of which diffusers has a copy in every block, after `transformer_blocks.N.norm1.emb.`.
+/// Embedders that diffusers copies into every block, after `transformer_blocks.N.norm1.emb.`.
 #[rustfmt::skip]
 const EMBEDDERS: [(&str, &str); 5] = [
     ("t_embedder.mlp.0.weight",            "timestep_embedder.linear_1.weight"),
@@ -52,14 +52,14 @@ const BLOCK: [(&str, &str); 8] = [
     ("mlp.fc2.bias", "ff.net.2.bias"),
 ];
 
-/// What the reference stacks as `attn.qkv`.
+/// Tensors that the reference stacks as `attn.qkv`.
 const STACKED: [&str; 3] = ["to_q", "to_k", "to_v"];
 
-/// Fixed positions, which diffusers does not store.
+/// Name of the fixed position table, which diffusers does not store.
 const POSITIONS: &str = "pos_embed";
 
-/// How far a stored position table may be from the computed one, in units of its type's precision near 1: a cosine
-/// computed elsewhere may be rounded the other way.
+/// Largest distance of a stored position table from the computed one, in units of its type's
+/// precision near 1: a cosine computed elsewhere may be rounded the other way.
 const ROUNDING: f32 = 2.0;
 
 /// Whether tensors are named as diffusers names DiT's.
@@ -68,7 +68,7 @@ pub(crate) fn is_diffusers(tensors: &Tensors) -> bool {
     names.any(|name| name.starts_with("transformer_blocks."))
 }
 
-/// What is used of the `config.json` of a `DiTTransformer2DModel`.
+/// The fields read from a `DiTTransformer2DModel`'s `config.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(in crate::models) struct DiffusersConfig {
     pub num_attention_heads: usize,
@@ -85,7 +85,7 @@ impl DiffusersConfig {
     /// The configuration that a `config.json` holds; None if it is of another kind of model.
     pub(in crate::models) fn of(json: &Value) -> Option<Result<Self, String>> {
         let class = json.get("_class_name")?.as_str()?;
-        // The class had the second name before it had its own.
+        // DiT had the second class name before it got its own.
         if !["DiTTransformer2DModel", "Transformer2DModel"].contains(&class) {
             return None;
         }
@@ -158,7 +158,8 @@ pub(in crate::models) fn diffusers_config(config: &DitConfig) -> Value {
         ("activation_fn".to_owned(), Value::from("gelu-approximate")),
         ("attention_bias".to_owned(), Value::from(true)),
         ("norm_elementwise_affine".to_owned(), Value::from(false)),
-        // Of the norm before the MLP; diffusers' own default is 1e-5, DiT's norms have this.
+        // The epsilon of the norm before the MLP: diffusers' default is 1e-5, DiT's norms have
+        // 1e-6.
         ("norm_eps".to_owned(), Value::from(1e-6)),
         ("norm_type".to_owned(), Value::from("ada_norm_zero")),
     ]);
@@ -168,7 +169,8 @@ pub(in crate::models) fn diffusers_config(config: &DitConfig) -> Value {
     Value::Object(json)
 }
 
-/// Reads diffusers' tensors as the reference's, of a configuration whose sizes can be built.
+/// Reads diffusers' tensors as the reference's. The configuration must have sizes that can be
+/// built.
 ///
 /// # Errors
 /// When names are missing or surplus, or a block's embedders differ from the first block's; when a file can't be read.
@@ -177,7 +179,7 @@ pub(in crate::models) fn from_diffusers(
     config: &DitConfig,
     path: &Path,
 ) -> Result<Tensors, WeightsError> {
-    // No tensor tells the number of patches along a side.
+    // No tensor has the number of patches along a side in its shape.
     let (side, depth) = (config.input_size / config.patch_size, config.depth);
     let mut misfits = Misfits::default();
     let mut tensors = Tensors::default();
@@ -236,7 +238,8 @@ pub(in crate::models) fn from_diffusers(
         misfits.surplus(name, tensor.shape());
     }
     misfits.into_result(path, "the diffusers layout of DiT")?;
-    // The table is made when all else is as large as the configuration says: a few bytes could ask for any size.
+    // The position table is made only once all other tensors have the configured sizes: a small
+    // file could ask for a table of any size.
     let mut misfits = Misfits::default();
     let expected = config.tensors();
     let others = expected.iter().filter(|(name, _)| name != POSITIONS);
@@ -254,7 +257,7 @@ pub(in crate::models) fn from_diffusers(
     Ok(tensors)
 }
 
-/// The reference's tensors as diffusers names them.
+/// The reference's tensors under diffusers' names.
 ///
 /// # Errors
 /// When the position table is not the standard one, which diffusers would put in its place; when a file can't be read.

@@ -1,4 +1,4 @@
-//! What model a file's tensors are of.
+//! Infers the model from a file's tensors.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -22,7 +22,8 @@ pub(in crate::models) fn dit(
         problem,
     };
     let blocks = blocks(tensors);
-    // Any block tells how wide an MLP is: a lost tensor of the first is named with all that are lost.
+    // Any block shows the MLP's width, so that a tensor missing in the first is reported with all
+    // others.
     let mlp = (blocks.iter())
         .map(|block| format!("blocks.{block}.mlp.fc1.weight"))
         .find(|name| tensors.get(name).is_some())
@@ -95,7 +96,7 @@ pub(in crate::models) fn dit(
     })
 }
 
-/// Indices of the blocks that some tensor belongs to.
+/// Indices of the blocks that have a tensor.
 fn blocks(tensors: &Tensors) -> BTreeSet<usize> {
     let index = |name: &str| -> Option<usize> {
         let (index, _) = name.strip_prefix("blocks.")?.split_once('.')?;
@@ -104,10 +105,11 @@ fn blocks(tensors: &Tensors) -> BTreeSet<usize> {
     tensors.iter().filter_map(|(name, _)| index(name)).collect()
 }
 
-/// Depth of a trunk of these blocks: the highest, counted from 0, is its last.
+/// Depth of a trunk with these blocks: the highest index plus 1.
 ///
 /// # Errors
-/// When most of the blocks below it are missing: then a name is wrong, and nothing is to be made as large as it says.
+/// When most of the blocks below the highest are missing: a name is wrong then, and nothing of that
+/// size must be allocated.
 fn depth(blocks: &BTreeSet<usize>) -> Result<usize, String> {
     let Some(&highest) = blocks.last() else {
         return Ok(0);
@@ -116,7 +118,7 @@ fn depth(blocks: &BTreeSet<usize>) -> Result<usize, String> {
     if absent <= blocks.len() {
         return Ok(highest + 1);
     }
-    // At most as many are passed over as there are blocks, before those that are shown.
+    // Lazy: `highest` may be huge, and only the first few are listed.
     let missing = (0..highest).filter(|index| !blocks.contains(index));
     Err(format!(
         "its highest block is {highest}, but blocks {} are missing",

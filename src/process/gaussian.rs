@@ -4,10 +4,11 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use super::schedule::{DiffusionTables, RespacingError, respace};
 
-/// How the variance of a denoising step is had.
+/// How the variance of a denoising step is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variance {
-    /// Interpolated by the network between the posterior's and beta, in log space (arXiv 2102.09672, section 3.1).
+    /// Interpolated by the network between the posterior's and beta, in log space (arXiv
+    /// 2102.09672, section 3.1).
     LearnedRange,
     /// beta (the posterior's at t = 0).
     FixedLarge,
@@ -20,7 +21,7 @@ pub enum Variance {
 pub struct GaussianDiffusion {
     /// Tables by respaced step.
     pub tables: DiffusionTables,
-    /// The original step of each respaced one: what the network is told.
+    /// The original step of each respaced one: the network's input.
     pub timestep_map: Vec<usize>,
     /// Variance of a denoising step.
     pub variance: Variance,
@@ -41,7 +42,7 @@ impl GaussianDiffusion {
     /// The published process, respaced to `spacing` (see [`respace`]), with learned-range variance.
     ///
     /// # Errors
-    /// When the respacing can't be had.
+    /// When the respacing is invalid.
     pub fn new(spacing: &str) -> Result<Self, RespacingError> {
         Ok(Self::over(respace(spacing)?))
     }
@@ -69,7 +70,7 @@ impl GaussianDiffusion {
         self.timestep_map.len()
     }
 
-    /// What the network is called with for steps `t`: `[batch]`.
+    /// The network's time input for steps `t`: `[batch]`.
     pub fn model_timesteps<B: Backend>(&self, t: &[usize], device: &B::Device) -> Tensor<B, 1> {
         let mapped: Vec<f32> = t
             .iter()
@@ -88,7 +89,7 @@ impl GaussianDiffusion {
         Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([t.len(), 1, 1, 1])
     }
 
-    /// Noises `x_start` to step `t`: a draw from q(x_t | x_0) made of `noise`.
+    /// Noises `x_start` to step `t`: a draw from q(x_t | x_0), using `noise`.
     pub fn q_sample<B: Backend>(
         &self,
         x_start: Tensor<B, 4>,
@@ -114,7 +115,8 @@ impl GaussianDiffusion {
         )
     }
 
-    /// Mean and (clipped) log variance of q(x_{t-1} | x_t, x_0); the log variance is `[batch, 1, 1, 1]`.
+    /// Mean and (clipped) log variance of q(x_{t-1} | x_t, x_0); the log variance is `[batch, 1, 1,
+    /// 1]`.
     pub fn q_posterior<B: Backend>(
         &self,
         x_start: Tensor<B, 4>,
@@ -130,8 +132,8 @@ impl GaussianDiffusion {
         )
     }
 
-    /// p(x_{t-1} | x_t) from the network's `output` `[batch, channels or 2 channels, size, size]`; `clip` bounds the
-    /// predicted clean sample to [−1, 1].
+    /// p(x_{t-1} | x_t) from the network's `output` `[batch, channels or 2 channels, size, size]`;
+    /// `clip` bounds the predicted clean sample to [−1, 1].
     pub fn predict<B: Backend>(
         &self,
         output: Tensor<B, 4>,
@@ -176,7 +178,8 @@ impl GaussianDiffusion {
         }
     }
 
-    /// One ancestral step from a [`predict`](Self::predict)ion: the mean plus noise, no noise at t = 0.
+    /// One ancestral step from a [`predict`](Self::predict)ion: the mean plus noise, without noise
+    /// at t = 0.
     pub fn ddpm_step<B: Backend>(
         &self,
         prediction: Prediction<B>,

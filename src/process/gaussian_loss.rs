@@ -1,4 +1,5 @@
-//! What Gaussian diffusion trains: the noise, and the variance by the variational bound (arXiv 2102.09672).
+//! Losses of Gaussian diffusion: the noise, and the variance by the variational bound (arXiv
+//! 2102.09672).
 
 use burn::tensor::{Tensor, backend::Backend};
 
@@ -36,7 +37,8 @@ impl Process for GaussianDiffusion {
         mean(square(output.narrow(1, 0, channels) - seen.noise.clone()))
     }
 
-    /// `mse`, and `vb` where the variance is learned: the bound in bits per dimension, which trains the variance alone.
+    /// `mse`, and `vb` where the variance is learned: the bound in bits per dimension, which trains
+    /// only the variance.
     fn loss<B: Backend>(&self, seen: &Noised<B>, output: Tensor<B, 4>) -> Vec<Term<B>> {
         let mut terms = vec![("mse", self.error(seen, output.clone()))];
         if output.dims()[1] > seen.state.dims()[1] {
@@ -47,7 +49,8 @@ impl Process for GaussianDiffusion {
         terms
     }
 
-    /// `kd`, the squared error against the teacher's noise, and `vb_kd`, the KL from the teacher's step to the student's.
+    /// `kd`, the squared error against the teacher's noise, and `vb_kd`, the KL from the teacher's
+    /// step to the student's.
     fn likeness<B: Backend>(
         &self,
         seen: &Noised<B>,
@@ -72,8 +75,8 @@ impl Process for GaussianDiffusion {
 }
 
 impl GaussianDiffusion {
-    /// KL from a Gaussian to the network's step, the network's decoder likelihood at t = 0; in bits per dimension.
-    /// The network's mean is detached: the bound trains the variance only.
+    /// KL from a Gaussian to the network's step, or the network's decoder likelihood at t = 0; in
+    /// bits per dimension. The network's mean is detached: the bound trains only the variance.
     fn bound<B: Backend>(
         &self,
         seen: &Noised<B>,

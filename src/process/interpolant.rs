@@ -1,9 +1,9 @@
-//! Stochastic interpolants: paths from noise at time 0 to data at time 1, and what a network may predict along them
-//! (Ma et al., "SiT", arXiv 2401.08740; Albergo et al., arXiv 2303.08797).
+//! Stochastic interpolants: paths from noise at time 0 to data at time 1, and what a network may
+//! predict along them (Ma et al., "SiT", arXiv 2401.08740; Albergo et al., arXiv 2303.08797).
 //!
-//! A state at time `t` is `alpha(t) x_1 + sigma(t) x_0`, with data `x_1` and noise `x_0`. Velocity, noise and score say
-//! the same of it, so that each can be sampled from by an ordinary or a stochastic differential equation
-//! ([`transport`](super::transport)).
+//! A state at time `t` is `alpha(t) x_1 + sigma(t) x_0`, with data `x_1` and noise `x_0`. Velocity,
+//! noise and score can be computed from each other, so that each can be sampled from by an ordinary
+//! or a stochastic differential equation ([`transport`](super::transport)).
 
 use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::losses::{Term, mean, square};
 use super::objective::{Noised, Process, Times};
 
-/// Slope of the variance-preserving path's beta: its ends (the reference's `sigma_min`, `sigma_max`).
+/// Beta of the variance-preserving path at its two ends (the reference's `sigma_min`, `sigma_max`).
 const VP_BETA: (f64, f64) = (0.1, 20.0);
 
 /// How data and noise are mixed over time.
@@ -22,7 +22,7 @@ pub enum Path {
     Linear,
     /// Generalised variance-preserving: `alpha = sin(pi t / 2)`, `sigma = cos(pi t / 2)`.
     Gvp,
-    /// Variance-preserving, as score-based diffusion has it (arXiv 2011.13456).
+    /// Variance-preserving, as in score-based diffusion (arXiv 2011.13456).
     Vp,
 }
 
@@ -38,26 +38,26 @@ pub enum Predicts {
     Score,
 }
 
-/// Weight of the loss over time, of noise and score; a velocity's is 1.
+/// Weight over time of the noise and score losses; a velocity's is 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Weighting {
     /// 1.
     None,
-    /// As of the velocity that the prediction stands for.
+    /// The weight that makes it the loss of the equivalent velocity.
     Velocity,
-    /// That of the likelihood (arXiv 2101.09258).
+    /// Likelihood weighting (arXiv 2101.09258).
     Likelihood,
 }
 
-/// A path at one time.
+/// Coefficients of a path at one time.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Mix {
-    /// Share of the data.
+    /// Factor of the data.
     pub alpha: f64,
     /// Its derivative.
     pub alpha_rate: f64,
-    /// Share of the noise.
+    /// Factor of the noise.
     pub sigma: f64,
     /// Its derivative.
     pub sigma_rate: f64,
@@ -66,7 +66,7 @@ pub struct Mix {
 }
 
 impl Path {
-    /// The path at a time.
+    /// The coefficients at time `t`.
     pub fn at(self, t: f64) -> Mix {
         match self {
             Self::Linear => Mix {
@@ -110,7 +110,8 @@ impl Path {
     pub fn drift_variance(self, t: f64) -> f64 {
         let mix = self.at(t);
         match self {
-            // sigma sigma_rate is -alpha^2 log_rate, and alpha^2 + sigma^2 is 1: defined where sigma is 0 too.
+            // sigma sigma_rate is -alpha^2 log_rate, and alpha^2 + sigma^2 is 1: defined where
+            // sigma is 0 too.
             Self::Vp => mix.log_rate,
             Self::Linear | Self::Gvp => {
                 mix.log_rate * mix.sigma * mix.sigma - mix.sigma * mix.sigma_rate
@@ -119,13 +120,13 @@ impl Path {
     }
 }
 
-/// A number for each sample by its time, `[batch, 1, 1, 1]`.
+/// A function of each sample's time, `[batch, 1, 1, 1]`.
 fn each<B: Backend>(t: &[f32], device: &B::Device, value: impl Fn(f64) -> f64) -> Tensor<B, 4> {
     let values: Vec<f32> = t.iter().map(|t| value(f64::from(*t)) as f32).collect();
     Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([t.len(), 1, 1, 1])
 }
 
-/// A path, and what the network learns of it.
+/// A path, and the network's objective along it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Interpolant {
     /// The path.
@@ -134,15 +135,15 @@ pub struct Interpolant {
     pub predicts: Predicts,
     /// Weight of its loss.
     pub weighting: Weighting,
-    /// How far from times where something is not defined training keeps.
+    /// Distance that training keeps from times where a value is undefined.
     pub train_eps: f64,
-    /// How far sampling keeps from them.
+    /// Distance that sampling keeps from them.
     pub sample_eps: f64,
 }
 
 impl Interpolant {
-    /// An interpolant with the reference's distances from the ends (`create_transport`): none where nothing is
-    /// undefined, whatever is asked for.
+    /// An interpolant with the reference's distances from the ends (`create_transport`). Where
+    /// nothing is undefined, both are 0, whatever is asked for.
     pub fn new(
         path: Path,
         predicts: Predicts,
@@ -165,7 +166,7 @@ impl Interpolant {
         }
     }
 
-    /// SiT's published one: the linear path's velocity.
+    /// SiT's published interpolant: the velocity of the linear path.
     pub fn published() -> Self {
         Self::new(
             Path::Linear,
@@ -176,17 +177,18 @@ impl Interpolant {
         )
     }
 
-    /// The times that training draws from.
+    /// The interval of the training times.
     pub fn train_interval(&self) -> (f64, f64) {
         self.interval(self.train_eps)
     }
 
-    /// The times between which an ordinary differential equation is solved.
+    /// The interval on which the ordinary differential equation is solved.
     pub fn ode_interval(&self) -> (f64, f64) {
         self.interval(self.sample_eps)
     }
 
-    /// Whether a solver may look at times past the last: where sigma is the root of a negative number, it can't.
+    /// Whether a solver may evaluate times past the last: not where sigma is the root of a negative
+    /// number.
     pub(super) fn goes_past_the_end(&self) -> bool {
         (self.path, self.predicts) != (Path::Vp, Predicts::Noise)
     }
@@ -199,7 +201,7 @@ impl Interpolant {
         }
     }
 
-    /// Values of the path at each sample's time, `[batch, 1, 1, 1]`.
+    /// A coefficient of the path at each sample's time, `[batch, 1, 1, 1]`.
     fn at_each<B: Backend>(
         &self,
         t: &[f32],
@@ -209,7 +211,7 @@ impl Interpolant {
         each(t, device, |t| value(self.path.at(t)))
     }
 
-    /// The states at each sample's time, like `data` `[batch, channels, size, size]`.
+    /// The states at each sample's time, shaped like `data`, `[batch, channels, size, size]`.
     pub fn state<B: Backend>(
         &self,
         data: Tensor<B, 4>,
@@ -221,7 +223,7 @@ impl Interpolant {
             + noise * self.at_each(t, &device, |mix| mix.sigma)
     }
 
-    /// The velocities of the path there.
+    /// The velocities of the path at these states.
     pub fn path_velocity<B: Backend>(
         &self,
         data: Tensor<B, 4>,
@@ -233,7 +235,8 @@ impl Interpolant {
             + noise * self.at_each(t, &device, |mix| mix.sigma_rate)
     }
 
-    /// The weighted squared error of each sample, `[batch]`, of the network's `output` at [`state`](Self::state).
+    /// The weighted squared error per sample, `[batch]`, of the network's `output` at
+    /// [`state`](Self::state).
     pub fn mse<B: Backend>(
         &self,
         output: Tensor<B, 4>,
@@ -250,7 +253,7 @@ impl Interpolant {
         self.weighted(error, t)
     }
 
-    /// The distance of two outputs of each sample, `[batch]`, in the units of [`mse`](Self::mse).
+    /// The distance of two outputs per sample, `[batch]`, in the units of [`mse`](Self::mse).
     pub fn distance<B: Backend>(
         &self,
         output: Tensor<B, 4>,
@@ -266,7 +269,7 @@ impl Interpolant {
         self.weighted(error, t)
     }
 
-    /// The mean of the weighted squares.
+    /// The mean of the squares, weighted by time.
     fn weighted<B: Backend>(&self, error: Tensor<B, 4>, t: &[f32]) -> Tensor<B, 1> {
         if self.predicts == Predicts::Velocity || self.weighting == Weighting::None {
             return mean(square(error));
@@ -283,7 +286,7 @@ impl Interpolant {
         mean(square(error)) * weights
     }
 
-    /// The velocity of the probability flow at states `x`, from what the network says there.
+    /// The velocity of the probability flow at states `x`, from the network's output.
     pub fn velocity<B: Backend>(
         &self,
         output: Tensor<B, 4>,
@@ -297,7 +300,7 @@ impl Interpolant {
         self.velocity_of_score(score, x, t)
     }
 
-    /// The velocity that a score stands for.
+    /// The velocity equivalent to a score.
     pub fn velocity_of_score<B: Backend>(
         &self,
         score: Tensor<B, 4>,
@@ -309,7 +312,7 @@ impl Interpolant {
             + score * each(t, &device, |t| self.path.drift_variance(t))
     }
 
-    /// The score at states `x`, from what the network says there.
+    /// The score at states `x`, from the network's output.
     pub fn score<B: Backend>(
         &self,
         output: Tensor<B, 4>,
@@ -324,7 +327,7 @@ impl Interpolant {
         }
     }
 
-    /// The score that a velocity stands for.
+    /// The score equivalent to a velocity.
     pub fn score_of_velocity<B: Backend>(
         &self,
         velocity: Tensor<B, 4>,
@@ -337,7 +340,7 @@ impl Interpolant {
         (velocity * self.at_each(t, &device, ratio) - x) / self.at_each(t, &device, variance)
     }
 
-    /// The noise that a velocity stands for.
+    /// The noise equivalent to a velocity.
     pub fn noise_of_velocity<B: Backend>(
         &self,
         velocity: Tensor<B, 4>,
@@ -350,7 +353,7 @@ impl Interpolant {
         (velocity * self.at_each(t, &device, ratio) - x) / self.at_each(t, &device, scale)
     }
 
-    /// The data that a score at `x` stands for in the mean (Tweedie's formula).
+    /// The mean of the data given `x` and its score (Tweedie's formula).
     pub fn denoised<B: Backend>(
         &self,
         score: Tensor<B, 4>,
@@ -363,8 +366,8 @@ impl Interpolant {
     }
 }
 
-/// The part of a network's output that says something here: one that could predict a variance as well, as a SiT's can,
-/// has twice the channels.
+/// The channels of an output that belong to the interpolant: a SiT's network may have twice as
+/// many, the rest for a variance.
 pub(super) fn own<B: Backend>(output: Tensor<B, 4>, state: &Tensor<B, 4>) -> Tensor<B, 4> {
     output.narrow(1, 0, state.dims()[1])
 }

@@ -1,4 +1,4 @@
-//! Which process a network was trained under.
+//! Kinds of processes that networks are trained under.
 
 use std::fmt;
 
@@ -13,14 +13,14 @@ use super::{AnyProcess, GaussianDiffusion, Interpolant, Solver};
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum ProcessKind {
-    /// Gaussian diffusion in 1000 steps, as of DiT.
+    /// Gaussian diffusion in 1000 steps, as in DiT.
     Gaussian,
-    /// A stochastic interpolant over continuous time, as of SiT.
+    /// A stochastic interpolant over continuous time, as in SiT.
     Interpolant,
 }
 
 impl ProcessKind {
-    /// Both, by the names that recipes, the command line and files have for them.
+    /// Both, by their names in recipes, on the command line and in files.
     pub const NAMES: [(&'static str, Self); 2] = [
         ("gaussian", Self::Gaussian),
         ("interpolant", Self::Interpolant),
@@ -37,7 +37,7 @@ impl ProcessKind {
         }
     }
 
-    /// The process, as the family's published models were trained under it.
+    /// The process with the settings of the family's published models.
     pub fn process(self) -> AnyProcess {
         match self {
             Self::Gaussian => GaussianDiffusion::full().into(),

@@ -15,15 +15,15 @@ pub fn normal_kl<B: Backend>(
     (log_variance2 - log_variance1 - 1.0 + ratio + scaled).mul_scalar(0.5)
 }
 
-/// Log likelihood of 8-bit `x` in [−1, 1] under a Gaussian integrated over each value's bin, with the reference's
-/// approximation of the normal distribution function.
+/// Log likelihood of 8-bit `x` in [−1, 1] under a Gaussian integrated over each value's bin, with
+/// the reference's approximation of the normal distribution function.
 pub fn discretized_gaussian_log_likelihood<B: Backend>(
     x: Tensor<B, 4>,
     mean: Tensor<B, 4>,
     log_scale: Tensor<B, 4>,
 ) -> Tensor<B, 4> {
     const HALF_BIN: f64 = 1.0 / 255.0;
-    // Below this a bin's probability is lost to rounding.
+    // Smaller bin probabilities are rounding errors.
     const SMALLEST: f64 = 1e-12;
     let centred = x.clone() - mean;
     let inverse = log_scale.neg().exp();

@@ -1,18 +1,18 @@
-//! What is minimised: a process's terms, alone or beside a teacher's, and masked features.
+//! Losses: the terms of a process, alone or with a teacher's, and masked features.
 
 use burn::tensor::{Tensor, backend::Backend};
 use serde::Serialize;
 
-/// Terms of a loss, each per sample `[batch]`. `total` is what training minimises the mean of.
+/// Terms of a loss, each per sample, `[batch]`. Training minimises the mean of `total`.
 #[derive(Debug, Clone)]
 pub struct Terms<B: Backend> {
-    /// Weighted sum of the others.
+    /// Weighted sum of the terms.
     pub total: Tensor<B, 1>,
-    /// What it is the sum of, by names.
+    /// The terms by name.
     pub named: Vec<Term<B>>,
 }
 
-/// One term of a loss, `[batch]`, and its name in logs and on the dashboard.
+/// One term of a loss, `[batch]`, with its name in logs and on the dashboard.
 pub type Term<B> = (&'static str, Tensor<B, 1>);
 
 impl<B: Backend> Terms<B> {
@@ -25,7 +25,7 @@ impl<B: Backend> Terms<B> {
     }
 }
 
-/// The sum of terms, of which there is one at least.
+/// The sum of at least one term.
 pub(super) fn sum<B: Backend>(terms: &[Term<B>]) -> Tensor<B, 1> {
     let ((_, first), rest) = terms.split_first().expect("every process has a term");
     (rest.iter()).fold(first.clone(), |sum, (_, term)| sum + term.clone())
@@ -34,9 +34,9 @@ pub(super) fn sum<B: Backend>(terms: &[Term<B>]) -> Tensor<B, 1> {
 /// Weights of a distillation.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Distillation {
-    /// Weight of the teacher's terms; the ground truth has `1 - alpha`.
+    /// Weight of the teacher's terms; those of the ground truth have `1 - alpha`.
     pub alpha: f64,
-    /// What is done about features, if anything.
+    /// Distillation of features, if any.
     pub features: Option<MaskedFeatures>,
 }
 
@@ -45,10 +45,10 @@ pub struct Distillation {
 pub struct MaskedFeatures {
     /// Pairs of (student layer, teacher layer).
     pub taps: Vec<(usize, usize)>,
-    /// Activations `k` standard deviations from their mean, or further, are left out (TinyFusion, section 4.4);
-    /// without, all count (RepKD).
+    /// Activations `k` standard deviations or further from their mean are left out (TinyFusion,
+    /// section 4.4); without `k`, all count (RepKD).
     pub k: Option<f64>,
-    /// Weight at the first and at the last step, linear between.
+    /// Weight at the first and at the last step, linear in between.
     pub beta: (f64, f64),
 }
 
@@ -60,7 +60,7 @@ impl MaskedFeatures {
     }
 }
 
-/// What a teacher says of a noised batch.
+/// A teacher's output on a noised batch.
 #[derive(Debug, Clone)]
 pub struct TeacherOutput<B: Backend> {
     /// The network's output.
@@ -71,8 +71,9 @@ pub struct TeacherOutput<B: Backend> {
 
 /// Mean squared difference of masked features, averaged over taps: `[batch]`.
 ///
-/// Per sample, activations at `k` (unbiased) standard deviations from their mean or further become 0, each side by
-/// its own statistics, and the mean runs over all entries, masked ones counted (as the reference does).
+/// Per sample, activations at `k` (unbiased) standard deviations from their mean or further become
+/// 0. Student and teacher are masked by their own statistics, and the mean includes masked entries
+/// (as in the reference).
 pub fn masked_feature_loss<B: Backend>(
     student: &[Tensor<B, 3>],
     teacher: &[Tensor<B, 3>],
@@ -90,7 +91,8 @@ pub fn masked_feature_loss<B: Backend>(
     Tensor::cat(losses, 1).mean_dim(1).squeeze_dim(1)
 }
 
-/// The mask of typical activations: 1 where `|x - mean| < k std` of a sample's tokens and channels, else 0. Not differentiated.
+/// The mask of typical activations: 1 where `|x - mean| < k std` over a sample's tokens and
+/// channels, else 0. Not differentiated.
 pub fn typical<B: Backend>(x: &Tensor<B, 3>, k: f64) -> Tensor<B, 3> {
     let [batch, tokens, width] = x.dims();
     let flat: Tensor<B, 2> = x.clone().detach().reshape([batch, tokens * width]);
@@ -108,7 +110,7 @@ pub fn typical<B: Backend>(x: &Tensor<B, 3>, k: f64) -> Tensor<B, 3> {
         .reshape([batch, tokens, width])
 }
 
-/// Mean over all but the batch.
+/// Mean over all dimensions but the batch.
 pub(super) fn mean<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 1> {
     let batch = x.dims()[0];
     let rest = x.shape().num_elements() / batch;

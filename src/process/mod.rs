@@ -1,8 +1,9 @@
-//! What a network learns: the process that turns data into noise, its losses, and its samplers.
+//! The process that a network learns, which turns data into noise; its losses and its samplers.
 //!
-//! [`Process`] is the seam: data draw times from it, training and scores take noised samples and terms, and none of them
-//! knows a process by name. [`GaussianDiffusion`] is DiT's, [`Interpolant`] SiT's, [`AnyProcess`] whichever a checkpoint
-//! names. [`Sampler`] goes back from noise to data.
+//! [`Process`] is the interface: data draws times from it, training and scores use its noised
+//! samples and terms, and none of them names a process. [`GaussianDiffusion`] is DiT's,
+//! [`Interpolant`] SiT's, [`AnyProcess`] the one that a checkpoint names. [`Sampler`] goes from
+//! noise to data.
 
 mod family;
 mod gaussian;

@@ -1,5 +1,5 @@
-//! The seam between what is learned and everything that trains: a process says how clean samples are seen at a time, and
-//! what a network's output there should have been.
+//! The interface between a process and training: a process defines the noised samples and the loss
+//! of a network's output on them.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -12,15 +12,15 @@ use crate::models::Denoiser;
 use crate::random::{self, Stream};
 use crate::trunk::{BlockHook, Tap};
 
-/// What a network learns.
+/// A generative process that a network learns.
 ///
-/// Times are numbers of the host, one a sample, drawn from [`times`](Self::times): steps of a process that has steps,
-/// or any numbers between the ends of one that has none.
+/// Times are numbers on the host, one per sample, drawn from [`times`](Self::times): steps of a
+/// discrete process, or numbers from the interval of a continuous one.
 pub trait Process: Debug + Clone + Send + Sync + 'static {
-    /// The times of training.
+    /// Distribution of the training times.
     fn times(&self) -> Times;
 
-    /// Clean samples as they are at times `t`, like `clean` `[batch, channels, size, size]`.
+    /// Noised samples at times `t`, shaped like `clean`, `[batch, channels, size, size]`.
     fn noised<B: Backend>(
         &self,
         clean: Tensor<B, 4>,
@@ -28,16 +28,16 @@ pub trait Process: Debug + Clone + Send + Sync + 'static {
         t: &[f32],
     ) -> Tensor<B, 4>;
 
-    /// What the network is told of times `t`, `[batch]`.
+    /// The network's input for times `t`, `[batch]`.
     fn told<B: Backend>(&self, t: &[f32], device: &B::Device) -> Tensor<B, 1>;
 
     /// The error of a network's prediction, `[batch]`: the first term of [`loss`](Self::loss).
     fn error<B: Backend>(&self, seen: &Noised<B>, output: Tensor<B, 4>) -> Tensor<B, 1>;
 
-    /// The terms of plain training, which add up to its loss.
+    /// The terms of plain training, whose sum is its loss.
     fn loss<B: Backend>(&self, seen: &Noised<B>, output: Tensor<B, 4>) -> Vec<Term<B>>;
 
-    /// The terms of being like a teacher, whose output is given.
+    /// The terms of likeness to a teacher, given the teacher's output.
     fn likeness<B: Backend>(
         &self,
         seen: &Noised<B>,
@@ -45,16 +45,16 @@ pub trait Process: Debug + Clone + Send + Sync + 'static {
         teacher: Tensor<B, 4>,
     ) -> Vec<Term<B>>;
 
-    /// Names of the terms, for a dashboard: those of plain training, and those of likeness.
+    /// Names of the terms for the dashboard: those of plain training and those of likeness.
     fn names(&self) -> (&'static [&'static str], &'static [&'static str]);
 }
 
-/// How the times of training are drawn.
+/// Distribution of the training times.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Times {
-    /// Any of so many steps, from 0.
+    /// Uniform over this many steps, from 0.
     Steps(usize),
-    /// Uniform between two numbers.
+    /// Uniform over an interval.
     Between(f64, f64),
 }
 
@@ -79,23 +79,23 @@ impl Times {
     }
 }
 
-/// Samples of a batch as a network sees them, and what they were made of.
+/// A batch of noised samples, with what they were made from.
 #[derive(Debug, Clone)]
 pub struct Noised<B: Backend> {
     /// Clean samples.
     pub clean: Tensor<B, 4>,
     /// The noise.
     pub noise: Tensor<B, 4>,
-    /// Time of each sample.
+    /// The time of each sample.
     pub t: Vec<f32>,
-    /// Labels, dropped ones already replaced by the null class.
+    /// Labels; dropped ones are already replaced by the null class.
     pub y: Tensor<B, 1, Int>,
-    /// What the network sees.
+    /// The noised samples, the network's input.
     pub state: Tensor<B, 4>,
 }
 
 impl<B: Backend> Noised<B> {
-    /// Clean samples at times of a process.
+    /// Noises clean samples to times `t`.
     pub fn new(
         process: &impl Process,
         clean: Tensor<B, 4>,
@@ -122,7 +122,8 @@ impl<B: Backend> Noised<B> {
         }
     }
 
-    /// The terms of distillation: fine-tuning's, the teacher's, and the features' with weight `beta`.
+    /// The terms of distillation: those of fine-tuning, of the teacher, and of the features with
+    /// weight `beta`.
     ///
     /// `alpha (kd + vb_kd) + (1 - alpha) (mse + vb) + beta features` (TinyFusion, section 4.4).
     pub fn distillation_terms(
@@ -161,7 +162,7 @@ impl<B: Backend> Noised<B> {
         network.forward(self.state.clone(), t, self.y.clone(), hook)
     }
 
-    /// What `teacher` says of the samples, features of `layers` tapped.
+    /// A teacher's output on the samples, with the features of `layers`.
     pub fn teach(
         &self,
         process: &impl Process,
@@ -177,12 +178,12 @@ impl<B: Backend> Noised<B> {
     }
 }
 
-/// The processes there are, of which a checkpoint names one.
+/// Any of the processes that a checkpoint can name.
 #[derive(Debug, Clone)]
 pub enum AnyProcess {
-    /// Gaussian diffusion, as of DiT.
+    /// Gaussian diffusion, as in DiT.
     Gaussian(Arc<GaussianDiffusion>),
-    /// A stochastic interpolant, as of SiT.
+    /// A stochastic interpolant, as in SiT.
     Interpolant(Interpolant),
 }
 
@@ -198,7 +199,7 @@ impl From<Interpolant> for AnyProcess {
     }
 }
 
-/// Asks whichever it is.
+/// Calls a method of either variant.
 macro_rules! ask {
     ($process:expr, $known:ident => $answer:expr) => {
         match $process {

@@ -19,18 +19,18 @@ pub enum Solver {
     Ddpm,
     /// Denoising diffusion implicit model; `eta` 0 is deterministic.
     Ddim {
-        /// Share of the ancestral noise that is added.
+        /// Factor of the ancestral noise that is added.
         eta: f64,
     },
-    /// The probability flow of an interpolant.
+    /// Ordinary differential equation of an interpolant: the probability flow.
     Ode(Ode),
-    /// A stochastic equation of an interpolant.
+    /// Stochastic differential equation of an interpolant.
     Sde(Sde),
 }
 
 impl Solver {
-    /// Calls of the network for a sample, without those of guidance. How many Dormand and Prince's method takes depends on
-    /// the network; one for each time is a guess.
+    /// Network calls per sample, without those of guidance. Dormand and Prince's method takes a
+    /// number that depends on the network; one per time is a guess.
     pub fn calls(self, steps: usize) -> usize {
         let between = steps.saturating_sub(1);
         match self {
@@ -77,16 +77,17 @@ impl Solver {
 pub struct Guidance {
     /// 1 is no guidance.
     pub scale: f64,
-    /// How many leading channels are guided; published DiT numbers guide 3 of 4.
+    /// Number of leading channels that are guided; published DiT numbers guide 3 of 4.
     pub channels: usize,
 }
 
 /// A sampling protocol.
 #[derive(Debug, Clone)]
 pub struct Sampler {
-    /// The process; one of steps is respaced to those that are taken.
+    /// The process; a discrete one is respaced to the steps to take.
     pub process: AnyProcess,
-    /// Times of an interpolant's equation, its two ends counted; of a process of steps, those say it.
+    /// Number of times of an interpolant's equation, both ends included; unused for a discrete
+    /// process.
     pub steps: usize,
     /// Rule of a step.
     pub solver: Solver,
@@ -97,10 +98,12 @@ pub struct Sampler {
 /// Noise for the `k`-th step of a loop (from 0): a tensor like the state.
 pub type StepNoise<'a, B> = &'a mut dyn FnMut(usize) -> Tensor<B, 4>;
 
-/// The network's output under guidance: `[batch, out channels, size, size]` for the conditional samples.
+/// The network's output under guidance: `[batch, out channels, size, size]` for the conditional
+/// samples.
 ///
-/// Runs conditional and unconditional samples as one batch. The first `guidance.channels` are extrapolated, the
-/// rest is the conditional output as it is (the reference's `forward_with_cfg`).
+/// Runs conditional and unconditional samples as one batch. The first `guidance.channels` channels
+/// are extrapolated; the rest is the unchanged conditional output (the reference's
+/// `forward_with_cfg`).
 pub fn guided<B: Backend>(
     network: &impl Denoiser<B>,
     x: Tensor<B, 4>,
@@ -187,7 +190,7 @@ impl Sampler {
     /// sample or, of an interpolant, the state itself; returns the final state.
     ///
     /// # Panics
-    /// When the solver is not one of the process's.
+    /// When the solver does not belong to the process.
     pub fn denoise<B: Backend>(
         &self,
         network: &impl Denoiser<B>,
@@ -254,8 +257,8 @@ impl Sampler {
         x
     }
 
-    /// Generates samples `indices` with `labels`. All noise is keyed by (seed, sample index), so a sample does not
-    /// depend on the batch it is made in. `progress` is called after every step.
+    /// Generates samples `indices` with `labels`. All noise is keyed by (seed, sample index), so
+    /// that a sample does not depend on its batch. `progress` is called after every step.
     pub fn generate<B: Backend>(
         &self,
         network: &impl Denoiser<B>,
@@ -288,7 +291,7 @@ impl Sampler {
             burn::tensor::TensorData::from(labels.as_slice()),
             device,
         );
-        // Without eta, DDIM's noise is multiplied by zero: not drawn.
+        // DDIM with eta 0 multiplies the noise by zero, so it is not drawn.
         let quiet = match self.solver {
             Solver::Ddim { eta } => eta == 0.0,
             Solver::Ode(_) => true,

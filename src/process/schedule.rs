@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use thiserror::Error;
 
-/// Steps of the process the published models were trained with.
+/// Number of steps of the process that the published models were trained with.
 const STEPS: usize = 1000;
 
-/// A respacing that can't be had.
+/// An invalid respacing.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum RespacingError {
     /// Not a number, a comma separated list of numbers, or `ddimN`.
@@ -15,12 +15,12 @@ pub enum RespacingError {
         "timestep respacing `{0}` is not a step count such as \"250\", a list of counts per section such as \"100,50,25\", or \"ddim50\""
     )]
     Syntax(String),
-    /// More steps asked for than there are.
+    /// More steps than the process has.
     #[error("timestep respacing asks for {asked} of {available} steps")]
     TooMany {
-        /// Steps asked for.
+        /// Number of steps asked for.
         asked: usize,
-        /// Steps there are.
+        /// Number of steps of the process.
         available: usize,
     },
     /// `ddimN` where no integer stride gives N steps.
@@ -28,10 +28,11 @@ pub enum RespacingError {
     NoStride(usize),
 }
 
-/// Which of the 1,000 steps a respaced process keeps, ascending (`space_timesteps` of guided-diffusion).
+/// Which of the 1,000 steps a respaced process keeps, ascending (`space_timesteps` of
+/// guided-diffusion).
 ///
-/// The empty string keeps all. Section strides accumulate in floating point and are rounded half to even, as
-/// Python rounds: published samples depend on it.
+/// The empty string keeps all. Section strides accumulate in floating point and are rounded half to
+/// even, as in Python: published samples depend on it.
 ///
 /// # Errors
 /// See [`RespacingError`].
@@ -81,9 +82,10 @@ pub fn respace(spacing: &str) -> Result<Vec<usize>, RespacingError> {
     Ok(kept.into_iter().collect())
 }
 
-/// Everything derived from the betas of a (respaced) process; one entry per step.
+/// Values derived from the betas of a (respaced) process; one entry per step.
 ///
-/// Names and formulas are those of Ho et al. (arXiv 2006.11239) and Nichol and Dhariwal (arXiv 2102.09672).
+/// Names and formulas are those of Ho et al. (arXiv 2006.11239) and Nichol and Dhariwal (arXiv
+/// 2102.09672).
 #[derive(Debug, Clone, Default)]
 #[allow(missing_docs)] // Every field is the formula its name spells.
 pub struct DiffusionTables {
@@ -104,7 +106,8 @@ pub struct DiffusionTables {
 }
 
 impl DiffusionTables {
-    /// Tables of the linear 1,000-step schedule restricted to `kept` steps (ascending, as [`respace`] gives them).
+    /// Tables of the linear 1,000-step schedule restricted to the `kept` steps, ascending, as from
+    /// [`respace`].
     pub fn linear(kept: &[usize]) -> Self {
         let (first, last) = (1e-4, 0.02);
         let step = (last - first) / (STEPS - 1) as f64;
@@ -151,8 +154,9 @@ impl DiffusionTables {
                 .collect::<Vec<f64>>()
         };
         let posterior_variance = posterior(&|beta, a, prev| beta * (1.0 - prev) / (1.0 - a));
-        // The first variance is 0; its logarithm is clipped to that of the second. A process of one step has no second
-        // (the reference fails on it): its only step adds no noise, and any finite number will do.
+        // The first variance is 0; its logarithm is clipped to that of the second. A process of one
+        // step has no second (the reference fails on it): its only step adds no noise, so any
+        // finite number works.
         let posterior_log_variance_clipped = (0..count)
             .map(|i| match posterior_variance.get(i.max(1)) {
                 Some(variance) => variance.ln(),

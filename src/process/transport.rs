@@ -1,9 +1,11 @@
-//! Sampling along an interpolant: ordinary and stochastic differential equations, solved from noise to data.
+//! Sampling along an interpolant: ordinary and stochastic differential equations, solved from noise
+//! to data.
 //!
-//! The solvers know a network by its output at a state and a time alone, so that guidance, a fixture's formula or a
-//! user's own network go through them alike. The rules are those of SiT's `transport`; [`Ode::Dopri5`] controls its
-//! steps as torchdiffeq does: the last one goes past the end, and the state there is interpolated. Where the path is
-//! not defined past the end, it stops there.
+//! The solvers only need a network's output at a state and a time, so that guidance, a test's
+//! formula or a user's own network work alike. The rules are those of SiT's `transport`;
+//! [`Ode::Dopri5`] controls its steps as torchdiffeq does: the last one goes past the end, and the
+//! state at the end is interpolated. Where the path is undefined past the end, the last step stops
+//! there.
 
 use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
@@ -14,16 +16,16 @@ use super::interpolant::{Interpolant, Path, Predicts};
 /// A network's output at a state `[batch, channels, size, size]` and a time.
 pub type Model<'a, B> = &'a mut dyn FnMut(Tensor<B, 4>, f32) -> Tensor<B, 4>;
 
-/// How the probability flow is integrated.
+/// Solver of the probability flow.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "method", rename_all = "lowercase")]
 pub enum Ode {
-    /// First order, one call a step.
+    /// First order, one network call per step.
     Euler,
-    /// Second order, two calls a step.
+    /// Second order, two network calls per step.
     Heun,
-    /// Fifth order with steps of its own choice (Dormand and Prince): one for the whole batch, as torchdiffeq has it, so that
-    /// a sample depends a little on those beside it.
+    /// Dormand and Prince's fifth order with adaptive steps: the same for the whole batch, as in
+    /// torchdiffeq, so that a sample depends a little on the others in its batch.
     Dopri5 {
         /// Absolute tolerance.
         atol: f64,
@@ -32,13 +34,13 @@ pub enum Ode {
     },
 }
 
-/// How the stochastic equation is integrated.
+/// Solver of the stochastic equation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SdeMethod {
-    /// Euler-Maruyama, one call a step.
+    /// Euler-Maruyama, one network call per step.
     Euler,
-    /// Heun's method on the drift, two calls a step.
+    /// Heun's method on the drift, two network calls per step.
     Heun,
 }
 
@@ -46,9 +48,9 @@ pub enum SdeMethod {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiffusionForm {
-    /// The same at all times.
+    /// Constant.
     Constant,
-    /// That of score-based diffusion: the score's weight in the velocity.
+    /// The score's weight in the velocity, as in score-based diffusion.
     Sbdm,
     /// `sigma`.
     Sigma,
@@ -60,11 +62,11 @@ pub enum DiffusionForm {
     IncreasingDecreasing,
 }
 
-/// What is done at the end, a last stretch before the data where drift and noise may not be defined.
+/// The last step, over a stretch before the data where drift and noise may be undefined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LastStep {
-    /// Nothing, and there is no last stretch.
+    /// No last step, and no stretch left out.
     None,
     /// A step along the drift.
     Mean,
@@ -74,10 +76,10 @@ pub enum LastStep {
     Euler,
 }
 
-/// A stochastic equation.
+/// Settings of a stochastic equation.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Sde {
-    /// How it is integrated.
+    /// The solver.
     pub method: SdeMethod,
     /// Strength of the noise over time.
     #[serde(rename = "diffusion_form")]
@@ -85,9 +87,9 @@ pub struct Sde {
     /// Factor of that strength.
     #[serde(rename = "diffusion_norm")]
     pub norm: f64,
-    /// What is done at the end.
+    /// The last step.
     pub last_step: LastStep,
-    /// Length of the last stretch.
+    /// Length in time of the stretch for the last step.
     pub last_step_size: f64,
 }
 
@@ -96,7 +98,7 @@ impl Ode {
     pub const ATOL: f64 = 1e-6;
     /// SiT's relative tolerance.
     pub const RTOL: f64 = 1e-3;
-    /// Dormand and Prince's method with these.
+    /// Dormand and Prince's method with these tolerances.
     pub const DOPRI5: Self = Self::Dopri5 {
         atol: Self::ATOL,
         rtol: Self::RTOL,
@@ -119,7 +121,7 @@ impl LastStep {
 }
 
 impl Default for Sde {
-    /// As SiT's `sample.py` has it.
+    /// The settings of SiT's `sample.py`.
     fn default() -> Self {
         Self {
             method: SdeMethod::Euler,
@@ -132,7 +134,7 @@ impl Default for Sde {
 }
 
 impl DiffusionForm {
-    /// All, by name; one also as the reference's library spells it.
+    /// All, by name; one also in the reference library's spelling.
     pub const NAMES: [(&'static str, Self); 7] = [
         ("constant", Self::Constant),
         ("sbdm", Self::Sbdm),
@@ -158,7 +160,7 @@ impl DiffusionForm {
 }
 
 impl Sde {
-    /// The length of the last stretch, none where nothing is done there.
+    /// Length of the last stretch; 0 without a last step.
     pub fn last_stretch(&self) -> f64 {
         match self.last_step {
             LastStep::None => 0.0,
@@ -166,7 +168,7 @@ impl Sde {
         }
     }
 
-    /// Why it can't be solved for a network's interpolant, if so: at noise or at data something is not defined.
+    /// Why it can't be solved for an interpolant, if so: a value is undefined at noise or at data.
     pub fn problem(&self, interpolant: &Interpolant) -> Option<&'static str> {
         let (start, end) = self.interval(interpolant);
         let at_noise = self.form == DiffusionForm::Sbdm && interpolant.path != Path::Vp;
@@ -181,7 +183,7 @@ impl Sde {
         )
     }
 
-    /// The times between which it is solved.
+    /// The interval on which it is solved.
     pub fn interval(&self, interpolant: &Interpolant) -> (f64, f64) {
         let eps = interpolant.sample_eps;
         let end = match self.last_stretch() {
@@ -197,8 +199,8 @@ impl Sde {
         (start, end)
     }
 
-    /// Solves it from noise `x` in `steps` times from the first to the last, of which the last is that of the last
-    /// step. `watch(k, state)` is called with the start and after each step. Returns the final state.
+    /// Solves it from noise `x` at `steps` times, the last of which is reached by the last step.
+    /// `watch(k, state)` is called with the start and after each step. Returns the final state.
     pub fn solve<B: Backend>(
         &self,
         interpolant: &Interpolant,
@@ -254,8 +256,9 @@ impl Sde {
 }
 
 impl Ode {
-    /// Solves the probability flow from noise `x` through `steps` times from the first to the last, or back from data.
-    /// `watch(k, state)` is called with the state at each of them after the first. Returns the final state.
+    /// Solves the probability flow at `steps` times from noise `x` to data, or back from data.
+    /// `watch(k, state)` is called with the state at each time after the first. Returns the final
+    /// state.
     pub fn solve<B: Backend>(
         self,
         interpolant: &Interpolant,
@@ -300,7 +303,7 @@ impl Ode {
     }
 }
 
-/// `count` times from one to the other, as `torch.linspace` makes them of f32.
+/// `count` evenly spaced times, rounded as `torch.linspace` of f32.
 fn linspace(first: f64, last: f64, count: usize) -> Vec<f32> {
     let (first, last) = (first as f32, last as f32);
     let step = (last - first) / (count.max(2) - 1) as f32;
@@ -312,7 +315,8 @@ fn linspace(first: f64, last: f64, count: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Dormand and Prince's pair of orders 5 and 4, with dense output (Shampine, "Some practical Runge-Kutta formulas").
+/// Dormand and Prince's pair of orders 5 and 4, with dense output (Shampine, "Some practical
+/// Runge-Kutta formulas").
 struct Dopri5 {
     atol: f64,
     rtol: f64,
@@ -321,7 +325,7 @@ struct Dopri5 {
 
 /// Times of the stages.
 const STAGES: [f64; 6] = [0.2, 0.3, 0.8, 8.0 / 9.0, 1.0, 1.0];
-/// Weights of the slopes before, of each stage.
+/// Weights of the earlier slopes in each stage.
 const WEIGHTS: [&[f64]; 6] = [
     &[0.2],
     &[3.0 / 40.0, 9.0 / 40.0],
@@ -348,7 +352,7 @@ const WEIGHTS: [&[f64]; 6] = [
         11.0 / 84.0,
     ],
 ];
-/// The solution of order 5 less that of order 4.
+/// Weights of the error estimate: the solution of order 5 minus that of order 4.
 const ERROR: [f64; 7] = [
     35.0 / 384.0 - 1951.0 / 21_600.0,
     0.0,
@@ -358,7 +362,7 @@ const ERROR: [f64; 7] = [
     11.0 / 84.0 - 649.0 / 6300.0,
     -1.0 / 60.0,
 ];
-/// The solution in the middle of a step.
+/// Weights of the solution in the middle of a step.
 const MIDDLE: [f64; 7] = [
     6_025_192_743.0 / 30_085_553_152.0 / 2.0,
     0.0,
@@ -369,9 +373,9 @@ const MIDDLE: [f64; 7] = [
     11_237_099.0 / 235_043_384.0 / 2.0,
 ];
 
-/// Share of the step size that would just do.
+/// Safety factor of the step size.
 const SAFETY: f64 = 0.9;
-/// Most that a step grows, and shrinks, by.
+/// Smallest and largest factor from one step size to the next.
 const GROWTH: (f64, f64) = (0.2, 10.0);
 
 impl Dopri5 {
@@ -386,7 +390,7 @@ impl Dopri5 {
         let (Some(&start), Some(&end)) = (times.first(), times.last()) else {
             return x;
         };
-        // Time runs forwards: where it runs back, velocities change their sign.
+        // The solver's time runs forwards: backwards, velocities change their sign.
         let direction = if end < start { -1.0 } else { 1.0 };
         let mut rate =
             |x: Tensor<B, 4>, done: f64| velocity(x, (start + direction * done) as f32) * direction;
@@ -401,7 +405,7 @@ impl Dopri5 {
         while next < times.len() {
             step = step.min(most - done);
             if done + step <= done {
-                // No step is short enough: there is no solution to go on with, and the reader of the state tells of it.
+                // No step is short enough. The solution is marked as NaN, which the caller checks.
                 let lost = state * f64::NAN;
                 (next..times.len()).for_each(|time| watch(time, &lost));
                 return lost;
@@ -409,12 +413,13 @@ impl Dopri5 {
             let stages = self.stages(&mut rate, &state, &slope, done, step);
             let ratio = self.error_ratio(&state, &stages, step);
             let next_step = grown(step, ratio);
-            // A state that is not finite has no error to control, and ends the search; its reader tells of it.
+            // A state that is not finite has no error to control and ends the search; the caller
+            // checks it.
             if ratio <= 1.0 || !ratio.is_finite() {
                 let reached = done + step;
                 while let Some(time) = times.get(next) {
                     let share = ((time - start).abs() - done) / step;
-                    // The last step that is cut off ends at the last time.
+                    // With a bounded end, the last step is cut off there.
                     if share > 1.0 && ratio.is_finite() && reached < most {
                         break;
                     }
@@ -434,7 +439,8 @@ impl Dopri5 {
         state
     }
 
-    /// The first step (Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", II.4).
+    /// The first step size (Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations
+    /// I", II.4).
     fn first_step<B: Backend>(
         &self,
         rate: &mut dyn FnMut(Tensor<B, 4>, f64) -> Tensor<B, 4>,
@@ -497,7 +503,8 @@ fn combined<B: Backend>(slopes: &[Tensor<B, 4>], weights: &[f64]) -> Tensor<B, 4
     terms.fold(first, |sum, term| sum + term)
 }
 
-/// A state within a step, at a share of it: the polynomial of degree 4 through both ends, their slopes and the middle.
+/// A state at `share` of a step: the polynomial of degree 4 through both ends, their slopes and the
+/// middle.
 fn interpolated<B: Backend>(
     start: &Tensor<B, 4>,
     stages: &Stages<B>,
@@ -559,18 +566,18 @@ mod tests {
         assert_eq!(linspace(0.0, 1.0, 1), [1.0]);
     }
 
-    /// torchdiffeq steps past the end here, where sigma is not a number, and gives up.
+    /// torchdiffeq steps past the end here, where sigma is not a number, and fails.
     #[test]
     fn the_variance_preserving_path_is_solved_to_its_end() {
         let interpolant = Interpolant::new(Path::Vp, Predicts::Noise, Weighting::None, None, None);
         let x = Tensor::<NdArray, 4>::ones([2, 1, 2, 2], &Default::default());
-        // The noise of data that are normal too is the state's share of noise.
+        // For normally distributed data, the expected noise is the state times sigma.
         let mut model = |x: Tensor<NdArray, 4>, t: f32| x * interpolant.path.at(f64::from(t)).sigma;
         let mut seen = 0;
         let end = Ode::DOPRI5.solve(&interpolant, &mut model, x, 5, false, |_, _| seen += 1);
         assert_eq!(seen, 4);
-        // Nothing moves: the path's distribution is the same at all times. A few steps, each within the relative tolerance
-        // of 1e-3.
+        // The exact flow is constant: the path's distribution is the same at all times. A few
+        // steps, each within the relative tolerance of 1e-3.
         for value in end.into_data().iter::<f32>() {
             assert!((value - 1.0).abs() < 1e-2, "{value}");
         }
@@ -591,7 +598,7 @@ mod tests {
             let mut noise = |_: usize| Tensor::zeros([1, 1, 2, 2], &Default::default());
             let end = sde.solve(&interpolant, &mut model, x, 5, &mut noise, |_, _| ());
             let finite = end.into_data().iter::<f32>().all(f32::is_finite);
-            // What is told is what happens.
+            // `problem` agrees with the outcome.
             assert_eq!(sde.problem(&interpolant).is_none(), finite, "{sde:?}");
             sde.problem(&interpolant)
         };
@@ -616,7 +623,7 @@ mod tests {
     fn a_flow_that_no_step_follows_has_no_end() {
         let interpolant = Interpolant::published();
         let x = Tensor::<NdArray, 4>::ones([1, 1, 2, 2], &Default::default());
-        // It jumps without end at half of the time.
+        // Has a pole at half of the time.
         let mut model = |x: Tensor<NdArray, 4>, t: f32| match t > 0.5 {
             true => x * (1e30 / f64::from(t - 0.5)),
             false => x,

@@ -1,6 +1,6 @@
-//! The recipes of the repository, inside the program: a bare binary runs them by their names.
+//! The repository's recipes, embedded in the program, so that the binary alone runs them by name.
 
-/// Name and text of each.
+/// Name and text of each recipe.
 pub const RECIPES: [(&str, &str); 20] = [
     ("d14_1_2", include_str!("../../recipes/d14_1_2.toml")),
     ("d14_2_4", include_str!("../../recipes/d14_2_4.toml")),
@@ -48,7 +48,7 @@ pub const RECIPES: [(&str, &str); 20] = [
     ("standin", include_str!("../../recipes/standin.toml")),
 ];
 
-/// The text of a recipe that is part of the program.
+/// The text of an embedded recipe.
 pub fn recipe(name: &str) -> Option<&'static str> {
     let found = RECIPES.iter().find(|(known, _)| *known == name);
     found.map(|(_, text)| *text)

@@ -1,8 +1,9 @@
-//! Recipes: what a person writes, what is planned from it, and what is run.
+//! Recipes: written by a user, planned, and run.
 //!
-//! `recipe.toml` → [`document`] (TOML with positions, overrides applied) → [`schema`] (typed, validated, every
-//! mistake reported at once) → [`plan`] (each stage's model and cost) → [`run`] (stages, in a run directory).
-//! Parsing is our own over `toml`'s positions rather than serde's derive, which stops at the first mistake.
+//! `recipe.toml` → [`document`] (TOML with positions, overrides applied) → [`schema`] (typed,
+//! validated, every mistake reported at once) → [`plan`] (each stage's model and cost) → [`run`]
+//! (stages, in a run directory). The reader is this crate's own, based on `toml`'s positions:
+//! serde's derive stops at the first mistake.
 
 pub mod document;
 pub mod embedded_recipes;
@@ -15,7 +16,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// Why a recipe did not come to its end.
+/// Why a recipe was not completed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RecipeError {
@@ -27,42 +28,42 @@ pub enum RecipeError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A stage can't be done with the model it was given.
+    /// A stage can't run with the model it was given.
     #[error("stage `{stage}`: {problem}")]
     Stage {
         /// The stage.
         stage: String,
-        /// Why.
+        /// The reason.
         problem: String,
     },
     /// A run can't be started or resumed.
     #[error("{0}")]
     Run(String),
-    /// Weights.
+    /// An error of weights.
     #[error(transparent)]
     Weights(#[from] crate::state::WeightsError),
-    /// Training.
+    /// An error of training.
     #[error(transparent)]
     Training(#[from] crate::training::TrainingError),
-    /// Data.
+    /// An error of data.
     #[error(transparent)]
     Data(#[from] crate::data::DataError),
-    /// Sampling.
+    /// An error of sampling.
     #[error(transparent)]
     Sampling(crate::sampling::SamplingError),
-    /// Evaluation.
+    /// An error of evaluation.
     #[error(transparent)]
     Evaluation(crate::evaluation::EvaluationError),
-    /// Archives and folders of pictures.
+    /// An error of an archive or a folder of pictures.
     #[error(transparent)]
     Npz(#[from] crate::npz::NpzError),
-    /// Figures and grids.
+    /// An error of a figure or grid.
     #[error(transparent)]
     Report(#[from] crate::report::ReportError),
-    /// A person interrupted; a training has saved a checkpoint.
+    /// Interrupted by the user; a training has saved a checkpoint.
     #[error("interrupted")]
     Interrupted,
 }

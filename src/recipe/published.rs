@@ -1,33 +1,34 @@
-//! The public files that the paper's recipes start from: what each is, how large, and where its project publishes it.
+//! The public files that the paper's recipes start from: content, size and address.
 
 use std::path::Path;
 
 use crate::models::Architecture;
 use crate::process::ProcessKind;
 
-/// A file that others publish.
+/// A published file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PublicFile {
-    /// The name it is published under, and by which a recipe's path is recognised.
+    /// Its published file name, by which a recipe's path is recognised.
     pub name: &'static str,
-    /// What it is.
+    /// Description of its content.
     pub what: &'static str,
-    /// Its size, as a person reads it.
+    /// Its size, with a unit.
     pub size: &'static str,
-    /// Where it comes from: the address at which its project publishes it, or what makes it.
+    /// Its source: the address where its project publishes it, or the command that makes it.
     pub from: &'static str,
     /// The published model it holds, if it holds one.
     model: Option<&'static str>,
 }
 
 impl PublicFile {
-    /// What it holds, if that is a diffusion network.
+    /// The architecture, if it is a diffusion network of the zoo.
     pub fn architecture(&self) -> Option<Architecture> {
         // All of them are of ImageNet at 256 x 256.
         Architecture::preset(self.model?)
     }
 
-    /// The process it was trained under, if it is a diffusion network; the file itself may not say it.
+    /// The process it was trained under, if it is a diffusion network; the file itself may not
+    /// state it.
     pub fn process(&self) -> Option<ProcessKind> {
         match self.model {
             Some(model) => ProcessKind::of_model(model),
@@ -39,7 +40,7 @@ impl PublicFile {
 /// The stand-in for a published diffusion network.
 const STANDIN_NETWORK: &str = "standin-dit.pt";
 
-/// What makes the stand-ins of `recipes/standin.toml`.
+/// Source of the stand-ins in `recipes/standin.toml`.
 const STANDIN: &str = "`tinyfusion standin FOLDER`, which makes all stand-ins";
 
 const FILES: [PublicFile; 12] = [
@@ -129,7 +130,7 @@ const FILES: [PublicFile; 12] = [
     },
 ];
 
-/// The public file that a path stands for, by its last part.
+/// The public file that a path names by its last part.
 pub fn public_file(path: &Path) -> Option<&'static PublicFile> {
     let name = path.file_name()?;
     FILES.iter().find(|file| name == file.name)

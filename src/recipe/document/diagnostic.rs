@@ -1,8 +1,8 @@
-//! What is wrong with a recipe, and where.
+//! Mistakes in a recipe, with their places.
 //!
-//! A person who mistyped three keys wants to hear of all three. So reading a recipe never stops at
-//! a mistake: each becomes a [`Diagnostic`] that remembers where the offending value was written,
-//! in the file or on the command line, and all of them are shown together.
+//! Reading a recipe does not stop at the first mistake, so that all can be corrected at once: each
+//! becomes a [`Diagnostic`] with the place of the wrong value, in the file or on the command line,
+//! and all are shown together.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -17,18 +17,18 @@ pub enum Origin {
         /// One past the last byte.
         end: usize,
     },
-    /// On the command line, in full: `--set seed=1`.
+    /// On the command line, the flag in full: `--set seed=1`.
     Flag(String),
 }
 
 /// One mistake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnostic {
-    /// Where it was made.
+    /// Its place.
     pub origin: Origin,
     /// What is wrong, in one line.
     pub message: String,
-    /// What was probably meant instead.
+    /// What was probably meant.
     pub suggestion: Option<String>,
 }
 
@@ -42,7 +42,8 @@ impl Diagnostic {
         }
     }
 
-    /// The same mistake, suggesting whichever of `candidates` is closest to `written`, if any is.
+    /// The same mistake, suggesting the one of `candidates` that is closest to `written`, if any is
+    /// close.
     #[must_use]
     pub fn suggesting<'c>(
         mut self,
@@ -54,10 +55,11 @@ impl Diagnostic {
     }
 }
 
-/// Longer words are no typing mistakes; comparing two takes time by the product of their lengths.
+/// Longest word that is compared, because the time grows with the product of both lengths; longer
+/// words are no typing errors.
 const LONGEST: usize = 200;
 
-/// The candidate within a third of its length in edits of `written`, as cargo does it.
+/// The candidate closest to `written`, if the edits are at most a third of its length, as in cargo.
 fn nearest<'c>(written: &str, candidates: impl IntoIterator<Item = &'c str>) -> Option<&'c str> {
     if written.len() > LONGEST {
         return None;
@@ -72,10 +74,10 @@ fn nearest<'c>(written: &str, candidates: impl IntoIterator<Item = &'c str>) -> 
         .map(|(_, candidate)| candidate)
 }
 
-/// Mistakes that are shown one by one.
+/// Most mistakes that are shown one by one.
 const SHOWN: usize = 100;
 
-/// Every mistake of one recipe, with what is needed to show them in place.
+/// All mistakes of a recipe, with its text to show them in place.
 ///
 /// Displayed, each reads
 ///
@@ -93,7 +95,7 @@ pub struct Diagnostics {
 }
 
 impl Diagnostics {
-    /// Sorts `items` by position; those of the command line come last, in the order given.
+    /// Sorts `items` by position; those of the command line come last, in the given order.
     #[must_use]
     pub fn new(path: &Path, source: &str, mut items: Vec<Diagnostic>) -> Self {
         items.sort_by_key(|item| match item.origin {
@@ -107,7 +109,7 @@ impl Diagnostics {
         }
     }
 
-    /// The mistakes, in the order they are shown.
+    /// The mistakes, in display order.
     #[must_use]
     pub fn items(&self) -> &[Diagnostic] {
         &self.items
@@ -154,7 +156,7 @@ impl fmt::Display for Diagnostics {
 
 impl std::error::Error for Diagnostics {}
 
-/// The line on which a span starts, ready to print.
+/// The first line of a span, ready to print.
 struct Excerpt {
     line: usize,
     column: usize,
@@ -178,8 +180,8 @@ impl Excerpt {
         Self {
             line: before.matches('\n').count() + 1,
             column: lead.chars().count() + 1,
-            // A control character would be obeyed by the terminal. Tabs stay, and are repeated in
-            // the indent so that the underline meets its text.
+            // The terminal would interpret control characters. Tabs are kept, and repeated in the
+            // indent so that the underline is aligned.
             text: source[line_start..line_end]
                 .trim_end_matches('\r')
                 .replace(|c: char| c.is_control() && c != '\t', "\u{fffd}"),

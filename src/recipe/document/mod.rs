@@ -1,7 +1,7 @@
-//! A recipe as written: a tree of values, each of which remembers where it came from.
+//! A recipe as written: a tree of values with their origins.
 //!
-//! Overrides from the command line are applied to this tree before it is read into types, so a value
-//! is checked in the same way, and blamed on the right place, whichever way it was given.
+//! Overrides from the command line are applied to this tree before it is read into types, so that
+//! every value is checked in the same way, and mistakes are reported at their origin.
 
 pub mod diagnostic;
 pub mod reader;
@@ -19,7 +19,7 @@ use self::diagnostic::{Diagnostic, Diagnostics, Origin};
 /// A value and where it was written.
 #[derive(Clone, Debug)]
 pub struct Node {
-    /// The value.
+    /// The value itself.
     pub value: Value,
     /// Where it was written. That of a `[table]` is its header.
     pub origin: Origin,
@@ -28,15 +28,15 @@ pub struct Node {
 /// A TOML value.
 #[derive(Clone, Debug)]
 pub enum Value {
-    /// A string of any of the four notations.
+    /// A string in any of the four notations.
     String(String),
-    /// An integer of any radix.
+    /// An integer in any radix.
     Integer(i64),
     /// A float, which may be infinite or not a number.
     Float(f64),
     /// `true` or `false`.
     Boolean(bool),
-    /// A date or a time. No recipe has any, so nothing of it is kept but that it was one.
+    /// A date or a time, whose value is dropped, since no key takes one.
     Datetime,
     /// An array, or an array of tables.
     Array(Vec<Node>),
@@ -45,7 +45,7 @@ pub enum Value {
 }
 
 impl Value {
-    /// The type with its article, to put in a sentence.
+    /// The type with its article, for messages.
     #[must_use]
     pub fn kind(&self) -> &'static str {
         match self {
@@ -81,13 +81,13 @@ pub fn string_in<'t>(table: &'t Table, key: &str) -> Option<&'t str> {
     }
 }
 
-/// What a stage is called: its `name` or, failing that, its `kind`.
+/// The name of a stage: its `name`, or else its `kind`.
 #[must_use]
 pub fn title(table: &Table) -> Option<&str> {
     string_in(table, "name").or_else(|| string_in(table, "kind"))
 }
 
-/// Most bytes of a recipe, some hundred times those of the longest there is.
+/// Most bytes of a recipe; the longest recipe has about a hundredth of that.
 pub const MOST_BYTES: usize = 1 << 20;
 
 /// A recipe as written, with the overrides of the command line.
@@ -100,7 +100,7 @@ pub struct Document {
 }
 
 impl Document {
-    /// Parses TOML. `path` is only shown, not read.
+    /// Parses TOML. `path` is only for messages.
     ///
     /// # Errors
     ///
@@ -124,7 +124,7 @@ impl Document {
         let (mut faults, mut known) = (Vec::new(), HashSet::new());
         for error in errors {
             let place = error.span().unwrap_or(0..0);
-            // After the first, an unclosed bracket is reported once for each level of nesting.
+            // An unclosed bracket is reported again for each level of nesting.
             if known.insert((place.start, place.end, error.message().to_owned())) {
                 faults.push(Diagnostic::new(&span(place), error.message()));
             }
@@ -149,9 +149,9 @@ impl Document {
 
     /// Applies one override from the command line, `path.to.key=value`.
     ///
-    /// The value is TOML; what does not parse as TOML is taken as a string, so that quotes need not
-    /// survive the shell. In a list a segment of the path is an index or, in a list of tables, the
-    /// `name` of one (failing that its `kind`): `stage.1.steps=10`, `stage.prune.steps=10`.
+    /// The value is TOML; text that is not valid TOML is a string, so that quotes need not survive
+    /// the shell. In a list, a segment of the path is an index or, in a list of tables, the `name`
+    /// of one (or else its `kind`): `stage.1.steps=10`, `stage.prune.steps=10`.
     ///
     /// An override that cannot be applied is kept, and reported with the other mistakes of the
     /// recipe by [`Recipe::from_document`](super::schema::Recipe::from_document).
@@ -159,7 +159,7 @@ impl Document {
         self.set_by(&format!("--set {assignment}"), assignment);
     }
 
-    /// As [`set`](Self::set), of what a person has typed as `flag`.
+    /// As [`set`](Self::set), for an override that was given as `flag`.
     pub fn set_by(&mut self, flag: &str, assignment: &str) {
         let origin = Origin::Flag(flag.to_owned());
         if let Err(fault) = assign(&mut self.root, assignment, &origin) {
@@ -167,7 +167,7 @@ impl Document {
         }
     }
 
-    /// Where the recipe was read from.
+    /// The path of the recipe.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -192,7 +192,7 @@ impl Document {
     }
 }
 
-/// Copies a parsed value out of the source, keeping its places. `place` turns a span into an origin.
+/// Copies a parsed value out of the source, keeping its place. `place` turns a span into an origin.
 fn own(
     value: DeValue<'_>,
     origin: &Origin,
@@ -215,7 +215,7 @@ fn own(
                 0
             }))
         }
-        // TOML's floats are all Rust's; the fallback is refused by every range.
+        // Rust parses all of TOML's floats; every range refuses the fallback.
         DeValue::Float(digits) => Value::Float(digits.as_str().parse().unwrap_or(f64::NAN)),
         DeValue::Boolean(truth) => Value::Boolean(truth),
         DeValue::Datetime(_) => Value::Datetime,
@@ -281,7 +281,7 @@ fn assign(root: &mut Node, assignment: &str, origin: &Origin) -> Result<(), Diag
     Ok(())
 }
 
-/// The child that the last segment of `path` names.
+/// The child named by the last segment of `path`.
 fn descend<'n>(
     node: &'n mut Node,
     path: &[&str],
@@ -293,7 +293,7 @@ fn descend<'n>(
         Value::Table(table) => table.contains_key(segment).then_some(0),
         _ => None,
     };
-    // Looking for what may have been meant takes long among long keys: only where there is no child.
+    // A suggestion is expensive among long keys, so it is made only if there is no child.
     let Some(index) = index else {
         return Err(no_child(&node.value, path, origin));
     };
@@ -312,7 +312,7 @@ fn no_child(parent: &Value, path: &[&str], origin: &Origin) -> Diagnostic {
         Value::Table(table) => {
             let keys = table.keys().map(String::as_str);
             let mut fault = Diagnostic::new(origin, absent).suggesting(segment, keys);
-            // A stage's key, without the word before its name.
+            // A stage's key without the `stage.` before it.
             let stages = match table.get("stage").map(|entry| &entry.node.value) {
                 Some(Value::Array(stages)) => stages.as_slice(),
                 _ => &[],
@@ -335,7 +335,8 @@ fn no_child(parent: &Value, path: &[&str], origin: &Origin) -> Diagnostic {
     }
 }
 
-/// Which item of a list a segment names: by index, by title, or by a kind that occurs once.
+/// The index of the list item that a segment names: by index, by title, or by a kind that occurs
+/// once.
 fn position(items: &[Node], segment: &str) -> Option<usize> {
     if let Ok(index) = segment.parse() {
         return Some(index);

@@ -1,9 +1,9 @@
 //! Reads typed fields out of a table without stopping at the first mistake.
 //!
-//! Each method of [`Section`] names a key and what it must hold and gives a [`Field`], which is then
-//! [required](Field::required), [optional](Field::optional) or [defaulted](Field::or). Whatever is
-//! wrong goes to the [`Sink`]; the caller gets `None` or the default and reads on. When all fields
-//! have been asked for, [`Section::finish`] reports the keys that nobody asked for.
+//! Each method of [`Section`] names a key and its type and returns a [`Field`], which is then
+//! [required](Field::required), [optional](Field::optional) or [defaulted](Field::or). Mistakes go
+//! to the [`Sink`]; the caller gets `None` or the default and reads on. After the last field,
+//! [`Section::finish`] reports the keys that were not read.
 
 use std::cell::RefCell;
 use std::fmt::Display;
@@ -13,7 +13,7 @@ use super::diagnostic::{Diagnostic, Origin};
 use super::values::Number;
 use super::{Node, Table, Value, title};
 
-/// Where mistakes are collected.
+/// Collects mistakes.
 #[derive(Debug, Default)]
 pub struct Sink(RefCell<Vec<Diagnostic>>);
 
@@ -29,14 +29,14 @@ impl Sink {
         self.0.borrow_mut().push(fault);
     }
 
-    /// Everything that was added.
+    /// All mistakes.
     #[must_use]
     pub fn into_faults(self) -> Vec<Diagnostic> {
         self.0.into_inner()
     }
 }
 
-/// A table that is being read.
+/// A table being read.
 #[derive(Debug)]
 pub struct Section<'a> {
     label: String,
@@ -48,7 +48,7 @@ pub struct Section<'a> {
 }
 
 impl<'a> Section<'a> {
-    /// Reads `node`, which messages call `label`.
+    /// Reads `node`, named `label` in messages.
     ///
     /// # Errors
     ///
@@ -73,7 +73,7 @@ impl<'a> Section<'a> {
         self.table
     }
 
-    /// A value that `parse` understands. Its errors are reported under the name of the key.
+    /// A value read by `parse`. Its errors are reported under the key's name.
     pub fn value<T>(
         &self,
         key: &'static str,
@@ -97,7 +97,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// A list with at least one item, each of which `parse` understands.
+    /// A list with at least one item, each read by `parse`.
     pub fn list<T>(
         &self,
         key: &'static str,
@@ -144,7 +144,7 @@ impl<'a> Section<'a> {
         self.value(key, |node| node.integer(&range))
     }
 
-    /// A finite number within `range`. An integer will do.
+    /// A finite number within `range`; integers are accepted.
     pub fn float(&self, key: &'static str, range: impl RangeBounds<f64>) -> Field<'_, f64> {
         self.value(key, |node| node.float(&range))
     }
@@ -154,7 +154,7 @@ impl<'a> Section<'a> {
         self.value(key, Node::boolean)
     }
 
-    /// One of the listed names, giving what stands beside it.
+    /// One of the listed names, as the value next to it.
     pub fn choice<T: Copy>(&self, key: &'static str, choices: &[(&str, T)]) -> Field<'_, T> {
         self.value(key, |node| node.choice(choices))
     }
@@ -186,7 +186,7 @@ impl<'a> Section<'a> {
         })
     }
 
-    /// An array of tables, `[[key]]`, each called by its [`title`].
+    /// An array of tables, `[[key]]`, each named by its [`title`].
     pub fn sections(&self, key: &'static str) -> Field<'_, Vec<Section<'a>>> {
         self.list(key, |node| {
             let title = match &node.value {
@@ -198,13 +198,13 @@ impl<'a> Section<'a> {
         })
     }
 
-    /// Counts `keys` as known without reading them.
+    /// Marks `keys` as known without reading them.
     pub fn accept(&self, keys: &[&'static str]) {
         self.accepted.borrow_mut().extend(keys);
     }
 
-    /// Reports those of `keys` that are present though nobody asked for them, because `by` (such as
-    /// `method "oracle"`) has no use for them.
+    /// Reports those of `keys` that are present and were not read, because `by` (such as `method
+    /// "oracle"`) does not use them.
     pub fn refuse(&self, keys: &[&'static str], by: &str) {
         let accepted = self.accepted.borrow();
         let mut refused = self.refused.borrow_mut();
@@ -221,12 +221,12 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// Reports a mistake that belongs to the table as a whole.
+    /// Reports a mistake of the table as a whole.
     pub fn fault(&self, message: impl Into<String>) {
         self.sink.push(Diagnostic::new(self.header, message));
     }
 
-    /// Reports every key that was neither asked for nor refused.
+    /// Reports every key that was neither read nor refused.
     pub fn finish(self) {
         let accepted = self.accepted.into_inner();
         let refused = self.refused.into_inner();
@@ -250,7 +250,7 @@ impl<'a> Section<'a> {
     }
 }
 
-/// What was found under a key.
+/// The result of reading a key.
 #[derive(Debug)]
 #[must_use = "a field says nothing until it is required, optional or defaulted"]
 pub struct Field<'s, T> {
@@ -268,12 +268,12 @@ enum Reading<'s, T> {
 }
 
 impl<T> Field<'_, T> {
-    /// The value; a mistake at the table's header if it is missing.
+    /// The value; if it is missing, a mistake at the table's header.
     pub fn required(self) -> Option<T> {
         self.demand("")
     }
 
-    /// As [`required`](Self::required), saying why it is needed here.
+    /// As [`required`](Self::required), with the reason why it is needed.
     pub fn required_since(self, reason: &str) -> Option<T> {
         self.demand(&format!(": {reason}"))
     }
@@ -300,9 +300,9 @@ impl<T> Field<'_, T> {
         self.optional().unwrap_or(default)
     }
 
-    /// The value, or `default`, either of which must satisfy `holds` as far as it is known.
+    /// The value, or `default`; either must satisfy `holds`.
     ///
-    /// A default can fall foul of the other keys. That is a mistake at the table's header.
+    /// A default can conflict with the other keys, which is a mistake at the table's header.
     pub fn or_checked(self, default: T, holds: impl Fn(&T) -> bool, message: &str) -> T
     where
         T: Display,
@@ -314,12 +314,12 @@ impl<T> Field<'_, T> {
         self.check(holds, message).or(default)
     }
 
-    /// Whether the key is missing, rather than there and wrong.
+    /// Whether the key is missing, rather than present and wrong.
     pub fn is_absent(&self) -> bool {
         matches!(self.reading, Reading::Absent)
     }
 
-    /// Puts a further demand on the value. `message` completes "`key`: ...".
+    /// Adds a condition on the value. `message` completes "`key`: ...".
     pub fn check(mut self, holds: impl FnOnce(&T) -> bool, message: &str) -> Self {
         if let Reading::Read(value, origin) = &self.reading
             && !holds(value)
@@ -340,7 +340,7 @@ mod tests {
     use super::*;
     use crate::recipe::document::Document;
 
-    /// What `read` reports about a table.
+    /// The mistakes that `read` reports about a table.
     fn faults(text: &str, read: impl FnOnce(&Section<'_>)) -> Vec<String> {
         let document = Document::parse(Path::new("x.toml"), text).unwrap();
         let sink = Sink::default();

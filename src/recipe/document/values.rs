@@ -1,7 +1,7 @@
-//! Turns one value of a document into a typed one, or says why not.
+//! Converts a value of a document to a Rust type, or reports why it can't.
 //!
 //! The messages complete a sentence that starts with the key, which
-//! [`Section`](super::reader::Section) puts before them.
+//! [`Section`](super::reader::Section) prepends.
 
 use std::fmt::Display;
 use std::ops::{Bound, RangeBounds, RangeInclusive};
@@ -9,7 +9,7 @@ use std::ops::{Bound, RangeBounds, RangeInclusive};
 use super::diagnostic::Diagnostic;
 use super::{Node, Value};
 
-/// An integer type that a field can hold.
+/// An integer type of a field.
 pub trait Number: Copy + PartialOrd + Display + TryFrom<i64> {}
 
 impl<T: Copy + PartialOrd + Display + TryFrom<i64>> Number for T {}
@@ -21,7 +21,7 @@ impl Node {
         Diagnostic::new(&self.origin, message)
     }
 
-    /// The mistake of not being what was `expected`.
+    /// The mistake that the value is not what was `expected`.
     #[must_use]
     pub fn mismatch(&self, expected: &str) -> Diagnostic {
         self.fault(format!("expected {expected}, found {}", self.value.kind()))
@@ -105,7 +105,7 @@ impl Node {
         })
     }
 
-    /// The value as a list of exactly two items, each of which `parse` understands.
+    /// The value as a list of exactly two items, each read by `parse`.
     ///
     /// # Errors
     ///

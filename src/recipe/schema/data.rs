@@ -1,4 +1,4 @@
-//! What a recipe learns from: the key `data`.
+//! The recipe's data set: the key `data`.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -20,37 +20,37 @@ use crate::weights::EmbeddedName;
 pub enum Data {
     /// The embedded 8x8 handwritten digits.
     Digits,
-    /// Fashion-MNIST, or the part of it that needs no files to train on.
+    /// Fashion-MNIST, or its part that needs no files for training.
     Fashion(Fashion),
-    /// A folder of files in the format of MNIST.
+    /// A folder of files in MNIST's format.
     Idx(Idx),
     /// A folder of pictures.
     Pictures(Pictures),
-    /// Latents that an `extract` stage makes, by its name.
+    /// Latents of an `extract` stage, by the stage's name.
     Stage(String),
-    /// A folder of latents, in this project's shards or the reference's `.npy` files.
+    /// A folder of latents: packed shards of this project, or the reference's `.npy` files.
     Latents(PathBuf),
 }
 
 /// `"fashion"`, `"fashion-10k"` or `{ set = "fashion", folder = "F", flips = true }`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Fashion {
-    /// Which pictures.
+    /// The training pictures.
     pub set: FashionSet,
-    /// Where the files are, if not where they are looked for.
+    /// Folder of the files; default: the usual folders.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub folder: Option<PathBuf>,
-    /// Whether each training picture is mirrored half of the time.
+    /// Whether each training picture is mirrored half of the time; default false.
     pub flips: bool,
 }
 
-/// Pictures of Fashion-MNIST to train on.
+/// Training pictures of Fashion-MNIST.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum FashionSet {
-    /// All 60,000 of its files.
+    /// All 60,000, from the files.
     #[serde(rename = "fashion")]
     Whole,
-    /// The 10,000 that are part of the program; the test part is that of the files.
+    /// The 10,000 that are embedded in the program; the test part is read from the files.
     #[serde(rename = "fashion-10k")]
     Embedded,
 }
@@ -71,9 +71,9 @@ impl FashionSet {
 pub struct Idx {
     /// The folder.
     pub idx: PathBuf,
-    /// Whether each training picture is mirrored half of the time.
+    /// Whether each training picture is mirrored half of the time; default false.
     pub flips: bool,
-    /// What the files hold, looked up when the recipe is read.
+    /// Sizes and classes of the pictures, read from the files with the recipe.
     #[serde(skip)]
     shape: DataShape,
 }
@@ -81,20 +81,20 @@ pub struct Idx {
 /// `{ images = "folder", size = 32 }`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Pictures {
-    /// A folder with a folder of pictures for each class, or a flat one, which is one class.
+    /// A folder with one folder of pictures per class, or a flat one, which is one class.
     pub images: PathBuf,
-    /// Size, channels, and how a picture is brought to them.
+    /// Size in pixels, number of channels (default 3), and how a picture is brought to them.
     #[serde(flatten)]
     pub rule: Rule,
-    /// Whether each training picture is mirrored half of the time.
+    /// Whether each training picture is mirrored half of the time; default false.
     pub flips: bool,
-    /// The pictures that models are measured against.
+    /// The held-out pictures for evaluation; default: a tenth of the folder.
     #[serde(flatten, serialize_with = "held_out")]
     pub held_out: HeldOut,
-    /// Folder that keeps the decoded pictures for other runs; by default they lie in the run directory.
+    /// Folder that keeps the decoded pictures for other runs; default: in the run directory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
-    /// What the folder holds, looked up when the recipe is read.
+    /// Sizes and classes of the pictures, read from the folder with the recipe.
     #[serde(skip)]
     shape: DataShape,
 }
@@ -107,7 +107,7 @@ fn held_out<S: Serializer>(held_out: &HeldOut, serializer: S) -> Result<S::Ok, S
     serializer.collect_map([(key, value)])
 }
 
-/// What every sample of a data set is; `1x28x28 in 10 classes`.
+/// Sizes and classes of a data set's samples; displayed as `1x28x28 in 10 classes`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DataShape {
     /// Channels.
@@ -116,9 +116,9 @@ pub struct DataShape {
     pub side: usize,
     /// Number of classes.
     pub classes: usize,
-    /// Names of the classes; none where they are not known.
+    /// Names of the classes; empty if unknown.
     pub class_names: Vec<String>,
-    /// The embedded classifier of such pictures.
+    /// The embedded classifier for these pictures.
     pub features: Option<EmbeddedName>,
 }
 
@@ -145,7 +145,7 @@ impl fmt::Display for DataShape {
     }
 }
 
-/// About the share of a folder's pictures that is held out where the recipe does not say.
+/// Approximate share of a folder's pictures that is held out by default.
 const HELD_OUT: f64 = 0.1;
 
 const NAMES: [&str; 3] = ["digits", "fashion", "fashion-10k"];
@@ -177,7 +177,7 @@ impl Serialize for Data {
 }
 
 impl Data {
-    /// Reads what a command line states: a name, a folder of latents, or a table as a recipe has it.
+    /// Reads a command-line argument: a name, a folder of latents, or a table as in a recipe.
     ///
     /// # Errors
     /// Every mistake in it.
@@ -199,7 +199,7 @@ impl Data {
         }
     }
 
-    /// What a model says it learned from.
+    /// Name of the data in a model's provenance.
     pub(crate) fn said(&self) -> String {
         match self {
             Self::Digits | Self::Fashion(_) => self.to_string(),
@@ -209,7 +209,7 @@ impl Data {
         }
     }
 
-    /// The data set that a model says it learned from, where it is one with a name.
+    /// The data set named in a model's provenance, if it is one with a fixed name.
     pub(crate) fn of_model(said: &str) -> Option<Self> {
         if said == "digits" {
             return Some(Self::Digits);
@@ -224,7 +224,7 @@ impl Data {
         })
     }
 
-    /// Reads the key, given the names of the stages that extract latents; the digits where it is missing.
+    /// Reads the key, given the names of the stages that extract latents; default: the digits.
     pub(crate) fn read(section: &Section<'_>, extracts: &[String]) -> Option<Self> {
         match section.table().get("data").map(|entry| &entry.node.value) {
             Some(Value::Table(_)) => section.section("data").optional().and_then(Self::table),
@@ -254,7 +254,7 @@ impl Data {
                  {{ images = {text:?}, size = 32, channels = 3 }}, or make latents of them by a stage of kind \"extract\""
             )));
         }
-        // A bare word that is no folder is a mistyped name.
+        // A single word that is no folder is a mistyped name.
         if path.components().count() > 1 || path.is_dir() {
             return Ok(Self::Latents(path));
         }
@@ -339,15 +339,15 @@ impl Data {
 }
 
 impl Fashion {
-    /// Whether a part is read from the files.
+    /// Whether a split is read from the files.
     pub(crate) fn needs_files(&self, split: Split) -> bool {
         self.set == FashionSet::Whole || split == Split::Test
     }
 
-    /// Where the files lie.
+    /// The folder of the files.
     ///
     /// # Errors
-    /// When they lie nowhere.
+    /// When it is not found.
     pub(crate) fn files(&self) -> Result<PathBuf, DataError> {
         let found = self.folder.clone().or_else(fashion::folder);
         found.ok_or_else(|| {
@@ -433,7 +433,7 @@ fn idx_folder(node: &Node) -> Result<(PathBuf, DataShape), Diagnostic> {
     Ok((path, shape))
 }
 
-/// A folder that must be there.
+/// An existing folder.
 fn folder(node: &Node) -> Result<PathBuf, Diagnostic> {
     let text = node.string()?;
     let path = PathBuf::from(text);

@@ -9,30 +9,31 @@ use crate::recipe::document::reader::Section;
 /// `kind = "extract"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Extract {
-    /// A folder with one folder of images for each class, in sorted order, or a flat one, which is one class.
+    /// A folder with one folder of images per class, in sorted order, or a flat one, which is one
+    /// class.
     pub images: PathBuf,
     /// The autoencoder: a folder with `config.json` and weights, or a weight file.
     pub vae: PathBuf,
-    /// Side of the images after the centre crop, in pixels.
+    /// Side of the images after the centre crop, in pixels, a multiple of 8; default 256.
     pub size: usize,
-    /// Whether each image's mirror image is encoded too.
+    /// Whether each image's mirror image is encoded too; default true.
     pub mirror: bool,
-    /// Form of the latents on disk.
+    /// Format of the latents on disk; default `packed`.
     #[serde(flatten)]
     pub form: Form,
-    /// Images encoded at once.
+    /// Images encoded at once; default 16.
     pub batch: usize,
-    /// Threads that read images; 0 is one for each core.
+    /// Threads that read images; 0, the default, is one per core.
     pub workers: usize,
 }
 
-/// Form of latents on disk.
+/// Format of latents on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "form", rename_all = "lowercase")]
 pub enum Form {
     /// This project's shards of fixed-size records.
     Packed {
-        /// Whether values are stored as f16, half the size, rather than f32.
+        /// Whether values are stored as f16, half the size, rather than f32; default true.
         half: bool,
     },
     /// The reference's folders of `.npy` files, f32.

@@ -1,8 +1,8 @@
 //! The typed recipe: every key with its meaning, default and range.
 //!
-//! A [`Recipe`] is complete. Defaults are filled in and each stage knows where its checkpoint comes
-//! from, so a run never looks at the document again. Written back with [`Recipe::to_toml`] it is a
-//! recipe that says the same with nothing left implicit.
+//! A [`Recipe`] is complete: defaults are filled in and each stage's source is resolved, so that a
+//! run never reads the document again. [`Recipe::to_toml`] writes an equivalent recipe with every
+//! default written out.
 
 pub mod data;
 pub mod extract;
@@ -51,22 +51,22 @@ use crate::training::Optimisation;
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Recipe {
-    /// What runs of it are filed under; by default the stem of its file.
+    /// Name under which runs are filed; default: the stem of the recipe's file name.
     pub name: String,
-    /// Seed of all randomness, below 2^63 because TOML has no larger integers.
+    /// Seed of all randomness, below 2^63 because TOML has no larger integers; default 0.
     pub seed: u64,
-    /// Where to compute; `None` leaves it to the command line.
+    /// Compute backend; `None` leaves it to the command line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<BackendKind>,
-    /// Type of matrix products.
+    /// Number type of matrix products; default `f32`.
     pub compute: Compute,
-    /// Attention heads of every file that neither says them itself nor has the width of a published model; what is
-    /// stated beside a file's `path` counts more.
+    /// Attention heads of every file that doesn't state them and doesn't have the width of a
+    /// published model; `heads` beside a file's `path` takes precedence.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heads: Option<usize>,
-    /// What to train on and compare with.
+    /// Data set for training and comparison; default: the digits.
     pub data: Data,
-    /// What is done, in order.
+    /// The stages, in order.
     #[serde(rename = "stage")]
     pub stages: Vec<Stage>,
 }
@@ -74,14 +74,14 @@ pub struct Recipe {
 /// One step of a recipe.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Stage {
-    /// What it is called; by default its kind. Unique within the recipe.
+    /// Its name, unique within the recipe; default: its kind.
     pub name: String,
-    /// What it does.
+    /// Its kind, with the settings.
     #[serde(flatten)]
     pub kind: StageKind,
 }
 
-/// What a stage does.
+/// Kind of a stage.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum StageKind {
@@ -89,9 +89,9 @@ pub enum StageKind {
     Train(Train),
     /// Removes layers.
     Prune(Prune),
-    /// Trains what is left back to quality.
+    /// Trains a pruned model back to quality.
     Recover(Recover),
-    /// Draws images.
+    /// Samples images.
     Sample(Sample),
     /// Compares models.
     Evaluate(Evaluate),
@@ -100,7 +100,7 @@ pub enum StageKind {
 }
 
 impl StageKind {
-    /// How it is trained, if it is.
+    /// Settings of its training, if it trains.
     pub fn optimisation(&self) -> Option<&Optimisation> {
         match self {
             Self::Train(train) => Some(&train.optimisation),
@@ -151,11 +151,11 @@ impl Recipe {
         }
     }
 
-    /// The recipe with every default written out, as TOML.
+    /// The recipe with all defaults written out, as TOML.
     ///
     /// # Errors
     ///
-    /// None of a recipe that was read from a document.
+    /// None for a recipe that was read from a document.
     pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
         toml::to_string_pretty(self)
     }
@@ -213,12 +213,12 @@ fn read_stages(sections: Vec<Section<'_>>, data: Option<&DataShape>) -> Option<V
     stages.into_iter().collect()
 }
 
-/// What the other stages know of one, before it is read.
+/// A stage as the other stages see it, before it is read.
 fn list(section: &Section<'_>) -> Listing {
     let kind = string_in(section.table(), "kind");
     Listing {
         name: title(section.table()).unwrap_or_default().to_owned(),
-        // An unknown kind is one mistake; that nothing can be made from it would be a second.
+        // A stage with an unknown kind counts as one with a checkpoint, to avoid a second mistake.
         makes_checkpoint: !matches!(kind, Some("sample" | "evaluate" | "extract")),
     }
 }
@@ -265,7 +265,7 @@ fn is_name(text: &str) -> bool {
     (1..=64).contains(&text.len()) && text.chars().all(allowed)
 }
 
-/// The file stem, made into a name.
+/// The file stem, converted to a valid name.
 fn name_of(path: &Path) -> String {
     let stem = path
         .file_stem()

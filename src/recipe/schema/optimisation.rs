@@ -1,4 +1,4 @@
-//! How weights are optimised: the keys that `train`, `prune` and `recover` share.
+//! Settings of an optimisation: the keys shared by `train`, `prune` and `recover`.
 
 use std::ops::Bound;
 
@@ -13,10 +13,10 @@ pub(crate) fn positive(high: f64) -> (Bound<f64>, Bound<f64>) {
 /// Above zero.
 pub(crate) const POSITIVE: (Bound<f64>, Bound<f64>) = (Bound::Excluded(0.0), Bound::Unbounded);
 
-/// The largest count of steps a recipe can ask for.
+/// The largest number of steps in a recipe.
 const MAX_STEPS: usize = 100_000_000;
 
-/// The keys that [`optimisation`] asks for.
+/// The keys that [`optimisation`] reads.
 pub(crate) const KEYS: [&str; 15] = [
     "steps",
     "batch",
@@ -35,15 +35,15 @@ pub(crate) const KEYS: [&str; 15] = [
     "max_bad_steps",
 ];
 
-/// Reads the keys of a stage whose learning rate is `lr` by default and by default ends at
-/// `final_share` of where it started.
+/// Reads the optimisation of a stage. The learning rate's default is `lr`; its default at the end
+/// is `final_share` of that at the start.
 pub(crate) fn optimisation(
     section: &Section<'_>,
     lr: f64,
     final_share: f64,
 ) -> Option<Optimisation> {
     let steps = section.integer("steps", 1..=MAX_STEPS).required();
-    // Where `steps` is missing, the other keys are read for their mistakes.
+    // Without `steps`, the other keys are still checked.
     let default = Optimisation::new(steps.unwrap_or(1));
     let batch: usize = section.integer("batch", 1..=65_536).or(default.batch);
     let accumulate = section
@@ -91,7 +91,7 @@ pub(crate) fn optimisation(
     steps.map(|_| read)
 }
 
-/// The key `label_drop`: how often training replaces a label by the null class.
+/// The key `label_drop`: probability of replacing a label by the null class in training.
 pub(crate) fn label_drop(section: &Section<'_>) -> f64 {
     section.float("label_drop", 0.0..=1.0).or(0.1)
 }

@@ -1,4 +1,4 @@
-//! The stage that decides which layers stay.
+//! The stage that selects the layers to keep.
 
 use serde::{Serialize, Serializer};
 
@@ -10,7 +10,7 @@ use crate::recipe::document::reader::Section;
 use crate::recipe::document::{Node, Value, string_in};
 use crate::training::Optimisation;
 
-/// The deepest trunk a recipe can speak of.
+/// The deepest trunk in a recipe.
 const MAX_DEPTH: usize = 4096;
 
 /// `kind = "prune"`.
@@ -23,15 +23,15 @@ pub struct Prune {
     pub method: PruneMethod,
 }
 
-/// How the layers that stay are chosen.
+/// Method that selects the layers to keep.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "method", rename_all = "kebab-case")]
 pub enum PruneMethod {
-    /// `TinyFusion`: masks and recoverability are learned together.
+    /// `TinyFusion`: masks and recoverability are learned together. The default.
     Learned(Learned),
     /// The fixed pattern of BK-SDM.
     Oracle {
-        /// Layers that stay, by default half.
+        /// Number of layers to keep; default: half.
         #[serde(skip_serializing_if = "Option::is_none")]
         keep: Option<usize>,
     },
@@ -42,11 +42,11 @@ pub enum PruneMethod {
     FluxLite(Scored),
     /// Removes the layers whose absence raises the loss least.
     Sensitivity(Scored),
-    /// Keeps layers picked at random by the recipe's seed: what any choice must beat.
+    /// Keeps layers picked at random from the recipe's seed: the baseline for every other method.
     Random {
-        /// Layers that stay.
+        /// Number of layers to keep.
         keep: usize,
-        /// Which of the choices that the seed gives, from 0.
+        /// Index of the random choice, from 0; default 0.
         draw: u64,
     },
     /// Keeps the listed layers.
@@ -56,49 +56,51 @@ pub enum PruneMethod {
     },
 }
 
-/// What a method that scores each layer needs.
+/// Settings of a method that scores each layer.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Scored {
-    /// Layers that stay.
+    /// Number of layers to keep.
     pub keep: usize,
-    /// Batches the score is averaged over.
+    /// Batches that the score is averaged over; default 4.
     pub batches: usize,
-    /// Images per batch.
+    /// Images per batch; default 64.
     pub batch: usize,
-    /// Timesteps are drawn from those below.
+    /// Timesteps are drawn from 0 up to this number, exclusive; default 1000 for `sensitivity`,
+    /// else 250.
     pub timesteps: usize,
 }
 
-/// What learning the masks needs.
+/// Settings of learned pruning.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Learned {
-    /// Which layers compete with each other.
+    /// Groups of layers that compete with each other.
     pub groups: GroupsSpec,
     /// Budget and schedule of the update.
     #[serde(flatten)]
     pub optimisation: Optimisation,
-    /// How often a label is replaced by the null class.
+    /// Probability of replacing a label by the null class; default 0.1.
     pub label_drop: f64,
-    /// What of the model is trained along, to estimate how well it would recover.
+    /// Weights trained along with the masks, to estimate recoverability; default: a low-rank
+    /// update.
     #[serde(flatten)]
     pub update: Update,
-    /// Learning rate of the mask logits.
+    /// Learning rate of the mask logits; default: ten times `lr`.
     pub gate_lr: f64,
-    /// Initial value of every mask logit.
+    /// Initial value of every mask logit; default 0.02.
     pub gate_init: f64,
-    /// Gumbel-softmax temperature at the first and the last step.
+    /// Gumbel-softmax temperature at the first and the last step; default `[4.0, 0.1]`.
     pub tau: [f64; 2],
-    /// Factor on the logits at the first and the last step.
+    /// Factor on the logits at the first and the last step; default `[100.0, 100.0]`.
     pub scaling: [f64; 2],
 }
 
-/// Groups whose sum is checked once the depth of the model is known.
+/// Groups of layers; their sum is checked once the model's depth is known.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum GroupsSpec {
     /// `"1:2"`: one group, repeated to fill the trunk.
     Ratio(#[serde(serialize_with = "as_ratio")] Group),
-    /// `[[2, 4], [3, 4]]`: each group.
+    /// `[[2, 4], [3, 4]]`: each group in order.
     Pairs(Vec<Group>),
 }
 
@@ -163,10 +165,10 @@ const METHODS: [(&str, Method); 7] = [
     ("kept", Method::Kept),
 ];
 
-/// The largest number of a random choice.
+/// The largest index of a random choice.
 const MOST_DRAWS: u64 = 1_000_000;
 
-/// What some method reads, besides [`optimisation::KEYS`].
+/// Keys that some method reads, besides [`optimisation::KEYS`].
 const KEYS: &[&str] = &[
     "groups",
     "keep",
@@ -232,10 +234,10 @@ impl Prune {
     }
 }
 
-/// Timesteps of training.
+/// Number of training timesteps.
 const ALL: usize = 1000;
-/// Timesteps that scores of features are read at: those below the steps of the reference's sampling, not mapped back to
-/// the 1000 of training.
+/// Default of `timesteps` for scores of features: the reference's 250 sampling steps, not mapped
+/// back to the 1000 of training.
 const FEATURES: usize = 250;
 
 impl Scored {

@@ -19,11 +19,12 @@ pub struct Recover {
     /// Budget and schedule.
     #[serde(flatten)]
     pub optimisation: Optimisation,
-    /// How often a label is replaced by the null class, for student and teacher alike.
+    /// Probability of replacing a label by the null class, for student and teacher alike; default
+    /// 0.1.
     pub label_drop: f64,
 }
 
-/// The loss a pruned model is trained with.
+/// Loss for the training of a pruned model.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "method", rename_all = "kebab-case")]
 pub enum RecoverMethod {
@@ -40,36 +41,38 @@ pub enum RecoverMethod {
         /// Teacher and weight.
         #[serde(flatten)]
         distillation: Distillation,
-        /// Which hidden states, and their weight.
+        /// Compared hidden states, and their weight.
         #[serde(flatten)]
         representation: Representation,
     },
-    /// As `RepKd`, but activations far from the mean are left out.
+    /// As `RepKd`, without activations far from the mean.
     MaskedKd {
         /// Teacher and weight.
         #[serde(flatten)]
         distillation: Distillation,
-        /// Which hidden states, and their weight.
+        /// Compared hidden states, and their weight.
         #[serde(flatten)]
         representation: Representation,
-        /// How many standard deviations from the mean an activation may lie.
+        /// Distance from the mean, in standard deviations, from which activations are left out;
+        /// default 2.
         k: f64,
     },
 }
 
-/// What any distillation needs.
+/// Settings of any distillation.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Distillation {
-    /// The model to learn from.
+    /// The teacher.
     pub teacher: Source,
-    /// Weight of the teacher's output; the diffusion loss has the rest, `1 - alpha`.
+    /// Weight of the teacher's output; the diffusion loss has `1 - alpha`. Default 0.9.
     pub alpha: f64,
 }
 
-/// What distillation of hidden states needs.
+/// Settings of the distillation of hidden states.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Representation {
-    /// Weight of the hidden states at the first and the last step, linear between.
+    /// Weight of the hidden states at the first and the last step, linear in between; default
+    /// `[0.01, 0.0]`.
     pub beta: [f64; 2],
     /// `[student, teacher]` layers to compare; `None` derives them from the kept layers.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -91,7 +94,7 @@ const METHODS: [(&str, Method); 4] = [
     ("masked-kd", Method::MaskedKd),
 ];
 
-/// What some method reads and others do not.
+/// Keys that some methods read and others do not.
 const KEYS: &[&str] = &["teacher", "alpha", "beta", "k", "taps"];
 
 impl Recover {

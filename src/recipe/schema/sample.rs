@@ -1,4 +1,4 @@
-//! The stages that draw images: to look at, and to compare models by.
+//! The stages that sample images: for viewing, and for comparing models.
 
 use std::path::PathBuf;
 
@@ -17,12 +17,12 @@ use crate::weights::EmbeddedName;
 /// `kind = "sample"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Sample {
-    /// The model to draw from.
+    /// The model to sample from.
     pub from: Source,
-    /// The autoencoder that makes images of latents; none for a model of pixels.
+    /// The autoencoder that decodes latents to images; none for a model of pixels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vae: Option<PathBuf>,
-    /// What to draw, and how.
+    /// Settings of the sampling.
     #[serde(flatten)]
     pub sampling: Sampling,
 }
@@ -30,39 +30,39 @@ pub struct Sample {
 /// `kind = "evaluate"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Evaluate {
-    /// The models to compare, all sampled in the same way.
+    /// The models to compare, all with the same sampling.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub compare: Vec<Source>,
-    /// What they are compared with.
+    /// Reference of the comparison.
     #[serde(flatten)]
     pub against: Against,
-    /// Neighbours that span the manifolds of precision and recall.
+    /// Number of neighbours that span the manifolds of precision and recall; default 3.
     pub neighbours: usize,
-    /// What to draw, and how.
+    /// Settings of the sampling.
     #[serde(flatten)]
     pub sampling: Sampling,
 }
 
-/// What samples are compared with.
+/// Reference that samples are compared with.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Against {
-    /// A reference batch in Inception's features, by the protocol of ADM's evaluation.
+    /// A reference batch in Inception's features, with the protocol of ADM's evaluation.
     Reference {
-        /// Its npz archive, images or their statistics; or a folder of pictures. Without it, the held-out pictures of
-        /// the recipe's data.
+        /// npz archive with its images or their statistics, or a folder of pictures. Default: the
+        /// held-out pictures of the recipe's data.
         #[serde(skip_serializing_if = "Option::is_none")]
         reference: Option<PathBuf>,
         /// The Inception network's weights.
         inception: PathBuf,
-        /// The autoencoder that makes images of latents; none for models of pixels.
+        /// The autoencoder that decodes latents to images; none for models of pixels.
         #[serde(skip_serializing_if = "Option::is_none")]
         vae: Option<PathBuf>,
-        /// Archives or folders of samples drawn elsewhere, measured beside the models'; of each the first
-        /// [`count`](Sampling::count).
+        /// Archives or folders of existing samples, measured beside the models' samples; of each,
+        /// the first [`count`](Sampling::count).
         #[serde(skip_serializing_if = "Vec::is_empty")]
         samples: Vec<PathBuf>,
-        /// Arithmetic of the distances that precision and recall are computed from.
+        /// Number type of the distances for precision and recall; default f64.
         distances: Distances,
     },
     /// The held-out pictures of the recipe's data, in a classifier's features.
@@ -95,7 +95,7 @@ impl Evaluate {
             |all| (1..all.len()).all(|i| !all[..i].contains(&all[i])),
             "names a model twice",
         );
-        // Archives of samples can be measured without a model.
+        // Existing samples can be measured without a model.
         let compare = if section.table().contains_key("samples") {
             Some(compare.or(Vec::new()))
         } else {
@@ -112,7 +112,7 @@ impl Evaluate {
         let against = if !by_inception {
             let features = section.value("features", |node| lineage.source(node));
             let embedded = data.and_then(|data| data.features).map(Source::Embedded);
-            // Data that are not there have been told of; of latents, planning says what to do.
+            // Missing data have already been reported; for latents, planning reports what to do.
             let embedded = embedded.or_else(|| {
                 data.is_none()
                     .then_some(Source::Embedded(EmbeddedName::DigitsFeatures))
@@ -165,7 +165,7 @@ impl Evaluate {
 }
 
 impl Sampling {
-    /// Reads the keys that sampling and evaluation share; without a default `count` is required.
+    /// Reads the keys shared by sampling and evaluation; without a default, `count` is required.
     fn read(section: &Section<'_>, count: Option<usize>) -> Option<Self> {
         let demo = section.choice("preset", &[("evaluation", false), ("demo", true)]);
         let demo = demo.or(false);
@@ -202,7 +202,7 @@ impl Sampling {
     }
 }
 
-/// The keys of the ordinary and the stochastic equation beside `solver`.
+/// Keys of the ordinary and the stochastic equation besides `solver`.
 const EQUATION: [&str; 7] = [
     "method",
     "atol",
@@ -324,7 +324,7 @@ mod tests {
         let drawn = read("compare = ['base']");
         assert_eq!(of(&drawn), (0, Distances::F64));
         assert_eq!(drawn.sampling.count, 50_000);
-        // Without a model all samples are measured, unless it is said how many.
+        // Without a model, all samples are measured unless `count` is given.
         let given = read("samples = ['a.npz', 'b']\ndistances = 'f16'");
         assert_eq!(of(&given), (2, Distances::F16));
         assert_eq!(given.sampling.count, Sampling::ALL);

@@ -1,4 +1,4 @@
-//! Where a stage takes a checkpoint from.
+//! Sources of a stage's checkpoint.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -14,28 +14,29 @@ use crate::recipe::document::{Node, Table, Value};
 use crate::recipe::published::public_file;
 use crate::weights::{EmbeddedName, Stated, WeightFile};
 
-/// Heads that a recipe can state.
+/// Attention heads that a recipe can state.
 pub(crate) const HEADS: RangeInclusive<usize> = 1..=1024;
 
 const EMBEDDED: &str = "embedded:";
 
-/// A checkpoint that a stage reads, written in a recipe as one string.
+/// A checkpoint that a stage reads: a string, or a table for a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// What an earlier stage made, by the name of the stage.
+    /// The checkpoint of an earlier stage, by the stage's name.
     Stage(String),
-    /// A checkpoint inside the binary: `embedded:` and its name.
+    /// An embedded checkpoint: `embedded:` and its name.
     Embedded(EmbeddedName),
     /// A file, or a folder with a model.
     File(FileSource),
 }
 
-/// A checkpoint in a file that [`WeightFile`] knows, or in a folder; a relative path starts at the working directory.
+/// A checkpoint file of any kind in [`WeightFile`], or a folder; a relative path starts at the
+/// working directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileSource {
-    /// Where it is.
+    /// Its path.
     pub path: PathBuf,
-    /// What the recipe says of it.
+    /// The recipe's statements about it.
     pub stated: Stated,
 }
 
@@ -77,16 +78,16 @@ impl Serialize for Source {
     }
 }
 
-/// A stage, as far as the others need to know it.
+/// A stage as the other stages see it.
 #[derive(Clone, Debug)]
 pub struct Listing {
-    /// What the stage is called.
+    /// The stage's name.
     pub name: String,
-    /// Whether it leaves a checkpoint that others can take up.
+    /// Whether it makes a checkpoint.
     pub makes_checkpoint: bool,
 }
 
-/// A stage's place in the recipe, which decides what it can be made from.
+/// A stage's place in the recipe, which determines its possible sources.
 #[derive(Clone, Copy, Debug)]
 pub struct Lineage<'a> {
     earlier: &'a [Listing],
@@ -94,7 +95,7 @@ pub struct Lineage<'a> {
 }
 
 impl<'a> Lineage<'a> {
-    /// The place of the stage at `index` among all `stages`.
+    /// The place of the stage at `index` in `stages`.
     #[must_use]
     pub fn new(stages: &'a [Listing], index: usize) -> Self {
         let (earlier, rest) = stages.split_at(index.min(stages.len()));
@@ -109,7 +110,7 @@ impl<'a> Lineage<'a> {
             .map(|name| Source::Stage(name.to_owned()))
     }
 
-    /// The key `from`, by default the nearest earlier checkpoint.
+    /// The key `from`; default: the nearest earlier checkpoint.
     #[must_use]
     pub fn from(self, section: &Section<'_>) -> Option<Source> {
         let field = section.value("from", |node| self.source(node));
@@ -123,8 +124,8 @@ impl<'a> Lineage<'a> {
     ///
     /// # Errors
     ///
-    /// If the string names none of these, or a stage that cannot be used, or a file that is not
-    /// there.
+    /// If the string names none of these, a stage that cannot be used, or a file that does not
+    /// exist.
     pub fn source(self, node: &Node) -> Result<Source, Diagnostic> {
         if let Value::Table(table) = &node.value {
             return file(node, table).map(Source::File);
@@ -174,7 +175,7 @@ impl<'a> Lineage<'a> {
     }
 }
 
-/// Refuses a file that is not there, unless it is known what it holds: such a recipe can still be planned.
+/// Refuses a missing file, unless its content is known: such a recipe can still be planned.
 fn there(node: &Node, file: FileSource) -> Result<FileSource, Diagnostic> {
     if file.path.exists() || file.stated.model.is_some() || public_file(&file.path).is_some() {
         Ok(file)
@@ -184,7 +185,7 @@ fn there(node: &Node, file: FileSource) -> Result<FileSource, Diagnostic> {
     }
 }
 
-/// A file with what a recipe says of it: `{ path = "x.pt", weights_key = "model" }`.
+/// A file with the recipe's statements about it: `{ path = "x.pt", weights_key = "model" }`.
 fn file(node: &Node, table: &Table) -> Result<FileSource, Diagnostic> {
     const KEYS: [&str; 5] = ["path", "weights_key", "heads", "model", "process"];
     if let Some((key, entry)) = table.iter().find(|(key, _)| !KEYS.contains(&key.as_str())) {

@@ -1,4 +1,4 @@
-//! Whole recipes, and what the tests of the single stages share.
+//! Whole recipes, and helpers for the tests of single stages.
 
 use super::prune::{GroupsSpec, PruneMethod};
 use super::sample::Against;
@@ -62,7 +62,7 @@ pub(in crate::recipe) fn errors(text: &str) -> Diagnostics {
     Recipe::from_document(&document(text)).unwrap_err()
 }
 
-/// The messages of every mistake, in order of position.
+/// The messages of all mistakes, in order of position.
 pub(in crate::recipe) fn messages(text: &str) -> Vec<String> {
     errors(text)
         .items()
@@ -79,7 +79,7 @@ pub(in crate::recipe) fn stage(lines: &str) -> String {
     )
 }
 
-/// What that second stage was read as.
+/// The second stage, as read.
 pub(in crate::recipe) fn second(lines: &str) -> StageKind {
     read(&stage(lines)).stages.swap_remove(1).kind
 }

@@ -1,4 +1,4 @@
-//! The stage that trains a model from scratch, or trains an existing one on.
+//! The stage that trains a model from scratch, or continues with an existing one.
 
 use std::ops::Bound;
 
@@ -16,15 +16,15 @@ use crate::training::Optimisation;
 /// `kind = "train"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Train {
-    /// What to train on; `None` trains from scratch.
+    /// The model to continue with; `None` trains from scratch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub from: Option<Source>,
     /// Budget and schedule.
     #[serde(flatten)]
     pub optimisation: Optimisation,
-    /// How often a label is replaced by the null class. A classifier has no use for it.
+    /// Probability of replacing a label by the null class; default 0.1. Not used by a classifier.
     pub label_drop: f64,
-    /// What to train; always there without `from`.
+    /// The model to train; required without `from`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub architecture: Option<Wanted>,
 }
@@ -111,7 +111,7 @@ impl Wanted {
         let family = section.choice("family", &families);
         let has_preset = section.table().contains_key("preset");
         let family = if has_preset && family.is_absent() {
-            // What the name says.
+            // The preset's name implies the family.
             let name = string_in(section.table(), "preset").unwrap_or_default();
             let assumed = ProcessKind::ASSUMED.family();
             Some(Family::of_model(name).unwrap_or(assumed))

@@ -1,5 +1,5 @@
-//! Broken inputs: each is refused with a message that says what is wrong where, exit status 2, no panic, and
-//! nothing written.
+//! Broken inputs: each is refused with a message that says what is wrong where, exit status 2, no
+//! panic, and no output files.
 
 use crate::program::{Place, root};
 

@@ -1,15 +1,16 @@
-//! Weights as people have them: in the middle of a training, of another family, without all that must be known.
+//! Weights in users' forms: in the middle of a training, of another family, with missing
+//! information.
 
 use crate::program::{Place, root};
 
-/// What `inspect` prints of a file.
+/// The output of `inspect` for a file.
 #[track_caller]
 fn inspect(place: &Place, arguments: &[&str]) -> String {
     let arguments: Vec<&str> = ["inspect"].iter().chain(arguments).copied().collect();
     place.run(&arguments).succeeded().stdout
 }
 
-/// The line that gives the hash of the weights.
+/// The line with the hash of the weights.
 fn hash(inspected: &str) -> &str {
     let mut lines = inspected.lines();
     lines.find(|line| line.contains("sha-256")).unwrap()
@@ -139,7 +140,7 @@ fn a_sit_is_not_taken_for_a_dit() {
     let says = ["`sit.pt`", "(a SiT)", "\"ode\" or \"sde\""];
     let ddpm = ["sample", "sit.pt", "--heads", "3", "--solver", "ddpm"];
     refused(&place, &ddpm, &says);
-    // By itself it is sampled as a SiT is, and lacks what any model of latents lacks.
+    // By default it is sampled as a SiT, and needs the same as any model of latents.
     refused(&place, &["sample", "sit.pt", "--heads", "3"], &["`vae`"]);
     refused(
         &place,
@@ -147,13 +148,13 @@ fn a_sit_is_not_taken_for_a_dit() {
         &["stated to be trained by gaussian"],
     );
 
-    // What a form can't carry is said when it is written.
+    // What a format can't hold is reported when it is written.
     for (to, notes) in [("sit.safetensors", 0), ("bare.pt", 1)] {
         let converted = place.run(&["convert", "sit.pt", to, "--heads", "3"]);
         let said = converted.succeeded().stderr;
         assert_eq!(said.matches("note:").count(), notes, "{said}");
     }
-    // Taking layers out needs no process; what is left is still a SiT, for a later stage and for a later run.
+    // Removing layers needs no process; the result is still a SiT, for later stages and later runs.
     let kept =
         "heads = 3\n[[stage]]\nkind = 'prune'\nfrom = 'sit.pt'\nmethod = 'kept'\nkept = [0, 2]\n";
     place.write("kept.toml", kept);
@@ -195,7 +196,7 @@ fn what_a_file_does_not_say_is_noted_once() {
     let known = known.succeeded();
     assert!(!known.stderr.contains("note:"), "{}", known.stderr);
     assert!(known.stdout.contains("gaussian"), "{}", known.stdout);
-    // The name that its project publishes it under tells as much.
+    // Its published file name shows the process too.
     let published = "DiT-XL-2-256x256.pt";
     fixture(&place, "dit_forward/a_plain.pt", published);
     let named = place

@@ -86,8 +86,8 @@ fn samples_do_not_depend_on_the_batch_they_are_made_in() {
     for solver in ["ddpm", "ddim"] {
         let together = sample(&format!("{solver}-7"), "7", solver);
         for batch in ["1", "3"] {
-            // Not exact: the order of a matrix product's sums depends on its number of rows, and a sum that lies
-            // on the border of two bytes may round to either.
+            // Not exact: the order of a matrix product's sums depends on its number of rows, and a
+            // value between two bytes may round to either.
             let apart = sample(&format!("{solver}-{batch}"), batch, solver);
             assert!(
                 together
@@ -196,7 +196,7 @@ fn a_budget_too_short_for_its_average_is_noted() {
             .succeeded()
             .stdout
     };
-    // 0.999^300 = 0.74; what a person gets who does not ask for the reference's rule is warmed up.
+    // 0.999^300 = 0.74; the default, unlike the reference's rule, warms up.
     let reference = recover("ema_warmup = false");
     assert!(
         reference.contains("note: after 300 steps, 74% of the average (ema = 0.999)"),
@@ -218,11 +218,11 @@ fn a_short_training_leaves_what_it_learned() {
             "artifacts/runs/{name}/001/01-train/model.safetensors"
         ));
         let state = tinyfusion::weights::read_safetensors(&model).unwrap().0;
-        // It begins at zero and learns: what is left of it in the average is what it learned.
+        // The bias starts at zero, so its norm in the average is what the average has learned.
         let last = &state["final_layer.linear.bias"].data;
         last.iter().map(|value| value * value).sum::<f32>().sqrt()
     };
-    // With the decay of 0.999 from the start, 40 steps leave an average that is 96% initial weights.
+    // With the decay of 0.999 from the start, the average is 96% initial weights after 40 steps.
     let (warmed, constant) = (distance("true"), distance("false"));
     assert!(warmed > 10.0 * constant, "{warmed} {constant}");
 }
@@ -301,7 +301,7 @@ fn samples_are_written_as_pictures_with_drawn_labels() {
     );
     let labels = samples.labels.unwrap();
     assert_ne!(labels[..10], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
-    // Another count draws the same labels first, and nothing is drawn where pictures can't be written.
+    // Another count draws the same labels first, and nothing is drawn if pictures can't be written.
     let again = place.run(&arguments);
     assert_eq!(again.status, Some(2));
     assert!(again.stderr.contains("nothing is overwritten"));
@@ -408,7 +408,7 @@ fn the_recipes_of_the_readme_can_be_planned() {
         .filter_map(|rest| rest.split("```").next())
         .collect();
     assert!(blocks.len() >= 2 && blocks[0].contains("mine.toml"));
-    // The folder of pictures that one of them is about.
+    // The folder of pictures in one of the recipes.
     for class in ["rose", "tulip"] {
         for index in 0..60 {
             place.write(&format!("flowers/{class}/{index}.png"), "");

@@ -1,4 +1,5 @@
-//! Systems that fail under a command, and people who interrupt one: what it says, what it leaves, and that it goes on.
+//! Commands on a failing system, and interrupted ones: their messages, their files, and their
+//! continuation.
 
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use crate::program::{Finished, Place};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_tinyfusion");
 
-/// Runs the program under limits of the shell.
+/// Runs the program under limits set by the shell.
 fn limited(place: &Place, limits: &str, arguments: &str) -> Finished {
     let command = format!("{limits}; exec {PROGRAM} {arguments}");
     let output = Command::new("bash")
@@ -17,7 +18,7 @@ fn limited(place: &Place, limits: &str, arguments: &str) -> Finished {
     Finished::of(output.unwrap())
 }
 
-/// Asks a process to stop, as Ctrl-C does, once `ready`; what it said.
+/// Interrupts a process as Ctrl-C does, once `ready`; returns its result.
 fn interrupted(mut child: Child, ready: impl Fn() -> bool) -> Finished {
     let begun = Instant::now();
     while !ready() {
@@ -53,7 +54,7 @@ fn an_interrupted_command_says_what_goes_on_with_it() {
     assert_eq!(finished.status, Some(130), "{finished:?}");
     let says = "to go on: `tinyfusion recipe RUN/resolved.toml --resume --runs artifacts/runs`";
     assert!(finished.stderr.contains(says), "{}", finished.stderr);
-    // What is said is right.
+    // The command in the message works.
     let resolved = run.join("resolved.toml").display().to_string();
     let again = place.start(&["recipe", &resolved, "--resume", "--runs", "artifacts/runs"]);
     let status = run.join("status.json");
@@ -95,7 +96,7 @@ fn what_could_not_be_written_whole_does_not_block_the_next_try() {
             .or_else(|_| std::fs::remove_file(place.path(to)))
             .unwrap();
     }
-    // Another file of a shard's name is seen before anything is written.
+    // A file in the place of a shard is noticed before anything is written.
     let shards = "convert embedded:digits-teacher model.safetensors.index.json --shard 1";
     let arguments: Vec<&str> = shards.split(' ').collect();
     let other = place.write("model-00003-of-00004.safetensors", "another");
@@ -114,7 +115,7 @@ fn what_could_not_be_written_whole_does_not_block_the_next_try() {
         .succeeded();
     assert!(inspected.stdout.contains("927,752"), "{}", inspected.stdout);
     assert_eq!(place.files().len(), 5);
-    // The stand-ins are larger: the Inception network is what can't be written.
+    // The stand-ins are larger: the Inception network can't be written.
     let finished = limited(&place, "trap '' XFSZ; ulimit -f 20000", "standin standin");
     assert_eq!(finished.status, Some(2), "{finished:?}");
     place.run(&["standin", "standin"]).succeeded();
@@ -137,7 +138,7 @@ fn threads_that_can_not_be_had_are_an_error() {
     );
 }
 
-/// Grey pictures of two classes in the format of MNIST, and a recipe that trains on them.
+/// Grey pictures of two classes in MNIST's format, and a recipe that trains on them.
 fn pictures(place: &Place, steps: usize, more: &str) {
     let images = place.path("images");
     for class in ["dark", "light"] {
@@ -197,7 +198,7 @@ fn records_that_are_cut_short_under_a_training_end_it_with_a_word() {
     }
     assert_eq!(cut, 2);
     let finished = Finished::of(child.wait_with_output().unwrap());
-    // A signal would leave no status.
+    // A process killed by a signal has no status.
     assert_eq!(finished.status, Some(2), "{finished:?}");
     assert!(
         finished.stderr.contains("shard-00000.bin: expected")
@@ -250,7 +251,7 @@ fn a_finished_stage_keeps_its_model_and_no_checkpoints() {
         let stage = place.path(&runs).join("train/001/01-train");
         assert!(stage.join("model.safetensors").is_file());
         assert_eq!(stage.join("checkpoints").exists(), there);
-        // The names of what is logged are words without blanks, and each line has its time.
+        // Keys in the log have no blanks or slashes, and each line has its time.
         let log = std::fs::read_to_string(stage.join("metrics.jsonl")).unwrap();
         for line in log.lines() {
             let line: serde_json::Value = serde_json::from_str(line).unwrap();

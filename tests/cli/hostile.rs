@@ -1,4 +1,5 @@
-//! Inputs that were made to do harm, and systems that fail: each ends at once, with a word, and without a wrong success.
+//! Malicious inputs and failing systems: each ends at once, with a message, and without a false
+//! success.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -8,7 +9,7 @@ use tinyfusion::weights::{Checkpoint, open_safetensors, write_safetensors};
 
 use crate::program::{Place, root};
 
-/// Refused within a time in which nothing large is made or waited for.
+/// Refused too quickly for anything large to be allocated or waited for.
 fn refused(place: &Place, arguments: &[&str], expected: &[&str]) {
     let begun = Instant::now();
     let finished = place.run(arguments);
@@ -78,7 +79,7 @@ fn headers_of_arrays_do_not_hang_or_overflow() {
 #[test]
 fn small_models_do_not_take_all_memory() {
     let place = Place::new();
-    // A pickle of nothing but values, which deflates to some kilobytes.
+    // A pickle of 5,000,000 values, which deflates to a few kilobytes.
     let values = vec![b'N'; 5_000_000];
     place.write(
         "bomb.pt",
@@ -90,7 +91,7 @@ fn small_models_do_not_take_all_memory() {
         &["bomb.pt", "four million instructions"],
     );
 
-    // A configuration that asks for a position table of terabytes.
+    // A configuration with a position table of terabytes.
     let folder = place.path("diffusers");
     place
         .run(&[
@@ -101,7 +102,7 @@ fn small_models_do_not_take_all_memory() {
         ])
         .succeeded();
     let weights = folder.join("diffusion_pytorch_model.safetensors");
-    // As diffusers itself writes it, so that the configuration counts.
+    // In the form that diffusers writes, so that the configuration is used.
     let (tensors, _) = open_safetensors(&weights).unwrap();
     let state = tensors.read_all().unwrap();
     write_safetensors(&weights, &state.into(), Default::default(), None).unwrap();
@@ -125,7 +126,7 @@ fn small_models_do_not_take_all_memory() {
         &["misshapen x_embedder.proj.weight"],
     );
 
-    // An autoencoder of a hundred gigabytes a layer.
+    // An autoencoder with layers of a hundred gigabytes.
     place.run(&["standin", "standin"]).succeeded();
     let path = place.path("standin/standin-vae/config.json");
     let mut config: serde_json::Value =
@@ -180,7 +181,7 @@ fn a_model_of_no_numbers_is_neither_drawn_nor_scored() {
         &[&["evaluate", "nan.safetensors"][..], &few].concat(),
         &[words],
     );
-    // Guidance that leaves the numbers there are.
+    // Guidance that overflows.
     let strong = [
         &["sample", "embedded:digits-teacher", "--guidance", "1e38"][..],
         &few,
@@ -220,7 +221,7 @@ fn what_the_system_can_not_read_is_not_left_out_of_an_extraction() {
     ];
     refused(&place, &arguments, &["class-1/0000.png"]);
     assert!(!place.path("latents/skipped.txt").exists());
-    // When it can be read again, it is there.
+    // Once the file can be read again, it is included.
     std::fs::copy(
         place.path("standin/images/class-1/001.png"),
         place.path("elsewhere.png"),
@@ -265,7 +266,7 @@ fn output_that_can_not_be_written_is_a_failure() {
             "{said}"
         );
         assert!(said.contains("standard output"), "{said}");
-        // A reader that has gone away is no failure.
+        // A closed reader is not a failure.
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let (status, said) = run(arguments, writer.into());
@@ -327,7 +328,7 @@ fn a_damaged_checkpoint_gives_way_to_the_one_before() {
         (&flipped, "its checksum is"),
     ] {
         std::fs::write(&newest, damaged).unwrap();
-        // What a killed writer leaves.
+        // Left by a killed writer.
         let half = run.join("01-train/checkpoints/.step-6.safetensors.1-2.tmp");
         std::fs::write(&half, "half").unwrap();
         std::fs::remove_file(run.join("01-train/done.json")).unwrap();
@@ -399,7 +400,7 @@ fn what_a_file_says_of_itself_is_not_believed() {
             &[expected],
         );
     }
-    // Nothing from a file rules the terminal.
+    // Control characters from a file don't reach the terminal.
     let (tensors, mut metadata) = open_safetensors(&path).unwrap();
     let note = "{\"recipe\":\"x\",\"note\":\"\\u001b]0;title\\u0007\\u001b[2J\"}";
     metadata.insert("tinyfusion.provenance".to_owned(), note.to_owned());

@@ -1,4 +1,4 @@
-//! Runs that are killed at any moment, and go on to the same bytes.
+//! Runs that are killed at any moment, and then continue to the same bytes.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use crate::program::Place;
 
-/// Kills of one test; more by `TINYFUSION_KILLS`.
+/// Kills in one test; `TINYFUSION_KILLS` sets another number.
 const KILLS: usize = 60;
 
-/// Every kind of stage that leaves files, in about a second.
+/// Every kind of stage that writes files, in about a second.
 const RECIPE: &str = "
     data = { images = './images', size = 8, channels = 1, held_out = 0.3 }
     [[stage]]
@@ -62,8 +62,8 @@ const RECIPE: &str = "
     steps = 2
 ";
 
-/// What must be the same: every file of a finished run but those that tell times and processes. Numbers that depend on the
-/// clock are taken out of the logs.
+/// Files that must be identical: all of a finished run except those with times and processes.
+/// Numbers that depend on the clock are removed from the logs.
 fn results(run: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut folders = vec![run.to_owned()];
@@ -101,7 +101,7 @@ fn results(run: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
-/// JSON without what the clock says.
+/// JSON without the fields that depend on the clock.
 fn timeless(line: &str) -> String {
     fn strip(value: &mut serde_json::Value) {
         match value {
@@ -169,7 +169,8 @@ fn runs_that_are_killed_at_random_end_in_the_same_bytes() {
         let runs = format!("runs-{finished}");
         let mut arguments = vec!["recipe", "all.toml", "--runs", &runs];
         loop {
-            // Whole stages lie between two kills, or nothing but the start; a run has about five of them.
+            // The time between two kills covers anything from the start alone to whole stages; a
+            // run has about five kills.
             let patience = whole.mul_f64(draw() * 0.45);
             let mut child = place.start(&arguments);
             let begun = Instant::now();
@@ -189,7 +190,8 @@ fn runs_that_are_killed_at_random_end_in_the_same_bytes() {
                 Some(status) => {
                     let output = child.wait_with_output().unwrap();
                     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-                    // A run that was killed before it noted anything is none, and another is started.
+                    // A run that was killed before it wrote anything does not exist, so another is
+                    // started.
                     if said.contains("no unfinished run to resume") {
                         arguments.retain(|argument| *argument != "--resume");
                         continue;

@@ -1,4 +1,4 @@
-//! The real program, run as a person runs it.
+//! Tests that run the real program.
 
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]

@@ -1,4 +1,5 @@
-//! Pictures of one's own, in pixel space: from a folder or from files in the format of MNIST to a table of scores.
+//! A user's own pictures, in pixel space: from a folder or from files in MNIST's format to a table
+//! of scores.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -9,7 +10,7 @@ use tinyfusion::weights::Checkpoint;
 
 use crate::program::Place;
 
-/// Bright pictures with a dark stripe, across or down, of various sizes.
+/// A bright picture with a dark stripe, across or down, in various sizes.
 fn picture(across: bool, index: u32) -> RgbImage {
     let (width, height) = (16 + 5 * (index % 4), 16 + 3 * (index % 5));
     RgbImage::from_fn(width, height, |x, y| {
@@ -46,7 +47,7 @@ fn stripes(place: &Place) {
     place.write("stripes/across/notes.txt", "no picture");
 }
 
-/// The same pictures, grey and 8 x 8, in the format of MNIST.
+/// The same pictures, grey and 8 x 8, in MNIST's format.
 fn idx(place: &Place) {
     for (part, count) in [("train", 24), ("t10k", 10)] {
         let (mut pixels, mut labels) = (Vec::new(), Vec::new());
@@ -67,7 +68,7 @@ fn idx(place: &Place) {
     }
 }
 
-/// All kinds of stages on some data; the sizes of both networks are those of the data.
+/// All kinds of stages on some data, which give both networks' sizes.
 fn recipe(data: &str) -> String {
     format!(
         "data = {data}
@@ -126,7 +127,7 @@ fn json(path: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
-/// The files that a resumed run must have to the byte.
+/// Files of a resumed run that must be identical to the byte.
 fn results(run: &Path) -> Vec<Vec<u8>> {
     [
         "01-features/model.safetensors",
@@ -175,7 +176,7 @@ fn a_folder_of_pictures_is_trained_pruned_recovered_and_measured() {
         assert_eq!(model.provenance.class_names, ["across", "down"], "{stage}");
         assert_eq!(model.provenance.data, "pictures in stripes", "{stage}");
     }
-    // Stripes are told apart by anything that has learned at all.
+    // Any classifier that has learned at all tells the stripes apart.
     let features = Checkpoint::read(&whole.join("01-features/model.safetensors")).unwrap();
     let note = &features.provenance.note;
     let told = ["1.0000", "0.9000"].map(|share| format!("test accuracy {share} on 10 images"));
@@ -195,7 +196,7 @@ fn a_folder_of_pictures_is_trained_pruned_recovered_and_measured() {
         "10 held-out pictures of stripes, 8 bits"
     );
 
-    // Killed in the middle of the teacher, whose pictures have then gone: the run has them.
+    // Killed while training the teacher; a picture is removed then, but the run has its own copy.
     let mut child = place.start(&["recipe", "own.toml", "--runs", "broken"]);
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let reached = |line: &String| line.starts_with("teacher ") && line.contains(" 5/8");
@@ -214,7 +215,7 @@ fn a_folder_of_pictures_is_trained_pruned_recovered_and_measured() {
     );
     assert_eq!(results(&place.path("broken/own/001")), results(&whole));
 
-    // Without its records a run does not go on with other pictures than it began with.
+    // Without its copy, a run does not continue with other pictures than it began with.
     let broken = place.path("broken/own/001");
     std::fs::remove_dir_all(broken.join("data")).unwrap();
     std::fs::remove_file(broken.join("07-evaluate/done.json")).unwrap();
@@ -253,7 +254,7 @@ fn files_in_the_format_of_mnist_are_trained_on_and_measured_against() {
     let shape = teacher.unwrap().denoiser().unwrap().shape();
     assert_eq!((shape.channels, shape.side, shape.classes), (1, 8, 2));
 
-    // The same, asked for by the command line.
+    // The same, on the command line.
     let arguments = |data: &'static str| {
         [
             "evaluate",
@@ -274,7 +275,7 @@ fn files_in_the_format_of_mnist_are_trained_on_and_measured_against() {
         "{}",
         measured.stdout
     );
-    // Never against other pictures.
+    // Never compared with other pictures.
     let refused = place.run(&arguments("digits"));
     assert_eq!(refused.status, Some(2));
     assert!(
@@ -337,7 +338,7 @@ fn pictures_that_can_not_be_learned_are_refused_by_name() {
         "{ idx = 'stripes' }",
         &["stripes", "train-images-idx3-ubyte or"],
     );
-    // Patches must divide the side, which is the data's.
+    // Patches must divide the side, which the data give.
     refuse(
         "{ images = 'stripes', size = 10 }",
         &["must divide `input_size`, which is 10"],
@@ -354,7 +355,7 @@ fn pictures_that_can_not_be_learned_are_refused_by_name() {
         "{}",
         refused.stderr
     );
-    // A classifier of other pictures: those of the program are of digits.
+    // A classifier of other pictures: the embedded one is of digits.
     let other = recipe("{ images = 'stripes', size = 8, channels = 1 }").replace(
         "features = 'features'",
         "features = 'embedded:digits-features'",
@@ -383,7 +384,7 @@ fn broken_pictures_and_empty_classes_are_refused_by_name() {
     let whole = std::fs::read(place.path("stripes/down/06.jpg")).unwrap();
     place.write("stripes/down/06.jpg", &whole[..whole.len() / 2]);
     place.write("stripes/across/07.png", "no picture");
-    // One of them is held out: both are told before anything is trained.
+    // One of them is held out: both are reported before anything is trained.
     let refused = place.run(&["recipe", "own.toml", "--runs", "a"]);
     assert_eq!(refused.status, Some(2));
     assert!(!refused.stderr.contains("features "), "{}", refused.stderr);
@@ -446,7 +447,7 @@ fn what_a_model_is_measured_against_is_never_guessed() {
         "the model learned from pictures in stripes; --data says",
     );
     refuse(&["evaluate", model, "--data", "stirpes"], "--data stirpes");
-    // Pictures of as many other things.
+    // Other pictures with the same number of classes.
     std::fs::rename(place.path("stripes/down"), place.path("stripes/upwards")).unwrap();
     let features = "runs/own/001/01-features/model.safetensors";
     let arguments = [

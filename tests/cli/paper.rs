@@ -1,4 +1,4 @@
-//! The paper's own job: its recipes without their files, and all of it on small stand-ins.
+//! The paper's experiment: its recipes without their files, and all of it on small stand-ins.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -62,7 +62,7 @@ fn every_recipe_can_be_planned_without_its_files() {
             "{name}:\n{}",
             dry.stdout
         );
-        // The cost a recipe's first lines state is what the plan says.
+        // The cost in a recipe's first lines is that of the plan.
         let text = std::fs::read_to_string(&path).unwrap().replace("\n#", " ");
         let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
         let (images, flops) = cost(&dry.stdout);
@@ -72,7 +72,7 @@ fn every_recipe_can_be_planned_without_its_files() {
                 "{name} does not state its cost as {stated}"
             );
         }
-        // Run, it says the same and does nothing.
+        // A run reports the same and does nothing.
         let run = place.run(&[
             "recipe",
             path.to_str().unwrap(),
@@ -93,7 +93,7 @@ fn every_recipe_can_be_planned_without_its_files() {
     assert_eq!(recipes, 12);
 }
 
-/// Images and operations of all stages of a plan, as a recipe's first lines state them.
+/// Images and operations of all stages of a plan, in the form of a recipe's first lines.
 fn cost(plan: &str) -> (String, String) {
     let (mut images, mut flops) = (0u64, 0f64);
     let stages = plan.lines().filter(|line| line.contains(" MiB"));
@@ -189,7 +189,7 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
         }
     }
 
-    // A file that doesn't say how many heads there are can be sampled by who does.
+    // A file that doesn't state its number of heads can be sampled if the command line does.
     let (dit, vae) = (
         format!("{STANDIN}/standin-dit.pt"),
         format!("{STANDIN}/standin-vae"),
@@ -204,7 +204,8 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
         .run(&[&sample[..], &["--heads", "2"]].concat())
         .succeeded();
 
-    // The archive of the stage, measured by the command, has the scores of the stage; so has what it kept of the reference.
+    // Measuring the stage's archive by the command gives the stage's scores; so does its cached
+    // reference.
     let cache = run.join("05-evaluate");
     let cache = cache.to_str().unwrap();
     let samples = run.join("05-evaluate/2-recover/samples.npz");
@@ -227,7 +228,7 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
     let overwritten = place.run(&measure);
     assert_eq!(overwritten.status, Some(2), "{}", overwritten.stderr);
 
-    // A folder of its pictures has its scores, of as many as are asked for.
+    // A folder of its pictures gives the same scores for any number of samples.
     let images = read_samples(&samples).unwrap().images;
     let [count, height, width, _] = images.shape();
     for index in 0..count {
@@ -278,7 +279,7 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
     }
     assert_ne!(of_archive["fid"], verdicts[1]["fid"]);
 
-    // The student in a folder, with a card that says what was measured.
+    // The student in a folder, with a model card of its scores.
     let model = run.join("03-recover/model.safetensors");
     place
         .run(&[
@@ -299,7 +300,7 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
     ] {
         assert!(card.contains(words), "no {words}:\n{card}");
     }
-    // In the layout of diffusers the card has the lines without which its outputs are off.
+    // In the layout of diffusers, the card has the lines that correct its outputs.
     place
         .run(&["convert", model.to_str().unwrap(), "shifted", "--diffusers"])
         .succeeded();
@@ -316,7 +317,7 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
     assert_eq!(converted.provenance, student.provenance);
 }
 
-/// Every file below a folder, by its place there.
+/// Every file below a folder, by its relative path.
 fn below(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];
@@ -353,7 +354,7 @@ fn a_killed_extraction_goes_on_to_the_same_bytes() {
     };
     let whole = run(&arguments("whole", "npy")).succeeded();
     assert!(whole.stderr.contains("broken.png"), "{}", whole.stderr);
-    // Killed once some latents are there, which of the two forms only files by files show.
+    // Killed once some latents exist, which shows file by file only in this form.
     let words = arguments("parts", "npy");
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let mut child = place.start(&words);
@@ -440,7 +441,8 @@ fn accumulated_gradients_train_as_whole_batches_do() {
         let line: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
         line[key].as_f64().unwrap()
     };
-    // The same samples and draws, summed in another order. A sum of gradients for a mean would have four times the norm.
+    // The same samples and draws, summed in another order. A sum of gradients instead of their mean
+    // would have four times the norm.
     for key in ["loss", "grad_norm"] {
         let (whole, parts) = (first("whole", key), first("parts", key));
         assert!((whole / parts - 1.0).abs() < 1e-4, "{key}: {whole} {parts}");
@@ -457,8 +459,9 @@ fn accumulated_gradients_train_as_whole_batches_do() {
             moved += f64::from(a - before).powi(2);
         }
     }
-    // Adam divides by the gradient's size, so where that is rounding alone its sign is the order's; such weights are few.
-    // Gradients of other samples would be off by as much as was moved.
+    // Adam divides by the gradient's size, so where the gradient is only rounding error its sign
+    // depends on the order; such weights are few. Gradients of other samples would be off by as
+    // much as the weights moved.
     assert!(
         moved > 0.0 && (off / moved).sqrt() < 0.05,
         "{}",

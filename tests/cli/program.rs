@@ -1,4 +1,4 @@
-//! Starting the program in a folder of its own.
+//! Runs the program in a temporary folder.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -10,7 +10,7 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A folder to run the program in.
+/// A temporary folder in which the program runs.
 pub struct Place {
     folder: TempDir,
 }
@@ -52,7 +52,7 @@ impl Place {
         self.command(arguments).spawn().unwrap()
     }
 
-    /// Every file below the folder with its bytes.
+    /// Every file below the folder, with its bytes.
     pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let mut found = Vec::new();
         let mut folders = vec![self.folder.path().to_owned()];
@@ -71,7 +71,7 @@ impl Place {
     }
 }
 
-/// What a run of the program left.
+/// The result of a run of the program.
 #[derive(Debug)]
 pub struct Finished {
     pub status: Option<i32>,
@@ -96,7 +96,7 @@ impl Finished {
     }
 }
 
-/// The quickstart, shortened until it is a matter of seconds, in arguments.
+/// Arguments for the quickstart, shortened to take seconds.
 pub fn short_quickstart(runs: &str) -> Vec<String> {
     let recipe = root().join("recipes/quickstart.toml");
     let mut arguments = vec![

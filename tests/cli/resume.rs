@@ -6,10 +6,10 @@ use tinyfusion::weights::{Checkpoint, read_safetensors, write_safetensors};
 
 use crate::program::{Finished, Place, short_quickstart};
 
-/// Stages of the quickstart that leave a model.
+/// Stages of the quickstart that make a model.
 const MODELS: [&str; 4] = ["01-prune", "02-learned", "03-prune-oracle", "04-oracle"];
 
-/// Waits until the program says it has done a step of a stage; returns what it said until then.
+/// Waits until the program reports a step of a stage; returns its output until then.
 fn wait_for(child: &mut Child, stage: &str, step: &str) -> Vec<String> {
     let stderr = child.stderr.take().unwrap();
     let mut lines = BufReader::new(stderr).lines().map_while(Result::ok);
@@ -29,7 +29,8 @@ fn is_step(line: &str, stage: &str, step: &str) -> bool {
     line.starts_with(&format!("{stage} ")) && line.contains(&format!(" {step}/8"))
 }
 
-/// Keyed randomness would make a fresh start look the same: a resumed stage must go on from its checkpoint.
+/// Because of keyed randomness a fresh start would give the same result, so the log must show that
+/// a resumed stage continued from its checkpoint.
 fn assert_went_on<'a>(said: impl IntoIterator<Item = &'a str>, stage: &str) {
     let mut said = said.into_iter();
     assert!(
@@ -122,7 +123,7 @@ fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         place.start(&arguments)
     };
-    // Killed outright in the middle of pruning, then interrupted politely in the middle of recovery.
+    // Killed in the middle of pruning, then interrupted in the middle of recovery.
     let mut child = start("broken");
     wait_for(&mut child, "prune", "4");
     child.kill().unwrap();
@@ -158,7 +159,7 @@ fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
     assert!(stderr.contains("prune: already done"), "{stderr}");
     assert_same(&place.path("broken/quickstart/001"), &whole);
 
-    // A finished run is never touched again, and a changed recipe never continues another's checkpoints.
+    // A finished run is never changed, and a changed recipe never continues another's checkpoints.
     let nothing = run("broken", &["--resume"]);
     assert_eq!(nothing.status, Some(2));
     assert!(
@@ -179,7 +180,7 @@ fn an_interrupted_or_killed_run_resumes_to_bit_identical_weights() {
     );
 }
 
-/// Makes a training's checkpoint one as they were before they said what model they hold.
+/// Converts a training checkpoint to the form from before checkpoints named their model.
 fn make_old(path: &Path) {
     let (mut state, mut metadata) = read_safetensors(path).unwrap();
     let tensors = state.len();

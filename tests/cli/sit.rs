@@ -1,8 +1,8 @@
-//! A SiT goes through every stage, and stays one.
+//! A SiT goes through every stage and remains a SiT.
 
 use crate::program::Place;
 
-/// A recipe of everything there is to do to a small SiT of the digits.
+/// A recipe with every stage for a small SiT of the digits.
 const RECIPE: &str = "
 data = 'digits'
 [[stage]]
@@ -73,7 +73,7 @@ fn a_sit_goes_through_every_stage() {
         let said = place.run(&["inspect", &model]).succeeded().stdout;
         assert!(said.contains(&format!("SiT, {layers} layers")), "{said}");
     }
-    // Its own terms are logged, and no bound.
+    // Its own loss terms are logged, and no variational bound.
     let log = std::fs::read_to_string(place.path(&format!("{run}/05-recover/metrics.jsonl")));
     let log = log.unwrap();
     assert!(
@@ -82,7 +82,7 @@ fn a_sit_goes_through_every_stage() {
     );
     assert!(!log.contains("\"vb"), "{log}");
 
-    // The same samples however they are shared out, and by a command.
+    // The samples don't depend on the batch, and the command draws them too.
     let model = format!("{run}/05-recover/model.safetensors");
     let sample = |to: &str, batch: &str, solver: &str| {
         let arguments = [
@@ -92,7 +92,7 @@ fn a_sit_goes_through_every_stage() {
         place.run(&arguments).succeeded();
         tinyfusion::npz::read_samples(&place.path(to).join("samples.npz")).unwrap()
     };
-    // Not by `ode`: Dormand and Prince's steps are those of a whole batch.
+    // Not with `ode`: Dormand and Prince's steps depend on the whole batch.
     assert_eq!(
         sample("together", "5", "sde").images,
         sample("apart", "2", "sde").images

@@ -1,4 +1,4 @@
-//! The dashboard on a terminal of its own, as `script` makes one: a key, and a terminal that goes away.
+//! The dashboard on a terminal made by `script`: a key press, and a terminal that is closed.
 
 use std::io::Write;
 use std::path::Path;
@@ -15,7 +15,7 @@ const LONG: &str = "[[stage]]
     architecture = { family = 'dit', width = 8, heads = 2, depth = 1 }
     ";
 
-/// Starts a training on a terminal, and waits until it is under way.
+/// Starts a training on a terminal, and waits until it is running.
 fn start(place: &Place) -> Child {
     place.write("long.toml", LONG);
     let program = env!("CARGO_BIN_EXE_tinyfusion");
@@ -61,7 +61,7 @@ fn a_key_ends_a_training_and_saves_it() {
     let place = Place::new();
     let mut child = start(&place);
     let mut keys = child.stdin.take().unwrap();
-    // What means nothing does nothing.
+    // Other keys do nothing.
     keys.write_all(b"uickstart? ").unwrap();
     std::thread::sleep(Duration::from_millis(500));
     assert!(child.try_wait().unwrap().is_none(), "a key ended it");
@@ -81,7 +81,7 @@ fn a_terminal_that_goes_away_saves_the_training() {
     child.wait().unwrap();
     let run = place.path("runs/long/001");
     wait(|| is_saved(&run), "the checkpoint");
-    // The run is let go of, and goes on.
+    // The program ends and releases the run, which can then be continued.
     let lock = std::fs::File::open(run.join("run.lock")).unwrap();
     wait(|| lock.try_lock().is_ok(), "the end of the program");
 }

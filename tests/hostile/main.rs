@@ -1,9 +1,10 @@
-//! Readers of files against files that nobody wrote.
+//! File readers against malformed files.
 //!
-//! Whole files are damaged (bits, lengths, pieces moved) and, with their checksums and lengths made right again, changed
-//! inside (members of archives, headers, chunks, words of a text). Whatever comes of it, a reader ends within 20 seconds,
-//! takes no more than 1 GiB above the file (of this program's own memory), does not panic, changes nothing in the folder, and of damaged files that have
-//! checksums reads the same values as before or none.
+//! Whole files are damaged (bits, lengths, moved pieces), or changed inside (archive members,
+//! headers, chunks, words of a text) with checksums and lengths corrected. In every case a reader
+//! ends within 20 seconds, takes at most 1 GiB of this program's memory above the file's size, does
+//! not panic and changes nothing in the folder. From damaged files with checksums it reads the same
+//! values as before, or none.
 //!
 //! ```text
 //! cargo test --test hostile                                    # a minute, from a fixed seed
@@ -11,8 +12,8 @@
 //! cargo test --test hostile -- --only npz --seconds 300
 //! ```
 //!
-//! What failed is printed as few changes as show it; the files of a case that hung or took the process down lie in
-//! `target/tmp/hostile-SEED/`.
+//! A failure is printed with the smallest set of changes that shows it. If a case hangs or ends the
+//! process, its files are left in `target/tmp/hostile-SEED/`.
 
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]
@@ -35,14 +36,14 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, Test
 use mutation::{Change, change};
 use targets::{Seen, Target};
 
-/// The longest a reader may take.
+/// Most time that a reader may take.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// The most memory it may take above the file's size.
+/// Most memory that it may take above the file's size.
 const ROOM: usize = 1 << 30;
-/// Inputs of one target in a row.
+/// Consecutive inputs of one target.
 const IN_A_ROW: u32 = 20;
 
-/// Counts what is held, and the most that was.
+/// Counts the memory in use, and its peak.
 struct Counting;
 
 static HELD: AtomicUsize = AtomicUsize::new(0);
@@ -86,10 +87,10 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// What is being read, since when, and what was held then.
+/// The file being read, the start of reading, and the memory in use then.
 static UNDER_WAY: Mutex<Option<(Instant, PathBuf, usize)>> = Mutex::new(None);
 
-/// Ends the process when a reader hangs or takes all memory: nothing else can.
+/// Ends the process when a reader hangs or takes all memory, since a thread cannot be stopped.
 #[allow(clippy::exit)]
 fn watch() {
     loop {
@@ -118,7 +119,7 @@ struct Arguments {
 }
 
 impl Arguments {
-    /// None if `cargo test` was asked for other tests.
+    /// None if other tests were asked for in `cargo test`.
     fn read() -> Option<Self> {
         let mut read = Self {
             time: Duration::from_secs(60),
@@ -134,7 +135,7 @@ impl Arguments {
                 "--seed" => read.seed = number() as u64,
                 "--only" => read.only = words.next(),
                 "--list" => return None,
-                // The test harness's own, of which these have a value.
+                // The test harness's own options that take a value.
                 "--test-threads" | "--skip" | "--color" | "--format" => drop(words.next()),
                 flag if flag.starts_with('-') => {}
                 name if "hostile".contains(name) => {}
@@ -145,7 +146,7 @@ impl Arguments {
     }
 }
 
-/// How many inputs a target has seen, and how many of them it took.
+/// Number of inputs for a target, and how many of them were read.
 #[derive(Default)]
 struct Count {
     seen: usize,
@@ -159,11 +160,11 @@ fn main() -> ExitCode {
         eprintln!("hostile: other tests were asked for; nothing was read");
         return ExitCode::SUCCESS;
     };
-    // A night and a minute of another seed do not meet.
+    // Runs with different seeds may go on at the same time.
     let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hostile-{}", arguments.seed));
     let _ = std::fs::remove_dir_all(&root);
     std::fs::create_dir_all(&root).unwrap();
-    // Paths that a changed recipe names lead here.
+    // Relative paths in a changed recipe are resolved here.
     std::env::set_current_dir(&root).unwrap();
     let targets: Vec<Target> = targets::all(&root)
         .into_iter()
@@ -175,13 +176,13 @@ fn main() -> ExitCode {
         })
         .collect();
     let message = std::panic::take_hook();
-    // A panic is reported once it is shown by as little as shows it.
+    // A panic is reported once its changes are minimised.
     std::panic::set_hook(Box::new(|_| {}));
     std::thread::spawn(watch);
     let begun = Instant::now();
     let mut counts: Vec<Count> = targets.iter().map(|_| Count::default()).collect();
     while begun.elapsed() < arguments.time {
-        // All get as much time, and each some.
+        // All targets get the same time.
         let next = (0..targets.len()).min_by_key(|&index| counts[index].time);
         let Some(next) = next else {
             eprintln!("hostile: there is no reader of that name");
@@ -207,7 +208,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// What was read of each target, and of all.
+/// Counts per target and in total.
 fn report(targets: &[Target], counts: &[Count], begun: Instant, found: &str) {
     for (target, count) in targets.iter().zip(counts) {
         println!(
@@ -220,7 +221,7 @@ fn report(targets: &[Target], counts: &[Count], begun: Instant, found: &str) {
     println!("{:<24} {all:>9} inputs in {seconds:.0} s, {found}", "all");
 }
 
-/// Some inputs; the failure with the fewest changes that show it.
+/// Runs a series of inputs; returns the failure with the fewest changes.
 fn attack(target: &Target, seed: u64, round: u64, count: &mut Count) -> Result<(), String> {
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
@@ -259,7 +260,7 @@ fn attack(target: &Target, seed: u64, round: u64, count: &mut Count) -> Result<(
     }
 }
 
-/// One input; whether it was read.
+/// Runs one input; returns whether it was read.
 fn one(target: &Target, file: u32, inside: bool, changes: &[Change]) -> Result<bool, String> {
     let file = target.file(file);
     let changed = file.form.changed(&file.bytes, inside, changes);
@@ -300,7 +301,7 @@ fn one(target: &Target, file: u32, inside: bool, changes: &[Change]) -> Result<b
     }
 }
 
-/// What a folder holds, at any depth, with the checksums of files.
+/// The files of a folder, at any depth, with their checksums.
 fn content(folder: &Path) -> Vec<(PathBuf, u32)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap().flatten() {

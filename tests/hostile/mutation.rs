@@ -1,34 +1,35 @@
-//! Changes of files: of their bytes, or, with what seals them made right again, of what lies inside.
+//! Changes of files: of their bytes, or of their inner content, with lengths and checksums
+//! corrected afterwards.
 
 use std::io::{Cursor, Read, Write};
 
 use proptest::prelude::*;
 
-/// A place in something, as a share of its length.
+/// A position, as a share of the length.
 type Place = u32;
 
-/// One change. It can be made to anything.
+/// One change, which applies to any content.
 #[derive(Debug, Clone)]
 pub enum Change {
-    /// Bits are turned over.
+    /// Flips bits.
     Flip(Place, u8),
-    /// What follows is lost.
+    /// Cuts off the rest.
     Cut(Place),
-    /// Bytes take the place of others.
+    /// Overwrites bytes.
     Write(Place, Vec<u8>),
-    /// Bytes come between.
+    /// Inserts bytes.
     Insert(Place, Vec<u8>),
-    /// Bytes are lost.
+    /// Removes bytes.
     Remove(Place, u16),
-    /// A piece stands there many times.
+    /// Repeats a piece many times.
     Repeat(Place, u8, u16),
-    /// A number of so many bytes, of either order, is one of those that programs trip over.
+    /// Writes a number of some width and byte order that programs often fail on.
     Number(Place, u8, bool, u8),
-    /// A word of a text (a number, a name, a string) is another.
+    /// Replaces a word of a text (a number, a name, a string).
     Word(Place, u8),
-    /// A word is the same many times deeper in brackets.
+    /// Nests a word in many brackets.
     Nest(Place, u8, u16),
-    /// A line is lost, or stands there twice, or elsewhere.
+    /// Removes, doubles or moves a line.
     Line(Place, Place, u8),
 }
 
@@ -51,7 +52,7 @@ pub fn change() -> impl Strategy<Value = Change> {
     ]
 }
 
-/// Numbers at the ends of types, and those beside them.
+/// Limits of number types, and their neighbours.
 const NUMBERS: [u64; 18] = [
     0,
     1,
@@ -104,14 +105,14 @@ const WORDS: [&str; 26] = [
 
 const BRACKETS: [(&str, &str); 4] = [("[", "]"), ("{", "}"), ("(", ")"), ("{\"a\":", "}")];
 
-/// Most bytes that a change makes.
+/// Most bytes that a change produces.
 const MOST: usize = 1 << 22;
 
 fn at(place: Place, length: usize) -> usize {
     ((u64::from(place) * length as u64) >> 32) as usize
 }
 
-/// The word that begins at or after a place, or the last before it.
+/// The word that begins at or after a place; empty if there is none.
 fn word(bytes: &[u8], place: Place) -> std::ops::Range<usize> {
     let of_word = |byte: u8| byte.is_ascii_alphanumeric() || b"_-+.\"'".contains(&byte);
     let start = at(place, bytes.len());
@@ -205,27 +206,27 @@ fn all(changes: &[Change], bytes: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// What seals the inside of a file.
+/// Kinds of envelopes around a file's content.
 #[derive(Debug, Clone, Copy)]
 pub enum Form {
-    /// Nothing: bytes, or a text.
+    /// None: bytes, or a text.
     Bytes,
-    /// Members with checksums.
+    /// Archive members with checksums.
     Zip,
-    /// A header of JSON with its length before it.
+    /// A JSON header after its length.
     Safetensors,
-    /// A header of Python with its length before it.
+    /// A Python header after its length.
     Npy,
     /// One stream with a checksum.
     Gzip,
     /// Chunks with checksums.
     Png,
-    /// A shard of records, with a checksum at its end.
+    /// A shard of records, with a checksum at the end.
     Shard,
 }
 
 impl Form {
-    /// The file with changes outside or inside.
+    /// The file, with changes of its bytes or of its content.
     pub fn changed(self, bytes: &[u8], inside: bool, changes: &[Change]) -> Vec<u8> {
         let inner = match self {
             _ if !inside => None,
@@ -241,7 +242,7 @@ impl Form {
     }
 }
 
-/// Which part, by the place of the first change.
+/// Index of the part to change, by the place of the first change.
 fn which(changes: &[Change], count: usize) -> usize {
     let place = match changes.first() {
         Some(
@@ -258,7 +259,7 @@ fn which(changes: &[Change], count: usize) -> usize {
         ) => *place,
         None => 0,
     };
-    // Not the place itself, or a part would be changed where it begins alone.
+    // By the remainder: otherwise, a part would only be changed at its beginning.
     place as usize % count.max(1)
 }
 
@@ -275,7 +276,7 @@ fn zip(bytes: &[u8], changes: &[Change]) -> Option<Vec<u8>> {
         let mut content = Vec::new();
         member.read_to_end(&mut content).ok()?;
         if index == chosen {
-            // An array in an archive has a header of its own.
+            // An array in an archive has its own header.
             content = match name.ends_with(".npy") {
                 true => Form::Npy.changed(&content, changes.len() > 1, changes),
                 false => all(changes, &content),
@@ -287,7 +288,7 @@ fn zip(bytes: &[u8], changes: &[Change]) -> Option<Vec<u8>> {
     Some(new.finish().ok()?.into_inner())
 }
 
-/// Changes a text that follows its length, of 8 bytes at the start or of 2 after NumPy's magic.
+/// Changes a text after its length, of 8 bytes at the start or of 2 after NumPy's magic.
 fn header(bytes: &[u8], width: usize, changes: &[Change]) -> Option<Vec<u8>> {
     let start = if width == 8 { 0 } else { 8 };
     let mut number = [0; 8];

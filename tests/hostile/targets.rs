@@ -1,4 +1,4 @@
-//! What is attacked: files in a folder of their own, and the reader that a person's command would call on them.
+//! The targets: files in a folder, and the reader that the program's commands use on them.
 
 use std::error::Error;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -22,20 +22,20 @@ use tinyfusion::weights::{Checkpoint, Conversion, Stated, convert, open_torch, r
 
 use super::mutation::Form;
 
-/// One file of a target, as it should be.
+/// One file of a target, unchanged.
 pub struct File {
     pub name: String,
     pub bytes: Vec<u8>,
     pub form: Form,
 }
 
-/// What a reader made of its files.
+/// Result of reading a target.
 pub enum Seen {
-    /// An error, as a person reads it.
+    /// An error message, with its causes.
     Refused(String),
     /// A hash of the values.
     Values(u64),
-    /// A success that is none.
+    /// A false success, with the reason.
     Wrong(String),
 }
 
@@ -46,19 +46,19 @@ pub struct Target {
     pub name: &'static str,
     pub folder: PathBuf,
     read: Read,
-    /// Whether each file is read for itself.
+    /// Whether each file is read separately.
     apart: bool,
-    /// Whether the reader writes, as one that goes on with a run does.
+    /// Whether the reader writes, as when continuing a run.
     pub writes: bool,
-    /// Whether checksums tell damage of any byte.
+    /// Whether checksums detect damage of any byte.
     pub sealed: bool,
-    /// What is read of the whole files.
+    /// Hash of the unchanged files' values.
     pub values: u64,
     files: Vec<File>,
 }
 
 impl Target {
-    /// Reads the files, or the one that was changed where they have nothing to do with one another.
+    /// Reads the files, or only the changed one if they are separate.
     pub fn read(&self, changed: &File) -> Seen {
         match self.apart {
             true => (self.read)(&self.folder.join(&changed.name)),
@@ -104,7 +104,7 @@ pub fn seen<E: Error>(result: Result<u64, E>) -> Seen {
     }
 }
 
-/// Every form there is.
+/// Every target.
 pub fn all(root: &Path) -> Vec<Target> {
     let mut targets = weights(root);
     targets.extend(arrays(root));
@@ -114,7 +114,7 @@ pub fn all(root: &Path) -> Vec<Target> {
     targets
 }
 
-/// Takes up files that were just made in a folder.
+/// A target from files that were just made in a folder.
 pub fn target(
     root: &Path,
     name: &'static str,
@@ -153,7 +153,7 @@ pub fn put(root: &Path, name: &str, bytes: impl AsRef<[u8]>) {
     std::fs::write(path, bytes).unwrap();
 }
 
-/// A model that is read, and made.
+/// A model that is read and built.
 fn model(path: &Path) -> Seen {
     let stated = Stated {
         heads_otherwise: Some(4),
@@ -288,7 +288,7 @@ fn weights(root: &Path) -> Vec<Target> {
     ]
 }
 
-/// A file as PyTorch wrote them before 1.6: pickles one after another, then the storages.
+/// A file in PyTorch's format before 1.6: pickles in a row, then the storages.
 fn legacy() -> Vec<u8> {
     let pickle = |instructions: &[u8]| [b"\x80\x02", instructions, b"."].concat();
     let text = |text: &str| {
@@ -322,7 +322,7 @@ fn legacy() -> Vec<u8> {
     bytes
 }
 
-/// Everything a training reads of latents.
+/// All that a training reads of latents.
 pub fn latents(folder: &Path) -> Seen {
     let read = || {
         let latents = Latents::open(folder)?;
@@ -530,7 +530,7 @@ fn pictures(root: &Path) -> Vec<Target> {
             .collect();
         target(root, name, sealed, &files, read)
     };
-    // Those that are evaluated have one size.
+    // Pictures for evaluation have the same size.
     for name in ["a", "b"] {
         let picture = std::fs::read(fixtures().join("image_preprocess/img0.png")).unwrap();
         put(root, &format!("evaluated/{name}.png"), picture);
@@ -546,7 +546,7 @@ fn pictures(root: &Path) -> Vec<Target> {
     vec![of("png", true, &png), of("jpeg", false, &jpeg), evaluated]
 }
 
-/// A recipe that is read, written as it was understood, read again, and planned.
+/// A recipe that is read, written back, read again and planned.
 fn recipe(document: &Document) -> Seen {
     let recipe = match Recipe::from_document(document) {
         Ok(recipe) => recipe,
@@ -586,7 +586,7 @@ fn texts(root: &Path) -> Vec<Target> {
     let own = "data = { images = './images', size = 8, channels = 1, fit = 'pad', fill = 3, held_out = 0.2 }\n\
         [[stage]]\nkind = 'train'\nsteps = 1\narchitecture = { family = 'dit', width = 8, heads = 2, depth = 1 }\n";
     put(root, "recipe/own.toml", own);
-    // A path in a recipe begins where the program runs.
+    // Paths in a recipe are relative to the working directory.
     for class in ["a", "b"] {
         for index in 0..12 {
             let picture = std::fs::read(fixtures().join("jpeg/odd_420.png")).unwrap();
@@ -614,7 +614,7 @@ fn texts(root: &Path) -> Vec<Target> {
         .map(|name| (name.as_str(), Form::Bytes))
         .collect();
     let of_file = |path: &Path| {
-        // Not text: told by the program before a recipe is read.
+        // The program reports invalid text before it reads a recipe.
         let text = String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned();
         match Document::parse(path, &text) {
             Ok(document) => recipe(&document),
@@ -655,7 +655,7 @@ fn texts(root: &Path) -> Vec<Target> {
                     ("runs/r/001/resolved.toml", Form::Bytes),
                 ],
                 move |folder| {
-                    // A process that resumes makes the lock; it is part of the folder from the first time on.
+                    // Resuming creates the lock, which then stays in the folder.
                     match RunDirectory::unfinished(&folder.join("runs"), "r", resolved) {
                         Ok(run) => Seen::Values(hashed(run.status().map(|status| status.stage))),
                         Err(RecipeError::Run(why)) => Seen::Refused(why),

@@ -1,4 +1,5 @@
-//! What a process that was interrupted left, and the code that goes on from there: on a copy, since it writes.
+//! Files of an interrupted process, and the code that continues from them, which runs on a copy
+//! because it writes.
 
 use std::error::Error;
 use std::panic::AssertUnwindSafe;
@@ -21,12 +22,12 @@ use tinyfusion::weights::read_vae;
 use super::mutation::Form;
 use super::targets::{Seen, Target, bits, fixtures, hashed, latents, put, target, told};
 
-/// Every form there is.
+/// Every kind of unfinished work.
 pub fn all(root: &Path) -> Vec<Target> {
     vec![checkpoint(root), shards(root), extraction(root)]
 }
 
-/// Lets the code that goes on do so in a copy of the folder.
+/// Runs the continuing code in a copy of the folder.
 fn in_a_copy<E: Error>(folder: &Path, go_on: impl FnOnce(&Path) -> Result<Seen, E>) -> Seen {
     let copy = folder.with_extension("copy");
     let _ = std::fs::remove_dir_all(&copy);
@@ -49,7 +50,8 @@ fn copied(folder: &Path, to: &Path) {
 
 type Training = Autodiff<NdArray>;
 
-/// A small classifier after so many steps, from wherever the folder says it is. The last step leaves no checkpoint.
+/// A small classifier after `steps` steps, continued from the checkpoint in the folder. The last
+/// step writes no checkpoint.
 fn train(
     folder: &Path,
     steps: usize,
@@ -95,7 +97,7 @@ fn train(
     fit.run(ClassifierTrainee { classifier })
 }
 
-/// A training's last checkpoint. A checksum covers it.
+/// A training's last checkpoint, which has a checksum.
 fn checkpoint(root: &Path) -> Target {
     let folder = root.join("checkpoint");
     std::fs::create_dir_all(&folder).unwrap();
@@ -103,7 +105,7 @@ fn checkpoint(root: &Path) -> Target {
     std::fs::remove_file(folder.join("metrics.jsonl")).unwrap();
     let files = [("checkpoints/step-00000001.safetensors", Form::Safetensors)];
     target(root, "checkpoint", true, &files, move |folder| {
-        // One that has lost it is taken for one of an earlier version, which had none.
+        // A checkpoint without one is read as an earlier version's, which had no checksum.
         let bytes = std::fs::read(folder.join(files[0].0)).unwrap();
         let key = b"tinyfusion.checksum";
         if !bytes.windows(key.len()).any(|window| window == key) {
@@ -123,7 +125,7 @@ fn checkpoint(root: &Path) -> Target {
     })
 }
 
-/// Packed shards without the index that ends them.
+/// Packed shards without the index, which is written last.
 fn shards(root: &Path) -> Target {
     let layout = Layout {
         views: 2,
@@ -153,7 +155,7 @@ fn shards(root: &Path) -> Target {
     })
 }
 
-/// An extraction in the middle of its pictures, one of which is broken.
+/// An interrupted extraction, one of whose pictures is broken.
 fn extraction(root: &Path) -> Target {
     let images = root.join("extraction-images");
     for index in 0..6 {

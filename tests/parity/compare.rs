@@ -20,7 +20,7 @@ impl<'a> Rule<'a> {
         }
     }
 
-    /// (rel, floor) for a key of a file; `(0, 0)` where equality is asked for.
+    /// (rel, floor) for a key of a file; `(0, 0)` demands equality.
     fn of(&self, file: &str, key: &str) -> (f64, f64) {
         let numbers = |value: &Value| {
             (
@@ -84,7 +84,7 @@ impl<'a> Rule<'a> {
     }
 }
 
-/// The rule of the groups that state one tolerance: no value is further off than this share of the largest.
+/// The rule of groups with a single tolerance: the largest error, relative to the largest value.
 pub struct Largest {
     pub tolerance: f64,
 }
@@ -114,7 +114,7 @@ pub fn values<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f64> {
     tensor.into_data().iter::<f64>().collect()
 }
 
-/// `*` is any run, `?` any character.
+/// `*` matches any run, `?` any character.
 fn matches(glob: &str, name: &str) -> bool {
     let (mut glob, mut name) = (glob.chars(), name.chars());
     match (glob.next(), name.clone().next()) {

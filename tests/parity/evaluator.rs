@@ -36,7 +36,7 @@ fn features(tensors: &SafeTensors, key: &str) -> Features {
     Features::new(dim, floats(tensors, key)).unwrap()
 }
 
-/// In batches of 37 rows, so that the merging of batches is part of the test.
+/// Adds batches of 37 rows, so that merging is tested too.
 fn statistics(features: &Features) -> Statistics {
     let mut accumulator = StatisticsAccumulator::new(features.dim());
     for batch in features.data().chunks(37 * features.dim()) {
@@ -117,7 +117,7 @@ fn measures_match_the_reference() {
             );
             let radii = neighbour_radii(points, neighbours).unwrap();
             for (found, expected) in radii.iter().zip(floats(&tensors, &key("radii"))) {
-                // The reference's radii are computed in f32, by the expansion with cancellation.
+                // The reference computes radii in f32, by the expansion, which has cancellation.
                 let error = (found / f64::from(expected) - 1.0).abs();
                 assert!(error < 1e-5, "{set} {side} radius {found} {expected}");
             }
@@ -182,9 +182,10 @@ fn measures_match_the_reference() {
     }
 }
 
-/// How many samples and how many points of the reference NumPy 2 finds covered in its `float16`, which sums products and
-/// squares in `float32` and rounds once, with `max((|u|^2 - 2 u.v) + |v|^2, 0)` as evaluator.py computes it. The offset
-/// makes squared lengths large beside distances, until the arithmetic decides.
+/// The numbers of samples and of reference points that NumPy 2 finds covered in `float16`, which
+/// sums products and squares in `float32` and rounds once, with `max((|u|^2 - 2 u.v) + |v|^2, 0)`
+/// as in evaluator.py. The offset makes squared lengths large compared with distances, until
+/// rounding decides.
 const IN_HALF_PRECISION: [(f32, &str, f64, f64); 11] = [
     (2.0, "basic", 79.0, 156.0),
     (2.0, "spatial", 120.0, 120.0),

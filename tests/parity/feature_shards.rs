@@ -1,4 +1,4 @@
-//! Latents as the reference stores and reads them: fixture group `feature_shards`, exact.
+//! Latents in the reference's storage format, exact: fixture group `feature_shards`.
 
 use std::fs;
 
@@ -14,7 +14,7 @@ fn read(latents: &Latents, index: usize, view: usize) -> (Vec<f64>, usize) {
     (values.into_iter().map(f64::from).collect(), label)
 }
 
-/// The reference's files: read, and read again after they were packed.
+/// The reference's files, read directly and after packing.
 #[test]
 fn latents_are_read_as_the_reference_reads_them() {
     let group = Group::open("feature_shards");
@@ -63,7 +63,7 @@ fn latents_are_read_as_the_reference_reads_them() {
                 assert_eq!(read, label);
                 assert!(found == values.data, "sample {index}, view {number}");
             }
-            // What a trainer sees, given the uniform number.
+            // The view that a trainer chooses, given the uniform number.
             let u = expected.get("u").data[index];
             let chosen = view(views, u as f32);
             assert_eq!(chosen == 1, u < flip);
@@ -74,7 +74,7 @@ fn latents_are_read_as_the_reference_reads_them() {
     }
 }
 
-/// What we write is what NumPy wrote, but for spaces in the header.
+/// The written bytes are NumPy's, except for spaces in the header.
 #[test]
 fn latents_are_written_as_the_reference_writes_them() {
     let group = Group::open("feature_shards");

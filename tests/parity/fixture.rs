@@ -12,7 +12,7 @@ use tinyfusion::models::{DitConfig, Network};
 use tinyfusion::state::{Array, StateDict, assign, names};
 use tinyfusion::weights::{open_torch, read_safetensors};
 
-/// A tensor of a fixture: values as f64, whatever they were stored as.
+/// A tensor of a fixture: values as f64, whatever their stored type.
 #[derive(Debug, Clone)]
 pub struct Values {
     pub shape: Vec<usize>,
@@ -155,7 +155,7 @@ impl Values {
         self.data.iter().map(|value| *value as usize).collect()
     }
 
-    /// Times, as a batch has them.
+    /// Times in a batch's form.
     pub fn times(&self) -> Vec<f32> {
         self.data.iter().map(|value| *value as f32).collect()
     }
@@ -169,7 +169,7 @@ impl Values {
         }
     }
 
-    /// A scalar, as one value.
+    /// A scalar, as a single value.
     pub fn scalar(self) -> Values {
         assert_eq!(self.data.len(), 1);
         Values {

@@ -12,7 +12,7 @@ use tinyfusion::weights::open_torch;
 use crate::compare::{Largest, Rule};
 use crate::fixture::{File, Group, config, dropped, f64_of, gradients, network, usize_of};
 
-/// Records what enters the trunk and what leaves each layer under another hook.
+/// Records the trunk's input and each layer's output under another hook.
 pub struct Record<'a, B: Backend> {
     hook: &'a mut dyn BlockHook<B>,
     pub hidden: Vec<Tensor<B, 3>>,
@@ -47,7 +47,8 @@ pub fn dit_forward<B: TrainingBackend>(slack: f64) {
             file.get("y").labels::<B>(),
         );
 
-        // A cosine of an angle near 1,000 is where a backend's own sine shows; its slack is the key's own.
+        // The cosine of an angle near 1,000 shows a backend's own sine, so the key has its own
+        // slack.
         rule.tensor(
             &file.name,
             "t_freq",
@@ -86,7 +87,7 @@ pub fn dit_forward<B: TrainingBackend>(slack: f64) {
             file.get("out_drop"),
         );
 
-        // The second half of a guided batch is the null class's; only the first is ever used.
+        // The second half of a guided batch is the null class's; only the first is used.
         let batch = file.get("cfg.x").shape[0] / 2;
         let guidance = Guidance {
             scale: f64_of(&model["cfg_scale"]),
@@ -116,7 +117,7 @@ pub fn dit_forward<B: TrainingBackend>(slack: f64) {
     }
 }
 
-/// A SiT is the same network, told a time in [0, 1]; the outputs of a variance are left unused.
+/// A SiT is the same network with times in [0, 1]; the output channels for a variance are unused.
 pub fn sit_forward<B: TrainingBackend>(slack: f64) {
     let group = Group::open("sit_forward");
     let case = &group.case;
@@ -207,7 +208,8 @@ fn sit_zoo() {
     }
 }
 
-/// Loading: precedence of weights inside a checkpoint, and the whole zoo's names, shapes and sizes.
+/// Loading: precedence of weights in a checkpoint, and the names, shapes and sizes of the whole
+/// zoo.
 pub fn dit_weights<B: TrainingBackend>(slack: f64) {
     let group = Group::open("dit_forward");
     let rule = Rule::new(&group.case, slack);
@@ -245,7 +247,7 @@ pub fn dit_weights<B: TrainingBackend>(slack: f64) {
             .unwrap();
     let size = |key: &str| usize_of(&zoo[key]);
     for (name, expected) in zoo["models"].as_object().unwrap() {
-        // Models with gates are a trunk and groups here, not models of their own.
+        // Models with gates are a trunk plus groups here, not separate models.
         if !expected["num_gate_params"].is_null() {
             continue;
         }
@@ -288,7 +290,7 @@ pub fn dit_weights<B: TrainingBackend>(slack: f64) {
             .into_iter()
             .map(|parameter| (parameter.name, parameter.shape))
             .collect();
-        // What a checkpoint is checked against before a module is built.
+        // The names and shapes that a checkpoint is checked against before a module is built.
         let mut named = config.clone();
         named.depth = 1;
         let named: std::collections::BTreeMap<_, _> = named.tensors().into_iter().collect();

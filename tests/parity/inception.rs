@@ -1,4 +1,4 @@
-//! The network behind FID against torch-fidelity's port of the TensorFlow graph: group `inception_fid`.
+//! FID's network against torch-fidelity's port of the TensorFlow graph: group `inception_fid`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,7 +11,7 @@ use tinyfusion::ops::FusedOps;
 use crate::compare::Largest;
 use crate::fixture::{File, Group, f64_of, usize_of, usizes_of};
 
-/// The pictures of a name: `[count, channels, height, width]` by the formula of case.json, as NHWC.
+/// Test pictures: the formula of case.json at sides `[count, channels, height, width]`, as NHWC.
 fn pictures(salt: i64, sides: &[usize]) -> Images {
     let [count, height, width] = sides.try_into().unwrap();
     let mut pixels = Vec::new();
@@ -27,7 +27,7 @@ fn pictures(salt: i64, sides: &[usize]) -> Images {
     Images::new(pixels, [count, height, width, 3]).unwrap()
 }
 
-/// Holds the formula against the pictures that are stored, NCHW.
+/// Compares the formula with the stored pictures, NCHW.
 fn stored(file: &File, key: &str, images: &Images) {
     if !file.names().any(|name| name == key) {
         return;
@@ -86,7 +86,7 @@ pub fn inception_fid<B: FusedOps>(slack: f64) {
         });
         let mut compared = 0;
         for (block, mean) in &means {
-            // Average pools of three places have names of their own.
+            // Three places have a second name, used by average pools.
             let alias = match block.as_str() {
                 "max_pool_1" => Some("64"),
                 "max_pool_2" => Some("192"),

@@ -1,9 +1,9 @@
 //! Parity with the PyTorch reference, on golden vectors.
 //!
-//! Vectors are read from the folder `TINYFUSION_FIXTURES` names, by default `tests/fixtures`; every size, list of
-//! cases and tolerance comes from the group's `case.json`. Each check is generic over the backend: all run on
-//! ndarray, and with the feature `wgpu` the model, its gradients and optimisation steps on wgpu too, which needs an
-//! adapter (Mesa's software Vulkan serves).
+//! Vectors are read from the folder in `TINYFUSION_FIXTURES`, by default `tests/fixtures`; all
+//! sizes, cases and tolerances come from the group's `case.json`. Each check is generic over the
+//! backend: all run on ndarray. With the feature `wgpu`, the model, its gradients and optimisation
+//! steps also run on wgpu, which needs an adapter (Mesa's software Vulkan works).
 
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]
@@ -58,7 +58,7 @@ on!(
     vae::vae_kl_f8,
 );
 
-// What is only ever read: without a graph other kernels compute it.
+// Networks for inference only: without a graph, other kernels compute them.
 on!(
     inference,
     burn_ndarray::NdArray,
@@ -68,8 +68,8 @@ on!(
     vae::vae_zoo,
 );
 
-/// The same on wgpu. The slack pays for f32 transcendental functions that WGSL lets differ by many units in the last
-/// place (`exp` by 3 + 2|x|), which the timestep embedding then passes on.
+/// The same on wgpu. The slack allows for f32 transcendental functions, which WGSL allows to differ
+/// by many units in the last place (`exp` by 3 + 2|x|); the timestep embedding passes this on.
 #[cfg(feature = "wgpu")]
 mod wgpu {
     type B = burn::backend::Autodiff<burn_wgpu::Wgpu>;

@@ -67,7 +67,7 @@ pub fn prune_scores<B: TrainingBackend>(slack: f64) {
 
         let least_important_first = usizes_of(&case["least_important_first"][name]);
         for keep in 1..config.depth {
-            // The order is the score's own; what BI removes never includes the last layer.
+            // The order is by score; BI never removes the last layer.
             let mut removed: Vec<usize> = least_important_first
                 .iter()
                 .copied()

@@ -22,7 +22,7 @@ pub fn diffusion_steps<B: TrainingBackend>(slack: f64) {
         let input = |name: &str| file.get(&format!("{index}.{name}"));
         let check = |name: &str, actual: Tensor<B, 4>| {
             let expected = input(name);
-            // The reference stores variances expanded to the sample; ours broadcast.
+            // The reference stores variances expanded to the sample; this crate's broadcast.
             let shape: [usize; 4] = expected.shape.clone().try_into().unwrap();
             rule.tensor(
                 FILE,
@@ -144,7 +144,8 @@ pub fn diffusion_steps<B: TrainingBackend>(slack: f64) {
                 &format!("{prefix}.log_variance"),
                 prediction.log_variance.clone(),
             );
-            // At t = 0 the posterior's variance is 0, and its clipped logarithm is not that of 0.
+            // At t = 0 the posterior's variance is 0, and its clipped logarithm is another
+            // number's.
             let table = (variance == Variance::FixedSmall).then(|| posterior_variance.clone());
             check(
                 &format!("{prefix}.variance"),

@@ -15,7 +15,7 @@ use tinyfusion::training::{AdamW, Ema, ParameterGroup, Schedule};
 use crate::compare::{Rule, values};
 use crate::fixture::{File, Group, config, dropped, f64_of, network, usize_of, usizes_of};
 
-/// The batch of a step of a trajectory.
+/// The batch at a step of a trajectory.
 fn batch<B: Backend>(file: &File, config: &DitConfig, groups: usize, step: usize) -> Batch<B> {
     let row = |name: &str| file.get(name).row(step);
     Batch {
@@ -31,7 +31,7 @@ fn batch<B: Backend>(file: &File, config: &DitConfig, groups: usize, step: usize
     }
 }
 
-/// One optimisation step, as the training strategy makes it; returns the norm before clipping.
+/// One optimisation step, as in the training strategy; returns the norm before clipping.
 fn optimise<B: TrainingBackend, M: AutodiffModule<B>>(
     model: M,
     optimizer: &mut AdamW<B>,
@@ -47,7 +47,7 @@ fn optimise<B: TrainingBackend, M: AutodiffModule<B>>(
     )
 }
 
-/// The rule the optimizer's arithmetic was written for.
+/// Checks the constants that the optimizer hard-codes.
 fn assert_adamw(optimizer: &Value) {
     assert_eq!(optimizer["betas"], serde_json::json!([0.9, 0.999]));
     assert_eq!(optimizer["eps"], serde_json::json!(1e-8));
@@ -57,7 +57,7 @@ pub fn train_trajectory<B: TrainingBackend>(slack: f64) {
     train_steps::<B>(slack, Group::open("train_trajectory").steps());
 }
 
-/// The first `steps` of the trajectory; its final weights too when that is all of it.
+/// The first `steps` of the trajectory, and its final weights if these are all steps.
 pub fn train_steps<B: TrainingBackend>(slack: f64, steps: usize) {
     let group = Group::open("train_trajectory");
     let case = &group.case;
@@ -136,7 +136,7 @@ pub fn train_steps<B: TrainingBackend>(slack: f64, steps: usize) {
     );
 }
 
-/// `l2_rule`: the distance to the expected weights against the distance travelled.
+/// `l2_rule`: bounds the distance to the expected weights by the distance travelled.
 fn weights_by_distance(group: &Group, initial: &StateDict, actual: &StateDict, file: &str) {
     let case = &group.case;
     let tolerance = &case["tolerance"]["overrides"][format!("{file}/*")];

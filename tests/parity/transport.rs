@@ -53,7 +53,7 @@ fn interpolant(case: &Value) -> Interpolant {
     )
 }
 
-/// The network of the fixture, which is a formula.
+/// The fixture's network, a formula.
 struct Formula<B: Backend> {
     matrix: Tensor<B, 2>,
     rows: [Tensor<B, 4>; 3],
@@ -194,7 +194,7 @@ pub fn sit_losses<B: Backend>(slack: f64) {
         rule.tensor(&of("pred"), output.clone(), file.get(&of("pred")));
         let loss = interpolant.mse(output.clone(), tensor("x1"), tensor("x0"), &t);
         rule.tensor(key, loss.clone(), file.get(key));
-        // The distance from what is to be predicted is the loss.
+        // The distance from the target is the loss.
         let target = match interpolant.predicts {
             Predicts::Velocity => interpolant.path_velocity(tensor("x1"), tensor("x0"), &t),
             Predicts::Noise => tensor("x0"),
@@ -211,7 +211,7 @@ pub fn sit_losses<B: Backend>(slack: f64) {
     }
 }
 
-/// Whether a trajectory keeps to the fixture's, state by state.
+/// Compares a trajectory with the fixture's, state by state.
 fn follow<B: Backend>(
     key: &str,
     expected: &Values,
@@ -335,7 +335,7 @@ fn sit_intervals() {
     let group = Group::open("sit_transport");
     for case in group.case["eps_resolution"].as_array().unwrap() {
         let [train, sample] = ["train_eps_in", "sample_eps_in"].map(|key| case[key].as_f64());
-        // Given one alone, the reference forgets the default of the other, or the one.
+        // Given only one of them, the reference overwrites the other's default, or the one itself.
         if train.is_some() != sample.is_some() {
             continue;
         }

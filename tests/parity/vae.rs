@@ -79,7 +79,7 @@ pub fn vae_kl_f8<B: FusedOps>(slack: f64) {
         check("recon", recon.clone());
         pixels(&file, size, recon.clone());
 
-        // Each image alone: another order of sums in no kernel, so the same values.
+        // Each image alone gives the same values: no kernel changes its order of sums.
         let alone = model.encode_in_slices(x, 1);
         rule.tensor(&key("mean"), alone.mean, file.get(&key("mean")));
         check("recon", model.decode_in_slices(latents, 1));
@@ -107,7 +107,8 @@ fn pixels<B: Backend>(file: &File, size: &str, recon: Tensor<B, 4>) {
     assert_eq!(exact.len(), batch * height * width * channels);
     for ((actual, expected), exact) in images.pixels().iter().zip(&expected.data).zip(exact) {
         let off = (f64::from(*actual) - expected).abs();
-        // One step, and only where truncation sees the rounding of the reconstruction, as case.json says.
+        // One step, and only where truncation depends on the rounding of the reconstruction, as
+        // case.json states.
         let near_a_step = (exact - exact.round()).abs() <= 1e-3;
         assert!(
             off == 0.0 || (off == 1.0 && near_a_step),
@@ -116,7 +117,7 @@ fn pixels<B: Backend>(file: &File, size: &str, recon: Tensor<B, 4>) {
     }
 }
 
-/// What every module makes of the wide image.
+/// Every module's output on the wide image.
 fn modules<B: FusedOps>(model: &Vae<B>, file: &File, rule: &Largest) {
     let mut left: Vec<&str> = file.names().filter(|name| name.contains(".spy.")).collect();
     let mut check = |name: &str, actual: &Tensor<B, 4>| {
@@ -156,7 +157,7 @@ fn modules<B: FusedOps>(model: &Vae<B>, file: &File, rule: &Largest) {
     assert!(left.is_empty(), "not compared: {left:?}");
 }
 
-/// Names, shapes and number of the real model's weights, and its sizes read off them.
+/// Names, shapes and number of the real model's weights, and the sizes inferred from them.
 pub fn vae_zoo<B: FusedOps>(_: f64) {
     let group = Group::open("vae_kl_f8");
     let text = std::fs::read_to_string(group.path.join("vae_zoo.json")).unwrap();
@@ -186,7 +187,7 @@ pub fn vae_zoo<B: FusedOps>(_: f64) {
         assert_eq!(actual.get(&key), Some(&shape), "{key}");
     }
 
-    // Arrays without values: only shapes are looked at.
+    // Arrays without values: only shapes are checked.
     let state = |shapes: &BTreeMap<String, Vec<usize>>| -> StateDict {
         let array = |shape: &Vec<usize>| tinyfusion::state::Array {
             shape: shape.clone(),
@@ -207,7 +208,7 @@ pub fn vae_zoo<B: FusedOps>(_: f64) {
     }
 }
 
-/// Slices keep the order of images, the last being smaller than the others.
+/// Slices keep the order of images; the last slice is smaller than the others.
 pub fn vae_odd_slices<B: FusedOps>(slack: f64) {
     let group = Group::open("vae_kl_f8");
     let config = configuration(&group);
@@ -221,10 +222,10 @@ pub fn vae_odd_slices<B: FusedOps>(slack: f64) {
         data: values(whole),
     };
     let rule = Largest {
-        // The same sums; a backend may divide them otherwise.
+        // The same sums, which a backend may divide differently.
         tolerance: 1e-6 * slack,
     };
-    // 4 and 2 images; none is one.
+    // Slices of 4 and 2 images; 0 counts as 1.
     for most in [4, 0] {
         let slices = model.encode_in_slices(x.clone(), most).mean;
         rule.tensor("slices", slices, &expected);

@@ -1,10 +1,10 @@
-//! Notes the commit that a release is built from, for `environment.json`.
+//! Records the commit that a release is built from, for `environment.json`.
 
 use std::path::Path;
 use std::process::Command;
 
 fn main() {
-    // What the program is made of.
+    // Everything the program is built from.
     for path in [
         "artifacts/pretrained",
         "build.rs",
@@ -15,9 +15,10 @@ fn main() {
     ] {
         println!("cargo:rerun-if-changed={path}");
     }
-    // Every commit compiles the crate again, which only what is measured is worth.
+    // Only in releases, which are measured: with it, every commit recompiles the crate.
     let release = std::env::var("PROFILE").is_ok_and(|profile| profile == "release");
-    // A published crate has no repository, one around it is another project's, and of a worktree this is a file.
+    // A published crate has no repository, a surrounding one is another project's, and in a
+    // worktree this is a file.
     let commit = match release && Path::new(".git").is_dir() {
         true => commit(),
         false => String::new(),

@@ -1,8 +1,8 @@
-//! How near whole workloads come to what this machine could do: `cargo bench --bench limits [-- digits]`.
+//! Whole workloads compared with this machine's limits: `cargo bench --bench limits [-- digits]`.
 //!
-//! The limit is the time of the arithmetic at the best rate a product reaches here, plus the time of the memory
-//! traffic at the best rate a pass over memory reaches: neither overlapped nor helped by caches, so a small model may
-//! come below it.
+//! The limit is the time of the arithmetic at the best rate of a matrix product here, plus the time
+//! of the memory traffic at the best rate of a pass over memory, without overlap and without
+//! caches; a small model may therefore be faster than the limit.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -14,7 +14,7 @@ use tinyfusion::bench::{self, BenchPlan, Workload};
 use tinyfusion::models::Architecture;
 use tinyfusion::ops::{Activation, FusedOps, LinearWeights};
 
-// As the program does: memory that a step frees is there for the next.
+// As in the program: memory freed by a step is reused by the next.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -98,7 +98,7 @@ fn noise<const D: usize>(shape: [usize; D]) -> Tensor<Inner, D> {
     )
 }
 
-/// Floating-point operations a second of a product large enough for its copies not to count.
+/// Floating-point operations per second of a product so large that its copies don't count.
 fn peak_product() -> f64 {
     let (rows, input, output) = (1344, 1024, 1024);
     let x = noise([rows, input]);
@@ -117,13 +117,13 @@ fn peak_product() -> f64 {
     (2 * rows * input * output) as f64 / seconds
 }
 
-/// Bytes a second of a pass over memory that no cache holds: two values read and one written.
+/// Bytes per second of a pass over memory larger than any cache: two values read, one written.
 fn peak_bandwidth() -> f64 {
     let count = 1 << 26;
     let value = noise([count]);
     let mut average = Some(value.clone() + 1.0);
     let seconds = best(|| {
-        // Taken and put back: what nobody else sees is written over.
+        // Moved out and back: an unshared value is overwritten in place.
         if let Some(before) = average.take() {
             average = Some(Inner::moving_average(before, value.clone(), 0.9));
         }
@@ -131,11 +131,11 @@ fn peak_bandwidth() -> f64 {
     (3 * 4 * count) as f64 / seconds
 }
 
-/// What a workload cannot do without.
+/// The least work of a workload.
 struct Work {
-    /// Of products; a multiplication and an addition are two.
+    /// Operations of products; a multiplication and an addition count as two.
     flops: f64,
-    /// Operators read their inputs and write their outputs once.
+    /// Memory traffic: operators read their inputs and write their outputs once.
     bytes: f64,
 }
 
@@ -150,19 +150,21 @@ impl Work {
         // Values an operator of a block passes per row and column, forward: two norms 2 each, projection of q, k, v 4,
         // attention 4, its projection 2, two residuals 3 each, the MLP's two layers 5 each.
         let there = (30 * rows * width * model.depth) as f64;
-        // The gradients of their outputs, what was saved, and the gradients of their inputs.
+        // The gradients of their outputs, the saved values, and the gradients of their inputs.
         let back = (44 * rows * width * model.depth) as f64;
         let (flops, values) = match workload {
             Workload::Infer => (forward, there + parameters),
             Workload::Sample => (2.0 * forward, 2.0 * there + parameters),
-            // Gradients of inputs and of weights cost a forward pass each. Each parameter is read twice and its gradient
-            // written; the norm reads 1, AdamW reads 4 and writes 3, the average reads 2 and writes 1.
+            // Gradients of inputs and of weights cost a forward pass each. Each parameter is read
+            // twice and its gradient written; the norm reads 1, AdamW reads 4 and writes 3, the
+            // average reads 2 and writes 1.
             Workload::Finetune => (3.0 * forward, there + back + 14.0 * parameters),
             Workload::Prune => {
-                // x A^T, dy B, and their products with dy and x: over all layers' inputs and outputs.
+                // x A^T, dy B, and their products with dy and x: over all layers' inputs and
+                // outputs.
                 let sides = 3 * width + width + 2 * width + 2 * (width + model.hidden());
                 let factors = (4 * RANK * rows * sides * model.depth) as f64;
-                // The gates read and write a block's input and output besides: 3 there, 4 back.
+                // The gates also read and write a block's input and output: 3 forward, 4 back.
                 let gates = (7 * rows * width * model.depth) as f64;
                 (
                     2.0 * forward + factors,

@@ -1,15 +1,17 @@
 //! Feeding latents to training: packed shards against the reference's `.npy` folders.
 //!
-//! 2,048 synthetic latents of ImageNet's shape, `[2, 4, 32, 32]`, are written in each form to a temporary folder and
-//! read as the trainers read them: batches of 256 in the shuffled order of an epoch, the view drawn for each sample.
-//! What is timed is `BatchSource::samples`, the reading alone, without the draws of noise that any form needs. All
-//! files lie in the system's cache, so that the forms are compared and not disks: on a disk the distance is larger,
-//! as two files must be found and opened for each sample.
+//! 2,048 synthetic latents of ImageNet's shape, `[2, 4, 32, 32]`, are written in each format to a
+//! temporary folder and read as in training: batches of 256 in an epoch's shuffled order, with a
+//! drawn view per sample. The timed function is `BatchSource::samples`, which only reads; drawing
+//! noise costs the same in any format. All files are in the system's cache, so that formats are
+//! compared rather than disks: on a disk the difference is larger, because two files must be found
+//! and opened per sample.
 //!
-//! Criterion measures each form; then the forms take turns, a batch each, over fifteen epochs, and the medians of the
-//! batches are compared, so that a busy machine is busy for all of them. Shards of `f16` must feed at least ten times as
-//! many samples a second as `.npy` files, or the bench fails. Shards of `f32` are shown beside them: they are copied at
-//! what the memory gives, twice the bytes.
+//! Criterion measures each format; then the formats take turns, a batch each, over fifteen epochs,
+//! and the median times of a batch are compared, so that other load affects all of them. Shards of
+//! `f16` must feed at least five times as many samples per second as `.npy` files, or the bench
+//! fails. Shards of `f32` are shown for comparison: they take twice the bytes, copied at the speed
+//! of memory.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -22,7 +24,7 @@ use tinyfusion::data::{BatchPlan, BatchSource, DataError, Latents};
 use tinyfusion::process::Times;
 use tinyfusion::random::{self, Stream};
 
-// As the program does: memory that a batch frees is there for the next.
+// As in the program: memory freed by a batch is reused by the next.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -34,7 +36,7 @@ const BATCH: usize = 256;
 const CLASSES: usize = 1000;
 const SHAPE: [usize; 3] = [2, 4, 32];
 const EPOCHS: usize = 15;
-/// Measured: 8, and machines are noisy.
+/// Least ratio of `f16` shards to `.npy` files. 8 was measured; machines are noisy.
 const AT_LEAST: f64 = 5.0;
 
 fn write(folder: &Path) -> Result<(), DataError> {
@@ -90,7 +92,7 @@ fn median(mut times: Vec<Duration>) -> f64 {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // SAFETY: sets a number, before any other thread runs.
+    // SAFETY: sets a number before any other thread runs.
     unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
     let folder = tempfile::tempdir()?;
     write(folder.path())?;

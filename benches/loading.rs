@@ -1,7 +1,9 @@
-//! Opening a checkpoint of DiT-XL/2's size, in every form: time against a plain read of the same bytes, and memory.
+//! Opening a checkpoint of DiT-XL/2's size, in every format: memory, and time compared with a plain
+//! read of the same bytes.
 //!
-//! `cargo bench --bench loading`. Writes 2.7 GB at a time to the folder of temporary files. Each measurement is a process
-//! of its own, since the peak of a process never falls; it fails where the peak passes 1.3 times the file.
+//! `cargo bench --bench loading`. Writes 2.7 GB at a time to the folder of temporary files. Each
+//! measurement is a process of its own, because a process's peak never falls; it fails where the
+//! peak exceeds 1.3 times the file.
 
 use std::io::Read;
 use std::path::Path;
@@ -13,7 +15,7 @@ use tinyfusion::models::{Architecture, position_table, presets};
 use tinyfusion::state::{Array, StateDict};
 use tinyfusion::weights::{Checkpoint, Conversion, Provenance, WeightFile, convert};
 
-/// Peak over the file's size that is allowed.
+/// Largest allowed peak, as a multiple of the file's size.
 const MOST: f64 = 1.3;
 const RUNS: usize = 3;
 
@@ -79,7 +81,7 @@ fn compare() {
     }
 }
 
-/// The files of one form.
+/// The files of one format.
 fn files(path: &Path) -> Vec<std::path::PathBuf> {
     let folder = if path.is_dir() {
         path
@@ -100,7 +102,7 @@ fn median(mut times: Vec<Duration>) -> f64 {
     times[times.len() / 2].as_secs_f64()
 }
 
-/// Reads files as fast as they come.
+/// Reads files at full speed.
 fn read(files: &[std::path::PathBuf]) -> Duration {
     let started = Instant::now();
     let mut buffer = vec![0; 4 << 20];
@@ -111,7 +113,7 @@ fn read(files: &[std::path::PathBuf]) -> Duration {
     started.elapsed()
 }
 
-/// Writes a DiT-XL/2 of numbered values.
+/// Writes a DiT-XL/2 with numbered values.
 fn make(path: &Path) {
     let config = presets::config("DiT-XL/2", 32, 4, 1000).expect("it is a preset");
     let mut state: StateDict = (config.tensors().into_iter().enumerate())
@@ -139,7 +141,7 @@ fn make(path: &Path) {
     convert(&checkpoint, path, &conversion).expect("a temporary folder has room");
 }
 
-/// Builds the network of a file, and prints seconds and peak memory.
+/// Builds a file's network, and prints seconds and peak memory.
 fn load(path: &Path) {
     let before = peak();
     let started = Instant::now();
@@ -151,7 +153,7 @@ fn load(path: &Path) {
     drop(network);
 }
 
-/// Most memory this process has held, in bytes.
+/// This process's peak memory, in bytes.
 fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

@@ -22,7 +22,7 @@ use tinyfusion::recovery::Student;
 use tinyfusion::state::{assign, collect};
 use tinyfusion::training::Ema;
 
-// As the program does: memory that a step frees is there for the next.
+// As in the program: memory freed by a step is reused by the next.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -165,7 +165,7 @@ fn operators(criterion: &mut Criterion) {
         });
         criterion.bench_function(&name("adamw"), |b| {
             b.iter(|| {
-                // Taken and put back: what nobody else sees is written over.
+                // Moved out and back: an unshared value is overwritten in place.
                 if let Some(before) = state.take() {
                     state = Some(Inner::adamw(before, gradient.clone(), step));
                 }
@@ -179,7 +179,7 @@ fn operators(criterion: &mut Criterion) {
     });
 }
 
-/// The products of a block, by our operator and by the crate `gemm`, both on all cores.
+/// The products of a block, by this crate's operator and by the crate `gemm`, both on all cores.
 fn products(criterion: &mut Criterion) {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     for (rows, input, output) in [
@@ -207,7 +207,8 @@ fn products(criterion: &mut Criterion) {
         let values = |tensor: Tensor<Inner, 2>| tensor.into_data().to_vec::<f32>().expect("f32");
         let (a, w, mut c) = (values(x), values(weights.weight), vec![0f32; rows * output]);
         criterion.bench_function(&format!("{name}, gemm"), |b| {
-            // SAFETY: the three slices are as large as the sizes say; strides are those of rows, and of W transposed.
+            // SAFETY: the three slices have the stated sizes; strides are those of rows, and of the
+            // transposed W.
             b.iter(|| unsafe {
                 gemm::gemm(
                     rows,
@@ -235,7 +236,7 @@ fn products(criterion: &mut Criterion) {
     }
 }
 
-/// Convolutions of the autoencoder and of InceptionV3, by our operator and by Burn's.
+/// Convolutions of the autoencoder and of InceptionV3, by this crate's operator and by Burn's.
 fn convolutions(criterion: &mut Criterion) {
     for (shape, output, kernel, stride) in [
         ([4, 128, 64, 64], 128, [3, 3], 1),

@@ -13,9 +13,9 @@ use super::{AnyProcess, GaussianDiffusion, Interpolant, Solver};
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum ProcessKind {
-    /// Gaussian diffusion in 1000 steps, as in DiT.
+    /// Gaussian diffusion in 1000 steps, as of DiT.
     Gaussian,
-    /// A stochastic interpolant over continuous time, as in SiT.
+    /// A stochastic interpolant over continuous time, as of SiT.
     Interpolant,
 }
 

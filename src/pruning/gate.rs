@@ -11,14 +11,14 @@ use crate::ops::FusedOps;
 pub struct Annealing {
     /// Softmax temperature at the first and last step.
     pub tau: (f64, f64),
-    /// What logits are multiplied with at the first and last step (MaskLLM, arXiv 2409.17481).
+    /// Factor of the logits at the first and last step (MaskLLM, arXiv 2409.17481).
     pub scaling: (f64, f64),
-    /// Steps of the run.
+    /// Number of steps in the run.
     pub steps: usize,
 }
 
 impl Annealing {
-    /// (tau, scaling) of a step.
+    /// (tau, scaling) at a step.
     pub fn at(&self, step: usize) -> (f64, f64) {
         let done = step as f64 / self.steps.saturating_sub(1).max(1) as f64;
         let line = |(first, last): (f64, f64)| first + (last - first) * done.min(1.0);
@@ -33,11 +33,12 @@ pub struct Draw<B: Backend> {
     pub soft: Tensor<B, 2>,
     /// One-hot argmax of `soft`, the first on ties, `[batch, candidates]`.
     pub hard: Tensor<B, 2>,
-    /// The chosen mask, `[batch, layers of the group]`; its gradient is that of `soft` (straight-through).
+    /// The chosen mask, `[batch, layers of the group]`; its gradient is that of `soft`
+    /// (straight-through).
     pub mask: Tensor<B, 2>,
 }
 
-/// Samples a mask per sample (TinyFusion, equations 4 and 5). `logits` is `[1, candidates]`, `gumbel`
+/// Draws a mask per sample (TinyFusion, equations 4 and 5). `logits` is `[1, candidates]`, `gumbel`
 /// `[batch, candidates]`.
 pub fn draw<B: FusedOps>(
     group: Group,
@@ -49,7 +50,8 @@ pub fn draw<B: FusedOps>(
     let device = gumbel.device();
     let [batch, candidates] = gumbel.dims();
     let soft = B::row_softmax((logits.mul_scalar(scaling) + gumbel).div_scalar(tau));
-    // The choice is read on the host: ties go to the first candidate on every backend, and it is small.
+    // The argmax is computed on the host, so that ties go to the first candidate on every backend;
+    // the tensor is small.
     let values: Vec<f32> = soft.clone().into_data().iter().collect();
     let hard: Vec<f32> = values
         .chunks(candidates)
@@ -62,7 +64,7 @@ pub fn draw<B: FusedOps>(
     let masks: Vec<f32> = group.masks().concat();
     let masks =
         Tensor::<B, 2>::from_data(TensorData::new(masks, [candidates, group.of()]), &device);
-    // Exactly the hard mask forward: what is added is exactly zero.
+    // Exactly zero in the forward pass, so that the mask is exactly the hard one.
     let straight_through = soft.clone() - soft.clone().detach();
     let mask = hard.clone().matmul(masks.clone()) + straight_through.matmul(masks);
     Draw { soft, hard, mask }
@@ -76,12 +78,12 @@ fn argmax(values: &[f32]) -> usize {
     )
 }
 
-/// What one group has come to.
+/// The decision of one group.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Choice {
     /// Index of the most probable candidate.
     pub candidate: usize,
-    /// Layers of the trunk it keeps.
+    /// Layers of the trunk that it keeps.
     pub layers: Vec<usize>,
     /// Its probability `max softmax(logits scaling)`.
     pub confidence: f64,
@@ -99,7 +101,7 @@ pub struct Decision {
 }
 
 impl Decision {
-    /// Probability of each layer of the trunk to stay: the sum of those of the candidates that keep it.
+    /// Probability that each layer of the trunk is kept: the sum over the candidates that keep it.
     pub fn layer_probabilities(&self, groups: &Groups) -> Vec<f64> {
         let mut layers = vec![0.0; groups.depth()];
         let parts = groups.iter().zip(groups.offsets()).zip(&self.choices);
@@ -113,7 +115,7 @@ impl Decision {
         layers
     }
 
-    /// Mean confidence of the groups that have a choice; one that keeps all its layers has none.
+    /// Mean confidence of the groups with a choice; a group that keeps all its layers has none.
     pub fn confidence(&self) -> f64 {
         let choosing: Vec<f64> = (self.choices.iter())
             .filter(|choice| choice.probabilities.len() > 1)
@@ -123,7 +125,7 @@ impl Decision {
     }
 }
 
-/// Reads the most probable candidate of each group off its logits (the EMA's, in training).
+/// The most probable candidate of each group, from its logits (in training, the EMA's).
 pub fn decide(groups: &Groups, logits: &[Vec<f32>], scaling: f64) -> Decision {
     let choices: Vec<Choice> = groups
         .iter()
@@ -167,7 +169,7 @@ mod tests {
 
     type B = Autodiff<NdArray>;
 
-    /// d sum(mask upstream) / d logits in f64, by `y_i sum_j y_j (g_i - g_j)` as it stands.
+    /// d sum(mask upstream) / d logits in f64, directly by `y_i sum_j y_j (g_i - g_j)`.
     fn exact(
         group: Group,
         [logits, gumbel, upstream]: [&[f64]; 3],
@@ -200,15 +202,16 @@ mod tests {
         gradient
     }
 
-    /// Gates late in a run: tau 0.2, scaling 100, one candidate far ahead. Backward as Burn composes it was off by
-    /// 1.6e-3 of the largest gradient here, PyTorch's f32 by 9e-5.
+    /// Gates late in a run: tau 0.2, scaling 100, one candidate far ahead. Burn's composed backward
+    /// was off by 1.6e-3 of the largest gradient here, PyTorch's f32 by 9e-5.
     #[test]
     fn a_saturated_gate_has_the_gradient_of_f64() {
         let (tau, scaling, batch) = (0.2, 100.0, 5);
         for (keep, of) in [(1, 2), (2, 4), (3, 4)] {
             let group = Group::new(keep, of).unwrap();
             let candidates = group.num_candidates();
-            // The first leads by 2 nats before tau divides; f32 values, so that both sides begin with the same.
+            // The first leads by 2 nats before division by tau; values are f32, so that both sides
+            // start from the same numbers.
             let wave = |i: usize, scale: f64| f64::from((scale * (i as f64 * 2.399).sin()) as f32);
             let logits: Vec<f64> = (0..candidates)
                 .map(|i| f64::from(if i == 0 { 0.04f32 } else { 0.02 }) + wave(i, 1e-3))
@@ -236,7 +239,8 @@ mod tests {
             let largest = expected.iter().fold(0.0, |most: f64, g| most.max(g.abs()));
             for (actual, expected) in gradient.iter().zip(&expected) {
                 let error = (actual - expected).abs() / largest;
-                // Logits of some 20 after the division by tau have an ulp of 2e-6, which is what e^z is off by.
+                // Logits of about 20 after division by tau have an ulp of 2e-6, which is the error
+                // of e^z.
                 assert!(error < 5e-6, "{group}: {gradient:?}, expected {expected:?}");
             }
         }

@@ -12,16 +12,16 @@ use thiserror::Error;
 /// 3432.
 pub const MAX_CANDIDATES: usize = 4096;
 
-/// Why layers cannot be grouped as asked.
+/// Why layers can't be grouped as requested.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum GroupError {
     /// The text is not of the form `N:M`.
     #[error("expected a group such as \"1:2\", found {text:?}")]
     Malformed {
-        /// What was written.
+        /// The text.
         text: String,
     },
-    /// N is zero: nothing of the group would be left.
+    /// N is zero: no layer of the group would be left.
     #[error("group 0:{of} keeps no layer; N of N:M must be at least 1")]
     KeepsNone {
         /// M.
@@ -70,23 +70,23 @@ pub enum GroupError {
     /// The groups span more or fewer layers than the model has.
     #[error("the {groups} groups span {sum} layers, but the model has a depth of {depth}")]
     DepthMismatch {
-        /// How many groups there are.
+        /// Number of groups.
         groups: usize,
         /// The sum of all M.
         sum: usize,
         /// Layers of the model.
         depth: usize,
     },
-    /// A group reaches over a border of the trunk.
+    /// A group crosses a border of the trunk.
     #[error(
         "group {group} (from layer {first}, of {of}) reaches over the border of the trunk before layer {border}"
     )]
     Crosses {
-        /// Which group, from 0.
+        /// Index of the group, from 0.
         group: usize,
         /// Its first layer.
         first: usize,
-        /// Its layers.
+        /// Number of its layers.
         of: usize,
         /// The layer before which the border lies.
         border: usize,
@@ -94,7 +94,7 @@ pub enum GroupError {
     /// There are no groups or no layers.
     #[error("there are no layers to group")]
     Empty,
-    /// A list of kept layers is empty, not strictly increasing, or reaches beyond the trunk.
+    /// A list of kept layers is empty, not strictly increasing, or exceeds the trunk.
     #[error(
         "kept layers must be strictly increasing and below the depth of {depth}, found {kept:?}"
     )]
@@ -106,7 +106,7 @@ pub enum GroupError {
     },
 }
 
-/// M consecutive layers of which N stay.
+/// M consecutive layers of which N are kept.
 ///
 /// ```
 /// use tinyfusion::pruning::Group;
@@ -122,7 +122,7 @@ pub struct Group {
 }
 
 impl Group {
-    /// The group `keep:of`. One that keeps all its layers protects them.
+    /// The group `keep:of`. A group that keeps all its layers protects them.
     ///
     /// # Errors
     ///
@@ -148,13 +148,13 @@ impl Group {
         }
     }
 
-    /// N: how many layers stay.
+    /// N: the number of kept layers.
     #[must_use]
     pub fn keep(self) -> usize {
         self.keep
     }
 
-    /// M: how many layers the group spans.
+    /// M: the number of layers in the group.
     #[must_use]
     pub fn of(self) -> usize {
         self.of
@@ -181,7 +181,7 @@ impl Group {
         all
     }
 
-    /// How many candidates there are, `C(M, N)`.
+    /// The number of candidates, `C(M, N)`.
     #[must_use]
     pub fn num_candidates(self) -> usize {
         binomial(self.of, self.keep)
@@ -228,10 +228,10 @@ impl Serialize for Group {
     }
 }
 
-/// `C(n, k)` for `k <= n`, or `None` if a product on the way does not fit.
+/// `C(n, k)` for `k <= n`, or `None` if an intermediate product does not fit.
 fn binomial(n: usize, k: usize) -> Option<u128> {
     // Every partial result is itself a binomial coefficient, so the division is exact. They grow so
-    // fast that for a huge n the overflow, not k, ends the loop.
+    // fast that for a huge n the loop ends by overflow, not at k.
     (0..k.min(n - k)).try_fold(1u128, |count, step| {
         let factor = (n - step) as u128;
         count

@@ -1,10 +1,10 @@
 //! N:M groups: how the trunk is divided for learnable depth pruning.
 //!
-//! A group `N:M` spans M consecutive layers of which exactly N stay. The groups of a model stand
-//! side by side and cover its trunk without gaps, so a decision for the whole model is one decision
-//! per group, drawn from the `C(M, N)` ways to keep N of M layers (arXiv 2412.01199).
-//! Mixed patterns such as 2:4, 3:4, 1:2 are allowed as long as they add up; a group such as 4:4 beside
-//! them protects its layers.
+//! A group `N:M` spans M consecutive layers, of which exactly N are kept. A model's groups are
+//! adjacent and cover its trunk without gaps, so that a decision for the whole model is one
+//! decision per group, drawn from the `C(M, N)` ways to keep N of M layers (arXiv 2412.01199).
+//! Mixed patterns such as 2:4, 3:4, 1:2 are allowed if they add up; a group such as 4:4 beside them
+//! protects its layers.
 
 use std::fmt;
 
@@ -75,7 +75,7 @@ impl Groups {
         Self::repeat(ratio.parse()?, depth)
     }
 
-    /// Groups listed one by one, as `[N, M]`.
+    /// Groups given as a list of `[N, M]`.
     ///
     /// # Errors
     ///
@@ -97,11 +97,11 @@ impl Groups {
         self.iter().map(Group::keep).sum()
     }
 
-    /// Checks that the groups are those of a trunk.
+    /// Checks that the groups cover a trunk.
     ///
     /// # Errors
     ///
-    /// If they span more or fewer layers, or one reaches over a border.
+    /// If they span more or fewer layers, or one crosses a border.
     pub fn fit(&self, trunk: &Trunk) -> Result<(), GroupError> {
         if self.depth() != trunk.depth {
             return Err(GroupError::DepthMismatch {
@@ -141,13 +141,13 @@ impl Groups {
         self.0.iter().copied()
     }
 
-    /// How many groups there are.
+    /// The number of groups.
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// The layers that stay when group `i` takes its candidate `choice[i]`, in increasing order.
+    /// The kept layers when group `i` takes its candidate `choice[i]`, in increasing order.
     ///
     /// # Panics
     ///
@@ -164,12 +164,11 @@ impl Groups {
             .collect()
     }
 
-    /// Which student layer is compared with which teacher layer during distillation, as
-    /// `(student, teacher)`.
+    /// Pairs of layers that are compared during distillation, as `(student, teacher)`.
     ///
-    /// The last kept layer of a group is matched with the last layer of that group: both have then
-    /// seen the work of the whole group. `kept` are the teacher's layers that make up the student;
-    /// a group of which none was kept has no tap.
+    /// The last kept layer of a group is matched with the last layer of that group, because both
+    /// come after the whole group's work. `kept` are the teacher's layers in the student; a group
+    /// without a kept layer has no tap.
     #[must_use]
     pub fn taps(&self, kept: &[usize]) -> Vec<(usize, usize)> {
         let spans = self.iter().zip(self.offsets());
@@ -201,12 +200,12 @@ impl fmt::Display for Groups {
     }
 }
 
-/// Taps as `(student, teacher)` where only the kept layers are known, not the groups.
+/// Taps as `(student, teacher)` from the kept layers alone, without groups.
 ///
-/// Without groups each student layer is taken to stand for everything up to the next kept layer: it
-/// is matched with the teacher's layer just before that one, and the last student layer with the
-/// teacher's last. So both sides of a tap feed the same next layer. Where each group keeps its first
-/// layer this agrees with [`Groups::taps`].
+/// Each student layer stands for everything up to the next kept layer: it is matched with the
+/// teacher's layer just before that one, and the last student layer with the teacher's last, so
+/// that both sides of a tap feed the same next layer. Where each group keeps its first layer, this
+/// agrees with [`Groups::taps`].
 ///
 /// # Errors
 ///

@@ -17,7 +17,7 @@ use crate::state::{collect, overlay};
 use crate::training::{StepReport, scalars};
 use crate::trunk::Gated;
 
-/// The weight update that is learned beside the gates, to estimate how well a choice would recover.
+/// The weight update that is trained with the gates, to estimate how well a choice would recover.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "update", rename_all = "lowercase")]
 pub enum Update {
@@ -25,16 +25,16 @@ pub enum Update {
     Lora {
         /// Rank.
         rank: usize,
-        /// The update is scaled by `alpha / rank`.
+        /// The update's scale is `alpha / rank`.
         alpha: f64,
     },
-    /// All weights.
+    /// Full training of all weights.
     Full,
-    /// None: the gates alone learn.
+    /// None: only the gates are trained.
     Frozen,
 }
 
-/// A network whose layers are gated per sample, and the gates' logits.
+/// A network whose layers are gated per sample, with the gates' logits.
 #[derive(Module, Debug)]
 pub struct LearnedPruner<B: Backend, N: Module<B> = Network<B>> {
     /// The network, with its update.
@@ -50,10 +50,10 @@ pub struct LearnedPruner<B: Backend, N: Module<B> = Network<B>> {
 }
 
 impl<B: Backend, N: Prunable<B>> LearnedPruner<B, N> {
-    /// Puts gates of logits `gate_init` on a network, and the update under it.
+    /// Adds gates with logits `gate_init` to a network, and the update to its weights.
     ///
     /// # Errors
-    /// When the groups are not those of the network's trunk.
+    /// When the groups don't cover the network's trunk.
     pub fn new(
         network: N,
         groups: Groups,
@@ -97,7 +97,7 @@ impl<B: Backend, N: Prunable<B>> LearnedPruner<B, N> {
 }
 
 impl<B: Backend, N: Module<B>> LearnedPruner<B, N> {
-    /// What the gates say now, at a step's scaling.
+    /// The current decision of the gates, at a step's scaling.
     pub fn decision(&self, step: usize) -> Decision {
         let logits: Vec<Vec<f32>> = self
             .gates
@@ -107,7 +107,7 @@ impl<B: Backend, N: Module<B>> LearnedPruner<B, N> {
         decide(&self.groups, &logits, self.annealing.at(step).1)
     }
 
-    /// (tau, scaling) of a step.
+    /// (tau, scaling) at a step.
     pub fn annealed(&self, step: usize) -> (f64, f64) {
         self.annealing.at(step)
     }
@@ -128,7 +128,7 @@ impl<B: FusedOps, N: Prunable<B>> LearnedPruner<B, N> {
         Tensor::cat(masks.collect(), 1)
     }
 
-    /// The loss's terms for a batch, and the masks it was computed under.
+    /// The loss's terms for a batch, and the masks they were computed under.
     pub fn terms(&self, batch: &Batch<B>) -> (Terms<B>, Tensor<B, 2>) {
         let seen = batch.noised(&self.process);
         let mask = self.masks(&batch.gumbel, batch.step);

@@ -1,4 +1,4 @@
-//! Which layers stay: learned by a differentiable gate, scored, or by rule.
+//! Selection of the layers to keep: learned by a differentiable gate, by a score, or by a rule.
 
 mod gate;
 mod group;

@@ -1,4 +1,5 @@
-//! Importance of layers, measured: block influence (ShortGPT), feature change (Flux-Lite), and sensitivity.
+//! Measured importance of layers: block influence (ShortGPT), feature change (Flux-Lite) and
+//! sensitivity.
 
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use serde::{Deserialize, Serialize};
@@ -8,20 +9,22 @@ use crate::process::{Noised, Process};
 use crate::random::{self, Stream};
 use crate::trunk::{Block, BlockHook, Plain, Site, Skip};
 
-/// How a layer's importance is measured.
+/// Measure of a layer's importance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Score {
-    /// Mean cosine similarity of a block's input and output per token (ShortGPT, arXiv 2403.03853); similar layers
-    /// are redundant. The last layer is never removed.
+    /// Mean cosine similarity of a block's input and output per token (ShortGPT, arXiv 2403.03853);
+    /// layers with a large one are redundant. The last layer is never removed.
     Shortgpt,
-    /// Mean squared difference of a block's input and output; small ones are redundant.
+    /// Mean squared difference of a block's input and output; layers with a small one are
+    /// redundant.
     FluxLite,
-    /// Increase of the noise prediction's loss when the block is skipped; small ones are redundant.
+    /// Increase of the prediction loss when the block is skipped; layers with a small one are
+    /// redundant.
     Sensitivity,
 }
 
-/// One batch a score is measured on.
+/// A batch on which a score is measured.
 #[derive(Debug, Clone)]
 pub struct ScoreBatch<B: Backend> {
     /// Clean samples.
@@ -61,7 +64,7 @@ pub struct Calibration {
     pub base: Option<f64>,
 }
 
-/// Measures all layers on one batch. The feature scores see clean samples (as the reference does).
+/// Measures all layers on one batch. The feature scores use clean samples (as in the reference).
 pub fn score<B: Backend>(
     network: &impl Prunable<B>,
     process: &impl Process,
@@ -131,9 +134,10 @@ fn scalar<B: Backend>(tensor: Tensor<B, 1>) -> f64 {
     tensor.into_data().iter::<f64>().next().unwrap_or(f64::NAN)
 }
 
-/// The `keep` layers that a score keeps, in trunk order.
+/// The `keep` layers that are kept by their scores, in trunk order.
 ///
-/// Similarity removes the largest scores first and never the last layer; the others remove the smallest.
+/// Similarity removes the largest scores first and never the last layer; the others remove the
+/// smallest.
 pub fn keep_by_scores(method: Score, scores: &[f64], keep: usize) -> Vec<usize> {
     let mut redundant_first: Vec<usize> = (0..scores.len()).collect();
     if method == Score::Shortgpt {

@@ -1,5 +1,6 @@
-//! The classifier of small pictures: its penultimate features measure FID, precision and recall of models of such
-//! pictures, its logits the Inception Score and whether a sample shows the class that was asked for.
+//! The classifier of small pictures: its penultimate features measure FID, precision and recall of
+//! models of such pictures; its logits give the Inception Score and the accuracy of samples, the
+//! share that show the requested class.
 
 use burn::module::Module;
 use burn::tensor::{Tensor, activation, backend::Backend};
@@ -27,7 +28,7 @@ pub struct ClassifierConfig {
     pub classes: usize,
 }
 
-// Files of the time when all classifiers were of digits say their width alone.
+// Defaults for older files, which only have the width: all classifiers were of digits then.
 fn one() -> usize {
     1
 }
@@ -109,7 +110,7 @@ impl ClassifierConfig {
             .collect()
     }
 
-    /// What is wrong with the sizes, if anything is.
+    /// Why no classifier can have these sizes, if so.
     pub fn problem(&self) -> Option<String> {
         let Self {
             width,
@@ -137,7 +138,7 @@ impl ClassifierConfig {
         }
     }
 
-    /// Numbers that the layers make of one picture.
+    /// Number of activations for one picture.
     pub fn activations(&self) -> usize {
         let sides = self
             .sides()
@@ -181,13 +182,13 @@ impl std::fmt::Display for ClassifierConfig {
 pub struct Classifier<B: Backend> {
     conv1: Convolution<B>,
     conv2: Convolution<B>,
-    /// As many more as it takes to make the side small.
+    /// As many more convolutions as it takes to halve the side to `LAST_SIDE`.
     conv_more: Vec<Convolution<B>>,
     features: Linear<B>,
     head: Linear<B>,
 }
 
-/// What a classifier says of a batch.
+/// A classifier's output for a batch.
 #[derive(Debug)]
 pub struct Reading<B: Backend> {
     /// Penultimate features, `[batch, width]`.
@@ -215,7 +216,7 @@ impl<B: Backend> Classifier<B> {
 }
 
 impl<B: FusedOps> Classifier<B> {
-    /// Reads a batch of pictures.
+    /// Runs the classifier on a batch of pictures.
     pub fn forward(&self, x: Tensor<B, 4>) -> Reading<B> {
         let mut x = activation::relu(self.conv1.forward(x)); // [batch, width/4, size, size]
         for conv in std::iter::once(&self.conv2).chain(&self.conv_more) {

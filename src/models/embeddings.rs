@@ -1,19 +1,20 @@
-//! Fixed embeddings, as the DiT reference computes them.
+//! Fixed embeddings, computed as in the DiT reference.
 
 use burn::tensor::{Tensor, backend::Backend};
 
-/// Sinusoidal features of timesteps: `t` `[batch]` to `[batch, dim]`, cosines before sines, longest period 10,000.
+/// Sinusoidal features of timesteps: `t` `[batch]` to `[batch, dim]`, cosines before sines, longest
+/// period 10,000.
 ///
-/// The frequencies are computed on the host in f64: near t = 1000 the last bit of a frequency shows in the
-/// fourth digit of a cosine.
+/// The frequencies are computed on the host in f64: near t = 1000, the last bit of a frequency
+/// affects the fourth digit of a cosine.
 pub fn timestep_features<B: Backend>(t: Tensor<B, 1>, dim: usize) -> Tensor<B, 2> {
     let half = dim / 2;
     let frequencies: Vec<f32> = (0..half)
         .map(|i| (-(10_000f64.ln()) * i as f64 / half as f64).exp() as f32)
         .collect();
     let frequencies = Tensor::<B, 1>::from_floats(frequencies.as_slice(), &t.device());
-    // Expanded by multiplication with ones rather than by a view: a broadcast view of an expanded tensor is misread
-    // on CubeCL backends (tracel-ai/burn #5071).
+    // Expanded by multiplication with ones rather than by a view: a broadcast view of an expanded
+    // tensor is misread on CubeCL backends (tracel-ai/burn #5071).
     let angles = t
         .unsqueeze_dim::<2>(1)
         .matmul(frequencies.unsqueeze_dim::<2>(0)); // [batch, half]
@@ -22,8 +23,8 @@ pub fn timestep_features<B: Backend>(t: Tensor<B, 1>, dim: usize) -> Tensor<B, 2
 
 /// The 2-D sine-cosine position table of a `side` x `side` grid, `[side * side * width]` row-major.
 ///
-/// The first half of the width encodes the column (the reference's meshgrid puts w first), the second the row;
-/// each half holds sines, then cosines.
+/// The first half of the width encodes the column (the reference's meshgrid puts w first), the
+/// second the row; each half holds sines, then cosines.
 pub fn position_table(width: usize, side: usize) -> Vec<f32> {
     let quarter = width / 4;
     let encode = |position: usize, out: &mut Vec<f32>| {

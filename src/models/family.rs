@@ -1,4 +1,4 @@
-//! The seam between a network and every room that trains, prunes or samples one.
+//! The interface between a network and the code that trains, prunes or samples it.
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, backend::Backend};
@@ -6,7 +6,7 @@ use burn::tensor::{Int, Tensor, backend::Backend};
 use crate::ops::Linear;
 use crate::trunk::{BlockHook, Trunk};
 
-/// Sizes of the samples a network sees.
+/// Sizes of a network's samples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// Channels of a sample.
@@ -19,15 +19,17 @@ pub struct Shape {
 
 /// A network that a [`Process`](crate::process::Process) trains and samples.
 ///
-/// It may have blocks that a hook sees, or none: what only trains or samples asks no more of it than this.
+/// Its blocks may call a hook, or it may have none: training and sampling need nothing more.
 pub trait Denoiser<B: Backend>: Module<B> {
     /// Sizes of its samples.
     fn shape(&self) -> Shape;
 
-    /// Predicts from `x` `[batch, channels, side, side]` at times `t` `[batch]` under labels `y` `[batch]`.
+    /// Predicts from `x` `[batch, channels, side, side]` at times `t` `[batch]` with labels `y`
+    /// `[batch]`.
     ///
-    /// Gives `[batch, channels, side, side]`, or twice the channels where the variance is predicted too. Each block of
-    /// the trunk is run by [`trunk::run`](crate::trunk::run) or calls `hook` in the same way, from the first layer on.
+    /// Returns `[batch, channels, side, side]`, or twice the channels where the variance is
+    /// predicted too. Each block of the trunk is run by [`trunk::run`](crate::trunk::run) or calls
+    /// `hook` in the same way, from the first layer on.
     fn forward(
         &self,
         x: Tensor<B, 4>,
@@ -37,11 +39,11 @@ pub trait Denoiser<B: Backend>: Module<B> {
     ) -> Tensor<B, 4>;
 }
 
-/// A denoiser whose blocks form a trunk, from which layers can be taken out.
+/// A denoiser whose blocks form a trunk, from which layers can be removed.
 ///
-/// A network without such a trunk implements [`Denoiser`] alone; depth pruning does not take it.
+/// A network without a trunk implements [`Denoiser`] only and can't be depth-pruned.
 pub trait Prunable<B: Backend>: Denoiser<B> {
-    /// Its layers, and the borders between them that no group may cross.
+    /// Its layers, and the borders that no group may cross.
     fn trunk(&self) -> Trunk;
 
     /// The same network with only the given layers, in trunk order whatever the order of `kept`.
@@ -50,6 +52,7 @@ pub trait Prunable<B: Backend>: Denoiser<B> {
     /// When a layer is not below the depth of the trunk.
     fn keep(self, kept: &[usize]) -> Self;
 
-    /// Every linear layer, of embedders and head too: those that a low-rank update is attached to.
+    /// Every linear layer, including those of embedders and head: a low-rank update is attached to
+    /// each.
     fn linears_mut(&mut self) -> Vec<&mut Linear<B>>;
 }

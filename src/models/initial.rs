@@ -3,8 +3,9 @@
 use crate::random::{self, Stream};
 use crate::state::{Array, StateDict};
 
-/// Fills a state dict of a fresh network: DiT's rules (Xavier for linear layers and patches, 0.02 normals for the
-/// embedders, zeros for modulations and the final projection) and Kaiming for the classifier's ReLU layers.
+/// Fills a state dict of a fresh network: DiT's rules (Xavier for linear layers and patches, 0.02
+/// normals for the embedders, zeros for modulations and the final projection) and Kaiming for the
+/// classifier's ReLU layers.
 pub fn initialise(state: &mut StateDict, seed: u64) {
     for (index, (name, array)) in state.iter_mut().enumerate() {
         let fan_out = array.shape[0];
@@ -44,8 +45,8 @@ pub fn initialise(state: &mut StateDict, seed: u64) {
     }
 }
 
-/// Fills the A matrices of low-rank updates as PEFT does (Kaiming uniform with a = √5, so bound 1/√in); B stays
-/// zero, so that training starts at the pretrained function.
+/// Fills the A matrices of low-rank updates as PEFT does (Kaiming uniform with a = √5, so bound
+/// 1/√in); B stays zero, so that training starts at the pretrained function.
 pub fn initialise_lora(state: &mut StateDict, seed: u64) {
     for (index, (name, Array { shape, data })) in state.iter_mut().enumerate() {
         if name.ends_with(".lora_a.weight") {

@@ -1,11 +1,12 @@
 //! Networks and the embeddings they share.
 //!
-//! [`Denoiser`] and [`Prunable`] are the seam: pruning, recovery and sampling know no more of a network than these two
-//! traits say, and take anybody's. [`Network`] implements both for the networks that a checkpoint of this program can
-//! hold. It is an enum, as the variant is chosen at run time: everything behind it is compiled once per backend.
+//! [`Denoiser`] and [`Prunable`] are the interface: pruning, recovery and sampling use a network
+//! only through these two traits, and work with any implementation. [`Network`] implements both for
+//! the networks in this program's checkpoints. It is an enum, because the variant is chosen at run
+//! time: code behind it is compiled once per backend.
 //!
-//! Two networks are neither, as nothing here trains or prunes them: [`Vae`] stands between images and the latents a
-//! model sees, [`Inception`] measures images for FID.
+//! Two networks implement neither, because they are not trained or pruned here: [`Vae`] converts
+//! between images and a model's latents, [`Inception`] measures images for FID.
 
 mod architecture;
 mod classifier;

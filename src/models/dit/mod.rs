@@ -1,4 +1,5 @@
-//! DiT: a diffusion transformer with adaptive layer norm, zero-initialised (Peebles and Xie, arXiv 2212.09748).
+//! DiT: a diffusion transformer with adaptive layer norm, zero-initialised (Peebles and Xie, arXiv
+//! 2212.09748).
 
 pub(super) mod diffusers;
 pub(super) mod infer;
@@ -16,7 +17,7 @@ use crate::trunk::{self, BlockHook, Trunk};
 
 /// Layer norm of every block and of the head; the reference's value, not Burn's default.
 const NORM_EPSILON: f64 = 1e-6;
-/// Sinusoidal features that the timestep embedder reads.
+/// Number of sinusoidal features, the timestep embedder's input.
 const TIMESTEP_FEATURES: usize = 256;
 
 /// Most tokens of an image: a side of 4096 pixels in patches of 16.
@@ -86,7 +87,7 @@ impl DitConfig {
 
     /// Hidden width of the MLP.
     pub fn hidden(&self) -> usize {
-        // A ratio that was read off sizes may fall a rounding short of the whole number it stands for.
+        // A ratio inferred from sizes may be a rounding error below the whole number it stands for.
         (self.width as f64 * self.mlp_ratio + 1e-6) as usize
     }
 
@@ -258,7 +259,8 @@ pub struct Dit<B: Backend> {
 }
 
 impl<B: Backend> Dit<B> {
-    /// A network of zeros (and the position table), to be filled from a checkpoint or an initialisation.
+    /// A network of zeros (and the position table), to be filled from a checkpoint or an
+    /// initialisation.
     pub fn zeros(config: &DitConfig, device: &B::Device) -> Self {
         let width = config.width;
         let side = config.input_size / config.patch_size;
@@ -296,7 +298,7 @@ impl<B: Backend> Dit<B> {
         let [width, channels, ..] = self.x_embedder.proj.weight.lazy_shape().dims::<4>();
         let [_, tokens, _] = self.pos_embed.lazy_shape().dims::<3>();
         let [rows, _] = self.y_embedder.table.lazy_shape().dims::<2>();
-        // A trunk pruned to nothing can't be built, so there is a first block.
+        // A trunk has at least one block: an empty one can't be built.
         let (heads, hidden) = self.blocks.first().map_or((1, 0), |block| {
             (block.attn.heads, block.mlp.fc1.layout().output)
         });
@@ -328,7 +330,7 @@ impl<B: FusedOps> Denoiser<B> for Dit<B> {
     ) -> Tensor<B, 4> {
         let x = self.x_embedder.proj.forward(x, self.patch_size) + self.pos_embed.val(); // [batch, tokens, width]
         let condition = self.t_embedder.forward(t) + self.y_embedder.forward(y); // [batch, width]
-        // Every modulation reads the same SiLU of the condition: computed once.
+        // Every modulation uses the same SiLU of the condition: computed once.
         let condition = B::activate(condition, Activation::Silu);
         let x = trunk::run(self.blocks.len(), x, hook, |layer, x| {
             self.blocks[layer].forward(x, condition.clone())

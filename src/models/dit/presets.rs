@@ -10,7 +10,7 @@ pub const IMAGENET_256: Shape = Shape {
     classes: 1000,
 };
 
-/// A published model: its name, and its sizes but for the image.
+/// A published model: its name, and its sizes except the image's.
 #[derive(Debug, Clone, Copy)]
 pub struct Preset {
     /// Name, with the patch size after the slash.
@@ -75,8 +75,8 @@ pub const PRESETS: &[Preset] = &[
     preset("SiT-S/8",        12,   384,     8,    6),
 ];
 
-/// The configuration of a published model for `channels` x `input_size` x `input_size` latents, if there is one
-/// of that name.
+/// The configuration of the published model of that name, if there is one, for `channels` x
+/// `input_size` x `input_size` latents.
 pub fn config(name: &str, input_size: usize, channels: usize, classes: usize) -> Option<DitConfig> {
     let preset = PRESETS.iter().find(|preset| preset.name == name)?;
     Some(DitConfig {

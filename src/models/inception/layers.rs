@@ -1,18 +1,18 @@
-//! The convolutions of the network, as one table, and the weights they are read from.
+//! The network's convolutions, as one table, and its weights.
 
 use std::collections::BTreeMap;
 
 use crate::ops::Window;
 use crate::state::{Array, StateDict};
 
-/// A convolution without a bias, a batch normalisation and a ReLU.
+/// A convolution without bias, a batch normalisation and a ReLU.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layer {
-    /// What its weights' names begin with.
+    /// Prefix of its weights' names.
     pub(super) name: &'static str,
-    /// Channels it reads.
+    /// Input channels.
     pub(super) input: usize,
-    /// Channels it makes.
+    /// Output channels.
     pub(super) output: usize,
     /// Height and width.
     pub(super) kernel: [usize; 2],
@@ -36,7 +36,7 @@ const fn layer(
     }
 }
 
-/// Every convolution, in the order of the network.
+/// Every convolution, in network order.
 #[rustfmt::skip]
 pub(super) const LAYERS: &[Layer] = &[
     //    name                           in   out  kernel  stride  padding
@@ -136,9 +136,10 @@ pub(super) const LAYERS: &[Layer] = &[
     layer("Mixed_7c.branch_pool",      2048,  192,  [1, 1],      1,  [0, 0]),
 ];
 
-/// Width of the pooled features that the last layer reads.
+/// Width of the pooled features, the last layer's input.
 pub const POOLED: usize = 2048;
-/// Outputs of the last layer: the 1000 classes of ImageNet from 1 on, and eight that were never trained.
+/// Outputs of the last layer: the 1000 classes of ImageNet, from index 1, and eight that were never
+/// trained.
 pub const CLASSES: usize = 1008;
 
 impl Layer {
@@ -147,7 +148,7 @@ impl Layer {
     }
 }
 
-/// Name and shape of every weight, as `pt_inception-2015-12-05-6726825d.pth` holds them.
+/// Name and shape of every weight in `pt_inception-2015-12-05-6726825d.pth`.
 pub fn shapes() -> BTreeMap<String, Vec<usize>> {
     let mut shapes: BTreeMap<String, Vec<usize>> = LAYERS
         .iter()
@@ -163,13 +164,15 @@ pub fn shapes() -> BTreeMap<String, Vec<usize>> {
     shapes
 }
 
-/// Weights by a formula of integers, for tests and wherever the published weights can't be had: the network then
-/// measures something, and the same thing on every machine, but nothing that can be compared with published numbers.
+/// Weights from an integer formula, for tests and where the published weights are missing: the
+/// network then measures the same values on every machine, which are not comparable with published
+/// numbers.
 ///
-/// Element `i` of the weight `name` comes from splitmix64 at `fnv1a(name) + salt + (i + 1) 0x9E3779B97F4A7C15`, its
-/// top 24 bits as a number `u` in [−1, 1). Filters are `u` less its mean over the filter, times `sqrt(9 / fan_in)`:
-/// centred, so that features depend on the image rather than on the mean activation. Scales and variances are
-/// `1 + 0.2 u`, shifts, means and the last layer's bias `0.1 u`, its weight `sqrt(6 / 2048) u`.
+/// Element `i` of the weight `name` comes from splitmix64 at `fnv1a(name) + salt + (i + 1)
+/// 0x9E3779B97F4A7C15`, its top 24 bits as a number `u` in [−1, 1). Filters are `u` minus its mean
+/// over the filter, times `sqrt(9 / fan_in)`: centred, so that features depend on the image rather
+/// than on the mean activation. Scales and variances are `1 + 0.2 u`, shifts, means and the last
+/// layer's bias `0.1 u`, its weight `sqrt(6 / 2048) u`.
 pub fn formula_weights(salt: u64) -> StateDict {
     shapes()
         .into_iter()
@@ -206,7 +209,7 @@ fn formula(name: &str, shape: &[usize], salt: u64) -> Vec<f32> {
         .collect()
 }
 
-/// Fowler, Noll and Vo's hash of 64 bits.
+/// The 64-bit hash of Fowler, Noll and Vo.
 fn fnv1a(name: &str) -> u64 {
     name.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)

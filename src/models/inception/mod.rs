@@ -1,12 +1,13 @@
-//! The network behind published FIDs: InceptionV3 as the TensorFlow graph of 2015-12-05 has it.
+//! The network behind published FIDs: InceptionV3 in the TensorFlow graph of 2015-12-05.
 //!
-//! FID, sFID and the Inception Score are compared between papers only because everybody measures with these weights
-//! and this arithmetic (Heusel et al., arXiv 1706.08500; the evaluator of guided-diffusion, arXiv 2105.05233). It is
-//! not torchvision's InceptionV3: average pools leave the padding out, the last block pools by the maximum, there are
-//! 1008 outputs, and images are resized without regard to the centres of pixels ([`prepare`]).
+//! FID, sFID and the Inception Score are comparable between papers only with these weights and this
+//! arithmetic (Heusel et al., arXiv 1706.08500; the evaluator of guided-diffusion, arXiv
+//! 2105.05233). It differs from torchvision's InceptionV3: average pools exclude the padding, the
+//! last block uses max pooling, there are 1008 outputs, and images are resized without regard to
+//! pixel centres ([`prepare`]).
 //!
-//! It only ever infers, so it is no Burn module: each batch normalisation is folded into its convolution as the
-//! weights are read.
+//! It is only used for inference, so it is no Burn module: each batch normalisation is folded into
+//! its convolution when the weights are read.
 
 mod layers;
 
@@ -23,11 +24,11 @@ use crate::images::Images;
 use crate::ops::{FusedOps, Window};
 use crate::state::{Misfits, StateDict, WeightsError};
 
-/// Side of the images the network reads.
+/// Side of the input images.
 pub const SIDE: usize = 299;
-/// Channels of the map that sFID's features are.
+/// Channels of the map in sFID's features.
 const SPATIAL_CHANNELS: usize = 7;
-/// Values of sFID's features: a 17 x 17 map of seven channels.
+/// Number of sFID's features: a 17 x 17 map of seven channels.
 pub const SPATIAL: usize = 17 * 17 * SPATIAL_CHANNELS;
 /// Added to the variance of every batch normalisation.
 const NORM_EPSILON: f64 = 1e-3;
@@ -35,7 +36,7 @@ const NORM_EPSILON: f64 = 1e-3;
 /// The network.
 #[derive(Debug)]
 pub struct Inception<B: Backend> {
-    /// By the names of [`LAYERS`], all of them.
+    /// All of [`LAYERS`], by name.
     layers: BTreeMap<&'static str, Folded<B>>,
     /// `[pooled, classes]`
     head: Tensor<B, 2>,
@@ -49,20 +50,21 @@ struct Folded<B: Backend> {
     window: Window,
 }
 
-/// What the network says of a batch of images.
+/// The network's output for a batch of images.
 #[derive(Debug)]
 pub struct Activations<B: Backend> {
-    /// `[batch, 2048]`, what FID compares.
+    /// `[batch, 2048]`, FID's features.
     pub pool: Tensor<B, 2>,
-    /// `[batch, 2023]`, what sFID compares: the first seven channels of a 17 x 17 map, channels innermost.
+    /// `[batch, 2023]`, sFID's features: the first seven channels of a 17 x 17 map, channels
+    /// innermost.
     pub spatial: Tensor<B, 2>,
-    /// `[batch, 1008]`, without the last layer's bias, as the reference has them.
+    /// `[batch, 1008]`, without the last layer's bias, as in the reference.
     pub logits: Tensor<B, 2>,
-    /// `[batch, 1008]`, the softmax of these: what the Inception Score reads.
+    /// `[batch, 1008]`, the softmax of the logits, for the Inception Score.
     pub probabilities: Tensor<B, 2>,
 }
 
-/// Pictures that can't be resized to what the network reads.
+/// Pictures that can't be resized to the network's input.
 #[derive(Debug, Error)]
 #[error(
     "pictures of shape [count, height, width, channels] = {shape:?}, expected 1 or 3 channels and at least one pixel"
@@ -72,11 +74,12 @@ pub struct UnreadablePictures {
 }
 
 impl<B: Backend> Inception<B> {
-    /// The network of `state`, the weights of `pt_inception-2015-12-05-6726825d.pth` ([`shapes`]). The counters that
-    /// PyTorch may have added, `num_batches_tracked`, are passed over.
+    /// The network with the weights of `pt_inception-2015-12-05-6726825d.pth` ([`shapes`]).
+    /// PyTorch's optional counters, `num_batches_tracked`, are ignored.
     ///
     /// # Errors
-    /// [`WeightsError::Mismatch`] with every weight that is missing, surplus or misshapen. `path` is for that message.
+    /// [`WeightsError::Mismatch`] with every weight that is missing, surplus or misshapen. `path`
+    /// is for that message.
     pub fn new(
         mut state: StateDict,
         path: &Path,
@@ -101,14 +104,15 @@ impl<B: Backend> Inception<B> {
         })
     }
 
-    /// Where the weights lie.
+    /// The device of the weights.
     fn device(&self) -> B::Device {
         self.head.device()
     }
 }
 
 impl<B: Backend> Folded<B> {
-    /// `gamma (w x - mean) / sqrt(var + epsilon) + beta`, as one weight and one bias. All names are in `state`.
+    /// `gamma (w x - mean) / sqrt(var + epsilon) + beta`, as one weight and one bias. All names are
+    /// in `state`.
     fn new(layer: &Layer, state: &StateDict, device: &B::Device) -> Self {
         let part = |part: &str| &state[&format!("{}.{part}", layer.name)].data;
         let [gamma, beta, mean, variance] =
@@ -143,10 +147,10 @@ impl<B: Backend> Folded<B> {
     }
 }
 
-/// Pictures as the network reads them, `[count, 3, 299, 299]`, a single channel repeated.
+/// Pictures as the network's input, `[count, 3, 299, 299]`, with a single channel repeated.
 ///
-/// Resized as TensorFlow 1 does it: bilinear between the pixels at `floor(i in / 299)` and the next, in f32, without
-/// regard to the centres of pixels and without smoothing; then `(x - 128) / 128`.
+/// Resized as in TensorFlow 1: bilinear between the pixels at `floor(i in / 299)` and the next, in
+/// f32, without regard to pixel centres and without smoothing; then `(x - 128) / 128`.
 ///
 /// # Errors
 /// When the pictures have another number of channels than one or three, or no pixels.
@@ -160,7 +164,7 @@ pub fn prepare<B: Backend>(
     }
     let (rows, columns) = (places(height), places(width));
     let mut values = vec![0.0; count * 3 * SIDE * SIDE];
-    // A card would wait for one core.
+    // On all cores: otherwise the GPU waits for it.
     let pictures = values.par_chunks_mut(3 * SIDE * SIDE).enumerate();
     pictures.for_each(|(index, picture)| {
         let image = images.image(index);
@@ -188,7 +192,8 @@ pub fn prepare<B: Backend>(
     ))
 }
 
-/// For every place along a side of the result: the two pixels of `size` it lies between, and the share of the second.
+/// For every place along a side of the result: the two pixels of `size` it lies between, and the
+/// weight of the second.
 fn places(size: usize) -> Vec<(usize, usize, f32)> {
     let scale = size as f32 / SIDE as f32;
     (0..SIDE)
@@ -201,7 +206,8 @@ fn places(size: usize) -> Vec<(usize, usize, f32)> {
 }
 
 impl<B: FusedOps> Inception<B> {
-    /// Reads a batch of pictures of any size. All of them are in memory at once, some 20 MiB each.
+    /// Runs the network on a batch of pictures of any size. All are in memory at once, some 20 MiB
+    /// each.
     ///
     /// # Errors
     /// As [`prepare`].
@@ -209,8 +215,9 @@ impl<B: FusedOps> Inception<B> {
         Ok(self.forward(prepare(images, &self.device())?, |_, _| ()))
     }
 
-    /// Reads `[batch, 3, 299, 299]` from [`prepare`]. `watch` sees what each stage, pool and block makes, by its name
-    /// in the weights (`max_pool_1` and `max_pool_2` are between): `[batch, channels, height, width]`.
+    /// Runs the network on `[batch, 3, 299, 299]` from [`prepare`]. `watch` is called with the
+    /// output of each stage, pool and block, `[batch, channels, height, width]`, and its name in
+    /// the weights (or `max_pool_1` and `max_pool_2`).
     pub fn forward(
         &self,
         x: Tensor<B, 4>,
@@ -271,7 +278,7 @@ impl<B: FusedOps> Inception<B> {
         activation::relu(B::convolution(x, layer.weight.clone(), bias, layer.window))
     }
 
-    /// Layers of a block one after another.
+    /// Consecutive layers of a block.
     fn branch(&self, block: &str, layers: &[&str], x: &Tensor<B, 4>) -> Tensor<B, 4> {
         layers.iter().fold(x.clone(), |x, layer| {
             self.layer(&format!("{block}.{layer}"), x)
@@ -306,7 +313,7 @@ impl<B: FusedOps> Inception<B> {
         Tensor::cat(branches, 1)
     }
 
-    /// The block, and its first branch alone, which is what sFID reads of one.
+    /// The output of the block, and of its first branch alone, which sFID uses for one block.
     fn block_6(&self, block: &str, x: Tensor<B, 4>) -> (Tensor<B, 4>, Tensor<B, 4>) {
         let first = self.branch(block, &["branch1x1"], &x);
         let branches = vec![
@@ -347,7 +354,7 @@ impl<B: FusedOps> Inception<B> {
         Tensor::cat(branches, 1)
     }
 
-    /// `pooled` is `x` pooled, which the two last blocks do in different ways.
+    /// `pooled` is the pooled `x`: the last two blocks pool in different ways.
     fn block_7(&self, block: &str, x: Tensor<B, 4>, pooled: Tensor<B, 4>) -> Tensor<B, 4> {
         let narrow = self.branch(block, &["branch3x3_1"], &x);
         let double = self.branch(block, &["branch3x3dbl_1", "branch3x3dbl_2"], &x);
@@ -363,12 +370,12 @@ impl<B: FusedOps> Inception<B> {
     }
 }
 
-/// The largest of 3 x 3 values.
+/// The maximum of 3 x 3 values.
 fn max_pool<B: Backend>(x: Tensor<B, 4>, stride: usize, padding: usize) -> Tensor<B, 4> {
     module::max_pool2d(x, [3; 2], [stride; 2], [padding; 2], [1; 2], false)
 }
 
-/// The mean of 3 x 3 values, at the border of those there are.
+/// The mean of 3 x 3 values; at the border, of those inside.
 fn average_pool<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
     module::avg_pool2d(x, [3; 2], [1; 2], [1; 2], false, false)
 }
@@ -379,7 +386,8 @@ mod tests {
 
     #[test]
     fn pixels_are_taken_from_the_corner_not_from_the_centre() {
-        // Two pixels, 0 and 255: place i lies at 2 i / 299, so the second half is beyond the last pixel.
+        // Two pixels, 0 and 255: place i lies at 2 i / 299, so the second half is beyond the last
+        // pixel.
         let images = Images::new(vec![0, 255], [1, 1, 2, 1]).unwrap();
         let x = prepare::<burn_ndarray::NdArray>(&images, &Default::default()).unwrap();
         assert_eq!(x.dims(), [1, 3, SIDE, SIDE]);
@@ -392,10 +400,10 @@ mod tests {
             (150, 1.0),
             (298, 1.0),
         ] {
-            // A rounding or two of numbers below one.
+            // One or two roundings of numbers below one.
             assert!((values[place] - expected(share)).abs() < 1e-6, "{place}");
         }
-        // One channel is three alike, one row as many.
+        // A single channel is repeated, and so is a single row.
         assert!(values.chunks(SIDE).all(|row| row == &values[..SIDE]));
     }
 

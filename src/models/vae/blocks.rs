@@ -1,4 +1,4 @@
-//! What encoder and decoder are made of.
+//! Building blocks of the encoder and the decoder.
 
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
@@ -79,7 +79,7 @@ impl<B: Backend> ResnetBlock<B> {
         }
     }
 
-    /// As many blocks one after another, the first of which changes the width.
+    /// Consecutive blocks, the first of which changes the width.
     fn several(
         input: usize,
         output: usize,
@@ -112,7 +112,7 @@ impl<B: FusedOps> ResnetBlock<B> {
     }
 }
 
-/// Self-attention of one head over all places of an image.
+/// Single-head self-attention over all positions of an image.
 #[derive(Module, Debug)]
 pub struct AttentionBlock<B: Backend> {
     group_norm: GroupNorm<B>,
@@ -137,7 +137,7 @@ impl<B: Backend> AttentionBlock<B> {
 }
 
 impl<B: FusedOps> AttentionBlock<B> {
-    /// `[batch, channels, height, width]`, the input added.
+    /// `[batch, channels, height, width]`, with the input added.
     pub fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         let shape = x.dims();
         let tokens = self
@@ -156,12 +156,12 @@ impl<B: FusedOps> AttentionBlock<B> {
     }
 }
 
-/// The middle of encoder and decoder: at the least size, the only place with attention.
+/// The middle of encoder and decoder: the smallest size, and the only block with attention.
 #[derive(Module, Debug)]
 pub struct MidBlock<B: Backend> {
-    /// One before every attention, and one after the last.
+    /// One before each attention, and one after the last.
     pub resnets: Vec<ResnetBlock<B>>,
-    /// One attention.
+    /// A single attention.
     pub attentions: Vec<AttentionBlock<B>>,
 }
 
@@ -191,7 +191,7 @@ impl<B: FusedOps> MidBlock<B> {
 #[derive(Module, Debug)]
 pub struct DownBlock<B: Backend> {
     resnets: Vec<ResnetBlock<B>>,
-    /// One, but on the last level.
+    /// One, except on the last level.
     downsamplers: Vec<Downsampler<B>>,
 }
 
@@ -204,7 +204,7 @@ impl<B: Backend> DownBlock<B> {
         halves: bool,
         device: &B::Device,
     ) -> Self {
-        // A row below and a column to the right: what the reference pads by hand.
+        // The reference pads a row below and a column to the right by hand.
         let window = Window {
             stride: [2; 2],
             before: [0; 2],
@@ -221,7 +221,8 @@ impl<B: Backend> DownBlock<B> {
 }
 
 impl<B: FusedOps> DownBlock<B> {
-    /// `[batch, in, height, width]` to `[batch, out, height / 2, width / 2]`, on the last level to the sides it has.
+    /// `[batch, in, height, width]` to `[batch, out, height / 2, width / 2]`; the last level keeps
+    /// the sides.
     pub fn forward(&self, mut x: Tensor<B, 4>) -> Tensor<B, 4> {
         for resnet in &self.resnets {
             x = resnet.forward(x);
@@ -243,7 +244,7 @@ pub struct Downsampler<B: Backend> {
 #[derive(Module, Debug)]
 pub struct UpBlock<B: Backend> {
     resnets: Vec<ResnetBlock<B>>,
-    /// One, but on the last level.
+    /// One, except on the last level.
     upsamplers: Vec<Upsampler<B>>,
 }
 
@@ -267,7 +268,8 @@ impl<B: Backend> UpBlock<B> {
 }
 
 impl<B: FusedOps> UpBlock<B> {
-    /// `[batch, in, height, width]` to `[batch, out, 2 height, 2 width]`, on the last level to the sides it has.
+    /// `[batch, in, height, width]` to `[batch, out, 2 height, 2 width]`; the last level keeps the
+    /// sides.
     pub fn forward(&self, mut x: Tensor<B, 4>) -> Tensor<B, 4> {
         for resnet in &self.resnets {
             x = resnet.forward(x);
@@ -285,7 +287,7 @@ pub struct Upsampler<B: Backend> {
     conv: Convolution<B>,
 }
 
-/// Every value four times, in a square.
+/// Repeats every value in a 2 x 2 square.
 fn doubled<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
     let [batch, channels, height, width] = x.dims();
     x.reshape([batch * channels, height, 1, width, 1])

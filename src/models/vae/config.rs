@@ -1,4 +1,4 @@
-//! Sizes of an autoencoder, and what files say of them.
+//! Sizes of an autoencoder, from configuration files or weights.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -8,19 +8,19 @@ use crate::state::StateDict;
 /// Sizes of a [`Vae`](super::Vae), under diffusers' names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct VaeConfig {
-    /// Channels of an image that is encoded.
+    /// Channels of an encoded image.
     pub in_channels: usize,
-    /// Channels of an image that is decoded.
+    /// Channels of a decoded image.
     pub out_channels: usize,
-    /// Widths of the levels, from the image inwards; each level but the first is half as large as the one before.
+    /// Widths of the levels, from the image inwards; each level halves the sides of the one before.
     pub block_out_channels: Vec<usize>,
-    /// Residual blocks of an encoder's level; a decoder's has one more.
+    /// Residual blocks per level of the encoder; the decoder has one more.
     pub layers_per_block: usize,
     /// Channels of a latent.
     pub latent_channels: usize,
     /// Groups of every normalisation.
     pub norm_num_groups: usize,
-    /// What a diffusion model sees is a latent times this.
+    /// Factor from latents to the inputs of a diffusion model.
     #[serde(default = "stable_diffusion_scaling")]
     pub scaling_factor: f64,
 }
@@ -44,7 +44,7 @@ impl std::fmt::Display for VaeConfig {
 }
 
 impl VaeConfig {
-    /// Side of an image over the side of its latent.
+    /// Ratio of an image's side to its latent's.
     pub fn factor(&self) -> usize {
         1 << self.block_out_channels.len().saturating_sub(1)
     }
@@ -83,8 +83,8 @@ impl VaeConfig {
         None
     }
 
-    /// Fewer numbers than an autoencoder of these sizes has: the second convolution of each residual block of both
-    /// halves.
+    /// A lower bound on the number of parameters: the second convolution of each residual block in
+    /// encoder and decoder.
     pub(crate) fn least_parameters(&self) -> usize {
         let widths = self.block_out_channels.iter();
         widths.fold(0usize, |sum, &width| {
@@ -93,11 +93,12 @@ impl VaeConfig {
         })
     }
 
-    /// Reads diffusers' `config.json`. What is missing has diffusers' default; what says nothing of the computation is
-    /// passed over.
+    /// Reads diffusers' `config.json`. Missing values have diffusers' defaults; values without
+    /// effect on the computation are ignored.
     ///
     /// # Errors
-    /// Every value that asks for another computation than ours, or a size no model can have, one a line.
+    /// Every value that asks for an unsupported computation, or a size no model can have, one per
+    /// line.
     pub fn from_json(text: &str) -> Result<Self, String> {
         let file: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
         if !file.is_object() {
@@ -120,7 +121,7 @@ impl VaeConfig {
         };
         let mut only = |name: &str, expected: Value| {
             let found = &file[name];
-            // JSON's null is Python's None: the same as a value that isn't there.
+            // JSON's null is Python's None, which counts as missing.
             if !found.is_null() && *found != expected {
                 problems.push(format!("{name} is {found}; only {expected} is supported"));
             }
@@ -149,11 +150,11 @@ impl VaeConfig {
         }
     }
 
-    /// Reads the sizes off the shapes of weights. Two things leave no trace in them and are Stable Diffusion's:
-    /// `norm_num_groups` 32 and `scaling_factor` 0.18215.
+    /// Infers the sizes from the shapes of weights. Two values don't show in them and are Stable
+    /// Diffusion's: `norm_num_groups` 32 and `scaling_factor` 0.18215.
     ///
     /// # Errors
-    /// The name of a weight that is missing or has no such shape.
+    /// The name of a weight that is missing or has an unexpected shape.
     pub fn infer(state: &StateDict) -> Result<Self, String> {
         let sides = |name: &str| -> Result<[usize; 2], String> {
             let array = state
@@ -209,11 +210,12 @@ fn read<T: serde::de::DeserializeOwned>(
     }
 }
 
-/// Gives the attention of an older file the names and shapes of today's: `query`, `key`, `value` and `proj_attn` become
-/// `to_q`, `to_k`, `to_v` and `to_out.0`, and weights kept as 1 x 1 convolutions, `[C, C, 1, 1]`, become `[C, C]`.
+/// Renames and reshapes the attention of an older file to diffusers' current form: `query`, `key`,
+/// `value` and `proj_attn` become `to_q`, `to_k`, `to_v` and `to_out.0`, and weights stored as 1 x
+/// 1 convolutions, `[C, C, 1, 1]`, become `[C, C]`.
 ///
-/// A name that is there already is not written over; its older twin then stays, for
-/// [`assign`](crate::state::assign) to refuse.
+/// An existing name is not overwritten; the older tensor then keeps its name, and
+/// [`assign`](crate::state::assign) refuses it.
 pub fn rename_attention(state: &mut StateDict) {
     const RENAMED: [(&str, &str); 4] = [
         ("query", "to_q"),
@@ -343,7 +345,7 @@ mod tests {
             &[4],
         );
         put("decoder.mid_block.attentions.0.value.bias", 5.0, &[4]);
-        // Both names at once: neither is lost.
+        // With both names present, both tensors are kept.
         put("decoder.mid_block.attentions.0.query.bias", 6.0, &[4]);
         put("decoder.mid_block.attentions.0.to_q.bias", 7.0, &[4]);
         put("quant_conv.weight", 8.0, &[2, 2, 1, 1]);

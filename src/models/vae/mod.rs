@@ -1,7 +1,7 @@
 //! The autoencoder of latent diffusion: images to latents an eighth of their side, and back.
 //!
-//! Stable Diffusion's "KL-f8" (Rombach et al., arXiv 2112.10752) under the parameter names of diffusers'
-//! `AutoencoderKL`. It is only ever read: nothing here trains it.
+//! Stable Diffusion's "KL-f8" (Rombach et al., arXiv 2112.10752) under the parameter names of
+//! diffusers' `AutoencoderKL`. It is only used for inference.
 
 mod blocks;
 mod config;
@@ -21,11 +21,11 @@ pub use config::{VaeConfig, rename_attention};
 pub struct Vae<B: Backend> {
     /// Images to features of latent size.
     pub encoder: Encoder<B>,
-    /// These features to moments.
+    /// Features to moments.
     pub quant_conv: Convolution<B>,
-    /// Latents to what the decoder reads.
+    /// Latents to the decoder's input.
     pub post_quant_conv: Convolution<B>,
-    /// That to images.
+    /// The decoder's input to images.
     pub decoder: Decoder<B>,
 }
 
@@ -52,27 +52,28 @@ impl<B: Backend> Vae<B> {
 }
 
 impl<B: FusedOps> Vae<B> {
-    /// The distribution of latents `[batch, latent channels, h, w]` of images `[batch, channels, H, W]` in [−1, 1];
-    /// H and W are multiples of [`VaeConfig::factor`], h and w that much smaller.
+    /// The distribution of latents `[batch, latent channels, h, w]` of images `[batch, channels, H,
+    /// W]` in [−1, 1]; H and W are multiples of [`VaeConfig::factor`], h and w that much smaller.
     ///
-    /// A diffusion model sees a latent multiplied by [`VaeConfig::scaling_factor`].
+    /// Diffusion models work on latents multiplied by [`VaeConfig::scaling_factor`].
     pub fn encode(&self, x: Tensor<B, 4>) -> Posterior<B> {
         Posterior::of(self.moments(x))
     }
 
-    /// [`encode`](Self::encode) of at most `most` images at once: the same values in less memory.
+    /// [`encode`](Self::encode) for at most `most` images at once: the same values in less memory.
     pub fn encode_in_slices(&self, x: Tensor<B, 4>, most: usize) -> Posterior<B> {
         Posterior::of(in_slices(x, most, |x| self.moments(x)))
     }
 
-    /// Images `[batch, channels, H, W]`, about in [−1, 1], of latents `[batch, latent channels, h, w]`.
+    /// Images `[batch, channels, H, W]`, about in [−1, 1], of latents `[batch, latent channels, h,
+    /// w]`.
     ///
-    /// What a diffusion model gives is divided by [`VaeConfig::scaling_factor`] first.
+    /// Outputs of a diffusion model must be divided by [`VaeConfig::scaling_factor`] first.
     pub fn decode(&self, latents: Tensor<B, 4>) -> Tensor<B, 4> {
         self.decoder.forward(self.post_quant_conv.forward(latents))
     }
 
-    /// [`decode`](Self::decode) of at most `most` latents at once: the same values in less memory.
+    /// [`decode`](Self::decode) for at most `most` latents at once: the same values in less memory.
     pub fn decode_in_slices(&self, latents: Tensor<B, 4>, most: usize) -> Tensor<B, 4> {
         in_slices(latents, most, |latents| self.decode(latents))
     }
@@ -101,12 +102,13 @@ fn in_slices<B: Backend>(
 pub struct Posterior<B: Backend> {
     /// Means.
     pub mean: Tensor<B, 4>,
-    /// Logarithms of the variances, within [−30, 20].
+    /// Log-variances, within [−30, 20].
     pub log_variance: Tensor<B, 4>,
 }
 
 impl<B: Backend> Posterior<B> {
-    /// The distribution whose moments are `[batch, 2 latent channels, h, w]`, means first; log-variances are clamped.
+    /// The distribution with moments `[batch, 2 latent channels, h, w]`, means first; log-variances
+    /// are clamped.
     pub fn of(moments: Tensor<B, 4>) -> Self {
         let latent = moments.dims()[1] / 2;
         Self {
@@ -131,11 +133,11 @@ impl<B: Backend> Posterior<B> {
 pub struct Encoder<B: Backend> {
     /// Image to the first width.
     pub conv_in: Convolution<B>,
-    /// Each but the last halves the sides.
+    /// All but the last halve the sides.
     pub down_blocks: Vec<DownBlock<B>>,
-    /// The one block with attention.
+    /// The block with attention.
     pub mid_block: MidBlock<B>,
-    /// Before the last convolution.
+    /// Normalisation before the last convolution.
     pub conv_norm_out: GroupNorm<B>,
     /// To twice the latent channels.
     pub conv_out: Convolution<B>,
@@ -180,11 +182,11 @@ impl<B: FusedOps> Encoder<B> {
 pub struct Decoder<B: Backend> {
     /// Latent to the last width.
     pub conv_in: Convolution<B>,
-    /// The one block with attention.
+    /// The block with attention.
     pub mid_block: MidBlock<B>,
-    /// Each but the last doubles the sides.
+    /// All but the last double the sides.
     pub up_blocks: Vec<UpBlock<B>>,
-    /// Before the last convolution.
+    /// Normalisation before the last convolution.
     pub conv_norm_out: GroupNorm<B>,
     /// To the channels of an image.
     pub conv_out: Convolution<B>,

@@ -10,20 +10,20 @@ use crate::models::vae::{Vae, VaeConfig};
 use crate::ops::FusedOps;
 use crate::weights::{Known, read_vae};
 
-/// Latents an autoencoder decodes at once: at 256 x 256 each takes some hundred MiB on the way.
+/// Latents decoded at once: at 256 x 256, each takes some hundred MiB of activations.
 const DECODED_AT_ONCE: usize = 4;
 
-/// Makes images of latents.
+/// Decodes latents to images.
 pub struct Decoder<B: Backend> {
     vae: Known<Vae<B>>,
     config: VaeConfig,
 }
 
 impl<B: FusedOps> Decoder<B> {
-    /// Reads an autoencoder that decodes what a model draws: latents of so many channels.
+    /// Reads an autoencoder for a model's samples, latents with this many channels.
     ///
     /// # Errors
-    /// As [`read_vae`]; when it decodes others.
+    /// As [`read_vae`]; when its latents have another number of channels.
     pub fn read(path: &Path, channels: usize, device: &B::Device) -> Result<Self, SamplingError> {
         let (vae, config) = read_vae(path, device)?;
         if config.latent_channels != channels {
@@ -41,13 +41,13 @@ impl<B: FusedOps> Decoder<B> {
         &self.vae.sha256
     }
 
-    /// Samples of the model as pictures.
+    /// Decodes samples of the model to pictures.
     pub fn decode(&self, latents: Tensor<B, 4>) -> Images {
         let latents = latents / self.config.scaling_factor;
         truncated(self.vae.network.decode_in_slices(latents, DECODED_AT_ONCE))
     }
 
-    /// `[height, width, channels]` of a picture of latents of a side.
+    /// `[height, width, channels]` of a picture decoded from latents of this side.
     pub(crate) fn shape(&self, latent_side: usize) -> [usize; 3] {
         let side = latent_side * self.config.factor();
         [side, side, self.config.out_channels]

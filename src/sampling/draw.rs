@@ -1,4 +1,4 @@
-//! Drawing, and going on with what is drawn.
+//! Drawing samples, and continuing with existing ones.
 
 use std::fs::TryLockError;
 use std::io::Write;
@@ -17,49 +17,50 @@ use crate::process::{Guidance, ProcessKind, Sampler};
 use crate::report::{grid_layout, grid_png};
 use crate::weights::Checkpoint;
 
-/// File of the first samples as a picture.
+/// File name of the picture of the first samples.
 pub const PICTURE_FILE: &str = "samples.png";
 
-/// File that says how samples were drawn, beside them.
+/// File name of the sampling's settings, beside the samples.
 pub const SAMPLING: &str = "sampling.json";
 
-/// File of the samples, in their folder.
+/// File name of the samples' archive.
 pub const SAMPLES: &str = "samples.npz";
 
-/// What is drawn, from what, into where.
+/// The settings of a drawing.
 pub struct Draw<'a, B: Backend> {
-    /// What the model is called in messages.
+    /// The model's name in messages.
     pub name: &'a str,
     /// The model.
     pub network: &'a Network<B>,
     /// The process it was trained under.
     pub process: ProcessKind,
-    /// Makes pictures of what it draws; none of a model of pixels.
+    /// Decodes latents to pictures; none for a model of pixels.
     pub decoder: Option<&'a Decoder<B>>,
-    /// What to draw, and how.
+    /// Settings of the sampling.
     pub sampling: &'a Sampling,
     /// Seed of all noise and labels.
     pub seed: u64,
-    /// Where archive, picture and parts lie.
+    /// Folder of archive, picture and parts.
     pub folder: &'a Path,
-    /// What of the work is this process's.
+    /// This process's share of the work.
     pub share: Share,
 }
 
 /// Samples that were drawn.
 pub struct Drawn {
-    /// The class of each.
+    /// The class of each sample.
     pub labels: Vec<usize>,
-    /// The archive; None where other shares have still to draw theirs.
+    /// The archive; None while other shares are unfinished.
     pub archive: Option<PathBuf>,
 }
 
 impl<B: FusedOps> Draw<'_, B> {
-    /// Draws what is not there yet of this share; with the last part, puts all together. `progress` is called with the
-    /// steps that are done and those that there are: a batch may take minutes.
+    /// Draws the missing parts of this share; with the last part, assembles the archive. `progress`
+    /// is called with the number of steps done and of all steps: a batch may take minutes.
     ///
     /// # Errors
-    /// When the model's samples are not of finite numbers; when the folder holds something else, or can't be written.
+    /// When the model's samples are not finite; when the folder holds something else, or can't be
+    /// written.
     pub fn run(
         &self,
         device: &B::Device,
@@ -81,7 +82,8 @@ impl<B: FusedOps> Draw<'_, B> {
         };
         if archive.exists() {
             self.check(&archive)?;
-            // Another process may have been stopped before it had tidied up.
+            // Another process may have been stopped before it wrote the picture and deleted the
+            // parts.
             if !self.folder.join(PICTURE_FILE).exists() {
                 self.picture(&archive)?;
             }
@@ -109,7 +111,7 @@ impl<B: FusedOps> Draw<'_, B> {
                     progress(done, steps);
                 },
             );
-            // An equation has a step less than times.
+            // An interpolant's equation has one step fewer than times.
             progress(whole, steps);
             let values = samples.to_data();
             if let Some(at) = values.iter::<f32>().position(|value| !value.is_finite()) {
@@ -129,10 +131,11 @@ impl<B: FusedOps> Draw<'_, B> {
             parts.write(part, &images)?;
         }
         let whole = (0..parts.count()).all(|part| parts.has(part));
-        // Of several processes that see the last part, one puts them together.
+        // Of several processes that find all parts, one assembles them.
         let lock = self.folder.join("parts.lock");
         let lock_file = lock_file(&lock).map_err(SamplingError::io(&lock))?;
-        // A file system without locks is no reason not to: the archive appears whole or not at all.
+        // Without locks in the file system, several may assemble: the archive is written
+        // atomically.
         let whole = whole && !matches!(lock_file.try_lock(), Err(TryLockError::WouldBlock));
         if whole && !archive.exists() {
             parts.assemble(&archive, &labels)?;
@@ -141,12 +144,12 @@ impl<B: FusedOps> Draw<'_, B> {
         }
         Ok(Drawn {
             labels,
-            // Another process may have put them together, and deleted the parts, by now.
+            // Another process may have assembled the parts and deleted them meanwhile.
             archive: archive.exists().then_some(archive),
         })
     }
 
-    /// Refuses an archive that is not that of these samples: somebody else may have put it there.
+    /// Refuses an archive with another shape than these samples: it may come from elsewhere.
     fn check(&self, archive: &Path) -> Result<(), SamplingError> {
         let [height, width, channels] = self.shape();
         let expected = [self.sampling.count, height, width, channels];
@@ -186,7 +189,7 @@ impl<B: FusedOps> Draw<'_, B> {
     }
 }
 
-/// The sampler of a protocol for a model, which messages call `name`.
+/// The sampler of a protocol for a model, named `name` in messages.
 ///
 /// # Errors
 /// When the process can't be sampled so.
@@ -209,11 +212,12 @@ pub fn sampler(
     })
 }
 
-/// Draws samples of a checkpoint into a folder, or goes on with what is there; of a `share` alone, so that several
+/// Draws samples of a checkpoint into a folder, or continues there; only a `share`, so that several
 /// processes can draw into one folder. Returns the archive, once all shares are drawn.
 ///
 /// # Errors
-/// When the folder holds samples of another model or drawn in another way; when the model can't be drawn from.
+/// When the folder holds samples of another model or with other settings; when the model can't be
+/// sampled.
 pub fn draw_into<B: FusedOps>(
     checkpoint: &Checkpoint,
     vae: Option<&Path>,
@@ -245,12 +249,13 @@ pub fn draw_into<B: FusedOps>(
             }
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            // Nothing says what the files there were drawn from. (A temporary file is another share's, just begun.)
+            // The origin of the existing files is unknown. (A temporary file belongs to another
+            // share that is just starting.)
             let foreign = std::fs::read_dir(folder).is_ok_and(|entries| {
                 let mut names = entries.flatten().map(|entry| entry.file_name());
                 names.any(|name| !name.as_encoded_bytes().starts_with(b"."))
             });
-            // Unless another share has begun in the meantime.
+            // Unless another share has started meanwhile.
             if foreign && !path.exists() {
                 let problem =
                     "is not empty, and nothing says how its files were made; name another folder";

@@ -1,5 +1,5 @@
-//! Samples of a model, few or fifty thousand: in parts on disk, so that what is drawn survives a kill and can be shared
-//! out among processes; as an archive, and as pictures.
+//! Samples of a model, from a few to fifty thousand: drawn in parts on disk, which survive a kill
+//! and can be shared among processes; then as an archive, and as pictures.
 
 mod decoder;
 mod draw;
@@ -33,10 +33,10 @@ pub enum SamplingError {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A file or folder is there that is not these samples', or not fit for them.
+    /// A file or folder belongs to something else, or is unsuitable.
     #[error("{}: {problem}", path.display())]
     Place {
         /// The file or folder.
@@ -44,24 +44,24 @@ pub enum SamplingError {
         /// What is wrong with it, and what to do.
         problem: String,
     },
-    /// The model can't be drawn from in this way.
+    /// The model can't be sampled in this way.
     #[error("`{model}`: {problem}")]
     Model {
-        /// What the model is called.
+        /// The model's name.
         model: String,
-        /// Why.
+        /// The reason.
         problem: String,
     },
-    /// Archives and folders of pictures.
+    /// An error of an archive or a folder of pictures.
     #[error(transparent)]
     Npz(#[from] NpzError),
-    /// Pictures of samples.
+    /// An error of a picture of samples.
     #[error(transparent)]
     Report(#[from] ReportError),
-    /// Weights.
+    /// An error of weights.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// A person interrupted; what is drawn stays.
+    /// Interrupted by the user; the drawn samples are kept.
     #[error("interrupted")]
     Interrupted,
 }
@@ -82,27 +82,27 @@ impl SamplingError {
     }
 }
 
-/// What to draw, and how.
+/// Settings of a sampling.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Sampling {
-    /// How many images; [`ALL`](Self::ALL) where none are drawn and as many are measured as there are.
+    /// Number of images; [`ALL`](Self::ALL) if none are drawn and all existing ones are measured.
     #[serde(skip_serializing_if = "is_all")]
     pub count: usize,
     /// Images drawn together.
     pub batch: usize,
-    /// Classes to draw; by default all of the model's.
+    /// Classes to draw; default: all of the model's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub classes: Option<Vec<usize>>,
-    /// Which of them each sample is of.
+    /// How the samples' classes are chosen.
     pub labels: Labels,
     /// Scale of classifier-free guidance; 1 is none.
     pub guidance: f64,
-    /// How many channels are guided, from the first; 3 of 4 in the published numbers.
+    /// Number of guided channels, from the first; 3 of 4 in the published numbers.
     pub guidance_channels: usize,
-    /// How a step is taken.
+    /// Rule of a sampling step.
     #[serde(flatten)]
     pub solver: Solver,
-    /// Steps, respaced over the 1000 of training.
+    /// Number of steps, respaced over the 1000 of training; of times for an interpolant.
     pub steps: usize,
 }
 
@@ -123,9 +123,9 @@ impl Labels {
         [("balanced", Self::Balanced), ("drawn", Self::Drawn)];
 }
 
-/// The classes of the reference's demonstration, of ImageNet, and the guidance it draws them with.
+/// ImageNet classes of the reference's demonstration.
 pub const DEMO: [usize; 8] = [207, 360, 387, 974, 88, 979, 417, 279];
-/// See [`DEMO`].
+/// Guidance scale of the reference's demonstration.
 pub const DEMO_GUIDANCE: f64 = 4.0;
 
 fn is_all(count: &usize) -> bool {
@@ -133,10 +133,10 @@ fn is_all(count: &usize) -> bool {
 }
 
 impl Sampling {
-    /// As many images as there are: the count of an evaluation that draws none and states none.
+    /// The count of an evaluation that draws no images and states no count: all existing images.
     pub const ALL: usize = usize::MAX;
 
-    /// The label of each sample. A sample's does not depend on how many there are.
+    /// The label of each sample, independent of the number of samples.
     pub fn label_of_each(&self, classes: usize, seed: u64) -> Vec<usize> {
         let all: Vec<usize> = (self.classes.clone()).unwrap_or_else(|| (0..classes).collect());
         (0..self.count)

@@ -1,5 +1,5 @@
-//! Samples on disk while they are drawn. A part is one batch, always the same one: which process draws it, and when,
-//! changes nothing. The parts of a finished set become one archive and are deleted.
+//! Samples on disk while they are being drawn. A part is always the same batch, whichever process
+//! draws it, and when. The parts of a complete set become one archive and are deleted.
 
 use std::io::Write;
 use std::ops::Range;
@@ -10,21 +10,21 @@ use crate::files::write_atomic;
 use crate::images::Images;
 use crate::npz::SampleWriter;
 
-/// A share of the work: every `of`-th part from the `index`-th.
+/// A share of the work: every `of`-th part, starting at the `index`-th.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Share {
-    /// From 0.
+    /// Index of the share, from 0.
     pub index: usize,
     /// Number of shares.
     pub of: usize,
 }
 
 impl Share {
-    /// All of it.
+    /// All of the work.
     pub const WHOLE: Self = Self { index: 0, of: 1 };
 }
 
-/// Samples on disk, one file a batch.
+/// Samples on disk, one file per batch.
 pub(super) struct Parts<'a> {
     pub(super) folder: PathBuf,
     pub(super) sampling: &'a Sampling,
@@ -47,7 +47,7 @@ impl Parts<'_> {
         self.folder.join(format!("part-{part:06}.u8"))
     }
 
-    /// Whether a part was drawn; one that was cut off while it was written has another name.
+    /// Whether a part is complete; a file cut off while being written has another name.
     pub(super) fn has(&self, part: usize) -> bool {
         let bytes = self.range(part).len() * self.shape.iter().product::<usize>();
         std::fs::metadata(self.path(part)).is_ok_and(|found| found.len() == bytes as u64)
@@ -75,7 +75,7 @@ impl Parts<'_> {
     }
 
     pub(super) fn delete(&self) {
-        // They were only there to go on from: what can't be deleted does no harm.
+        // Parts only serve to continue, so a failure to delete them is harmless.
         let _ = std::fs::remove_dir_all(&self.folder);
     }
 }

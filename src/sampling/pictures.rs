@@ -1,4 +1,4 @@
-//! An archive of samples as one PNG each, for people and programs that read folders.
+//! An archive's samples as individual PNG files, for viewing and for programs that read folders.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -11,10 +11,10 @@ use super::SamplingError;
 use crate::images::Images;
 use crate::npz::SampleReader;
 
-/// Pictures that are read at once.
+/// Pictures read at once.
 const BLOCK: usize = 64;
 
-/// Refuses a folder that can't be written: one that is there, whatever it holds.
+/// Refuses a folder that already exists, whatever it holds.
 ///
 /// # Errors
 /// When something of that name exists.
@@ -28,8 +28,8 @@ pub fn refuse_existing(folder: &Path) -> Result<(), SamplingError> {
     }
 }
 
-/// Writes picture `i` of an archive as `00000i.png` into a new folder, which appears when all are there. `progress` is
-/// called with the pictures that are written and those that there are.
+/// Writes picture `i` of an archive as `00000i.png` into a new folder, which appears once all are
+/// written. `progress` is called with the number of pictures written and of all pictures.
 ///
 /// # Errors
 /// When the folder exists, the archive can't be read, or a picture can't be written.
@@ -47,7 +47,7 @@ pub fn write_pictures(
         std::fs::rename(&unfinished, folder).map_err(SamplingError::io(folder))
     });
     if written.is_err() {
-        // What was written is of no use to anybody; the error that stopped it is the one to tell.
+        // An incomplete folder is useless; the first error is the one to report.
         let _ = std::fs::remove_dir_all(&unfinished);
     }
     written
@@ -120,7 +120,7 @@ mod tests {
                 .to_string();
             assert!(error.contains("nothing is overwritten"), "{error}");
         }
-        // Nothing is left of a try that fails.
+        // A failed attempt leaves nothing behind.
         let broken = Images::new(vec![0; 8], [2, 2, 1, 2]).unwrap();
         let _ = std::fs::remove_file(&archive);
         write_samples(&archive, &broken, None).unwrap();

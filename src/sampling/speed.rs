@@ -1,5 +1,4 @@
-//! How fast models draw, measured in turns, because machines are noisy and a model measured after another meets another
-//! machine.
+//! Sampling speed of models, measured in turns, because a machine's speed changes over time.
 
 use std::time::Instant;
 
@@ -11,21 +10,21 @@ use crate::weights::Checkpoint;
 
 /// Rounds, in each of which every model is timed once.
 const ROUNDS: usize = 5;
-/// Steps that are timed in a round: every step is the same work, so that a few tell what all take.
+/// Steps timed in a round: every step is the same work, so a few are enough.
 const STEPS: usize = 5;
 
-/// Images a second that each model draws, a number for each round: one batch of them, by all steps of the protocol. What
-/// an autoencoder takes is not counted. One network is in memory at a time.
+/// Images per second of each model, one number per round: a batch, with all steps of the protocol,
+/// without the autoencoder's time. One network is in memory at a time.
 ///
 /// # Errors
-/// When a model can't be read, or a person interrupts.
+/// When a model can't be read, or on an interrupt.
 pub fn speeds<B: FusedOps>(
     checkpoints: &[Checkpoint],
     sampling: &Sampling,
     device: &B::Device,
 ) -> Result<Vec<Vec<f64>>, SamplingError> {
     let steps = match sampling.solver {
-        // Its steps are of its own choice.
+        // It chooses its own steps.
         Solver::Ode(Ode::Dopri5 { .. }) => sampling.steps,
         _ => sampling.steps.min(STEPS),
     };
@@ -53,11 +52,11 @@ pub fn speeds<B: FusedOps>(
                 let begun = Instant::now();
                 let samples =
                     sampler.generate(&network, 0, &indices, &labels[..batch], device, || {});
-                // Reading the result waits for a device that works behind our back.
+                // Reading the result waits for an asynchronous device.
                 let _ = samples.into_data();
                 Ok(begun.elapsed().as_secs_f64())
             };
-            // The first pass finds cold caches and untuned kernels.
+            // Warm-up: the first pass has cold caches and untuned kernels.
             timed(steps.min(2))?;
             let calls = |steps| sampling.solver.calls(steps) as f64;
             let seconds = timed(steps)? * calls(sampling.steps) / calls(steps);

@@ -1,7 +1,8 @@
 //! Training checkpoints, from which a training is resumed, opened as models.
 //!
 //! Such a file has the trained weights, their moving average, the optimizer's moments and the fixed
-//! tensors; each name begins with its part. The training room writes the file and resumes from it.
+//! tensors; each name begins with its part. The training module writes the file and resumes from
+//! it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

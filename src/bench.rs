@@ -1,5 +1,5 @@
-//! `tinyfusion bench`: whole workloads, timed. Random weights and data, no files, so that it runs where there is no
-//! cargo.
+//! `tinyfusion bench`: timing of whole workloads. Weights and data are random, without files, so
+//! that it runs without cargo.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -43,7 +43,7 @@ pub enum Workload {
     Sample,
 }
 
-/// What to time, and how often.
+/// Settings of a measurement.
 #[derive(Debug, Clone)]
 pub struct BenchPlan {
     /// The workload.
@@ -70,7 +70,7 @@ pub struct Measurement {
     pub model: Architecture,
     /// Parameters.
     pub parameters: usize,
-    /// Samples of a batch.
+    /// Samples per batch.
     pub batch: usize,
     /// Threads of the CPU backend.
     pub threads: usize,
@@ -78,11 +78,11 @@ pub struct Measurement {
     pub runs_ms: Vec<f64>,
     /// Their median.
     pub median_ms: f64,
-    /// Half the distance between their quartiles.
+    /// Half the interquartile range, in milliseconds.
     pub spread_ms: f64,
-    /// Images a second at the median.
+    /// Images per second at the median.
     pub images_per_second: f64,
-    /// Peak resident memory of the process in MiB, where the system tells.
+    /// Peak resident memory of the process in MiB, where the system reports it.
     pub peak_memory_mib: Option<f64>,
 }
 
@@ -209,7 +209,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             || batch.clone(),
         ),
         Workload::Prune => {
-            // Checked by the caller: an odd depth has no pairs.
+            // The caller has checked: an odd depth has no pairs.
             let groups = groups.unwrap_or_else(|| unreachable!("the command refuses an odd depth"));
             let annealing = Annealing {
                 tau: (4.0, 0.1),
@@ -263,7 +263,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             })
         }
     };
-    // Of no runs there is nothing to say; the command asks for at least one.
+    // Without runs there is no median; the command asks for at least one.
     let (median, spread) = median_and_spread(&runs).unwrap_or((f64::NAN, f64::NAN));
     Measurement {
         workload: plan.workload,
@@ -316,7 +316,7 @@ where
     let mut ema = Ema::new(&model, 0.999);
     let mut model = Some(model);
     time::<B>(plan, device, || {
-        // Taken and put back around the step that consumes it.
+        // Moved out and back around the step that consumes it.
         if let Some(current) = model.take() {
             let output = TrainStep::step(&current, batch());
             optimizer.clip_next(&current, &output.grads, 1, 1.0);
@@ -328,12 +328,12 @@ where
     })
 }
 
-/// Milliseconds of each timed run; the device is waited for.
+/// Milliseconds of each timed run, including the wait for the device.
 fn time<B: Backend>(plan: &BenchPlan, device: &B::Device, mut run: impl FnMut()) -> Vec<f64> {
     let mut once = || {
         let started = Instant::now();
         run();
-        // A device that can't be waited for has failed, and what it ran will say so.
+        // If waiting fails, the device has failed, and the next operation reports it.
         let _ = B::sync(device);
         started.elapsed().as_secs_f64() * 1000.0
     };
@@ -343,7 +343,7 @@ fn time<B: Backend>(plan: &BenchPlan, device: &B::Device, mut run: impl FnMut())
     (0..plan.repeats).map(|_| once()).collect()
 }
 
-/// Peak resident memory in MiB, from Linux's own count.
+/// Peak resident memory in MiB, as counted by Linux.
 fn peak_memory() -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

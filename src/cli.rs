@@ -37,7 +37,8 @@ use weights::{
     ConvertArguments, InspectArguments, StatedArguments, convert, inspect, stated_source,
 };
 
-/// Learns which layers of a diffusion transformer to drop, heals what is left, and proves how good the result is.
+/// Learns which layers of a diffusion transformer to drop, heals what is left, and proves how good
+/// the result is.
 #[derive(Debug, Parser)]
 #[command(
     name = "tinyfusion",
@@ -64,7 +65,8 @@ enum Command {
   tinyfusion sample embedded:digits-teacher --count 100 --steps 50 --images pictures
   tinyfusion sample artifacts/runs/quickstart/001/02-learned/model.safetensors --classes 3,8 --guidance 2 --solver ddim")]
     Sample(SampleArguments),
-    /// Measure samples against a reference batch, as ADM's evaluation does, or models of pixels side by side
+    /// Measure samples against a reference batch, as ADM's evaluation does, or models of pixels
+    /// side by side
     #[command(
         after_help = "Samples are .npz archives of 8-bit images, or folders of PNG and JPEG pictures of one size, in the folder itself or in
 one folder for each class. The last one is the reference; it may also be an archive of statistics (mu, sigma, and for
@@ -97,7 +99,8 @@ Examples:
   tinyfusion inspect DiT-XL-2-256x256.pt
   tinyfusion inspect embedded:digits-teacher --json")]
     Inspect(InspectArguments),
-    /// Write a checkpoint in another form: one file or several, PyTorch's, or a folder in the layout of diffusers
+    /// Write a checkpoint in another form: one file or several, PyTorch's, or a folder in the
+    /// layout of diffusers
     #[command(
         after_help = "The ending of TO decides: .safetensors, .safetensors.index.json (several files), .pt, or
 none for a folder with weights, config.json and model card.
@@ -180,7 +183,8 @@ struct RunArguments {
     /// Sampling steps [default: 100; with --demo 250]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     steps: Option<u32>,
-    /// Rule of a step: ddpm or ddim of a DiT, ode (Dormand-Prince) or sde (Euler-Maruyama) of a SiT [default: ddpm or ode]
+    /// Rule of a step: ddpm or ddim of a DiT, ode (Dormand-Prince) or sde (Euler-Maruyama) of a SiT
+    /// [default: ddpm or ode]
     #[arg(long, value_parser = ["ddpm", "ddim", "ode", "sde"], hide_possible_values = true)]
     solver: Option<String>,
     /// Share of noise in a DDIM step
@@ -205,7 +209,8 @@ struct RunArguments {
 
 #[derive(Debug, clap::Args)]
 struct SampleArguments {
-    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an embedded checkpoint
+    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an
+    /// embedded checkpoint
     checkpoint: String,
     #[command(flatten)]
     stated: StatedArguments,
@@ -215,7 +220,8 @@ struct SampleArguments {
     /// The classes and the guidance of the reference's demonstration
     #[arg(long, conflicts_with_all = ["classes", "guidance", "count"])]
     demo: bool,
-    /// Draw every N-th part from the I-th (from 0) into --into; the process that ends last puts all together
+    /// Draw every N-th part from the I-th (from 0) into --into; the process that ends last puts all
+    /// together
     #[arg(long, value_name = "I/N", requires = "into", value_parser = share)]
     share: Option<Share>,
     /// Write each sample as a PNG into this folder too, which must not exist
@@ -228,7 +234,7 @@ struct SampleArguments {
     run: RunArguments,
 }
 
-/// `I/N`, as `--share` has it.
+/// Parses `--share`'s `I/N`.
 fn share(text: &str) -> Result<Share, String> {
     let (index, of) = text.split_once('/').ok_or("expected I/N, such as 0/8")?;
     let number = |text: &str| text.parse::<usize>().map_err(|error| error.to_string());
@@ -276,7 +282,7 @@ fn obey(command: Command) -> Result<(), RecipeError> {
         Command::Standin { folder } => crate::standin::make(&folder),
         Command::Bench(arguments) => benchmark(&arguments),
         Command::Completions { shell } => {
-            // Into memory first: the generator panics where it can't write.
+            // Into memory first: the generator panics when writing fails.
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tinyfusion", &mut script);
             crate::terminal::told(io::stdout().write_all(&script));
@@ -285,20 +291,20 @@ fn obey(command: Command) -> Result<(), RecipeError> {
     }
 }
 
-/// Most threads that can be asked for: more take minutes to start.
+/// Most threads that can be requested: more take minutes to start.
 const MOST_THREADS: usize = 1024;
 
-/// Starts the threads that work is divided over, at most so many as a machine can have. Where they can't be had, rayon
-/// would panic at their first use.
+/// Starts the worker threads, with an upper limit. Without this, rayon would panic at first use
+/// when threads can't be started.
 fn start_threads(command: &Command) -> Result<(), RecipeError> {
     let stated = match command {
-        // They compute nothing.
+        // Commands that compute nothing.
         Command::Completions { .. } | Command::Inspect(_) => return Ok(()),
         Command::Bench(arguments) => arguments.threads(),
         _ => None,
     };
     let asked = || std::env::var("RAYON_NUM_THREADS").ok()?.parse().ok();
-    // With 0, rayon takes a thread a core.
+    // 0 means one thread per core for rayon.
     let count = stated.or_else(asked).unwrap_or(0).min(MOST_THREADS);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(count);
     pool.build_global().map_err(|error| {
@@ -313,7 +319,7 @@ fn start_threads(command: &Command) -> Result<(), RecipeError> {
     })
 }
 
-/// Prints an error with its causes, each once.
+/// Prints an error with its causes, without repetitions.
 fn report(error: &dyn std::error::Error) {
     let mut text = error.to_string();
     crate::say!("error: {text}");
@@ -328,7 +334,8 @@ fn report(error: &dyn std::error::Error) {
     }
 }
 
-/// A recipe's text, or the beginning of one that is too long. It need not be a file: `<(a command)` writes recipes, too.
+/// A recipe's text, or the beginning of one that is too long. `<(a command)` works too, so that it
+/// need not be a regular file.
 fn read_recipe(path: &Path) -> io::Result<String> {
     let mut bytes = Vec::new();
     std::fs::File::open(path)?
@@ -344,7 +351,7 @@ fn recipe(arguments: &RecipeArguments) -> Result<(), RecipeError> {
     let path = &arguments.recipe;
     let text = match read_recipe(path) {
         Ok(text) => text,
-        // A bare word may be one of those that are part of the program.
+        // A single word may name an embedded recipe.
         Err(error) => match path.to_str().and_then(embedded_recipes::recipe) {
             Some(text) => text.to_owned(),
             None => return Err(RecipeError::io(path)(error)),
@@ -429,8 +436,7 @@ fn source(name: &str) -> Result<Source, RecipeError> {
 }
 
 impl RunArguments {
-    /// What to draw; `count` samples where none are asked for.
-    /// What to draw of a model, and how; the solver by the model where none is named.
+    /// Settings of a model's sampling; `count` samples and a solver that fits the model by default.
     fn sampling(&self, count: u32, model: Option<&Source>) -> Result<Sampling, RecipeError> {
         if !(self.guidance >= 1.0 && self.guidance.is_finite()) {
             return Err(RecipeError::Run(format!(
@@ -483,7 +489,7 @@ impl RunArguments {
     }
 }
 
-/// Says of an interrupted command what goes on with it.
+/// Adds the command that continues an interrupted one to the messages.
 fn how_to_go_on<T>(result: Result<T, RecipeError>, command: &str) -> Result<T, RecipeError> {
     result.inspect_err(|error| {
         if matches!(error, RecipeError::Interrupted) {
@@ -539,7 +545,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
         return pictures(&archive, arguments.images.as_deref());
     };
     let run = &arguments.run;
-    // Planned as a recipe is, so that mistakes are found before anything is drawn.
+    // Planned like a recipe, so that mistakes are found before anything is drawn.
     plan_one(
         "sample",
         run,
@@ -571,7 +577,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
     Ok(())
 }
 
-/// Writes samples as pictures, where a person asks for them.
+/// Writes samples as pictures, if requested.
 fn pictures(archive: &Path, folder: Option<&Path>) -> Result<(), RecipeError> {
     if let Some(folder) = folder {
         write_pictures(archive, folder, watch("pictures", "images"))?;
@@ -580,7 +586,7 @@ fn pictures(archive: &Path, folder: Option<&Path>) -> Result<(), RecipeError> {
     Ok(())
 }
 
-/// Opens a checkpoint that is no stage's.
+/// Opens a checkpoint that is not a stage's.
 fn open(source: &Source) -> Result<Checkpoint, RecipeError> {
     match source {
         Source::Embedded(name) => Ok(embedded::checkpoint(*name)?),
@@ -589,7 +595,7 @@ fn open(source: &Source) -> Result<Checkpoint, RecipeError> {
     }
 }
 
-/// Has Ctrl-C ask for a stop.
+/// Makes Ctrl-C request a stop.
 fn listen() -> Result<(), RecipeError> {
     interrupt::listen()
         .map_err(|error| RecipeError::Run(format!("can't listen for signals: {error}")))

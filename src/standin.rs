@@ -1,7 +1,8 @@
-//! Small stand-ins for the public files that the paper's job starts from.
+//! Small stand-ins for the public files that the paper's recipes start from.
 //!
-//! None of them is any good: weights are random numbers, images are painted by formula. They have the forms of the real
-//! ones, so that everything between an image folder and a table of scores can be run, and tested, without a download.
+//! Their quality is poor: weights are random numbers, images are drawn by formula. They have the
+//! real files' formats, so that everything from an image folder to a table of scores can be run,
+//! and tested, without a download.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -21,13 +22,13 @@ use crate::recipe::RecipeError;
 use crate::state::{Array, StateDict, collect, names};
 use crate::weights::{write_safetensors, write_torch};
 
-/// Images, in equal parts of [`CLASSES`] classes.
+/// Number of images, in equal parts of [`CLASSES`] classes.
 pub const IMAGES: usize = 64;
-/// The first of them are the reference batch.
+/// Number of images in the reference batch: the first ones.
 pub const REFERENCE: usize = 32;
-/// Classes of images.
+/// Number of classes.
 pub const CLASSES: usize = 4;
-/// Side of the centre crop that the reference batch is made of; the model's latents are an eighth of it.
+/// Side of the centre crop for the reference batch; the latents' side is an eighth of it.
 pub const SIDE: usize = 64;
 
 /// The diffusion transformer, of four layers.
@@ -76,8 +77,8 @@ pub fn vae() -> VaeConfig {
     }
 }
 
-/// Writes all of them into a folder, which must be new or empty: `images/`, `standin-dit.pt`, `standin-vae/`,
-/// `standin-inception.pth` (95 MB) and `standin-reference.npz`.
+/// Writes all stand-ins into a folder, which must be new or empty: `images/`, `standin-dit.pt`,
+/// `standin-vae/`, `standin-inception.pth` (95 MB) and `standin-reference.npz`.
 ///
 /// # Errors
 /// When the folder holds anything, or can't be written.
@@ -160,8 +161,8 @@ fn vae_tensors() -> Vec<(String, Vec<usize>)> {
         .collect()
 }
 
-/// Random weights: matrices scaled by what they sum over, so that values stay of one size from layer to layer; what
-/// scales a norm is about 1, what shifts is small.
+/// Random weights: matrices are scaled by the number of summands, so that the size of values stays
+/// the same from layer to layer; a norm's scale is about 1, its shift small.
 fn noise(tensors: Vec<(String, Vec<usize>)>, spread: f32) -> StateDict {
     let fill = |(index, (name, shape)): (usize, (String, Vec<usize>))| {
         let count = shape.iter().product();
@@ -181,7 +182,7 @@ fn noise(tensors: Vec<(String, Vec<usize>)>, spread: f32) -> StateDict {
     tensors.into_iter().enumerate().map(fill).collect()
 }
 
-/// A picture of a class: bands that run one way in each class, of a colour and width of its own.
+/// A picture of a class: bands in the class's own direction, with individual colour and width.
 fn picture(index: usize, class: usize) -> RgbImage {
     let (width, height) = (70 + 3 * (index as u32 % 9), 80);
     let period = 6.0 + (index / CLASSES) as f32;

@@ -1,4 +1,4 @@
-//! Lines for a person. A reader that has gone away (`| head`) is no reason to fail, let alone to end a training.
+//! Lines for the user. A closed reader (`| head`) is no error, and must not end a training.
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,8 +13,8 @@ macro_rules! say {
     }};
 }
 
-/// Text with its control characters, but for line ends and tabs, written as escapes: names and notes come from files that
-/// may mean to rule a terminal.
+/// Escapes control characters except line ends and tabs: names and notes come from files that may
+/// contain terminal commands.
 pub fn harmless(text: String) -> String {
     let rules = |c: char| c.is_control() && c != '\n' && c != '\t';
     match text.contains(rules) {
@@ -31,17 +31,18 @@ pub fn harmless(text: String) -> String {
     }
 }
 
-/// Whether something that was asked for could not be written to standard output.
+/// Whether some requested output could not be written to standard output.
 static LOST: AtomicBool = AtomicBool::new(false);
 
-/// Notes what became of a line of standard output; that nobody reads on is no failure.
+/// Records the result of writing to standard output; a closed reader is not a failure.
 pub fn told(written: io::Result<()>) {
     if written.is_err_and(|error| error.kind() != io::ErrorKind::BrokenPipe) {
         LOST.store(true, Ordering::Relaxed);
     }
 }
 
-/// Whether all of standard output has been written, a full disk say; asked at the end.
+/// Whether all of standard output was written; false, for instance, on a full disk. Called at the
+/// end.
 pub fn all_told() -> bool {
     told(io::stdout().flush());
     !LOST.load(Ordering::Relaxed)

@@ -49,7 +49,7 @@ pub(super) struct BenchArguments {
 }
 
 impl BenchArguments {
-    /// Threads to compute on, if stated.
+    /// Number of threads to compute on, if stated.
     pub(super) fn threads(&self) -> Option<usize> {
         self.threads.map(|threads| threads as usize)
     }

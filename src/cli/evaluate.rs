@@ -14,12 +14,14 @@ use crate::recipe::schema::sample::{Against, Evaluate};
 use crate::recipe::schema::source::Source;
 use crate::weights::{EmbeddedName, WeightFile};
 
-/// Samples of a model, by default. With few, FID is biased upwards by more than models differ.
+/// Default number of samples of a model. With few, FID's upward bias exceeds the differences
+/// between models.
 const MODEL_SAMPLES: u32 = 2000;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct EvaluateArguments {
-    /// Samples and last the reference, each an .npz archive or a folder of pictures; or checkpoints of models of pixels
+    /// Samples and last the reference, each an .npz archive or a folder of pictures; or checkpoints
+    /// of models of pixels
     #[arg(required = true)]
     inputs: Vec<String>,
     /// Weights of the Inception network that archives are measured in
@@ -34,14 +36,16 @@ pub(super) struct EvaluateArguments {
     /// Folder that keeps what was measured of a reference for the next time
     #[arg(long, value_name = "FOLDER")]
     cache: Option<PathBuf>,
-    /// Arithmetic of the distances of precision and recall; f16 as ADM's evaluator, for comparison with published numbers
+    /// Arithmetic of the distances of precision and recall; f16 as ADM's evaluator, for comparison
+    /// with published numbers
     #[arg(long, value_enum, default_value_t = Distances::F64)]
     distances: Distances,
-    /// What models are measured against: digits, fashion, or a table as a recipe has it [default: what the first model
-    /// says it learned from, else digits]
+    /// What models are measured against: digits, fashion, or a table as a recipe has it [default:
+    /// what the first model says it learned from, else digits]
     #[arg(long, value_name = "DATA")]
     data: Option<String>,
-    /// The classifier whose features models are compared in [default: the embedded one of such pictures]
+    /// The classifier whose features models are compared in [default: the embedded one of such
+    /// pictures]
     #[arg(long, value_name = "CHECKPOINT")]
     features: Option<String>,
     #[command(flatten)]
@@ -61,7 +65,7 @@ pub(super) fn evaluate(arguments: &EvaluateArguments) -> Result<(), RecipeError>
             false => models(arguments),
         };
     };
-    // What is not there at all is said to be missing.
+    // An input that does not exist is reported as missing.
     source(other)?;
     Err(RecipeError::Run(format!(
         "{pictures} is taken for samples and {other} for a checkpoint; they can't be measured together"
@@ -167,7 +171,7 @@ fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
     arguments.run.run("evaluate", kind, data).map(|_| ())
 }
 
-/// The data to measure a model against that says what it learned from; digits if it doesn't.
+/// The data that a model's provenance names, to compare with; digits if it names none.
 fn of_model(said: &str) -> Result<Data, RecipeError> {
     match Data::of_model(said) {
         Some(data) => Ok(data),

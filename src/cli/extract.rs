@@ -1,4 +1,4 @@
-//! The command that turns images into latents.
+//! The command that encodes images to latents.
 
 use std::path::PathBuf;
 
@@ -43,7 +43,7 @@ pub(super) struct ExtractArguments {
     compute: Compute,
 }
 
-/// Extracts, or goes on with what was begun.
+/// Runs an extraction, or continues one.
 pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), RecipeError> {
     if let Some(problem) = arguments.backend.missing() {
         return Err(RecipeError::Run(problem));

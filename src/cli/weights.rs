@@ -1,4 +1,4 @@
-//! Commands about weights: what a file holds, and the same in another form.
+//! Commands about weights: the content of a file, and conversion.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use crate::recipe::schema::source::{FileSource, Source};
 use crate::report::thousands;
 use crate::weights::{self, Checkpoint, Conversion, Provenance, Stated, WeightFile};
 
-/// Classes that are named one by one.
+/// Most classes that are listed.
 const NAMED: usize = 20;
 
 #[derive(Debug, clap::Args)]
@@ -22,14 +22,16 @@ pub(super) struct StatedArguments {
     /// Attention heads, if the file doesn't say and no published model has its width
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     heads: Option<u32>,
-    /// The process it was trained under, if the file doesn't say: gaussian as DiT, interpolant as SiT
+    /// The process it was trained under, if the file doesn't say: gaussian as DiT, interpolant as
+    /// SiT
     #[arg(long, value_name = "PROCESS", hide_possible_values = true)]
     process: Option<ProcessKind>,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct InspectArguments {
-    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an embedded checkpoint
+    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an
+    /// embedded checkpoint
     checkpoint: String,
     #[command(flatten)]
     stated: StatedArguments,
@@ -40,7 +42,8 @@ pub(super) struct InspectArguments {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ConvertArguments {
-    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an embedded checkpoint
+    /// A .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file, a folder, or an
+    /// embedded checkpoint
     from: String,
     /// The file or folder to write, which must not exist
     to: PathBuf,
@@ -70,7 +73,7 @@ impl StatedArguments {
         }
     }
 
-    /// Refuses what is stated where nothing is a checkpoint in a file.
+    /// Refuses statements about checkpoints when none is in a file.
     pub(super) fn refuse(&self, names: &str) -> Result<(), RecipeError> {
         if self.stated() == Stated::default() {
             return Ok(());
@@ -81,7 +84,7 @@ impl StatedArguments {
     }
 }
 
-/// A checkpoint named on the command line, with what is stated of it.
+/// A checkpoint named on the command line, with the statements about it.
 pub(super) fn stated_source(name: &str, stated: &StatedArguments) -> Result<Source, RecipeError> {
     match source(name)? {
         Source::File(file) => Ok(Source::File(FileSource {
@@ -92,7 +95,7 @@ pub(super) fn stated_source(name: &str, stated: &StatedArguments) -> Result<Sour
     }
 }
 
-/// Checkpoints named on the command line, with what is stated of those that are files.
+/// Checkpoints named on the command line, with the statements about those in files.
 pub(super) fn stated_sources(
     names: &[String],
     stated: &StatedArguments,
@@ -111,7 +114,7 @@ pub(super) fn stated_sources(
     Ok(sources)
 }
 
-/// Writes a checkpoint in another form.
+/// Writes a checkpoint in another format.
 pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
     let checkpoint = open(&stated_source(&arguments.from, &arguments.stated)?)?;
     let conversion = Conversion {
@@ -142,7 +145,7 @@ pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
     Ok(())
 }
 
-/// Prints what a checkpoint holds.
+/// Prints the content of a checkpoint.
 pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), RecipeError> {
     let name = &arguments.checkpoint;
     let checkpoint = open(&stated_source(name, &arguments.stated)?)?;

@@ -1,9 +1,10 @@
-//! TinyFusion learns which layers of a diffusion transformer to drop, heals what is left, and proves how good the
-//! result is (Fang et al., "TinyFusion: Diffusion Transformers Learned Shallow", arXiv 2412.01199).
+//! TinyFusion learns which layers of a diffusion transformer to drop, recovers the rest, and
+//! measures how good the result is (Fang et al., "TinyFusion: Diffusion Transformers Learned
+//! Shallow", arXiv 2412.01199).
 //!
-//! # The rooms
+//! # Modules
 //!
-//! | Room | What it is for |
+//! | Module | Purpose |
 //! |---|---|
 //! | [`models`] | networks, and the seam any network fits: [`models::Denoiser`], [`models::Prunable`]; the autoencoder and Inception |
 //! | [`trunk`] | the seam: a stack of blocks, and what may happen around each |
@@ -16,18 +17,20 @@
 //! | [`state`] | named arrays, in memory and in files; a module's parameters from them |
 //! | [`weights`] | safetensors, `.pt` and the layout of diffusers, in and out, under PyTorch's names |
 //! | [`evaluation`] | FID, sFID, Inception Score, precision and recall by ADM's protocol |
-//! | [`npz`] | pictures as other programs read them |
-//! | [`sampling`] | drawing, in parts and shares; decoding |
+//! | [`npz`] | pictures in other programs' formats |
+//! | [`sampling`] | drawing samples, in parts and shares; decoding |
 //! | [`recipe`] | TOML → plan → run directory |
 //! | [`report`] | pictures and tables |
 //! | [`random`] | randomness keyed by (seed, stream, step, index) |
-//! | [`backend`], [`cli`], [`mod@bench`], [`interrupt`], [`files`], [`images`], [`terminal`], `standin` | the program around it |
+//! | [`backend`], [`interrupt`], [`files`], [`images`], [`terminal`] | shared parts of the program |
+//! | [`cli`], [`mod@bench`], `standin` | the program's commands |
 //!
 //! # How data flows
 //!
-//! A recipe is read into a typed [`recipe::schema::Recipe`], which becomes a [`recipe::plan::Plan`] once every
-//! stage's model is known. Each stage takes a [`weights::Checkpoint`] and leaves one in the run directory; nothing
-//! else passes between stages, so any of them can be run alone, repeated or resumed.
+//! A recipe is read into a typed [`recipe::schema::Recipe`], which becomes a [`recipe::plan::Plan`]
+//! once every stage's model is known. Each stage reads a [`weights::Checkpoint`] and leaves one in
+//! the run directory; nothing else passes between stages, so any of them can be run alone, repeated
+//! or resumed.
 //!
 //! Everything that computes is generic over Burn's `Backend`. [`with_backend!`] turns the choice made on the command
 //! line into a type, once. All randomness is drawn on the host and keyed, so the same recipe gives the same masks,

@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-/// Tensor code on the CPU allocates every intermediate afresh; the system's allocator gives such blocks back to the
-/// kernel each time and pays for their page faults again.
+/// Tensor code on the CPU allocates every intermediate anew; the system's allocator returns such
+/// blocks to the kernel each time, which causes page faults again.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -11,8 +11,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 
 fn main() -> ExitCode {
-    // A training step frees and allocates the same blocks over and over: none is given back between steps.
-    // SAFETY: sets a number, before any other thread runs.
+    // A training step frees and allocates the same blocks again and again: they are kept between
+    // steps.
+    // SAFETY: sets a number before any other thread runs.
     unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
     tinyfusion::cli::main()
 }

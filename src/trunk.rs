@@ -1,14 +1,14 @@
-//! The seam between a network and everything that is done to its layers.
+//! The interface between a network and everything that is done to its layers.
 //!
-//! A diffusion transformer is an embedding, a *trunk* of residual blocks, and a head. Learned gates, layer
-//! scores, feature taps and skipping are all something that happens *around a block*, so networks know nothing
-//! of them: they call [`run`] with whatever [`BlockHook`] they were handed.
+//! A diffusion transformer is an embedding, a *trunk* of residual blocks, and a head. Learned
+//! gates, layer scores, feature taps and skipping all happen *around a block*, so networks don't
+//! depend on them: they call [`run`] with the [`BlockHook`] they are given.
 
 use burn::tensor::{Tensor, backend::Backend};
 
 use crate::ops::FusedOps;
 
-/// Where in the trunk a hook stands.
+/// The position of a hook in the trunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Site {
     /// Index of the block, from 0.
@@ -17,13 +17,13 @@ pub struct Site {
     pub depth: usize,
 }
 
-/// The layers of a network that can be taken out.
+/// The removable layers of a network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trunk {
     /// Number of blocks.
     pub depth: usize,
-    /// Layers before which no group of layers may reach over: the first of a decoder, say. Increasing, each above 0
-    /// and below the depth.
+    /// Layers before which a group must end, such as the first layer of a decoder. Increasing, each
+    /// above 0 and below the depth.
     pub borders: Vec<usize>,
 }
 
@@ -40,13 +40,14 @@ impl Trunk {
 /// Runs a block on its input, `[batch, tokens, width]` both.
 pub type Block<'a, B> = &'a dyn Fn(Tensor<B, 3>) -> Tensor<B, 3>;
 
-/// What happens around each block of a trunk.
+/// Computation around each block of a trunk.
 pub trait BlockHook<B: Backend> {
-    /// `block` runs the block on its input; tensors are `[batch, tokens, width]`. Returns what the next block sees.
+    /// `block` runs the block on its input; tensors are `[batch, tokens, width]`. Returns the next
+    /// block's input.
     fn around(&mut self, site: Site, x: Tensor<B, 3>, block: Block<'_, B>) -> Tensor<B, 3>;
 }
 
-/// Sends `x` through `depth` blocks, each wrapped by `hook`.
+/// Runs `depth` blocks on `x`, each wrapped by `hook`.
 pub fn run<B: Backend>(
     depth: usize,
     mut x: Tensor<B, 3>,
@@ -59,7 +60,7 @@ pub fn run<B: Backend>(
     x
 }
 
-/// Runs every block and nothing else.
+/// Runs every block without changes.
 #[derive(Debug, Default)]
 pub struct Plain;
 
@@ -69,10 +70,10 @@ impl<B: Backend> BlockHook<B> for Plain {
     }
 }
 
-/// Leaves one layer out.
+/// Skips one layer.
 #[derive(Debug)]
 pub struct Skip {
-    /// The layer that is left out.
+    /// The skipped layer.
     pub layer: usize,
 }
 
@@ -86,9 +87,10 @@ impl<B: Backend> BlockHook<B> for Skip {
     }
 }
 
-/// Scales each block's contribution per sample: `x <- m block(x) + (1 - m) x` (TinyFusion, equation 1).
+/// Scales each block's contribution per sample: `x <- m block(x) + (1 - m) x` (TinyFusion, equation
+/// 1).
 ///
-/// A masked block still runs: its output is what the gate's gradient is made of.
+/// A masked block still runs, because the gate's gradient needs its output.
 #[derive(Debug)]
 pub struct Gated<B: Backend> {
     /// One gate per sample and layer, `[batch, depth]`.
@@ -106,7 +108,7 @@ impl<B: FusedOps> BlockHook<B> for Gated<B> {
     }
 }
 
-/// Keeps the outputs of chosen blocks, in the order of `layers`' positions in the trunk.
+/// Keeps the outputs of the chosen layers, in trunk order.
 #[derive(Debug)]
 pub struct Tap<B: Backend> {
     layers: Vec<usize>,

@@ -1,6 +1,6 @@
-//! Healing a pruned network: fine-tuning, distillation, masked distillation.
+//! Recovery of a pruned network: fine-tuning, distillation, masked distillation.
 //!
-//! A fresh network trains by the same step: pretraining is fine-tuning from nothing.
+//! Pretraining is the same step with a fresh network.
 
 use std::marker::PhantomData;
 
@@ -16,7 +16,7 @@ use crate::process::{AnyProcess, Distillation, Terms};
 use crate::training::{StepReport, scalars};
 use crate::trunk::{Plain, Tap};
 
-/// A network in training, alone or under a teacher.
+/// A network in training, alone or with a teacher.
 #[derive(Module, Debug)]
 pub struct Student<B: Backend, N: Module<B> = Network<B>> {
     /// The network.
@@ -49,7 +49,7 @@ impl<B: Backend, N: Module<B>> Student<B, N> {
 }
 
 impl<B: Backend, N: Denoiser<B>> Student<B, N> {
-    /// The loss's terms for a batch; under distillation the batch carries what the teacher said of it.
+    /// The loss's terms for a batch; for distillation, the batch has the teacher's output.
     pub fn terms(&self, batch: &Batch<B>) -> Terms<B> {
         let seen = batch.noised(&self.process);
         match (&self.distillation, &batch.teacher) {

@@ -22,7 +22,7 @@
 //! | [`recipe`] | TOML → plan → run directory |
 //! | [`report`] | pictures and tables |
 //! | [`random`] | randomness keyed by (seed, stream, step, index) |
-//! | [`backend`], [`interrupt`], [`files`], [`images`], [`terminal`] | shared parts of the program |
+//! | [`backend`], [`interrupt`], [`files`], [`images`], [`terminal`] | shared parts |
 //! | [`cli`], [`mod@bench`], `standin` | the program's commands |
 //!
 //! # How data flows

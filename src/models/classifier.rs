@@ -222,7 +222,8 @@ impl<B: FusedOps> Classifier<B> {
         for conv in std::iter::once(&self.conv2).chain(&self.conv_more) {
             x = activation::relu(conv.forward(x)); // [batch, width/2, half the side, half the side]
         }
-        let features = activation::relu(self.features.forward(x.flatten::<2>(1, 3))); // [batch, width]
+        // [batch, width]
+        let features = activation::relu(self.features.forward(x.flatten::<2>(1, 3)));
         let logits = self.head.forward(features.clone());
         Reading { features, logits }
     }

@@ -328,7 +328,8 @@ impl<B: FusedOps> Denoiser<B> for Dit<B> {
         y: Tensor<B, 1, Int>,
         hook: &mut dyn BlockHook<B>,
     ) -> Tensor<B, 4> {
-        let x = self.x_embedder.proj.forward(x, self.patch_size) + self.pos_embed.val(); // [batch, tokens, width]
+        // [batch, tokens, width]
+        let x = self.x_embedder.proj.forward(x, self.patch_size) + self.pos_embed.val();
         let condition = self.t_embedder.forward(t) + self.y_embedder.forward(y); // [batch, width]
         // Every modulation uses the same SiLU of the condition: computed once.
         let condition = B::activate(condition, Activation::Silu);

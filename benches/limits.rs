@@ -147,8 +147,9 @@ impl Work {
         let (rows, width) = (batch * model.tokens(), model.width);
         let forward = 2.0 * (batch * model.macs()) as f64;
         let parameters = Architecture::from(model.clone()).parameters() as f64;
-        // Values an operator of a block passes per row and column, forward: two norms 2 each, projection of q, k, v 4,
-        // attention 4, its projection 2, two residuals 3 each, the MLP's two layers 5 each.
+        // Values an operator of a block passes per row and column, forward: two norms 2 each,
+        // projection of q, k, v 4, attention 4, its projection 2, two residuals 3 each, the MLP's
+        // two layers 5 each.
         let there = (30 * rows * width * model.depth) as f64;
         // The gradients of their outputs, the saved values, and the gradients of their inputs.
         let back = (44 * rows * width * model.depth) as f64;

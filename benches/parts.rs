@@ -287,8 +287,7 @@ fn training(criterion: &mut Criterion) {
             black_box(source.draw::<Inner>(step, &device))
         })
     });
-    let network =
-        Network::<Training>::zeros(&config.into(), &device).expect("it is a diffusion network");
+    let network = Network::<Training>::zeros(&config, &device).expect("it is a diffusion network");
     let mut state = collect::<Training, _>(&network);
     initialise(&mut state, 0);
     let network = assign(

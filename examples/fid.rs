@@ -1,7 +1,8 @@
-//! FID, sFID, Inception Score, precision and recall of an archive (or folder) of pictures against a reference, by
-//! ADM's protocol. Two archives' FID is this, one of them being the reference.
+//! FID, sFID, Inception Score, precision and recall of an archive (or folder) of pictures against a
+//! reference, by ADM's protocol. Two archives' FID is this, one of them being the reference.
 //!
-//! `cargo run --release --example fid -- SAMPLES.npz REFERENCE.npz pt_inception-2015-12-05-6726825d.pth`
+//! `cargo run --release --example fid -- SAMPLES.npz REFERENCE.npz
+//! pt_inception-2015-12-05-6726825d.pth`
 //!
 //! `tinyfusion standin FOLDER` makes small files of these forms, to try it with.
 

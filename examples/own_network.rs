@@ -1,5 +1,5 @@
-//! Prunes a network of your own: a small transformer over the rows of a picture is trained on the embedded digits,
-//! the gates of its eight blocks are learned, and the four that stay are healed.
+//! Prunes a network of your own: a small transformer over the rows of a picture is trained on the
+//! embedded digits, the gates of its eight blocks are learned, and the four that stay are healed.
 //!
 //! `cargo run --example own_network`
 
@@ -138,7 +138,8 @@ fn rows<B: Backend>(depth: usize, device: &B::Device) -> Rows<B> {
     }
 }
 
-/// Trains anything whose step takes a batch of digits: a student, or gates, which draw among `candidates`.
+/// Trains anything whose step takes a batch of digits: a student, or gates, which draw among
+/// `candidates`.
 fn train<M>(
     name: &str,
     model: M,
@@ -201,7 +202,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         rank: 4,
         alpha: 8.0,
     };
-    // A trained module is one of the inner backend, whose parameters no longer learn: its values go into a fresh one.
+    // A trained module is one of the inner backend, whose parameters no longer learn: its values go
+    // into a fresh one.
     let values = collect::<NdArray, _>(&teacher.ema.network);
     let fresh = rows::<Learning>(8, &Device::Cpu);
     let whole = assign::<Learning, _>(fresh, &values, folder, "the teacher")?;

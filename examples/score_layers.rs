@@ -1,7 +1,7 @@
 //! Scores the layers of a checkpoint in three ways, on the embedded digits.
 //!
-//! `cargo run --example score_layers` takes the embedded teacher, `cargo run --example score_layers -- model.safetensors`
-//! any model of the digits.
+//! `cargo run --example score_layers` takes the embedded teacher, `cargo run --example score_layers
+//! -- model.safetensors` any model of the digits.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -280,7 +280,8 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
     }
 }
 
-/// A network of small random weights, made one parameter after the other, so that there is never more than one of it.
+/// A network of small random weights, made one parameter after the other, so that there is never
+/// more than one of it.
 fn network<B: Backend>(config: &Architecture, device: &B::Device) -> Network<B> {
     struct Randomise(u64);
     impl<B: Backend> ModuleMapper<B> for Randomise {

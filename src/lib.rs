@@ -32,9 +32,9 @@
 //! the run directory; nothing else passes between stages, so any of them can be run alone, repeated
 //! or resumed.
 //!
-//! Everything that computes is generic over Burn's `Backend`. [`with_backend!`] turns the choice made on the command
-//! line into a type, once. All randomness is drawn on the host and keyed, so the same recipe gives the same masks,
-//! noise and order everywhere.
+//! Everything that computes is generic over Burn's `Backend`. [`with_backend!`] turns the choice
+//! made on the command line into a type, once. All randomness is drawn on the host and keyed, so
+//! the same recipe gives the same masks, noise and order everywhere.
 //!
 //! # Example
 //!
@@ -48,7 +48,8 @@
 //! use tinyfusion::weights::{EmbeddedName, embedded};
 //!
 //! let teacher = embedded::checkpoint(EmbeddedName::DigitsTeacher)?;
-//! let (network, process) = (teacher.network::<NdArray>(&Default::default())?, teacher.trained_by().process());
+//! let network = teacher.network::<NdArray>(&Default::default())?;
+//! let process = teacher.trained_by().process();
 //! let batch = ScoreBatch::noise(network.shape(), 4, 0, &Default::default());
 //! let scores = score(&network, &process, Score::FluxLite, &batch).scores;
 //! let pruned = network.keep(&keep_by_scores(Score::FluxLite, &scores, 6));

@@ -62,6 +62,10 @@ impl Keys for Small {
     fn boolean(&mut self, _: &'static str, _: &'static str, default: bool) -> bool {
         default
     }
+
+    fn choice(&mut self, _: &'static str, _: &'static str, _: &[&'static str]) -> usize {
+        0
+    }
 }
 
 /// The autoencoder's sizes.

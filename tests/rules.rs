@@ -1,5 +1,7 @@
 //! The rules that hold the rooms of `src` apart.
 
+#![allow(clippy::unwrap_used)] // a test that can't read the sources fails
+
 use std::path::{Path, PathBuf};
 
 /// The rooms from the ground up. A room uses those that stand before it.
@@ -37,6 +39,9 @@ const WORDS: [&str; 6] = ["dit", "sit", "gaussian", "interpolant", "DiT", "SiT"]
 /// Published files are called by their models' names, in examples of the help too.
 const PUBLISHED: [&str; 3] = ["cli.rs", "recipe/published.rs", "standin.rs"];
 
+/// Files of tests alone.
+const TESTS: [&str; 3] = ["tests.rs", "schema/keys.rs", "run/documents.rs"];
+
 /// A source file, without comments and tests.
 struct Source {
     /// Its path within `src`.
@@ -62,7 +67,7 @@ fn sources() -> Vec<Source> {
             texts,
         }
     };
-    let is_test = |path: &PathBuf| path.components().any(|part| part.as_os_str() == "tests.rs");
+    let is_test = |path: &PathBuf| TESTS.iter().any(|name| path.ends_with(name));
     files
         .iter()
         .filter(|path| !is_test(path))
@@ -132,7 +137,8 @@ fn divide(text: &str) -> (String, String) {
     (code, texts)
 }
 
-/// Whether an identifier begins with a name, as `DitConfig` does with `Dit` and `Site` does not with `Sit`.
+/// Whether an identifier begins with a name, as `DitConfig` does with `Dit` and `Site` does not
+/// with `Sit`.
 fn begins(word: &str, name: &str) -> bool {
     let rest = word.strip_prefix(name);
     rest.is_some_and(|rest| !rest.starts_with(char::is_lowercase))
@@ -181,6 +187,27 @@ fn families_and_processes_are_named_in_their_rooms_alone() {
         wrong.extend(named.map(|word| format!("{path} says {word}")));
     }
     wrong.dedup();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn comments_fit_100_columns() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    for folder in ["src", "tests", "examples", "benches"] {
+        walk(&root.join(folder), &mut files);
+    }
+    let mut wrong = Vec::new();
+    for path in files {
+        for (number, line) in std::fs::read_to_string(&path).unwrap().lines().enumerate() {
+            let comment = line.trim_start();
+            let wraps =
+                comment.starts_with("//") && !comment.contains(" | ") && !comment.contains("://");
+            if wraps && line.chars().count() > 100 {
+                wrong.push(format!("{}:{}", path.display(), number + 1));
+            }
+        }
+    }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 

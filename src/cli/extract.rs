@@ -6,7 +6,7 @@ use super::{how_to_go_on, listen};
 use crate::backend::{BackendKind, Compute};
 use crate::recipe::RecipeError;
 use crate::recipe::run::extract;
-use crate::recipe::schema::extract::{Extract, Form};
+use crate::recipe::schema::extract::{Extract, LatentForm};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ExtractArguments {
@@ -54,8 +54,8 @@ pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), RecipeError> {
         size: arguments.size as usize,
         mirror: !arguments.no_mirror,
         form: match arguments.form.as_str() {
-            "npy" => Form::Npy,
-            form => Form::Packed {
+            "npy" => LatentForm::Npy,
+            form => LatentForm::Packed {
                 half: form == "f16",
             },
         },

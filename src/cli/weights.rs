@@ -7,6 +7,7 @@ use safetensors::Dtype;
 use super::{open, source};
 use crate::process::ProcessKind;
 use crate::recipe::RecipeError;
+use crate::recipe::run::directory::evaluation_of;
 use crate::recipe::schema::source::{FileSource, Source};
 use crate::report::thousands;
 use crate::weights::{self, Checkpoint, Conversion, Provenance, Stated, WeightFile};
@@ -23,8 +24,8 @@ pub(super) struct StatedArguments {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     heads: Option<u32>,
     /// The process it was trained under, if the file doesn't say: gaussian as DiT, interpolant as
-    /// SiT
-    #[arg(long, value_name = "PROCESS", hide_possible_values = true)]
+    /// SiT, interpolant:PATH:PREDICTS:WEIGHTING as other interpolants
+    #[arg(long, value_name = "PROCESS")]
     process: Option<ProcessKind>,
 }
 
@@ -126,6 +127,7 @@ pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
         }),
         shard: arguments.shard.map(|megabytes| megabytes * 1_000_000),
         licence: arguments.licence.clone(),
+        evaluation: evaluation_of(&checkpoint.path),
     };
     for path in weights::convert(&checkpoint, &arguments.to, &conversion)? {
         crate::tell!("{}", path.display());
@@ -139,7 +141,7 @@ pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
             "note: {}: a PyTorch state dict can't say that it is a {:?}; state `--process {}` where it is read",
             arguments.to.display(),
             process.family(),
-            process.name()
+            process.mark()
         );
     }
     Ok(())

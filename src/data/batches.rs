@@ -1,16 +1,18 @@
 //! Batches as burn-train's data loader, read ahead, with the teacher's outputs.
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::sync::{Arc, Mutex};
 use std::thread;
+
+use parking_lot::Mutex;
 
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::tensor::Tensor;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 
 use super::DataError;
-use super::loader::{Batch, BatchSource, HostBatch, lock};
+use super::loader::{Batch, BatchSource, HostBatch};
 use crate::models::Denoiser;
 use crate::ops::TrainingBackend;
 use crate::process::{AnyProcess, Noised, TeacherOutput};
@@ -170,7 +172,7 @@ where
     B: TrainingBackend,
 {
     fn failure(&self) -> Option<DataError> {
-        lock(&self.failure).take()
+        self.failure.lock().take()
     }
 }
 
@@ -198,7 +200,7 @@ where
         let plain: Batch<B::InnerBackend> = match self.ahead.recv().ok()? {
             Ok(batch) => batch.upload(device),
             Err(error) => {
-                *lock(failure) = Some(error);
+                *failure.lock() = Some(error);
                 return None;
             }
         };

@@ -1,6 +1,8 @@
 //! Batches by step number: deterministic, resumable, the same on every backend.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
@@ -90,7 +92,7 @@ impl BatchSource {
     }
 
     fn order(&self, epoch: usize) -> Arc<[usize]> {
-        let mut last = lock(&self.order);
+        let mut last = self.order.lock();
         match &*last {
             Some((known, order)) if *known == epoch => order.clone(),
             _ => {
@@ -294,10 +296,6 @@ impl HostBatch {
             teacher: None,
         }
     }
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

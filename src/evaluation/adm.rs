@@ -164,7 +164,7 @@ mod tests {
 
     use super::*;
     use crate::evaluation::{
-        FileDigest, Moments, Reference, cache_file, read_reference_statistics,
+        FileDigest, MomentsFrom, Reference, cache_file, read_reference_statistics,
     };
     use crate::images::Images;
     use crate::models::inception::formula_weights;
@@ -223,7 +223,7 @@ mod tests {
             .unwrap();
         let kept = open().measure_cached(&INCEPTION, &cache, 1, |_| panic!("it is kept"));
         assert_eq!(kept.unwrap(), reference);
-        assert_eq!(reference.moments, Moments::Measured);
+        assert_eq!(reference.moments, MomentsFrom::Measured);
         // The statistics take the same rows in the same order, whatever the batches. But in another
         // batch the network may round differently, by 1e-6 for activations of size one.
         let spatial = reference.spatial.as_ref().unwrap();
@@ -274,7 +274,7 @@ mod tests {
         let alone = alone.measure_cached(&INCEPTION, &nothing, 1, |_| panic!("no pictures"));
         let alone = alone.unwrap();
         assert!(!nothing.exists());
-        assert_eq!(alone.moments, Moments::Stated);
+        assert_eq!(alone.moments, MomentsFrom::Stated);
         let scores = compare(&alone, &other, 3, Distances::F64).unwrap();
         assert_eq!((scores.precision, scores.recall), (None, None));
         assert_eq!((scores.fid, scores.sfid), (far.fid, far.sfid));

@@ -31,14 +31,18 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::data::DataError;
 use crate::models::inception::UnreadablePictures;
 use crate::npz::NpzError;
+use crate::state::WeightsError;
 
 mod adm;
+mod classified;
 mod features;
 mod frechet;
 mod half_distances;
 mod inception_score;
+mod judge;
 mod moments;
 mod precision_recall;
 mod reference;
@@ -47,15 +51,17 @@ mod statistics;
 mod verdict;
 
 pub use adm::{Measured, Scores, compare, measure};
+pub use classified::{ClassifiedVerdict, ClassifierJudge, Pictured, accuracy, classified_table};
 pub use features::Features;
 pub use frechet::frechet_distance;
 pub use inception_score::{DEFAULT_SPLIT_SIZE, InceptionScore, inception_score};
+pub use judge::{AdmJudge, Against, common_count};
 pub use moments::{ReferenceStatistics, read_reference_statistics};
 pub use precision_recall::{
     DEFAULT_NEIGHBOURS, Distances, PrecisionRecall, neighbour_radii, precision_recall,
     precision_recall_with,
 };
-pub use reference::{Moments, Reference, ReferenceMeasured, cache_file};
+pub use reference::{MomentsFrom, Reference, ReferenceMeasured, cache_file};
 pub use speed::Speed;
 pub(crate) use speed::median_and_spread;
 pub use statistics::{Statistics, StatisticsAccumulator};
@@ -112,6 +118,23 @@ pub enum EvaluationError {
     /// An archive or a folder of pictures that can't be read or written.
     #[error(transparent)]
     Npz(#[from] NpzError),
+    /// A sample of the data can't be read.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// Weights that can't be read.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// Sets of pictures that can't be compared with each other.
+    #[error("{0}")]
+    Unlike(String),
+    /// An archive or folder that can't be measured as asked.
+    #[error("{}: {problem}", .path.display())]
+    Unfit {
+        /// The archive or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A stop was requested, see [`crate::interrupt`].
     #[error("interrupted")]
     Interrupted,

@@ -33,7 +33,7 @@ pub struct Reference {
 /// Where a reference's moments come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Moments {
+pub enum MomentsFrom {
     /// Stored in the archive; how they were measured is not known here.
     Stated,
     /// Measured on its pictures by this program's Inception.
@@ -52,7 +52,7 @@ pub struct ReferenceMeasured {
     /// has only moments.
     pub features: Option<Features>,
     /// Where the moments come from.
-    pub moments: Moments,
+    pub moments: MomentsFrom,
 }
 
 impl Reference {
@@ -139,8 +139,8 @@ impl Reference {
             None => (None, None),
         };
         let (source, moments) = match (self.moments, measured) {
-            (Some(stated), _) => (Moments::Stated, stated),
-            (None, Some(measured)) => (Moments::Measured, measured),
+            (Some(stated), _) => (MomentsFrom::Stated, stated),
+            (None, Some(measured)) => (MomentsFrom::Measured, measured),
             // `open` refuses an archive with neither.
             (None, None) => {
                 return Err(EvaluationError::TooFew {
@@ -178,8 +178,8 @@ impl Reference {
         };
         if cache.is_file() {
             let moments = match self.moments {
-                Some(_) => Moments::Stated,
-                None => Moments::Measured,
+                Some(_) => MomentsFrom::Stated,
+                None => MomentsFrom::Measured,
             };
             return ReferenceMeasured::read(cache, pictures, moments);
         }
@@ -239,7 +239,7 @@ impl ReferenceMeasured {
         write().map_err(EvaluationError::io(path))
     }
 
-    fn read(path: &Path, pictures: usize, moments: Moments) -> Result<Self, EvaluationError> {
+    fn read(path: &Path, pictures: usize, moments: MomentsFrom) -> Result<Self, EvaluationError> {
         let mut archive = Archive::open(path)?;
         let pool = archive.required("pool")?;
         if pool.shape != [pictures, POOLED] {

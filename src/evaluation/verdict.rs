@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Distances, EvaluationError, Measured, Moments, Scores, Speed};
+use super::{Distances, EvaluationError, Measured, MomentsFrom, Scores, Speed};
 use crate::files::{sha256, write_atomic};
 use crate::npz::picture_folder::PictureFolder;
 use crate::report::{Table, short};
@@ -97,7 +97,7 @@ pub struct AdmProtocol {
     /// moments.
     pub reference_pictures: Option<usize>,
     /// Where the reference's moments come from.
-    pub reference_moments: Moments,
+    pub reference_moments: MomentsFrom,
     /// Inception's weights.
     pub inception: FileDigest,
     /// Index of the nearest neighbour that defines the radii of precision and recall.
@@ -248,7 +248,7 @@ mod tests {
                 samples: 50_000,
                 reference: digest("reference.npz", "12"),
                 reference_pictures: pictures,
-                reference_moments: Moments::Stated,
+                reference_moments: MomentsFrom::Stated,
                 inception: digest("inception.pth", "34"),
                 neighbours: 3,
                 distances: Distances::F64,

@@ -43,7 +43,8 @@ macro_rules! ask {
 }
 
 impl Architecture {
-    /// A published model of ImageNet at 256 x 256, in latents of an autoencoder that reduces each side eight times.
+    /// A published model of ImageNet at 256 x 256, in latents of an autoencoder that reduces each
+    /// side eight times.
     pub fn preset(name: &str) -> Option<Self> {
         Self::preset_of(name, presets::IMAGENET_256)
     }
@@ -159,7 +160,8 @@ impl Architecture {
         ask!(self, config => config.macs())
     }
 
-    /// Parameters of a low-rank update of every linear layer that [`Prunable`](super::Prunable) names.
+    /// Parameters of a low-rank update of every linear layer that [`Prunable`](super::Prunable)
+    /// names.
     pub fn lora_parameters(&self, rank: usize) -> usize {
         match self {
             Self::Dit(config) => config.lora_parameters(rank),
@@ -209,7 +211,8 @@ impl Architecture {
         infer::dit(tensors, heads, path).map(Self::Dit)
     }
 
-    /// Refuses tensors that are not this network's, naming all that are missing, surplus or misshapen.
+    /// Refuses tensors that are not this network's, naming all that are missing, surplus or
+    /// misshapen.
     pub(crate) fn check(&self, tensors: &Tensors, path: &Path) -> Result<(), WeightsError> {
         infer::check(tensors, &self.tensors(), &self.to_string(), path)
     }
@@ -232,7 +235,7 @@ impl Architecture {
     ///
     /// # Errors
     /// When they are not this network's.
-    pub(crate) fn from_diffusers(
+    pub(crate) fn read_diffusers(
         &self,
         tensors: Tensors,
         path: &Path,
@@ -247,7 +250,7 @@ impl Architecture {
     ///
     /// # Errors
     /// When diffusers has no such network.
-    pub(crate) fn to_diffusers(
+    pub(crate) fn write_diffusers(
         &self,
         tensors: Tensors,
         path: &Path,

@@ -49,7 +49,8 @@ impl ClassifierConfig {
         }
     }
 
-    /// Reads the sizes from whoever gives them; those of the pictures are `samples` where none are given.
+    /// Reads the sizes from whoever gives them; those of the pictures are `samples` where none are
+    /// given.
     #[rustfmt::skip]
     pub fn read(keys: &mut dyn Keys, samples: Shape) -> Self {
         let Shape { channels, side, classes } = samples;

@@ -1,4 +1,5 @@
-//! What a configuration asks of whoever fills it: a recipe's table, a page that lists the keys, or a check of values.
+//! What a configuration asks of whoever fills it: a recipe's table, a page that lists the keys, or
+//! a check of values.
 
 /// A key of a configuration.
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +34,14 @@ pub trait Keys {
 
     /// Yes or no.
     fn boolean(&mut self, name: &'static str, meaning: &'static str, default: bool) -> bool;
+
+    /// One of some words, by its place among them; the first where none is given.
+    fn choice(
+        &mut self,
+        name: &'static str,
+        meaning: &'static str,
+        words: &[&'static str],
+    ) -> usize;
 }
 
 /// Asks of a configuration whether its own values lie where they must.
@@ -84,5 +93,9 @@ impl<F: Fn(&str) -> f64> Keys for Check<F> {
 
     fn boolean(&mut self, name: &'static str, _: &'static str, _: bool) -> bool {
         (self.value)(name) != 0.0
+    }
+
+    fn choice(&mut self, name: &'static str, _: &'static str, _: &[&'static str]) -> usize {
+        (self.value)(name) as usize
     }
 }

@@ -45,8 +45,8 @@ pub enum Network<B: Backend> {
 }
 
 impl<B: Backend> Network<B> {
-    /// A network of zeros, to be filled from a checkpoint or an initialisation; None of an architecture that is no
-    /// diffusion network.
+    /// A network of zeros, to be filled from a checkpoint or an initialisation; None of an
+    /// architecture that is no diffusion network.
     pub fn zeros(architecture: &Architecture, device: &B::Device) -> Option<Self> {
         match architecture {
             Architecture::Dit(config) => Some(Self::Dit(Dit::zeros(config, device))),

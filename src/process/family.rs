@@ -2,7 +2,8 @@
 
 use serde::{Serialize, Serializer};
 
-use super::ProcessKind;
+use super::interpolant::{Path, Predicts, Weighting};
+use super::kind::{Along, ProcessKind};
 use crate::models::{Architecture, ClassifierConfig, DitConfig, Keys, Shape};
 
 /// A family of models.
@@ -11,8 +12,10 @@ pub struct Family {
     pub name: &'static str,
     /// Its name in words, with which the names of its published models begin.
     pub title: &'static str,
-    /// What its models are trained under; None of a classifier.
+    /// What its published models are trained under; None of a classifier.
     pub process: Option<ProcessKind>,
+    /// Reads what a model is trained under, where that is not as of the published ones.
+    pub trained: fn(&mut dyn Keys, ProcessKind) -> ProcessKind,
     /// Reads the sizes of a model, those of its samples being the given ones where none are said.
     pub read: fn(&mut dyn Keys, Shape) -> Architecture,
 }
@@ -20,10 +23,32 @@ pub struct Family {
 /// All of them.
 #[rustfmt::skip]
 pub const FAMILIES: [Family; 3] = [
-    Family { name: "dit", title: "DiT", process: Some(ProcessKind::Gaussian), read: dit },
-    Family { name: "sit", title: "SiT", process: Some(ProcessKind::Interpolant), read: dit },
-    Family { name: "classifier", title: "classifier", process: None, read: classifier },
+    Family { name: "dit", title: "DiT", process: Some(ProcessKind::Gaussian), trained: as_published, read: dit },
+    Family { name: "sit", title: "SiT", process: Some(ProcessKind::SIT), trained: interpolant, read: dit },
+    Family { name: "classifier", title: "classifier", process: None, trained: as_published, read: classifier },
 ];
+
+fn as_published(_: &mut dyn Keys, published: ProcessKind) -> ProcessKind {
+    published
+}
+
+fn interpolant(keys: &mut dyn Keys, _: ProcessKind) -> ProcessKind {
+    let path = "how data and noise are mixed over time";
+    let path = keys.choice("path", path, &Path::NAMES.map(|(name, _)| name));
+    let predicts = "what the network predicts";
+    let predicts = keys.choice("predicts", predicts, &Predicts::NAMES.map(|(name, _)| name));
+    let weighting = "weight over time of the loss of noise or score";
+    let weighting = keys.choice(
+        "weighting",
+        weighting,
+        &Weighting::NAMES.map(|(name, _)| name),
+    );
+    ProcessKind::Interpolant(Along {
+        path: Path::NAMES[path].1,
+        predicts: Predicts::NAMES[predicts].1,
+        weighting: Weighting::NAMES[weighting].1,
+    })
+}
 
 // A SiT has a DiT's network.
 fn dit(keys: &mut dyn Keys, samples: Shape) -> Architecture {

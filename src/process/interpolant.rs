@@ -38,6 +38,15 @@ pub enum Predicts {
     Score,
 }
 
+impl Predicts {
+    /// All, by their names.
+    pub const NAMES: [(&'static str, Self); 3] = [
+        ("velocity", Self::Velocity),
+        ("noise", Self::Noise),
+        ("score", Self::Score),
+    ];
+}
+
 /// Weight over time of the noise and score losses; a velocity's is 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -48,6 +57,15 @@ pub enum Weighting {
     Velocity,
     /// Likelihood weighting (arXiv 2101.09258).
     Likelihood,
+}
+
+impl Weighting {
+    /// All, by their names.
+    pub const NAMES: [(&'static str, Self); 3] = [
+        ("none", Self::None),
+        ("velocity", Self::Velocity),
+        ("likelihood", Self::Likelihood),
+    ];
 }
 
 /// Coefficients of a path at one time.
@@ -66,6 +84,13 @@ pub struct Mix {
 }
 
 impl Path {
+    /// All, by their names.
+    pub const NAMES: [(&'static str, Self); 3] = [
+        ("linear", Self::Linear),
+        ("gvp", Self::Gvp),
+        ("vp", Self::Vp),
+    ];
+
     /// The coefficients at time `t`.
     pub fn at(self, t: f64) -> Mix {
         match self {

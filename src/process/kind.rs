@@ -1,47 +1,150 @@
 //! Kinds of processes that networks are trained under.
 
 use std::fmt;
+use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::family::{FAMILIES, Family};
+use super::interpolant::{Path, Predicts, Weighting};
 use super::transport::{Ode, Sde};
 use super::{AnyProcess, GaussianDiffusion, Interpolant, Solver};
 
-/// The process that a network was trained to reverse. No tensor tells: a SiT has the names and shapes of a DiT.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
-#[serde(rename_all = "lowercase")]
+/// The process that a network was trained to reverse. No tensor tells: a SiT has the names and
+/// shapes of a DiT.
+///
+/// Files and people write it as a word, an interpolant other than SiT's published one with what it
+/// is: `gaussian`, `interpolant`, `interpolant:gvp:noise:velocity`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProcessKind {
     /// Gaussian diffusion in 1000 steps, as of DiT.
     Gaussian,
     /// A stochastic interpolant over continuous time, as of SiT.
-    Interpolant,
+    Interpolant(Along),
+}
+
+/// Which interpolant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Along {
+    /// How data and noise are mixed over time.
+    pub path: Path,
+    /// What the network predicts.
+    pub predicts: Predicts,
+    /// Weight over time of its loss.
+    pub weighting: Weighting,
+}
+
+impl Along {
+    /// SiT's published one: the velocity of the linear path.
+    pub const PUBLISHED: Self = Self {
+        path: Path::Linear,
+        predicts: Predicts::Velocity,
+        weighting: Weighting::None,
+    };
+}
+
+/// The word of a value in a table of names.
+fn word<T: PartialEq>(names: &[(&'static str, T)], value: &T) -> &'static str {
+    let found = names.iter().find(|(_, other)| other == value);
+    found.map_or("", |(name, _)| name)
+}
+
+/// The value of a word in a table of names, in any case.
+fn named<T: Copy>(names: &[(&'static str, T)], word: &str) -> Option<T> {
+    let found = names
+        .iter()
+        .find(|(name, _)| name.eq_ignore_ascii_case(word));
+    found.map(|(_, value)| *value)
+}
+
+impl FromStr for ProcessKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some((_, known)) = Self::NAMES.iter().find(|(name, _)| *name == text) {
+            return Ok(*known);
+        }
+        let along = || {
+            let mut words = text.strip_prefix("interpolant:")?.split(':');
+            let along = Along {
+                path: named(&Path::NAMES, words.next()?)?,
+                predicts: named(&Predicts::NAMES, words.next()?)?,
+                weighting: match words.next() {
+                    Some(word) => named(&Weighting::NAMES, word)?,
+                    None => Weighting::None,
+                },
+            };
+            words.next().is_none().then_some(along)
+        };
+        along().map(Self::Interpolant).ok_or_else(|| {
+            format!(
+                "expected one of {}, found {text:?}; other interpolants are interpolant:PATH:PREDICTS:WEIGHTING, \
+                 of {}; {}; {}",
+                Self::NAMES.map(|(name, _)| format!("{name:?}")).join(", "),
+                Path::NAMES.map(|(name, _)| name).join(", "),
+                Predicts::NAMES.map(|(name, _)| name).join(", "),
+                Weighting::NAMES.map(|(name, _)| name).join(", ")
+            )
+        })
+    }
+}
+
+impl Serialize for ProcessKind {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.mark())
+    }
+}
+
+impl<'de> Deserialize<'de> for ProcessKind {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
 }
 
 impl ProcessKind {
-    /// Both, by their names in recipes, on the command line and in files.
-    pub const NAMES: [(&'static str, Self); 2] = [
-        ("gaussian", Self::Gaussian),
-        ("interpolant", Self::Interpolant),
-    ];
+    /// SiT's published process.
+    pub const SIT: Self = Self::Interpolant(Along::PUBLISHED);
+
+    /// Those of the published families, by their names in recipes, on the command line and in
+    /// files.
+    pub const NAMES: [(&'static str, Self); 2] =
+        [("gaussian", Self::Gaussian), ("interpolant", Self::SIT)];
 
     /// What a diffusion network is taken for of which nothing says how it was trained.
     pub const ASSUMED: Self = Self::Gaussian;
 
-    /// The name.
-    pub fn name(self) -> &'static str {
+    /// The word for it.
+    pub fn mark(self) -> String {
         match self {
-            Self::Gaussian => "gaussian",
-            Self::Interpolant => "interpolant",
+            Self::Gaussian => "gaussian".to_owned(),
+            Self::SIT => "interpolant".to_owned(),
+            Self::Interpolant(along) => format!(
+                "interpolant:{}:{}:{}",
+                word(&Path::NAMES, &along.path),
+                word(&Predicts::NAMES, &along.predicts),
+                word(&Weighting::NAMES, &along.weighting)
+            ),
         }
     }
 
-    /// The process with the settings of the family's published models.
+    /// Which interpolant, if it is another than the published one.
+    pub fn along(self) -> Option<Along> {
+        match self {
+            Self::Interpolant(along) if along != Along::PUBLISHED => Some(along),
+            _ => None,
+        }
+    }
+
+    /// The process.
     pub fn process(self) -> AnyProcess {
         match self {
             Self::Gaussian => GaussianDiffusion::full().into(),
-            Self::Interpolant => Interpolant::published().into(),
+            Self::Interpolant(Along {
+                path,
+                predicts,
+                weighting,
+            }) => Interpolant::new(path, predicts, weighting, None, None).into(),
         }
     }
 
@@ -49,7 +152,7 @@ impl ProcessKind {
     pub fn solver(self) -> Solver {
         match self {
             Self::Gaussian => Solver::Ddpm,
-            Self::Interpolant => Solver::Ode(Ode::DOPRI5),
+            Self::Interpolant(_) => Solver::Ode(Ode::DOPRI5),
         }
     }
 
@@ -57,7 +160,7 @@ impl ProcessKind {
     pub fn solvers(self) -> &'static str {
         match self {
             Self::Gaussian => "\"ddpm\" or \"ddim\"",
-            Self::Interpolant => "\"ode\" or \"sde\"",
+            Self::Interpolant(_) => "\"ode\" or \"sde\"",
         }
     }
 
@@ -77,22 +180,27 @@ impl ProcessKind {
         match self {
             Self::Gaussian => 1,
             // The start and the end of an equation.
-            Self::Interpolant => 2,
+            Self::Interpolant(_) => 2,
         }
     }
 
-    /// Whether a weight file of another program says nothing of this process, and is not taken for it.
+    /// Whether a weight file of another program says nothing of this process, and is not taken for
+    /// it.
     pub fn must_be_stated(self) -> bool {
         self != Self::ASSUMED
     }
 
     /// The family whose models are trained under it.
     pub fn family(self) -> &'static Family {
-        let found = FAMILIES.iter().find(|family| family.process == Some(self));
+        let alike = |other: Self| std::mem::discriminant(&other) == std::mem::discriminant(&self);
+        let found = FAMILIES
+            .iter()
+            .find(|family| family.process.is_some_and(alike));
         found.unwrap_or_else(|| unreachable!("each process has a family in the table"))
     }
 
-    /// What a model is called, in words; the family by the process, which says more than the tensors.
+    /// What a model is called, in words; the family by the process, which says more than the
+    /// tensors.
     pub fn called(process: Option<Self>, model: &impl fmt::Display) -> String {
         let text = model.to_string();
         match (process, text.strip_prefix(Self::ASSUMED.family().title)) {
@@ -101,13 +209,21 @@ impl ProcessKind {
         }
     }
 
-    /// The process of a reference's training script, by the arguments that it has.
-    pub(crate) fn of_arguments(has: impl Fn(&str) -> bool) -> Option<Self> {
-        // SiT's alone names a path between data and noise.
-        has("path_type").then_some(Self::Interpolant)
+    /// The process of a reference's training script, by the arguments that it had.
+    pub(crate) fn of_arguments<'a>(argument: impl Fn(&str) -> Option<&'a str>) -> Option<Self> {
+        // SiT's script alone names a path between data and noise.
+        let path = named(&Path::NAMES, argument("path_type")?)?;
+        let predicts = argument("prediction").and_then(|word| named(&Predicts::NAMES, word));
+        let weighting = argument("loss_weight").and_then(|word| named(&Weighting::NAMES, word));
+        Some(Self::Interpolant(Along {
+            path,
+            predicts: predicts.unwrap_or(Predicts::Velocity),
+            weighting: weighting.unwrap_or(Weighting::None),
+        }))
     }
 
-    /// How a person states one, for messages: `--process gaussian` or ... with these pieces around each name.
+    /// How a person states one, for messages: `--process gaussian` or ... with these pieces around
+    /// each name.
     pub fn stated(before: &str, after: &str) -> String {
         let each = Self::NAMES.map(|(name, _)| format!("`{before}{name}{after}`"));
         each.join(" or ")
@@ -121,9 +237,20 @@ impl ProcessKind {
 
 impl fmt::Display for ProcessKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
+        match *self {
             Self::Gaussian => f.write_str("gaussian diffusion (a DiT)"),
-            Self::Interpolant => f.write_str("an interpolant (a SiT)"),
+            Self::SIT => f.write_str("an interpolant (a SiT)"),
+            Self::Interpolant(Along {
+                path,
+                predicts,
+                weighting,
+            }) => write!(
+                f,
+                "an interpolant of path {}, predicting the {} with weight {} (a SiT)",
+                word(&Path::NAMES, &path),
+                word(&Predicts::NAMES, &predicts),
+                word(&Weighting::NAMES, &weighting)
+            ),
         }
     }
 }
@@ -133,11 +260,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_those_of_files() {
+    fn words_are_read_as_they_are_written() {
         for (name, kind) in ProcessKind::NAMES {
-            assert_eq!(kind.name(), name);
+            assert_eq!(kind.mark(), name);
             assert_eq!(serde_json::to_string(&kind).unwrap(), format!("\"{name}\""));
-            assert_eq!(kind.solver().process(), kind);
+            assert!(kind.solver().samples(kind));
+        }
+        for (_, path) in Path::NAMES {
+            for (_, predicts) in Predicts::NAMES {
+                for (_, weighting) in Weighting::NAMES {
+                    let kind = ProcessKind::Interpolant(Along {
+                        path,
+                        predicts,
+                        weighting,
+                    });
+                    assert_eq!(kind.mark().parse(), Ok(kind));
+                    assert_eq!(kind.family().name, "sit");
+                }
+            }
+        }
+        let short = "interpolant:vp:score".parse::<ProcessKind>();
+        assert_eq!(short.unwrap().mark(), "interpolant:vp:score:none");
+        for wrong in [
+            "",
+            "sit",
+            "interpolant:",
+            "interpolant:vp",
+            "interpolant:vp:score:none:x",
+        ] {
+            let error = wrong.parse::<ProcessKind>().unwrap_err();
+            assert!(
+                error.contains("gvp") && error.contains("likelihood"),
+                "{error}"
+            );
         }
         assert_eq!(ProcessKind::of_model("mar_base"), None);
     }

@@ -20,7 +20,7 @@ pub mod transport;
 pub use family::{FAMILIES, Family};
 pub use gaussian::{GaussianDiffusion, Prediction, Variance};
 pub use interpolant::Interpolant;
-pub use kind::ProcessKind;
+pub use kind::{Along, ProcessKind};
 pub use likelihood::{discretized_gaussian_log_likelihood, normal_kl};
 pub use losses::{
     Distillation, MaskedFeatures, TeacherOutput, Term, Terms, masked_feature_loss, typical,

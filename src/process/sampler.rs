@@ -49,7 +49,7 @@ impl Solver {
 
     /// Why it can't sample a model of a process, if so.
     pub fn misfit(self, process: ProcessKind) -> Option<String> {
-        if self.process() != process {
+        if !self.samples(process) {
             let solvers = process.solvers();
             return Some(format!(
                 "the model was trained by {process}, which is sampled by the solvers {solvers}"
@@ -63,11 +63,11 @@ impl Solver {
         }
     }
 
-    /// The process whose models it samples.
-    pub fn process(self) -> ProcessKind {
+    /// Whether it samples models of a process.
+    pub fn samples(self, process: ProcessKind) -> bool {
         match self {
-            Self::Ddpm | Self::Ddim { .. } => ProcessKind::Gaussian,
-            Self::Ode(_) | Self::Sde(_) => ProcessKind::Interpolant,
+            Self::Ddpm | Self::Ddim { .. } => process == ProcessKind::Gaussian,
+            Self::Ode(_) | Self::Sde(_) => matches!(process, ProcessKind::Interpolant(_)),
         }
     }
 }
@@ -151,7 +151,8 @@ impl Sampler {
     /// The sampler of a model that was trained under a process, in so many steps.
     ///
     /// # Errors
-    /// When the solver is not one of the process's, or the process can't be respaced to so many steps.
+    /// When the solver is not one of the process's, or the process can't be respaced to so many
+    /// steps.
     pub fn new(
         process: ProcessKind,
         predicts_variance: bool,
@@ -186,8 +187,8 @@ impl Sampler {
         })
     }
 
-    /// Denoises `x`, calling `watch(k, state, prediction)` after each step, where the prediction is that of the clean
-    /// sample or, of an interpolant, the state itself; returns the final state.
+    /// Denoises `x`, calling `watch(k, state, prediction)` after each step, where the prediction is
+    /// that of the clean sample or, of an interpolant, the state itself; returns the final state.
     ///
     /// # Panics
     /// When the solver does not belong to the process.

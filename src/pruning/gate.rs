@@ -28,7 +28,7 @@ impl Annealing {
 
 /// One group's sampled masks.
 #[derive(Debug, Clone)]
-pub struct Draw<B: Backend> {
+pub struct GateDraw<B: Backend> {
     /// Probabilities `softmax((logits scaling + gumbel) / tau)`, `[batch, candidates]`.
     pub soft: Tensor<B, 2>,
     /// One-hot argmax of `soft`, the first on ties, `[batch, candidates]`.
@@ -46,7 +46,7 @@ pub fn draw<B: FusedOps>(
     gumbel: Tensor<B, 2>,
     tau: f64,
     scaling: f64,
-) -> Draw<B> {
+) -> GateDraw<B> {
     let device = gumbel.device();
     let [batch, candidates] = gumbel.dims();
     let soft = B::row_softmax((logits.mul_scalar(scaling) + gumbel).div_scalar(tau));
@@ -67,7 +67,7 @@ pub fn draw<B: FusedOps>(
     // Exactly zero in the forward pass, so that the mask is exactly the hard one.
     let straight_through = soft.clone() - soft.clone().detach();
     let mask = hard.clone().matmul(masks.clone()) + straight_through.matmul(masks);
-    Draw { soft, hard, mask }
+    GateDraw { soft, hard, mask }
 }
 
 /// Index of the largest value, the first on ties.

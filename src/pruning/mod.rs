@@ -7,7 +7,7 @@ mod learned;
 mod oracle;
 mod scores;
 
-pub use gate::{Annealing, Choice, Decision, Draw, decide, draw};
+pub use gate::{Annealing, Choice, Decision, GateDraw, decide, draw};
 pub use groups::*;
 pub use learned::{LearnedPruner, Update};
 pub use oracle::oracle;

@@ -38,7 +38,8 @@ pub struct ScoreBatch<B: Backend> {
 }
 
 impl<B: Backend> ScoreBatch<B> {
-    /// So many samples of nothing but noise, of the first class and at time 0: enough to try a score.
+    /// So many samples of nothing but noise, of the first class and at time 0: enough to try a
+    /// score.
     pub fn noise(shape: Shape, count: usize, seed: u64, device: &B::Device) -> Self {
         let Shape { channels, side, .. } = shape;
         let shape = [count, channels, side, side];

@@ -165,7 +165,7 @@ mod tests {
             );
             let is_dit = file.model.is_some() || file.name == "standin-dit.pt";
             let process = is_dit.then_some(match file.name.starts_with("SiT") {
-                true => ProcessKind::Interpolant,
+                true => ProcessKind::SIT,
                 false => ProcessKind::Gaussian,
             });
             assert_eq!(file.process(), process, "{file:?}");

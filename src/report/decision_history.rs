@@ -17,7 +17,7 @@ pub struct DecisionGroup {
 
 /// What one group would keep if training stopped now.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Decision {
+pub struct KeptLayers {
     /// The kept layers, counted from the first layer of the *model*.
     pub kept: Vec<usize>,
     /// Probability of this choice under the learned distribution, in `[0, 1]`.
@@ -34,7 +34,7 @@ pub struct DecisionHistory {
     /// The logged training steps, ascending.
     pub steps: Vec<usize>,
     /// For each logged step, one decision per group: `[steps][groups]`.
-    pub choices: Vec<Vec<Decision>>,
+    pub choices: Vec<Vec<KeptLayers>>,
 }
 
 impl DecisionHistory {
@@ -74,7 +74,7 @@ impl DecisionHistory {
         Ok(())
     }
 
-    fn check_choices(&self, choices: &[Decision]) -> Result<(), String> {
+    fn check_choices(&self, choices: &[KeptLayers]) -> Result<(), String> {
         if choices.len() != self.groups.len() {
             return Err(format!(
                 "{} decisions for {} groups",
@@ -83,7 +83,7 @@ impl DecisionHistory {
             ));
         }
         for ((layers, group), decision) in self.bands().zip(&self.groups).zip(choices) {
-            let Decision { kept, probability } = decision;
+            let KeptLayers { kept, probability } = decision;
             let mut distinct = kept.clone();
             distinct.sort_unstable();
             distinct.dedup();
@@ -177,7 +177,7 @@ pub(super) mod tests {
     /// A group of 1 of 2 layers, with a choice every ten steps.
     pub(in crate::report) fn history(choices: &[([usize; 1], f64)]) -> DecisionHistory {
         let decision = |&([layer], probability): &([usize; 1], f64)| {
-            vec![Decision {
+            vec![KeptLayers {
                 kept: vec![layer],
                 probability,
             }]

@@ -12,7 +12,7 @@ mod numbers;
 mod progress;
 mod table;
 
-pub use decision_history::{Decision, DecisionGroup, DecisionHistory};
+pub use decision_history::{DecisionGroup, DecisionHistory, KeptLayers};
 pub use decisions::decision_svg;
 pub(crate) use grid::{COLUMNS, grid_layout};
 pub use grid::{comparison_png, grid_png};

@@ -8,14 +8,14 @@ use super::SamplingError;
 use crate::images::{Images, truncated};
 use crate::models::vae::{Vae, VaeConfig};
 use crate::ops::FusedOps;
-use crate::weights::{Known, read_vae};
+use crate::weights::{Digested, read_vae};
 
 /// Latents decoded at once: at 256 x 256, each takes some hundred MiB of activations.
 const DECODED_AT_ONCE: usize = 4;
 
 /// Decodes latents to images.
 pub struct Decoder<B: Backend> {
-    vae: Known<Vae<B>>,
+    vae: Digested<Vae<B>>,
     config: VaeConfig,
 }
 

@@ -95,9 +95,9 @@ impl Store {
         steps
     }
 
-    /// Saves a checkpoint, then deletes all but the best and the last few that the training keeps. If
-    /// the training describes the model, the file does too and holds the whole model, including the
-    /// parameters that don't learn.
+    /// Saves a checkpoint, then deletes all but the best and the last few that the training keeps.
+    /// If the training describes the model, the file does too and holds the whole model, including
+    /// the parameters that don't learn.
     pub(super) fn save<B: TrainingBackend, M: AutodiffModule<B>>(
         &self,
         position: &Position,

@@ -8,10 +8,12 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use burn::train::LearnerSummary;
 use burn::train::metric::{MetricDefinition, MetricId};
@@ -29,7 +31,6 @@ use ratatui::widgets::{Axis, Block, Chart, Dataset, Gauge, GraphType, Paragraph}
 
 use super::About;
 use super::metrics::shown;
-use super::strategy::lock;
 use crate::interrupt;
 use crate::report::{brief, rounded, thousands};
 
@@ -42,7 +43,7 @@ const POINTS: usize = 4000;
 /// Narrowest terminal that shows a list of numbers beside the curve.
 const WIDE: u16 = 70;
 /// An axis is logarithmic if the highest value is more than this many times the lowest.
-const DECADES: f64 = 3.0;
+const LOGARITHMIC_FROM: f64 = 3.0;
 
 /// Shades for a probability, from 0 to 1.
 const SHADES: [char; 5] = [' ', '░', '▒', '▓', '█'];
@@ -79,7 +80,7 @@ impl Dashboard {
                         told = true;
                         let _ = terminal.clear();
                     }
-                    let drawn = terminal.draw(|frame| lock(&shared).draw(frame)).map(drop);
+                    let drawn = terminal.draw(|frame| shared.lock().draw(frame)).map(drop);
                     // A closed terminal must not end a training; if that is wanted, a signal says
                     // so.
                     if drawn.and_then(|()| keys(&shared)).is_err() {
@@ -135,7 +136,7 @@ fn keys(state: &Mutex<State>) -> std::io::Result<()> {
                 interrupt::leave();
             }
             Some(Action::Stop) | None => {}
-            Some(Action::Curve(by)) => lock(state).choose(by),
+            Some(Action::Curve(by)) => state.lock().choose(by),
         }
     }
     Ok(())
@@ -260,7 +261,7 @@ impl State {
     }
 
     fn draw(&self, frame: &mut Frame<'_>) {
-        let gates = lock(&self.about.gates).clone();
+        let gates = self.about.gates.lock().clone();
         let tall = frame.area().height >= 18;
         let heads = if tall { 2 } else { 1 };
         let strip = match (gates.is_empty(), tall) {
@@ -413,7 +414,7 @@ impl Scale {
             values().fold(f64::INFINITY, f64::min),
             values().fold(f64::NEG_INFINITY, f64::max),
         );
-        let logarithmic = low > 0.0 && high > DECADES * low;
+        let logarithmic = low > 0.0 && high > LOGARITHMIC_FROM * low;
         let (low, high) = match logarithmic {
             true => (low.log10(), high.log10()),
             false => (low, high),
@@ -457,7 +458,7 @@ impl Scale {
 impl MetricsRendererTraining for Dashboard {
     fn update_train(&mut self, state: MetricState) {
         if let MetricState::Numeric(entry, value) = state {
-            let mut shown = lock(&self.state);
+            let mut shown = self.state.lock();
             if let Some(name) = shown.names.get(&entry.metric_id).cloned() {
                 shown.push(&name, value.current());
             }
@@ -468,7 +469,7 @@ impl MetricsRendererTraining for Dashboard {
 
     fn render_train(&mut self, item: TrainingProgress, _: Vec<ProgressType>) {
         if let Some(step) = item.iteration {
-            lock(&self.state).reach(step, Instant::now());
+            self.state.lock().reach(step, Instant::now());
         }
     }
 
@@ -491,7 +492,7 @@ impl MetricsRenderer for Dashboard {
     fn manual_close(&mut self) {}
 
     fn register_metric(&mut self, definition: MetricDefinition) {
-        let mut shown = lock(&self.state);
+        let mut shown = self.state.lock();
         shown.names.insert(definition.metric_id, definition.name);
     }
 }

@@ -2,7 +2,9 @@
 
 #[cfg(feature = "tui")]
 use std::io::IsTerminal;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::data::Feed;
 use crate::ops::TrainingBackend;
@@ -18,7 +20,7 @@ use super::dashboard::Dashboard;
 use super::metrics::{Curve, StepReport};
 use super::optimizer::{AdamW, ParameterGroup};
 use super::renderer::Quiet;
-use super::strategy::{Ended, Steps, lock};
+use super::strategy::{Ended, Steps};
 use super::{Ema, Training, TrainingError};
 
 /// Called after every step with its number, the model and the moving average.
@@ -118,7 +120,8 @@ where
     /// Trains `model`.
     ///
     /// # Errors
-    /// When training diverges, a batch can't be read, or a checkpoint or log can't be read or written.
+    /// When training diverges, a batch can't be read, or a checkpoint or log can't be read or
+    /// written.
     pub fn run(self, model: M) -> Result<Fitted<B, M>, TrainingError> {
         let Self {
             training,
@@ -191,7 +194,7 @@ where
             ema,
             position,
             error,
-        } = lock(&ended).take().expect("the strategy says how it ended");
+        } = ended.lock().take().expect("the strategy says how it ended");
         match error.or_else(|| feed.failure().map(TrainingError::Data)) {
             Some(error) => Err(error),
             None => Ok(Fitted {

@@ -11,7 +11,8 @@ pub struct Optimisation {
     pub steps: usize,
     /// Images per step.
     pub batch: usize,
-    /// Parts a step's images are divided into, whose gradients are averaged: memory for one part is enough.
+    /// Parts a step's images are divided into, whose gradients are averaged: memory for one part is
+    /// enough.
     pub accumulate: usize,
     /// Learning rate after the warm-up.
     pub lr: f64,
@@ -25,16 +26,18 @@ pub struct Optimisation {
     pub clip: f64,
     /// Decay of the exponential moving average of the weights, per step.
     pub ema: f64,
-    /// Whether that decay grows with the steps, `min(ema, (1 + step) / (10 + step))`; if not, it is constant, as the
-    /// reference has it.
+    /// Whether that decay grows with the steps, `min(ema, (1 + step) / (10 + step))`; if not, it is
+    /// constant, as the reference has it.
     pub ema_warmup: bool,
     /// Steps between checkpoints.
     pub checkpoint_every: usize,
     /// How many of the latest checkpoints stay on disk.
     pub keep_last: usize,
-    /// Whether they stay when the stage is finished. What a stage leaves is its model; they are several times as large.
+    /// Whether they stay when the stage is finished. What a stage leaves is its model; they are
+    /// several times as large.
     ///
-    /// Left out of the resolved recipe where they don't, so that runs of versions without the key go on.
+    /// Left out of the resolved recipe where they don't, so that runs of versions without the key
+    /// go on.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub keep_checkpoints: bool,
     /// Steps between lines of metrics.
@@ -44,7 +47,8 @@ pub struct Optimisation {
 }
 
 impl Optimisation {
-    /// So many steps in batches of 64 at a learning rate of 1e-3 that falls to 0; the average's decay is 0.999.
+    /// So many steps in batches of 64 at a learning rate of 1e-3 that falls to 0; the average's
+    /// decay is 0.999.
     pub fn new(steps: usize) -> Self {
         Self {
             steps,

@@ -1,7 +1,9 @@
 //! AdamW over parameter groups, and clipping by the global norm.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, MutexGuard};
 
 use burn::module::{AutodiffModule, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::{GradientsParams, MultiGradientsParams, Optimizer};
@@ -9,7 +11,6 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, TensorPrimitive};
 
-use super::strategy::lock;
 use crate::ops::{AdamWState, AdamWStep, FusedOps, TrainingBackend};
 
 /// Parameters with a learning rate of their own.
@@ -77,12 +78,12 @@ impl<B: TrainingBackend> AdamW<B> {
         let by = bound / (norm + 1e-6);
         // A step with a non-finite norm is not clipped; the training loop skips it.
         let bounded = by < 1.0 && norm.is_finite();
-        *lock(&self.gradient_scale) = if bounded { by * share } else { share };
+        *self.gradient_scale.lock() = if bounded { by * share } else { share };
         norm
     }
 
     pub(super) fn moments(&self) -> MutexGuard<'_, HashMap<ParamId, Moments<B::InnerBackend>>> {
-        lock(&self.moments)
+        self.moments.lock()
     }
 
     fn lr_factor(&self, id: ParamId) -> f64 {
@@ -167,7 +168,7 @@ impl<B: TrainingBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
                 )
             }
         }
-        let gradient_scale = std::mem::replace(&mut *lock(&self.gradient_scale), 1.0);
+        let gradient_scale = std::mem::replace(&mut *self.gradient_scale.lock(), 1.0);
         module.map(&mut Step {
             optimizer: self,
             lr,

@@ -1,7 +1,9 @@
 //! The training loop.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
 
 use crate::ops::TrainingBackend;
 use burn::data::dataloader::{DataLoaderIterator, Progress};
@@ -59,7 +61,7 @@ where
     ) -> (M, SupervisedTrainingEventProcessor<Components<B, M>>) {
         let mut processor = components.event_processor;
         let mut position = self.start.clone();
-        let mut ema = lock(&self.ema).take().expect("a strategy is run once");
+        let mut ema = self.ema.lock().take().expect("a strategy is run once");
         let stop = || interrupt::requested() || components.interrupter.should_stop();
         let error = self
             .run(
@@ -72,7 +74,7 @@ where
             )
             .err();
         processor.process_train(LearnerEvent::EndEpoch(1));
-        *lock(&self.ended) = Some(Ended {
+        *self.ended.lock() = Some(Ended {
             ema,
             position,
             error,
@@ -101,7 +103,7 @@ where
         let store = Store::new(&training.directory);
         let mut log = JsonLines::open(&training.directory.join("metrics.jsonl"), position.step)?;
         let mut lines = Lines::new(&training.name, position.step, optimisation.steps);
-        let mut observer = lock(&self.observer);
+        let mut observer = self.observer.lock();
         let mut batches = train.iter();
         let (mut bad, mut losses, mut since) = (0, Vec::new(), Instant::now());
         let mut logged = position.step;
@@ -245,8 +247,4 @@ where
 fn unix_time() -> f64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.unwrap_or_default().as_millis() as f64 / 1000.0
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

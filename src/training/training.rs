@@ -1,7 +1,9 @@
 //! A training: what is trained how, and where it is kept.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use super::Optimisation;
 use crate::models::Architecture;
@@ -17,7 +19,8 @@ pub struct About {
     pub place: (usize, usize),
     /// The run directory.
     pub run: PathBuf,
-    /// Of a pruning that is being learned, the probability of each layer to stay; empty of anything else.
+    /// Of a pruning that is being learned, the probability of each layer to stay; empty of anything
+    /// else.
     pub gates: Arc<Mutex<Vec<f64>>>,
 }
 
@@ -51,8 +54,8 @@ impl Training {
         }
     }
 
-    /// Has each checkpoint say what model it holds, so that it can be opened as one, and the process that a diffusion
-    /// network is trained under.
+    /// Has each checkpoint say what model it holds, so that it can be opened as one, and the
+    /// process that a diffusion network is trained under.
     pub fn describe(
         &mut self,
         architecture: Architecture,

@@ -2,10 +2,10 @@
 //! quality.
 
 use std::fmt::Write;
-use std::path::Path;
 
 use serde_json::Value;
 
+use super::convert::Evaluated;
 use super::{Checkpoint, Conversion, Provenance};
 use crate::report::{rounded, short};
 use crate::state::WeightsError;
@@ -35,7 +35,6 @@ fn write_card(
     let Checkpoint {
         tensors,
         provenance,
-        path,
         ..
     } = checkpoint;
     let licence = conversion.licence.as_deref();
@@ -116,8 +115,8 @@ fn write_card(
             "Of the weights before they were rounded to {dtype:?}.\n"
         )?;
     }
-    match evaluation(path) {
-        Some((name, evaluation)) => write_evaluation(out, &name, &evaluation)?,
+    match &conversion.evaluation {
+        Some(Evaluated { model, evaluation }) => write_evaluation(out, model, evaluation)?,
         None => writeln!(
             out,
             "No evaluation lies beside the weights. `tinyfusion evaluate` makes one.\n"
@@ -138,23 +137,6 @@ fn write_card(
             "Names and shapes are those of the original PyTorch code; a model of the sizes in `config.json` takes them as\n\n```python\nfrom safetensors.torch import load_file\nmodel.load_state_dict(load_file(\"model.safetensors\"), strict=True)\n```"
         )
     }
-}
-
-/// The evaluation in the run that made a checkpoint, and the model's name in it.
-fn evaluation(checkpoint: &Path) -> Option<(String, Value)> {
-    let stage = checkpoint.parent()?;
-    let (_, name) = stage.file_name()?.to_str()?.split_once('-')?;
-    let stages = std::fs::read_dir(stage.parent()?).ok()?;
-    let mut folders: Vec<_> = stages.flatten().map(|folder| folder.path()).collect();
-    // A folder lists its entries in any order; of several evaluations the first stage's is used.
-    folders.sort();
-    folders.iter().find_map(|folder| {
-        let text = std::fs::read_to_string(folder.join("eval.json")).ok()?;
-        let json: Value = serde_json::from_str(&text).ok()?;
-        let verdicts = json.get("verdicts")?.as_array()?;
-        let ours = verdicts.iter().any(|verdict| verdict["model"] == name);
-        ours.then(|| (name.to_owned(), json))
-    })
 }
 
 /// The keys of a verdict, and their column titles.
@@ -247,12 +229,6 @@ mod tests {
 
     #[test]
     fn an_evaluation_is_a_table_with_the_models_line_marked() {
-        let folder = tempfile::tempdir().unwrap();
-        let at = |name: &str| {
-            let path = folder.path().join(name);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            path
-        };
         let json = serde_json::json!({
             "protocol": { "count": 2000, "vae": { "file": "v", "sha256": "1f" }, "features": "a|b" },
             "verdicts": [
@@ -261,12 +237,8 @@ mod tests {
                   "images_per_second": { "median": 245.6, "spread": 14.4 } },
             ],
         });
-        std::fs::write(at("14-evaluate/eval.json"), json.to_string()).unwrap();
-        let (name, found) = evaluation(&at("02-learned/model.safetensors")).unwrap();
-        assert_eq!(name, "learned");
-        assert!(evaluation(&at("03-other/model.safetensors")).is_none());
         let mut text = String::new();
-        write_evaluation(&mut text, &name, &found).unwrap();
+        write_evaluation(&mut text, "learned", &json).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(
             lines[..4],

@@ -125,15 +125,15 @@ impl Description {
             ("format".to_owned(), "pt".to_owned()),
         ]);
         if self.architecture.is_denoiser() {
-            metadata.insert(PROCESS.to_owned(), mark(self.process).to_owned());
+            metadata.insert(PROCESS.to_owned(), mark(self.process));
         }
         Ok(metadata)
     }
 }
 
 /// The mark of a process in files.
-pub(super) fn mark(process: Option<ProcessKind>) -> &'static str {
-    process.map_or(UNSTATED, ProcessKind::name)
+pub(super) fn mark(process: Option<ProcessKind>) -> String {
+    process.map_or_else(|| UNSTATED.to_owned(), ProcessKind::mark)
 }
 
 /// The process of a mark; the inner `None` if it is marked as unstated.
@@ -141,12 +141,9 @@ fn marked(mark: &str) -> Result<Option<ProcessKind>, String> {
     if mark == UNSTATED {
         return Ok(None);
     }
-    let known = ProcessKind::NAMES.iter().find(|(name, _)| *name == mark);
-    known.map(|(_, kind)| Some(*kind)).ok_or_else(|| {
-        format!(
-            "it is marked for the process {mark:?}; expected one of {}, {UNSTATED}",
-            ProcessKind::NAMES.map(|(name, _)| name).join(", ")
-        )
+    let known = mark.parse().map(Some);
+    known.map_err(|why| {
+        format!("it is marked for a process that is not known: {why}, or {UNSTATED:?}")
     })
 }
 
@@ -259,7 +256,7 @@ impl Checkpoint {
                 return Err(problem(DIFFUSERS_ALONE.into()));
             };
             check(known, path)?;
-            tensors = known.from_diffusers(tensors, path)?;
+            tensors = known.read_diffusers(tensors, path)?;
         }
         if let Some(known) = known.as_ref().filter(|known| !known.is_denoiser()) {
             check(known, path)?;
@@ -428,20 +425,26 @@ impl Checkpoint {
 fn agreed(said: Option<ProcessKind>, stated: &Stated) -> Result<Option<ProcessKind>, String> {
     let model = stated.model.as_deref();
     let named = model.and_then(|model| Some((ProcessKind::of_model(model)?, model)));
+    // A model's name tells the family, of whose processes the file or the person may name another.
     if let (Some(process), Some((named, model))) = (stated.process, named)
-        && process != named
+        && process.family() != named.family()
     {
         return Err(format!(
             "the process is stated as {}, but {model} is trained by {named}",
-            process.name()
+            process.mark()
         ));
     }
-    let stated = stated.process.or(named.map(|(named, _)| named));
-    match (said, stated) {
-        (Some(said), Some(stated)) if said != stated => Err(format!(
+    let named = named.map(|(named, _)| named);
+    let contradicts = match (said, stated.process, named) {
+        (Some(said), Some(stated), _) if said != stated => Some((said, stated)),
+        (Some(said), None, Some(named)) if said.family() != named.family() => Some((said, named)),
+        _ => None,
+    };
+    match contradicts {
+        Some((said, stated)) => Err(format!(
             "it is stated to be trained by {stated}, but it says that it was trained by {said}"
         )),
-        _ => Ok(said.or(stated)),
+        None => Ok(said.or(stated.process).or(named)),
     }
 }
 

@@ -32,6 +32,17 @@ pub struct Conversion {
     pub shard: Option<u64>,
     /// Licence of the weights, for the model card.
     pub licence: Option<String>,
+    /// How good the model is, for the model card.
+    pub evaluation: Option<Evaluated>,
+}
+
+/// An evaluation, and the name a model has in it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Evaluated {
+    /// The model's name.
+    pub model: String,
+    /// The content of `eval.json`.
+    pub evaluation: Value,
 }
 
 /// Writes a checkpoint to `to` and returns the files written. The ending of `to` decides the
@@ -140,7 +151,7 @@ fn folder(
             )));
         }
         let tensors = checkpoint.tensors.clone();
-        let (tensors, config) = architecture.to_diffusers(tensors, &checkpoint.path)?;
+        let (tensors, config) = architecture.write_diffusers(tensors, &checkpoint.path)?;
         ("diffusion_pytorch_model", tensors, config)
     } else {
         let config = serde_json::to_value(architecture);

@@ -25,9 +25,9 @@ mod tests;
 use std::path::{Path, PathBuf};
 
 pub use checkpoint::{Checkpoint, Description, Provenance, Stated};
-pub use convert::{Conversion, convert};
+pub use convert::{Conversion, Evaluated, convert};
 pub use embedded::EmbeddedName;
-pub use networks::{Known, read_inception, read_vae, vae_config};
+pub use networks::{Digested, read_inception, read_vae, vae_config};
 use opened::Opened;
 pub use safetensors::{open_safetensors, read_safetensors, write_safetensors};
 pub(crate) use snapshot::{EMA, FIXED, MODEL, MOMENTS, TRAINING};

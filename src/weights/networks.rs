@@ -13,7 +13,7 @@ use crate::state::{WeightsError, assign};
 
 /// A network with the file it was read from.
 #[derive(Debug)]
-pub struct Known<N> {
+pub struct Digested<N> {
     /// The network.
     pub network: N,
     /// The weight file.
@@ -31,7 +31,7 @@ pub struct Known<N> {
 pub fn read_vae<B: Backend>(
     path: &Path,
     device: &B::Device,
-) -> Result<(Known<Vae<B>>, VaeConfig), WeightsError> {
+) -> Result<(Digested<Vae<B>>, VaeConfig), WeightsError> {
     let (tensors, file) = open_weights(path)?;
     let mut state = tensors.read_all()?;
     rename_attention(&mut state);
@@ -65,7 +65,7 @@ pub fn read_vae<B: Backend>(
         &config.to_string(),
     )?;
     let sha256 = sha256(&file).map_err(WeightsError::io(&file))?;
-    let known = Known {
+    let known = Digested {
         network,
         path: file,
         sha256,
@@ -100,11 +100,11 @@ pub fn vae_config(path: &Path) -> Result<Option<VaeConfig>, WeightsError> {
 pub fn read_inception<B: Backend>(
     path: &Path,
     device: &B::Device,
-) -> Result<Known<Inception<B>>, WeightsError> {
+) -> Result<Digested<Inception<B>>, WeightsError> {
     let (tensors, file) = open_weights(path)?;
     let network = Inception::new(tensors.read_all()?, &file, device)?;
     let sha256 = sha256(&file).map_err(WeightsError::io(&file))?;
-    Ok(Known {
+    Ok(Digested {
         network,
         path: file,
         sha256,

@@ -160,7 +160,7 @@ fn heads_that_hold_otherwise_give_way() {
 fn a_sit_is_known_by_its_training_and_stays_one() {
     let folder = tempfile::tempdir().unwrap();
     let sit = Checkpoint::read_stated(&sit(), &heads()).unwrap();
-    assert_eq!(sit.process, Some(ProcessKind::Interpolant));
+    assert_eq!(sit.process, Some(ProcessKind::SIT));
     assert!(sit.model().starts_with("SiT, 3 layers"), "{}", sit.model());
     let shards = Conversion {
         shard: Some(20_000),
@@ -174,7 +174,7 @@ fn a_sit_is_known_by_its_training_and_stays_one() {
         let path = folder.path().join(name);
         convert(&sit, &path, conversion).unwrap();
         let read = Checkpoint::read(&path).unwrap();
-        assert_eq!(read.process, Some(ProcessKind::Interpolant), "{name}");
+        assert_eq!(read.process, Some(ProcessKind::SIT), "{name}");
     }
     let card = std::fs::read_to_string(folder.path().join("c/README.md")).unwrap();
     assert!(card.contains("# SiT, 3 layers"), "{card}");
@@ -182,7 +182,7 @@ fn a_sit_is_known_by_its_training_and_stays_one() {
     let weights = folder.path().join("c/model.safetensors");
     write_safetensors(&weights, &sit.tensors, Default::default(), None).unwrap();
     let read = Checkpoint::read(&folder.path().join("c")).unwrap();
-    assert_eq!(read.process, Some(ProcessKind::Interpolant));
+    assert_eq!(read.process, Some(ProcessKind::SIT));
 
     let diffusers = Conversion {
         diffusers: true,
@@ -214,14 +214,14 @@ fn what_nobody_says_of_a_process_stays_unsaid() {
         assert!(Checkpoint::read(&at(name)).unwrap().is_unmarked(), "{name}");
     }
     let interpolant = Stated {
-        process: Some(ProcessKind::Interpolant),
+        process: Some(ProcessKind::SIT),
         ..heads()
     };
     let read = Checkpoint::read_stated(&at("bare.pt"), &interpolant).unwrap();
-    assert_eq!(read.process, Some(ProcessKind::Interpolant));
+    assert_eq!(read.process, Some(ProcessKind::SIT));
     let model = Stated {
         model: Some("DiT-S/2".into()),
-        process: Some(ProcessKind::Interpolant),
+        process: Some(ProcessKind::SIT),
         ..Stated::default()
     };
     let wide = DitConfig {

@@ -67,12 +67,14 @@ pub(super) fn open_said(
         .map_err(broken)
 }
 
-/// The process that a training was of, by its arguments: the model's name, else what only one process has.
+/// The process that a training was of, by its arguments: the model's name, else what only one
+/// process has.
 pub(super) fn process(pickle: &Pickle) -> Option<ProcessKind> {
     let arguments = pickle.get(pickle.entry(pickle.root(), "args")?);
     let model = pickle.entry(arguments, "model");
     let named = model.and_then(|id| ProcessKind::of_model(pickle.text(id)?));
-    named.or_else(|| ProcessKind::of_arguments(|key| pickle.entry(arguments, key).is_some()))
+    // The arguments say more of an interpolant than a model's name does.
+    ProcessKind::of_arguments(|key| pickle.text(pickle.entry(arguments, key)?)).or(named)
 }
 
 /// The storage classes of float values.

@@ -234,7 +234,7 @@ fn broken_checkpoints() {
             "heads that do not divide",
             "a.safetensors",
             edited("\\\"heads\\\":4", "\\\"heads\\\":7"),
-            vec!["heads 7"],
+            vec!["`heads`, which is 7"],
         ),
         (
             "a patch of 0",
@@ -355,7 +355,7 @@ fn broken_benchmarks() {
     for (name, arguments, expected) in [
         ("unknown model", vec!["--model", "DiT-M/2"], "DiT-S/2"),
         ("no square", vec!["--tokens", "17"], "square"),
-        ("heads", vec!["--heads", "7"], "heads 7"),
+        ("heads", vec!["--heads", "7"], "`heads`, which is 7"),
         (
             "odd depth",
             vec!["--workload", "prune", "--depth", "5"],

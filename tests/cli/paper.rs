@@ -27,6 +27,9 @@ fn every_recipe_can_be_planned_without_its_files() {
     let mut recipes = 0;
     for entry in std::fs::read_dir(root().join("recipes")).unwrap() {
         let path = entry.unwrap().path();
+        if path.extension().is_none_or(|ending| ending != "toml") {
+            continue;
+        }
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
         let dry = place
             .run(&["recipe", path.to_str().unwrap(), "--dry-run"])

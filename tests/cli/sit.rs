@@ -150,3 +150,64 @@ fn solvers_and_teachers_of_another_process_are_refused() {
     let preset = "[[stage]]\nkind = 'train'\nsteps = 1\narchitecture = { family = 'dit', preset = 'SiT-S/2' }\n";
     refused(preset, &["`preset`"]);
 }
+
+#[test]
+fn other_interpolants_are_trained_and_remembered() {
+    let place = Place::new();
+    for (index, (keys, mark)) in [
+        (
+            "path = 'gvp', predicts = 'noise', weighting = 'velocity'",
+            "interpolant:gvp:noise:velocity",
+        ),
+        (
+            "path = 'vp', predicts = 'score', weighting = 'likelihood'",
+            "interpolant:vp:score:likelihood",
+        ),
+        ("predicts = 'score'", "interpolant:linear:score:none"),
+        ("path = 'linear'", "interpolant"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let recipe = RECIPE
+            .replace("family = 'sit',", &format!("family = 'sit', {keys},"))
+            // Noise and score have no drift at the data: the last step keeps away from it.
+            .replace("solver = 'sde'", "solver = 'sde'\nlast_step = 'mean'");
+        let recipe = recipe.split("[[stage]]\nkind = 'evaluate'").next().unwrap();
+        let name = format!("other{index}");
+        place.write(&format!("{name}.toml"), recipe);
+        place.run(&["recipe", &format!("{name}.toml")]).succeeded();
+        let run = place.path(&format!("artifacts/runs/{name}/001"));
+        for stage in ["01-train", "02-learned", "05-recover"] {
+            let model = run.join(stage).join("model.safetensors");
+            let model = tinyfusion::weights::Checkpoint::read(&model).unwrap();
+            assert_eq!(model.process.unwrap().mark(), mark, "{stage}");
+        }
+        let resolved = std::fs::read_to_string(run.join("resolved.toml")).unwrap();
+        assert_eq!(
+            resolved.contains("path = "),
+            mark != "interpolant",
+            "{resolved}"
+        );
+    }
+    // What a file doesn't say, a person can; what it says, nobody can change.
+    let model = "artifacts/runs/other0/001/01-train/model.safetensors";
+    let sample = [
+        "sample",
+        model,
+        "--into",
+        "x",
+        "--count",
+        "1",
+        "--steps",
+        "3",
+        "--process",
+    ];
+    let gvp = [&sample[..], &["interpolant:gvp:noise:velocity"]].concat();
+    place.run(&gvp).succeeded();
+    let refused = place.run(&[&sample[..], &["interpolant"]].concat());
+    assert_eq!(refused.status, Some(2));
+    assert!(refused.stderr.contains("path gvp"), "{}", refused.stderr);
+    let unknown = place.run(&[&sample[..], &["interpolant:cosine"]].concat());
+    assert!(unknown.stderr.contains("gvp"), "{}", unknown.stderr);
+}

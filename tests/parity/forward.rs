@@ -273,7 +273,8 @@ pub fn dit_weights<B: TrainingBackend>(slack: f64) {
         );
     }
     for (name, entries) in zoo["state_dict"].as_object().unwrap() {
-        // One block is as good as all: names and shapes are compared through a model of the same width.
+        // One block is as good as all: names and shapes are compared through a model of the same
+        // width.
         let config = presets::config(
             name,
             size("input_size"),

@@ -79,9 +79,9 @@ use npy::{FEATURES, LABELS, NpyFolders};
 use packed::Packed;
 
 /// Latents of either format, opened for reading.
-pub struct Latents(Form);
+pub struct Latents(Format);
 
-enum Form {
+enum Format {
     Npy(NpyFolders),
     Packed(Packed),
 }
@@ -98,10 +98,10 @@ impl Latents {
     /// When the folder is none of these, is unfinished or empty, or a file is not as expected.
     pub fn open(path: &Path) -> Result<Self, DataError> {
         if path.join(INDEX).is_file() {
-            return Packed::open(path).map(|packed| Self(Form::Packed(packed)));
+            return Packed::open(path).map(|packed| Self(Format::Packed(packed)));
         }
         let npy = |features: &Path, labels: &Path| {
-            NpyFolders::open(features, labels).map(|folders| Self(Form::Npy(folders)))
+            NpyFolders::open(features, labels).map(|folders| Self(Format::Npy(folders)))
         };
         if path.join(FEATURES).is_dir() {
             return npy(&path.join(FEATURES), &path.join(LABELS));
@@ -138,8 +138,8 @@ impl Latents {
     /// Number of samples, at least 1.
     pub fn count(&self) -> usize {
         match &self.0 {
-            Form::Npy(folders) => folders.count(),
-            Form::Packed(packed) => packed.count(),
+            Format::Npy(folders) => folders.count(),
+            Format::Packed(packed) => packed.count(),
         }
     }
 
@@ -160,8 +160,8 @@ impl Latents {
 
     fn shape(&self) -> [usize; 3] {
         match &self.0 {
-            Form::Npy(folders) => folders.shape(),
-            Form::Packed(packed) => packed.layout().shape(),
+            Format::Npy(folders) => folders.shape(),
+            Format::Packed(packed) => packed.layout().shape(),
         }
     }
 
@@ -172,8 +172,8 @@ impl Latents {
     /// When a label can't be read.
     pub fn classes(&self) -> Result<usize, DataError> {
         match &self.0 {
-            Form::Npy(folders) => folders.classes(),
-            Form::Packed(packed) => Ok(packed.layout().classes),
+            Format::Npy(folders) => folders.classes(),
+            Format::Packed(packed) => Ok(packed.layout().classes),
         }
     }
 
@@ -181,24 +181,24 @@ impl Latents {
     /// takes minutes.
     pub fn stated_classes(&self) -> Option<usize> {
         match &self.0 {
-            Form::Npy(_) => None,
-            Form::Packed(packed) => Some(packed.layout().classes),
+            Format::Npy(_) => None,
+            Format::Packed(packed) => Some(packed.layout().classes),
         }
     }
 
     /// Names of the classes; empty if unknown.
     pub fn class_names(&self) -> &[String] {
         match &self.0 {
-            Form::Npy(_) => &[],
-            Form::Packed(packed) => packed.class_names(),
+            Format::Npy(_) => &[],
+            Format::Packed(packed) => packed.class_names(),
         }
     }
 
     /// Factor applied to the autoencoder's latents, if the format states it.
     pub fn scaling_factor(&self) -> Option<f64> {
         match &self.0 {
-            Form::Npy(_) => None,
-            Form::Packed(packed) => Some(packed.layout().scaling_factor),
+            Format::Npy(_) => None,
+            Format::Packed(packed) => Some(packed.layout().scaling_factor),
         }
     }
 
@@ -209,8 +209,8 @@ impl Latents {
     pub fn label(&self, index: usize) -> Result<usize, DataError> {
         self.check(index, 0)?;
         match &self.0 {
-            Form::Npy(folders) => folders.label(index),
-            Form::Packed(packed) => packed.label(index),
+            Format::Npy(folders) => folders.label(index),
+            Format::Packed(packed) => packed.label(index),
         }
     }
 
@@ -220,8 +220,8 @@ impl Latents {
     /// Names the first damaged file.
     pub fn verify(&self) -> Result<(), DataError> {
         match &self.0 {
-            Form::Npy(folders) => folders.verify(),
-            Form::Packed(packed) => packed.verify(),
+            Format::Npy(folders) => folders.verify(),
+            Format::Packed(packed) => packed.verify(),
         }
     }
 
@@ -256,8 +256,8 @@ impl Samples for Latents {
     fn read(&self, index: usize, view: usize, out: &mut Vec<f32>) -> Result<usize, DataError> {
         self.check(index, view)?;
         match &self.0 {
-            Form::Npy(folders) => folders.read(index, view, out),
-            Form::Packed(packed) => packed.read(index, view, out),
+            Format::Npy(folders) => folders.read(index, view, out),
+            Format::Packed(packed) => packed.read(index, view, out),
         }
     }
 }

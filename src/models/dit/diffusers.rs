@@ -173,7 +173,8 @@ pub(in crate::models) fn diffusers_config(config: &DitConfig) -> Value {
 /// built.
 ///
 /// # Errors
-/// When names are missing or surplus, or a block's embedders differ from the first block's; when a file can't be read.
+/// When names are missing or surplus, or a block's embedders differ from the first block's; when a
+/// file can't be read.
 pub(in crate::models) fn from_diffusers(
     mut found: Tensors,
     config: &DitConfig,
@@ -260,7 +261,8 @@ pub(in crate::models) fn from_diffusers(
 /// The reference's tensors under diffusers' names.
 ///
 /// # Errors
-/// When the position table is not the standard one, which diffusers would put in its place; when a file can't be read.
+/// When the position table is not the standard one, which diffusers would put in its place; when a
+/// file can't be read.
 pub(in crate::models) fn to_diffusers(
     mut tensors: Tensors,
     config: &DitConfig,

@@ -7,8 +7,8 @@ use super::{DitConfig, presets};
 use crate::models::Heads;
 use crate::state::{Misfits, Tensors, WeightsError, some};
 
-/// The DiT whose state dict this is, as deep as its highest block. Without known heads it has those of the published
-/// model of its width.
+/// The DiT whose state dict this is, as deep as its highest block. Without known heads it has those
+/// of the published model of its width.
 ///
 /// # Errors
 /// What makes it none.
@@ -126,7 +126,8 @@ fn depth(blocks: &BTreeSet<usize>) -> Result<usize, String> {
     ))
 }
 
-/// Refuses tensors that are not the expected ones, naming all that are missing, surplus or misshapen.
+/// Refuses tensors that are not the expected ones, naming all that are missing, surplus or
+/// misshapen.
 pub(in crate::models) fn check(
     tensors: &Tensors,
     expected: &[(String, Vec<usize>)],

@@ -142,7 +142,8 @@ impl DitConfig {
             + 2 * width * width
     }
 
-    /// Parameters of a low-rank update of every linear layer: all matrices but the labels' table, which is looked up.
+    /// Parameters of a low-rank update of every linear layer: all matrices but the labels' table,
+    /// which is looked up.
     pub fn lora_parameters(&self, rank: usize) -> usize {
         let matrices = self.tensors().into_iter().filter(|(name, shape)| {
             shape.len() == 2 && name != "y_embedder.embedding_table.weight"
@@ -152,15 +153,17 @@ impl DitConfig {
             .sum()
     }
 
-    /// Bytes of f32 activations that one block leaves for its backward pass: composed of Burn's operators, each of which
-    /// keeps its inputs, about 30 tensors of the trunk's width, 9 of the MLP's and 5 of the attention weights. Gives 213
-    /// MiB for the 12-layer digit model at batch 64, whose fine-tuning `tinyfusion bench` measures at 264 MiB in all.
+    /// Bytes of f32 activations that one block leaves for its backward pass: composed of Burn's
+    /// operators, each of which keeps its inputs, about 30 tensors of the trunk's width, 9 of the
+    /// MLP's and 5 of the attention weights. Gives 213 MiB for the 12-layer digit model at batch
+    /// 64, whose fine-tuning `tinyfusion bench` measures at 264 MiB in all.
     pub fn block_bytes(&self, batch: usize) -> usize {
         let tokens = self.tokens();
         4 * batch * tokens * (30 * self.width + 9 * self.hidden() + 5 * self.heads * tokens)
     }
 
-    /// Reads the sizes from whoever gives them; those of the samples are `samples` where none are given.
+    /// Reads the sizes from whoever gives them; those of the samples are `samples` where none are
+    /// given.
     #[rustfmt::skip]
     pub fn read(keys: &mut dyn Keys, samples: Shape) -> Self {
         let Shape { channels, side, classes } = samples;

@@ -6,6 +6,7 @@ use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
 use pulp::{Arch, Simd, WithSimd};
 
+use super::blocks::{columns_of, rows_of};
 use super::elementwise::activate_row;
 use super::low_rank::{self, LoraRows};
 use super::memory::{Out, Rows, Scratch, matrix, tensor};
@@ -60,36 +61,6 @@ impl Weights {
                     |value, [a]| factor.mul_add(a, value),
                 );
             }
-        }
-    }
-}
-
-/// Copies a block of rows, in their order in memory, and applies the activation.
-#[inline(always)]
-pub(super) fn rows_of(
-    x: &Rows,
-    activation: Activation,
-) -> impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync {
-    #[inline(always)]
-    move |rows, depths, scratch| {
-        for (place, row) in scratch.chunks_exact_mut(STRIDE).zip(rows) {
-            let values = &x.row(row)[depths.clone()];
-            activate_row(values, &mut place[..depths.len()], activation);
-        }
-    }
-}
-
-/// Copies a block of columns; the product then sums over the rows.
-#[inline(always)]
-pub(super) fn columns_of(
-    x: &Rows,
-    activation: Activation,
-) -> impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync {
-    #[inline(always)]
-    move |columns, depths, scratch| {
-        for (place, row) in scratch.chunks_exact_mut(STRIDE).zip(depths) {
-            let values = &x.row(row)[columns.clone()];
-            activate_row(values, &mut place[..columns.len()], activation);
         }
     }
 }

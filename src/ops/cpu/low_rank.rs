@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
 
-use super::linear::{columns_of, rows_of};
+use super::blocks::{columns_of, rows_of};
 use super::memory::{Out, Rows, Scratch, matrix, tensor};
 use super::panels::Panels;
 use super::product::{Start, Target, multiply};

@@ -12,6 +12,7 @@
 //! writes its own (see [`memory::Out`]).
 
 mod attention;
+mod blocks;
 mod convolution;
 mod convolution_backward;
 mod elementwise;

@@ -7,32 +7,88 @@
 
 use std::cell::RefCell;
 use std::fmt::Display;
-use std::ops::{RangeBounds, RangeInclusive};
+use std::ops::{Bound, RangeBounds, RangeInclusive};
 
 use super::diagnostic::{Diagnostic, Origin};
-use super::values::Number;
+use super::values::{Number, describe};
 use super::{Node, Table, Value, title};
 
-/// Collects mistakes.
+/// What a key may be.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ValueForm {
+    /// A whole number within a range, both ends counted.
+    Integer(String, String),
+    /// A number within a range, in words and by its ends; `true` where an end itself is left out.
+    Float(String, [Option<(f64, bool)>; 2]),
+    /// `true` or `false`.
+    Boolean,
+    /// Text.
+    Text,
+    /// One of these words.
+    Choice(Vec<String>),
+    /// A list with at least one item.
+    List(Box<ValueForm>),
+    /// Two of the same.
+    Pair(Box<ValueForm>),
+    /// A table.
+    Table,
+    /// Something that its meaning describes.
+    Other,
+}
+
+/// A key that was asked for in a table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Asked {
+    /// The table, as messages call it.
+    pub table: String,
+    /// The key.
+    pub key: &'static str,
+    /// What it may be.
+    pub form: ValueForm,
+}
+
+/// Collects mistakes and, where somebody wants to list them, the keys that are asked for.
 #[derive(Debug, Default)]
-pub struct Sink(RefCell<Vec<Diagnostic>>);
+pub struct Sink {
+    faults: RefCell<Vec<Diagnostic>>,
+    asked: Option<RefCell<Vec<Asked>>>,
+}
 
 impl Sink {
     /// A sink that already holds `faults`.
     #[must_use]
     pub fn new(faults: Vec<Diagnostic>) -> Self {
-        Self(RefCell::new(faults))
+        Self {
+            faults: RefCell::new(faults),
+            asked: None,
+        }
+    }
+
+    /// A sink that notes the keys asked for.
+    #[must_use]
+    pub fn listing() -> Self {
+        Self {
+            faults: RefCell::default(),
+            asked: Some(RefCell::default()),
+        }
     }
 
     /// Adds a mistake.
     pub fn push(&self, fault: Diagnostic) {
-        self.0.borrow_mut().push(fault);
+        self.faults.borrow_mut().push(fault);
     }
 
     /// All mistakes.
     #[must_use]
     pub fn into_faults(self) -> Vec<Diagnostic> {
-        self.0.into_inner()
+        self.faults.into_inner()
+    }
+
+    /// The keys that were asked for, in order; none unless it was made for
+    /// [listing](Self::listing).
+    #[must_use]
+    pub fn into_asked(self) -> Vec<Asked> {
+        self.asked.map(RefCell::into_inner).unwrap_or_default()
     }
 }
 
@@ -79,7 +135,24 @@ impl<'a> Section<'a> {
         key: &'static str,
         parse: impl FnOnce(&'a Node) -> Result<T, Diagnostic>,
     ) -> Field<'_, T> {
+        self.formed(key, || ValueForm::Other, parse)
+    }
+
+    /// As [`value`](Self::value), of a form that can be described.
+    fn formed<T>(
+        &self,
+        key: &'static str,
+        form: impl FnOnce() -> ValueForm,
+        parse: impl FnOnce(&'a Node) -> Result<T, Diagnostic>,
+    ) -> Field<'_, T> {
         self.accepted.borrow_mut().push(key);
+        if let Some(asked) = &self.sink.asked {
+            asked.borrow_mut().push(Asked {
+                table: self.label.clone(),
+                key,
+                form: form(),
+            });
+        }
         let reading = match self.table.get(key) {
             None => Reading::Absent,
             Some(entry) => match parse(&entry.node) {
@@ -103,7 +176,17 @@ impl<'a> Section<'a> {
         key: &'static str,
         parse: impl Fn(&'a Node) -> Result<T, Diagnostic>,
     ) -> Field<'_, Vec<T>> {
-        let items = self.value(key, |node| match &node.value {
+        self.list_of(key, || ValueForm::Other, parse)
+    }
+
+    fn list_of<T>(
+        &self,
+        key: &'static str,
+        form: impl FnOnce() -> ValueForm,
+        parse: impl Fn(&'a Node) -> Result<T, Diagnostic>,
+    ) -> Field<'_, Vec<T>> {
+        let form = || ValueForm::List(Box::new(form()));
+        let items = self.formed(key, form, |node| match &node.value {
             Value::Array(items) if items.is_empty() => Err(node.fault("must not be empty")),
             Value::Array(items) => Ok(items),
             _ => Err(node.mismatch("a list")),
@@ -136,27 +219,33 @@ impl<'a> Section<'a> {
 
     /// A string.
     pub fn string(&self, key: &'static str) -> Field<'_, &'a str> {
-        self.value(key, Node::string)
+        self.formed(key, || ValueForm::Text, Node::string)
     }
 
     /// An integer within `range`.
     pub fn integer<T: Number>(&self, key: &'static str, range: RangeInclusive<T>) -> Field<'_, T> {
-        self.value(key, |node| node.integer(&range))
+        let form = || ValueForm::Integer(range.start().to_string(), range.end().to_string());
+        self.formed(key, form, |node| node.integer(&range))
     }
 
     /// A finite number within `range`; integers are accepted.
     pub fn float(&self, key: &'static str, range: impl RangeBounds<f64>) -> Field<'_, f64> {
-        self.value(key, |node| node.float(&range))
+        self.formed(key, || float(&range), |node| node.float(&range))
     }
 
     /// `true` or `false`.
     pub fn boolean(&self, key: &'static str) -> Field<'_, bool> {
-        self.value(key, Node::boolean)
+        self.formed(key, || ValueForm::Boolean, Node::boolean)
     }
 
     /// One of the listed names, as the value next to it.
     pub fn choice<T: Copy>(&self, key: &'static str, choices: &[(&str, T)]) -> Field<'_, T> {
-        self.value(key, |node| node.choice(choices))
+        let names = || choices.iter().map(|(name, _)| (*name).to_owned()).collect();
+        self.formed(
+            key,
+            || ValueForm::Choice(names()),
+            |node| node.choice(choices),
+        )
     }
 
     /// Two numbers within `range`, such as the start and end of a schedule.
@@ -165,7 +254,8 @@ impl<'a> Section<'a> {
         key: &'static str,
         range: impl RangeBounds<f64>,
     ) -> Field<'_, [f64; 2]> {
-        self.value(key, |node| {
+        let form = || ValueForm::Pair(Box::new(float(&range)));
+        self.formed(key, form, |node| {
             node.pair("two numbers", |item| item.float(&range))
         })
     }
@@ -176,14 +266,17 @@ impl<'a> Section<'a> {
         key: &'static str,
         range: RangeInclusive<T>,
     ) -> Field<'_, Vec<T>> {
-        self.list(key, |node| node.integer(&range))
+        let form = || ValueForm::Integer(range.start().to_string(), range.end().to_string());
+        self.list_of(key, form, |node| node.integer(&range))
     }
 
     /// A table inside this one.
     pub fn section(&self, key: &'static str) -> Field<'_, Section<'a>> {
-        self.value(key, |node| {
-            Section::new(format!("`{key}` of {}", self.label), node, self.sink)
-        })
+        self.formed(
+            key,
+            || ValueForm::Table,
+            |node| Section::new(format!("`{key}` of {}", self.label), node, self.sink),
+        )
     }
 
     /// An array of tables, `[[key]]`, each named by its [`title`].
@@ -248,6 +341,16 @@ impl<'a> Section<'a> {
         fault.message = format!("`{key}`: {}", fault.message);
         self.sink.push(fault);
     }
+}
+
+fn float(range: &impl RangeBounds<f64>) -> ValueForm {
+    let end = |bound: Bound<&f64>| match bound {
+        Bound::Included(end) => Some((*end, false)),
+        Bound::Excluded(end) => Some((*end, true)),
+        Bound::Unbounded => None,
+    };
+    let ends = [end(range.start_bound()), end(range.end_bound())];
+    ValueForm::Float(describe(range), ends)
 }
 
 /// The result of reading a key.

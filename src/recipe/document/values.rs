@@ -128,7 +128,7 @@ impl Node {
     }
 }
 
-fn describe(range: &impl RangeBounds<f64>) -> String {
+pub(super) fn describe(range: &impl RangeBounds<f64>) -> String {
     let low = match range.start_bound() {
         Bound::Included(low) => Some(format!("at least {low}")),
         Bound::Excluded(low) => Some(format!("above {low}")),

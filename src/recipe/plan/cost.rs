@@ -23,7 +23,8 @@ pub(crate) fn sampling_flops(sampling: &Sampling, model: &Architecture) -> f64 {
     flops(model, passes * sampling.count) * sampling.solver.calls(sampling.steps) as f64
 }
 
-/// Weights, gradients, two moments and an average of what learns, and what a pass leaves for its backward pass.
+/// Weights, gradients, two moments and an average of what learns, and what a pass leaves for its
+/// backward pass.
 pub(crate) fn training_memory(
     model: &Architecture,
     learning: usize,

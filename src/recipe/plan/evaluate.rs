@@ -1,18 +1,41 @@
-//! What sampling and evaluation need of their models, and what they cost.
+//! What an evaluation will do.
 
-use super::cost::{inference_memory, sampling_flops};
+use super::cost::sampling_flops;
 use super::known::{Known, Problem};
 use super::missing::Role;
+use super::sample::{check_sampling, is_pixels, latents_need_a_vae};
+use super::{PlannedStage, Work};
 use crate::data::Split;
-use crate::models::{Architecture, Shape};
-use crate::process::ProcessKind;
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::sample::{Against, Evaluate};
-use crate::recipe::schema::source::Source;
-use crate::sampling::Sampling;
+
+pub(super) fn plan(
+    stage: &Stage,
+    evaluate: &Evaluate,
+    known: &mut Known<'_>,
+) -> Result<PlannedStage, Problem> {
+    let (memory, flops) = check(stage, evaluate, known)?;
+    let models = evaluate.compare.len();
+    let archives = match &evaluate.against {
+        Against::Reference { samples, .. } => samples.len(),
+        Against::HeldOut { .. } => 0,
+    };
+    let what = match (models, archives) {
+        (models, 0) => format!("evaluate {models} models"),
+        (0, archives) => format!("evaluate {archives} archives"),
+        (models, archives) => format!("evaluate {models} models and {archives} archives"),
+    };
+    Ok(PlannedStage {
+        steps: evaluate.sampling.steps,
+        images: models * evaluate.sampling.count,
+        memory,
+        flops,
+        ..PlannedStage::new(stage, &what, Work::Evaluate(evaluate.clone()))
+    })
+}
 
 /// Checks an evaluation, and estimates its bytes and operations.
-pub(crate) fn plan_evaluate(
+fn check(
     stage: &Stage,
     evaluate: &Evaluate,
     known: &mut Known<'_>,
@@ -109,49 +132,4 @@ pub(crate) fn plan_evaluate(
         }
     }
     Ok((memory, flops))
-}
-
-/// Whether a model's samples are grey or coloured pixels.
-pub(crate) fn is_pixels(model: Shape) -> bool {
-    matches!(model.channels, 1 | 3)
-}
-
-pub(crate) fn latents_need_a_vae(model: Shape) -> Problem {
-    Problem::Said(format!(
-        "the model draws latents of {} channels; give the autoencoder that makes images of them as `vae`",
-        model.channels
-    ))
-}
-
-/// Refuses classes that a model doesn't have and solvers that are not its process's; estimates the bytes of drawing.
-pub(crate) fn check_sampling(
-    sampling: &Sampling,
-    model: &Architecture,
-    source: &Source,
-    process: Option<ProcessKind>,
-) -> Result<usize, Problem> {
-    let process = process.unwrap_or(ProcessKind::ASSUMED);
-    if let Some(why) = sampling.solver.misfit(process) {
-        return Err(Problem::Said(format!("`{source}`: {why}")));
-    }
-    let least = process.least_steps();
-    if sampling.steps < least {
-        let why = format!("an equation needs {least} `steps` at least, the start and the end");
-        return Err(Problem::Said(why));
-    }
-    if let Some(class) = sampling
-        .classes
-        .iter()
-        .flatten()
-        .find(|class| **class >= model.shape().classes)
-    {
-        return Err(Problem::Said(format!(
-            "class {class} does not exist; the model has {}, counted from 0",
-            model.shape().classes
-        )));
-    }
-    Ok(inference_memory(
-        model,
-        2 * sampling.batch.min(sampling.count),
-    ))
 }

@@ -1,4 +1,5 @@
-//! What planning knows so far: the models earlier stages leave, the files that are there, and what is missing.
+//! What planning knows so far: the models earlier stages leave, the files that are there, and what
+//! is missing.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,7 +18,8 @@ use crate::recipe::schema::source::Source;
 use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::weights::{embedded, vae_config};
 
-/// How many times an autoencoder of latents reduces each side, where its configuration is not there to say.
+/// How many times an autoencoder of latents reduces each side, where its configuration is not there
+/// to say.
 const AUTOENCODER_REDUCTION: usize = 8;
 
 /// Why a stage can't be planned.
@@ -33,7 +35,8 @@ impl<E: std::error::Error> From<E> for Problem {
     }
 }
 
-/// Whether a stage only takes layers out, so that it is all the same to it how the model was trained.
+/// Whether a stage only takes layers out, so that it is all the same to it how the model was
+/// trained.
 pub(crate) fn keeps_weights(kind: &StageKind) -> bool {
     let StageKind::Prune(prune) = kind else {
         return false;
@@ -53,7 +56,8 @@ pub(crate) struct Known<'a> {
     /// What earlier stages leave, and the process it was trained under.
     pub(crate) made: BTreeMap<String, (Architecture, Option<ProcessKind>)>,
     pub(crate) missing: Vec<MissingFile>,
-    /// The recipe's pictures to train on and those held out, and how many there are, once they have been looked at.
+    /// The recipe's pictures to train on and those held out, and how many there are, once they have
+    /// been looked at.
     pub(crate) looked: [Option<(DataShape, usize)>; 2],
 }
 
@@ -63,7 +67,8 @@ impl Known<'_> {
         note(&mut self.missing, &stage.name, path, role)
     }
 
-    /// What a stage's source holds, and the process it was trained under; None of a classifier, and where nothing says it.
+    /// What a stage's source holds, and the process it was trained under; None of a classifier, and
+    /// where nothing says it.
     pub(crate) fn model(
         &mut self,
         stage: &Stage,
@@ -115,7 +120,8 @@ impl Known<'_> {
         }
     }
 
-    /// Notes an autoencoder; refuses one whose latents are not what a model draws, as far as it can be known.
+    /// Notes an autoencoder; refuses one whose latents are not what a model draws, as far as it can
+    /// be known.
     pub(crate) fn vae(&mut self, stage: &Stage, path: &Path, model: Shape) -> Result<(), Problem> {
         if !self.need(stage, path, Role::Vae) {
             return Ok(());
@@ -133,8 +139,8 @@ impl Known<'_> {
         }
     }
 
-    /// What the pictures of the recipe's data are, in pixel space, and how many a part has; None where they are
-    /// missing, which is noted.
+    /// What the pictures of the recipe's data are, in pixel space, and how many a part has; None
+    /// where they are missing, which is noted.
     pub(crate) fn pictures(
         &mut self,
         stage: &Stage,
@@ -238,8 +244,8 @@ impl Known<'_> {
                 (name.clone(), model.channels, size, model.classes)
             }
         };
-        // A model may know more classes than latents have: a part of a data set is one too. Those of pictures are numbered
-        // by the names there are.
+        // A model may know more classes than latents have: a part of a data set is one too. Those
+        // of pictures are numbered by the names there are.
         let fits = match recipe.data {
             Data::Latents(_) | Data::Stage(_) => model.classes >= classes,
             _ => model.classes == classes,

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use burn::module::AutodiffModule;
 use burn::tensor::backend::AutodiffBackend;
-use burn::tensor::{Tensor, TensorData};
 use burn::train::TrainStep;
 use sha2::{Digest, Sha256};
 
@@ -156,15 +155,6 @@ impl<B: TrainingBackend> Context<'_, B> {
             ..Provenance::default()
         })
     }
-}
-
-/// A tensor of images.
-pub(crate) fn images<B: burn::tensor::backend::Backend>(
-    pixels: Vec<f32>,
-    shape: [usize; 4],
-    device: &B::Device,
-) -> Tensor<B, 4> {
-    Tensor::from_data(TensorData::new(pixels, shape), device)
 }
 
 /// What a training left, unless a person stopped it before its last step.

@@ -75,7 +75,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         })
     }
 
-    /// The samples to be measured against, where there are any: files may be missing, and nothing held out.
+    /// The samples to be measured against, where there are any: files may be missing, and nothing
+    /// held out.
     ///
     /// # Errors
     /// As [`part`](Self::part), of what is there.

@@ -1,13 +1,16 @@
-//! The run directory: `artifacts/runs/<recipe>/<run>/`, one folder per stage. Runs are numbered and never reused.
+//! The run directory: `artifacts/runs/<recipe>/<run>/`, one folder per stage. Runs are numbered and
+//! never reused.
 
 use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::files::{lock_file, write_atomic};
 use crate::recipe::RecipeError;
+use crate::weights::Evaluated;
 
 /// How a run stands, in `status.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,11 +29,15 @@ pub struct Status {
 /// File of the recipe a run was started with, nothing left implicit.
 pub(crate) const RESOLVED: &str = "resolved.toml";
 
+/// File of the verdicts, in the stage's folder.
+pub(crate) const EVALUATION: &str = "eval.json";
+
 /// A run's folder.
 #[derive(Debug)]
 pub struct RunDirectory {
     path: PathBuf,
-    /// Locked as long as this process works in the folder; the system lets go of it however the process ends.
+    /// Locked as long as this process works in the folder; the system lets go of it however the
+    /// process ends.
     _lock: File,
 }
 
@@ -54,8 +61,9 @@ impl RunDirectory {
         }
     }
 
-    /// The newest run of a recipe that has not finished and was started with this resolved recipe. One that was stopped
-    /// before it had noted its recipe has nothing to go on with, and is passed over.
+    /// The newest run of a recipe that has not finished and was started with this resolved recipe.
+    /// One that was stopped before it had noted its recipe has nothing to go on with, and is passed
+    /// over.
     ///
     /// # Errors
     /// When there is none.
@@ -195,6 +203,26 @@ pub(crate) fn json(value: &impl Serialize) -> Result<String, RecipeError> {
         .map_err(|error| RecipeError::Run(error.to_string()))
 }
 
+/// The evaluation in the run that made a checkpoint, and the model's name in it.
+pub(crate) fn evaluation_of(checkpoint: &Path) -> Option<Evaluated> {
+    let stage = checkpoint.parent()?;
+    let (_, name) = stage.file_name()?.to_str()?.split_once('-')?;
+    let stages = std::fs::read_dir(stage.parent()?).ok()?;
+    let mut folders: Vec<_> = stages.flatten().map(|folder| folder.path()).collect();
+    // A folder lists its entries in any order; of several evaluations the first stage's is used.
+    folders.sort();
+    folders.iter().find_map(|folder| {
+        let text = std::fs::read_to_string(folder.join(EVALUATION)).ok()?;
+        let json: Value = serde_json::from_str(&text).ok()?;
+        let verdicts = json.get("verdicts")?.as_array()?;
+        let ours = verdicts.iter().any(|verdict| verdict["model"] == name);
+        ours.then(|| Evaluated {
+            model: name.to_owned(),
+            evaluation: json,
+        })
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -231,5 +259,20 @@ mod tests {
         assert_eq!(first.path(), path);
         first.set_status(&finished).unwrap();
         assert!(unfinished("x = 1").is_err());
+    }
+
+    #[test]
+    fn an_evaluation_is_found_by_the_stages_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            path
+        };
+        let json = serde_json::json!({ "verdicts": [{ "model": "learned" }] });
+        std::fs::write(at("14-evaluate/eval.json"), json.to_string()).unwrap();
+        let found = evaluation_of(&at("02-learned/model.safetensors")).unwrap();
+        assert_eq!((&*found.model, &found.evaluation), ("learned", &json));
+        assert_eq!(evaluation_of(&at("03-other/model.safetensors")), None);
     }
 }

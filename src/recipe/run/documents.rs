@@ -1,12 +1,14 @@
-//! Tables of measurements in the README and in the cards are those of the committed files that they name.
+//! Tables of measurements in the README and in the cards are those of the committed files that they
+//! name.
 //!
-//! A line `<!-- table: FILE -->` before a table says where it is from. A table that nobody could have copied row by row
-//! from two runs is one that is compared whole.
+//! A line `<!-- table: FILE -->` before a table says where it is from. A table that nobody could
+//! have copied row by row from two runs is one that is compared whole.
 
 use std::path::{Path, PathBuf};
 
-use super::evaluate::{Evaluated, table};
+use super::evaluate::Evaluated;
 use super::seeds::Verdicts;
+use crate::evaluation::classified_table;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -28,7 +30,7 @@ fn printed(file: &Path) -> String {
     let text =
         std::fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
     match serde_json::from_str::<Evaluated>(&text) {
-        Ok(evaluation) => table(&evaluation.verdicts).to_string(),
+        Ok(evaluation) => classified_table(&evaluation.verdicts).to_string(),
         Err(_) => serde_json::from_str::<Verdicts>(&text).unwrap().to_string(),
     }
 }

@@ -2,28 +2,22 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::backend::Backend;
-
 use super::context::Context;
-use super::evaluate::{EVALUATION, file_name, not_whole};
+use super::directory::EVALUATION;
+use super::evaluate::{file_name, not_whole};
 use crate::evaluation::{
-    AdmEvaluation, AdmProtocol, AdmVerdict, DEFAULT_SPLIT_SIZE, Distances, FileDigest, Reference,
-    ReferenceMeasured, Speed, cache_file, compare, measure,
+    self, AdmEvaluation, AdmJudge, AdmVerdict, Distances, Speed, common_count,
 };
 use crate::images::Images;
-use crate::models::{Architecture, Inception};
+use crate::models::Architecture;
 use crate::npz::{SampleReader, first_images};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::missing::{Role, note, refuse};
 use crate::recipe::schema::sample::Evaluate;
-use crate::report::Progress;
 use crate::report::{comparison_png, grid_layout, watch};
 use crate::sampling::{Draw, SAMPLING, Sampling, Share, speeds};
-use crate::weights::{Known, read_inception};
 
-/// Images Inception reads at once.
-const READ_BATCH: usize = 16;
 /// Columns of the comparison.
 const COLUMNS: usize = 8;
 
@@ -37,104 +31,47 @@ pub(crate) struct ReferenceFiles<'a> {
     pub(crate) distances: Distances,
 }
 
-/// Inception, and what is known of the reference.
-struct Judge<B: Backend> {
-    inception: Known<Inception<B>>,
-    reference: ReferenceMeasured,
-    protocol: AdmProtocol,
+/// Reads Inception and measures the reference, with a bar.
+fn judge<B: FusedOps>(
+    files: &ReferenceFiles<'_>,
+    neighbours: usize,
+    cache: Option<&Path>,
+    device: &B::Device,
+) -> Result<AdmJudge<B>, RecipeError> {
+    let against = evaluation::Against {
+        reference: files.reference,
+        inception: files.inception,
+        neighbours,
+        distances: files.distances,
+        cache,
+    };
+    let judge = AdmJudge::<B>::new(against, device, watch("reference", "images"))?;
+    passed_over(files.reference, judge.ignored);
+    Ok(judge)
 }
 
-impl<B: FusedOps> Judge<B> {
-    /// Reads the networks and the reference; what is measured of it is kept in the folder `cache`, if there is one.
-    fn new(
-        files: &ReferenceFiles<'_>,
-        neighbours: usize,
-        cache: Option<&Path>,
-        device: &B::Device,
-    ) -> Result<Self, RecipeError> {
-        let inception = read_inception::<B>(files.inception, device)?;
-        let digest = FileDigest::of(files.reference)?;
-        let inception_digest = FileDigest::known(&inception.path, &inception.sha256);
-        let reference = Reference::open(files.reference)?;
-        let pictures = reference.pictures();
-        told(files.reference, reference.ignored());
-        enough(files.reference, pictures.unwrap_or(usize::MAX))?;
-        if pictures.is_some_and(|pictures| pictures <= neighbours) {
-            return Err(RecipeError::Run(format!(
-                "{}: {neighbours} neighbours can't be found among its {} pictures",
-                files.reference.display(),
-                pictures.unwrap_or(0)
-            )));
-        }
-        let mut progress = Progress::new("reference", "images", pictures.unwrap_or(0));
-        let network = &inception.network;
-        let mut reached = |done| progress.reach(done);
-        let reference = match cache {
-            Some(folder) => {
-                let cache = cache_file(folder, &digest, &inception_digest);
-                reference.measure_cached(network, &cache, READ_BATCH, &mut reached)?
-            }
-            None => reference.measure(network, READ_BATCH, &mut reached)?,
-        };
-        let protocol = AdmProtocol {
-            samples: 0,
-            reference: digest,
-            reference_pictures: pictures,
-            reference_moments: reference.moments,
-            inception: inception_digest,
-            neighbours,
-            distances: files.distances,
-            split_size: DEFAULT_SPLIT_SIZE,
-            inception_compute: "f32".into(),
-            backend: B::name(device),
-            sampling: None,
-        };
-        Ok(Self {
-            inception,
-            reference,
-            protocol,
-        })
-    }
+/// Measures the first `count` pictures of an archive, with a bar.
+fn verdict<B: FusedOps>(
+    judge: &AdmJudge<B>,
+    name: &str,
+    archive: &Path,
+    count: usize,
+) -> Result<AdmVerdict, RecipeError> {
+    let reader = SampleReader::open(archive)?.first(count);
+    passed_over(archive, reader.ignored());
+    Ok(judge.verdict(name, reader, watch(name, "images measured"))?)
+}
 
-    /// Measures the first `count` pictures.
-    fn verdict(&self, name: &str, archive: &Path, count: usize) -> Result<AdmVerdict, RecipeError> {
-        let reader = SampleReader::open(archive)?.first(count);
-        told(archive, reader.ignored());
-        let mut progress = Progress::new(name, "images measured", reader.shape()[0]);
-        let network = &self.inception.network;
-        let measured = measure(network, reader, READ_BATCH, |done| progress.reach(done))?;
-        let AdmProtocol {
-            neighbours,
-            distances,
-            ..
-        } = self.protocol;
-        let scores = compare(&self.reference, &measured, neighbours, distances)?;
-        Ok(AdmVerdict::new(name, &measured, scores))
+/// Writes the result to `path` and prints it.
+fn finish(evaluation: &AdmEvaluation, stage: &str, path: Option<&Path>) -> Result<(), RecipeError> {
+    if let Some(path) = path {
+        evaluation.write(path)?;
     }
-
-    /// Writes the result to `path` and prints it.
-    fn finish(
-        self,
-        verdicts: Vec<AdmVerdict>,
-        stage: &str,
-        path: Option<&Path>,
-    ) -> Result<(), RecipeError> {
-        let mut protocol = self.protocol;
-        protocol.samples = verdicts
-            .iter()
-            .map(|verdict| verdict.count)
-            .min()
-            .unwrap_or(0);
-        let evaluation = AdmEvaluation { protocol, verdicts };
-        if let Some(path) = path {
-            evaluation.write(path)?;
-        }
-        crate::tell!(
-            "\n{stage}: against {} in Inception's features\n\n{evaluation}",
-            evaluation.protocol.reference.file
-        );
-        Ok(())
-    }
+    crate::tell!(
+        "\n{stage}: against {} in Inception's features\n\n{evaluation}",
+        evaluation.protocol.reference.file
+    );
+    Ok(())
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
@@ -179,9 +116,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             (files.samples.iter()).map(|path| (path.display().to_string(), path.clone(), None)),
         );
         let (neighbours, cache) = (evaluate.neighbours, Some(folder));
-        let mut judge = Judge::<B::InnerBackend>::new(files, neighbours, cache, self.device)?;
+        let mut judge = judge::<B::InnerBackend>(files, neighbours, cache, self.device)?;
         for (name, archive, model) in &archives {
-            let mut verdict = judge.verdict(name, archive, count)?;
+            let mut verdict = verdict(&judge, name, archive, count)?;
             if let Some(model) = model {
                 verdict.parameters = Some(model.parameters());
                 verdict.depth = Some(model.depth());
@@ -203,43 +140,16 @@ impl<B: TrainingBackend> Context<'_, B> {
                 "how": evaluate.sampling,
             })
         });
-        judge.finish(verdicts, stage, Some(&folder.join(EVALUATION)))
+        finish(
+            &judge.finish(verdicts),
+            stage,
+            Some(&folder.join(EVALUATION)),
+        )
     }
-}
-
-/// How many pictures of each are measured: the first `count`, or all, of which there must be as many in each. Zero of
-/// none.
-///
-/// FID falls with the number of samples, so that sets of unlike sizes have nothing to say of each other.
-fn common_count(archives: &[PathBuf], count: Option<usize>) -> Result<usize, RecipeError> {
-    let mut first: Option<(&Path, usize)> = None;
-    for archive in archives {
-        let found = SampleReader::open(archive)?.shape()[0];
-        enough(archive, count.map_or(found, |count| count.min(found)))?;
-        match (count, first) {
-            (Some(count), _) if found < count => {
-                return Err(RecipeError::Run(format!(
-                    "{}: expected at least the {count} pictures of the count asked for, found {found}",
-                    archive.display()
-                )));
-            }
-            (None, Some((other, others))) if others != found => {
-                return Err(RecipeError::Run(format!(
-                    "{} has {others} pictures and {} has {found}; FID depends on their number, so give a count \
-                     (`--count N`, in a recipe `count = N`), and the first N of each are measured",
-                    other.display(),
-                    archive.display()
-                )));
-            }
-            (_, None) => first = Some((archive, found)),
-            _ => {}
-        }
-    }
-    Ok(first.map_or(0, |(_, found)| count.unwrap_or(found)))
 }
 
 /// Says what was passed over in a folder of pictures.
-fn told(folder: &Path, ignored: usize) {
+fn passed_over(folder: &Path, ignored: usize) {
     if ignored > 0 {
         crate::say!(
             "{}: {ignored} other {} passed over; pictures are .png, .jpg and .jpeg, in the folder or one below",
@@ -250,17 +160,6 @@ fn told(folder: &Path, ignored: usize) {
                 "entries are"
             }
         );
-    }
-}
-
-/// Refuses archives of which there is nothing to measure.
-fn enough(archive: &Path, pictures: usize) -> Result<(), RecipeError> {
-    match pictures {
-        0 | 1 => Err(RecipeError::Run(format!(
-            "{}: expected at least 2 pictures, found {pictures}",
-            archive.display()
-        ))),
-        _ => Ok(()),
     }
 }
 
@@ -284,12 +183,14 @@ fn picture(path: &Path, archives: &[Measurable]) -> Result<(), RecipeError> {
     Ok(comparison_png(path, &rows, columns, scale)?)
 }
 
-/// Measures archives or folders of samples, prints the scores, and writes them with their protocol to `to`. Of each the
-/// first `count` pictures are measured; without it all, of which there must be as many in each. What is measured of the
-/// reference is kept in the folder `cache`, if there is one.
+/// Measures archives or folders of samples, prints the scores, and writes them with their protocol
+/// to `to`. Of each the first `count` pictures are measured; without it all, of which there must be
+/// as many in each. What is measured of the reference is kept in the folder `cache`, if there is
+/// one.
 ///
 /// # Errors
-/// When a file can't be read, or holds something else; when there are fewer pictures than `count`, or unlike numbers.
+/// When a file can't be read, or holds something else; when there are fewer pictures than `count`,
+/// or unlike numbers.
 pub(crate) fn archives<B: FusedOps>(
     files: &ReferenceFiles<'_>,
     count: Option<usize>,
@@ -302,15 +203,16 @@ pub(crate) fn archives<B: FusedOps>(
     let mut missing = Vec::new();
     note(&mut missing, "evaluate", files.inception, Role::Inception);
     refuse(&missing)?;
-    let mut judge = Judge::<B>::new(files, neighbours, cache, device)?;
+    let mut judge = judge::<B>(files, neighbours, cache, device)?;
     judge.protocol.sampling = said_of(files.samples);
     let verdicts = (files.samples.iter())
-        .map(|archive| judge.verdict(&archive.display().to_string(), archive, count))
+        .map(|archive| verdict(&judge, &archive.display().to_string(), archive, count))
         .collect::<Result<_, _>>()?;
-    judge.finish(verdicts, "evaluate", to)
+    finish(&judge.finish(verdicts), "evaluate", to)
 }
 
-/// What lies beside archives of how they were drawn, by archive; nothing of those that other programs made.
+/// What lies beside archives of how they were drawn, by archive; nothing of those that other
+/// programs made.
 fn said_of(archives: &[PathBuf]) -> Option<serde_json::Value> {
     let said: serde_json::Map<String, serde_json::Value> = (archives.iter())
         .filter_map(|archive| {
@@ -326,49 +228,4 @@ fn said_of(archives: &[PathBuf]) -> Option<serde_json::Value> {
         })
         .collect();
     (!said.is_empty()).then(|| said.into())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::npz::write_samples;
-
-    #[test]
-    fn unlike_counts_are_refused_and_a_count_takes_the_first() {
-        let folder = tempfile::tempdir().unwrap();
-        let archive = |name: &str, count: usize| {
-            let path = folder.path().join(name);
-            let images = Images::new(vec![7; count * 3], [count, 1, 1, 3]).unwrap();
-            write_samples(&path, &images, None).unwrap();
-            path
-        };
-        let (five, also, three) = (
-            archive("5.npz", 5),
-            archive("x.npz", 5),
-            archive("3.npz", 3),
-        );
-        let count = |archives: &[&PathBuf], count| {
-            let archives: Vec<PathBuf> = archives.iter().map(|path| (*path).clone()).collect();
-            common_count(&archives, count).map_err(|error| error.to_string())
-        };
-        assert_eq!(count(&[&five, &also], None), Ok(5));
-        assert_eq!(count(&[&three], None), Ok(3));
-        assert_eq!(count(&[&five, &three], Some(3)), Ok(3));
-        assert_eq!(count(&[], Some(3)), Ok(0));
-        let error = count(&[&five, &also, &three], None).unwrap_err();
-        for words in [
-            "5.npz has 5 pictures",
-            "3.npz has 3;",
-            "--count N",
-            "count = N",
-        ] {
-            assert!(error.contains(words), "{error}");
-        }
-        let error = count(&[&five, &three], Some(4)).unwrap_err();
-        for words in ["3.npz: expected at least the 4", "found 3"] {
-            assert!(error.contains(words), "{error}");
-        }
-        let error = count(&[&five], Some(1)).unwrap_err();
-        assert!(error.contains("at least 2"), "{error}");
-    }
 }

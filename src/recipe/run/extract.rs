@@ -7,7 +7,7 @@ use crate::data::latents::{Dtype, RECORDS_PER_SHARD};
 use crate::data::{self, Extraction, ImageFolder, extract};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::recipe::RecipeError;
-use crate::recipe::schema::extract::{Extract, Form};
+use crate::recipe::schema::extract::{Extract, LatentForm};
 use crate::report::Progress;
 use crate::weights::read_vae;
 
@@ -17,7 +17,8 @@ pub(crate) const LATENTS: &str = "latents";
 /// Pictures an autoencoder encodes at once: at 256 x 256 each takes some hundred MiB on the way.
 const ENCODED_AT_ONCE: usize = 4;
 
-/// Most numbers of a shard, 2 GiB of them at full precision: of very large pictures a shard holds fewer.
+/// Most numbers of a shard, 2 GiB of them at full precision: of very large pictures a shard holds
+/// fewer.
 const MOST_VALUES: usize = 1 << 29;
 
 /// How many images that can't be read are named one by one.
@@ -76,9 +77,9 @@ pub(crate) fn run<B: FusedOps>(
         size: job.size,
         mirror: job.mirror,
         form: match job.form {
-            Form::Packed { half: true } => data::Form::Packed(Dtype::F16),
-            Form::Packed { half: false } => data::Form::Packed(Dtype::F32),
-            Form::Npy => data::Form::Npy,
+            LatentForm::Packed { half: true } => data::Form::Packed(Dtype::F16),
+            LatentForm::Packed { half: false } => data::Form::Packed(Dtype::F32),
+            LatentForm::Npy => data::Form::Npy,
         },
         records_per_shard: records_per_shard(side),
         batch: job.batch,

@@ -22,8 +22,7 @@ use serde::Serialize;
 use self::context::Context;
 use self::directory::{RESOLVED, RunDirectory, Status, json};
 use super::RecipeError;
-use super::plan::Plan;
-use super::schema::StageKind;
+use super::plan::{Plan, Work};
 use crate::backend::BackendKind;
 use crate::ops::TrainingBackend;
 use crate::training::CHECKPOINTS;
@@ -73,8 +72,8 @@ fn processor() -> String {
     )
 }
 
-/// A time as `2026-01-31T23:59:59Z`, by the calendar of civil days (H. Hinnant, "chrono-compatible low-level date
-/// algorithms").
+/// A time as `2026-01-31T23:59:59Z`, by the calendar of civil days (H. Hinnant, "chrono-compatible
+/// low-level date algorithms").
 fn utc(time: SystemTime) -> String {
     let seconds = time
         .duration_since(UNIX_EPOCH)
@@ -143,7 +142,8 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
                 .map(|argument| argument.to_string_lossy().into_owned())
                 .collect(),
         };
-        // A resumed run is still the one its first environment describes; each later one is a record of its own.
+        // A resumed run is still the one its first environment describes; each later one is a
+        // record of its own.
         let name = if options.resume { format!("environment-{}.json", std::process::id()) } else { "environment.json".to_owned() };
         directory.write(&name, &json(&environment)?)?;
         let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: options.resume, plain: options.plain };
@@ -220,13 +220,13 @@ fn stages<B: TrainingBackend>(
             error: None,
         })?;
         let begun = Instant::now();
-        match &stage.kind {
-            StageKind::Extract(extract) => context.extract(&stage.name, extract, &folder)?,
-            StageKind::Train(train) => context.train(stage, planned, train, &folder)?,
-            StageKind::Prune(prune) => context.prune(stage, prune, &folder)?,
-            StageKind::Recover(recover) => context.recover(stage, recover, &folder)?,
-            StageKind::Sample(sample) => context.sample(&stage.name, sample, &folder)?,
-            StageKind::Evaluate(evaluate) => context.evaluate(&stage.name, evaluate, &folder)?,
+        match &planned.work {
+            Work::Extract(extract) => context.extract(&stage.name, extract, &folder)?,
+            Work::Train(train) => context.train(stage, train, &folder)?,
+            Work::Prune(prune) => context.prune(stage, prune, &folder)?,
+            Work::Recover(recover) => context.recover(stage, recover, &folder)?,
+            Work::Sample(sample) => context.sample(&stage.name, sample, &folder)?,
+            Work::Evaluate(evaluate) => context.evaluate(&stage.name, evaluate, &folder)?,
         }
         let seconds = begun.elapsed().as_secs_f64();
         let done = json(

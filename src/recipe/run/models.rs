@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+
+use parking_lot::Mutex;
 
 use super::directory::RunDirectory;
 use crate::process::ProcessKind;
@@ -43,8 +44,9 @@ pub(crate) fn checkpoint(
     })
 }
 
-/// Reads a checkpoint from a file; `heads` are those of a file that neither says them nor has a published model's
-/// width. A diffusion network of which nothing says how it was trained is taken for a DiT, and that is told once.
+/// Reads a checkpoint from a file; `heads` are those of a file that neither says them nor has a
+/// published model's width. A diffusion network of which nothing says how it was trained is taken
+/// for a DiT, and that is told once.
 ///
 /// # Errors
 /// As [`Checkpoint::read_stated`].
@@ -69,7 +71,7 @@ pub(crate) fn read_file(
 /// Says once of a file that nothing tells how its model was trained.
 fn tell_unmarked(path: &std::path::Path) {
     static TOLD: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
-    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut told = TOLD.lock();
     if told.insert(path.to_owned()) {
         crate::say!(
             "note: {}: nothing in it says whether it is {}, whose tensors are alike; taken for a {:?}. To state it: {} on the command line, {} beside `path` in a recipe",

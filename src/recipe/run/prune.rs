@@ -1,25 +1,24 @@
 //! The stage that removes layers.
 
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
 
 use serde::{Deserialize, Serialize};
 
 use super::context::{Context, finished};
 use super::models::MODEL;
 use crate::data::{BatchPlan, BatchSource, Split};
-use crate::models::{Architecture, Prunable};
+use crate::models::Prunable;
 use crate::ops::TrainingBackend;
 use crate::process::Process;
 use crate::pruning::{
-    Annealing, Decision, Groups, LearnedPruner, Score, ScoreBatch, Update, keep_by_scores, oracle,
+    Annealing, Decision, Group, Groups, LearnedPruner, Score, ScoreBatch, Update, keep_by_scores,
     score,
 };
 use crate::random::{Stream, permutation};
 use crate::recipe::RecipeError;
-use crate::recipe::plan::prune_method;
+use crate::recipe::plan::{PrunePlan, Selection};
 use crate::recipe::schema::Stage;
-use crate::recipe::schema::prune::{Learned, Prune, PruneMethod, Scored};
+use crate::recipe::schema::prune::{Learned, Scored};
 use crate::report::{self, DecisionGroup, DecisionHistory, decision_svg};
 use crate::state::names;
 use crate::training::{JsonLines, OnStep, ParameterGroup, TrainingError};
@@ -29,105 +28,49 @@ impl<B: TrainingBackend> Context<'_, B> {
     pub(crate) fn prune(
         &self,
         stage: &Stage,
-        prune: &Prune,
+        plan: &PrunePlan,
         folder: &Path,
     ) -> Result<(), RecipeError> {
-        let parent = self.load(&prune.from)?;
-        let config = parent.denoiser()?.clone();
-        let problem = |problem: String| RecipeError::Stage {
-            stage: stage.name.clone(),
-            problem,
-        };
-        let mut groups = None;
-        let kept = match &prune.method {
-            PruneMethod::Learned(learned) => {
-                let resolved = learned
-                    .groups
-                    .resolve(config.depth())
-                    .map_err(|error| problem(error.to_string()))?;
-                let decision = self.learn(stage, learned, &parent, &config, &resolved, folder)?;
-                groups = Some(resolved);
-                decision.kept
+        let parent = self.load(&plan.from)?;
+        let depth = parent.denoiser()?.depth();
+        let (kept, groups, learned) = match &plan.choice {
+            Selection::Learned { learned, groups } => {
+                let decision = self.learn(stage, (plan, learned, groups), &parent, folder)?;
+                (decision.kept, Some(groups), Some(&learned.optimisation))
             }
-            PruneMethod::Oracle { .. } => oracle(config.depth())
-                .ok_or_else(|| problem(format!("{} layers are no pairs", config.depth())))?,
-            PruneMethod::ShortGpt(scored) => self.score(
-                &stage.name,
-                Score::Shortgpt,
-                scored,
-                &parent,
-                &config,
-                folder,
-            )?,
-            PruneMethod::FluxLite(scored) => self.score(
-                &stage.name,
-                Score::FluxLite,
-                scored,
-                &parent,
-                &config,
-                folder,
-            )?,
-            PruneMethod::Sensitivity(scored) => self.score(
-                &stage.name,
-                Score::Sensitivity,
-                scored,
-                &parent,
-                &config,
-                folder,
-            )?,
-            PruneMethod::Random { keep, draw } => {
-                let mut kept = permutation(self.recipe.seed, Stream::Layers, *draw, config.depth());
+            Selection::Scored { score, scored } => {
+                let kept = self.score(&stage.name, *score, scored, &parent, folder)?;
+                (kept, None, None)
+            }
+            Selection::Random { keep, draw } => {
+                let mut kept = permutation(self.recipe.seed, Stream::Layers, *draw, depth);
                 kept.truncate(*keep);
                 kept.sort_unstable();
-                kept
+                (kept, None, None)
             }
-            PruneMethod::Kept { kept } => {
-                let mut kept = kept.clone();
-                kept.sort_unstable();
-                kept
-            }
+            Selection::Fixed { kept, groups } => (kept.clone(), groups.as_ref(), None),
         };
-        // The oracle keeps one layer of each pair, so its taps are those of 1:2 groups.
-        if matches!(prune.method, PruneMethod::Oracle { .. }) {
-            groups = Some(
-                Groups::parse_ratio("1:2", config.depth())
-                    .map_err(|error| problem(error.to_string()))?,
-            );
-        }
         let pruned = parent.network::<B::InnerBackend>(self.device)?.keep(&kept);
-        let learned = match &prune.method {
-            PruneMethod::Learned(learned) => Some(&learned.optimisation),
-            _ => None,
-        };
-        let mut provenance = self.provenance(
-            &stage.name,
-            prune_method(&prune.method),
-            learned,
-            Some(&parent),
-        )?;
+        let mut provenance = self.provenance(&stage.name, plan.method, learned, Some(&parent))?;
         provenance.groups = groups.map(|groups| {
-            groups
-                .iter()
-                .map(|group| [group.keep(), group.of()])
-                .collect()
+            let pair = |group: Group| [group.keep(), group.of()];
+            groups.iter().map(pair).collect()
         });
-        provenance.parent_depth = Some(config.depth());
+        provenance.parent_depth = Some(depth);
         if learned.is_some() {
             provenance.note = "the kept layers have their original weights; what was learned beside the choice is thrown away".into();
         }
         crate::say!(
-            "{}: keeps layers {kept:?} of {}, with their original weights",
-            stage.name,
-            config.depth()
+            "{}: keeps layers {kept:?} of {depth}, with their original weights",
+            stage.name
         );
         provenance.kept = Some(kept);
         let pruned = Checkpoint::of(&pruned, provenance, &folder.join(MODEL));
-        let process = match prune.method {
-            // Layers were taken out: nobody has asked how the model was trained, and what isn't known stays so.
-            PruneMethod::Oracle { .. } | PruneMethod::Random { .. } | PruneMethod::Kept { .. } => {
-                parent.process
-            }
-            _ => Some(parent.trained_by()),
+        // Where layers were only taken out, nobody has asked how the model was trained: what isn't
+        // known stays so.
+        let process = match plan.choice.runs_the_model() {
+            true => Some(parent.trained_by()),
+            false => parent.process,
         };
         Ok(pruned.of_process(process).write()?)
     }
@@ -136,12 +79,11 @@ impl<B: TrainingBackend> Context<'_, B> {
     fn learn(
         &self,
         stage: &Stage,
-        learned: &Learned,
+        (plan, learned, groups): (&PrunePlan, &Learned, &Groups),
         parent: &Checkpoint,
-        config: &Architecture,
-        groups: &Groups,
         folder: &Path,
     ) -> Result<Decision, RecipeError> {
+        let architecture = parent.denoiser()?;
         let optimisation = &learned.optimisation;
         let annealing = Annealing {
             tau: learned.tau.into(),
@@ -173,7 +115,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         let candidates = groups.iter().map(|group| group.num_candidates()).collect();
         let source = self.source(
-            config.shape(),
+            architecture.shape(),
             process.times(),
             optimisation,
             learned.label_drop,
@@ -182,14 +124,10 @@ impl<B: TrainingBackend> Context<'_, B> {
         let mut training = self.training(stage, optimisation, folder, &[Some(parent)])?;
         // A low-rank update, or gates alone, are no model.
         if learned.update == Update::Full {
-            let mut provenance = self.provenance(
-                &stage.name,
-                prune_method(&PruneMethod::Learned(learned.clone())),
-                Some(optimisation),
-                Some(parent),
-            )?;
+            let mut provenance =
+                self.provenance(&stage.name, plan.method, Some(optimisation), Some(parent))?;
             provenance.note = "all layers, as a pruning that is under way has changed them".into();
-            training.describe(config.clone(), Some(parent.trained_by()), provenance);
+            training.describe(architecture.clone(), Some(parent.trained_by()), provenance);
         }
         let (every, steps) = (optimisation.log_every, optimisation.steps);
         let log_path = folder.join("decisions.jsonl");
@@ -206,8 +144,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 let averaged = ema.apply(model.valid());
                 let (tau, scaling) = averaged.annealed(step);
                 let decision = averaged.decision(step);
-                *gates.lock().unwrap_or_else(PoisonError::into_inner) =
-                    decision.layer_probabilities(&observed);
+                *gates.lock() = decision.layer_probabilities(&observed);
                 log.write(&DecisionLine {
                     step,
                     tau,
@@ -242,13 +179,13 @@ impl<B: TrainingBackend> Context<'_, B> {
         method: Score,
         scored: &Scored,
         parent: &Checkpoint,
-        config: &Architecture,
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
+        let architecture = parent.denoiser()?;
         let network = parent.network::<B::InnerBackend>(self.device)?;
         let process = parent.trained_by().process();
         let times = process.times().within(scored.timesteps);
-        let shape = config.shape();
+        let shape = architecture.shape();
         let plan = BatchPlan {
             batch: scored.batch,
             seed: self.recipe.seed,
@@ -260,7 +197,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             candidates: Vec::new(),
         };
         let source = BatchSource::new(plan, self.part(Split::Train)?);
-        let mut scores = vec![0.0; config.depth()];
+        let mut scores = vec![0.0; architecture.depth()];
         for step in 0..scored.batches {
             if crate::interrupt::requested() {
                 return Err(RecipeError::Interrupted);
@@ -334,7 +271,7 @@ fn draw_decisions(log: &PathBuf, groups: &Groups, picture: &Path) -> Result<(), 
                 line.decision
                     .choices
                     .iter()
-                    .map(|choice| report::Decision {
+                    .map(|choice| report::KeptLayers {
                         kept: choice.layers.clone(),
                         probability: choice.confidence,
                     })

@@ -9,9 +9,10 @@ use crate::ops::TrainingBackend;
 use crate::process::{Distillation, MaskedFeatures, Process};
 use crate::pruning::{self, Groups};
 use crate::recipe::RecipeError;
-use crate::recipe::plan::{check_taps, recover_method};
+use crate::recipe::plan::RecoverPlan;
+use crate::recipe::plan::recover::check_taps;
 use crate::recipe::schema::Stage;
-use crate::recipe::schema::recover::{Recover, RecoverMethod, Representation};
+use crate::recipe::schema::recover::Representation;
 use crate::recovery::Student;
 use crate::weights::{Checkpoint, Provenance};
 
@@ -19,54 +20,37 @@ impl<B: TrainingBackend> Context<'_, B> {
     pub(crate) fn recover(
         &self,
         stage: &Stage,
-        recover: &Recover,
+        plan: &RecoverPlan,
         folder: &Path,
     ) -> Result<(), RecipeError> {
-        let parent = self.load(&recover.from)?;
+        let parent = self.load(&plan.from)?;
         let architecture = parent.denoiser()?.clone();
-        let teacher_checkpoint = crate::recipe::plan::teacher(recover)
-            .map(|source| self.load(source))
+        let taught = plan.taught.as_ref();
+        let teacher_checkpoint = taught
+            .map(|taught| self.load(&taught.teacher))
             .transpose()?;
-        let features = |representation: &Representation,
-                        k: Option<f64>|
-         -> Result<Option<MaskedFeatures>, RecipeError> {
-            let depth = teacher_checkpoint.as_ref().map_or(Ok(0), |teacher| {
-                teacher.denoiser().map(|teacher| teacher.depth())
-            })?;
-            let taps =
-                taps(representation, &parent, architecture.depth(), depth).map_err(|problem| {
-                    RecipeError::Stage {
-                        stage: stage.name.clone(),
-                        problem,
-                    }
-                })?;
-            Ok(Some(MaskedFeatures {
-                taps,
-                k,
-                beta: representation.beta.into(),
-            }))
-        };
-        let distillation = match &recover.method {
-            RecoverMethod::FineTune => None,
-            RecoverMethod::Kd { distillation } => Some(Distillation {
-                alpha: distillation.alpha,
-                features: None,
-            }),
-            RecoverMethod::RepKd {
-                distillation,
-                representation,
-            } => Some(Distillation {
-                alpha: distillation.alpha,
-                features: features(representation, None)?,
-            }),
-            RecoverMethod::MaskedKd {
-                distillation,
-                representation,
-                k,
-            } => Some(Distillation {
-                alpha: distillation.alpha,
-                features: features(representation, Some(*k))?,
-            }),
+        let distillation = match (taught, &teacher_checkpoint) {
+            (Some(taught), Some(teacher)) => {
+                let features = taught.features.as_ref().map(|(representation, k)| {
+                    let depths = (architecture.depth(), teacher.denoiser()?.depth());
+                    let taps = taps(representation, &parent, depths).map_err(|problem| {
+                        RecipeError::Stage {
+                            stage: stage.name.clone(),
+                            problem,
+                        }
+                    })?;
+                    Ok::<_, RecipeError>(MaskedFeatures {
+                        taps,
+                        k: *k,
+                        beta: representation.beta.into(),
+                    })
+                });
+                Some(Distillation {
+                    alpha: taught.alpha,
+                    features: features.transpose()?,
+                })
+            }
+            _ => None,
         };
         let layers = distillation
             .iter()
@@ -83,8 +67,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         let mut provenance = self.provenance(
             &stage.name,
-            recover_method(&recover.method),
-            Some(&recover.optimisation),
+            plan.method,
+            Some(&plan.optimisation),
             Some(&parent),
         )?;
         // A healed model still is the one whose layers were kept.
@@ -97,11 +81,11 @@ impl<B: TrainingBackend> Context<'_, B> {
             .transpose()?;
         let mut training = self.training(
             stage,
-            &recover.optimisation,
+            &plan.optimisation,
             folder,
             &[Some(&parent), teacher_checkpoint.as_ref()],
         )?;
-        let steps = recover.optimisation.steps;
+        let steps = plan.optimisation.steps;
         let kind = parent.trained_by();
         let process = kind.process();
         training.describe(architecture.clone(), Some(kind), provenance.clone());
@@ -114,8 +98,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         let source = self.source(
             architecture.shape(),
             process.times(),
-            &recover.optimisation,
-            recover.label_drop,
+            &plan.optimisation,
+            plan.label_drop,
             Vec::new(),
         )?;
         let (loss, likeness) = process.names();
@@ -127,13 +111,12 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 }
 
-/// (student, teacher) layers whose features are compared: as the recipe says, else by the groups the student was
-/// pruned in, else by its kept layers.
+/// (student, teacher) layers whose features are compared: as the recipe says, else by the groups
+/// the student was pruned in, else by its kept layers.
 fn taps(
     representation: &Representation,
     student: &Checkpoint,
-    depth: usize,
-    teacher_depth: usize,
+    (depth, teacher_depth): (usize, usize),
 ) -> Result<Vec<(usize, usize)>, String> {
     let Provenance {
         kept,

@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::directory::EVALUATION;
 use super::directory::json;
-use super::evaluate::{EVALUATION, Evaluated, Verdict};
+use super::evaluate::Evaluated;
+use crate::evaluation::ClassifiedVerdict;
 use crate::files::write_atomic;
 use crate::recipe::RecipeError;
 use crate::report::Table;
@@ -21,7 +23,7 @@ pub struct Verdicts {
 struct SeedVerdicts {
     seed: u64,
     run: PathBuf,
-    verdicts: Vec<Verdict>,
+    verdicts: Vec<ClassifiedVerdict>,
 }
 
 impl Verdicts {
@@ -90,7 +92,7 @@ impl fmt::Display for Verdicts {
         let mut table = Table::new(["model", "FID", "IS", "precision", "recall", "accuracy"]);
         let models = self.runs.first().map_or(&[][..], |run| &run.verdicts);
         for (index, model) in models.iter().enumerate() {
-            let cell = |digits: usize, of: fn(&Verdict) -> f64| {
+            let cell = |digits: usize, of: fn(&ClassifiedVerdict) -> f64| {
                 let values: Vec<f64> = self
                     .runs
                     .iter()

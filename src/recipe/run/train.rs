@@ -4,11 +4,12 @@ use std::path::Path;
 
 use super::context::{Context, finished};
 use super::models::MODEL;
+use crate::evaluation::{Pictured, accuracy};
 use crate::models::{Architecture, Classifier, ClassifierConfig, Network, initialise};
 use crate::ops::TrainingBackend;
 use crate::process::{Process, ProcessKind};
 use crate::recipe::RecipeError;
-use crate::recipe::plan::PlannedStage;
+use crate::recipe::plan::TrainPlan;
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::train::Train;
 use crate::recovery::Student;
@@ -30,24 +31,25 @@ impl<B: TrainingBackend> Context<'_, B> {
     pub(crate) fn train(
         &self,
         stage: &Stage,
-        planned: &PlannedStage,
-        train: &Train,
+        plan: &TrainPlan,
         folder: &Path,
     ) -> Result<(), RecipeError> {
-        let Some(architecture) = &planned.after else {
-            return Ok(());
-        };
+        let TrainPlan {
+            train,
+            architecture,
+            process,
+        } = plan;
         let parent = train.from.as_ref().map(|source| self.load(source));
         let parent = parent.transpose()?;
         let optimisation = &train.optimisation;
         let mut training = self.training(stage, optimisation, folder, &[parent.as_ref()])?;
         let provenance =
             self.provenance(&stage.name, "train", Some(optimisation), parent.as_ref())?;
-        training.describe(architecture.clone(), planned.process, provenance.clone());
+        training.describe(architecture.clone(), *process, provenance.clone());
         let trained = Trained {
             parent: parent.as_ref(),
             architecture,
-            process: planned.process,
+            process: *process,
             provenance,
             at: &folder.join(MODEL),
         };
@@ -130,8 +132,9 @@ impl<B: TrainingBackend> Context<'_, B> {
         let mut provenance = trained.provenance;
         provenance.note = match test {
             Some(test) => {
-                let pictures = (&*test, &self.shape()?);
-                let accuracy = super::evaluate::accuracy(&model, config, pictures, self.device)?;
+                let all: Vec<usize> = (0..test.len()).collect();
+                let pictured = Pictured::read(&*test, &all, self.shape()?.sizes())?;
+                let accuracy = accuracy(&model, config, &pictured, self.device)?;
                 format!("test accuracy {accuracy:.4} on {} images", test.len())
             }
             None => "no pictures to test it on".to_owned(),

@@ -20,7 +20,7 @@ pub struct Extract {
     pub mirror: bool,
     /// Format of the latents on disk; default `packed`.
     #[serde(flatten)]
-    pub form: Form,
+    pub form: LatentForm,
     /// Images encoded at once; default 16.
     pub batch: usize,
     /// Threads that read images; 0, the default, is one per core.
@@ -30,7 +30,7 @@ pub struct Extract {
 /// Format of latents on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "form", rename_all = "lowercase")]
-pub enum Form {
+pub enum LatentForm {
     /// This project's shards of fixed-size records.
     Packed {
         /// Whether values are stored as f16, half the size, rather than f32; default true.
@@ -54,10 +54,10 @@ impl Extract {
             .or(false);
         let form = if npy {
             section.refuse(&["half"], "form \"npy\"");
-            Form::Npy
+            LatentForm::Npy
         } else {
             let half = section.boolean("half").or(true);
-            Form::Packed { half }
+            LatentForm::Packed { half }
         };
         let batch = section.integer("batch", 1..=65_536).or(16);
         let workers = section.integer("workers", 0..=1024).or(0);

@@ -6,6 +6,8 @@
 
 pub mod data;
 pub mod extract;
+#[cfg(test)]
+mod keys;
 pub mod optimisation;
 pub mod prune;
 pub mod recover;
@@ -55,7 +57,7 @@ pub struct Recipe {
     pub name: String,
     /// Seed of all randomness, below 2^63 because TOML has no larger integers; default 0.
     pub seed: u64,
-    /// Compute backend; `None` leaves it to the command line.
+    /// Compute backend; default: the command line's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<BackendKind>,
     /// Number type of matrix products; default `f32`.
@@ -160,7 +162,7 @@ impl Recipe {
         toml::to_string_pretty(self)
     }
 
-    fn read(document: &Document, sink: &Sink) -> Option<Self> {
+    pub(super) fn read(document: &Document, sink: &Sink) -> Option<Self> {
         let section = match Section::new("the recipe".to_owned(), document.root(), sink) {
             Ok(section) => section,
             Err(fault) => {

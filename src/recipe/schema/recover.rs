@@ -34,13 +34,13 @@ pub enum RecoverMethod {
     Kd {
         /// Teacher and weight.
         #[serde(flatten)]
-        distillation: Distillation,
+        distillation: TeacherTerm,
     },
     /// As `Kd`, and the teacher's hidden states.
     RepKd {
         /// Teacher and weight.
         #[serde(flatten)]
-        distillation: Distillation,
+        distillation: TeacherTerm,
         /// Compared hidden states, and their weight.
         #[serde(flatten)]
         representation: Representation,
@@ -49,7 +49,7 @@ pub enum RecoverMethod {
     MaskedKd {
         /// Teacher and weight.
         #[serde(flatten)]
-        distillation: Distillation,
+        distillation: TeacherTerm,
         /// Compared hidden states, and their weight.
         #[serde(flatten)]
         representation: Representation,
@@ -61,7 +61,7 @@ pub enum RecoverMethod {
 
 /// Settings of any distillation.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Distillation {
+pub struct TeacherTerm {
     /// The teacher.
     pub teacher: Source,
     /// Weight of the teacher's output; the diffusion loss has `1 - alpha`. Default 0.9.
@@ -74,7 +74,7 @@ pub struct Representation {
     /// Weight of the hidden states at the first and the last step, linear in between; default
     /// `[0.01, 0.0]`.
     pub beta: [f64; 2],
-    /// `[student, teacher]` layers to compare; `None` derives them from the kept layers.
+    /// `[student, teacher]` layers to compare; by default they follow from the kept layers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub taps: Option<Vec<[usize; 2]>>,
 }
@@ -110,10 +110,10 @@ impl Recover {
 
         let read = match method {
             Method::FineTune => Some(RecoverMethod::FineTune),
-            Method::Kd => Distillation::read(section, lineage)
+            Method::Kd => TeacherTerm::read(section, lineage)
                 .map(|distillation| RecoverMethod::Kd { distillation }),
             Method::RepKd => {
-                let distillation = Distillation::read(section, lineage);
+                let distillation = TeacherTerm::read(section, lineage);
                 let representation = Representation::read(section);
                 distillation.map(|distillation| RecoverMethod::RepKd {
                     distillation,
@@ -121,7 +121,7 @@ impl Recover {
                 })
             }
             Method::MaskedKd => {
-                let distillation = Distillation::read(section, lineage);
+                let distillation = TeacherTerm::read(section, lineage);
                 let representation = Representation::read(section);
                 let k = section.float("k", POSITIVE).or(2.0);
                 distillation.map(|distillation| RecoverMethod::MaskedKd {
@@ -142,7 +142,7 @@ impl Recover {
     }
 }
 
-impl Distillation {
+impl TeacherTerm {
     fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
         let teacher = section
             .value("teacher", |node| lineage.source(node))

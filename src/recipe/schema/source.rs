@@ -203,7 +203,10 @@ fn file(node: &Node, table: &Table) -> Result<FileSource, Diagnostic> {
         .map(|node| node.integer(&HEADS))
         .transpose()?;
     let process = entry("process")
-        .map(|node| node.choice(&ProcessKind::NAMES))
+        .map(|node| {
+            let word = node.string()?;
+            word.parse::<ProcessKind>().map_err(|why| node.fault(why))
+        })
         .transpose()?;
     let stated = Stated {
         weights_key: text("weights_key")?.map(str::to_owned),
@@ -254,7 +257,8 @@ mod tests {
             ),
             (
                 "{ path = 'x.pt', process = 'gauss' }",
-                "`from`: expected one of \"gaussian\", \"interpolant\", found \"gauss\"",
+                "`from`: expected one of \"gaussian\", \"interpolant\", found \"gauss\"; other interpolants are \
+                 interpolant:PATH:PREDICTS:WEIGHTING, of linear, gvp, vp; velocity, noise, score; none, velocity, likelihood",
             ),
             (
                 "1",

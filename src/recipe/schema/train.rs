@@ -16,7 +16,7 @@ use crate::training::Optimisation;
 /// `kind = "train"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Train {
-    /// The model to continue with; `None` trains from scratch.
+    /// The model to continue with; without it, a model is trained from scratch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub from: Option<Source>,
     /// Budget and schedule.
@@ -63,6 +63,19 @@ pub struct Wanted {
     /// Which of the family's.
     #[serde(flatten)]
     pub model: Model,
+    /// What it is trained under; None of a classifier.
+    ///
+    /// Left out of the resolved recipe where it is as of the published models, so that runs of
+    /// versions without these keys go on.
+    #[serde(flatten, serialize_with = "unlike_published")]
+    pub process: Option<ProcessKind>,
+}
+
+fn unlike_published<S: Serializer>(
+    process: &Option<ProcessKind>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    process.and_then(ProcessKind::along).serialize(serializer)
 }
 
 /// A model of a family, by name or by its sizes.
@@ -121,6 +134,8 @@ impl Wanted {
         // Of the keys of all families, those that this one does not read are refused.
         let all: Vec<&str> = FAMILIES.iter().flat_map(keys).chain(["preset"]).collect();
         let wanted = family.and_then(|family| {
+            let trained = |published| (family.trained)(&mut Asked(&section), published);
+            let process = family.process.map(trained);
             if has_preset && !family.presets().is_empty() {
                 let presets = family.presets().into_iter().map(|name| (name, name));
                 let preset = section.choice("preset", &presets.collect::<Vec<_>>());
@@ -128,13 +143,21 @@ impl Wanted {
                 section.refuse(&all, "a preset");
                 let preset = preset?.to_owned();
                 let model = Model::Preset { preset };
-                return Some(Self { family, model });
+                return Some(Self {
+                    family,
+                    model,
+                    process,
+                });
             }
             let samples = data.map_or(DIGITS, DataShape::sizes);
             let architecture = (family.read)(&mut Asked(&section), samples);
             section.refuse(&all, &format!("family {:?}", family.name));
             let model = Model::Sizes(architecture);
-            Some(Self { family, model })
+            Some(Self {
+                family,
+                model,
+                process,
+            })
         });
         if family.is_none() {
             section.accept(&all);
@@ -148,6 +171,9 @@ impl Wanted {
 fn keys(family: &Family) -> Vec<&'static str> {
     let mut names = Names(Vec::new());
     (family.read)(&mut names, DIGITS);
+    if let Some(published) = family.process {
+        (family.trained)(&mut names, published);
+    }
     names.0
 }
 
@@ -168,6 +194,11 @@ impl Keys for Names {
     fn boolean(&mut self, name: &'static str, _: &'static str, default: bool) -> bool {
         self.0.push(name);
         default
+    }
+
+    fn choice(&mut self, name: &'static str, _: &'static str, _: &[&'static str]) -> usize {
+        self.0.push(name);
+        0
     }
 }
 
@@ -192,6 +223,11 @@ impl Keys for Asked<'_, '_> {
 
     fn boolean(&mut self, name: &'static str, _: &'static str, default: bool) -> bool {
         self.0.boolean(name).or(default)
+    }
+
+    fn choice(&mut self, name: &'static str, _: &'static str, words: &[&'static str]) -> usize {
+        let places: Vec<_> = words.iter().copied().zip(0..).collect();
+        self.0.choice(name, &places).or(0)
     }
 }
 

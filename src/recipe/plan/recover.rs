@@ -1,0 +1,150 @@
+//! What a recovery will do.
+
+use super::cost::{TRAINING, flops, images, inference_memory, training_memory};
+use super::known::{Known, Problem};
+use super::{PlannedStage, Work};
+use crate::process::ProcessKind;
+use crate::recipe::schema::Stage;
+use crate::recipe::schema::recover::{Recover, RecoverMethod, Representation};
+use crate::recipe::schema::source::Source;
+use crate::training::Optimisation;
+
+/// A recovery, resolved.
+#[derive(Debug, Clone)]
+pub struct RecoverPlan {
+    /// The student.
+    pub from: Source,
+    /// The method, as the recipe names it.
+    pub method: &'static str,
+    /// What is learned from a teacher, if anything.
+    pub taught: Option<Taught>,
+    /// Budget and schedule.
+    pub optimisation: Optimisation,
+    /// Probability of replacing a label by the null class.
+    pub label_drop: f64,
+}
+
+/// What a student learns from a teacher.
+#[derive(Debug, Clone)]
+pub struct Taught {
+    /// The teacher.
+    pub teacher: Source,
+    /// Weight of its output.
+    pub alpha: f64,
+    /// Its hidden states that count too, and beyond how many standard deviations they do not.
+    pub features: Option<(Representation, Option<f64>)>,
+}
+
+impl Taught {
+    fn new(method: &RecoverMethod) -> Option<Self> {
+        let (distillation, features) = match method {
+            RecoverMethod::FineTune => return None,
+            RecoverMethod::Kd { distillation } => (distillation, None),
+            RecoverMethod::RepKd {
+                distillation,
+                representation,
+            } => (distillation, Some((representation.clone(), None))),
+            RecoverMethod::MaskedKd {
+                distillation,
+                representation,
+                k,
+            } => (distillation, Some((representation.clone(), Some(*k)))),
+        };
+        Some(Self {
+            teacher: distillation.teacher.clone(),
+            alpha: distillation.alpha,
+            features,
+        })
+    }
+}
+
+pub(super) fn plan(
+    stage: &Stage,
+    recover: &Recover,
+    known: &mut Known<'_>,
+) -> Result<PlannedStage, Problem> {
+    let (student, process) = known.denoiser(stage, &recover.from)?;
+    let process = process.unwrap_or(ProcessKind::ASSUMED);
+    known.same_classes(&recover.from)?;
+    known.fits_data(stage, student.shape())?;
+    let optimisation = &recover.optimisation;
+    let seen = images(optimisation);
+    let mut arithmetic = TRAINING * flops(&student, seen);
+    let mut memory = training_memory(&student, student.parameters(), optimisation);
+    let taught = Taught::new(&recover.method);
+    if let Some(taught) = &taught {
+        let (teacher, other) = known.denoiser(stage, &taught.teacher)?;
+        let other = other.unwrap_or(ProcessKind::ASSUMED);
+        if other != process {
+            return Err(Problem::Said(format!(
+                "the student was trained by {process}, the teacher by {other}"
+            )));
+        }
+        if teacher.with_depth(student.depth()) != student {
+            return Err(Problem::Said(format!(
+                "student and teacher differ in more than depth: {student}; {teacher}"
+            )));
+        }
+        let representation = taught.features.as_ref().map(|(features, _)| features);
+        if let Some(taps) = representation.and_then(|features| features.taps.as_ref()) {
+            let taps: Vec<_> = taps
+                .iter()
+                .map(|[student, teacher]| (*student, *teacher))
+                .collect();
+            check_taps(&taps, student.depth(), teacher.depth()).map_err(Problem::Said)?;
+        }
+        memory += inference_memory(&teacher, optimisation.batch / optimisation.accumulate);
+        arithmetic += flops(&teacher, seen);
+    }
+    let method = recover_method(&recover.method);
+    let work = Work::Recover(RecoverPlan {
+        from: recover.from.clone(),
+        method,
+        taught,
+        optimisation: optimisation.clone(),
+        label_drop: recover.label_drop,
+    });
+    Ok(PlannedStage {
+        before: Some(student.clone()),
+        after: Some(student),
+        process: Some(process),
+        steps: optimisation.steps,
+        images: seen,
+        memory,
+        flops: arithmetic,
+        ..PlannedStage::new(stage, &format!("recover, {method}"), work)
+    })
+}
+
+/// Refuses (student, teacher) taps outside the models or out of order; features are compared in the
+/// order of the trunk.
+pub(in crate::recipe) fn check_taps(
+    taps: &[(usize, usize)],
+    depth: usize,
+    teacher_depth: usize,
+) -> Result<(), String> {
+    if let Some((student, teacher)) = taps
+        .iter()
+        .find(|(student, teacher)| *student >= depth || *teacher >= teacher_depth)
+    {
+        return Err(format!(
+            "tap [{student}, {teacher}] lies outside a student of {depth} and a teacher of {teacher_depth} layers"
+        ));
+    }
+    let rising = taps
+        .windows(2)
+        .all(|pair| pair[0].0 < pair[1].0 && pair[0].1 < pair[1].1);
+    if taps.is_empty() || !rising {
+        return Err("there must be at least one tap, and taps must rise on both sides".into());
+    }
+    Ok(())
+}
+
+fn recover_method(method: &RecoverMethod) -> &'static str {
+    match method {
+        RecoverMethod::FineTune => "fine-tune",
+        RecoverMethod::Kd { .. } => "kd",
+        RecoverMethod::RepKd { .. } => "rep-kd",
+        RecoverMethod::MaskedKd { .. } => "masked-kd",
+    }
+}

@@ -90,6 +90,56 @@ pub fn title(table: &Table) -> Option<&str> {
 /// Most bytes of a recipe; the longest recipe has about a hundredth of that.
 pub const MOST_BYTES: usize = 1 << 20;
 
+/// Most brackets that may be open at once; recipes need four.
+const MOST_OPEN: usize = 64;
+
+/// Where more brackets are open than [`MOST_OPEN`], if anywhere.
+///
+/// The parser calls itself for each open bracket. It bounds that by counting brackets of both
+/// kinds as one, so that `{ ]` repeated is no depth to it, and overflows the stack.
+fn too_deep(source: &str) -> Option<usize> {
+    let text = source.as_bytes();
+    let (mut at, mut square, mut curly) = (0, 0usize, 0usize);
+    while let Some(&byte) = text.get(at) {
+        match byte {
+            b'#' => at += text[at..].iter().take_while(|byte| **byte != b'\n').count(),
+            b'"' | b'\'' => {
+                at += quoted(&text[at..]);
+                continue;
+            }
+            b'[' => square += 1,
+            b']' => square = square.saturating_sub(1),
+            b'{' => curly += 1,
+            b'}' => curly = curly.saturating_sub(1),
+            _ => {}
+        }
+        if square > MOST_OPEN || curly > MOST_OPEN {
+            return Some(at);
+        }
+        at += 1;
+    }
+    None
+}
+
+/// Length of the string that a text begins with, its quotes counted: to the closing quotes, or to
+/// the end of the line where a string of one line has none.
+fn quoted(text: &[u8]) -> usize {
+    let quote = text[0];
+    let lines = text.starts_with(&[quote; 3]);
+    let marks = if lines { 3 } else { 1 };
+    let mut at = marks;
+    while let Some(&byte) = text.get(at) {
+        match byte {
+            b'\\' if quote == b'"' => at += 1,
+            b'\n' if !lines => return at,
+            _ if text[at..].starts_with(&[quote; 3][..marks]) => return at + marks,
+            _ => {}
+        }
+        at += 1;
+    }
+    text.len()
+}
+
 /// A recipe as written, with the overrides of the command line.
 #[derive(Clone, Debug)]
 pub struct Document {
@@ -120,6 +170,11 @@ impl Document {
             start: span.start,
             end: span.end,
         };
+        if let Some(at) = too_deep(source) {
+            let message = format!("more than {MOST_OPEN} brackets are open here");
+            let fault = Diagnostic::new(&span(at..at + 1), message);
+            return Err(Diagnostics::new(path, source, vec![fault]));
+        }
         let (table, errors) = DeTable::parse_recoverable(source);
         let (mut faults, mut known) = (Vec::new(), HashSet::new());
         for error in errors {
@@ -250,9 +305,13 @@ fn assign(root: &mut Node, assignment: &str, origin: &Origin) -> Result<(), Diag
 
     let value = value.trim();
     let mut faults = Vec::new();
-    let value = match DeValue::parse(value) {
-        Ok(value) => own(value.into_inner(), origin, &|_| origin.clone(), &mut faults),
-        Err(_) => Value::String(value.to_owned()),
+    let parsed = match too_deep(value) {
+        Some(_) => None,
+        None => DeValue::parse(value).ok(),
+    };
+    let value = match parsed {
+        Some(value) => own(value.into_inner(), origin, &|_| origin.clone(), &mut faults),
+        None => Value::String(value.to_owned()),
     };
     if let Some(fault) = faults.pop() {
         return Err(fault);
@@ -460,6 +519,35 @@ mod tests {
         }
         assert!(document.refused().is_empty());
         assert_eq!(look(&document, "stage.0.tau.0"), "Float(4.0) false");
+    }
+
+    #[test]
+    fn brackets_may_not_be_open_without_end() {
+        let parse = |text: &str| {
+            Document::parse(Path::new("x.toml"), text).map_err(|error| error.to_string())
+        };
+        // The parser's own bound counts the closed square bracket for the open curly one.
+        for part in [
+            "architecture = { [[stage]]\nkind = 'train'\n",
+            "a = { ]\n",
+            "a = [ }\n",
+        ] {
+            let error = parse(&part.repeat(20_000)).unwrap_err();
+            assert!(error.contains("brackets are open here"), "{error}");
+        }
+        let mut document = document();
+        document.set(&format!("seed={}", "{a=[}".repeat(20_000)));
+        assert!(look(&document, "seed").starts_with("String"));
+        // Brackets in strings and comments are none, and closed ones are closed.
+        let brackets = "[{".repeat(100);
+        let texts = [
+            format!("a = \"{brackets}\\\"{brackets}\"\nb = '{brackets}'\n# {brackets}\n"),
+            format!("a = \"\"\"{brackets}\n\\\"\"\"\"\nb = '''{brackets}\n'''\n"),
+            (0..100).map(|i| format!("a{i} = [{{}}]\n")).collect(),
+        ];
+        for text in texts {
+            assert!(parse(&text).is_ok(), "{text}");
+        }
     }
 
     #[test]

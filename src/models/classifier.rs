@@ -53,7 +53,6 @@ impl ClassifierConfig {
     /// given.
     #[rustfmt::skip]
     pub fn read(keys: &mut dyn Keys, samples: Shape) -> Self {
-        let Shape { channels, side, classes } = samples;
         let width = keys.integer(Key {
             name: "width", least: 4, most: 4096, default: 64,
             meaning: "width of the penultimate features",
@@ -61,18 +60,7 @@ impl ClassifierConfig {
             holds: &|width| width.is_multiple_of(4),
             must: "be a multiple of 4".to_owned(),
         }));
-        let input_size = keys.integer(Key {
-            name: "input_size", least: 1, most: 4096, default: side,
-            meaning: "side of a picture, in pixels",
-        }, None);
-        let channels = keys.integer(Key {
-            name: "channels", least: 1, most: 1024, default: channels,
-            meaning: "channels of a picture",
-        }, None);
-        let classes = keys.integer(Key {
-            name: "classes", least: 1, most: 1_000_000, default: classes,
-            meaning: "number of classes",
-        }, None);
+        let Shape { channels, side: input_size, classes } = Shape::read(keys, samples);
         Self { width, channels, input_size, classes }
     }
 

@@ -1,6 +1,8 @@
 //! What a configuration asks of whoever fills it: a recipe's table, a page that lists the keys, or
 //! a check of values.
 
+use super::Shape;
+
 /// A key of a configuration.
 #[derive(Debug, Clone, Copy)]
 pub struct Key<T> {
@@ -42,6 +44,22 @@ pub trait Keys {
         meaning: &'static str,
         words: &[&'static str],
     ) -> usize;
+}
+
+impl Shape {
+    /// Reads the sizes of samples, which are `default` where none are given.
+    #[rustfmt::skip]
+    pub fn read(keys: &mut dyn Keys, default: Self) -> Self {
+        let Self { channels, side, classes } = default;
+        let mut size = |name, meaning, most, default| {
+            keys.integer(Key { name, meaning, least: 1, most, default }, None)
+        };
+        Self {
+            side: size("input_size", "side of a sample, in pixels or latents", 4096, side),
+            channels: size("channels", "channels of a sample", 1024, channels),
+            classes: size("classes", "number of classes", 1_000_000, classes),
+        }
+    }
 }
 
 /// Asks of a configuration whether its own values lie where they must.

@@ -166,19 +166,7 @@ impl DitConfig {
     /// given.
     #[rustfmt::skip]
     pub fn read(keys: &mut dyn Keys, samples: Shape) -> Self {
-        let Shape { channels, side, classes } = samples;
-        let input_size = keys.integer(Key {
-            name: "input_size", least: 1, most: 4096, default: side,
-            meaning: "side of a sample, in pixels or latents",
-        }, None);
-        let channels = keys.integer(Key {
-            name: "channels", least: 1, most: 1024, default: channels,
-            meaning: "channels of a sample",
-        }, None);
-        let classes = keys.integer(Key {
-            name: "classes", least: 1, most: 1_000_000, default: classes,
-            meaning: "number of classes",
-        }, None);
+        let Shape { channels, side: input_size, classes } = Shape::read(keys, samples);
         let patch_size = keys.integer(Key {
             name: "patch_size", least: 1, most: 4096, default: 2,
             meaning: "side of a patch, which is a token of the trunk",

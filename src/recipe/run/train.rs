@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use burn::module::Module;
+
 use super::context::{Context, finished};
 use super::models::MODEL;
 use crate::evaluation::{Pictured, accuracy};
@@ -59,6 +61,13 @@ impl<B: TrainingBackend> Context<'_, B> {
         }
     }
 
+    /// A module with initial weights in place of its zeros; `at` is for messages.
+    fn fresh<M: Module<B>>(&self, zeros: M, at: &Path) -> Result<M, RecipeError> {
+        let mut state = collect::<B, _>(&zeros);
+        initialise(&mut state, self.recipe.seed);
+        Ok(assign(zeros, &state, at, "a fresh model")?)
+    }
+
     fn train_denoiser(
         &self,
         trained: Trained<'_>,
@@ -76,9 +85,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                     path: at.to_owned(),
                     problem: format!("{architecture} is no diffusion network"),
                 })?;
-                let mut state = collect::<B, _>(&zeros);
-                initialise(&mut state, self.recipe.seed);
-                assign(zeros, &state, at, "a fresh network")?
+                self.fresh(zeros, at)?
             }
         };
         let steps = train.optimisation.steps;
@@ -111,12 +118,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         } = trained;
         let classifier = match trained.parent {
             Some(parent) => parent.classifier::<B>(self.device)?,
-            None => {
-                let classifier = Classifier::<B>::zeros(config, self.device);
-                let mut state = collect::<B, _>(&classifier);
-                initialise(&mut state, self.recipe.seed);
-                assign(classifier, &state, at, "a fresh classifier")?
-            }
+            None => self.fresh(Classifier::<B>::zeros(config, self.device), at)?,
         };
         // A classifier learns from clean pictures; its loss uses neither times nor noise.
         let process = ProcessKind::ASSUMED.process();

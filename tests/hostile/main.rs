@@ -40,6 +40,8 @@ use targets::{Seen, Target};
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Most memory that it may take above the file's size.
 const ROOM: usize = 1 << 30;
+/// Time between lines that say how far a long run is.
+const BETWEEN: Duration = Duration::from_secs(600);
 /// Consecutive inputs of one target.
 const IN_A_ROW: u32 = 20;
 
@@ -181,7 +183,14 @@ fn main() -> ExitCode {
     std::thread::spawn(watch);
     let begun = Instant::now();
     let mut counts: Vec<Count> = targets.iter().map(|_| Count::default()).collect();
+    let mut told = begun;
     while begun.elapsed() < arguments.time {
+        // What a night has seen is known even if a fault ends the process.
+        if told.elapsed() >= BETWEEN {
+            told = Instant::now();
+            let seen: usize = counts.iter().map(|count| count.seen).sum();
+            println!("{seen} inputs in {} s so far", begun.elapsed().as_secs());
+        }
         // All targets get the same time.
         let next = (0..targets.len()).min_by_key(|&index| counts[index].time);
         let Some(next) = next else {

@@ -66,7 +66,7 @@ pub struct Measurement {
     /// Backend and device.
     pub backend: String,
     /// Sizes.
-    #[serde(serialize_with = "sizes_alone")]
+    #[serde(serialize_with = "Architecture::sizes_alone")]
     pub model: Architecture,
     /// Parameters.
     pub parameters: usize,
@@ -93,13 +93,6 @@ pub fn model(name: &str) -> Option<Architecture> {
             .map(|teacher| teacher.architecture),
         name => Architecture::preset(name),
     }
-}
-
-fn sizes_alone<S: serde::Serializer>(
-    model: &Architecture,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    model.sizes().serialize(serializer)
 }
 
 /// Random images.

@@ -59,11 +59,11 @@ impl Keys for Small {
         key.default
     }
 
-    fn boolean(&mut self, _: &'static str, _: &'static str, default: bool) -> bool {
+    fn boolean(&mut self, _: &'static str, default: bool) -> bool {
         default
     }
 
-    fn choice(&mut self, _: &'static str, _: &'static str, _: &[&'static str]) -> usize {
+    fn choice(&mut self, _: &'static str, _: &[&'static str]) -> usize {
         0
     }
 }

@@ -138,7 +138,7 @@ pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
         && WeightFile::of(&arguments.to) == Some(WeightFile::Torch)
     {
         crate::say!(
-            "note: {}: a PyTorch state dict can't say that it is a {:?}; state `--process {}` where it is read",
+            "note: {}: a PyTorch state dict can't say that it is a {}; state `--process {}` where it is read",
             arguments.to.display(),
             process.family(),
             process.mark()

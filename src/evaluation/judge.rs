@@ -18,7 +18,7 @@ const READ_BATCH: usize = 16;
 
 /// What pictures are measured against, and how.
 #[derive(Debug, Clone, Copy)]
-pub struct Against<'a> {
+pub struct AdmSettings<'a> {
     /// An archive or a folder of pictures, or an archive of moments.
     pub reference: &'a Path,
     /// Inception's weights.
@@ -48,11 +48,11 @@ impl<B: FusedOps> AdmJudge<B> {
     /// # Errors
     /// When a file can't be read or holds something else, or there are too few pictures.
     pub fn new(
-        against: Against<'_>,
+        against: AdmSettings<'_>,
         device: &B::Device,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Self, EvaluationError> {
-        let Against {
+        let AdmSettings {
             reference: path,
             neighbours,
             ..

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
 use super::dit::{diffusers, infer, presets};
@@ -20,16 +20,6 @@ pub enum Architecture {
     /// The classifier whose features evaluation uses.
     #[serde(alias = "digits-classifier")]
     Classifier(ClassifierConfig),
-}
-
-/// The sizes alone, without the word for their kind.
-#[derive(Debug, Serialize)]
-#[serde(untagged)]
-pub enum Sizes<'a> {
-    /// Those of a diffusion transformer.
-    Dit(&'a DitConfig),
-    /// Those of a classifier.
-    Classifier(&'a ClassifierConfig),
 }
 
 /// Asks whichever it is.
@@ -191,12 +181,12 @@ impl Architecture {
         ask!(self, config => config.problem())
     }
 
-    /// The sizes alone.
-    pub fn sizes(&self) -> Sizes<'_> {
-        match self {
-            Self::Dit(config) => Sizes::Dit(config),
-            Self::Classifier(config) => Sizes::Classifier(config),
-        }
+    /// Writes the sizes without the word for their kind, which stands elsewhere.
+    ///
+    /// # Errors
+    /// Those of the serializer.
+    pub fn sizes_alone<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        ask!(self, config => config.serialize(serializer))
     }
 
     /// The diffusion network whose tensors these are, by their names and shapes.

@@ -53,13 +53,13 @@ impl ClassifierConfig {
     /// given.
     #[rustfmt::skip]
     pub fn read(keys: &mut dyn Keys, samples: Shape) -> Self {
-        let width = keys.integer(Key {
-            name: "width", least: 4, most: 4096, default: 64,
-            meaning: "width of the penultimate features",
-        }, Some(Demand {
-            holds: &|width| width.is_multiple_of(4),
-            must: "be a multiple of 4".to_owned(),
-        }));
+        let width = keys.integer(
+            Key { name: "width", least: 4, most: 4096, default: 64 },
+            Some(Demand {
+                holds: &|width| width.is_multiple_of(4),
+                must: "be a multiple of 4".to_owned(),
+            }),
+        );
         let Shape { channels, side: input_size, classes } = Shape::read(keys, samples);
         Self { width, channels, input_size, classes }
     }

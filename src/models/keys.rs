@@ -8,8 +8,6 @@ use super::Shape;
 pub struct Key<T> {
     /// Its name.
     pub name: &'static str,
-    /// What it is, with its unit.
-    pub meaning: &'static str,
     /// Least value; of a real number, the value it must exceed.
     pub least: T,
     /// Greatest value.
@@ -35,15 +33,10 @@ pub trait Keys {
     fn float(&mut self, key: Key<f64>) -> f64;
 
     /// Yes or no.
-    fn boolean(&mut self, name: &'static str, meaning: &'static str, default: bool) -> bool;
+    fn boolean(&mut self, name: &'static str, default: bool) -> bool;
 
     /// One of some words, by its place among them; the first where none is given.
-    fn choice(
-        &mut self,
-        name: &'static str,
-        meaning: &'static str,
-        words: &[&'static str],
-    ) -> usize;
+    fn choice(&mut self, name: &'static str, words: &[&'static str]) -> usize;
 }
 
 impl Shape {
@@ -51,13 +44,13 @@ impl Shape {
     #[rustfmt::skip]
     pub fn read(keys: &mut dyn Keys, default: Self) -> Self {
         let Self { channels, side, classes } = default;
-        let mut size = |name, meaning, most, default| {
-            keys.integer(Key { name, meaning, least: 1, most, default }, None)
+        let mut size = |name, most, default| {
+            keys.integer(Key { name, least: 1, most, default }, None)
         };
         Self {
-            side: size("input_size", "side of a sample, in pixels or latents", 4096, side),
-            channels: size("channels", "channels of a sample", 1024, channels),
-            classes: size("classes", "number of classes", 1_000_000, classes),
+            side: size("input_size", 4096, side),
+            channels: size("channels", 1024, channels),
+            classes: size("classes", 1_000_000, classes),
         }
     }
 }
@@ -109,11 +102,11 @@ impl<F: Fn(&str) -> f64> Keys for Check<F> {
         value
     }
 
-    fn boolean(&mut self, name: &'static str, _: &'static str, _: bool) -> bool {
+    fn boolean(&mut self, name: &'static str, _: bool) -> bool {
         (self.value)(name) != 0.0
     }
 
-    fn choice(&mut self, name: &'static str, _: &'static str, _: &[&'static str]) -> usize {
+    fn choice(&mut self, name: &'static str, _: &[&'static str]) -> usize {
         (self.value)(name) as usize
     }
 }

@@ -24,8 +24,8 @@ use burn::tensor::{Int, Tensor, backend::Backend};
 use crate::ops::{FusedOps, Linear};
 use crate::trunk::{BlockHook, Trunk};
 
+pub use architecture::Architecture;
 pub(crate) use architecture::Heads;
-pub use architecture::{Architecture, Sizes};
 pub use classifier::{Classifier, ClassifierConfig, Reading};
 pub(crate) use dit::diffusers::{DIFFUSERS_ALONE, DIFFUSERS_USE, is_diffusers};
 pub use dit::presets;

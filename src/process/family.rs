@@ -1,5 +1,7 @@
 //! The families of models: a network, and the process that its models are trained under.
 
+use std::fmt;
+
 use serde::{Serialize, Serializer};
 
 use super::interpolant::{Path, Predicts, Weighting};
@@ -33,16 +35,9 @@ fn as_published(_: &mut dyn Keys, published: ProcessKind) -> ProcessKind {
 }
 
 fn interpolant(keys: &mut dyn Keys, _: ProcessKind) -> ProcessKind {
-    let path = "how data and noise are mixed over time";
-    let path = keys.choice("path", path, &Path::NAMES.map(|(name, _)| name));
-    let predicts = "what the network predicts";
-    let predicts = keys.choice("predicts", predicts, &Predicts::NAMES.map(|(name, _)| name));
-    let weighting = "weight over time of the loss of noise or score";
-    let weighting = keys.choice(
-        "weighting",
-        weighting,
-        &Weighting::NAMES.map(|(name, _)| name),
-    );
+    let path = keys.choice("path", &Path::NAMES.map(|(name, _)| name));
+    let predicts = keys.choice("predicts", &Predicts::NAMES.map(|(name, _)| name));
+    let weighting = keys.choice("weighting", &Weighting::NAMES.map(|(name, _)| name));
     ProcessKind::Interpolant(Along {
         path: Path::NAMES[path].1,
         predicts: Predicts::NAMES[predicts].1,
@@ -81,9 +76,15 @@ impl PartialEq for Family {
     }
 }
 
-impl std::fmt::Debug for Family {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.title)
+    }
+}
+
+impl fmt::Debug for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
     }
 }
 

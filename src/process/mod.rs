@@ -5,6 +5,7 @@
 //! [`Interpolant`] SiT's, [`AnyProcess`] the one that a checkpoint names. [`Sampler`] goes from
 //! noise to data.
 
+mod dopri5;
 mod family;
 mod gaussian;
 mod gaussian_loss;

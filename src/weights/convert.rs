@@ -147,7 +147,7 @@ fn folder(
         {
             let (family, assumed) = (process.family(), ProcessKind::ASSUMED.family());
             return Err(wrong(format!(
-                "diffusers has no {family:?}: it would sample the model as a {assumed:?}; leave out --diffusers"
+                "diffusers has no {family}: it would sample the model as a {assumed}; leave out --diffusers"
             )));
         }
         let tensors = checkpoint.tensors.clone();

@@ -155,8 +155,9 @@ impl DitConfig {
 
     /// Bytes of f32 activations that one block leaves for its backward pass: composed of Burn's
     /// operators, each of which keeps its inputs, about 30 tensors of the trunk's width, 9 of the
-    /// MLP's and 5 of the attention weights. Gives 213 MiB for the 12-layer digit model at batch
-    /// 64, whose fine-tuning `tinyfusion bench` measures at 264 MiB in all.
+    /// MLP's and 5 of the attention weights. Kernels keep less: for the 12-layer digit model at
+    /// batch 128 this gives 426 MiB, and its fine-tuning on ndarray takes 197 MiB in all
+    /// (`benches/README.md`).
     pub fn block_bytes(&self, batch: usize) -> usize {
         let tokens = self.tokens();
         4 * batch * tokens * (30 * self.width + 9 * self.hidden() + 5 * self.heads * tokens)
@@ -167,35 +168,25 @@ impl DitConfig {
     #[rustfmt::skip]
     pub fn read(keys: &mut dyn Keys, samples: Shape) -> Self {
         let Shape { channels, side: input_size, classes } = Shape::read(keys, samples);
-        let patch_size = keys.integer(Key {
-            name: "patch_size", least: 1, most: 4096, default: 2,
-            meaning: "side of a patch, which is a token of the trunk",
-        }, Some(Demand {
-            holds: &|patch| input_size.is_multiple_of(patch),
-            must: format!("divide `input_size`, which is {input_size}"),
-        }));
-        let heads = keys.integer(Key {
-            name: "heads", least: 1, most: 1024, default: 4,
-            meaning: "attention heads",
-        }, None);
-        let width = keys.integer(Key {
-            name: "width", least: 1, most: 65_536, default: 64,
-            meaning: "width of the trunk",
-        }, Some(Demand {
-            // The position table needs a multiple of 4.
-            holds: &|width| width.is_multiple_of(heads) && width.is_multiple_of(4),
-            must: format!("be a multiple of 4 and of `heads`, which is {heads}"),
-        }));
-        let depth = keys.integer(Key {
-            name: "depth", least: 1, most: 4096, default: 12,
-            meaning: "number of blocks",
-        }, None);
-        let mlp_ratio = keys.float(Key {
-            name: "mlp_ratio", least: 0.0, most: 64.0, default: 4.0,
-            meaning: "hidden width of the MLP over the width of the trunk",
-        });
-        let meaning = "whether the variance is predicted too";
-        let learn_sigma = keys.boolean("learn_sigma", meaning, true);
+        let patch_size = keys.integer(
+            Key { name: "patch_size", least: 1, most: 4096, default: 2 },
+            Some(Demand {
+                holds: &|patch| input_size.is_multiple_of(patch),
+                must: format!("divide `input_size`, which is {input_size}"),
+            }),
+        );
+        let heads = keys.integer(Key { name: "heads", least: 1, most: 1024, default: 4 }, None);
+        let width = keys.integer(
+            Key { name: "width", least: 1, most: 65_536, default: 64 },
+            Some(Demand {
+                // The position table needs a multiple of 4.
+                holds: &|width| width.is_multiple_of(heads) && width.is_multiple_of(4),
+                must: format!("be a multiple of 4 and of `heads`, which is {heads}"),
+            }),
+        );
+        let depth = keys.integer(Key { name: "depth", least: 1, most: 4096, default: 12 }, None);
+        let mlp_ratio = keys.float(Key { name: "mlp_ratio", least: 0.0, most: 64.0, default: 4.0 });
+        let learn_sigma = keys.boolean("learn_sigma", true);
         Self { input_size, patch_size, channels, width, depth, heads, mlp_ratio, classes, learn_sigma }
     }
 

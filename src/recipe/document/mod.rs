@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
+use toml_parser::Source;
+use toml_parser::lexer::TokenKind;
 
 use self::diagnostic::{Diagnostic, Diagnostics, Origin};
 
@@ -98,46 +100,19 @@ const MOST_OPEN: usize = 64;
 /// The parser calls itself for each open bracket. It bounds that by counting brackets of both
 /// kinds as one, so that `{ ]` repeated is no depth to it, and overflows the stack.
 fn too_deep(source: &str) -> Option<usize> {
-    let text = source.as_bytes();
-    let (mut at, mut square, mut curly) = (0, 0usize, 0usize);
-    while let Some(&byte) = text.get(at) {
-        match byte {
-            b'#' => at += text[at..].iter().take_while(|byte| **byte != b'\n').count(),
-            b'"' | b'\'' => {
-                at += quoted(&text[at..]);
-                continue;
-            }
-            b'[' => square += 1,
-            b']' => square = square.saturating_sub(1),
-            b'{' => curly += 1,
-            b'}' => curly = curly.saturating_sub(1),
+    let (mut square, mut curly) = (0usize, 0usize);
+    let mut tokens = Source::new(source).lex();
+    let token = tokens.find(|token| {
+        match token.kind() {
+            TokenKind::LeftSquareBracket => square += 1,
+            TokenKind::RightSquareBracket => square = square.saturating_sub(1),
+            TokenKind::LeftCurlyBracket => curly += 1,
+            TokenKind::RightCurlyBracket => curly = curly.saturating_sub(1),
             _ => {}
         }
-        if square > MOST_OPEN || curly > MOST_OPEN {
-            return Some(at);
-        }
-        at += 1;
-    }
-    None
-}
-
-/// Length of the string that a text begins with, its quotes counted: to the closing quotes, or to
-/// the end of the line where a string of one line has none.
-fn quoted(text: &[u8]) -> usize {
-    let quote = text[0];
-    let lines = text.starts_with(&[quote; 3]);
-    let marks = if lines { 3 } else { 1 };
-    let mut at = marks;
-    while let Some(&byte) = text.get(at) {
-        match byte {
-            b'\\' if quote == b'"' => at += 1,
-            b'\n' if !lines => return at,
-            _ if text[at..].starts_with(&[quote; 3][..marks]) => return at + marks,
-            _ => {}
-        }
-        at += 1;
-    }
-    text.len()
+        square > MOST_OPEN || curly > MOST_OPEN
+    });
+    token.map(|token| token.span().start())
 }
 
 /// A recipe as written, with the overrides of the command line.
@@ -543,6 +518,7 @@ mod tests {
         let texts = [
             format!("a = \"{brackets}\\\"{brackets}\"\nb = '{brackets}'\n# {brackets}\n"),
             format!("a = \"\"\"{brackets}\n\\\"\"\"\"\nb = '''{brackets}\n'''\n"),
+            format!("a = \"\"\"x\"\"\"\"\"\nb = \"{brackets}\"\n"),
             (0..100).map(|i| format!("a{i} = [{{}}]\n")).collect(),
         ];
         for text in texts {

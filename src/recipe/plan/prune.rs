@@ -56,7 +56,12 @@ pub enum Selection {
 impl Selection {
     /// The choice of a method for a model.
     fn new(method: &PruneMethod, model: &Architecture) -> Result<Self, Problem> {
-        let depth = model.depth();
+        let trunk = model.trunk().ok_or_else(|| {
+            Problem::Said(format!(
+                "{model} has no trunk that layers can be taken out of"
+            ))
+        })?;
+        let depth = trunk.depth;
         let within = |keep: usize| match keep > 0 && keep < depth {
             true => Ok(()),
             false => Err(Problem::Said(format!(
@@ -72,9 +77,7 @@ impl Selection {
         match method {
             PruneMethod::Learned(learned) => {
                 let groups = learned.groups.resolve(depth)?;
-                if let Some(trunk) = model.trunk() {
-                    groups.fit(&trunk)?;
-                }
+                groups.fit(&trunk)?;
                 let learned = learned.clone();
                 Ok(Self::Learned { learned, groups })
             }

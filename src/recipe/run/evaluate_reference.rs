@@ -6,7 +6,7 @@ use super::context::Context;
 use super::directory::EVALUATION;
 use super::evaluate::{file_name, not_whole};
 use crate::evaluation::{
-    self, AdmEvaluation, AdmJudge, AdmVerdict, Distances, Speed, common_count,
+    AdmEvaluation, AdmJudge, AdmSettings, AdmVerdict, Distances, Speed, common_count,
 };
 use crate::images::Images;
 use crate::models::Architecture;
@@ -38,7 +38,7 @@ fn judge<B: FusedOps>(
     cache: Option<&Path>,
     device: &B::Device,
 ) -> Result<AdmJudge<B>, RecipeError> {
-    let against = evaluation::Against {
+    let against = AdmSettings {
         reference: files.reference,
         inception: files.inception,
         neighbours,

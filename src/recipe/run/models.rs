@@ -74,10 +74,10 @@ fn tell_unmarked(path: &std::path::Path) {
     let mut told = TOLD.lock();
     if told.insert(path.to_owned()) {
         crate::say!(
-            "note: {}: nothing in it says whether it is {}, whose tensors are alike; taken for a {:?}. To state it: {} on the command line, {} beside `path` in a recipe",
+            "note: {}: nothing in it says whether it is {}, whose tensors are alike; taken for a {}. To state it: {} on the command line, {} beside `path` in a recipe",
             path.display(),
             ProcessKind::NAMES
-                .map(|(_, kind)| format!("a {:?}", kind.family()))
+                .map(|(_, kind)| format!("a {}", kind.family()))
                 .join(" or "),
             ProcessKind::ASSUMED.family(),
             ProcessKind::stated("--process ", ""),

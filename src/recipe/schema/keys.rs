@@ -89,6 +89,9 @@ const TOPICS: [Topic; 9] = [
         cases: &[
             ("held-out pictures", "kind = 'evaluate'\ncompare = ['base']"),
             ("Inception", "kind = 'evaluate'\ncompare = ['base']\nreference = 'x.npz'\ninception = 'x.pth'"),
+            ("ddim", "kind = 'evaluate'\ncompare = ['base']\nsolver = 'ddim'"),
+            ("ode", "kind = 'evaluate'\ncompare = ['base']\nsolver = 'ode'"),
+            ("sde", "kind = 'evaluate'\ncompare = ['base']\nsolver = 'sde'"),
         ],
     },
     Topic {
@@ -266,7 +269,7 @@ fn list(topic: &Topic, pictures: &Path) -> Vec<Listed> {
                     let meaning = meaning(key, topic.title);
                     listed.push(Listed {
                         key,
-                        form,
+                        form: form.clone(),
                         defaults: BTreeMap::new(),
                         cases: Vec::new(),
                         meaning,
@@ -275,6 +278,11 @@ fn list(topic: &Topic, pictures: &Path) -> Vec<Listed> {
                 }
             };
             let known = &mut listed[at];
+            // Another case may allow other words.
+            if let (ValueForm::Choice(all), ValueForm::Choice(more)) = (&mut known.form, &form) {
+                let new = more.iter().filter(|word| !all.contains(word)).cloned();
+                all.extend(new.collect::<Vec<_>>());
+            }
             if !known.cases.contains(case) {
                 known.cases.push(case);
                 if let Some(default) = default {
@@ -451,6 +459,34 @@ fn the_page_of_keys_and_the_schema_are_those_of_the_reader() {
         without.extend(unsaid.map(|key| format!("{}: {}", topic.title, key.key)));
     }
     assert!(without.is_empty(), "keys without a meaning: {without:?}");
+    // Every recipe of the repository is made of listed keys alone.
+    let known = |title: &str| -> Vec<&str> {
+        let (_, listed) = topics
+            .iter()
+            .find(|(topic, _)| topic.title == title)
+            .unwrap();
+        listed.iter().map(|listed| listed.key).collect()
+    };
+    for (name, text) in crate::recipe::embedded_recipes::RECIPES {
+        let recipe: toml::Table = toml::from_str(text).unwrap();
+        let check = |title: &str, table: &toml::Table| {
+            let keys = known(title);
+            for key in table.keys() {
+                assert!(keys.contains(&key.as_str()), "{name}: `{key}` of {title}");
+            }
+        };
+        check("The recipe", &recipe);
+        if let Some(toml::Value::Table(data)) = recipe.get("data") {
+            check("data", data);
+        }
+        for stage in recipe["stage"].as_array().unwrap() {
+            let stage = stage.as_table().unwrap();
+            check(&format!("kind = {}", stage["kind"]), stage);
+            if let Some(toml::Value::Table(architecture)) = stage.get("architecture") {
+                check("architecture", architecture);
+            }
+        }
+    }
     let made: [(PathBuf, String); 2] = [
         (root().join("recipes/keys.md"), page(&topics)),
         (

@@ -88,15 +88,8 @@ pub enum Model {
         preset: String,
     },
     /// Each size on its own.
-    #[serde(serialize_with = "sizes_alone")]
+    #[serde(serialize_with = "Architecture::sizes_alone")]
     Sizes(Architecture),
-}
-
-fn sizes_alone<S: Serializer>(
-    architecture: &Architecture,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    architecture.sizes().serialize(serializer)
 }
 
 /// What a model reads where neither its table nor the recipe's data say it: the digits.
@@ -191,12 +184,12 @@ impl Keys for Names {
         key.default
     }
 
-    fn boolean(&mut self, name: &'static str, _: &'static str, default: bool) -> bool {
+    fn boolean(&mut self, name: &'static str, default: bool) -> bool {
         self.0.push(name);
         default
     }
 
-    fn choice(&mut self, name: &'static str, _: &'static str, _: &[&'static str]) -> usize {
+    fn choice(&mut self, name: &'static str, _: &[&'static str]) -> usize {
         self.0.push(name);
         0
     }
@@ -221,11 +214,11 @@ impl Keys for Asked<'_, '_> {
         self.0.float(key.name, range).or(key.default)
     }
 
-    fn boolean(&mut self, name: &'static str, _: &'static str, default: bool) -> bool {
+    fn boolean(&mut self, name: &'static str, default: bool) -> bool {
         self.0.boolean(name).or(default)
     }
 
-    fn choice(&mut self, name: &'static str, _: &'static str, words: &[&'static str]) -> usize {
+    fn choice(&mut self, name: &'static str, words: &[&'static str]) -> usize {
         let places: Vec<_> = words.iter().copied().zip(0..).collect();
         self.0.choice(name, &places).or(0)
     }

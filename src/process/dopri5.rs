@@ -69,7 +69,8 @@ const SAFETY: f64 = 0.9;
 const GROWTH: (f64, f64) = (0.2, 10.0);
 
 impl Dopri5 {
-    /// The state at the last of `times`; `watch(k, state)` is called with that at each after the first.
+    /// The state at the last of `times`; `watch(k, state)` is called with that at each time after
+    /// the first.
     pub(super) fn solve<B: Backend>(
         &self,
         velocity: &mut dyn FnMut(Tensor<B, 4>, f32) -> Tensor<B, 4>,

@@ -10,6 +10,7 @@ use std::time::Instant;
 use burn::tensor::{Distribution, Tensor};
 use burn_ndarray::{NdArray, NdArrayDevice};
 use clap::ValueEnum;
+use tinyfusion::backend::Compute;
 use tinyfusion::bench::{self, BenchPlan, Workload};
 use tinyfusion::models::Architecture;
 use tinyfusion::ops::{Activation, FusedOps, LinearWeights};
@@ -62,6 +63,7 @@ fn main() {
                 workload,
                 model: model.clone(),
                 batch,
+                compute: Compute::F32,
                 warmup: 3,
                 repeats,
             };
@@ -106,6 +108,7 @@ fn peak_product() -> f64 {
         weight: noise([output, input]),
         bias: noise([output]),
         lora: None,
+        compute: Compute::F32,
     };
     let seconds = best(|| {
         black_box(Inner::linear_layer(

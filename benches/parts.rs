@@ -7,6 +7,7 @@ use burn::module::AutodiffModule;
 use burn::tensor::{Distribution, Tensor};
 use burn_ndarray::{NdArray, NdArrayDevice};
 use criterion::{Criterion, criterion_group, criterion_main};
+use tinyfusion::backend::Compute;
 use tinyfusion::bench;
 use tinyfusion::data::{BatchPlan, BatchSource, Digits, Split};
 use tinyfusion::evaluation::{Features, StatisticsAccumulator, frechet_distance, precision_recall};
@@ -63,6 +64,7 @@ fn operators(criterion: &mut Criterion) {
                         b: noise([output, rank]),
                         scale: 2.0,
                     }),
+                    compute: Compute::F32,
                 };
                 let (weights, x): (_, Tensor<Inner, 2>) =
                     (weights(), noise([batch * tokens, input]));
@@ -115,7 +117,7 @@ fn operators(criterion: &mut Criterion) {
         });
         let qkv = noise([batch, tokens, 3 * width]);
         criterion.bench_function(&name("attention"), |b| {
-            b.iter(|| black_box(Inner::qkv_attention(qkv.clone(), heads)))
+            b.iter(|| black_box(Inner::qkv_attention(qkv.clone(), heads, Compute::F32)))
         });
         criterion.bench_function(&name("attention, backward"), |b| {
             b.iter(|| {
@@ -123,6 +125,7 @@ fn operators(criterion: &mut Criterion) {
                     gradient.clone(),
                     qkv.clone(),
                     heads,
+                    Compute::F32,
                 ))
             })
         });
@@ -193,6 +196,7 @@ fn products(criterion: &mut Criterion) {
             weight: noise([output, input]),
             bias: noise([output]),
             lora: None,
+            compute: Compute::F32,
         };
         let name = format!("product, {rows} x {input} x {output}");
         criterion.bench_function(&format!("{name}, ours"), |b| {

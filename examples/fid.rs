@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use burn_ndarray::{NdArray, NdArrayDevice};
 use tinyfusion::evaluation::{DEFAULT_NEIGHBOURS, Distances, Reference, compare, measure};
 use tinyfusion::npz::SampleReader;
+use tinyfusion::stop::Stop;
 use tinyfusion::weights::read_inception;
 
 /// Pictures that go through Inception at once.
@@ -22,8 +23,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Err("expected SAMPLES REFERENCE INCEPTION".into());
     };
     let inception = read_inception::<NdArray>(weights, &NdArrayDevice::Cpu)?.network;
-    let samples = measure(&inception, SampleReader::open(samples)?, BATCH, |_| ())?;
-    let reference = Reference::open(reference)?.measure(&inception, BATCH, |_| ())?;
+    // Nobody asks it to stop; a longer program would hand the same one to all that works.
+    let stop = Stop::default();
+    let samples = measure(
+        &inception,
+        SampleReader::open(samples)?,
+        BATCH,
+        &stop,
+        |_| (),
+    )?;
+    let reference = Reference::open(reference)?.measure(&inception, BATCH, &stop, |_| ())?;
     let neighbours = DEFAULT_NEIGHBOURS.min(samples.features.rows() - 1);
     println!(
         "{:#?}",

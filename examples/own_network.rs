@@ -13,6 +13,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 use burn::train::{InferenceStep, TrainStep};
 use burn_ndarray::{NdArray, NdArrayDevice};
+use tinyfusion::backend::Compute;
 use tinyfusion::data::{Batch, BatchPlan, BatchSource, Batches, Digits, Split};
 use tinyfusion::models::{Denoiser, Prunable, Shape, timestep_features};
 use tinyfusion::ops::{Activation, FusedOps, Linear};
@@ -55,10 +56,11 @@ struct Block<B: Backend> {
 impl<B: FusedOps> Block<B> {
     /// `[batch, tokens, width]` to the same.
     fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let x = self
-            .out
-            .forward(B::qkv_attention(self.qkv.forward(x.clone()), 4))
-            + x;
+        let x = self.out.forward(B::qkv_attention(
+            self.qkv.forward(x.clone()),
+            4,
+            Compute::F32,
+        )) + x;
         (self.down).forward_activated(self.up.forward(x.clone()), Activation::Silu) + x
     }
 }

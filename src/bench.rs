@@ -12,10 +12,11 @@ use serde::Serialize;
 
 use burn_dataset::Dataset;
 
+use crate::backend::Compute;
 use crate::data::{Batch, BatchPlan, BatchSource, DataError, Image, Samples, plain};
 use crate::evaluation::median_and_spread;
 use crate::models::{Architecture, Denoiser, Network, Prunable, Shape};
-use crate::ops::TrainingBackend;
+use crate::ops::{FusedOps, TrainingBackend};
 use crate::process::{
     Distillation, Guidance, MaskedFeatures, Process, ProcessKind, Sampler, TeacherOutput, Times,
 };
@@ -52,6 +53,8 @@ pub struct BenchPlan {
     pub model: Architecture,
     /// Samples of a batch.
     pub batch: usize,
+    /// Type of matrix products.
+    pub compute: Compute,
     /// Runs before timing.
     pub warmup: usize,
     /// Timed runs.
@@ -166,7 +169,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
     let process = ProcessKind::ASSUMED.process();
     let runs = match plan.workload {
         Workload::Infer => {
-            let network = network::<B::InnerBackend>(config, device);
+            let network = network::<B::InnerBackend>(plan, device);
             let (x, y) = (batch.x.inner(), batch.y.inner());
             let t = process.told::<B::InnerBackend>(&batch.t, device);
             time::<B>(plan, device, || {
@@ -174,7 +177,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             })
         }
         Workload::Sample => {
-            let network = network::<B::InnerBackend>(config, device);
+            let network = network::<B::InnerBackend>(plan, device);
             let guidance = Guidance {
                 scale: 1.5,
                 channels: 3,
@@ -198,7 +201,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
         Workload::Finetune => train(
             plan,
             device,
-            Student::new(network::<B>(config, device), None, process, 1),
+            Student::new(network::<B>(plan, device), None, process, 1),
             || batch.clone(),
         ),
         Workload::Prune => {
@@ -210,7 +213,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
                 steps: 1,
             };
             let pruner = LearnedPruner::new(
-                network::<B>(config, device),
+                network::<B>(plan, device),
                 groups,
                 Update::Lora {
                     rank: 8,
@@ -225,9 +228,9 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             train(plan, device, pruner, || batch.clone())
         }
         Workload::MaskedKd => {
-            let teacher = network::<B::InnerBackend>(config, device);
+            let teacher = network::<B::InnerBackend>(plan, device);
             let kept: Vec<usize> = (0..config.depth()).step_by(2).collect();
-            let student = network::<B>(config, device).keep(&kept);
+            let student = network::<B>(plan, device).keep(&kept);
             let taps: Vec<(usize, usize)> = (0..kept.len())
                 .map(|layer| (layer, 2 * layer + 1))
                 .filter(|(_, layer)| *layer < config.depth())
@@ -275,7 +278,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
 
 /// A network of small random weights, made one parameter after the other, so that there is never
 /// more than one of it.
-fn network<B: Backend>(config: &Architecture, device: &B::Device) -> Network<B> {
+fn network<B: FusedOps>(plan: &BenchPlan, device: &B::Device) -> Network<B> {
     struct Randomise(u64);
     impl<B: Backend> ModuleMapper<B> for Randomise {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
@@ -290,10 +293,10 @@ fn network<B: Backend>(config: &Architecture, device: &B::Device) -> Network<B> 
             })
         }
     }
-    let zeros = Network::<B>::zeros(config, device);
+    let zeros = Network::<B>::zeros(&plan.model, device);
     // Checked by the caller.
     let zeros = zeros.unwrap_or_else(|| unreachable!("models of this name are diffusion networks"));
-    zeros.map(&mut Randomise(0))
+    zeros.map(&mut Randomise(0)).computing(plan.compute)
 }
 
 fn train<B, M>(

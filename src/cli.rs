@@ -13,7 +13,6 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::backend::{BackendKind, Compute};
-use crate::interrupt;
 use crate::process::ProcessKind;
 use crate::recipe::document::{Document, MOST_BYTES};
 use crate::recipe::plan::Plan;
@@ -25,6 +24,8 @@ use crate::recipe::schema::source::Source;
 use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::recipe::{RecipeError, embedded_recipes};
 use crate::sampling::{Labels, Sampling};
+use crate::stop::{Stop, leave};
+use crate::training::watch_panics;
 use crate::weights::{Checkpoint, EmbeddedName, embedded};
 use bench::{BenchArguments, benchmark};
 use evaluate::{EvaluateArguments, evaluate};
@@ -204,7 +205,7 @@ struct RunArguments {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    interrupt::watch_panics();
+    watch_panics();
     let cli = Cli::parse();
     let result = start_threads(&cli.command).and_then(|()| obey(cli.command));
     match result {
@@ -327,12 +328,12 @@ fn recipe(arguments: &RecipeArguments) -> Result<(), RecipeError> {
         crate::tell!("{plan}");
         return Ok(());
     }
-    listen()?;
     let options = Options {
         runs: arguments.runs.clone(),
         resume: arguments.resume,
         backend,
         plain: arguments.plain,
+        stop: listen()?,
     };
     if arguments.seeds.is_some()
         && !recipe
@@ -424,14 +425,20 @@ impl RunArguments {
     }
 
     /// Runs a recipe of one stage; returns its run directory, which is printed.
-    fn run(&self, name: &str, kind: StageKind, data: Data) -> Result<PathBuf, RecipeError> {
+    fn run(
+        &self,
+        name: &str,
+        kind: StageKind,
+        data: Data,
+        stop: Stop,
+    ) -> Result<PathBuf, RecipeError> {
         let plan = plan_one(name, self, kind, data)?;
-        listen()?;
         let options = Options {
             runs: self.runs.clone(),
             resume: false,
             backend: self.backend,
             plain: false,
+            stop,
         };
         let to_go_on = format!(
             "`tinyfusion recipe RUN/resolved.toml --resume --runs {}`, where RUN is the run directory",
@@ -483,8 +490,16 @@ fn open(source: &Source) -> Result<Checkpoint, RecipeError> {
     }
 }
 
-/// Makes Ctrl-C request a stop.
-fn listen() -> Result<(), RecipeError> {
-    interrupt::listen()
-        .map_err(|error| RecipeError::Run(format!("can't listen for signals: {error}")))
+/// The stop that Ctrl-C and SIGTERM request; a second signal ends the program at once.
+fn listen() -> Result<Stop, RecipeError> {
+    let stop = Stop::default();
+    let requested = stop.clone();
+    ctrlc::set_handler(move || {
+        if requested.request() {
+            leave();
+        }
+        crate::say!("stopping after this step; once more to stop at once");
+    })
+    .map_err(|error| RecipeError::Run(format!("can't listen for signals: {error}")))?;
+    Ok(stop)
 }

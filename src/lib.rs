@@ -22,7 +22,7 @@
 //! | [`recipe`] | TOML → plan → run directory |
 //! | [`report`] | pictures and tables |
 //! | [`random`] | randomness keyed by (seed, stream, step, index) |
-//! | [`backend`], [`interrupt`], [`files`], [`images`], [`terminal`] | shared parts |
+//! | [`backend`], [`stop`], [`files`], [`images`], [`terminal`] | shared parts |
 //! | [`cli`], [`mod@bench`], `standin` | the program's commands |
 //!
 //! # How data flows
@@ -71,7 +71,6 @@ pub mod data;
 pub mod evaluation;
 pub mod files;
 pub mod images;
-pub mod interrupt;
 pub mod models;
 pub mod npz;
 pub mod ops;
@@ -85,6 +84,7 @@ pub mod sampling;
 #[cfg(all(feature = "cli", feature = "ndarray"))]
 pub mod standin;
 pub mod state;
+pub mod stop;
 pub mod terminal;
 pub mod training;
 pub mod trunk;

@@ -11,7 +11,7 @@ const FLOORS: [&str; 24] = [
     "files",
     "random",
     "images",
-    "interrupt",
+    "stop",
     "npz",
     "report",
     "ops",

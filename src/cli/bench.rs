@@ -96,11 +96,12 @@ pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), RecipeError> {
         workload: arguments.workload,
         model,
         batch: arguments.batch as usize,
+        compute: arguments.compute,
         warmup: arguments.warmup,
         repeats: arguments.repeats as usize,
     };
     let measured = crate::with_backend!(arguments.backend, B, device => {
-        crate::ops::set_compute::<B>(arguments.compute, device).map_err(usage)?;
+        crate::ops::supports::<B>(arguments.compute, device).map_err(usage)?;
         Some(bench::bench::<B>(&plan, device))
     }, else None);
     let Some(measured) = measured else {

@@ -127,9 +127,9 @@ fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
         vae: None,
         samples,
         distances: arguments.distances,
+        stop: &listen()?,
     };
     let count = arguments.run.count.map(|count| count as usize);
-    listen()?;
     crate::with_backend!(arguments.run.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         let (cache, out) = (arguments.cache.as_deref(), arguments.out.as_deref());
@@ -168,7 +168,8 @@ fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
         neighbours: DEFAULT_NEIGHBOURS,
         sampling,
     });
-    arguments.run.run("evaluate", kind, data).map(|_| ())
+    let run = &arguments.run;
+    run.run("evaluate", kind, data, listen()?).map(|_| ())
 }
 
 /// The data that a model's provenance names, to compare with; digits if it names none.

@@ -62,11 +62,12 @@ pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), RecipeError> {
         batch: arguments.batch as usize,
         workers: arguments.workers.unwrap_or(0) as usize,
     };
-    listen()?;
+    let stop = listen()?;
     let to = crate::with_backend!(arguments.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
-        crate::ops::set_compute::<Inner>(arguments.compute, device).map_err(RecipeError::Run)?;
-        extract::run::<Inner>("extract", &job, arguments.seed, &arguments.to, device)
+        crate::ops::supports::<Inner>(arguments.compute, device).map_err(RecipeError::Run)?;
+        let settings = (arguments.seed, arguments.compute, &stop);
+        extract::run::<Inner>("extract", &job, settings, &arguments.to, device)
     }, else Err(RecipeError::Run("no backend".into())));
     let to = how_to_go_on(to, "the same command")?;
     crate::tell!("{}", to.display());

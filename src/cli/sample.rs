@@ -10,8 +10,9 @@ use crate::recipe::schema::data::Data;
 use crate::recipe::schema::sample::Sample;
 use crate::report::watch;
 use crate::sampling::{
-    DEMO, DEMO_GUIDANCE, SAMPLES, Share, draw_into, refuse_existing, write_pictures,
+    DEMO, DEMO_GUIDANCE, DrawInto, SAMPLES, Share, refuse_existing, write_pictures,
 };
+use crate::stop::Stop;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct SampleArguments {
@@ -73,11 +74,10 @@ pub(super) fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
         sampling,
     };
     let Some(folder) = &arguments.into else {
-        let directory = arguments
-            .run
-            .run("sample", StageKind::Sample(sample), Data::Digits)?;
+        let (stop, kind) = (listen()?, StageKind::Sample(sample));
+        let directory = (arguments.run).run("sample", kind, Data::Digits, stop.clone())?;
         let archive = directory.join("01-sample").join(SAMPLES);
-        return pictures(&archive, arguments.images.as_deref());
+        return pictures(&archive, arguments.images.as_deref(), &stop);
     };
     let run = &arguments.run;
     // Planned like a recipe, so that mistakes are found before anything is drawn.
@@ -91,21 +91,28 @@ pub(super) fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
     if let Some(problem) = run.backend.missing() {
         return Err(RecipeError::Run(problem));
     }
-    listen()?;
+    let stop = listen()?;
     let checkpoint = open(&sample.from)?;
     let share = arguments.share.unwrap_or(Share::WHOLE);
     let archive = crate::with_backend!(run.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
-        crate::ops::set_compute::<Inner>(run.compute, device).map_err(RecipeError::Run)?;
-        draw_into::<Inner>(
-            &checkpoint, sample.vae.as_deref(), &sample.sampling, run.seed, (folder, share), device, watch("sample", "steps"),
-        )
+        crate::ops::supports::<Inner>(run.compute, device).map_err(RecipeError::Run)?;
+        let draw = DrawInto {
+            vae: sample.vae.as_deref(),
+            sampling: &sample.sampling,
+            seed: run.seed,
+            compute: run.compute,
+            folder,
+            share,
+            stop: &stop,
+        };
+        draw.run::<Inner>(&checkpoint, device, watch("sample", "steps"))
     }, else Ok(None));
     let archive = how_to_go_on(archive.map_err(RecipeError::from), "the same command")?;
     match archive {
         Some(archive) => {
             crate::tell!("{}", archive.display());
-            pictures(&archive, arguments.images.as_deref())?;
+            pictures(&archive, arguments.images.as_deref(), &stop)?;
         }
         None => crate::say!("sample: this share is drawn; others have still to draw theirs"),
     }
@@ -113,9 +120,9 @@ pub(super) fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
 }
 
 /// Writes samples as pictures, if requested.
-fn pictures(archive: &Path, folder: Option<&Path>) -> Result<(), RecipeError> {
+fn pictures(archive: &Path, folder: Option<&Path>, stop: &Stop) -> Result<(), RecipeError> {
     if let Some(folder) = folder {
-        write_pictures(archive, folder, watch("pictures", "images"))?;
+        write_pictures(archive, folder, stop, watch("pictures", "images"))?;
         crate::tell!("{}", folder.display());
     }
     Ok(())

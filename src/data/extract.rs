@@ -18,6 +18,7 @@ use crate::models::vae::{Vae, VaeConfig};
 use crate::ops::FusedOps;
 use crate::random::{self, Stream};
 use crate::state::floats;
+use crate::stop::Stop;
 
 /// File with the settings of a folder of latents, so that it is continued only with the same ones.
 const JOB: &str = "extraction.json";
@@ -57,6 +58,8 @@ pub struct Extraction {
     pub seed: u64,
     /// SHA-256 of the autoencoder's weights.
     pub vae_sha256: String,
+    /// Ends the extraction between two batches.
+    pub stop: Stop,
 }
 
 /// Result of an extraction.
@@ -90,7 +93,12 @@ struct Job {
 }
 
 impl Job {
-    fn new(folder: &ImageFolder, config: &VaeConfig, how: &Extraction, backend: String) -> Self {
+    fn new(
+        folder: &ImageFolder,
+        config: &VaeConfig,
+        how: &Extraction,
+        (backend, compute): (String, Compute),
+    ) -> Self {
         let mut hash = Sha256::new();
         for (path, label) in folder.images() {
             let name = path.file_name().unwrap_or_default();
@@ -109,7 +117,7 @@ impl Job {
             vae_sha256: how.vae_sha256.clone(),
             vae: config.clone(),
             backend,
-            compute: crate::ops::compute(),
+            compute,
         }
     }
 }
@@ -153,7 +161,7 @@ type Picture = Result<Vec<f32>, PictureError>;
 /// scaling factor, with noise that depends only on the seed, the image's index and the view.
 /// Damaged files and other files are left out and listed in `skipped.txt`. `progress` is called
 /// with the number of images done since the last call, and whether an earlier process did them,
-/// which is so in the first call. Stops early, between batches, after an interrupt.
+/// which is so in the first call. Stops early, between batches, when a stop is requested.
 ///
 /// # Errors
 /// When the folder can't be written, or holds latents made with other settings; when an image can't
@@ -168,7 +176,7 @@ pub fn extract<B: FusedOps>(
     mut progress: impl FnMut(usize, bool),
 ) -> Result<Extracted, DataError> {
     let images = folder.images();
-    let job = Job::new(folder, config, how, B::name(device));
+    let job = Job::new(folder, config, how, (B::name(device), vae.compute()));
     let _lock = begin(&job, to)?;
     let side = how.size / config.factor();
     let views = if how.mirror { 2 } else { 1 };
@@ -215,7 +223,7 @@ pub fn extract<B: FusedOps>(
             queues.push(receiver);
         }
         for batch in (first..images.len()).step_by(how.batch) {
-            if crate::interrupt::requested() {
+            if how.stop.requested() {
                 return Ok(false);
             }
             let last = images.len().min(batch + how.batch);

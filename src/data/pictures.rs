@@ -19,6 +19,7 @@ use super::latents::{Dtype, INDEX, Latents, Layout, ShardWriter};
 use super::{DataError, ImageFolder, Split, level, with_cause};
 use crate::files::lock_file;
 use crate::images::{center_crop, pad, read_then};
+use crate::stop::Stop;
 
 /// How a picture becomes a square.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -216,6 +217,7 @@ impl PictureSet {
         &self,
         split: Split,
         to: &Path,
+        stop: &Stop,
         mut progress: impl FnMut(usize),
     ) -> Result<bool, DataError> {
         let part = self.part(split);
@@ -234,7 +236,7 @@ impl PictureSet {
         // Another process may be decoding into the same cache; its result is used. File systems
         // without locks are accepted.
         while matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) {
-            if crate::interrupt::requested() {
+            if stop.requested() {
                 return Ok(false);
             }
             std::thread::sleep(BETWEEN_LOOKS);
@@ -248,7 +250,7 @@ impl PictureSet {
         let record = self.rule.size * self.rule.size * self.rule.channels;
         let at_once = (DECODED_BYTES / (4 * record)).clamp(1, DECODED_AT_ONCE);
         for pictures in part[done.min(part.len())..].chunks(at_once) {
-            if crate::interrupt::requested() {
+            if stop.requested() {
                 return Ok(false);
             }
             let read: Vec<_> = (pictures.par_iter())
@@ -391,7 +393,8 @@ mod tests {
             let to = tempfile::tempdir().unwrap();
             let mut reached = Vec::new();
             assert!(
-                set.pack(split, to.path(), |done| reached.push(done))
+                set.pack(split, to.path(), &Stop::default(), |done| reached
+                    .push(done))
                     .unwrap()
             );
             assert_eq!(reached, [0, set.count(split)]);
@@ -426,7 +429,8 @@ mod tests {
         let root = folder(&["a"], 7);
         let set = share(root.path(), 0.0);
         let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        set.pack(Split::Train, whole.path(), |_| ()).unwrap();
+        set.pack(Split::Train, whole.path(), &Stop::default(), |_| ())
+            .unwrap();
         // Simulates a writer that was killed after a shard of two.
         let shard = "shard-00000.bin";
         let layout = Layout {
@@ -447,8 +451,10 @@ mod tests {
         writer.finish().unwrap();
         fs::remove_file(broken.path().join("latents.json")).unwrap();
         let mut reached = Vec::new();
-        set.pack(Split::Train, broken.path(), |done| reached.push(done))
-            .unwrap();
+        set.pack(Split::Train, broken.path(), &Stop::default(), |done| {
+            reached.push(done)
+        })
+        .unwrap();
         assert_eq!(reached, [2, 7]);
         for file in [shard, "latents.json"] {
             let read = |folder: &Path| fs::read(folder.join(file)).unwrap();

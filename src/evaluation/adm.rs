@@ -15,6 +15,7 @@ use super::{
 use crate::models::inception::{Inception, POOLED, SPATIAL};
 use crate::npz::SampleReader;
 use crate::ops::FusedOps;
+use crate::stop::Stop;
 
 /// Inception's results for a set of pictures.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,29 +42,13 @@ pub struct Measured {
 ///
 /// Those of the reader; [`EvaluationError::Pictures`] for pictures that the network can't read,
 /// [`EvaluationError::Value`] when its activations aren't finite, [`EvaluationError::TooFew`] for
-/// fewer than two pictures, and [`EvaluationError::Interrupted`] when a stop was requested
-/// ([`crate::interrupt`]).
+/// fewer than two pictures, and [`EvaluationError::Interrupted`] when a stop is requested.
 pub fn measure<B: FusedOps>(
-    inception: &Inception<B>,
-    reader: SampleReader,
-    batch: usize,
-    progress: impl FnMut(usize),
-) -> Result<Measured, EvaluationError> {
-    measure_until(
-        inception,
-        reader,
-        batch,
-        progress,
-        crate::interrupt::requested,
-    )
-}
-
-fn measure_until<B: FusedOps>(
     inception: &Inception<B>,
     mut reader: SampleReader,
     batch: usize,
+    stop: &Stop,
     mut progress: impl FnMut(usize),
-    stop: impl Fn() -> bool,
 ) -> Result<Measured, EvaluationError> {
     let path = reader.path().to_owned();
     let mut pooled = StatisticsAccumulator::new(POOLED);
@@ -71,7 +56,7 @@ fn measure_until<B: FusedOps>(
     let mut score = InceptionScore::new(DEFAULT_SPLIT_SIZE);
     let (mut features, mut count) = (Vec::new(), 0);
     while let Some(images) = reader.next_block(batch)? {
-        if stop() {
+        if stop.requested() {
             return Err(EvaluationError::Interrupted);
         }
         let read = inception
@@ -196,7 +181,7 @@ mod tests {
     fn measured(path: &Path, batch: usize) -> (Measured, Vec<usize>) {
         let steps = RefCell::new(Vec::new());
         let reader = SampleReader::open(path).unwrap();
-        let measured = measure(&INCEPTION, reader, batch, |done| {
+        let measured = measure(&INCEPTION, reader, batch, &Stop::default(), |done| {
             steps.borrow_mut().push(done);
         });
         (measured.unwrap(), steps.into_inner())
@@ -219,9 +204,11 @@ mod tests {
         let open = || Reference::open(&path).unwrap();
         assert_eq!(open().pictures(), Some(4));
         let reference = open()
-            .measure_cached(&INCEPTION, &cache, 1, |_| ())
+            .measure_cached(&INCEPTION, &cache, 1, &Stop::default(), |_| ())
             .unwrap();
-        let kept = open().measure_cached(&INCEPTION, &cache, 1, |_| panic!("it is kept"));
+        let kept = open().measure_cached(&INCEPTION, &cache, 1, &Stop::default(), |_| {
+            panic!("it is kept")
+        });
         assert_eq!(kept.unwrap(), reference);
         assert_eq!(reference.moments, MomentsFrom::Measured);
         // The statistics take the same rows in the same order, whatever the batches. But in another
@@ -271,7 +258,9 @@ mod tests {
         let alone = Reference::open(&path).unwrap();
         assert_eq!(alone.pictures(), None);
         let nothing = folder.path().join("no-cache.npz");
-        let alone = alone.measure_cached(&INCEPTION, &nothing, 1, |_| panic!("no pictures"));
+        let alone = alone.measure_cached(&INCEPTION, &nothing, 1, &Stop::default(), |_| {
+            panic!("no pictures")
+        });
         let alone = alone.unwrap();
         assert!(!nothing.exists());
         assert_eq!(alone.moments, MomentsFrom::Stated);
@@ -288,7 +277,7 @@ mod tests {
         pooled.write(&path).unwrap();
         let pooled = Reference::open(&path).unwrap();
         assert_eq!(pooled.pictures(), None);
-        let pooled = pooled.measure(&INCEPTION, 1, |_| panic!("no pictures"));
+        let pooled = pooled.measure(&INCEPTION, 1, &Stop::default(), |_| panic!("no pictures"));
         let scores = compare(&pooled.unwrap(), &other, 3, Distances::F64).unwrap();
         assert_eq!(
             (scores.fid, scores.sfid, scores.precision),
@@ -312,20 +301,28 @@ mod tests {
         assert_eq!(measured(&pictures, 2).0, measured(&path, 2).0);
         let reference = Reference::open(&pictures).unwrap();
         assert_eq!((reference.pictures(), reference.ignored()), (Some(3), 0));
-        let reference = reference.measure(&INCEPTION, 2, |_| ()).unwrap();
+        let reference = reference
+            .measure(&INCEPTION, 2, &Stop::default(), |_| ())
+            .unwrap();
         let of_archive = Reference::open(&path).unwrap();
         assert_eq!(
             reference,
-            of_archive.measure(&INCEPTION, 2, |_| ()).unwrap()
+            of_archive
+                .measure(&INCEPTION, 2, &Stop::default(), |_| ())
+                .unwrap()
         );
     }
 
     #[test]
     fn what_can_not_be_measured_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        let measure = |path: &Path, stop: bool| {
+        let measure = |path: &Path, stopped: bool| {
             let reader = SampleReader::open(path).unwrap();
-            measure_until(&INCEPTION, reader, 2, |_| (), || stop).unwrap_err()
+            let stop = Stop::default();
+            if stopped {
+                stop.request();
+            }
+            measure(&INCEPTION, reader, 2, &stop, |_| ()).unwrap_err()
         };
         let path = archive(folder.path(), "grey.npz", 2, 1, 0);
         assert!(matches!(measure(&path, true), EvaluationError::Interrupted));
@@ -359,7 +356,7 @@ mod tests {
         let cache = archive(folder.path(), "cache.npz", 2, 3, 0);
         let reference = Reference::open(&cache).unwrap();
         let error = reference
-            .measure_cached(&INCEPTION, &cache, 2, |_| ())
+            .measure_cached(&INCEPTION, &cache, 2, &Stop::default(), |_| ())
             .unwrap_err();
         assert!(error.to_string().contains("a member pool.npy"), "{error}");
     }

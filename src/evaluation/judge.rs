@@ -11,6 +11,7 @@ use super::{
 use crate::models::Inception;
 use crate::npz::SampleReader;
 use crate::ops::FusedOps;
+use crate::stop::Stop;
 use crate::weights::{Digested, read_inception};
 
 /// Images Inception reads at once.
@@ -29,12 +30,15 @@ pub struct AdmSettings<'a> {
     pub distances: Distances,
     /// Folder that keeps what is measured of the reference, if any.
     pub cache: Option<&'a Path>,
+    /// Ends the measuring between two batches of pictures.
+    pub stop: &'a Stop,
 }
 
 /// Inception, and what is known of the reference.
 pub struct AdmJudge<B: Backend> {
     inception: Digested<Inception<B>>,
     reference: ReferenceMeasured,
+    stop: Stop,
     /// What the numbers can only be compared under.
     pub protocol: AdmProtocol,
     /// Entries of a reference's folder that were passed over because they are no pictures.
@@ -76,9 +80,9 @@ impl<B: FusedOps> AdmJudge<B> {
         let reference = match against.cache {
             Some(folder) => {
                 let cache = cache_file(folder, &digest, &inception_digest);
-                reference.measure_cached(network, &cache, READ_BATCH, &mut reached)?
+                reference.measure_cached(network, &cache, READ_BATCH, against.stop, &mut reached)?
             }
-            None => reference.measure(network, READ_BATCH, &mut reached)?,
+            None => reference.measure(network, READ_BATCH, against.stop, &mut reached)?,
         };
         let protocol = AdmProtocol {
             samples: 0,
@@ -96,6 +100,7 @@ impl<B: FusedOps> AdmJudge<B> {
         Ok(Self {
             inception,
             reference,
+            stop: against.stop.clone(),
             protocol,
             ignored,
         })
@@ -113,7 +118,8 @@ impl<B: FusedOps> AdmJudge<B> {
     ) -> Result<AdmVerdict, EvaluationError> {
         let [count, ..] = pictures.shape();
         let network = &self.inception.network;
-        let measured = measure(network, pictures, READ_BATCH, |done| progress(done, count))?;
+        let reached = |done| progress(done, count);
+        let measured = measure(network, pictures, READ_BATCH, &self.stop, reached)?;
         let AdmProtocol {
             neighbours,
             distances,

@@ -135,7 +135,7 @@ pub enum EvaluationError {
         /// What is wrong with it.
         problem: String,
     },
-    /// A stop was requested, see [`crate::interrupt`].
+    /// A [`Stop`](crate::stop::Stop) was requested.
     #[error("interrupted")]
     Interrupted,
 }

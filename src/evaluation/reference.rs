@@ -15,6 +15,7 @@ use crate::models::inception::{Inception, POOLED, SPATIAL};
 use crate::npz::archive::{Archive, write_array};
 use crate::npz::{NpzError, SampleReader};
 use crate::ops::FusedOps;
+use crate::stop::Stop;
 
 /// An open reference batch of the ADM suite, such as `VIRTUAL_imagenet256_labeled.npz`.
 ///
@@ -124,11 +125,12 @@ impl Reference {
         self,
         inception: &Inception<B>,
         batch: usize,
+        stop: &Stop,
         progress: impl FnMut(usize),
     ) -> Result<ReferenceMeasured, EvaluationError> {
         let measured = self
             .pictures
-            .map(|pictures| measure(inception, pictures, batch, progress))
+            .map(|pictures| measure(inception, pictures, batch, stop, progress))
             .transpose()?;
         let (features, measured) = match measured {
             Some(measured) => {
@@ -171,10 +173,11 @@ impl Reference {
         inception: &Inception<B>,
         cache: &Path,
         batch: usize,
+        stop: &Stop,
         progress: impl FnMut(usize),
     ) -> Result<ReferenceMeasured, EvaluationError> {
         let Some(pictures) = self.pictures() else {
-            return self.measure(inception, batch, progress);
+            return self.measure(inception, batch, stop, progress);
         };
         if cache.is_file() {
             let moments = match self.moments {
@@ -183,7 +186,7 @@ impl Reference {
             };
             return ReferenceMeasured::read(cache, pictures, moments);
         }
-        let measured = self.measure(inception, batch, progress)?;
+        let measured = self.measure(inception, batch, stop, progress)?;
         measured.write(cache)?;
         Ok(measured)
     }

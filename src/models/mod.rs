@@ -21,6 +21,7 @@ pub mod vae;
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, backend::Backend};
 
+use crate::backend::Compute;
 use crate::ops::{FusedOps, Linear};
 use crate::trunk::{BlockHook, Trunk};
 
@@ -58,6 +59,16 @@ impl<B: Backend> Network<B> {
     pub fn architecture(&self) -> Architecture {
         match self {
             Self::Dit(model) => Architecture::Dit(model.config()),
+        }
+    }
+}
+
+impl<B: FusedOps> Network<B> {
+    /// The same network with matrix products of type `compute`, which the backend must
+    /// [support](crate::ops::supports); a new network's are of f32.
+    pub fn computing(self, compute: Compute) -> Self {
+        match self {
+            Self::Dit(model) => Self::Dit(model.computing(compute)),
         }
     }
 }

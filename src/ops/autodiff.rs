@@ -14,6 +14,7 @@ use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, TensorPrimitive};
 
 use super::{Activation, FusedOps, LinearWants, LinearWeights, LoraWeights, Window};
+use crate::backend::Compute;
 
 /// A tensor of the graph.
 type Tracked<B> = FloatTensor<Autodiff<B>>;
@@ -198,13 +199,13 @@ impl<B: FusedOps> Backward<B, 3> for ModulatedNorm {
 struct QkvAttention;
 
 impl<B: FusedOps> Backward<B, 1> for QkvAttention {
-    /// qkv, heads
-    type State = (Tensor<B, 3>, usize);
+    /// qkv, heads, type of products
+    type State = (Tensor<B, 3>, usize, Compute);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let gradient = grads.consume::<B>(&ops.node);
-        let (qkv, heads) = ops.state;
-        let gradient = B::qkv_attention_backward(tensor(gradient), qkv, heads);
+        let (qkv, heads, compute) = ops.state;
+        let gradient = B::qkv_attention_backward(tensor(gradient), qkv, heads, compute);
         give!(grads, ops.parents[0], Some(gradient));
     }
 }
@@ -336,6 +337,7 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
                 b: inner(b),
                 scale: *scale,
             }),
+            compute: weights.compute,
         };
         let output = B::linear_layer(inner::<B, D>(&x), weights.clone(), activation);
         let rows = shape[..D - 1].iter().product();
@@ -373,10 +375,10 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
         node!(ModulatedNorm, [x, shift, scale], output, state)
     }
 
-    fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize) -> Tensor<Self, 3> {
+    fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize, compute: Compute) -> Tensor<Self, 3> {
         let qkv = tracked(qkv);
-        let output = B::qkv_attention(inner(&qkv), heads);
-        node!(QkvAttention, [qkv], output, (inner(&qkv), heads))
+        let output = B::qkv_attention(inner(&qkv), heads, compute);
+        node!(QkvAttention, [qkv], output, (inner(&qkv), heads, compute))
     }
 
     fn gated_residual(

@@ -3,6 +3,8 @@
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::backend::Compute;
+
 use super::{Activation, FusedOps, LinearWeights, LoraWeights};
 
 /// `y = x W^T + b`, plus `scale (x A^T) B^T` while a [`Lora`] is attached.
@@ -16,6 +18,9 @@ pub struct Linear<B: Backend> {
     pub bias: Param<Tensor<B, 1>>,
     /// The low-rank update of this layer, if one is being learned.
     pub lora: Option<Lora<B>>,
+    /// Type of its products.
+    #[module(skip)]
+    pub compute: Compute,
 }
 
 /// A low-rank update `scale B A` of a weight (TinyFusion, equation 7; Hu et al., arXiv 2106.09685).
@@ -52,6 +57,7 @@ impl<B: Backend> Linear<B> {
             weight: Param::uninitialized(ParamId::new(), zeros, device.clone(), true, shape.into()),
             bias: Param::from_tensor(Tensor::zeros([output], device)),
             lora: None,
+            compute: Compute::F32,
         }
     }
 
@@ -93,6 +99,7 @@ impl<B: FusedOps> Linear<B> {
                 b: lora.b.val(),
                 scale: lora.scale,
             }),
+            compute: self.compute,
         };
         B::linear_layer(x, weights, activation)
     }

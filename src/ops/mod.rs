@@ -21,8 +21,6 @@ mod cpu;
 mod linear;
 pub mod reference;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, Shape, Tensor, activation};
@@ -52,6 +50,8 @@ pub struct LinearWeights<B: Backend> {
     pub bias: Tensor<B, 1>,
     /// A low-rank update.
     pub lora: Option<LoraWeights<B>>,
+    /// Type of the products.
+    pub compute: Compute,
 }
 
 /// The factors of a low-rank update `scale B A`.
@@ -227,9 +227,10 @@ pub trait FusedOps: Backend {
     }
 
     /// Self-attention of all heads from the fused projection `[batch, tokens, 3 width]` (queries,
-    /// keys, values in that order, each split into `heads`), giving `[batch, tokens, width]`.
-    fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize) -> Tensor<Self, 3> {
-        reference::qkv_attention(qkv, heads, Self::head_multiple())
+    /// keys, values in that order, each split into `heads`), giving `[batch, tokens, width]`. Its
+    /// products are of type `compute`.
+    fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize, compute: Compute) -> Tensor<Self, 3> {
+        reference::qkv_attention(qkv, heads, Self::head_multiple(), compute)
     }
 
     /// Gradient of [`qkv_attention`](Self::qkv_attention), `[batch, tokens, 3 width]`.
@@ -237,8 +238,9 @@ pub trait FusedOps: Backend {
         gradient: Tensor<Self, 3>,
         qkv: Tensor<Self, 3>,
         heads: usize,
+        compute: Compute,
     ) -> Tensor<Self, 3> {
-        reference::qkv_attention_backward(gradient, qkv, heads, Self::head_multiple())
+        reference::qkv_attention_backward(gradient, qkv, heads, Self::head_multiple(), compute)
     }
 
     /// `x + gate y`; `x` and `y` are `[batch, tokens, width]`, `gate` is `[batch, width]`.
@@ -355,36 +357,19 @@ pub trait FusedOps: Backend {
     }
 }
 
-/// Whether matrix products are in bf16.
-static BF16: AtomicBool = AtomicBool::new(false);
-
-/// Sets the type of matrix products for the whole process: operators are called from many places,
-/// and a run computes all of them in one type. Operators with kernels of their own (ndarray's)
-/// support f32 only.
+/// Refuses a type of matrix products that the backend does not support. Operators with kernels of
+/// their own (ndarray's) compute in f32, whatever they are asked for.
 ///
 /// # Errors
 /// When the backend does not support the type.
-pub fn set_compute<B: Backend>(compute: Compute, device: &B::Device) -> Result<(), String> {
+pub fn supports<B: Backend>(compute: Compute, device: &B::Device) -> Result<(), String> {
     if compute == Compute::Bf16 && !B::supports_dtype(device, DType::BF16) {
         return Err(format!(
             "compute = \"bf16\": the backend {} has no products of bf16; use cuda, or compute = \"f32\"",
             B::name(device)
         ));
     }
-    BF16.store(compute == Compute::Bf16, Ordering::Relaxed);
     Ok(())
-}
-
-/// The type of matrix products.
-pub fn compute() -> Compute {
-    #[cfg(test)]
-    if let Some(compute) = tests::COMPUTE.get() {
-        return compute;
-    }
-    match BF16.load(Ordering::Relaxed) {
-        true => Compute::Bf16,
-        false => Compute::F32,
-    }
 }
 
 /// A backend that trains: both it and its inner backend have the operators.
@@ -418,8 +403,6 @@ impl FusedOps for burn_cuda::Cuda {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
-
     use burn::backend::Autodiff;
     use burn::tensor::Distribution;
     use burn_flex::{Flex, FlexDevice};
@@ -429,26 +412,20 @@ mod tests {
     use crate::state::{assign, collect};
     use crate::trunk::Plain;
 
-    thread_local! {
-        /// Overrides the process-wide setting in a test, because other tests run at the same time.
-        pub(super) static COMPUTE: Cell<Option<Compute>> = const { Cell::new(None) };
-    }
-
     /// The only CPU backend that supports bf16.
     impl FusedOps for Flex {}
 
     #[test]
     fn a_backend_without_bf16_is_refused() {
-        let error = set_compute::<burn_ndarray::NdArray>(Compute::Bf16, &Default::default());
+        let error = supports::<burn_ndarray::NdArray>(Compute::Bf16, &Default::default());
         assert!(error.unwrap_err().contains("cuda"));
-        assert!(set_compute::<burn_ndarray::NdArray>(Compute::F32, &Default::default()).is_ok());
+        assert!(supports::<burn_ndarray::NdArray>(Compute::F32, &Default::default()).is_ok());
         assert!(Flex::<f32, i32>::supports_dtype(&FlexDevice, DType::BF16));
     }
 
     /// The output, and the gradient of its mean square for the first block's fused projection.
     fn forward_and_backward(compute: Compute) -> (Vec<f32>, Vec<f32>) {
         type B = Autodiff<Flex>;
-        COMPUTE.set(Some(compute));
         let config = DitConfig {
             input_size: 8,
             patch_size: 2,
@@ -476,6 +453,7 @@ mod tests {
         }
         let path = std::path::Path::new("test");
         let network = assign::<B, _>(network, &state, path, "test").unwrap();
+        let network = network.computing(compute);
         B::seed(&FlexDevice, 3);
         let x = Tensor::<B, 4>::random([4, 1, 8, 8], Distribution::Normal(0.0, 1.0), &FlexDevice);
         let t = Tensor::<B, 1>::from_floats([3.0, 200.0, 500.0, 999.0], &FlexDevice);
@@ -486,7 +464,6 @@ mod tests {
         let weight = &model.blocks[0].attn.qkv.weight;
         let gradient = weight.val().grad(&gradients).unwrap();
         assert_eq!((out.dtype(), gradient.dtype()), (DType::F32, DType::F32));
-        COMPUTE.set(None);
         (
             crate::state::floats(out.into_data()),
             crate::state::floats(gradient.into_data()),

@@ -64,10 +64,13 @@ pub fn activate_derivative<B: Backend, const D: usize>(
     }
 }
 
-/// A matrix product in the type of [`compute`](super::compute): operands are rounded, sums and the
-/// result are f32.
-fn product<B: Backend, const D: usize>(a: Tensor<B, D>, b: Tensor<B, D>) -> Tensor<B, D> {
-    match super::compute() {
+/// A matrix product of type `compute`: operands are rounded, sums and the result are f32.
+fn product<B: Backend, const D: usize>(
+    a: Tensor<B, D>,
+    b: Tensor<B, D>,
+    compute: Compute,
+) -> Tensor<B, D> {
+    match compute {
         Compute::F32 => a.matmul(b),
         Compute::Bf16 => {
             let (a, b) = (a.cast(DType::BF16), b.cast(DType::BF16));
@@ -84,6 +87,7 @@ pub fn linear<B: Backend, const D: usize>(
 ) -> Tensor<B, D> {
     let mut shape = x.dims();
     let [output, input] = weights.weight.dims();
+    let product = |a, b| product(a, b, weights.compute);
     // One matrix product over all rows: some backends run a batch of small products one at a time.
     let rows = shape.iter().product::<usize>() / input;
     let x = activate(x.reshape([rows, input]), activation);
@@ -104,6 +108,7 @@ pub fn linear_backward<B: Backend>(
     activation: Activation,
     wants: LinearWants,
 ) -> LinearGradients<B> {
+    let product = |a, b| product(a, b, weights.compute);
     let activated = activate(x.clone(), activation);
     let narrow = weights.lora.as_ref().map(|lora| {
         let scaled = gradient.clone().mul_scalar(lora.scale);
@@ -315,10 +320,15 @@ fn pad<B: Backend>(x: Tensor<B, 4>, padding: usize) -> Tensor<B, 4> {
 const SCORES: usize = 1 << 28;
 
 /// See [`FusedOps::qkv_attention`](super::FusedOps::qkv_attention).
-pub fn qkv_attention<B: Backend>(qkv: Tensor<B, 3>, heads: usize, multiple: usize) -> Tensor<B, 3> {
+pub fn qkv_attention<B: Backend>(
+    qkv: Tensor<B, 3>,
+    heads: usize,
+    multiple: usize,
+    compute: Compute,
+) -> Tensor<B, 3> {
     let [batch, tokens, _] = qkv.dims();
     let queries = (SCORES / (batch * heads * tokens).max(1)).clamp(1, tokens.max(1));
-    attention_in_blocks(qkv, heads, multiple, queries)
+    attention_in_blocks(qkv, heads, multiple, compute, queries)
 }
 
 /// Attention for `queries` queries at a time: each query meets all keys, so the blocks are
@@ -327,8 +337,10 @@ fn attention_in_blocks<B: Backend>(
     qkv: Tensor<B, 3>,
     heads: usize,
     multiple: usize,
+    compute: Compute,
     queries: usize,
 ) -> Tensor<B, 3> {
+    let product = |a, b| product(a, b, compute);
     let [batch, tokens, triple] = qkv.dims();
     let width = triple / 3;
     let [q, k, v] = heads_of(qkv, heads, multiple);
@@ -355,7 +367,9 @@ pub fn qkv_attention_backward<B: Backend>(
     qkv: Tensor<B, 3>,
     heads: usize,
     multiple: usize,
+    compute: Compute,
 ) -> Tensor<B, 3> {
+    let product = |a, b| product(a, b, compute);
     let [batch, tokens, width] = gradient.dims();
     let head_dim = width / heads;
     let padding = head_dim.next_multiple_of(multiple) - head_dim;
@@ -490,7 +504,7 @@ mod tests {
     fn blocks_of_queries_change_nothing() {
         let qkv = noise(0, [2, 7, 3 * 12]);
         let run = |queries: usize| {
-            let out = attention_in_blocks(qkv.clone(), 3, 1, queries);
+            let out = attention_in_blocks(qkv.clone(), 3, 1, Compute::F32, queries);
             out.into_data().to_vec::<f32>().unwrap()
         };
         let whole = run(7);
@@ -506,7 +520,7 @@ mod tests {
         let qkv = noise(0, [2, 5, 3 * 144]);
         let run = |multiple: usize| {
             let qkv = qkv.clone().require_grad();
-            let out = qkv_attention(qkv.clone(), 2, multiple);
+            let out = qkv_attention(qkv.clone(), 2, multiple, Compute::F32);
             let gradients = (out.clone() * noise(1, [2, 5, 144])).sum().backward();
             let gradient = qkv.grad(&gradients).unwrap();
             (

@@ -5,6 +5,7 @@ use std::path::Path;
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::SamplingError;
+use crate::backend::Compute;
 use crate::images::{Images, truncated};
 use crate::models::vae::{Vae, VaeConfig};
 use crate::ops::FusedOps;
@@ -20,12 +21,19 @@ pub struct Decoder<B: Backend> {
 }
 
 impl<B: FusedOps> Decoder<B> {
-    /// Reads an autoencoder for a model's samples, latents with this many channels.
+    /// Reads an autoencoder for a model's samples, latents with this many channels; its products
+    /// are of type `compute`.
     ///
     /// # Errors
     /// As [`read_vae`]; when its latents have another number of channels.
-    pub fn read(path: &Path, channels: usize, device: &B::Device) -> Result<Self, SamplingError> {
-        let (vae, config) = read_vae(path, device)?;
+    pub fn read(
+        path: &Path,
+        channels: usize,
+        compute: Compute,
+        device: &B::Device,
+    ) -> Result<Self, SamplingError> {
+        let (mut vae, config) = read_vae::<B>(path, device)?;
+        vae.network = vae.network.computing(compute);
         if config.latent_channels != channels {
             let problem = format!(
                 "its latents have {} channels, and the model draws {channels}",

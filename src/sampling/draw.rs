@@ -8,6 +8,7 @@ use burn::tensor::backend::Backend;
 
 use super::parts::Parts;
 use super::{Decoder, Sampling, SamplingError, Share};
+use crate::backend::Compute;
 use crate::files::{lock_file, write_atomic};
 use crate::images;
 use crate::models::{Architecture, Denoiser, Network};
@@ -15,6 +16,7 @@ use crate::npz::{SampleReader, first_images};
 use crate::ops::FusedOps;
 use crate::process::{Guidance, ProcessKind, Sampler};
 use crate::report::{grid_layout, grid_png};
+use crate::stop::Stop;
 use crate::weights::Checkpoint;
 
 /// File name of the picture of the first samples.
@@ -44,6 +46,8 @@ pub struct Draw<'a, B: Backend> {
     pub folder: &'a Path,
     /// This process's share of the work.
     pub share: Share,
+    /// Ends the drawing between two parts.
+    pub stop: &'a Stop,
 }
 
 /// Samples that were drawn.
@@ -95,7 +99,7 @@ impl<B: FusedOps> Draw<'_, B> {
         let missing: Vec<usize> = ours.filter(|part| !parts.has(*part)).collect();
         let steps = missing.len() * sampling.steps;
         for (before, &part) in missing.iter().enumerate() {
-            if crate::interrupt::requested() {
+            if self.stop.requested() {
                 return Err(SamplingError::Interrupted);
             }
             let (mut done, whole) = (before * sampling.steps, (before + 1) * sampling.steps);
@@ -212,74 +216,95 @@ pub fn sampler(
     })
 }
 
-/// Draws samples of a checkpoint into a folder, or continues there; only a `share`, so that several
-/// processes can draw into one folder. Returns the archive, once all shares are drawn.
-///
-/// # Errors
-/// When the folder holds samples of another model or with other settings; when the model can't be
-/// sampled.
-pub fn draw_into<B: FusedOps>(
-    checkpoint: &Checkpoint,
-    vae: Option<&Path>,
-    sampling: &Sampling,
-    seed: u64,
-    (folder, share): (&Path, Share),
-    device: &B::Device,
-    progress: impl FnMut(usize, usize),
-) -> Result<Option<PathBuf>, SamplingError> {
-    let network = checkpoint.network::<B>(device)?;
-    let channels = network.shape().channels;
-    let decoder = vae.map(|path| Decoder::read(path, channels, device));
-    let decoder = decoder.transpose()?;
-    let settings = serde_json::json!({
-        "model": checkpoint.fingerprint()?,
-        "vae": decoder.as_ref().map(Decoder::sha256),
-        "seed": seed,
-        "backend": B::name(device),
-        "compute": crate::ops::compute(),
-        "how": sampling,
-    });
-    let path = folder.join(SAMPLING);
-    match std::fs::read(&path) {
-        Ok(bytes) => {
-            let there: Option<serde_json::Value> = serde_json::from_slice(&bytes).ok();
-            if there.as_ref() != Some(&settings) {
-                let problem = "the samples there are drawn from another model or in another way; name another folder";
-                return Err(SamplingError::place(&path, problem));
-            }
+/// A drawing of a checkpoint's samples into a folder, or what is left of one there; perhaps only a
+/// share, so that several processes can draw into one folder.
+pub struct DrawInto<'a> {
+    /// The autoencoder; none for a model of pixels.
+    pub vae: Option<&'a Path>,
+    /// Settings of the sampling.
+    pub sampling: &'a Sampling,
+    /// Seed of all noise and labels.
+    pub seed: u64,
+    /// Type of matrix products.
+    pub compute: Compute,
+    /// The folder.
+    pub folder: &'a Path,
+    /// This process's share of the work.
+    pub share: Share,
+    /// Ends the drawing between two parts.
+    pub stop: &'a Stop,
+}
+
+impl DrawInto<'_> {
+    /// Draws what is missing of this share. Returns the archive, once all shares are drawn;
+    /// `progress` is that of [`Draw::run`].
+    ///
+    /// # Errors
+    /// When the folder holds samples of another model or with other settings; when the model can't
+    /// be sampled.
+    pub fn run<B: FusedOps>(
+        &self,
+        checkpoint: &Checkpoint,
+        device: &B::Device,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<Option<PathBuf>, SamplingError> {
+        let network = checkpoint.network::<B>(device)?.computing(self.compute);
+        let channels = network.shape().channels;
+        let read = |path| Decoder::<B>::read(path, channels, self.compute, device);
+        let decoder = self.vae.map(read).transpose()?;
+        self.claim(&serde_json::json!({
+            "model": checkpoint.fingerprint()?,
+            "vae": decoder.as_ref().map(Decoder::sha256),
+            "seed": self.seed,
+            "backend": B::name(device),
+            "compute": self.compute,
+            "how": self.sampling,
+        }))?;
+        let drawn = Draw {
+            name: "sample",
+            network: &network,
+            process: checkpoint.trained_by(),
+            decoder: decoder.as_ref(),
+            sampling: self.sampling,
+            seed: self.seed,
+            folder: self.folder,
+            share: self.share,
+            stop: self.stop,
         }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            // The origin of the existing files is unknown. (A temporary file belongs to another
-            // share that is just starting.)
-            let foreign = std::fs::read_dir(folder).is_ok_and(|entries| {
-                let mut names = entries.flatten().map(|entry| entry.file_name());
-                names.any(|name| !name.as_encoded_bytes().starts_with(b"."))
-            });
-            // Unless another share has started meanwhile.
-            if foreign && !path.exists() {
-                let problem =
-                    "is not empty, and nothing says how its files were made; name another folder";
-                return Err(SamplingError::place(folder, problem));
+        .run(device, progress)?;
+        Ok(drawn.archive)
+    }
+
+    /// Writes the settings into the folder, or compares them with those there.
+    fn claim(&self, settings: &serde_json::Value) -> Result<(), SamplingError> {
+        let folder = self.folder;
+        let path = folder.join(SAMPLING);
+        match std::fs::read(&path) {
+            Ok(bytes) => {
+                let there: Option<serde_json::Value> = serde_json::from_slice(&bytes).ok();
+                if there.as_ref() != Some(settings) {
+                    let problem = "the samples there are drawn from another model or in another way; name another folder";
+                    return Err(SamplingError::place(&path, problem));
+                }
             }
-            let text = format!(
-                "{settings:#}
-"
-            );
-            write_atomic(&path, |file| file.write_all(text.as_bytes()))
-                .map_err(SamplingError::io(&path))?;
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                // The origin of the existing files is unknown. (A temporary file belongs to another
+                // share that is just starting.)
+                let foreign = std::fs::read_dir(folder).is_ok_and(|entries| {
+                    let mut names = entries.flatten().map(|entry| entry.file_name());
+                    names.any(|name| !name.as_encoded_bytes().starts_with(b"."))
+                });
+                // Unless another share has started meanwhile.
+                if foreign && !path.exists() {
+                    let problem = "is not empty, and nothing says how its files were made; name another folder";
+                    return Err(SamplingError::place(folder, problem));
+                }
+                let text = format!("{settings:#}\n");
+                write_atomic(&path, |file| file.write_all(text.as_bytes()))
+                    .map_err(SamplingError::io(&path))?;
+            }
+            Err(error) => return Err(SamplingError::io(&path)(error)),
         }
-        Err(error) => return Err(SamplingError::io(&path)(error)),
+        Ok(())
     }
-    let drawn = Draw {
-        name: "sample",
-        network: &network,
-        process: checkpoint.trained_by(),
-        decoder: decoder.as_ref(),
-        sampling,
-        seed,
-        folder,
-        share,
-    }
-    .run(device, progress)?;
-    Ok(drawn.archive)
 }

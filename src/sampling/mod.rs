@@ -13,7 +13,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 pub use decoder::Decoder;
-pub use draw::{Draw, Drawn, PICTURE_FILE, SAMPLES, SAMPLING, draw_into, sampler};
+pub use draw::{Draw, DrawInto, Drawn, PICTURE_FILE, SAMPLES, SAMPLING, sampler};
 pub use parts::Share;
 pub use pictures::{refuse_existing, write_pictures};
 pub use speed::speeds;

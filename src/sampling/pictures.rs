@@ -10,6 +10,7 @@ use image::{ExtendedColorType, ImageEncoder};
 use super::SamplingError;
 use crate::images::Images;
 use crate::npz::SampleReader;
+use crate::stop::Stop;
 
 /// Pictures read at once.
 const BLOCK: usize = 64;
@@ -36,13 +37,14 @@ pub fn refuse_existing(folder: &Path) -> Result<(), SamplingError> {
 pub fn write_pictures(
     archive: &Path,
     folder: &Path,
+    stop: &Stop,
     progress: impl FnMut(usize, usize),
 ) -> Result<(), SamplingError> {
     refuse_existing(folder)?;
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
     let unfinished = folder.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
     std::fs::create_dir_all(&unfinished).map_err(SamplingError::io(&unfinished))?;
-    let written = fill(archive, &unfinished, progress).and_then(|()| {
+    let written = fill(archive, &unfinished, stop, progress).and_then(|()| {
         refuse_existing(folder)?;
         std::fs::rename(&unfinished, folder).map_err(SamplingError::io(folder))
     });
@@ -56,13 +58,14 @@ pub fn write_pictures(
 fn fill(
     archive: &Path,
     folder: &Path,
+    stop: &Stop,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<(), SamplingError> {
     let mut reader = SampleReader::open(archive)?;
     let total = reader.shape()[0];
     let mut next = 0;
     while let Some(images) = reader.next_block(BLOCK)? {
-        if crate::interrupt::requested() {
+        if stop.requested() {
             return Err(SamplingError::Interrupted);
         }
         for index in 0..images.shape()[0] {
@@ -108,14 +111,14 @@ mod tests {
             let _ = std::fs::remove_file(&archive);
             write_samples(&archive, &images, None).unwrap();
             let folder = place.path().join(format!("png-{channels}"));
-            write_pictures(&archive, &folder, |_, _| ()).unwrap();
+            write_pictures(&archive, &folder, &Stop::default(), |_, _| ()).unwrap();
             assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 70);
             for index in [0, 63, 64, 69] {
                 let read = image::open(folder.join(format!("{index:06}.png"))).unwrap();
                 assert_eq!((read.width(), read.height()), (5, 2));
                 assert_eq!(read.as_bytes(), images.image(index));
             }
-            let error = write_pictures(&archive, &folder, |_, _| ())
+            let error = write_pictures(&archive, &folder, &Stop::default(), |_, _| ())
                 .unwrap_err()
                 .to_string();
             assert!(error.contains("nothing is overwritten"), "{error}");
@@ -124,7 +127,15 @@ mod tests {
         let broken = Images::new(vec![0; 8], [2, 2, 1, 2]).unwrap();
         let _ = std::fs::remove_file(&archive);
         write_samples(&archive, &broken, None).unwrap();
-        assert!(write_pictures(&archive, &place.path().join("none"), |_, _| ()).is_err());
+        assert!(
+            write_pictures(
+                &archive,
+                &place.path().join("none"),
+                &Stop::default(),
+                |_, _| ()
+            )
+            .is_err()
+        );
         assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 3);
     }
 }

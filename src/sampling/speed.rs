@@ -3,9 +3,11 @@
 use std::time::Instant;
 
 use super::{Sampling, SamplingError, sampler};
+use crate::backend::Compute;
 use crate::ops::FusedOps;
 use crate::process::Solver;
 use crate::process::transport::Ode;
+use crate::stop::Stop;
 use crate::weights::Checkpoint;
 
 /// Rounds, in each of which every model is timed once.
@@ -13,14 +15,17 @@ const ROUNDS: usize = 5;
 /// Steps timed in a round: every step is the same work, so a few are enough.
 const STEPS: usize = 5;
 
-/// Images per second of each model, one number per round: a batch, with all steps of the protocol,
-/// without the autoencoder's time. One network is in memory at a time.
+/// Images per second of each model, one number per round: a batch, with all steps of the protocol
+/// and matrix products of type `compute`, without the autoencoder's time. One network is in memory
+/// at a time.
 ///
 /// # Errors
 /// When a model can't be read, or on an interrupt.
 pub fn speeds<B: FusedOps>(
     checkpoints: &[Checkpoint],
     sampling: &Sampling,
+    compute: Compute,
+    stop: &Stop,
     device: &B::Device,
 ) -> Result<Vec<Vec<f64>>, SamplingError> {
     let steps = match sampling.solver {
@@ -33,10 +38,10 @@ pub fn speeds<B: FusedOps>(
     let mut measured = vec![Vec::with_capacity(ROUNDS); checkpoints.len()];
     for _ in 0..ROUNDS {
         for (checkpoint, rates) in checkpoints.iter().zip(&mut measured) {
-            if crate::interrupt::requested() {
+            if stop.requested() {
                 return Err(SamplingError::Interrupted);
             }
-            let network = checkpoint.network::<B>(device)?;
+            let network = checkpoint.network::<B>(device)?.computing(compute);
             let model = network.architecture();
             let labels = sampling.label_of_each(model.shape().classes, 0);
             let timed = |steps: usize| -> Result<f64, SamplingError> {

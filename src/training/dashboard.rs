@@ -31,8 +31,8 @@ use ratatui::widgets::{Axis, Block, Chart, Dataset, Gauge, GraphType, Paragraph}
 
 use super::About;
 use super::metrics::shown;
-use crate::interrupt;
 use crate::report::{brief, rounded, thousands};
+use crate::stop::{Stop, leave};
 
 /// Time between two redraws, and the longest delay of a key.
 const TICK: Duration = Duration::from_millis(100);
@@ -65,25 +65,32 @@ impl Dashboard {
         stage: &str,
         log: &Path,
         [first, steps]: [usize; 2],
+        stop: &Stop,
     ) -> std::io::Result<Self> {
         let mut terminal = ratatui::try_init()?;
-        let state = Arc::new(Mutex::new(State::new(about, stage, log, [first, steps])));
+        let state = Arc::new(Mutex::new(State::new(
+            about,
+            stage,
+            log,
+            [first, steps],
+            stop.clone(),
+        )));
         let over = Arc::new(AtomicBool::new(false));
-        let (shared, ended) = (state.clone(), over.clone());
+        let (shared, ended, stop) = (state.clone(), over.clone(), stop.clone());
         let drawing = std::thread::Builder::new()
             .name("dashboard".into())
             .spawn(move || {
                 let mut told = false;
                 while !ended.load(Ordering::Relaxed) {
                     // The signal handler has printed a line over the picture.
-                    if interrupt::requested() && !told {
+                    if stop.requested() && !told {
                         told = true;
                         let _ = terminal.clear();
                     }
                     let drawn = terminal.draw(|frame| shared.lock().draw(frame)).map(drop);
                     // A closed terminal must not end a training; if that is wanted, a signal says
                     // so.
-                    if drawn.and_then(|()| keys(&shared)).is_err() {
+                    if drawn.and_then(|()| keys(&shared, &stop)).is_err() {
                         break;
                     }
                 }
@@ -123,7 +130,7 @@ impl Drop for Dashboard {
 }
 
 /// Handles the keys pressed within one tick.
-fn keys(state: &Mutex<State>) -> std::io::Result<()> {
+fn keys(state: &Mutex<State>, stop: &Stop) -> std::io::Result<()> {
     if !event::poll(TICK)? {
         return Ok(());
     }
@@ -131,9 +138,9 @@ fn keys(state: &Mutex<State>) -> std::io::Result<()> {
         && key.kind != KeyEventKind::Release
     {
         match action(key) {
-            Some(Action::Stop) if interrupt::request() => {
+            Some(Action::Stop) if stop.request() => {
                 let _ = ratatui::try_restore();
-                interrupt::leave();
+                leave();
             }
             Some(Action::Stop) | None => {}
             Some(Action::Curve(by)) => state.lock().choose(by),
@@ -172,10 +179,11 @@ struct State {
     steps: usize,
     /// Recent times, with the steps done by then.
     recent: VecDeque<(Instant, usize)>,
+    stop: Stop,
 }
 
 impl State {
-    fn new(about: &About, stage: &str, log: &Path, [first, steps]: [usize; 2]) -> Self {
+    fn new(about: &About, stage: &str, log: &Path, [first, steps]: [usize; 2], stop: Stop) -> Self {
         let mut state = Self {
             about: about.clone(),
             stage: stage.to_owned(),
@@ -185,6 +193,7 @@ impl State {
             done: first,
             steps,
             recent: VecDeque::from([(Instant::now(), first)]),
+            stop,
         };
         // The curves of an earlier process. If the log can't be read, the training reports it.
         let text = std::fs::read_to_string(log).unwrap_or_default();
@@ -284,7 +293,7 @@ impl State {
         );
         self.draw_curve(frame, middle);
         frame.render_widget(self.bar(), bar);
-        frame.render_widget(Paragraph::new(help_line()), help);
+        frame.render_widget(Paragraph::new(help_line(self.stop.requested())), help);
     }
 
     fn head(&self) -> Vec<Line<'_>> {
@@ -360,8 +369,8 @@ impl State {
     }
 }
 
-fn help_line() -> Line<'static> {
-    match interrupt::requested() {
+fn help_line(stopping: bool) -> Line<'static> {
+    match stopping {
         true => Line::from("stopping after this step; q once more stops at once").bold(),
         false => Line::from("q stops after the step and saves   arrows choose the curve").dim(),
     }

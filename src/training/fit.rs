@@ -22,6 +22,7 @@ use super::optimizer::{AdamW, ParameterGroup};
 use super::renderer::Quiet;
 use super::strategy::{Ended, Steps};
 use super::{Ema, Training, TrainingError};
+use crate::stop::Stop;
 
 /// Called after every step with its number, the model and the moving average.
 pub type OnStep<B, M> = Box<
@@ -51,6 +52,7 @@ pub struct Fit<B: TrainingBackend, M: TrainStep> {
     curves: Vec<&'static str>,
     observe: Option<Observe<B, M>>,
     plain: bool,
+    stop: Stop,
 }
 
 impl<B: TrainingBackend, M: TrainStep> Fit<B, M> {
@@ -67,6 +69,7 @@ impl<B: TrainingBackend, M: TrainStep> Fit<B, M> {
             curves: Vec::new(),
             observe: None,
             plain: false,
+            stop: Stop::default(),
         }
     }
 
@@ -96,6 +99,12 @@ impl<B: TrainingBackend, M: TrainStep> Fit<B, M> {
     /// Whether to print plain lines even on a terminal.
     pub fn plain(self, plain: bool) -> Self {
         Self { plain, ..self }
+    }
+
+    /// Ends the training after the step in which `stop` is requested, with a checkpoint. The keys
+    /// of the dashboard request it too.
+    pub fn stop(self, stop: Stop) -> Self {
+        Self { stop, ..self }
     }
 }
 
@@ -131,6 +140,7 @@ where
             curves,
             observe,
             plain,
+            stop,
         } = self;
         let optimisation = &training.optimisation;
         let optimizer = AdamW::new(optimisation.weight_decay, groups);
@@ -160,7 +170,7 @@ where
         let loader: Arc<dyn DataLoader<B, _>> = feed.clone();
         let dashboard = match plain {
             true => None,
-            false => dashboard(&training, start.step),
+            false => dashboard(&training, start.step, &stop),
         };
         let ended = Arc::new(Mutex::new(None));
         let directory = training.directory.clone();
@@ -171,6 +181,7 @@ where
             ema: Mutex::new(Some(ema)),
             observer: Mutex::new(observer),
             plain: dashboard.is_none(),
+            stop,
             ended: ended.clone(),
         };
         let mut learning = SupervisedTraining::new(&directory, loader, Arc::new(Nothing))
@@ -209,7 +220,7 @@ where
 
 /// The dashboard, if standard output is a terminal that can show it.
 #[cfg(feature = "tui")]
-fn dashboard(training: &Training, first: usize) -> Option<Dashboard> {
+fn dashboard(training: &Training, first: usize, stop: &Stop) -> Option<Dashboard> {
     let dumb =
         std::env::var_os("TERM").is_none_or(|terminal| terminal.is_empty() || terminal == "dumb");
     if dumb || !std::io::stdout().is_terminal() {
@@ -221,12 +232,13 @@ fn dashboard(training: &Training, first: usize) -> Option<Dashboard> {
         &training.name,
         &log,
         [first, training.optimisation.steps],
+        stop,
     )
     .ok()
 }
 
 #[cfg(not(feature = "tui"))]
-fn dashboard(_: &Training, _: usize) -> Option<Quiet> {
+fn dashboard(_: &Training, _: usize, _: &Stop) -> Option<Quiet> {
     None
 }
 

@@ -13,6 +13,7 @@ mod fit;
 mod metrics;
 mod optimisation;
 mod optimizer;
+mod panics;
 pub(crate) mod renderer;
 mod schedule;
 mod strategy;
@@ -33,6 +34,7 @@ pub use fit::{BatchesFrom, Fit, Fitted, Observe, OnStep};
 pub use metrics::{JsonLines, Scalars, StepReport, scalars};
 pub use optimisation::Optimisation;
 pub use optimizer::{AdamW, ParameterGroup};
+pub use panics::watch_panics;
 pub use schedule::Schedule;
 pub use training::{About, Training};
 

@@ -20,10 +20,11 @@ use super::ema::{Ema, warmed_up};
 use super::fit::Observer;
 use super::metrics::{JsonLines, StepReport};
 use super::optimizer::AdamW;
+use super::panics::panicked;
 use super::renderer::Lines;
 use super::schedule::Schedule;
 use super::{Training, TrainingError};
-use crate::interrupt;
+use crate::stop::Stop;
 
 /// Result of the loop; shared with [`fit`](super::fit).
 pub(super) struct Ended<B: TrainingBackend> {
@@ -32,7 +33,7 @@ pub(super) struct Ended<B: TrainingBackend> {
     pub(super) error: Option<TrainingError>,
 }
 
-/// Runs steps until the budget is spent, an interrupt is requested, or losses stay non-finite.
+/// Runs steps until the budget is spent, a stop is requested, or losses stay non-finite.
 pub(super) struct Steps<B: TrainingBackend, M> {
     pub(super) training: Training,
     pub(super) optimizer: AdamW<B>,
@@ -40,6 +41,7 @@ pub(super) struct Steps<B: TrainingBackend, M> {
     pub(super) ema: Mutex<Option<Ema<B::InnerBackend>>>,
     pub(super) observer: Mutex<Observer<B, M>>,
     pub(super) plain: bool,
+    pub(super) stop: Stop,
     pub(super) ended: Arc<Mutex<Option<Ended<B>>>>,
 }
 
@@ -62,7 +64,7 @@ where
         let mut processor = components.event_processor;
         let mut position = self.start.clone();
         let mut ema = self.ema.lock().take().expect("a strategy is run once");
-        let stop = || interrupt::requested() || components.interrupter.should_stop();
+        let stop = || self.stop.requested() || components.interrupter.should_stop();
         let error = self
             .run(
                 &mut learner,
@@ -228,7 +230,7 @@ where
             return Ok(None);
         };
         let output = learner.train_step(batch);
-        if interrupt::panicked() {
+        if panicked() {
             return Err(TrainingError::Device);
         }
         reports.push(output.item);

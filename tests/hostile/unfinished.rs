@@ -16,6 +16,7 @@ use tinyfusion::data::{
 use tinyfusion::models::{Classifier, ClassifierConfig};
 use tinyfusion::process::{GaussianDiffusion, Times};
 use tinyfusion::state::collect;
+use tinyfusion::stop::Stop;
 use tinyfusion::training::{self, ClassifierTrainee, Fit, Fitted, Optimisation, TrainingError};
 use tinyfusion::weights::read_vae;
 
@@ -181,6 +182,7 @@ fn extraction(root: &Path) -> Target {
         workers: 1,
         seed: 5,
         vae_sha256: "v".into(),
+        stop: Stop::default(),
     };
     // Made once; nothing in it changes.
     let made = AssertUnwindSafe((vae.network, config, images, how));

@@ -68,6 +68,7 @@ fn how(form: Form) -> Extraction {
         workers: 3,
         seed: 5,
         vae_sha256: "v".into(),
+        stop: Stop::default(),
     }
 }
 
@@ -142,6 +143,20 @@ fn interrupted_work_goes_on_to_the_same_bytes() {
             }));
             assert!(result.is_err());
         }
+        // Asked to stop, it finishes the batch.
+        let stopped = how(form);
+        let result = extract(
+            &folder,
+            &vae,
+            &config,
+            &stopped,
+            &at("parts"),
+            &device,
+            |_, _| {
+                stopped.stop.request();
+            },
+        );
+        assert!(!result.unwrap().finished);
         let resumed = extract(
             &folder,
             &vae,

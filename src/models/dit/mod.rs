@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::embeddings::{position_table, timestep_features};
 use super::keys::{Check, Demand, Key, Keys};
 use super::{Denoiser, Prunable, Shape};
+use crate::backend::Compute;
 use crate::ops::{Activation, FusedOps, Linear, LinearWeights, split};
 use crate::trunk::{self, BlockHook, Trunk};
 
@@ -363,6 +364,18 @@ impl<B: FusedOps> Prunable<B> for Dit<B> {
 }
 
 impl<B: FusedOps> Dit<B> {
+    /// The same network with matrix products of type `compute`.
+    pub fn computing(mut self, compute: Compute) -> Self {
+        self.x_embedder.proj.compute = compute;
+        for block in &mut self.blocks {
+            block.attn.compute = compute;
+        }
+        for linear in self.linears_mut() {
+            linear.compute = compute;
+        }
+        self
+    }
+
     /// `[batch, h w, p p channels]` to `[batch, channels, h p, w p]`.
     fn unpatchify(&self, x: Tensor<B, 3>) -> Tensor<B, 4> {
         let [batch, tokens, features] = x.dims();
@@ -381,6 +394,8 @@ pub struct Patches<B: Backend> {
     pub weight: Param<Tensor<B, 4>>,
     /// `[width]`
     pub bias: Param<Tensor<B, 1>>,
+    #[module(skip)]
+    compute: Compute,
 }
 
 impl<B: Backend> Patches<B> {
@@ -388,6 +403,7 @@ impl<B: Backend> Patches<B> {
         Self {
             weight: Param::from_tensor(Tensor::zeros([width, channels, patch, patch], device)),
             bias: Param::from_tensor(Tensor::zeros([width], device)),
+            compute: Compute::F32,
         }
     }
 }
@@ -406,6 +422,7 @@ impl<B: FusedOps> Patches<B> {
             weight: self.weight.val().reshape([width, channels * patch * patch]),
             bias: self.bias.val(),
             lora: None,
+            compute: self.compute,
         };
         B::linear_layer(x, weights, Activation::Identity)
     }
@@ -466,6 +483,7 @@ impl<B: Backend> DitBlock<B> {
                 qkv: Linear::zeros(width, 3 * width, device),
                 proj: Linear::zeros(width, width, device),
                 heads,
+                compute: Compute::F32,
             },
             mlp: Mlp {
                 fc1: Linear::zeros(width, hidden, device),
@@ -512,12 +530,14 @@ pub struct Attention<B: Backend> {
     /// Output projection.
     pub proj: Linear<B>,
     heads: usize,
+    #[module(skip)]
+    compute: Compute,
 }
 
 impl<B: FusedOps> Attention<B> {
     fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        self.proj
-            .forward(B::qkv_attention(self.qkv.forward(x), self.heads))
+        let mixed = B::qkv_attention(self.qkv.forward(x), self.heads, self.compute);
+        self.proj.forward(mixed)
     }
 }
 

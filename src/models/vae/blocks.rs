@@ -3,6 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::backend::Compute;
 use crate::ops::{Activation, Convolution, FusedOps, GroupNormOptions, Linear, Window};
 
 /// Added to the variance of every group; the reference's value, not Burn's default.
@@ -121,6 +122,8 @@ pub struct AttentionBlock<B: Backend> {
     to_v: Linear<B>,
     /// One layer; diffusers keeps it in a list.
     to_out: Vec<Linear<B>>,
+    #[module(skip)]
+    compute: Compute,
 }
 
 impl<B: Backend> AttentionBlock<B> {
@@ -132,6 +135,17 @@ impl<B: Backend> AttentionBlock<B> {
             to_k: linear(),
             to_v: linear(),
             to_out: vec![linear()],
+            compute: Compute::F32,
+        }
+    }
+
+    fn set_compute(&mut self, compute: Compute) {
+        self.compute = compute;
+        for linear in [&mut self.to_q, &mut self.to_k, &mut self.to_v]
+            .into_iter()
+            .chain(&mut self.to_out)
+        {
+            linear.compute = compute;
         }
     }
 }
@@ -148,7 +162,7 @@ impl<B: FusedOps> AttentionBlock<B> {
         let qkv = [&self.to_q, &self.to_k, &self.to_v]
             .map(|linear| linear.forward(tokens.clone()))
             .into();
-        let mut mixed = B::qkv_attention(Tensor::cat(qkv, 2), 1);
+        let mut mixed = B::qkv_attention(Tensor::cat(qkv, 2), 1, self.compute);
         for linear in &self.to_out {
             mixed = linear.forward(mixed);
         }
@@ -170,6 +184,12 @@ impl<B: Backend> MidBlock<B> {
         Self {
             resnets: ResnetBlock::several(channels, channels, 2, groups, device),
             attentions: vec![AttentionBlock::zeros(channels, groups, device)],
+        }
+    }
+
+    pub(super) fn set_compute(&mut self, compute: Compute) {
+        for attention in &mut self.attentions {
+            attention.set_compute(compute);
         }
     }
 }

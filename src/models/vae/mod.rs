@@ -9,6 +9,7 @@ mod config;
 use burn::module::Module;
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::backend::Compute;
 use crate::ops::{Convolution, FusedOps, Window};
 
 pub use blocks::{
@@ -27,6 +28,8 @@ pub struct Vae<B: Backend> {
     pub post_quant_conv: Convolution<B>,
     /// The decoder's input to images.
     pub decoder: Decoder<B>,
+    #[module(skip)]
+    compute: Compute,
 }
 
 impl<B: Backend> Vae<B> {
@@ -47,7 +50,22 @@ impl<B: Backend> Vae<B> {
             quant_conv: pointwise(2 * latent),
             post_quant_conv: pointwise(latent),
             decoder: Decoder::zeros(config, device),
+            compute: Compute::F32,
         }
+    }
+
+    /// The same network with matrix products (those of its attention) of type `compute`, which the
+    /// backend must [support](crate::ops::supports); a new network's are of f32.
+    pub fn computing(mut self, compute: Compute) -> Self {
+        self.compute = compute;
+        self.encoder.mid_block.set_compute(compute);
+        self.decoder.mid_block.set_compute(compute);
+        self
+    }
+
+    /// Type of its matrix products.
+    pub fn compute(&self) -> Compute {
+        self.compute
     }
 }
 

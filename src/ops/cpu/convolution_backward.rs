@@ -14,6 +14,7 @@ use super::convolution::Sizes;
 use super::memory::{Out, Values, tensor};
 use super::simd::copy;
 use super::threads;
+use crate::backend::Compute;
 use crate::ops::{Activation, ConvolutionGradients, FusedOps, LinearWants, LinearWeights, Window};
 
 /// Most values unfolded at once: 64 MiB.
@@ -36,6 +37,7 @@ pub(super) fn backward(
         weight: weight.permute(channels_last).reshape([sizes.output, depth]),
         bias: Tensor::zeros([sizes.output], &device),
         lora: None,
+        compute: Compute::F32,
     };
     let wants = LinearWants {
         x: wants_x,

@@ -33,6 +33,8 @@ use burn::tensor::{DType, Shape, Tensor, TensorPrimitive};
 use burn_ndarray::NdArray;
 
 use self::memory::{Rows, Values};
+use crate::backend::Compute;
+
 use super::{
     Activation, AdamWState, AdamWStep, ConvolutionGradients, FusedOps, GroupNormOptions,
     LinearGradients, LinearWants, LinearWeights, NormGradients, Window, reference,
@@ -126,9 +128,9 @@ impl FusedOps for NdArray {
         elementwise::modulated_norm_backward(&gradient, &x, &scale, shape, epsilon as f32, sum)
     }
 
-    fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize) -> Tensor<Self, 3> {
+    fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize, compute: Compute) -> Tensor<Self, 3> {
         let [batch, tokens, _] = qkv.dims();
-        rows!(qkv; else reference::qkv_attention(qkv, heads, 1));
+        rows!(qkv; else reference::qkv_attention(qkv, heads, 1, compute));
         attention::forward(&qkv, heads, [batch, tokens])
     }
 
@@ -136,9 +138,10 @@ impl FusedOps for NdArray {
         gradient: Tensor<Self, 3>,
         qkv: Tensor<Self, 3>,
         heads: usize,
+        compute: Compute,
     ) -> Tensor<Self, 3> {
         let [batch, tokens, _] = qkv.dims();
-        rows!(gradient, qkv; else reference::qkv_attention_backward(gradient, qkv, heads, 1));
+        rows!(gradient, qkv; else reference::qkv_attention_backward(gradient, qkv, heads, 1, compute));
         attention::backward(&gradient, &qkv, heads, [batch, tokens])
     }
 

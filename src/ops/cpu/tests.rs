@@ -7,6 +7,8 @@ use burn::tensor::{Tensor, TensorData, TensorPrimitive};
 use burn_flex::Flex;
 use burn_ndarray::NdArray;
 
+use crate::backend::Compute;
+
 use super::super::{
     Activation, AdamWState, AdamWStep, FusedOps, LinearGradients, LinearWants, LinearWeights,
     LoraWeights, reference,
@@ -67,6 +69,7 @@ fn weights<B: burn::tensor::backend::Backend>(
             b: noise(4, [output, rank]),
             scale: 0.5,
         }),
+        compute: Compute::F32,
     }
 }
 
@@ -221,14 +224,14 @@ fn attention_agrees_with_the_reference() {
         agree(
             &what,
             terms,
-            NdArray::qkv_attention(qkv.clone(), heads),
-            reference::qkv_attention(qkv.clone(), heads, 1),
+            NdArray::qkv_attention(qkv.clone(), heads, Compute::F32),
+            reference::qkv_attention(qkv.clone(), heads, 1, Compute::F32),
         );
         agree(
             &what,
             terms,
-            NdArray::qkv_attention_backward(gradient.clone(), qkv.clone(), heads),
-            reference::qkv_attention_backward(gradient, qkv, heads, 1),
+            NdArray::qkv_attention_backward(gradient.clone(), qkv.clone(), heads, Compute::F32),
+            reference::qkv_attention_backward(gradient, qkv, heads, 1, Compute::F32),
         );
     }
 }
@@ -239,7 +242,7 @@ fn values_that_do_not_lie_in_order_are_read_in_order() {
     let ordered = Tensor::<NdArray, 3>::from_data(x.to_data(), &Default::default());
     let run = |x: Tensor<NdArray, 3>| {
         let layer = NdArray::linear_layer(x.clone(), weights(5, 12, None), Activation::Silu);
-        let mixed = NdArray::qkv_attention(layer.swap_dims(0, 1), 2);
+        let mixed = NdArray::qkv_attention(layer.swap_dims(0, 1), 2, Compute::F32);
         NdArray::activate(mixed, Activation::GeluTanh)
             + NdArray::blend(
                 x.clone().narrow(2, 0, 4).swap_dims(0, 1),
@@ -324,7 +327,12 @@ struct Inputs<B: AutodiffBackend> {
 
 impl<B: AutodiffBackend> Inputs<B> {
     fn new() -> Self {
-        let LinearWeights { weight, bias, lora } = weights::<B>(12, 36, Some(2));
+        let LinearWeights {
+            weight,
+            bias,
+            lora,
+            compute,
+        } = weights::<B>(12, 36, Some(2));
         Self {
             x: noise(0, [3, 4, 12]).require_grad(),
             y: noise(1, [3, 4, 12]).require_grad(),
@@ -338,6 +346,7 @@ impl<B: AutodiffBackend> Inputs<B> {
                     b: lora.b.require_grad(),
                     scale: lora.scale,
                 }),
+                compute,
             },
         }
     }
@@ -363,7 +372,7 @@ impl<B: AutodiffBackend> Inputs<B> {
         let part = |start| self.wide.clone().narrow(1, start, 12);
         let normal = reference::modulated_norm(self.x.clone(), part(0), part(6), 1e-6);
         let qkv = reference::linear(normal, self.weights.clone(), Activation::GeluTanh);
-        let mixed = reference::qkv_attention(qkv, 3, 1);
+        let mixed = reference::qkv_attention(qkv, 3, 1, Compute::F32);
         let x = reference::gated_residual(self.x.clone(), part(24), mixed);
         let x = reference::blend(self.y.clone(), x, self.share.clone());
         let wide = self.wide.clone();
@@ -379,7 +388,7 @@ impl Inputs<Graph> {
         let part = |start| Graph::columns(self.wide.clone(), start, 12);
         let normal = Graph::modulated_norm(self.x.clone(), part(0), part(6), 1e-6);
         let qkv = Graph::linear_layer(normal, self.weights.clone(), Activation::GeluTanh);
-        let mixed = Graph::qkv_attention(qkv, 3);
+        let mixed = Graph::qkv_attention(qkv, 3, Compute::F32);
         let x = Graph::gated_residual(self.x.clone(), part(24), mixed);
         let x = Graph::blend(self.y.clone(), x, self.share.clone());
         let wide = self.wide.clone();

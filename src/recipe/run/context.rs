@@ -11,11 +11,12 @@ use sha2::{Digest, Sha256};
 use super::directory::RunDirectory;
 use super::models::checkpoint;
 use crate::data::{Batch, BatchPlan, BatchSource, Batches, Feed, Split, Teacher};
-use crate::models::Shape;
+use crate::models::{Network, Shape};
 use crate::ops::TrainingBackend;
 use crate::process::{AnyProcess, Times};
 use crate::recipe::RecipeError;
 use crate::recipe::schema::{Recipe, Stage};
+use crate::stop::Stop;
 use crate::training::{About, Fit, Fitted, Optimisation, StepReport, Training};
 use crate::weights::{Checkpoint, Provenance};
 
@@ -26,6 +27,7 @@ pub(crate) struct Context<'a, B: AutodiffBackend> {
     pub(crate) device: &'a B::Device,
     pub(crate) resume: bool,
     pub(crate) plain: bool,
+    pub(crate) stop: &'a Stop,
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
@@ -34,6 +36,12 @@ impl<B: TrainingBackend> Context<'_, B> {
         source: &crate::recipe::schema::source::Source,
     ) -> Result<Checkpoint, RecipeError> {
         checkpoint(self.recipe, self.directory, source)
+    }
+
+    /// The network of a checkpoint, to be trained.
+    pub(crate) fn network(&self, checkpoint: &Checkpoint) -> Result<Network<B>, RecipeError> {
+        let network = checkpoint.network::<B>(self.device)?;
+        Ok(network.computing(self.recipe.compute))
     }
 
     /// A training on the recipe's data, under a teacher if there is one.
@@ -61,6 +69,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         Fit::new(training, batches)
             .resume(self.resume)
             .plain(self.plain)
+            .stop(self.stop.clone())
     }
 
     pub(crate) fn source(

@@ -156,7 +156,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             let mut broken = Vec::new();
             for split in missing {
                 let mut progress = Progress::new("data", "pictures", set.count(split));
-                match set.pack(split, &folder(split), |done| progress.reach(done)) {
+                match set.pack(split, &folder(split), self.stop, |done| {
+                    progress.reach(done)
+                }) {
                     Ok(true) => {}
                     Ok(false) => return Err(RecipeError::Interrupted),
                     Err(DataError::Broken { pictures }) => broken.extend(pictures),

@@ -71,6 +71,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<(), RecipeError> {
         let checkpoint = self.load(&sample.from)?;
         let network = checkpoint.network::<B::InnerBackend>(self.device)?;
+        let network = network.computing(self.recipe.compute);
         let decoder = self.decoder(sample.vae.as_deref(), checkpoint.architecture.shape())?;
         let drawn = Draw {
             name: stage,
@@ -81,6 +82,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             seed: self.recipe.seed,
             folder,
             share: Share::WHOLE,
+            stop: self.stop,
         }
         .run(self.device, watch(stage, "steps"))?;
         let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
@@ -99,7 +101,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         vae: Option<&Path>,
         model: Shape,
     ) -> Result<Option<Decoder<B::InnerBackend>>, RecipeError> {
-        let decoder = vae.map(|path| Decoder::read(path, model.channels, self.device));
+        let decoder =
+            vae.map(|path| Decoder::read(path, model.channels, self.recipe.compute, self.device));
         Ok(decoder.transpose()?)
     }
 
@@ -147,6 +150,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                     vae: vae.as_deref(),
                     samples,
                     distances: *distances,
+                    stop: self.stop,
                 };
                 return self.evaluate_reference(stage, evaluate, &files, folder);
             }
@@ -170,6 +174,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         for (index, source) in evaluate.compare.iter().enumerate() {
             let (name, checkpoint) = (source.to_string(), self.load(source)?);
             let network = checkpoint.network::<B::InnerBackend>(self.device)?;
+            let network = network.computing(self.recipe.compute);
             let drawn = Draw {
                 name: &name,
                 network: &network,
@@ -179,6 +184,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 seed: self.recipe.seed,
                 folder: &folder.join(format!("{}-{}", index + 1, file_name(&name))),
                 share: Share::WHOLE,
+                stop: self.stop,
             }
             .run(self.device, watch(&name, "steps"))?;
             let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
@@ -191,7 +197,13 @@ impl<B: TrainingBackend> Context<'_, B> {
             checkpoints.push(checkpoint);
             rows.push((name, first_images(&archive, 2 * COLUMNS)?));
         }
-        let rates = speeds::<B::InnerBackend>(&checkpoints, &evaluate.sampling, self.device)?;
+        let rates = speeds::<B::InnerBackend>(
+            &checkpoints,
+            &evaluate.sampling,
+            self.recipe.compute,
+            self.stop,
+            self.device,
+        )?;
         for (verdict, rates) in verdicts[1..].iter_mut().zip(rates) {
             verdict.images_per_second = Speed::of(&rates);
         }
@@ -214,7 +226,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             features_fingerprint: classifier_checkpoint.fingerprint()?,
             neighbours,
             backend: <B::InnerBackend as Backend>::name(self.device),
-            compute: crate::ops::compute(),
+            compute: self.recipe.compute,
         };
         let table = classified_table(&verdicts);
         let text = super::directory::json(&Evaluation { protocol, verdicts })?;

@@ -17,6 +17,7 @@ use crate::recipe::plan::missing::{Role, note, refuse};
 use crate::recipe::schema::sample::Evaluate;
 use crate::report::{comparison_png, grid_layout, watch};
 use crate::sampling::{Draw, SAMPLING, Sampling, Share, speeds};
+use crate::stop::Stop;
 
 /// Columns of the comparison.
 const COLUMNS: usize = 8;
@@ -29,6 +30,8 @@ pub(crate) struct ReferenceFiles<'a> {
     pub(crate) samples: &'a [PathBuf],
     /// Arithmetic of the distances of precision and recall.
     pub(crate) distances: Distances,
+    /// Ends the measuring.
+    pub(crate) stop: &'a Stop,
 }
 
 /// Reads Inception and measures the reference, with a bar.
@@ -43,6 +46,7 @@ fn judge<B: FusedOps>(
         inception: files.inception,
         neighbours,
         distances: files.distances,
+        stop: files.stop,
         cache,
     };
     let judge = AdmJudge::<B>::new(against, device, watch("reference", "images"))?;
@@ -93,6 +97,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         for (index, source) in evaluate.compare.iter().enumerate() {
             let (name, checkpoint) = (source.to_string(), self.load(source)?);
             let network = checkpoint.network::<B::InnerBackend>(self.device)?;
+            let network = network.computing(self.recipe.compute);
             let model = checkpoint.architecture.clone();
             let decoder = self.decoder(files.vae, model.shape())?;
             let drawn = Draw {
@@ -104,6 +109,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 seed: self.recipe.seed,
                 folder: &folder.join(format!("{}-{}", index + 1, file_name(&name))),
                 share: Share::WHOLE,
+                stop: self.stop,
             }
             .run(self.device, watch(&name, "steps"))?;
             vae_sha256 = decoder.map(|decoder| decoder.sha256().to_owned());
@@ -126,7 +132,13 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
             verdicts.push(verdict);
         }
-        let rates = speeds::<B::InnerBackend>(&checkpoints, &evaluate.sampling, self.device)?;
+        let rates = speeds::<B::InnerBackend>(
+            &checkpoints,
+            &evaluate.sampling,
+            self.recipe.compute,
+            self.stop,
+            self.device,
+        )?;
         for (verdict, rates) in verdicts.iter_mut().zip(rates) {
             verdict.images_per_second = Speed::of(&rates);
         }
@@ -136,7 +148,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 "vae": vae_sha256,
                 "seed": self.recipe.seed,
                 "backend": judge.protocol.backend,
-                "compute": crate::ops::compute(),
+                "compute": self.recipe.compute,
                 "how": evaluate.sampling,
             })
         });

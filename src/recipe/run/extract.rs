@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use super::context::Context;
+use crate::backend::Compute;
 use crate::data::latents::{Dtype, RECORDS_PER_SHARD};
 use crate::data::{self, Extraction, ImageFolder, extract};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::recipe::RecipeError;
 use crate::recipe::schema::extract::{Extract, LatentForm};
 use crate::report::Progress;
+use crate::stop::Stop;
 use crate::weights::read_vae;
 
 /// Folder of the latents, in the stage's folder.
@@ -37,7 +39,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<(), RecipeError> {
         let to = folder.join(LATENTS);
-        run::<B::InnerBackend>(stage, job, self.recipe.seed, &to, self.device)?;
+        let settings = (self.recipe.seed, self.recipe.compute, self.stop);
+        run::<B::InnerBackend>(stage, job, settings, &to, self.device)?;
         Ok(())
     }
 }
@@ -46,12 +49,13 @@ impl<B: TrainingBackend> Context<'_, B> {
 pub(crate) fn run<B: FusedOps>(
     name: &str,
     job: &Extract,
-    seed: u64,
+    (seed, compute, stop): (u64, Compute, &Stop),
     to: &Path,
     device: &B::Device,
 ) -> Result<PathBuf, RecipeError> {
     let images = ImageFolder::open(&job.images)?;
-    let (vae, config) = read_vae::<B>(&job.vae, device)?;
+    let (mut vae, config) = read_vae::<B>(&job.vae, device)?;
+    vae.network = vae.network.computing(compute);
     let wrong = |problem: String| RecipeError::Stage {
         stage: name.to_owned(),
         problem,
@@ -90,6 +94,7 @@ pub(crate) fn run<B: FusedOps>(
         },
         seed,
         vae_sha256: vae.sha256,
+        stop: stop.clone(),
     };
     let mut progress = Progress::new(name, "images", images.images().len());
     let extracted = extract(

@@ -25,6 +25,7 @@ use super::RecipeError;
 use super::plan::{Plan, Work};
 use crate::backend::BackendKind;
 use crate::ops::TrainingBackend;
+use crate::stop::Stop;
 use crate::training::CHECKPOINTS;
 
 /// How to run.
@@ -38,6 +39,8 @@ pub struct Options {
     pub backend: BackendKind,
     /// Plain lines even on a terminal.
     pub plain: bool,
+    /// Ends the run after its current step, so that it can be resumed.
+    pub stop: Stop,
 }
 
 /// File that says a stage is finished.
@@ -127,7 +130,7 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
     let started = Instant::now();
     let _panic = Panicking(&directory, started);
     let result = crate::with_backend!(options.backend, B, device => {
-        crate::ops::set_compute::<B>(plan.recipe.compute, device).map_err(RecipeError::Run)?;
+        crate::ops::supports::<B>(plan.recipe.compute, device).map_err(RecipeError::Run)?;
         let environment = Environment {
             version: env!("CARGO_PKG_VERSION"),
             commit: Some(env!("TINYFUSION_COMMIT")).filter(|commit| !commit.is_empty()),
@@ -146,7 +149,7 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
         // record of its own.
         let name = if options.resume { format!("environment-{}.json", std::process::id()) } else { "environment.json".to_owned() };
         directory.write(&name, &json(&environment)?)?;
-        let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: options.resume, plain: options.plain };
+        let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: options.resume, plain: options.plain, stop: &options.stop };
         stages(plan, &context, started)
     }, else Ok(()));
     let stage = directory
@@ -209,7 +212,7 @@ fn stages<B: TrainingBackend>(
             temporary();
             continue;
         }
-        if crate::interrupt::requested() {
+        if context.stop.requested() {
             return Err(RecipeError::Interrupted);
         }
         std::fs::create_dir_all(&folder).map_err(RecipeError::io(&folder))?;

@@ -92,7 +92,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         let process = parent.trained_by().process();
         let pruner = LearnedPruner::new(
-            parent.network::<B>(self.device)?,
+            self.network(parent)?,
             groups.clone(),
             learned.update,
             learned.gate_init,
@@ -183,6 +183,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<Vec<usize>, RecipeError> {
         let architecture = parent.denoiser()?;
         let network = parent.network::<B::InnerBackend>(self.device)?;
+        let network = network.computing(self.recipe.compute);
         let process = parent.trained_by().process();
         let times = process.times().within(scored.timesteps);
         let shape = architecture.shape();
@@ -199,7 +200,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let source = BatchSource::new(plan, self.part(Split::Train)?);
         let mut scores = vec![0.0; architecture.depth()];
         for step in 0..scored.batches {
-            if crate::interrupt::requested() {
+            if self.stop.requested() {
                 return Err(RecipeError::Interrupted);
             }
             let batch = source

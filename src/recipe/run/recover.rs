@@ -60,6 +60,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let sees = match &teacher_checkpoint {
             Some(checkpoint) => {
                 let network = checkpoint.network::<B::InnerBackend>(self.device)?;
+                let network = network.computing(self.recipe.compute);
                 let process = parent.trained_by().process();
                 Some(teacher(network, process, layers))
             }
@@ -89,12 +90,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let kind = parent.trained_by();
         let process = kind.process();
         training.describe(architecture.clone(), Some(kind), provenance.clone());
-        let student = Student::new(
-            parent.network::<B>(self.device)?,
-            distillation,
-            process.clone(),
-            steps,
-        );
+        let student = Student::new(self.network(&parent)?, distillation, process.clone(), steps);
         let source = self.source(
             architecture.shape(),
             process.times(),

@@ -78,14 +78,14 @@ impl<B: TrainingBackend> Context<'_, B> {
             architecture, at, ..
         } = trained;
         let network = match trained.parent {
-            Some(parent) => parent.network::<B>(self.device)?,
+            Some(parent) => self.network(parent)?,
             None => {
                 let zeros = Network::<B>::zeros(architecture, self.device);
                 let zeros = zeros.ok_or_else(|| WeightsError::Model {
                     path: at.to_owned(),
                     problem: format!("{architecture} is no diffusion network"),
                 })?;
-                self.fresh(zeros, at)?
+                self.fresh(zeros, at)?.computing(self.recipe.compute)
             }
         };
         let steps = train.optimisation.steps;

@@ -22,7 +22,7 @@ fn state(gates: &[f64]) -> State {
         .map(|step| line(step, 10.0 / (step + 1) as f64))
         .collect();
     std::fs::write(&log, lines).unwrap();
-    State::new(&about, "learned", &log, [10, 350])
+    State::new(&about, "learned", &log, [10, 350], Stop::default())
 }
 
 fn screen(state: &State, width: u16, height: u16) -> String {
@@ -55,6 +55,9 @@ fn it_fits_terminals_of_any_size() {
         assert_eq!(text.contains("007"), height >= 18, "{text}");
         assert_eq!(text.contains(" lr "), width >= WIDE, "{text}");
     }
+    state.stop.request();
+    let text = screen(&state, 80, 24);
+    assert!(text.contains("stopping after this step"), "{text}");
     // Terminals too small for any content.
     for (width, height) in [(1, 1), (7, 3), (200, 2), (3, 60)] {
         screen(&state, width, height);

@@ -37,7 +37,7 @@ const NAMES: [&str; 4] = ["Dit", "Sit", "Gaussian", "Interpolant"];
 /// The same as whole words in texts.
 const WORDS: [&str; 6] = ["dit", "sit", "gaussian", "interpolant", "DiT", "SiT"];
 /// Published files are called by their models' names, in examples of the help too.
-const PUBLISHED: [&str; 3] = ["cli.rs", "recipe/published.rs", "standin.rs"];
+const PUBLISHED: [&str; 3] = ["cli/mod.rs", "recipe/published.rs", "standin.rs"];
 
 /// Files of tests alone.
 const TESTS: [&str; 3] = ["tests.rs", "schema/keys.rs", "run/documents.rs"];

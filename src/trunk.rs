@@ -3,6 +3,39 @@
 //! A diffusion transformer is an embedding, a *trunk* of residual blocks, and a head. Learned
 //! gates, layer scores, feature taps and skipping all happen *around a block*, so networks don't
 //! depend on them: they call [`run`] with the [`BlockHook`] they are given.
+//!
+//! ```
+//! # #[cfg(feature = "ndarray")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use burn::tensor::Tensor;
+//! use burn_ndarray::NdArray;
+//! use tinyfusion::trunk::{self, Block, BlockHook, Site, Skip};
+//!
+//! /// Notes the layers that are run.
+//! struct Passed(Vec<usize>);
+//!
+//! impl BlockHook<NdArray> for Passed {
+//!     fn around(
+//!         &mut self,
+//!         site: Site,
+//!         x: Tensor<NdArray, 3>,
+//!         block: Block<'_, NdArray>,
+//!     ) -> Tensor<NdArray, 3> {
+//!         self.0.push(site.layer);
+//!         block(x)
+//!     }
+//! }
+//!
+//! // A trunk of three blocks, each of which doubles its input.
+//! let double = |_layer, x: Tensor<NdArray, 3>| x * 2;
+//! let x = Tensor::<NdArray, 3>::ones([1, 1, 1], &Default::default());
+//! let mut passed = Passed(Vec::new());
+//! let out = trunk::run(3, x.clone(), &mut passed, double);
+//! assert_eq!((out.into_scalar(), passed.0), (8.0, vec![0, 1, 2]));
+//! let out = trunk::run(3, x, &mut Skip { layer: 1 }, double);
+//! assert_eq!(out.into_scalar(), 4.0);
+//! # Ok(()) }
+//! # #[cfg(not(feature = "ndarray"))] fn main() {}
+//! ```
 
 use burn::tensor::{Tensor, backend::Backend};
 

@@ -2,21 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-use super::weights::{StatedArguments, stated_sources};
-use super::{RunArguments, listen, source};
-use crate::backend::Compute;
-use crate::evaluation::{DEFAULT_NEIGHBOURS, Distances};
-use crate::recipe::RecipeError;
-use crate::recipe::run::evaluate_reference::{ReferenceFiles, archives};
-use crate::recipe::schema::StageKind;
-use crate::recipe::schema::data::Data;
-use crate::recipe::schema::sample::{Against, Evaluate};
-use crate::recipe::schema::source::Source;
-use crate::weights::{EmbeddedName, WeightFile};
+use toml::Value;
 
-/// Default number of samples of a model. With few, FID's upward bias exceeds the differences
-/// between models.
-const MODEL_SAMPLES: u32 = 2000;
+use super::listen;
+use super::stage::{OneStage, RunArguments, SamplingArguments, source_value, toml};
+use super::weights::{StatedArguments, open, source, stated_sources};
+use crate::backend::Compute;
+use crate::evaluation::Distances;
+use crate::recipe::RecipeError;
+use crate::recipe::plan::Work;
+use crate::recipe::run::evaluate::archives;
+use crate::recipe::schema::data::Data;
+use crate::weights::WeightFile;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct EvaluateArguments {
@@ -37,9 +34,9 @@ pub(super) struct EvaluateArguments {
     #[arg(long, value_name = "FOLDER")]
     cache: Option<PathBuf>,
     /// Arithmetic of the distances of precision and recall; f16 as ADM's evaluator, for comparison
-    /// with published numbers
-    #[arg(long, value_enum, default_value_t = Distances::F64)]
-    distances: Distances,
+    /// with published numbers [default: f64]
+    #[arg(long, value_enum)]
+    distances: Option<Distances>,
     /// What models are measured against: digits, fashion, or a table as a recipe has it [default:
     /// what the first model says it learned from, else digits]
     #[arg(long, value_name = "DATA")]
@@ -50,6 +47,8 @@ pub(super) struct EvaluateArguments {
     features: Option<String>,
     #[command(flatten)]
     stated: StatedArguments,
+    #[command(flatten)]
+    sampling: SamplingArguments,
     #[command(flatten)]
     run: RunArguments,
 }
@@ -112,64 +111,61 @@ fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
             )));
         }
     };
-    if let Some(problem) = arguments.run.backend.missing() {
-        return Err(RecipeError::Run(problem));
-    }
     if let Some(out) = arguments.out.as_ref().filter(|out| out.exists()) {
         return Err(RecipeError::Run(format!(
             "{}: exists; nothing is overwritten, name another",
             out.display()
         )));
     }
-    let files = ReferenceFiles {
-        reference,
-        inception: &arguments.inception,
-        vae: None,
-        samples,
-        distances: arguments.distances,
-        stop: &listen()?,
+    let mut stage = OneStage::new("evaluate")?;
+    stage.set_paths("samples", samples)?;
+    stage.set_path("", "reference", reference)?;
+    stage.set_path("--inception", "inception", &arguments.inception)?;
+    if let Some(distances) = &arguments.distances {
+        stage.set("--distances", "distances", toml(distances)?);
+    }
+    arguments.run.put(&mut stage)?;
+    arguments.sampling.put(&mut stage, None)?;
+    let plan = stage.plan()?;
+    plan.complete()?;
+    let Some(Work::Evaluate(evaluate)) = plan.stages.first().map(|stage| &stage.work) else {
+        unreachable!("the recipe has this stage")
     };
-    let count = arguments.run.count.map(|count| count as usize);
+    if let Some(problem) = arguments.run.backend.missing() {
+        return Err(RecipeError::Run(problem));
+    }
+    let stop = listen()?;
     crate::with_backend!(arguments.run.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         let (cache, out) = (arguments.cache.as_deref(), arguments.out.as_deref());
-        archives::<Inner>(&files, count, DEFAULT_NEIGHBOURS, cache, out, device)
+        archives::<Inner>(evaluate, cache, out, &stop, device)
     }, else Ok(()))
 }
 
 fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
-    if arguments.distances != Distances::F64 {
+    if arguments.distances.is_some() {
         return Err(RecipeError::Run(
             "--distances is for archives and folders; models are measured in f64".into(),
         ));
     }
     let compare = stated_sources(&arguments.inputs, &arguments.stated)?;
-    let data = match (&arguments.data, compare.first()) {
-        (Some(data), _) => Data::from_argument(data)?,
-        (None, Some(first)) => of_model(&super::open(first)?.provenance.data)?,
-        (None, None) => Data::Digits,
-    };
-    let features = match (&arguments.features, data.shape()) {
-        (Some(features), _) => source(features)?,
-        (None, Some(shape)) if shape.features.is_none() => {
-            return Err(RecipeError::Run(format!(
-                "{data}: no embedded classifier knows these pictures; name one with --features, made by a stage of kind \
-                 \"train\" with family = \"classifier\""
-            )));
+    let mut stage = OneStage::new("evaluate")?;
+    let named: Result<Vec<Value>, RecipeError> = compare.iter().map(source_value).collect();
+    stage.set("", "compare", named?);
+    match (&arguments.data, compare.first()) {
+        (Some(data), _) => stage.set_data(data),
+        (None, Some(first)) => {
+            let data = of_model(&open(first)?.provenance.data)?;
+            stage.set_above("", "data", toml(&data)?);
         }
-        (None, shape) => Source::Embedded(
-            (shape.and_then(|shape| shape.features)).unwrap_or(EmbeddedName::DigitsFeatures),
-        ),
-    };
-    let sampling = arguments.run.sampling(MODEL_SAMPLES, compare.first())?;
-    let kind = StageKind::Evaluate(Evaluate {
-        compare,
-        against: Against::HeldOut { features },
-        neighbours: DEFAULT_NEIGHBOURS,
-        sampling,
-    });
-    let run = &arguments.run;
-    run.run("evaluate", kind, data, listen()?).map(|_| ())
+        (None, None) => {}
+    }
+    if let Some(features) = &arguments.features {
+        stage.set("--features", "features", source_value(&source(features)?)?);
+    }
+    arguments.run.put(&mut stage)?;
+    arguments.sampling.put(&mut stage, compare.first())?;
+    arguments.run.run(&stage, listen()?).map(|_| ())
 }
 
 /// The data that a model's provenance names, to compare with; digits if it names none.

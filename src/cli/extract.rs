@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
+use super::stage::{OneStage, toml};
 use super::{how_to_go_on, listen};
 use crate::backend::{BackendKind, Compute};
 use crate::recipe::RecipeError;
+use crate::recipe::plan::Work;
 use crate::recipe::run::extract;
-use crate::recipe::schema::extract::{Extract, LatentForm};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ExtractArguments {
@@ -17,24 +18,24 @@ pub(super) struct ExtractArguments {
     /// The autoencoder: a folder with config.json and weights, or a weight file
     #[arg(long)]
     vae: PathBuf,
-    /// Side of the centre crop, in pixels
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(8..=4096))]
-    size: u32,
+    /// Side of the centre crop, in pixels [default: 256]
+    #[arg(long)]
+    size: Option<i64>,
     /// Encode the images alone, without their mirror images
     #[arg(long)]
     no_mirror: bool,
-    /// Packed shards of f16 or f32, or the reference's .npy folders
-    #[arg(long, default_value = "f16", value_parser = ["f16", "f32", "npy"])]
-    form: String,
-    /// Images encoded together
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    batch: u32,
+    /// Packed shards of f16 or f32, or the reference's .npy folders [default: f16]
+    #[arg(long, value_parser = ["f16", "f32", "npy"], hide_possible_values = true)]
+    form: Option<String>,
+    /// Images encoded together [default: 16]
+    #[arg(long)]
+    batch: Option<i64>,
     /// Threads that read images [default: one a core]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    workers: Option<u32>,
-    /// Seed of the draws from the posterior
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    #[arg(long)]
+    workers: Option<i64>,
+    /// Seed of the draws from the posterior [default: 0]
+    #[arg(long)]
+    seed: Option<i64>,
     /// Where to compute
     #[arg(long, default_value = "ndarray")]
     backend: BackendKind,
@@ -45,29 +46,41 @@ pub(super) struct ExtractArguments {
 
 /// Runs an extraction, or continues one.
 pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), RecipeError> {
+    let mut stage = OneStage::new("extract")?;
+    stage.set_path("", "images", &arguments.images)?;
+    stage.set_path("--vae", "vae", &arguments.vae)?;
+    let numbers = [
+        ("--size", "size", arguments.size),
+        ("--batch", "batch", arguments.batch),
+        ("--workers", "workers", arguments.workers),
+    ];
+    stage.set_numbers(numbers);
+    if arguments.no_mirror {
+        stage.set("--no-mirror", "mirror", false);
+    }
+    match arguments.form.as_deref() {
+        Some("npy") => stage.set("--form", "form", "npy"),
+        Some(form) => stage.set("--form", "half", form == "f16"),
+        None => {}
+    }
+    stage.set_above("--compute", "compute", toml(&arguments.compute)?);
+    if let Some(seed) = arguments.seed {
+        stage.set_above("--seed", "seed", seed);
+    }
+    let plan = stage.plan()?;
+    plan.complete()?;
+    let Some(Work::Extract(job)) = plan.stages.first().map(|stage| &stage.work) else {
+        unreachable!("the recipe has this stage")
+    };
     if let Some(problem) = arguments.backend.missing() {
         return Err(RecipeError::Run(problem));
     }
-    let job = Extract {
-        images: arguments.images.clone(),
-        vae: arguments.vae.clone(),
-        size: arguments.size as usize,
-        mirror: !arguments.no_mirror,
-        form: match arguments.form.as_str() {
-            "npy" => LatentForm::Npy,
-            form => LatentForm::Packed {
-                half: form == "f16",
-            },
-        },
-        batch: arguments.batch as usize,
-        workers: arguments.workers.unwrap_or(0) as usize,
-    };
     let stop = listen()?;
     let to = crate::with_backend!(arguments.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         crate::ops::supports::<Inner>(arguments.compute, device).map_err(RecipeError::Run)?;
-        let settings = (arguments.seed, arguments.compute, &stop);
-        extract::run::<Inner>("extract", &job, settings, &arguments.to, device)
+        let settings = (plan.recipe.seed, arguments.compute, &stop);
+        extract::run::<Inner>("extract", job, settings, &arguments.to, device)
     }, else Err(RecipeError::Run("no backend".into())));
     let to = how_to_go_on(to, "the same command")?;
     crate::tell!("{}", to.display());

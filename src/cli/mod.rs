@@ -3,33 +3,24 @@
 mod bench;
 mod evaluate;
 mod extract;
+mod recipe;
 mod sample;
+mod stage;
 mod weights;
 
-use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::backend::{BackendKind, Compute};
-use crate::process::ProcessKind;
-use crate::recipe::document::{Document, MOST_BYTES};
-use crate::recipe::plan::Plan;
-use crate::recipe::run::models::read_file;
-use crate::recipe::run::seeds::Verdicts;
-use crate::recipe::run::{Options, run};
-use crate::recipe::schema::data::Data;
-use crate::recipe::schema::source::Source;
-use crate::recipe::schema::{Recipe, Stage, StageKind};
-use crate::recipe::{RecipeError, embedded_recipes};
-use crate::sampling::{Labels, Sampling};
+use crate::recipe::RecipeError;
 use crate::stop::{Stop, leave};
 use crate::training::watch_panics;
-use crate::weights::{Checkpoint, EmbeddedName, embedded};
 use bench::{BenchArguments, benchmark};
 use evaluate::{EvaluateArguments, evaluate};
 use extract::{ExtractArguments, extract};
+use recipe::{RecipeArguments, recipe};
 use sample::{SampleArguments, sample};
 use weights::{ConvertArguments, InspectArguments, convert, inspect};
 
@@ -129,80 +120,6 @@ Examples:
     },
 }
 
-#[derive(Debug, clap::Args)]
-struct RecipeArguments {
-    /// The recipe's TOML file, or the name of one that is part of the program, such as quickstart
-    recipe: PathBuf,
-    /// Override a key; stages go by name or index (repeatable)
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<String>,
-    /// Print what would be done, and stop
-    #[arg(long)]
-    dry_run: bool,
-    /// Where to compute; by default what the recipe says, else ndarray
-    #[arg(long)]
-    backend: Option<BackendKind>,
-    /// Seed of all randomness; by default the recipe's
-    #[arg(long, value_parser = clap::value_parser!(u64).range(..1 << 63))]
-    seed: Option<u64>,
-    /// Run with this many seeds in a row, and print mean and spread of the verdicts
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..=1000), conflicts_with_all = ["resume", "dry_run"])]
-    seeds: Option<u64>,
-    /// Go on with the newest unfinished run of this recipe
-    #[arg(long)]
-    resume: bool,
-    /// Folder of all runs
-    #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
-    runs: PathBuf,
-    /// Plain progress lines instead of the dashboard
-    #[arg(long)]
-    plain: bool,
-}
-
-#[derive(Debug, clap::Args)]
-struct RunArguments {
-    /// Where to compute
-    #[arg(long, default_value = "ndarray")]
-    backend: BackendKind,
-    /// Seed of all noise
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..1 << 63))]
-    seed: u64,
-    /// Folder of all runs
-    #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
-    runs: PathBuf,
-    /// How many samples [default: 100; evaluate: 2000 of a model, all of an archive or folder]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
-    count: Option<u32>,
-    /// Samples made at once
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    batch: u32,
-    /// Sampling steps [default: 100; with --demo 250]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    steps: Option<u32>,
-    /// Rule of a step: ddpm or ddim of a DiT, ode (Dormand-Prince) or sde (Euler-Maruyama) of a SiT
-    /// [default: ddpm or ode]
-    #[arg(long, value_parser = ["ddpm", "ddim", "ode", "sde"], hide_possible_values = true)]
-    solver: Option<String>,
-    /// Share of noise in a DDIM step
-    #[arg(long, default_value_t = 0.0)]
-    eta: f64,
-    /// Scale of classifier-free guidance; 1 is none
-    #[arg(long, default_value_t = 1.5)]
-    guidance: f64,
-    /// Channels that are guided, from the first
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    guidance_channels: u32,
-    /// Classes to draw; by default all
-    #[arg(long, value_delimiter = ',')]
-    classes: Option<Vec<usize>>,
-    /// Classes in turn (balanced) or at random (drawn)
-    #[arg(long, value_enum, default_value_t = Labels::Balanced, hide_possible_values = true)]
-    labels: Labels,
-    /// Type of the models' matrix products
-    #[arg(long, default_value = "f32")]
-    compute: Compute,
-}
-
 /// Runs the program.
 pub fn main() -> ExitCode {
     watch_panics();
@@ -289,167 +206,6 @@ fn report(error: &dyn std::error::Error) {
     }
 }
 
-/// A recipe's text, or the beginning of one that is too long. `<(a command)` works too, so that it
-/// need not be a regular file.
-fn read_recipe(path: &Path) -> io::Result<String> {
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)?
-        .take(MOST_BYTES as u64 + 1)
-        .read_to_end(&mut bytes)?;
-    if bytes.len() > MOST_BYTES {
-        return Ok(String::from_utf8_lossy(&bytes).into_owned());
-    }
-    String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
-}
-
-fn recipe(arguments: &RecipeArguments) -> Result<(), RecipeError> {
-    let path = &arguments.recipe;
-    let text = match read_recipe(path) {
-        Ok(text) => text,
-        // A single word may name an embedded recipe.
-        Err(error) => match path.to_str().and_then(embedded_recipes::recipe) {
-            Some(text) => text.to_owned(),
-            None => return Err(RecipeError::io(path)(error)),
-        },
-    };
-    let mut document = Document::parse(path, &text)?;
-    for assignment in &arguments.set {
-        document.set(assignment);
-    }
-    let mut recipe = Recipe::from_document(&document)?;
-    recipe.seed = arguments.seed.unwrap_or(recipe.seed);
-    let backend = arguments
-        .backend
-        .or(recipe.backend)
-        .unwrap_or(BackendKind::Ndarray);
-    recipe.backend = Some(backend);
-    let plan = Plan::new(&recipe)?;
-    if arguments.dry_run {
-        crate::tell!("{plan}");
-        return Ok(());
-    }
-    let options = Options {
-        runs: arguments.runs.clone(),
-        resume: arguments.resume,
-        backend,
-        plain: arguments.plain,
-        stop: listen()?,
-    };
-    if arguments.seeds.is_some()
-        && !recipe
-            .stages
-            .iter()
-            .any(|stage| matches!(stage.kind, StageKind::Evaluate(_)))
-    {
-        return Err(RecipeError::Run(format!(
-            "{}: --seeds compares verdicts, but the recipe has no evaluate stage",
-            path.display()
-        )));
-    }
-    let Some(seeds) = arguments.seeds else {
-        let directory = how_to_go_on(run(&plan, &options), "the same command with `--resume`")?;
-        crate::tell!("{}", directory.display());
-        return Ok(());
-    };
-    let mut verdicts = Verdicts::default();
-    for seed in recipe.seed..recipe.seed.saturating_add(seeds) {
-        crate::say!("seed {seed}");
-        let plan = Plan::new(&Recipe {
-            seed,
-            ..recipe.clone()
-        })?;
-        verdicts.add(seed, &run(&plan, &options)?)?;
-    }
-    let path = verdicts.write(&options.runs.join(&recipe.name))?;
-    crate::tell!(
-        "\n{seeds} seeds, mean ± standard deviation\n\n{verdicts}\n{}",
-        path.display()
-    );
-    Ok(())
-}
-
-/// A checkpoint named on the command line.
-fn source(name: &str) -> Result<Source, RecipeError> {
-    if let Some(embedded) = EmbeddedName::ALL
-        .into_iter()
-        .find(|embedded| embedded.as_str() == name)
-    {
-        return Ok(Source::Embedded(embedded));
-    }
-    let path = PathBuf::from(name);
-    if path.exists() {
-        return Ok(Source::File(path.into()));
-    }
-    let embedded: Vec<&str> = EmbeddedName::ALL
-        .into_iter()
-        .map(EmbeddedName::as_str)
-        .collect();
-    Err(RecipeError::Run(format!(
-        "{name}: no such file; embedded are {}",
-        embedded.join(" and ")
-    )))
-}
-
-impl RunArguments {
-    /// Settings of a model's sampling; `count` samples and a solver that fits the model by default.
-    fn sampling(&self, count: u32, model: Option<&Source>) -> Result<Sampling, RecipeError> {
-        if !(self.guidance >= 1.0 && self.guidance.is_finite()) {
-            return Err(RecipeError::Run(format!(
-                "--guidance {} must be at least 1",
-                self.guidance
-            )));
-        }
-        if !(0.0..=1.0).contains(&self.eta) {
-            return Err(RecipeError::Run(format!(
-                "--eta {} must lie in 0..=1",
-                self.eta
-            )));
-        }
-        Ok(Sampling {
-            count: self.count.unwrap_or(count) as usize,
-            batch: self.batch as usize,
-            classes: self.classes.clone(),
-            labels: self.labels,
-            guidance: self.guidance,
-            guidance_channels: self.guidance_channels as usize,
-            solver: match self.solver.as_deref() {
-                Some(name) => ProcessKind::solver_named(name, self.eta)
-                    .unwrap_or_else(|| ProcessKind::ASSUMED.solver()),
-                // A model that can't be read is told of when it is planned with.
-                None => (model.and_then(|model| open(model).ok()?.process))
-                    .unwrap_or(ProcessKind::ASSUMED)
-                    .solver(),
-            },
-            steps: self.steps.unwrap_or(100) as usize,
-        })
-    }
-
-    /// Runs a recipe of one stage; returns its run directory, which is printed.
-    fn run(
-        &self,
-        name: &str,
-        kind: StageKind,
-        data: Data,
-        stop: Stop,
-    ) -> Result<PathBuf, RecipeError> {
-        let plan = plan_one(name, self, kind, data)?;
-        let options = Options {
-            runs: self.runs.clone(),
-            resume: false,
-            backend: self.backend,
-            plain: false,
-            stop,
-        };
-        let to_go_on = format!(
-            "`tinyfusion recipe RUN/resolved.toml --resume --runs {}`, where RUN is the run directory",
-            self.runs.display()
-        );
-        let directory = how_to_go_on(run(&plan, &options), &to_go_on)?;
-        crate::tell!("{}", directory.display());
-        Ok(directory)
-    }
-}
-
 /// Adds the command that continues an interrupted one to the messages.
 fn how_to_go_on<T>(result: Result<T, RecipeError>, command: &str) -> Result<T, RecipeError> {
     result.inspect_err(|error| {
@@ -457,37 +213,6 @@ fn how_to_go_on<T>(result: Result<T, RecipeError>, command: &str) -> Result<T, R
             crate::say!("to go on: {command}");
         }
     })
-}
-
-/// Plans a recipe of one stage.
-fn plan_one(
-    name: &str,
-    run: &RunArguments,
-    kind: StageKind,
-    data: Data,
-) -> Result<Plan, RecipeError> {
-    let stage = Stage {
-        name: name.to_owned(),
-        kind,
-    };
-    Plan::new(&Recipe {
-        name: name.to_owned(),
-        seed: run.seed,
-        backend: Some(run.backend),
-        compute: run.compute,
-        heads: None,
-        data,
-        stages: vec![stage],
-    })
-}
-
-/// Opens a checkpoint that is not a stage's.
-fn open(source: &Source) -> Result<Checkpoint, RecipeError> {
-    match source {
-        Source::Embedded(name) => Ok(embedded::checkpoint(*name)?),
-        Source::File(file) => Ok(read_file(file, None)?),
-        Source::Stage(name) => Err(RecipeError::Run(format!("{name}: not a file"))),
-    }
 }
 
 /// The stop that Ctrl-C and SIGTERM request; a second signal ends the program at once.

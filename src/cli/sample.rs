@@ -2,16 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::weights::{StatedArguments, stated_source};
-use super::{RunArguments, how_to_go_on, listen, open, plan_one};
+use super::stage::{OneStage, RunArguments, SamplingArguments, source_value};
+use super::weights::{StatedArguments, open, stated_source};
+use super::{how_to_go_on, listen};
 use crate::recipe::RecipeError;
-use crate::recipe::schema::StageKind;
-use crate::recipe::schema::data::Data;
-use crate::recipe::schema::sample::Sample;
+use crate::recipe::plan::Work;
 use crate::report::watch;
-use crate::sampling::{
-    DEMO, DEMO_GUIDANCE, DrawInto, SAMPLES, Share, refuse_existing, write_pictures,
-};
+use crate::sampling::{DrawInto, SAMPLES, Share, refuse_existing, write_pictures};
 use crate::stop::Stop;
 
 #[derive(Debug, clap::Args)]
@@ -38,6 +35,8 @@ pub(super) struct SampleArguments {
     #[arg(long, value_name = "FOLDER")]
     into: Option<PathBuf>,
     #[command(flatten)]
+    sampling: SamplingArguments,
+    #[command(flatten)]
     run: RunArguments,
 }
 
@@ -58,52 +57,46 @@ fn share(text: &str) -> Result<Share, String> {
 /// Draws the samples.
 pub(super) fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
     let from = stated_source(&arguments.checkpoint, &arguments.stated)?;
-    let mut sampling = arguments.run.sampling(100, Some(&from))?;
     if let Some(folder) = &arguments.images {
         refuse_existing(folder)?;
     }
-    if arguments.demo {
-        sampling.steps = arguments.run.steps.unwrap_or(250) as usize;
-        sampling.count = DEMO.len();
-        sampling.classes = Some(DEMO.to_vec());
-        sampling.guidance = DEMO_GUIDANCE;
+    let mut stage = OneStage::new("sample")?;
+    stage.set("", "from", source_value(&from)?);
+    if let Some(vae) = &arguments.vae {
+        stage.set_path("--vae", "vae", vae)?;
     }
-    let sample = Sample {
-        from,
-        vae: arguments.vae.clone(),
-        sampling,
-    };
+    if arguments.demo {
+        stage.set("--demo", "preset", "demo");
+    }
+    arguments.run.put(&mut stage)?;
+    arguments.sampling.put(&mut stage, Some(&from))?;
+    let images = arguments.images.as_deref();
     let Some(folder) = &arguments.into else {
-        let (stop, kind) = (listen()?, StageKind::Sample(sample));
-        let directory = (arguments.run).run("sample", kind, Data::Digits, stop.clone())?;
-        let archive = directory.join("01-sample").join(SAMPLES);
-        return pictures(&archive, arguments.images.as_deref(), &stop);
+        let stop = listen()?;
+        let directory = arguments.run.run(&stage, stop.clone())?;
+        return pictures(&directory.join("01-sample").join(SAMPLES), images, &stop);
     };
     let run = &arguments.run;
-    // Planned like a recipe, so that mistakes are found before anything is drawn.
-    plan_one(
-        "sample",
-        run,
-        StageKind::Sample(sample.clone()),
-        Data::Digits,
-    )?
-    .complete()?;
+    let plan = stage.plan()?;
+    plan.complete()?;
+    let Some(Work::Sample(sample)) = plan.stages.first().map(|stage| &stage.work) else {
+        unreachable!("the recipe has this stage")
+    };
     if let Some(problem) = run.backend.missing() {
         return Err(RecipeError::Run(problem));
     }
     let stop = listen()?;
     let checkpoint = open(&sample.from)?;
-    let share = arguments.share.unwrap_or(Share::WHOLE);
     let archive = crate::with_backend!(run.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         crate::ops::supports::<Inner>(run.compute, device).map_err(RecipeError::Run)?;
         let draw = DrawInto {
             vae: sample.vae.as_deref(),
             sampling: &sample.sampling,
-            seed: run.seed,
+            seed: plan.recipe.seed,
             compute: run.compute,
             folder,
-            share,
+            share: arguments.share.unwrap_or(Share::WHOLE),
             stop: &stop,
         };
         draw.run::<Inner>(&checkpoint, device, watch("sample", "steps"))
@@ -112,7 +105,7 @@ pub(super) fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
     match archive {
         Some(archive) => {
             crate::tell!("{}", archive.display());
-            pictures(&archive, arguments.images.as_deref(), &stop)?;
+            pictures(&archive, images, &stop)?;
         }
         None => crate::say!("sample: this share is drawn; others have still to draw theirs"),
     }

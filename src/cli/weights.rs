@@ -4,13 +4,15 @@ use std::path::PathBuf;
 
 use safetensors::Dtype;
 
-use super::{open, source};
 use crate::process::ProcessKind;
 use crate::recipe::RecipeError;
 use crate::recipe::run::directory::evaluation_of;
+use crate::recipe::run::models::read_file;
 use crate::recipe::schema::source::{FileSource, Source};
 use crate::report::thousands;
-use crate::weights::{self, Checkpoint, Conversion, Provenance, Stated, WeightFile};
+use crate::weights::{
+    self, Checkpoint, Conversion, EmbeddedName, Provenance, Stated, WeightFile, embedded,
+};
 
 /// Most classes that are listed.
 const NAMED: usize = 20;
@@ -82,6 +84,37 @@ impl StatedArguments {
         Err(RecipeError::Run(format!(
             "{names}: --weights-key, --heads and --process are for checkpoints in files"
         )))
+    }
+}
+
+/// A checkpoint named on the command line.
+pub(super) fn source(name: &str) -> Result<Source, RecipeError> {
+    if let Some(embedded) = EmbeddedName::ALL
+        .into_iter()
+        .find(|embedded| embedded.as_str() == name)
+    {
+        return Ok(Source::Embedded(embedded));
+    }
+    let path = PathBuf::from(name);
+    if path.exists() {
+        return Ok(Source::File(path.into()));
+    }
+    let embedded: Vec<&str> = EmbeddedName::ALL
+        .into_iter()
+        .map(EmbeddedName::as_str)
+        .collect();
+    Err(RecipeError::Run(format!(
+        "{name}: no such file; embedded are {}",
+        embedded.join(", ")
+    )))
+}
+
+/// Opens a checkpoint that is not a stage's.
+pub(super) fn open(source: &Source) -> Result<Checkpoint, RecipeError> {
+    match source {
+        Source::Embedded(name) => Ok(embedded::checkpoint(*name)?),
+        Source::File(file) => Ok(read_file(file, None)?),
+        Source::Stage(name) => Err(RecipeError::Run(format!("{name}: not a file"))),
     }
 }
 

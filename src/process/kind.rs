@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::family::{FAMILIES, Family};
 use super::interpolant::{Path, Predicts, Weighting};
-use super::transport::{Ode, Sde};
+use super::transport::Ode;
 use super::{AnyProcess, GaussianDiffusion, Interpolant, Solver};
 
 /// The process that a network was trained to reverse. No tensor tells: a SiT has the names and
@@ -162,17 +162,6 @@ impl ProcessKind {
             Self::Gaussian => "\"ddpm\" or \"ddim\"",
             Self::Interpolant(_) => "\"ode\" or \"sde\"",
         }
-    }
-
-    /// The solver of a name in its usual setting; `eta` is DDIM's.
-    pub fn solver_named(name: &str, eta: f64) -> Option<Solver> {
-        Some(match name {
-            "ddpm" => Solver::Ddpm,
-            "ddim" => Solver::Ddim { eta },
-            "ode" => Solver::Ode(Ode::DOPRI5),
-            "sde" => Solver::Sde(Sde::default()),
-            _ => return None,
-        })
     }
 
     /// The fewest steps that sampling can take.

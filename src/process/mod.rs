@@ -3,7 +3,27 @@
 //! [`Process`] is the interface: data draws times from it, training and scores use its noised
 //! samples and terms, and none of them names a process. [`GaussianDiffusion`] is DiT's,
 //! [`Interpolant`] SiT's, [`AnyProcess`] the one that a checkpoint names. [`Sampler`] goes from
-//! noise to data.
+//! noise to data:
+//!
+//! ```
+//! # #[cfg(feature = "ndarray")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use burn_ndarray::NdArray;
+//! use tinyfusion::process::{Guidance, Sampler};
+//! use tinyfusion::weights::{EmbeddedName, embedded};
+//!
+//! let (device, model) = (Default::default(), embedded::checkpoint(EmbeddedName::DigitsTeacher)?);
+//! let network = model.network::<NdArray>(&device)?;
+//! let process = model.trained_by();
+//! let variance = model.architecture.predicts_variance();
+//! let guidance = Guidance { scale: 1.5, channels: 3 };
+//! let sampler = Sampler::new(process, variance, 4, process.solver(), guidance)?;
+//! // The first sample of seed 0 is the same in any batch.
+//! let (indices, labels) = ([0, 1], [3, 8]);
+//! let samples = sampler.generate(&network, 0, &indices, &labels, &device, || {});
+//! assert_eq!(samples.dims(), [2, 1, 8, 8]);
+//! # Ok(()) }
+//! # #[cfg(not(feature = "ndarray"))] fn main() {}
+//! ```
 
 mod dopri5;
 mod family;

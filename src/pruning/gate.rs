@@ -40,6 +40,24 @@ pub struct GateDraw<B: Backend> {
 
 /// Draws a mask per sample (TinyFusion, equations 4 and 5). `logits` is `[1, candidates]`, `gumbel`
 /// `[batch, candidates]`.
+///
+/// ```
+/// # #[cfg(feature = "ndarray")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use burn::tensor::Tensor;
+/// use burn_ndarray::NdArray;
+/// use tinyfusion::pruning::{Group, draw};
+///
+/// // One layer of two stays: the candidates are [1, 0] and [0, 1].
+/// let group = Group::new(1, 2)?;
+/// let logits = Tensor::<NdArray, 2>::from_floats([[0.0, 0.5]], &Default::default());
+/// // The noise of the second sample turns the choice.
+/// let gumbel = Tensor::from_floats([[0.0, 0.0], [2.0, 0.0]], &Default::default());
+/// let drawn = draw(group, logits, gumbel, 1.0, 1.0);
+/// let masks: Vec<f32> = drawn.mask.into_data().to_vec()?;
+/// assert_eq!(masks, [0.0, 1.0, 1.0, 0.0]);
+/// # Ok(()) }
+/// # #[cfg(not(feature = "ndarray"))] fn main() {}
+/// ```
 pub fn draw<B: FusedOps>(
     group: Group,
     logits: Tensor<B, 2>,

@@ -35,6 +35,34 @@ pub enum Update {
 }
 
 /// A network whose layers are gated per sample, with the gates' logits.
+///
+/// It is trained by [`Fit`](crate::training::Fit) as any other network is
+/// (`examples/own_network.rs`); its [decision](Self::decision) then is the layers to keep.
+///
+/// ```
+/// # #[cfg(feature = "ndarray")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use burn::backend::Autodiff;
+/// use burn_ndarray::NdArray;
+/// use tinyfusion::pruning::{Annealing, Groups, LearnedPruner, Update};
+/// use tinyfusion::weights::{EmbeddedName, embedded};
+///
+/// let teacher = embedded::checkpoint(EmbeddedName::DigitsTeacher)?;
+/// let network = teacher.network::<Autodiff<NdArray>>(&Default::default())?;
+/// // Of every two of its twelve layers one stays.
+/// let groups = Groups::parse_ratio("1:2", 12)?;
+/// let update = Update::Lora { rank: 8, alpha: 16.0 };
+/// let annealing = Annealing {
+///     tau: (4.0, 0.1),
+///     scaling: (100.0, 100.0),
+///     steps: 350,
+/// };
+/// let process = teacher.trained_by().process();
+/// let pruner = LearnedPruner::new(network, groups, update, 0.0, annealing, process, 0)?;
+/// // Equal gates: the first candidate of each group.
+/// assert_eq!(pruner.decision(0).kept, [0, 2, 4, 6, 8, 10]);
+/// # Ok(()) }
+/// # #[cfg(not(feature = "ndarray"))] fn main() {}
+/// ```
 #[derive(Module, Debug)]
 pub struct LearnedPruner<B: Backend, N: Module<B> = Network<B>> {
     /// The network, with its update.

@@ -17,6 +17,41 @@ use crate::training::{StepReport, scalars};
 use crate::trunk::{Plain, Tap};
 
 /// A network in training, alone or with a teacher.
+///
+/// ```
+/// # #[cfg(feature = "ndarray")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use burn::backend::Autodiff;
+/// use burn_ndarray::{NdArray, NdArrayDevice};
+/// use std::sync::Arc;
+/// use tinyfusion::data::{BatchPlan, BatchSource, Digits, Split};
+/// use tinyfusion::models::{Denoiser, Prunable};
+/// use tinyfusion::process::Process;
+/// use tinyfusion::recovery::Student;
+/// use tinyfusion::weights::{EmbeddedName, embedded};
+///
+/// let device = NdArrayDevice::Cpu;
+/// let teacher = embedded::checkpoint(EmbeddedName::DigitsTeacher)?;
+/// let network = teacher.network::<Autodiff<NdArray>>(&device)?;
+/// let process = teacher.trained_by().process();
+/// let shape = network.shape();
+/// let plan = BatchPlan {
+///     batch: 4,
+///     seed: 0,
+///     channels: shape.channels,
+///     size: shape.side,
+///     classes: shape.classes,
+///     label_drop: 0.1,
+///     times: process.times(),
+///     candidates: Vec::new(),
+/// };
+/// let batch = BatchSource::new(plan, Arc::new(Digits::new(Split::Train))).draw(0, &device)?;
+/// let half = network.keep(&[0, 2, 4, 6, 8, 10]);
+/// let student = Student::new(half, None, process, 350);
+/// let loss = student.terms(&batch).total.mean();
+/// assert!(loss.into_scalar() > 0.0);
+/// # Ok(()) }
+/// # #[cfg(not(feature = "ndarray"))] fn main() {}
+/// ```
 #[derive(Module, Debug)]
 pub struct Student<B: Backend, N: Module<B> = Network<B>> {
     /// The network.

@@ -5,6 +5,25 @@
 //! time. [`assign`] fills a module from them and refuses missing, surplus and misshapen tensors,
 //! all in one error. [`collect`] reads a module into a [`StateDict`], which holds tensors in
 //! memory. [`convert`] writes opened weights in any of the formats.
+//!
+//! ```
+//! # #[cfg(feature = "ndarray")] fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use burn_ndarray::NdArray;
+//! use tinyfusion::models::Prunable;
+//! use tinyfusion::weights::{Checkpoint, EmbeddedName, Provenance, embedded};
+//!
+//! let teacher = embedded::checkpoint(EmbeddedName::DigitsTeacher)?;
+//! let half = teacher.network::<NdArray>(&Default::default())?.keep(&[0, 2, 4, 6, 8, 10]);
+//! let folder = tempfile::tempdir()?;
+//! let path = folder.path().join("half.safetensors");
+//! let written = Checkpoint::of(&half, Provenance::default(), &path);
+//! written.of_process(teacher.process).write()?;
+//! let read = Checkpoint::read(&path)?;
+//! assert_eq!(read.architecture.depth(), 6);
+//! assert_eq!(read.process, teacher.process);
+//! # Ok(()) }
+//! # #[cfg(not(feature = "ndarray"))] fn main() {}
+//! ```
 
 mod card;
 mod checkpoint;

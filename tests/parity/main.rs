@@ -81,6 +81,8 @@ mod wgpu {
         crate::forward::prune_forward::<B>(SLACK);
         crate::losses::distill_losses::<B>(SLACK);
         crate::trajectory::train_steps::<B>(SLACK, 2);
+        crate::forward::sit_forward::<B>(SLACK);
+        crate::transport::sit_losses::<burn_wgpu::Wgpu>(SLACK);
     }
 
     #[test]

@@ -6,15 +6,18 @@ use super::missing::Role;
 use super::sample::{check_sampling, is_pixels, latents_need_a_vae};
 use super::{PlannedStage, Work};
 use crate::data::Split;
+use crate::evaluation::common_count;
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::sample::{Against, Evaluate};
+use crate::sampling::Sampling;
 
 pub(super) fn plan(
     stage: &Stage,
     evaluate: &Evaluate,
     known: &mut Known<'_>,
 ) -> Result<PlannedStage, Problem> {
-    let (memory, flops) = check(stage, evaluate, known)?;
+    let mut evaluate = evaluate.clone();
+    let (memory, flops) = check(stage, &mut evaluate, known)?;
     let models = evaluate.compare.len();
     let archives = match &evaluate.against {
         Against::Reference { samples, .. } => samples.len(),
@@ -34,10 +37,11 @@ pub(super) fn plan(
     })
 }
 
-/// Checks an evaluation, and estimates its bytes and operations.
+/// Checks an evaluation, and estimates its bytes and operations. Without a count, that of existing
+/// samples is found.
 fn check(
     stage: &Stage,
-    evaluate: &Evaluate,
+    evaluate: &mut Evaluate,
     known: &mut Known<'_>,
 ) -> Result<(usize, f64), Problem> {
     let held_out = match &evaluate.against {
@@ -119,8 +123,14 @@ fn check(
             samples,
             ..
         } => {
+            let mut there = true;
             for archive in samples {
-                known.need(stage, archive, Role::Samples);
+                there &= known.need(stage, archive, Role::Samples);
+            }
+            if there && !samples.is_empty() {
+                let count = evaluate.sampling.count;
+                let stated = (count != Sampling::ALL).then_some(count);
+                evaluate.sampling.count = common_count(samples, stated)?;
             }
             if let Some(reference) = reference {
                 known.need(stage, reference, Role::Reference);

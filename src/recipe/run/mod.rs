@@ -5,12 +5,12 @@ mod dataset;
 pub mod directory;
 #[cfg(test)]
 mod documents;
-mod evaluate;
-pub(crate) mod evaluate_reference;
+pub(crate) mod evaluate;
 pub(crate) mod extract;
 pub(crate) mod models;
 mod prune;
 mod recover;
+mod sample;
 pub mod seeds;
 mod train;
 

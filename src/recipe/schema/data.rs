@@ -10,9 +10,9 @@ use crate::data::{
     with_cause,
 };
 use crate::models::Shape;
-use crate::recipe::document::diagnostic::{Diagnostic, Diagnostics};
-use crate::recipe::document::reader::{Section, Sink};
-use crate::recipe::document::{Document, Node, Value};
+use crate::recipe::document::diagnostic::Diagnostic;
+use crate::recipe::document::reader::Section;
+use crate::recipe::document::{Node, Value};
 use crate::weights::EmbeddedName;
 
 /// A data set.
@@ -177,28 +177,6 @@ impl Serialize for Data {
 }
 
 impl Data {
-    /// Reads a command-line argument: a name, a folder of latents, or a table as in a recipe.
-    ///
-    /// # Errors
-    /// Every mistake in it.
-    pub fn from_argument(text: &str) -> Result<Self, Diagnostics> {
-        let mut document = Document::parse(Path::new("--data"), "")?;
-        document.set_by(&format!("--data {text}"), &format!("data={text}"));
-        let sink = Sink::new(document.refused().to_vec());
-        let data = match Section::new("--data".to_owned(), document.root(), &sink) {
-            Ok(section) => Self::read(&section, &[]),
-            Err(fault) => {
-                sink.push(fault);
-                None
-            }
-        };
-        let faults = sink.into_faults();
-        match data {
-            Some(data) if faults.is_empty() => Ok(data),
-            _ => Err(document.diagnostics(faults)),
-        }
-    }
-
     /// Name of the data in a model's provenance.
     pub(crate) fn said(&self) -> String {
         match self {

@@ -78,10 +78,10 @@ const TOPICS: [Topic; 9] = [
     Topic {
         title: "kind = \"sample\"", about: "Draws samples of a model.", table: "it",
         cases: &[
-            ("ddpm", "kind = 'sample'\nfrom = 'base'\ncount = 8"),
-            ("ddim", "kind = 'sample'\nfrom = 'base'\ncount = 8\nsolver = 'ddim'"),
-            ("ode", "kind = 'sample'\nfrom = 'base'\ncount = 8\nsolver = 'ode'"),
-            ("sde", "kind = 'sample'\nfrom = 'base'\ncount = 8\nsolver = 'sde'"),
+            ("ddpm", "kind = 'sample'\nfrom = 'base'"),
+            ("ddim", "kind = 'sample'\nfrom = 'base'\nsolver = 'ddim'"),
+            ("ode", "kind = 'sample'\nfrom = 'base'\nsolver = 'ode'"),
+            ("sde", "kind = 'sample'\nfrom = 'base'\nsolver = 'sde'"),
         ],
     },
     Topic {

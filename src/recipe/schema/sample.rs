@@ -76,11 +76,11 @@ impl Sample {
     pub(crate) fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
         let from = lineage.from(section);
         let vae = section.string("vae").optional().map(PathBuf::from);
-        let sampling = Sampling::read(section, None);
+        let sampling = Sampling::read(section, 100);
         Some(Self {
             from: from?,
             vae,
-            sampling: sampling?,
+            sampling,
         })
     }
 }
@@ -144,11 +144,10 @@ impl Evaluate {
                 distances,
             })
         };
-        let sampling = Sampling::read(section, Some(count));
-        let count = sampling.as_ref().map(|sampling| sampling.count);
+        let sampling = Sampling::read(section, count);
         let neighbours = section.integer("neighbours", 1..=1000).or_checked(
             3,
-            |&neighbours| count.is_none_or(|count| neighbours < count),
+            |&neighbours| neighbours < sampling.count,
             "must be below `count`",
         );
         section.refuse(
@@ -159,26 +158,22 @@ impl Evaluate {
             compare: compare?,
             against: against?,
             neighbours,
-            sampling: sampling?,
+            sampling,
         })
     }
 }
 
 impl Sampling {
-    /// Reads the keys shared by sampling and evaluation; without a default, `count` is required.
-    fn read(section: &Section<'_>, count: Option<usize>) -> Option<Self> {
+    /// Reads the keys shared by sampling and evaluation, which differ in the default of `count`.
+    fn read(section: &Section<'_>, count: usize) -> Self {
         let demo = section.choice("preset", &[("evaluation", false), ("demo", true)]);
         let demo = demo.or(false);
         let (count, classes, guidance) = if demo {
-            (Some(DEMO.len()), Some(DEMO.to_vec()), DEMO_GUIDANCE)
+            (DEMO.len(), Some(DEMO.to_vec()), DEMO_GUIDANCE)
         } else {
             (count, None, 1.5)
         };
-        let field = section.integer("count", 1..=10_000_000);
-        let count = match count {
-            Some(default) => Some(field.or(default)),
-            None => field.required(),
-        };
+        let count = section.integer("count", 1..=10_000_000).or(count);
         let batch = section.integer("batch", 1..=65_536).or(100);
         let chosen = section.integers("classes", 0..=999_999).optional();
         let classes = chosen.or(classes);
@@ -189,8 +184,8 @@ impl Sampling {
         let guidance_channels = section.integer("guidance_channels", 1..=1024).or(3);
         let solver = read_solver(section);
         let steps = section.integer("steps", 1..=1000).or(250);
-        Some(Self {
-            count: count?,
+        Self {
+            count,
             batch,
             classes,
             labels,
@@ -198,7 +193,7 @@ impl Sampling {
             guidance_channels,
             solver,
             steps,
-        })
+        }
     }
 }
 
@@ -298,7 +293,6 @@ mod tests {
 
         let text = "kind = 'sample'\nguidance = 0.5\nsteps = 1001\nclasses = []";
         let expected = [
-            "missing key `count` in [[stage]] \"sample\"",
             "`guidance`: must be at least 1 and finite, found 0.5",
             "`steps`: must be between 1 and 1000, found 1001",
             "`classes`: must not be empty",

@@ -2,36 +2,61 @@
 
 use std::path::{Path, PathBuf};
 
-use super::context::Context;
-use super::directory::EVALUATION;
-use super::evaluate::{file_name, not_whole};
-use crate::evaluation::{
-    AdmEvaluation, AdmJudge, AdmSettings, AdmVerdict, Distances, Speed, common_count,
-};
+use super::model_folder;
+use crate::evaluation::{AdmEvaluation, AdmJudge, AdmSettings, AdmVerdict, Distances, Speed};
 use crate::images::Images;
 use crate::models::Architecture;
 use crate::npz::{SampleReader, first_images};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::recipe::RecipeError;
-use crate::recipe::plan::missing::{Role, note, refuse};
-use crate::recipe::schema::sample::Evaluate;
+use crate::recipe::run::context::Context;
+use crate::recipe::run::directory::EVALUATION;
+use crate::recipe::schema::sample::{Against, Evaluate};
 use crate::report::{comparison_png, grid_layout, watch};
-use crate::sampling::{Draw, SAMPLING, Sampling, Share, speeds};
+use crate::sampling::{SAMPLING, speeds};
 use crate::stop::Stop;
 
 /// Columns of the comparison.
 const COLUMNS: usize = 8;
 
 /// What an evaluation reads.
-pub(crate) struct ReferenceFiles<'a> {
-    pub(crate) reference: &'a Path,
-    pub(crate) inception: &'a Path,
-    pub(crate) vae: Option<&'a Path>,
-    pub(crate) samples: &'a [PathBuf],
+pub(super) struct ReferenceFiles<'a> {
+    reference: &'a Path,
+    inception: &'a Path,
+    vae: Option<&'a Path>,
+    samples: &'a [PathBuf],
     /// Arithmetic of the distances of precision and recall.
-    pub(crate) distances: Distances,
+    distances: Distances,
     /// Ends the measuring.
-    pub(crate) stop: &'a Stop,
+    stop: &'a Stop,
+}
+
+impl<'a> ReferenceFiles<'a> {
+    /// The files of an evaluation in Inception's features; `held_out` is the archive that is the
+    /// reference where none is named.
+    pub(super) fn of(
+        against: &'a Against,
+        held_out: Option<&'a Path>,
+        stop: &'a Stop,
+    ) -> Option<Self> {
+        match against {
+            Against::HeldOut { .. } => None,
+            Against::Reference {
+                reference,
+                inception,
+                vae,
+                samples,
+                distances,
+            } => Some(Self {
+                reference: reference.as_deref().or(held_out)?,
+                inception,
+                vae: vae.as_deref(),
+                samples,
+                distances: *distances,
+                stop,
+            }),
+        }
+    }
 }
 
 /// Reads Inception and measures the reference, with a bar.
@@ -79,7 +104,8 @@ fn finish(evaluation: &AdmEvaluation, stage: &str, path: Option<&Path>) -> Resul
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
-    pub(crate) fn evaluate_reference(
+    /// Draws samples of each model, and measures them and existing ones against a reference.
+    pub(super) fn evaluate_adm(
         &self,
         stage: &str,
         evaluate: &Evaluate,
@@ -90,33 +116,16 @@ impl<B: TrainingBackend> Context<'_, B> {
         let (mut archives, mut vae_sha256) = (Vec::new(), None);
         let mut checkpoints = Vec::new();
         let count = evaluate.sampling.count;
-        let count = (count != Sampling::ALL).then_some(count);
-        // What is there is counted before anything is drawn.
-        let mut count = common_count(files.samples, count)?;
         // All samples first: a mistake in a model shows before the long measuring.
         for (index, source) in evaluate.compare.iter().enumerate() {
-            let (name, checkpoint) = (source.to_string(), self.load(source)?);
-            let network = checkpoint.network::<B::InnerBackend>(self.device)?;
-            let network = network.computing(self.recipe.compute);
-            let model = checkpoint.architecture.clone();
-            let decoder = self.decoder(files.vae, model.shape())?;
-            let drawn = Draw {
-                name: &name,
-                network: &network,
-                process: checkpoint.trained_by(),
-                decoder: decoder.as_ref(),
-                sampling: &evaluate.sampling,
-                seed: self.recipe.seed,
-                folder: &folder.join(format!("{}-{}", index + 1, file_name(&name))),
-                share: Share::WHOLE,
-                stop: self.stop,
-            }
-            .run(self.device, watch(&name, "steps"))?;
-            vae_sha256 = decoder.map(|decoder| decoder.sha256().to_owned());
-            let archive = drawn.archive.ok_or_else(|| not_whole(stage))?;
-            count = evaluate.sampling.count;
-            archives.push((name, archive, Some(model)));
-            checkpoints.push(checkpoint);
+            let name = source.to_string();
+            let folder = folder.join(model_folder(index, &name));
+            let (model, sampling) = ((source, files.vae), &evaluate.sampling);
+            let drawn = self.draw((stage, &name), model, sampling, &folder)?;
+            vae_sha256 = drawn.vae_sha256;
+            let model = drawn.checkpoint.architecture.clone();
+            archives.push((name, drawn.archive, Some(model)));
+            checkpoints.push(drawn.checkpoint);
         }
         archives.extend(
             (files.samples.iter()).map(|path| (path.display().to_string(), path.clone(), None)),
@@ -195,27 +204,23 @@ fn picture(path: &Path, archives: &[Measurable]) -> Result<(), RecipeError> {
     Ok(comparison_png(path, &rows, columns, scale)?)
 }
 
-/// Measures archives or folders of samples, prints the scores, and writes them with their protocol
-/// to `to`. Of each the first `count` pictures are measured; without it all, of which there must be
-/// as many in each. What is measured of the reference is kept in the folder `cache`, if there is
-/// one.
+/// Measures the archives or folders of an evaluation without models, prints the scores, and writes
+/// them with their protocol to `to`. What is measured of the reference is kept in the folder
+/// `cache`, if there is one.
 ///
 /// # Errors
-/// When a file can't be read, or holds something else; when there are fewer pictures than `count`,
-/// or unlike numbers.
+/// When a file can't be read, or holds something else.
 pub(crate) fn archives<B: FusedOps>(
-    files: &ReferenceFiles<'_>,
-    count: Option<usize>,
-    neighbours: usize,
+    evaluate: &Evaluate,
     cache: Option<&Path>,
     to: Option<&Path>,
+    stop: &Stop,
     device: &B::Device,
 ) -> Result<(), RecipeError> {
-    let count = common_count(files.samples, count)?;
-    let mut missing = Vec::new();
-    note(&mut missing, "evaluate", files.inception, Role::Inception);
-    refuse(&missing)?;
-    let mut judge = judge::<B>(files, neighbours, cache, device)?;
+    let files = ReferenceFiles::of(&evaluate.against, None, stop)
+        .ok_or_else(|| RecipeError::Run("archives are measured against a reference".into()))?;
+    let count = evaluate.sampling.count;
+    let mut judge = judge::<B>(&files, evaluate.neighbours, cache, device)?;
     judge.protocol.sampling = said_of(files.samples);
     let verdicts = (files.samples.iter())
         .map(|archive| verdict(&judge, &archive.display().to_string(), archive, count))

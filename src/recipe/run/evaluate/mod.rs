@@ -1,0 +1,63 @@
+//! The stage that measures samples.
+
+mod adm;
+mod held_out;
+
+use std::path::{Path, PathBuf};
+
+pub(crate) use adm::archives;
+pub(crate) use held_out::Evaluated;
+
+use self::adm::ReferenceFiles;
+use super::context::Context;
+use crate::data::Split;
+use crate::evaluation::Pictured;
+use crate::npz::write_samples;
+use crate::ops::TrainingBackend;
+use crate::recipe::RecipeError;
+use crate::recipe::schema::sample::{Against, Evaluate};
+
+impl<B: TrainingBackend> Context<'_, B> {
+    pub(crate) fn evaluate(
+        &self,
+        stage: &str,
+        evaluate: &Evaluate,
+        folder: &Path,
+    ) -> Result<(), RecipeError> {
+        let held_out = match &evaluate.against {
+            Against::HeldOut { features } => {
+                return self.evaluate_held_out(stage, evaluate, features, folder);
+            }
+            Against::Reference { reference, .. } => match reference {
+                Some(_) => None,
+                None => Some(self.held_out_archive(folder)?),
+            },
+        };
+        match ReferenceFiles::of(&evaluate.against, held_out.as_deref(), self.stop) {
+            Some(files) => self.evaluate_adm(stage, evaluate, &files, folder),
+            None => unreachable!("there is a reference"),
+        }
+    }
+
+    /// The held-out pictures as an archive in a stage's folder.
+    fn held_out_archive(&self, folder: &Path) -> Result<PathBuf, RecipeError> {
+        let path = folder.join("held-out.npz");
+        if path.exists() {
+            return Ok(path);
+        }
+        let test = self.part(Split::Test)?;
+        let shape = self.shape()?.sizes();
+        let all: Vec<usize> = (0..test.len()).collect();
+        let Pictured { images, labels } = Pictured::read(&*test, &all, shape)?;
+        let labels: Vec<i64> = labels.into_iter().map(|label| label as i64).collect();
+        write_samples(&path, &images, Some(&labels))?;
+        Ok(path)
+    }
+}
+
+/// The folder of the samples of the model at `index`: its number and the last part of its name,
+/// without what file systems dislike.
+fn model_folder(index: usize, name: &str) -> String {
+    let last = name.rsplit(['/', '\\']).next().unwrap_or(name);
+    format!("{}-{}", index + 1, last.replace(':', "-"))
+}

@@ -6,21 +6,53 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use image::{Rgb, RgbImage};
+use thiserror::Error;
 
 use crate::files::{write_atomic, write_folder};
 use crate::images::{Images, center_crop};
 use crate::models::inception::formula_weights;
 use crate::models::vae::VaeConfig;
 use crate::models::{Architecture, Demand, Key, Keys, Network, Shape, Vae};
-use crate::npz::write_samples;
+use crate::npz::{NpzError, write_samples};
 use crate::process::ProcessKind;
 use crate::random::{self, Stream};
-use crate::recipe::RecipeError;
-use crate::state::{Array, StateDict, collect, names};
+use crate::state::{Array, StateDict, WeightsError, collect, names};
 use crate::weights::{write_safetensors, write_torch};
+
+/// Why the stand-ins could not be made.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StandinError {
+    /// The folder holds something.
+    #[error("{}: is not empty; nothing is overwritten, name another folder", .0.display())]
+    NotEmpty(PathBuf),
+    /// A file or folder can't be written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// An error of weights.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// An error of the reference batch.
+    #[error(transparent)]
+    Npz(#[from] NpzError),
+}
+
+impl StandinError {
+    fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Io {
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
 
 /// Number of images, in equal parts of [`CLASSES`] classes.
 pub const IMAGES: usize = 64;
@@ -86,14 +118,11 @@ pub fn vae() -> VaeConfig {
 ///
 /// # Errors
 /// When the folder holds anything, or can't be written.
-pub fn make(folder: &Path) -> Result<(), RecipeError> {
+pub fn make(folder: &Path) -> Result<(), StandinError> {
     if std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(RecipeError::Run(format!(
-            "{}: is not empty; nothing is overwritten, name another folder",
-            folder.display()
-        )));
+        return Err(StandinError::NotEmpty(folder.to_owned()));
     }
-    write_folder(folder, fill, |error| RecipeError::io(folder)(error))?;
+    write_folder(folder, fill, |error| StandinError::io(folder)(error))?;
     crate::tell!(
         "{}: {IMAGES} images, a diffusion transformer, an autoencoder, an Inception network and a reference batch, all random; \
          `tinyfusion recipe recipes/standin.toml` goes through them",
@@ -102,7 +131,7 @@ pub fn make(folder: &Path) -> Result<(), RecipeError> {
     Ok(())
 }
 
-fn fill(folder: &Path) -> Result<(), RecipeError> {
+fn fill(folder: &Path) -> Result<(), StandinError> {
     let mut crops = Vec::with_capacity(REFERENCE * SIDE * SIDE * 3);
     for index in 0..IMAGES {
         let class = index % CLASSES;
@@ -117,10 +146,11 @@ fn fill(folder: &Path) -> Result<(), RecipeError> {
                 .write_with_encoder(encoder)
                 .map_err(std::io::Error::other)
         })
-        .map_err(RecipeError::io(&path))?;
+        .map_err(StandinError::io(&path))?;
     }
-    let crops = Images::new(crops, [REFERENCE, SIDE, SIDE, 3]);
-    let crops = crops.map_err(|error| RecipeError::Run(error.to_string()))?;
+    let Ok(crops) = Images::new(crops, [REFERENCE, SIDE, SIDE, 3]) else {
+        unreachable!("each crop has so many values")
+    };
     write_samples(&folder.join("standin-reference.npz"), &crops, None)?;
 
     type B = burn_ndarray::NdArray;
@@ -146,9 +176,8 @@ fn fill(folder: &Path) -> Result<(), RecipeError> {
         None,
     )?;
     let path = vae_folder.join("config.json");
-    let text = serde_json::to_string_pretty(&vae());
-    let text = text.map_err(|error| RecipeError::Run(error.to_string()))?;
-    write_atomic(&path, |file| file.write_all(text.as_bytes())).map_err(RecipeError::io(&path))?;
+    let text = format!("{:#}", serde_json::json!(vae()));
+    write_atomic(&path, |file| file.write_all(text.as_bytes())).map_err(StandinError::io(&path))?;
 
     let inception = folder.join("standin-inception.pth");
     write_torch(&inception, &formula_weights(0).into(), None)?;

@@ -1,9 +1,9 @@
 //! The command that times a workload.
 
+use super::error::CliError;
 use crate::backend::{BackendKind, Compute};
 use crate::bench::{self, BenchPlan, Workload};
 use crate::models::Architecture;
-use crate::recipe::RecipeError;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct BenchArguments {
@@ -56,8 +56,8 @@ impl BenchArguments {
 }
 
 /// Times a workload and prints the measurement.
-pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), RecipeError> {
-    let usage = |problem: String| RecipeError::Run(problem);
+pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), CliError> {
+    let usage = |problem: String| CliError::Usage(problem);
     if let Some(problem) = arguments.backend.missing() {
         return Err(usage(problem));
     }

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use toml::Value;
 
+use super::error::CliError;
 use super::listen;
 use super::stage::{OneStage, RunArguments, SamplingArguments, source_value, toml};
 use super::weights::{StatedArguments, open, source, stated_sources};
 use crate::backend::Compute;
 use crate::evaluation::Distances;
-use crate::recipe::RecipeError;
 use crate::recipe::plan::Work;
 use crate::recipe::run::evaluate::archives;
 use crate::recipe::schema::data::Data;
@@ -54,7 +54,7 @@ pub(super) struct EvaluateArguments {
 }
 
 /// Measures archives and folders of pictures, or models.
-pub(super) fn evaluate(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
+pub(super) fn evaluate(arguments: &EvaluateArguments) -> Result<(), CliError> {
     let inputs = arguments.inputs.iter();
     let (pictures, others): (Vec<_>, Vec<_>) =
         inputs.partition(|input| is_pictures(Path::new(input)));
@@ -66,7 +66,7 @@ pub(super) fn evaluate(arguments: &EvaluateArguments) -> Result<(), RecipeError>
     };
     // An input that does not exist is reported as missing.
     source(other)?;
-    Err(RecipeError::Run(format!(
+    Err(CliError::Usage(format!(
         "{pictures} is taken for samples and {other} for a checkpoint; they can't be measured together"
     )))
 }
@@ -89,15 +89,15 @@ fn is_pictures(path: &Path) -> bool {
     })
 }
 
-fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
+fn measure_archives(arguments: &EvaluateArguments) -> Result<(), CliError> {
     arguments.stated.refuse(&arguments.inputs.join(" "))?;
     if arguments.data.is_some() || arguments.features.is_some() {
-        return Err(RecipeError::Run(
+        return Err(CliError::Usage(
             "--data and --features are for models; archives and folders are measured against the last of them".into(),
         ));
     }
     if arguments.run.compute != Compute::F32 {
-        return Err(RecipeError::Run(
+        return Err(CliError::Usage(
             "--compute is for models; archives and folders are measured in f32".into(),
         ));
     }
@@ -105,14 +105,14 @@ fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
     let (reference, samples) = match inputs.split_last() {
         Some((reference, samples)) if !samples.is_empty() => (reference, samples),
         _ => {
-            return Err(RecipeError::Run(format!(
+            return Err(CliError::Usage(format!(
                 "{}: a reference must follow, an archive or a folder of pictures: evaluate SAMPLES.npz REFERENCE.npz",
                 arguments.inputs.join(" ")
             )));
         }
     };
     if let Some(out) = arguments.out.as_ref().filter(|out| out.exists()) {
-        return Err(RecipeError::Run(format!(
+        return Err(CliError::Usage(format!(
             "{}: exists; nothing is overwritten, name another",
             out.display()
         )));
@@ -132,25 +132,25 @@ fn measure_archives(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
         unreachable!("the recipe has this stage")
     };
     if let Some(problem) = arguments.run.backend.missing() {
-        return Err(RecipeError::Run(problem));
+        return Err(CliError::Usage(problem));
     }
     let stop = listen()?;
     crate::with_backend!(arguments.run.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         let (cache, out) = (arguments.cache.as_deref(), arguments.out.as_deref());
-        archives::<Inner>(evaluate, cache, out, &stop, device)
+        Ok(archives::<Inner>(evaluate, cache, out, &stop, device)?)
     }, else Ok(()))
 }
 
-fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
+fn models(arguments: &EvaluateArguments) -> Result<(), CliError> {
     if arguments.distances.is_some() {
-        return Err(RecipeError::Run(
+        return Err(CliError::Usage(
             "--distances is for archives and folders; models are measured in f64".into(),
         ));
     }
     let compare = stated_sources(&arguments.inputs, &arguments.stated)?;
     let mut stage = OneStage::new("evaluate")?;
-    let named: Result<Vec<Value>, RecipeError> = compare.iter().map(source_value).collect();
+    let named: Result<Vec<Value>, CliError> = compare.iter().map(source_value).collect();
     stage.set("", "compare", named?);
     match (&arguments.data, compare.first()) {
         (Some(data), _) => stage.set_data(data),
@@ -169,11 +169,11 @@ fn models(arguments: &EvaluateArguments) -> Result<(), RecipeError> {
 }
 
 /// The data that a model's provenance names, to compare with; digits if it names none.
-fn of_model(said: &str) -> Result<Data, RecipeError> {
+fn of_model(said: &str) -> Result<Data, CliError> {
     match Data::of_model(said) {
         Some(data) => Ok(data),
         None if said.is_empty() => Ok(Data::Digits),
-        None => Err(RecipeError::Run(format!(
+        None => Err(CliError::Usage(format!(
             "the model learned from {said}; --data says which pictures it is measured against, such as \
              --data '{{ images = \"folder\", size = 32 }}'"
         ))),

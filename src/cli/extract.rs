@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
+use super::error::CliError;
 use super::stage::{OneStage, toml};
 use super::{how_to_go_on, listen};
 use crate::backend::{BackendKind, Compute};
-use crate::recipe::RecipeError;
 use crate::recipe::plan::Work;
 use crate::recipe::run::extract;
 
@@ -45,7 +45,7 @@ pub(super) struct ExtractArguments {
 }
 
 /// Runs an extraction, or continues one.
-pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), RecipeError> {
+pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), CliError> {
     let mut stage = OneStage::new("extract")?;
     stage.set_path("", "images", &arguments.images)?;
     stage.set_path("--vae", "vae", &arguments.vae)?;
@@ -73,15 +73,15 @@ pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), RecipeError> {
         unreachable!("the recipe has this stage")
     };
     if let Some(problem) = arguments.backend.missing() {
-        return Err(RecipeError::Run(problem));
+        return Err(CliError::Usage(problem));
     }
     let stop = listen()?;
     let to = crate::with_backend!(arguments.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
-        crate::ops::supports::<Inner>(arguments.compute, device).map_err(RecipeError::Run)?;
+        crate::ops::supports::<Inner>(arguments.compute, device).map_err(CliError::Usage)?;
         let settings = (plan.recipe.seed, arguments.compute, &stop);
-        extract::run::<Inner>("extract", job, settings, &arguments.to, device)
-    }, else Err(RecipeError::Run("no backend".into())));
+        extract::run::<Inner>("extract", job, settings, &arguments.to, device).map_err(CliError::from)
+    }, else Err(CliError::Usage("no backend".into())));
     let to = how_to_go_on(to, "the same command")?;
     crate::tell!("{}", to.display());
     Ok(())

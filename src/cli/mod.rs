@@ -1,6 +1,7 @@
 //! The command line.
 
 mod bench;
+mod error;
 mod evaluate;
 mod extract;
 mod recipe;
@@ -14,10 +15,10 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::recipe::RecipeError;
 use crate::stop::{Stop, leave};
 use crate::training::watch_panics;
 use bench::{BenchArguments, benchmark};
+use error::CliError;
 use evaluate::{EvaluateArguments, evaluate};
 use extract::{ExtractArguments, extract};
 use recipe::{RecipeArguments, recipe};
@@ -131,8 +132,8 @@ pub fn main() -> ExitCode {
             crate::say!("error: standard output can't be written");
             ExitCode::from(2)
         }
-        Err(RecipeError::Interrupted) => {
-            crate::say!("{}", RecipeError::Interrupted);
+        Err(error) if error.is_interrupted() => {
+            crate::say!("{error}");
             ExitCode::from(130)
         }
         Err(error) => {
@@ -142,7 +143,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn obey(command: Command) -> Result<(), RecipeError> {
+fn obey(command: Command) -> Result<(), CliError> {
     match command {
         Command::Recipe(arguments) => recipe(&arguments),
         Command::Sample(arguments) => sample(&arguments),
@@ -151,7 +152,7 @@ fn obey(command: Command) -> Result<(), RecipeError> {
         Command::Inspect(arguments) => inspect(&arguments),
         Command::Convert(arguments) => convert(&arguments),
         #[cfg(feature = "ndarray")]
-        Command::Standin { folder } => crate::standin::make(&folder),
+        Command::Standin { folder } => Ok(crate::standin::make(&folder)?),
         Command::Bench(arguments) => benchmark(&arguments),
         Command::Completions { shell } => {
             // Into memory first: the generator panics when writing fails.
@@ -168,7 +169,7 @@ const MOST_THREADS: usize = 1024;
 
 /// Starts the worker threads, with an upper limit. Without this, rayon would panic at first use
 /// when threads can't be started.
-fn start_threads(command: &Command) -> Result<(), RecipeError> {
+fn start_threads(command: &Command) -> Result<(), CliError> {
     let stated = match command {
         // Commands that compute nothing.
         Command::Completions { .. } | Command::Inspect(_) => return Ok(()),
@@ -184,7 +185,7 @@ fn start_threads(command: &Command) -> Result<(), RecipeError> {
             0 => "a thread for each core".to_owned(),
             count => format!("{count} threads"),
         };
-        RecipeError::Run(format!(
+        CliError::Usage(format!(
             "{count} can't be had ({error}); ask for fewer by RAYON_NUM_THREADS or `bench --threads`, or free some of this \
              user's processes"
         ))
@@ -207,16 +208,16 @@ fn report(error: &dyn std::error::Error) {
 }
 
 /// Adds the command that continues an interrupted one to the messages.
-fn how_to_go_on<T>(result: Result<T, RecipeError>, command: &str) -> Result<T, RecipeError> {
-    result.inspect_err(|error| {
-        if matches!(error, RecipeError::Interrupted) {
+fn how_to_go_on<T>(result: Result<T, impl Into<CliError>>, command: &str) -> Result<T, CliError> {
+    result.map_err(Into::into).inspect_err(|error| {
+        if error.is_interrupted() {
             crate::say!("to go on: {command}");
         }
     })
 }
 
 /// The stop that Ctrl-C and SIGTERM request; a second signal ends the program at once.
-fn listen() -> Result<Stop, RecipeError> {
+fn listen() -> Result<Stop, CliError> {
     let stop = Stop::default();
     let requested = stop.clone();
     ctrlc::set_handler(move || {
@@ -225,6 +226,6 @@ fn listen() -> Result<Stop, RecipeError> {
         }
         crate::say!("stopping after this step; once more to stop at once");
     })
-    .map_err(|error| RecipeError::Run(format!("can't listen for signals: {error}")))?;
+    .map_err(|error| CliError::Usage(format!("can't listen for signals: {error}")))?;
     Ok(stop)
 }

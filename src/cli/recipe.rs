@@ -3,6 +3,7 @@
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use super::error::CliError;
 use super::{how_to_go_on, listen};
 use crate::backend::BackendKind;
 use crate::recipe::document::{Document, MOST_BYTES};
@@ -56,14 +57,14 @@ fn read_recipe(path: &Path) -> io::Result<String> {
 }
 
 /// Runs the recipe.
-pub(super) fn recipe(arguments: &RecipeArguments) -> Result<(), RecipeError> {
+pub(super) fn recipe(arguments: &RecipeArguments) -> Result<(), CliError> {
     let path = &arguments.recipe;
     let text = match read_recipe(path) {
         Ok(text) => text,
         // A single word may name an embedded recipe.
         Err(error) => match path.to_str().and_then(embedded_recipes::recipe) {
             Some(text) => text.to_owned(),
-            None => return Err(RecipeError::io(path)(error)),
+            None => return Err(RecipeError::io(path)(error).into()),
         },
     };
     let mut document = Document::parse(path, &text)?;
@@ -95,7 +96,7 @@ pub(super) fn recipe(arguments: &RecipeArguments) -> Result<(), RecipeError> {
             .iter()
             .any(|stage| matches!(stage.kind, StageKind::Evaluate(_)))
     {
-        return Err(RecipeError::Run(format!(
+        return Err(CliError::Usage(format!(
             "{}: --seeds compares verdicts, but the recipe has no evaluate stage",
             path.display()
         )));

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use super::error::CliError;
 use super::stage::{OneStage, RunArguments, SamplingArguments, source_value};
 use super::weights::{StatedArguments, open, stated_source};
 use super::{how_to_go_on, listen};
-use crate::recipe::RecipeError;
 use crate::recipe::plan::Work;
 use crate::report::watch;
 use crate::sampling::{DrawInto, SAMPLES, Share, refuse_existing, write_pictures};
@@ -55,7 +55,7 @@ fn share(text: &str) -> Result<Share, String> {
 }
 
 /// Draws the samples.
-pub(super) fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
+pub(super) fn sample(arguments: &SampleArguments) -> Result<(), CliError> {
     let from = stated_source(&arguments.checkpoint, &arguments.stated)?;
     if let Some(folder) = &arguments.images {
         refuse_existing(folder)?;
@@ -83,13 +83,13 @@ pub(super) fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
         unreachable!("the recipe has this stage")
     };
     if let Some(problem) = run.backend.missing() {
-        return Err(RecipeError::Run(problem));
+        return Err(CliError::Usage(problem));
     }
     let stop = listen()?;
     let checkpoint = open(&sample.from)?;
     let archive = crate::with_backend!(run.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
-        crate::ops::supports::<Inner>(run.compute, device).map_err(RecipeError::Run)?;
+        crate::ops::supports::<Inner>(run.compute, device).map_err(CliError::Usage)?;
         let draw = DrawInto {
             vae: sample.vae.as_deref(),
             sampling: &sample.sampling,
@@ -101,7 +101,7 @@ pub(super) fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
         };
         draw.run::<Inner>(&checkpoint, device, watch("sample", "steps"))
     }, else Ok(None));
-    let archive = how_to_go_on(archive.map_err(RecipeError::from), "the same command")?;
+    let archive = how_to_go_on(archive.map_err(CliError::from), "the same command")?;
     match archive {
         Some(archive) => {
             crate::tell!("{}", archive.display());
@@ -113,7 +113,7 @@ pub(super) fn sample(arguments: &SampleArguments) -> Result<(), RecipeError> {
 }
 
 /// Writes samples as pictures, if requested.
-fn pictures(archive: &Path, folder: Option<&Path>, stop: &Stop) -> Result<(), RecipeError> {
+fn pictures(archive: &Path, folder: Option<&Path>, stop: &Stop) -> Result<(), CliError> {
     if let Some(folder) = folder {
         write_pictures(archive, folder, stop, watch("pictures", "images"))?;
         crate::tell!("{}", folder.display());

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use toml::Value;
 
+use super::error::CliError;
 use super::how_to_go_on;
 use super::weights::open;
 use crate::backend::{BackendKind, Compute};
-use crate::recipe::RecipeError;
 use crate::recipe::document::Document;
 use crate::recipe::plan::Plan;
 use crate::recipe::run::{Options, run};
@@ -25,7 +25,7 @@ pub(super) struct OneStage {
 
 impl OneStage {
     /// A stage of this kind, all of whose keys have their defaults.
-    pub(super) fn new(kind: &str) -> Result<Self, RecipeError> {
+    pub(super) fn new(kind: &str) -> Result<Self, CliError> {
         let mut document = Document::parse(Path::new(kind), "")?;
         // What is wrong with the whole stage is then said of the command.
         document.set_by(kind, &format!("stage=[{{ kind = \"{kind}\" }}]"));
@@ -71,12 +71,7 @@ impl OneStage {
     ///
     /// # Errors
     /// When its name is not Unicode, which TOML can't hold.
-    pub(super) fn set_path(
-        &mut self,
-        flag: &str,
-        key: &str,
-        path: &Path,
-    ) -> Result<(), RecipeError> {
+    pub(super) fn set_path(&mut self, flag: &str, key: &str, path: &Path) -> Result<(), CliError> {
         self.set(flag, key, unicode(path)?);
         Ok(())
     }
@@ -85,30 +80,30 @@ impl OneStage {
     ///
     /// # Errors
     /// As [`set_path`](Self::set_path).
-    pub(super) fn set_paths(&mut self, key: &str, paths: &[PathBuf]) -> Result<(), RecipeError> {
+    pub(super) fn set_paths(&mut self, key: &str, paths: &[PathBuf]) -> Result<(), CliError> {
         let names = paths.iter().map(|path| unicode(path));
         self.set("", key, names.collect::<Result<Vec<_>, _>>()?);
         Ok(())
     }
 
     /// Reads the recipe, and plans it.
-    pub(super) fn plan(&self) -> Result<Plan, RecipeError> {
-        Plan::new(&Recipe::from_document(&self.document)?)
+    pub(super) fn plan(&self) -> Result<Plan, CliError> {
+        Ok(Plan::new(&Recipe::from_document(&self.document)?)?)
     }
 }
 
-fn unicode(path: &Path) -> Result<String, RecipeError> {
+fn unicode(path: &Path) -> Result<String, CliError> {
     let name = path.to_str().map(str::to_owned);
-    name.ok_or_else(|| RecipeError::Run(format!("{}: its name is not Unicode", path.display())))
+    name.ok_or_else(|| CliError::Usage(format!("{}: its name is not Unicode", path.display())))
 }
 
 /// A value as TOML; those of this room can be written so.
-pub(super) fn toml<T: Serialize>(value: &T) -> Result<Value, RecipeError> {
-    Value::try_from(value).map_err(|error| RecipeError::Run(error.to_string()))
+pub(super) fn toml<T: Serialize>(value: &T) -> Result<Value, CliError> {
+    Value::try_from(value).map_err(|error| CliError::Usage(error.to_string()))
 }
 
 /// A checkpoint as TOML: a table if it is a file, because a stage may have the file's name.
-pub(super) fn source_value(source: &Source) -> Result<Value, RecipeError> {
+pub(super) fn source_value(source: &Source) -> Result<Value, CliError> {
     match (source, toml(source)?) {
         (Source::File(_), Value::String(path)) => Ok(Value::Table(
             [("path".to_owned(), Value::String(path))]
@@ -138,7 +133,7 @@ pub(super) struct RunArguments {
 
 impl RunArguments {
     /// Sets the recipe's own keys.
-    pub(super) fn put(&self, stage: &mut OneStage) -> Result<(), RecipeError> {
+    pub(super) fn put(&self, stage: &mut OneStage) -> Result<(), CliError> {
         stage.set_above("--backend", "backend", toml(&self.backend)?);
         stage.set_above("--compute", "compute", toml(&self.compute)?);
         if let Some(seed) = self.seed {
@@ -148,7 +143,7 @@ impl RunArguments {
     }
 
     /// Runs a stage; returns its run directory, which is printed.
-    pub(super) fn run(&self, stage: &OneStage, stop: Stop) -> Result<PathBuf, RecipeError> {
+    pub(super) fn run(&self, stage: &OneStage, stop: Stop) -> Result<PathBuf, CliError> {
         let options = Options {
             runs: self.runs.clone(),
             resume: false,
@@ -205,11 +200,7 @@ pub(super) struct SamplingArguments {
 impl SamplingArguments {
     /// Sets the stage's keys. Without a solver it is that of the process that `model` was trained
     /// under.
-    pub(super) fn put(
-        &self,
-        stage: &mut OneStage,
-        model: Option<&Source>,
-    ) -> Result<(), RecipeError> {
+    pub(super) fn put(&self, stage: &mut OneStage, model: Option<&Source>) -> Result<(), CliError> {
         stage.set_numbers([
             ("--count", "count", self.count),
             ("--batch", "batch", self.batch),

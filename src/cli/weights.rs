@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use safetensors::Dtype;
 
+use super::error::CliError;
 use crate::process::ProcessKind;
-use crate::recipe::RecipeError;
 use crate::recipe::run::directory::evaluation_of;
 use crate::recipe::run::models::read_file;
 use crate::recipe::schema::source::{FileSource, Source};
@@ -77,18 +77,18 @@ impl StatedArguments {
     }
 
     /// Refuses statements about checkpoints when none is in a file.
-    pub(super) fn refuse(&self, names: &str) -> Result<(), RecipeError> {
+    pub(super) fn refuse(&self, names: &str) -> Result<(), CliError> {
         if self.stated() == Stated::default() {
             return Ok(());
         }
-        Err(RecipeError::Run(format!(
+        Err(CliError::Usage(format!(
             "{names}: --weights-key, --heads and --process are for checkpoints in files"
         )))
     }
 }
 
 /// A checkpoint named on the command line.
-pub(super) fn source(name: &str) -> Result<Source, RecipeError> {
+pub(super) fn source(name: &str) -> Result<Source, CliError> {
     if let Some(embedded) = EmbeddedName::ALL
         .into_iter()
         .find(|embedded| embedded.as_str() == name)
@@ -103,23 +103,23 @@ pub(super) fn source(name: &str) -> Result<Source, RecipeError> {
         .into_iter()
         .map(EmbeddedName::as_str)
         .collect();
-    Err(RecipeError::Run(format!(
+    Err(CliError::Usage(format!(
         "{name}: no such file; embedded are {}",
         embedded.join(", ")
     )))
 }
 
 /// Opens a checkpoint that is not a stage's.
-pub(super) fn open(source: &Source) -> Result<Checkpoint, RecipeError> {
+pub(super) fn open(source: &Source) -> Result<Checkpoint, CliError> {
     match source {
         Source::Embedded(name) => Ok(embedded::checkpoint(*name)?),
         Source::File(file) => Ok(read_file(file, None)?),
-        Source::Stage(name) => Err(RecipeError::Run(format!("{name}: not a file"))),
+        Source::Stage(name) => Err(CliError::Usage(format!("{name}: not a file"))),
     }
 }
 
 /// A checkpoint named on the command line, with the statements about it.
-pub(super) fn stated_source(name: &str, stated: &StatedArguments) -> Result<Source, RecipeError> {
+pub(super) fn stated_source(name: &str, stated: &StatedArguments) -> Result<Source, CliError> {
     match source(name)? {
         Source::File(file) => Ok(Source::File(FileSource {
             stated: stated.stated(),
@@ -133,7 +133,7 @@ pub(super) fn stated_source(name: &str, stated: &StatedArguments) -> Result<Sour
 pub(super) fn stated_sources(
     names: &[String],
     stated: &StatedArguments,
-) -> Result<Vec<Source>, RecipeError> {
+) -> Result<Vec<Source>, CliError> {
     let sources = names.iter().map(|name| source(name));
     let mut sources = sources.collect::<Result<Vec<_>, _>>()?;
     let mut files = sources.iter_mut().filter_map(|source| match source {
@@ -149,7 +149,7 @@ pub(super) fn stated_sources(
 }
 
 /// Writes a checkpoint in another format.
-pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
+pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), CliError> {
     let checkpoint = open(&stated_source(&arguments.from, &arguments.stated)?)?;
     let conversion = Conversion {
         diffusers: arguments.diffusers,
@@ -181,7 +181,7 @@ pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), RecipeError> {
 }
 
 /// Prints the content of a checkpoint.
-pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), RecipeError> {
+pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), CliError> {
     let name = &arguments.checkpoint;
     let checkpoint = open(&stated_source(name, &arguments.stated)?)?;
     let parameters = checkpoint.tensors.parameters();

@@ -6,6 +6,7 @@ use burn::module::Module;
 use burn::tensor::{Tensor, activation, backend::Backend};
 use serde::{Deserialize, Serialize};
 
+use super::keys::Check;
 use super::{Demand, Key, Keys, Shape};
 use crate::ops::{Convolution, FusedOps, Linear, Window};
 
@@ -101,30 +102,28 @@ impl ClassifierConfig {
 
     /// Why no classifier can have these sizes, if so.
     pub fn problem(&self) -> Option<String> {
-        let Self {
-            width,
-            channels,
-            input_size: size,
-            classes,
-        } = *self;
-        if width == 0 || !width.is_multiple_of(4) {
-            Some(format!("a width of {width} is no multiple of 4"))
-        } else if channels == 0 || size == 0 {
-            Some(format!("it reads pictures of {channels}x{size}x{size}"))
-        } else if classes < 2 {
-            Some(format!(
-                "{classes} {} to tell apart; without classes, pictures are measured with `inception`",
-                if classes == 1 {
+        if self.classes < 2 {
+            return Some(format!(
+                "{} {} to tell apart; without classes, pictures are measured with `inception`",
+                self.classes,
+                if self.classes == 1 {
                     "class is nothing"
                 } else {
                     "classes are nothing"
                 }
-            ))
-        } else if width > 4096 || channels > 1 << 10 || size > 1 << 12 || classes > 1 << 20 {
-            Some(format!("it is too large: {self:?}"))
-        } else {
-            None
+            ));
         }
+        let mut check = Check::new(|name| {
+            let value = match name {
+                "width" => self.width,
+                "channels" => self.channels,
+                "input_size" => self.input_size,
+                _ => self.classes,
+            };
+            value as f64
+        });
+        Self::read(&mut check, self.shape());
+        check.problem
     }
 
     /// Number of activations for one picture.
@@ -281,14 +280,14 @@ mod tests {
                     input_size: 0,
                     ..config.clone()
                 },
-                "1x0x0",
+                "input_size is 0, which must lie in 1..=4096",
             ),
             (
                 ClassifierConfig {
                     input_size: 1 << 13,
                     ..config
                 },
-                "too large",
+                "input_size is 8192, which must",
             ),
         ] {
             let problem = config.problem().unwrap();

@@ -18,39 +18,55 @@ pub struct ParameterName {
     pub shape: Vec<usize>,
 }
 
-/// The checkpoint's name for a parameter at a module path.
-///
-/// A Rust field can't be called `mlp.0`, and a bare table has no `weight`; these few names differ
-/// from PyTorch's. The network's place in the trained module, and its family, are not part of a
-/// name.
-pub fn reference_name(path: &str) -> String {
-    let path = path.strip_prefix("network.").unwrap_or(path);
-    // The variant of an enum of networks is written as Rust names it.
-    let path = match path.split_once('.') {
-        Some((variant, rest)) if variant.starts_with(char::is_uppercase) => rest,
-        _ => path,
-    };
-    const RENAMED: [(&str, &str); 7] = [
-        ("t_embedder.hidden.", "t_embedder.mlp.0."),
-        ("t_embedder.out.", "t_embedder.mlp.2."),
-        (".modulation.", ".adaLN_modulation.1."),
-        ("y_embedder.table", "y_embedder.embedding_table.weight"),
-        (".lora.a", ".lora_a.weight"),
-        (".lora.b", ".lora_b.weight"),
-        ("gates.", "gumbel_gates."),
-    ];
-    RENAMED
-        .iter()
-        .fold(path.to_owned(), |name, (from, to)| name.replace(from, to))
-}
+/// Fields whose part of a checkpoint's name is not the field's: a Rust field can't be called
+/// `mlp.0`, and a bare table has no `weight`. By the type that has the field, so that a field of
+/// another type keeps its name.
+const RENAMED: [(&str, &str, &str); 11] = [
+    ("Struct:TimestepEmbedder", "hidden", "mlp.0"),
+    ("Struct:TimestepEmbedder", "out", "mlp.2"),
+    ("Struct:LabelEmbedder", "table", "embedding_table.weight"),
+    ("Struct:DitBlock", "modulation", "adaLN_modulation.1"),
+    ("Struct:FinalLayer", "modulation", "adaLN_modulation.1"),
+    ("Struct:Lora", "a", "lora_a.weight"),
+    ("Struct:Lora", "b", "lora_b.weight"),
+    ("Struct:LearnedPruner", "gates", "gumbel_gates"),
+    // The place of a low-rank update in its layer, and of a network in what trains it, are no part
+    // of a name.
+    ("Struct:Linear", "lora", ""),
+    ("Struct:LearnedPruner", "network", ""),
+    ("Struct:Student", "network", ""),
+];
 
-/// The path during a walk through a module, joined by dots.
+/// The place of a walk through a module, under a checkpoint's names.
 #[derive(Default)]
-struct Walk(Vec<String>);
+pub(crate) struct Walk(Vec<String>);
 
 impl Walk {
-    fn name(&self) -> String {
-        reference_name(&self.0.join("."))
+    /// Enters a field, as Burn names it and the type that has it.
+    pub(crate) fn enter(&mut self, field: &str, container: &str) {
+        let renamed = RENAMED
+            .iter()
+            .find(|(of, name, _)| (*of, *name) == (container, field));
+        let part = match renamed {
+            Some((_, _, part)) => part,
+            // The variant of an enum of networks is no part of a name.
+            None if container.starts_with("Enum:") => "",
+            None => field,
+        };
+        self.0.push(part.to_owned());
+    }
+
+    /// Leaves the field that was entered last.
+    pub(crate) fn leave(&mut self) {
+        self.0.pop();
+    }
+
+    /// The name of the parameter here.
+    pub(crate) fn name(&self) -> String {
+        let parts: Vec<&str> = (self.0.iter().map(String::as_str))
+            .filter(|part| !part.is_empty())
+            .collect();
+        parts.join(".")
     }
 }
 
@@ -61,11 +77,11 @@ pub fn names<B: Backend, M: Module<B>>(module: &M) -> Vec<ParameterName> {
         found: Vec<ParameterName>,
     }
     impl<B: Backend> ModuleVisitor<B> for Names {
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.walk.0.push(name.to_owned());
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.walk.enter(name, container);
         }
         fn exit_module(&mut self, _: &str, _: &str) {
-            self.walk.0.pop();
+            self.walk.leave();
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
             self.found.push(ParameterName {
@@ -90,11 +106,11 @@ pub fn collect<B: Backend, M: Module<B>>(module: &M) -> StateDict {
         state: StateDict,
     }
     impl<B: Backend> ModuleVisitor<B> for Collect {
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.walk.0.push(name.to_owned());
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.walk.enter(name, container);
         }
         fn exit_module(&mut self, _: &str, _: &str) {
-            self.walk.0.pop();
+            self.walk.leave();
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
             let tensor = param.val();
@@ -152,11 +168,11 @@ pub(crate) fn overlay<B: Backend, M: Module<B>>(
         failed: Option<WeightsError>,
     }
     impl<B: Backend, S: TensorSource> ModuleMapper<B> for Overlay<'_, S> {
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.walk.0.push(name.to_owned());
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.walk.enter(name, container);
         }
         fn exit_module(&mut self, _: &str, _: &str) {
-            self.walk.0.pop();
+            self.walk.leave();
         }
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
             let found = self.source.tensor(&self.walk.name());
@@ -189,5 +205,40 @@ pub(crate) fn overlay<B: Backend, M: Module<B>>(
     match overlay.failed {
         None => Ok(module),
         Some(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn_ndarray::NdArray;
+
+    use super::*;
+    use crate::ops::Linear;
+
+    /// A network of another's, with fields that are called as some of ours.
+    #[derive(Module, Debug)]
+    struct Own<B: Backend> {
+        network: Linear<B>,
+        modulation: Linear<B>,
+    }
+
+    #[test]
+    fn only_the_fields_of_the_renamed_types_are_renamed() {
+        let device = Default::default();
+        let mut own = Own::<NdArray> {
+            network: Linear::zeros(2, 3, &device),
+            modulation: Linear::zeros(3, 2, &device),
+        };
+        own.modulation.attach_lora(1, 1.0);
+        let found: Vec<String> = names(&own).into_iter().map(|found| found.name).collect();
+        let expected = [
+            "network.weight",
+            "network.bias",
+            "modulation.weight",
+            "modulation.bias",
+            "modulation.lora_a.weight",
+            "modulation.lora_b.weight",
+        ];
+        assert_eq!(found, expected);
     }
 }

@@ -12,7 +12,7 @@ use super::ema::Ema;
 use super::optimizer::{AdamW, Moments};
 use super::{Training, TrainingError};
 use crate::data::with_cause;
-use crate::state::{Array, StateDict, collect, floats, names, overlay};
+use crate::state::{Array, StateDict, Walk, collect, floats, names, overlay};
 use crate::weights::{
     Description, EMA, FIXED, MODEL, MOMENTS, TRAINING, read_safetensors, write_safetensors,
 };
@@ -300,7 +300,7 @@ fn at_step(description: &Description, training: &Training, step: usize) -> Descr
 
 /// A visitor of the learning parameters, by name.
 struct Learning<F> {
-    path: Vec<String>,
+    walk: Walk,
     each: F,
 }
 
@@ -310,23 +310,22 @@ trait Each<B: TrainingBackend> {
 }
 
 impl<B: TrainingBackend, F: Each<B>> ModuleVisitor<B> for Learning<F> {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.walk.enter(name, container);
     }
     fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
+        self.walk.leave();
     }
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         if param.val().is_require_grad() {
-            self.each
-                .each(crate::state::reference_name(&self.path.join(".")), param);
+            self.each.each(self.walk.name(), param);
         }
     }
 }
 
 fn visit<B: TrainingBackend, M: AutodiffModule<B>, F: Each<B>>(model: &M, each: F) -> F {
     let mut visitor = Learning {
-        path: Vec::new(),
+        walk: Walk::default(),
         each,
     };
     model.visit(&mut visitor);

@@ -33,11 +33,6 @@ pub type OnStep<B, M> = Box<
 /// Makes an observer, given the first step.
 pub type Observe<B, M> = Box<dyn FnOnce(usize) -> Result<OnStep<B, M>, TrainingError>>;
 
-/// Observes a training.
-pub(super) struct Observer<B: TrainingBackend, M> {
-    pub(super) step: OnStep<B, M>,
-}
-
 /// Makes the loader of a training's batches, given the first step.
 pub type BatchesFrom<B, I> = Box<dyn FnOnce(usize) -> Arc<dyn Feed<B, I>>>;
 
@@ -160,11 +155,10 @@ where
             false => (model, None),
         };
         let start = start.unwrap_or(fresh);
-        let step = match observe {
+        let step: OnStep<B, M> = match observe {
             Some(observe) => observe(start.step)?,
             None => Box::new(|_, _: &M, _: &_| Ok(())),
         };
-        let observer = Observer { step };
         let schedule = optimisation.schedule().load_record::<B>(start.step);
         let feed = batches(start.step);
         let loader: Arc<dyn DataLoader<B, _>> = feed.clone();
@@ -179,7 +173,7 @@ where
             optimizer: optimizer.clone(),
             start,
             ema: Mutex::new(Some(ema)),
-            observer: Mutex::new(observer),
+            observer: Mutex::new(step),
             plain: dashboard.is_none(),
             stop,
             ended: ended.clone(),

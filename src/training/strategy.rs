@@ -17,7 +17,7 @@ use burn::train::{
 
 use super::checkpoint::{CHECKPOINTS, Position, Store};
 use super::ema::{Ema, warmed_up};
-use super::fit::Observer;
+use super::fit::OnStep;
 use super::metrics::{JsonLines, StepReport};
 use super::optimizer::AdamW;
 use super::panics::panicked;
@@ -39,7 +39,7 @@ pub(super) struct Steps<B: TrainingBackend, M> {
     pub(super) optimizer: AdamW<B>,
     pub(super) start: Position,
     pub(super) ema: Mutex<Option<Ema<B::InnerBackend>>>,
-    pub(super) observer: Mutex<Observer<B, M>>,
+    pub(super) observer: Mutex<OnStep<B, M>>,
     pub(super) plain: bool,
     pub(super) stop: Stop,
     pub(super) ended: Arc<Mutex<Option<Ended<B>>>>,
@@ -173,7 +173,7 @@ where
                     crate::say!("{}", lines.line(position.step, &report.scalars));
                 }
             }
-            (observer.step)(position.step - 1, &learner.model(), ema)?;
+            observer(position.step - 1, &learner.model(), ema)?;
             let progress = Progress::new(position.step, optimisation.steps);
             let item = TrainingItem::new(
                 report,

@@ -54,7 +54,7 @@ pub use torch::{open_torch, write_torch};
 
 pub use crate::state::{
     Array, ParameterName, StateDict, Stored, TensorSource, Tensors, WeightsError, assign, collect,
-    names, reference_name,
+    names,
 };
 
 /// A kind of weight file, known by its ending.

@@ -386,7 +386,7 @@ fn what_a_file_says_of_itself_is_not_believed() {
     for (said, expected) in [
         (
             "{\"family\":\"digits-classifier\",\"width\":1000000000000}",
-            "too large",
+            "must lie in 4..=4096",
         ),
         ("{\"family\":\"classifier\",\"width\":32}", "misshapen"),
     ] {

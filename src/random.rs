@@ -40,6 +40,8 @@ pub enum Stream {
     Layers = 13,
     /// Class of a generated sample; `index` is the sample.
     Class = 14,
+    /// Children of a search for masks; `step` is the generation, `index` the child.
+    Search = 15,
 }
 
 /// The generator for one address.

@@ -4,11 +4,13 @@ mod gate;
 mod group;
 mod groups;
 mod learned;
-mod oracle;
+mod rules;
 mod scores;
+mod search;
 
 pub use gate::{Annealing, Choice, Decision, GateDraw, decide, draw};
 pub use groups::*;
 pub use learned::{LearnedPruner, Update};
-pub use oracle::oracle;
+pub use rules::{oracle, uniform};
 pub use scores::{Calibration, Score, ScoreBatch, keep_by_scores, score};
+pub use search::{Evolution, Mask, Pick, evolve, kept_by, mask_losses, mask_of, random_masks};

@@ -131,7 +131,7 @@ fn sensitivity<B: Backend>(
     }
 }
 
-fn scalar<B: Backend>(tensor: Tensor<B, 1>) -> f64 {
+pub(super) fn scalar<B: Backend>(tensor: Tensor<B, 1>) -> f64 {
     tensor.into_data().iter::<f64>().next().unwrap_or(f64::NAN)
 }
 

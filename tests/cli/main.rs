@@ -5,6 +5,7 @@
 
 mod broken;
 mod checkpoints;
+mod choosing;
 mod commands;
 mod failing;
 mod hostile;

@@ -42,11 +42,17 @@ pub(crate) fn keeps_weights(kind: &StageKind) -> bool {
         return false;
     };
     match prune.method {
-        PruneMethod::Oracle { .. } | PruneMethod::Random { .. } | PruneMethod::Kept { .. } => true,
+        PruneMethod::Oracle { .. }
+        | PruneMethod::Uniform { .. }
+        | PruneMethod::First { .. }
+        | PruneMethod::Random { .. }
+        | PruneMethod::Kept { .. } => true,
         PruneMethod::Learned(_)
         | PruneMethod::ShortGpt(_)
         | PruneMethod::FluxLite(_)
-        | PruneMethod::Sensitivity(_) => false,
+        | PruneMethod::Sensitivity(_)
+        | PruneMethod::Calibration(_)
+        | PruneMethod::Evolve(_) => false,
     }
 }
 

@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use self::known::{Known, Problem};
 use self::missing::{Missing, MissingFile, refuse};
-pub use self::prune::{PrunePlan, Selection};
+pub use self::prune::{PrunePlan, Search, Selection};
 pub use self::recover::{RecoverPlan, Taught};
 pub use self::train::TrainPlan;
 use super::RecipeError;

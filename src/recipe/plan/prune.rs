@@ -4,9 +4,9 @@ use super::cost::{FROZEN, TRAINING, flops, images, inference_memory, training_me
 use super::known::{Known, Problem, keeps_weights};
 use super::{PlannedStage, Work};
 use crate::models::Architecture;
-use crate::pruning::{Groups, Score, Update, oracle};
+use crate::pruning::{Evolution, Groups, Pick, Score, Update, oracle, uniform};
 use crate::recipe::schema::Stage;
-use crate::recipe::schema::prune::{Learned, Prune, PruneMethod, Scored};
+use crate::recipe::schema::prune::{Calibrated, Evolved, Learned, Prune, PruneMethod, Scored};
 use crate::recipe::schema::source::Source;
 
 /// A pruning, resolved for the model it prunes.
@@ -37,6 +37,13 @@ pub enum Selection {
         /// Settings.
         scored: Scored,
     },
+    /// Searched for among masks.
+    Searched {
+        /// How.
+        search: Search,
+        /// What masks are measured on.
+        scored: Scored,
+    },
     /// Picked by the recipe's seed.
     Random {
         /// Number of layers.
@@ -51,6 +58,20 @@ pub enum Selection {
         /// Groups whose choice they are, where a rule says so.
         groups: Option<Groups>,
     },
+}
+
+/// A search among masks.
+#[derive(Debug, Clone, Copy)]
+pub enum Search {
+    /// Among so many drawn at random.
+    Random {
+        /// Number of masks.
+        masks: usize,
+        /// Which of them is taken.
+        pick: Pick,
+    },
+    /// By mutation and crossover.
+    Evolution(Evolution),
 }
 
 impl Selection {
@@ -97,9 +118,38 @@ impl Selection {
                 let groups = Some(Groups::parse_ratio("1:2", depth)?);
                 Ok(Self::Fixed { kept, groups })
             }
+            PruneMethod::Uniform { keep } => {
+                within(*keep)?;
+                let kept = uniform(depth, *keep);
+                Ok(Self::Fixed { kept, groups: None })
+            }
+            PruneMethod::First { keep } => {
+                within(*keep)?;
+                let kept = (0..*keep).collect();
+                Ok(Self::Fixed { kept, groups: None })
+            }
             PruneMethod::ShortGpt(settings) => scored(Score::Shortgpt, settings),
             PruneMethod::FluxLite(settings) => scored(Score::FluxLite, settings),
             PruneMethod::Sensitivity(settings) => scored(Score::Sensitivity, settings),
+            PruneMethod::Calibration(Calibrated {
+                scored,
+                masks,
+                pick,
+            }) => {
+                within(scored.keep)?;
+                let (masks, pick) = (*masks, *pick);
+                Ok(Self::Searched {
+                    search: Search::Random { masks, pick },
+                    scored: scored.clone(),
+                })
+            }
+            PruneMethod::Evolve(Evolved { scored, evolution }) => {
+                within(scored.keep)?;
+                Ok(Self::Searched {
+                    search: Search::Evolution(*evolution),
+                    scored: scored.clone(),
+                })
+            }
             PruneMethod::Random { keep, draw } => {
                 within(*keep)?;
                 Ok(Self::Random {
@@ -124,7 +174,7 @@ impl Selection {
     fn kept_depth(&self) -> usize {
         match self {
             Self::Learned { groups, .. } => groups.kept_depth(),
-            Self::Scored { scored, .. } => scored.keep,
+            Self::Scored { scored, .. } | Self::Searched { scored, .. } => scored.keep,
             Self::Random { keep, .. } => *keep,
             Self::Fixed { kept, .. } => kept.len(),
         }
@@ -132,7 +182,10 @@ impl Selection {
 
     /// Whether the model is run to choose: then it matters how it was trained.
     pub(crate) fn runs_the_model(&self) -> bool {
-        matches!(self, Self::Learned { .. } | Self::Scored { .. })
+        match self {
+            Self::Learned { .. } | Self::Scored { .. } | Self::Searched { .. } => true,
+            Self::Random { .. } | Self::Fixed { .. } => false,
+        }
     }
 }
 
@@ -171,6 +224,17 @@ pub(super) fn plan(
             let memory = inference_memory(&before, scored.batch);
             (scored.batches, seen, memory, passes * flops(&before, seen))
         }
+        Selection::Searched { search, scored } => {
+            let masks = match search {
+                Search::Random { masks, .. } => *masks,
+                Search::Evolution(evolution) => evolution.masks,
+            };
+            let seen = scored.batches * scored.batch;
+            // Without what masks of the same beginning share.
+            let passes = masks as f64 * scored.keep as f64 / before.depth() as f64;
+            let memory = inference_memory(&before, scored.batch);
+            (masks, seen, memory, passes * flops(&before, seen))
+        }
         Selection::Random { .. } | Selection::Fixed { .. } => (0, 0, before.parameters() * 4, 0.0),
     };
     let method = prune_method(&prune.method);
@@ -195,9 +259,13 @@ fn prune_method(method: &PruneMethod) -> &'static str {
     match method {
         PruneMethod::Learned(_) => "learned",
         PruneMethod::Oracle { .. } => "oracle",
+        PruneMethod::Uniform { .. } => "uniform",
+        PruneMethod::First { .. } => "first",
         PruneMethod::ShortGpt(_) => "shortgpt",
         PruneMethod::FluxLite(_) => "flux-lite",
         PruneMethod::Sensitivity(_) => "sensitivity",
+        PruneMethod::Calibration(_) => "calibration",
+        PruneMethod::Evolve(_) => "evolve",
         PruneMethod::Random { .. } => "random",
         PruneMethod::Kept { .. } => "kept",
     }

@@ -7,19 +7,19 @@ use serde::{Deserialize, Serialize};
 use super::context::{Context, finished};
 use super::models::MODEL;
 use crate::data::{BatchPlan, BatchSource, Split};
-use crate::models::Prunable;
+use crate::models::{Prunable, Shape};
 use crate::ops::TrainingBackend;
 use crate::process::Process;
 use crate::pruning::{
-    Annealing, Decision, Group, Groups, LearnedPruner, Score, ScoreBatch, Update, keep_by_scores,
-    score,
+    Annealing, Decision, Group, Groups, LearnedPruner, Mask, Pick, Score, ScoreBatch, Update,
+    evolve, keep_by_scores, kept_by, mask_losses, random_masks, score,
 };
 use crate::random::{Stream, permutation};
 use crate::recipe::RecipeError;
-use crate::recipe::plan::{PrunePlan, Selection};
+use crate::recipe::plan::{PrunePlan, Search, Selection};
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::prune::{Learned, Scored};
-use crate::report::{self, DecisionGroup, DecisionHistory, decision_svg};
+use crate::report::{self, DecisionGroup, DecisionHistory, Progress, decision_svg};
 use crate::state::names;
 use crate::training::{JsonLines, OnStep, ParameterGroup, TrainingError};
 use crate::weights::Checkpoint;
@@ -40,6 +40,10 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
             Selection::Scored { score, scored } => {
                 let kept = self.score(&stage.name, *score, scored, &parent, folder)?;
+                (kept, None, None)
+            }
+            Selection::Searched { search, scored } => {
+                let kept = self.search(&stage.name, *search, scored, &parent, folder)?;
                 (kept, None, None)
             }
             Selection::Random { keep, draw } => {
@@ -173,6 +177,120 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(decision)
     }
 
+    /// Batches that layers or masks are measured on.
+    fn calibration(
+        &self,
+        scored: &Scored,
+        shape: Shape,
+        process: &impl Process,
+    ) -> Result<BatchSource, RecipeError> {
+        let plan = BatchPlan {
+            batch: scored.batch,
+            seed: self.recipe.seed,
+            channels: shape.channels,
+            size: shape.side,
+            classes: shape.classes,
+            label_drop: 0.0,
+            times: process.times().within(scored.timesteps),
+            candidates: Vec::new(),
+        };
+        Ok(BatchSource::new(plan, self.part(Split::Train)?))
+    }
+
+    fn score_batch(
+        &self,
+        source: &BatchSource,
+        step: usize,
+    ) -> Result<ScoreBatch<B::InnerBackend>, RecipeError> {
+        let batch = source
+            .draw::<B::InnerBackend>(step, self.device)
+            .map_err(TrainingError::from)?;
+        Ok(ScoreBatch {
+            x: batch.x,
+            noise: batch.noise,
+            y: batch.y,
+            t: batch.t,
+        })
+    }
+
+    /// Measures masks, writes what each loses to `masks.csv`, and returns the layers of the one
+    /// that is taken.
+    fn search(
+        &self,
+        stage: &str,
+        search: Search,
+        scored: &Scored,
+        parent: &Checkpoint,
+        folder: &Path,
+    ) -> Result<Vec<usize>, RecipeError> {
+        let architecture = parent.denoiser()?;
+        let network = parent.network::<B::InnerBackend>(self.device)?;
+        let network = network.computing(self.recipe.compute);
+        let process = parent.trained_by().process();
+        let source = self.calibration(scored, architecture.shape(), &process)?;
+        let batches = (0..scored.batches).map(|step| self.score_batch(&source, step));
+        let batches: Vec<_> = batches.collect::<Result<_, _>>()?;
+        let (depth, seed) = (architecture.depth(), self.recipe.seed);
+        let (pick, all) = match search {
+            Search::Random { masks, pick } => (pick, masks),
+            Search::Evolution(evolution) => (Pick::Lowest, evolution.masks),
+        };
+        let mut bar = Progress::new(stage, "masks", all * batches.len());
+        let measure = |masks: &[Mask]| -> Option<Vec<f64>> {
+            let mut sums = vec![0.0; masks.len()];
+            for batch in &batches {
+                let losses =
+                    mask_losses(&network, &process, batch, masks, self.stop, |_| bar.add(1))?;
+                sums.iter_mut()
+                    .zip(losses)
+                    .for_each(|(sum, loss)| *sum += loss / batches.len() as f64);
+            }
+            Some(sums)
+        };
+        let measured = match search {
+            Search::Random { masks, .. } => {
+                let masks = random_masks(seed, depth, scored.keep, masks);
+                let losses = { measure }(&masks);
+                losses.map(|losses| masks.into_iter().zip(losses).collect())
+            }
+            Search::Evolution(evolution) => evolve(seed, depth, scored.keep, evolution, measure),
+        };
+        drop(bar);
+        let measured: Vec<(Mask, f64)> = measured.ok_or(RecipeError::Interrupted)?;
+        let mut text = String::from("kept,loss\n");
+        for (mask, loss) in &measured {
+            let kept: Vec<String> = kept_by(mask).iter().map(ToString::to_string).collect();
+            text += &format!("{},{loss}\n", kept.join(" "));
+        }
+        let path = folder.join("masks.csv");
+        crate::files::write_atomic(&path, |file| {
+            std::io::Write::write_all(file, text.as_bytes())
+        })
+        .map_err(RecipeError::io(&path))?;
+        let losses: Vec<f64> = measured.iter().map(|(_, loss)| *loss).collect();
+        let wrong = |problem: String| RecipeError::Stage {
+            stage: stage.to_owned(),
+            problem,
+        };
+        if let Some(at) = losses.iter().position(|loss| !loss.is_finite()) {
+            return Err(wrong(format!(
+                "layers {:?} have the loss {}: the model's weights are damaged, or overflow",
+                kept_by(&measured[at].0),
+                losses[at]
+            )));
+        }
+        let taken = pick.of(&losses);
+        let (mask, loss) = taken
+            .map(|taken| &measured[taken])
+            .ok_or_else(|| wrong("no mask was measured".into()))?;
+        crate::say!(
+            "{stage}: loss {loss:.4} of {} masks, in {}",
+            report::thousands(measured.len()),
+            path.display()
+        );
+        Ok(kept_by(mask))
+    }
+
     fn score(
         &self,
         stage: &str,
@@ -185,33 +303,13 @@ impl<B: TrainingBackend> Context<'_, B> {
         let network = parent.network::<B::InnerBackend>(self.device)?;
         let network = network.computing(self.recipe.compute);
         let process = parent.trained_by().process();
-        let times = process.times().within(scored.timesteps);
-        let shape = architecture.shape();
-        let plan = BatchPlan {
-            batch: scored.batch,
-            seed: self.recipe.seed,
-            channels: shape.channels,
-            size: shape.side,
-            classes: shape.classes,
-            label_drop: 0.0,
-            times,
-            candidates: Vec::new(),
-        };
-        let source = BatchSource::new(plan, self.part(Split::Train)?);
+        let source = self.calibration(scored, architecture.shape(), &process)?;
         let mut scores = vec![0.0; architecture.depth()];
         for step in 0..scored.batches {
             if self.stop.requested() {
                 return Err(RecipeError::Interrupted);
             }
-            let batch = source
-                .draw::<B::InnerBackend>(step, self.device)
-                .map_err(crate::training::TrainingError::from)?;
-            let batch = ScoreBatch {
-                x: batch.x,
-                noise: batch.noise,
-                y: batch.y,
-                t: batch.t,
-            };
+            let batch = self.score_batch(&source, step)?;
             let measured = score(&network, &process, method, &batch).scores;
             scores
                 .iter_mut()

@@ -4,7 +4,7 @@ use serde::{Serialize, Serializer};
 
 use super::optimisation::{self, POSITIVE, label_drop, positive};
 use super::source::{Lineage, Source};
-use crate::pruning::{Group, GroupError, Groups, Update};
+use crate::pruning::{Evolution, Group, GroupError, Groups, Pick, Update};
 use crate::recipe::document::diagnostic::Diagnostic;
 use crate::recipe::document::reader::Section;
 use crate::recipe::document::{Node, Value, string_in};
@@ -35,6 +35,16 @@ pub enum PruneMethod {
         #[serde(skip_serializing_if = "Option::is_none")]
         keep: Option<usize>,
     },
+    /// Keeps layers that are evenly spaced from the first to the last.
+    Uniform {
+        /// Number of layers to keep.
+        keep: usize,
+    },
+    /// Keeps the first layers.
+    First {
+        /// Number of layers to keep.
+        keep: usize,
+    },
     /// Removes the layers whose output is most similar to their input (`ShortGPT`'s BI).
     #[serde(rename = "shortgpt")]
     ShortGpt(Scored),
@@ -42,6 +52,10 @@ pub enum PruneMethod {
     FluxLite(Scored),
     /// Removes the layers whose absence raises the loss least.
     Sensitivity(Scored),
+    /// Measures masks drawn at random, and takes one by its loss before healing.
+    Calibration(Calibrated),
+    /// Searches for the mask of the lowest loss before healing, by mutation and crossover.
+    Evolve(Evolved),
     /// Keeps layers picked at random from the recipe's seed: the baseline for every other method.
     Random {
         /// Number of layers to keep.
@@ -56,18 +70,44 @@ pub enum PruneMethod {
     },
 }
 
-/// Settings of a method that scores each layer.
+/// Settings of a method that measures layers or masks on some pictures.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Scored {
     /// Number of layers to keep.
     pub keep: usize,
-    /// Batches that the score is averaged over; default 4.
+    /// Batches that the score or loss is averaged over; default 4, of masks 1.
     pub batches: usize,
-    /// Images per batch; default 64.
+    /// Images per batch; default 64, of masks 16.
     pub batch: usize,
-    /// Timesteps are drawn from 0 up to this number, exclusive; default 1000 for `sensitivity`,
-    /// else 250.
+    /// Timesteps are drawn from 0 up to this number, exclusive; default 250 for `shortgpt` and
+    /// `flux-lite`, else 1000.
     pub timesteps: usize,
+}
+
+/// Settings of a choice among masks drawn at random.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Calibrated {
+    /// Layers, and the pictures that masks are measured on; by default one batch of 16 at all
+    /// timesteps.
+    #[serde(flatten)]
+    pub scored: Scored,
+    /// Number of masks that are measured; default 1000. Of `calibration` they are the draws of
+    /// `random` from 0 on, or each mask once, if there are not more.
+    pub masks: usize,
+    /// Which mask is taken, by its loss; default: that of the lowest.
+    pub pick: Pick,
+}
+
+/// Settings of a search among masks.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Evolved {
+    /// Layers, and the pictures that masks are measured on; by default one batch of 16 at all
+    /// timesteps.
+    #[serde(flatten)]
+    pub scored: Scored,
+    /// How many masks are measured, in all and in a generation.
+    #[serde(flatten)]
+    pub evolution: Evolution,
 }
 
 /// Settings of learned pruning.
@@ -148,19 +188,27 @@ impl GroupsSpec {
 enum Method {
     Learned,
     Oracle,
+    Uniform,
+    First,
     ShortGpt,
     FluxLite,
     Sensitivity,
+    Calibration,
+    Evolve,
     Random,
     Kept,
 }
 
-const METHODS: [(&str, Method); 7] = [
+const METHODS: [(&str, Method); 11] = [
     ("learned", Method::Learned),
     ("oracle", Method::Oracle),
+    ("uniform", Method::Uniform),
+    ("first", Method::First),
     ("shortgpt", Method::ShortGpt),
     ("flux-lite", Method::FluxLite),
     ("sensitivity", Method::Sensitivity),
+    ("calibration", Method::Calibration),
+    ("evolve", Method::Evolve),
     ("random", Method::Random),
     ("kept", Method::Kept),
 ];
@@ -174,6 +222,9 @@ const KEYS: &[&str] = &[
     "keep",
     "kept",
     "draw",
+    "masks",
+    "pick",
+    "population",
     "batches",
     "timesteps",
     "update",
@@ -207,9 +258,36 @@ impl Prune {
                 let keep = section.integer("keep", 1..=MAX_DEPTH).optional();
                 Some(PruneMethod::Oracle { keep })
             }
-            Method::ShortGpt => Scored::read(section, FEATURES).map(PruneMethod::ShortGpt),
-            Method::FluxLite => Scored::read(section, FEATURES).map(PruneMethod::FluxLite),
-            Method::Sensitivity => Scored::read(section, ALL).map(PruneMethod::Sensitivity),
+            Method::Uniform => {
+                let keep = section.integer("keep", 1..=MAX_DEPTH).required();
+                keep.map(|keep| PruneMethod::Uniform { keep })
+            }
+            Method::First => {
+                let keep = section.integer("keep", 1..=MAX_DEPTH).required();
+                keep.map(|keep| PruneMethod::First { keep })
+            }
+            Method::ShortGpt => Scored::read(section, SCORES, FEATURES).map(PruneMethod::ShortGpt),
+            Method::FluxLite => Scored::read(section, SCORES, FEATURES).map(PruneMethod::FluxLite),
+            Method::Sensitivity => Scored::read(section, SCORES, ALL).map(PruneMethod::Sensitivity),
+            Method::Calibration => {
+                let scored = Scored::read(section, MASKS, ALL);
+                let masks = section.integer("masks", 1..=MOST_MASKS).or(1000);
+                let pick = section.choice("pick", &Pick::NAMES).or(Pick::Lowest);
+                scored.map(|scored| {
+                    PruneMethod::Calibration(Calibrated {
+                        scored,
+                        masks,
+                        pick,
+                    })
+                })
+            }
+            Method::Evolve => {
+                let scored = Scored::read(section, MASKS, ALL);
+                let masks = section.integer("masks", 1..=MOST_MASKS).or(1000);
+                let population = section.integer("population", 2..=65_536).or(64);
+                let evolution = Evolution { masks, population };
+                scored.map(|scored| PruneMethod::Evolve(Evolved { scored, evolution }))
+            }
             Method::Random => {
                 let keep = section.integer("keep", 1..=MAX_DEPTH).required();
                 let draw = section.integer("draw", 0..=MOST_DRAWS).or(0);
@@ -234,6 +312,13 @@ impl Prune {
     }
 }
 
+/// Batches that layers are scored on, and images of each.
+const SCORES: (usize, usize) = (4, 64);
+/// Those that masks are measured on.
+const MASKS: (usize, usize) = (1, 16);
+/// Most masks of a search; a million take an hour where a thousand take seconds.
+const MOST_MASKS: usize = 1_000_000;
+
 /// Number of training timesteps.
 const ALL: usize = 1000;
 /// Default of `timesteps` for scores of features: the reference's 250 sampling steps, not mapped
@@ -241,10 +326,15 @@ const ALL: usize = 1000;
 const FEATURES: usize = 250;
 
 impl Scored {
-    fn read(section: &Section<'_>, timesteps: usize) -> Option<Self> {
+    /// Reads the settings; `batches` and `batch` by default as given.
+    fn read(
+        section: &Section<'_>,
+        (batches, batch): (usize, usize),
+        timesteps: usize,
+    ) -> Option<Self> {
         let keep = section.integer("keep", 1..=MAX_DEPTH).required();
-        let batches = section.integer("batches", 1..=1_000_000).or(4);
-        let batch = section.integer("batch", 1..=65_536).or(64);
+        let batches = section.integer("batches", 1..=1_000_000).or(batches);
+        let batch = section.integer("batch", 1..=65_536).or(batch);
         let timesteps = section.integer("timesteps", 1..=ALL).or(timesteps);
         Some(Self {
             keep: keep?,

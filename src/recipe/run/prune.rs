@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use super::context::{Context, finished};
 use super::models::MODEL;
 use crate::data::{BatchPlan, BatchSource, Split};
-use crate::models::{Prunable, Shape};
+use crate::models::{Network, Prunable};
 use crate::ops::TrainingBackend;
-use crate::process::Process;
+use crate::process::{AnyProcess, Process};
 use crate::pruning::{
     Annealing, Decision, Group, Groups, LearnedPruner, Mask, Pick, Score, ScoreBatch, Update,
     evolve, keep_by_scores, kept_by, mask_losses, random_masks, score,
@@ -177,13 +177,15 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(decision)
     }
 
-    /// Batches that layers or masks are measured on.
+    /// What layers or masks are measured with: the network, its process, and batches.
     fn calibration(
         &self,
         scored: &Scored,
-        shape: Shape,
-        process: &impl Process,
-    ) -> Result<BatchSource, RecipeError> {
+        parent: &Checkpoint,
+    ) -> Result<(Network<B::InnerBackend>, AnyProcess, BatchSource), RecipeError> {
+        let network = parent.network::<B::InnerBackend>(self.device)?;
+        let process = parent.trained_by().process();
+        let shape = parent.denoiser()?.shape();
         let plan = BatchPlan {
             batch: scored.batch,
             seed: self.recipe.seed,
@@ -194,7 +196,8 @@ impl<B: TrainingBackend> Context<'_, B> {
             times: process.times().within(scored.timesteps),
             candidates: Vec::new(),
         };
-        Ok(BatchSource::new(plan, self.part(Split::Train)?))
+        let source = BatchSource::new(plan, self.part(Split::Train)?);
+        Ok((network.computing(self.recipe.compute), process, source))
     }
 
     fn score_batch(
@@ -223,14 +226,10 @@ impl<B: TrainingBackend> Context<'_, B> {
         parent: &Checkpoint,
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
-        let architecture = parent.denoiser()?;
-        let network = parent.network::<B::InnerBackend>(self.device)?;
-        let network = network.computing(self.recipe.compute);
-        let process = parent.trained_by().process();
-        let source = self.calibration(scored, architecture.shape(), &process)?;
+        let (network, process, source) = self.calibration(scored, parent)?;
         let batches = (0..scored.batches).map(|step| self.score_batch(&source, step));
         let batches: Vec<_> = batches.collect::<Result<_, _>>()?;
-        let (depth, seed) = (architecture.depth(), self.recipe.seed);
+        let (depth, seed) = (network.trunk().depth, self.recipe.seed);
         let (pick, all) = match search {
             Search::Random { masks, pick } => (pick, masks),
             Search::Evolution(evolution) => (Pick::Lowest, evolution.masks),
@@ -299,12 +298,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         parent: &Checkpoint,
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
-        let architecture = parent.denoiser()?;
-        let network = parent.network::<B::InnerBackend>(self.device)?;
-        let network = network.computing(self.recipe.compute);
-        let process = parent.trained_by().process();
-        let source = self.calibration(scored, architecture.shape(), &process)?;
-        let mut scores = vec![0.0; architecture.depth()];
+        let (network, process, source) = self.calibration(scored, parent)?;
+        let mut scores = vec![0.0; network.trunk().depth];
         for step in 0..scored.batches {
             if self.stop.requested() {
                 return Err(RecipeError::Interrupted);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::model_folder;
-use crate::evaluation::{AdmEvaluation, AdmJudge, AdmSettings, AdmVerdict, Distances, Speed};
+use crate::evaluation::{AdmEvaluation, AdmJudge, AdmSettings, AdmVerdict, Distances};
 use crate::images::Images;
 use crate::models::Architecture;
 use crate::npz::{SampleReader, first_images};
@@ -13,7 +13,7 @@ use crate::recipe::run::context::Context;
 use crate::recipe::run::directory::EVALUATION;
 use crate::recipe::schema::sample::{Against, Evaluate};
 use crate::report::{comparison_png, grid_layout, watch};
-use crate::sampling::{SAMPLING, speeds};
+use crate::sampling::SAMPLING;
 use crate::stop::Stop;
 
 /// Columns of the comparison.
@@ -141,15 +141,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
             verdicts.push(verdict);
         }
-        let rates = speeds::<B::InnerBackend>(
-            &checkpoints,
-            &evaluate.sampling,
-            self.recipe.compute,
-            self.stop,
-            self.device,
-        )?;
-        for (verdict, rates) in verdicts.iter_mut().zip(rates) {
-            verdict.images_per_second = Speed::of(&rates);
+        let speeds = self.speeds(&checkpoints, &evaluate.sampling)?;
+        for (verdict, speed) in verdicts.iter_mut().zip(speeds) {
+            verdict.images_per_second = speed;
         }
         picture(&folder.join("comparison.png"), &archives)?;
         judge.protocol.sampling = (!evaluate.compare.is_empty()).then(|| {

@@ -9,9 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::model_folder;
 use crate::backend::Compute;
 use crate::data::{Samples, Split};
-use crate::evaluation::{
-    ClassifiedVerdict, ClassifierJudge, Pictured, Speed, bias, classified_table,
-};
+use crate::evaluation::{ClassifiedVerdict, ClassifierJudge, Pictured, bias, classified_table};
 use crate::images::Images;
 use crate::npz::{first_images, read_samples};
 use crate::ops::TrainingBackend;
@@ -23,7 +21,7 @@ use crate::recipe::run::sample::Sampled;
 use crate::recipe::schema::sample::Evaluate;
 use crate::recipe::schema::source::Source;
 use crate::report::{COLUMNS, comparison_png, grid_layout, thousands};
-use crate::sampling::{Sampling, speeds};
+use crate::sampling::Sampling;
 
 /// As many training pictures as there are samples, or all: FID depends on their number. Drawn
 /// without regard to the recipe's seed, so that the floor is that of the data.
@@ -107,15 +105,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             checkpoints.push(checkpoint);
             rows.push((name, first_images(&archive, 2 * COLUMNS)?));
         }
-        let rates = speeds::<B::InnerBackend>(
-            &checkpoints,
-            &evaluate.sampling,
-            self.recipe.compute,
-            self.stop,
-            self.device,
-        )?;
-        for (verdict, rates) in verdicts[1..].iter_mut().zip(rates) {
-            verdict.images_per_second = Speed::of(&rates);
+        let speeds = self.speeds(&checkpoints, &evaluate.sampling)?;
+        for (verdict, speed) in verdicts[1..].iter_mut().zip(speeds) {
+            verdict.images_per_second = speed;
         }
         let rows: Vec<(&str, &Images)> = rows
             .iter()

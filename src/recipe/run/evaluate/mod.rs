@@ -11,11 +11,13 @@ pub(crate) use held_out::Evaluated;
 use self::adm::ReferenceFiles;
 use super::context::Context;
 use crate::data::Split;
-use crate::evaluation::Pictured;
+use crate::evaluation::{Pictured, Speed};
 use crate::npz::write_samples;
 use crate::ops::TrainingBackend;
 use crate::recipe::RecipeError;
 use crate::recipe::schema::sample::{Against, Evaluate};
+use crate::sampling::{Sampling, speeds};
+use crate::weights::Checkpoint;
 
 impl<B: TrainingBackend> Context<'_, B> {
     pub(crate) fn evaluate(
@@ -37,6 +39,17 @@ impl<B: TrainingBackend> Context<'_, B> {
             Some(files) => self.evaluate_adm(stage, evaluate, &files, folder),
             None => unreachable!("there is a reference"),
         }
+    }
+
+    /// The sampling speed of each model.
+    fn speeds(
+        &self,
+        models: &[Checkpoint],
+        sampling: &Sampling,
+    ) -> Result<Vec<Option<Speed>>, RecipeError> {
+        let compute = self.recipe.compute;
+        let rates = speeds::<B::InnerBackend>(models, sampling, compute, self.stop, self.device)?;
+        Ok(rates.iter().map(|rates| Speed::of(rates)).collect())
     }
 
     /// The held-out pictures as an archive in a stage's folder.

@@ -31,6 +31,7 @@ impl Stop {
 
 /// Ends the program without waiting for the current step.
 #[allow(clippy::exit)]
+#[cfg(any(feature = "cli", feature = "tui"))]
 pub(crate) fn leave() -> ! {
     std::process::exit(130)
 }

@@ -63,6 +63,7 @@ pub use precision_recall::{
 };
 pub use reference::{MomentsFrom, Reference, ReferenceMeasured, cache_file};
 pub use speed::Speed;
+#[cfg(feature = "cli")]
 pub(crate) use speed::median_and_spread;
 pub use statistics::{Statistics, StatisticsAccumulator};
 pub(crate) use verdict::bias;

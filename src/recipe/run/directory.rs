@@ -6,10 +6,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::files::{lock_file, write_atomic};
 use crate::recipe::RecipeError;
+#[cfg(feature = "cli")]
 use crate::weights::Evaluated;
 
 /// How a run stands, in `status.json`.
@@ -204,6 +204,7 @@ pub(crate) fn json(value: &impl Serialize) -> Result<String, RecipeError> {
 }
 
 /// The evaluation in the run that made a checkpoint, and the model's name in it.
+#[cfg(feature = "cli")]
 pub(crate) fn evaluation_of(checkpoint: &Path) -> Option<Evaluated> {
     let stage = checkpoint.parent()?;
     let (_, name) = stage.file_name()?.to_str()?.split_once('-')?;
@@ -213,7 +214,7 @@ pub(crate) fn evaluation_of(checkpoint: &Path) -> Option<Evaluated> {
     folders.sort();
     folders.iter().find_map(|folder| {
         let text = std::fs::read_to_string(folder.join(EVALUATION)).ok()?;
-        let json: Value = serde_json::from_str(&text).ok()?;
+        let json: serde_json::Value = serde_json::from_str(&text).ok()?;
         let verdicts = json.get("verdicts")?.as_array()?;
         let ours = verdicts.iter().any(|verdict| verdict["model"] == name);
         ours.then(|| Evaluated {

@@ -13,6 +13,7 @@ use crate::recipe::run::context::Context;
 use crate::recipe::run::directory::EVALUATION;
 use crate::recipe::schema::sample::{Against, Evaluate};
 use crate::report::{comparison_png, grid_layout, watch};
+#[cfg(feature = "cli")]
 use crate::sampling::SAMPLING;
 use crate::stop::Stop;
 
@@ -204,6 +205,7 @@ fn picture(path: &Path, archives: &[Measurable]) -> Result<(), RecipeError> {
 ///
 /// # Errors
 /// When a file can't be read, or holds something else.
+#[cfg(feature = "cli")]
 pub(crate) fn archives<B: FusedOps>(
     evaluate: &Evaluate,
     cache: Option<&Path>,
@@ -224,6 +226,7 @@ pub(crate) fn archives<B: FusedOps>(
 
 /// What lies beside archives of how they were drawn, by archive; nothing of those that other
 /// programs made.
+#[cfg(feature = "cli")]
 fn said_of(archives: &[PathBuf]) -> Option<serde_json::Value> {
     let said: serde_json::Map<String, serde_json::Value> = (archives.iter())
         .filter_map(|archive| {

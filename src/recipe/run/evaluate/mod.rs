@@ -5,6 +5,7 @@ mod held_out;
 
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "cli")]
 pub(crate) use adm::archives;
 pub(crate) use held_out::Evaluated;
 

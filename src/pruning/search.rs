@@ -4,7 +4,7 @@
 //! That such a loss does not tell how well the rest can be healed is what the paper's section 4.3
 //! shows (TinyFusion, Table 3 and Figure 4); these are the searches it is shown with.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 
 use burn::tensor::{Tensor, backend::Backend};
 use rand::Rng;
@@ -34,7 +34,8 @@ pub fn mask_of(kept: &[usize], depth: usize) -> Mask {
 }
 
 /// `count` masks that keep `keep` of `depth` layers: the draws of random pruning from the first on,
-/// which may repeat; or each mask once, if there are not more.
+/// which may repeat; or each mask once, if there are not more, and at most
+/// [`MAX_CANDIDATES`](super::MAX_CANDIDATES).
 ///
 /// # Panics
 /// When `keep` is 0 or above `depth`.
@@ -61,6 +62,9 @@ pub fn random_masks(seed: u64, depth: usize, keep: usize, count: usize) -> Vec<M
 ///
 /// The masks are gone through in lexicographic order, and the input of each layer is kept: a mask
 /// that begins as the one before it is computed from the first layer where they differ.
+///
+/// # Panics
+/// When a mask is not of the trunk's depth.
 pub fn mask_losses<B: Backend>(
     network: &impl Prunable<B>,
     process: &impl Process,
@@ -69,6 +73,11 @@ pub fn mask_losses<B: Backend>(
     stop: &Stop,
     mut progress: impl FnMut(usize),
 ) -> Option<Vec<f64>> {
+    let depth = network.trunk().depth;
+    assert!(
+        masks.iter().all(|mask| mask.len() == depth),
+        "a mask has an entry for each of {depth} layers"
+    );
     let (clean, noise) = (batch.x.clone(), batch.noise.clone());
     let seen = Noised::new(process, clean, noise, batch.t.clone(), batch.y.clone());
     let mut order: Vec<usize> = (0..masks.len()).collect();
@@ -94,7 +103,7 @@ pub fn mask_losses<B: Backend>(
 /// Runs the blocks of a mask from the first layer on at which it differs from the mask before.
 struct Resumed<'a, B: Backend> {
     mask: &'a [bool],
-    /// Layers whose inputs are those of the mask before.
+    /// Number of layers with which both this mask and the one before begin.
     shared: usize,
     /// Inputs of the layers, of the mask before and then of this one.
     inputs: Vec<Tensor<B, 3>>,
@@ -190,23 +199,18 @@ pub fn evolve(
     mut measure: impl FnMut(&[Mask]) -> Option<Vec<f64>>,
 ) -> Option<Vec<(Mask, f64)>> {
     let Evolution { masks, population } = evolution;
-    let mut known: HashMap<Mask, f64> = HashMap::new();
+    let mut known: HashSet<Mask> = HashSet::new();
     let mut measured: Vec<(Mask, f64)> = Vec::new();
     let mut alive: Vec<(Mask, f64)> = Vec::new();
     let mut next = random_masks(seed, depth, keep, population.min(masks));
     let mut stale = 0;
     for generation in 1.. {
-        let mut fresh: Vec<Mask> = Vec::new();
-        for mask in next {
-            if !known.contains_key(&mask) && !fresh.contains(&mask) {
-                fresh.push(mask);
-            }
-        }
+        next.retain(|mask| known.insert(mask.clone()));
+        let mut fresh = next;
         fresh.truncate(masks - measured.len());
         stale = if fresh.is_empty() { stale + 1 } else { 0 };
         let losses = measure(&fresh)?;
         for (mask, loss) in fresh.into_iter().zip(losses) {
-            known.insert(mask.clone(), loss);
             measured.push((mask.clone(), loss));
             alive.push((mask, loss));
         }

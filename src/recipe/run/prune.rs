@@ -227,35 +227,45 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
         let (network, process, source) = self.calibration(scored, parent)?;
-        let batches = (0..scored.batches).map(|step| self.score_batch(&source, step));
-        let batches: Vec<_> = batches.collect::<Result<_, _>>()?;
         let (depth, seed) = (network.trunk().depth, self.recipe.seed);
         let (pick, all) = match search {
             Search::Random { masks, pick } => (pick, masks),
             Search::Evolution(evolution) => (Pick::Lowest, evolution.masks),
         };
-        let mut bar = Progress::new(stage, "masks", all * batches.len());
-        let measure = |masks: &[Mask]| -> Option<Vec<f64>> {
+        let mut bar = Progress::new(stage, "masks", all * scored.batches);
+        // Why the measuring ended early, if nobody stopped it.
+        let mut failed = None;
+        let mut measure = |masks: &[Mask]| -> Option<Vec<f64>> {
             let mut sums = vec![0.0; masks.len()];
-            for batch in &batches {
+            for step in 0..scored.batches {
+                let batch = match self.score_batch(&source, step) {
+                    Ok(batch) => batch,
+                    Err(error) => {
+                        failed = Some(error);
+                        return None;
+                    }
+                };
                 let losses =
-                    mask_losses(&network, &process, batch, masks, self.stop, |_| bar.add(1))?;
+                    mask_losses(&network, &process, &batch, masks, self.stop, |_| bar.add(1))?;
                 sums.iter_mut()
                     .zip(losses)
-                    .for_each(|(sum, loss)| *sum += loss / batches.len() as f64);
+                    .for_each(|(sum, loss)| *sum += loss / scored.batches as f64);
             }
             Some(sums)
         };
         let measured = match search {
             Search::Random { masks, .. } => {
                 let masks = random_masks(seed, depth, scored.keep, masks);
-                let losses = { measure }(&masks);
+                let losses = measure(&masks);
                 losses.map(|losses| masks.into_iter().zip(losses).collect())
             }
-            Search::Evolution(evolution) => evolve(seed, depth, scored.keep, evolution, measure),
+            Search::Evolution(evolution) => {
+                evolve(seed, depth, scored.keep, evolution, &mut measure)
+            }
         };
         drop(bar);
-        let measured: Vec<(Mask, f64)> = measured.ok_or(RecipeError::Interrupted)?;
+        let measured: Vec<(Mask, f64)> =
+            measured.ok_or_else(|| failed.unwrap_or(RecipeError::Interrupted))?;
         let mut text = String::from("kept,loss\n");
         for (mask, loss) in &measured {
             let kept: Vec<String> = kept_by(mask).iter().map(ToString::to_string).collect();

@@ -92,7 +92,7 @@ pub struct Calibrated {
     #[serde(flatten)]
     pub scored: Scored,
     /// Number of masks that are measured; default 1000. Of `calibration` they are the draws of
-    /// `random` from 0 on, or each mask once, if there are not more.
+    /// `random` from 0 on; or each mask once, if there are not more, and at most 4096.
     pub masks: usize,
     /// Which mask is taken, by its loss; default: that of the lowest.
     pub pick: Pick,

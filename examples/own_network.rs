@@ -218,7 +218,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         process(),
         0,
     )?;
-    let candidates = groups.iter().map(|group| group.num_candidates()).collect();
+    let candidates = groups.iter().map(|group| group.num_logits()).collect();
     let gates = train("gates", pruner, Optimisation::new(100), candidates, folder)?;
     let kept = gates.ema.decision(99).kept;
 

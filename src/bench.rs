@@ -149,7 +149,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
     let candidates = match plan.workload {
         Workload::Prune => groups
             .iter()
-            .flat_map(|groups| groups.iter().map(|group| group.num_candidates()))
+            .flat_map(|groups| groups.iter().map(|group| group.num_logits()))
             .collect(),
         _ => Vec::new(),
     };

@@ -29,17 +29,25 @@ impl Annealing {
 /// One group's sampled masks.
 #[derive(Debug, Clone)]
 pub struct GateDraw<B: Backend> {
-    /// Probabilities `softmax((logits scaling + gumbel) / tau)`, `[batch, candidates]`.
+    /// Probabilities `softmax((logits scaling + gumbel) / tau)`, `[batch, candidates]`. Of a group
+    /// by layer, soft numbers of times that each layer is taken, `[batch, layers of the group]`.
     pub soft: Tensor<B, 2>,
-    /// One-hot argmax of `soft`, the first on ties, `[batch, candidates]`.
+    /// One-hot argmax of `soft`, the first on ties, `[batch, candidates]`. Of a group by layer, the
+    /// mask itself.
     pub hard: Tensor<B, 2>,
     /// The chosen mask, `[batch, layers of the group]`; its gradient is that of `soft`
     /// (straight-through).
     pub mask: Tensor<B, 2>,
 }
 
-/// Draws a mask per sample (TinyFusion, equations 4 and 5). `logits` is `[1, candidates]`, `gumbel`
-/// `[batch, candidates]`.
+/// Draws a mask per sample (TinyFusion, equations 4 and 5). `logits` is `[1, logits of the group]`,
+/// `gumbel` `[batch, logits of the group]`.
+///
+/// In a group [by layer](Group::by_layer) the N layers stay that have the largest `logits scaling +
+/// gumbel`: so N of M are drawn one after the other without replacement (Kool et al., "Stochastic
+/// Beams and Where to Find Them", arXiv 1903.06059). The gradient is that of N soft choices, each
+/// without what those before it took (Xie and Ermon, "Reparameterizable Subset Sampling via
+/// Continuous Relaxations", arXiv 1901.10517).
 ///
 /// ```
 /// # #[cfg(feature = "ndarray")] fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -65,6 +73,9 @@ pub fn draw<B: FusedOps>(
     tau: f64,
     scaling: f64,
 ) -> GateDraw<B> {
+    if group.by_layer() {
+        return draw_layers(group.keep(), logits, gumbel, tau, scaling);
+    }
     let device = gumbel.device();
     let [batch, candidates] = gumbel.dims();
     let soft = B::row_softmax((logits.mul_scalar(scaling) + gumbel).div_scalar(tau));
@@ -88,6 +99,82 @@ pub fn draw<B: FusedOps>(
     GateDraw { soft, hard, mask }
 }
 
+/// Least share that a soft choice leaves of a layer, so that its logarithm is finite.
+const LEAST_LEFT: f64 = 1e-20;
+
+/// Draws `keep` layers per sample, by their logits.
+fn draw_layers<B: FusedOps>(
+    keep: usize,
+    logits: Tensor<B, 2>,
+    gumbel: Tensor<B, 2>,
+    tau: f64,
+    scaling: f64,
+) -> GateDraw<B> {
+    let device = gumbel.device();
+    let [batch, layers] = gumbel.dims();
+    let mut scores = logits.mul_scalar(scaling) + gumbel;
+    // On the host, as the argmax above.
+    let values: Vec<f32> = scores.clone().into_data().iter().collect();
+    let hard: Vec<f32> = values
+        .chunks(layers)
+        .flat_map(|row| {
+            let kept = largest(row, keep);
+            (0..layers).map(move |layer| f32::from(u8::from(kept.contains(&layer))))
+        })
+        .collect();
+    let hard = Tensor::<B, 2>::from_data(TensorData::new(hard, [batch, layers]), &device);
+    let mut soft = Tensor::zeros([batch, layers], &device);
+    for _ in 0..keep {
+        let share = B::row_softmax(scores.clone().div_scalar(tau));
+        let left = share.clone().neg().add_scalar(1.0);
+        scores = scores + left.clamp_min(LEAST_LEFT).log();
+        soft = soft + share;
+    }
+    let straight_through = soft.clone() - soft.clone().detach();
+    GateDraw {
+        mask: hard.clone() + straight_through,
+        soft,
+        hard,
+    }
+}
+
+/// Indices of the largest values, ascending; of equal values the first.
+fn largest(values: &[f32], count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|a, b| values[*b].total_cmp(&values[*a]));
+    order.truncate(count);
+    order.sort_unstable();
+    order
+}
+
+/// The probability of each layer to be among `keep` that are drawn one after the other without
+/// replacement, with probabilities in the ratio of `exp(weights)`.
+///
+/// A layer is drawn when its exponential clock of rate `exp(weight)` rings, and the drawing ends at
+/// the `keep`-th ring. This takes the time of the end as fixed, which it is in the limit of many
+/// layers (Rosén, "Asymptotic Theory for Successive Sampling", 1972).
+fn inclusion(weights: &[f64], keep: usize) -> Vec<f64> {
+    if keep >= weights.len() {
+        return vec![1.0; weights.len()];
+    }
+    let at = |log_time: f64| {
+        let rung = |weight: &f64| -(-(weight + log_time).exp()).exp_m1();
+        weights.iter().map(rung).collect::<Vec<f64>>()
+    };
+    // At the ends nearly none or nearly all have rung: e^-50 is nothing, and e^5 certain.
+    let most = weights.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let least = weights.iter().copied().fold(f64::INFINITY, f64::min);
+    let (mut low, mut high) = (-most - 50.0, -least + 5.0);
+    for _ in 0..200 {
+        let middle = 0.5 * (low + high);
+        match at(middle).iter().sum::<f64>() < keep as f64 {
+            true => low = middle,
+            false => high = middle,
+        }
+    }
+    at(0.5 * (low + high))
+}
+
 /// Index of the largest value, the first on ties.
 fn argmax(values: &[f32]) -> usize {
     values.iter().enumerate().fold(
@@ -99,13 +186,14 @@ fn argmax(values: &[f32]) -> usize {
 /// The decision of one group.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Choice {
-    /// Index of the most probable candidate.
-    pub candidate: usize,
+    /// Index of the most probable candidate; none of a group by layer.
+    pub candidate: Option<usize>,
     /// Layers of the trunk that it keeps.
     pub layers: Vec<usize>,
-    /// Its probability `max softmax(logits scaling)`.
+    /// Its probability `max softmax(logits scaling)`; of a group by layer, the mean probability of
+    /// the kept layers to be kept.
     pub confidence: f64,
-    /// Probability of every candidate.
+    /// Probability of every candidate; of a group by layer, that each layer is kept.
     pub probabilities: Vec<f64>,
 }
 
@@ -124,6 +212,10 @@ impl Decision {
         let mut layers = vec![0.0; groups.depth()];
         let parts = groups.iter().zip(groups.offsets()).zip(&self.choices);
         for ((group, offset), choice) in parts {
+            if group.by_layer() {
+                layers[offset..offset + group.of()].copy_from_slice(&choice.probabilities);
+                continue;
+            }
             for (candidate, probability) in group.candidates().iter().zip(&choice.probabilities) {
                 candidate
                     .iter()
@@ -150,6 +242,9 @@ pub fn decide(groups: &Groups, logits: &[Vec<f32>], scaling: f64) -> Decision {
         .zip(groups.offsets())
         .zip(logits)
         .map(|((group, offset), logits)| {
+            if group.by_layer() {
+                return decide_layers(group.keep(), offset, logits, scaling);
+            }
             let candidate = argmax(logits);
             let highest = f64::from(logits[candidate]) * scaling;
             let weights: Vec<f64> = logits
@@ -164,7 +259,7 @@ pub fn decide(groups: &Groups, logits: &[Vec<f32>], scaling: f64) -> Decision {
                 .map(|layer| offset + layer)
                 .collect();
             Choice {
-                candidate,
+                candidate: Some(candidate),
                 layers,
                 confidence: probabilities[candidate],
                 probabilities,
@@ -178,12 +273,30 @@ pub fn decide(groups: &Groups, logits: &[Vec<f32>], scaling: f64) -> Decision {
     Decision { choices, kept }
 }
 
+/// The most probable layers of a group by layer.
+fn decide_layers(keep: usize, offset: usize, logits: &[f32], scaling: f64) -> Choice {
+    let kept = largest(logits, keep);
+    let weights: Vec<f64> = logits
+        .iter()
+        .map(|logit| f64::from(*logit) * scaling)
+        .collect();
+    let probabilities = inclusion(&weights, keep);
+    let sum: f64 = kept.iter().map(|layer| probabilities[*layer]).sum();
+    Choice {
+        candidate: None,
+        layers: kept.into_iter().map(|layer| offset + layer).collect(),
+        confidence: sum / keep as f64,
+        probabilities,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use burn::backend::Autodiff;
     use burn_ndarray::NdArray;
 
     use super::*;
+    use crate::random::{self, Stream};
 
     type B = Autodiff<NdArray>;
 
@@ -262,5 +375,145 @@ mod tests {
                 assert!(error < 5e-6, "{group}: {gradient:?}, expected {expected:?}");
             }
         }
+    }
+
+    /// Numbers that look random, the same everywhere.
+    fn wave(i: usize, scale: f64) -> f64 {
+        scale * ((i as f64 * 12.9898).sin() * 43758.5453).fract()
+    }
+
+    fn noise(step: u64, count: usize) -> Vec<f64> {
+        let drawn = random::gumbel(0, Stream::Gumbel, step, 0, count);
+        drawn.into_iter().map(f64::from).collect()
+    }
+
+    /// Soft choices of layers in f64, as `draw_layers` defines them.
+    fn soft_layers(scores: &[f64], keep: usize, tau: f64) -> Vec<f64> {
+        let mut scores = scores.to_vec();
+        let mut soft = vec![0.0; scores.len()];
+        for _ in 0..keep {
+            let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let e: Vec<f64> = scores.iter().map(|s| ((s - most) / tau).exp()).collect();
+            let sum: f64 = e.iter().sum();
+            for (layer, e) in e.iter().enumerate() {
+                soft[layer] += e / sum;
+                scores[layer] += (1.0 - e / sum).max(LEAST_LEFT).ln();
+            }
+        }
+        soft
+    }
+
+    fn rows(values: &[f64], width: usize) -> Tensor<B, 2> {
+        let count = values.len() / width;
+        let values: Vec<f32> = values.iter().map(|value| *value as f32).collect();
+        Tensor::from_data(TensorData::new(values, [count, width]), &Default::default())
+    }
+
+    #[test]
+    fn choices_of_layers_have_the_gradient_of_their_definition() {
+        let (layers, keep, tau, scaling) = (16, 8, 0.7, 10.0);
+        let logits: Vec<f64> = (0..layers).map(|i| wave(i, 0.1)).collect();
+        let gumbel: Vec<f64> = (0..3 * layers).map(|i| wave(i + 50, 1.5)).collect();
+        let upstream: Vec<f64> = (0..3 * layers).map(|i| wave(i + 200, 1.0)).collect();
+        let loss = |logits: &[f64]| -> f64 {
+            (gumbel.chunks(layers).zip(upstream.chunks(layers)))
+                .map(|(gumbel, upstream)| {
+                    let scores = logits.iter().zip(gumbel);
+                    let scores: Vec<f64> = scores.map(|(l, g)| l * scaling + g).collect();
+                    let soft = soft_layers(&scores, keep, tau);
+                    soft.iter().zip(upstream).map(|(s, u)| s * u).sum::<f64>()
+                })
+                .sum()
+        };
+        let parameter = rows(&logits, layers).require_grad();
+        let group = Group::new(keep, layers).unwrap();
+        let drawn = draw(
+            group,
+            parameter.clone(),
+            rows(&gumbel, layers),
+            tau,
+            scaling,
+        );
+        let sums: Vec<f32> = drawn.soft.clone().sum_dim(1).into_data().to_vec().unwrap();
+        // A sum of 8 shares that each add up to one.
+        assert!(sums.iter().all(|sum| (sum - 8.0).abs() < 1e-4), "{sums:?}");
+        let total = (drawn.mask * rows(&upstream, layers)).sum();
+        let gradient = parameter.grad(&total.backward()).unwrap();
+        let gradient: Vec<f64> = gradient.into_data().iter().collect();
+        let largest = gradient.iter().fold(0.0, |most: f64, g| most.max(g.abs()));
+        for (layer, actual) in gradient.iter().enumerate() {
+            // The error of a central difference is some 1e-10 of its value here; that of eight
+            // softmaxes in f32, one after the other, decides.
+            let step = 1e-5;
+            let moved = |by: f64| {
+                let mut logits = logits.clone();
+                logits[layer] += by;
+                loss(&logits)
+            };
+            let expected = (moved(step) - moved(-step)) / (2.0 * step);
+            let error = (actual - expected).abs() / largest;
+            assert!(error < 1e-4, "{layer}: {actual}, expected {expected}");
+        }
+    }
+
+    #[test]
+    fn layers_are_drawn_without_replacement() {
+        let (layers, keep) = (16, 8);
+        let group = Group::new(keep, layers).unwrap();
+        let logits: Vec<f64> = (0..layers).map(|i| 0.2 * i as f64).collect();
+        let draws = 4000;
+        let gumbel = noise(0, draws * layers);
+        let drawn = draw(
+            group,
+            rows(&logits, layers),
+            rows(&gumbel, layers),
+            1.0,
+            1.0,
+        );
+        let masks: Vec<f32> = drawn.mask.into_data().to_vec().unwrap();
+        let mut share = vec![0.0; layers];
+        for mask in masks.chunks(layers) {
+            assert_eq!(mask.iter().sum::<f32>(), 8.0);
+            for (layer, kept) in mask.iter().enumerate() {
+                share[layer] += f64::from(*kept) / draws as f64;
+            }
+        }
+        let expected = inclusion(&logits, keep);
+        assert!((expected.iter().sum::<f64>() - 8.0).abs() < 1e-9);
+        for (found, expected) in share.iter().zip(&expected) {
+            // The standard error of a share is 0.008; the rest is the limit of many layers.
+            assert!((found - expected).abs() < 0.04, "{found}, {expected}");
+        }
+        // Of far apart logits the first ones are certain, and so is what is left out.
+        let certain = inclusion(&[500.0, 400.0, -300.0, -300.0], 2);
+        assert!(certain[1] > 0.999 && certain[2] < 1e-9, "{certain:?}");
+        assert_eq!(inclusion(&[1.0, 2.0], 2), [1.0, 1.0]);
+    }
+
+    #[test]
+    fn gates_of_layers_learn_which_are_cheap() {
+        let (layers, keep) = (16, 8);
+        let group = Group::new(keep, layers).unwrap();
+        let groups = Groups::new(vec![group], layers).unwrap();
+        let cost: Vec<f64> = (0..layers).map(|i| (i * 7 % layers) as f64).collect();
+        let mut logits = vec![0.02f32; layers];
+        for step in 0..150 {
+            let gumbel = noise(step, 8 * layers);
+            let at: Vec<f64> = logits.iter().map(|logit| f64::from(*logit)).collect();
+            let parameter = rows(&at, layers).require_grad();
+            let drawn = draw(group, parameter.clone(), rows(&gumbel, layers), 2.0, 10.0);
+            let loss = (drawn.mask * rows(&cost, layers)).sum();
+            let gradient = parameter.grad(&loss.backward()).unwrap().into_data();
+            for (logit, gradient) in logits.iter_mut().zip(gradient.iter::<f32>()) {
+                *logit -= 1e-4 * gradient;
+            }
+        }
+        let decision = decide(&groups, &[logits], 10.0);
+        let cheap: Vec<usize> = (0..layers).filter(|layer| cost[*layer] < 8.0).collect();
+        assert_eq!(decision.kept, cheap);
+        assert_eq!(decision.choices[0].candidate, None);
+        let mut layers = decision.layer_probabilities(&groups);
+        layers.sort_by(f64::total_cmp);
+        assert!(layers[0] < 0.1 && layers[15] > 0.99, "{layers:?}");
     }
 }

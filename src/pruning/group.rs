@@ -6,10 +6,10 @@ use std::str::FromStr;
 use serde::{Serialize, Serializer};
 use thiserror::Error;
 
-/// The most candidates a group may have, and the most layers.
+/// The most candidates of a group that have a logit each, and the most layers of a group.
 ///
-/// Each candidate costs a logit and a row of the mask matrix. 7:14, the widest group in use, has
-/// 3432.
+/// Each costs a row of the mask matrix too. 7:14, the widest group of the paper, has 3432. A group
+/// with more has a [logit for each layer](Group::by_layer).
 pub const MAX_CANDIDATES: usize = 4096;
 
 /// Why layers can't be grouped as requested.
@@ -45,19 +45,6 @@ pub enum GroupError {
         keep: usize,
         /// M.
         of: usize,
-    },
-    /// The group has more than [`MAX_CANDIDATES`] candidates.
-    #[error(
-        "group {keep}:{of} has {} candidates, above the limit of {MAX_CANDIDATES}; use smaller groups",
-        candidates.map_or_else(|| "more than 10^36".to_owned(), |count| count.to_string())
-    )]
-    TooManyCandidates {
-        /// N.
-        keep: usize,
-        /// M.
-        of: usize,
-        /// `C(M, N)`, or `None` where it is too large to compute in 128 bits.
-        candidates: Option<u128>,
     },
     /// Repeating the group does not fill the trunk.
     #[error("groups of {of} layers do not fill a depth of {depth}")]
@@ -126,7 +113,7 @@ impl Group {
     ///
     /// # Errors
     ///
-    /// Unless `0 < keep <= of`, and if there are more than [`MAX_CANDIDATES`] ways to choose.
+    /// Unless `0 < keep <= of`, and if there are more than [`MAX_CANDIDATES`] layers.
     pub fn new(keep: usize, of: usize) -> Result<Self, GroupError> {
         if keep == 0 {
             return Err(GroupError::KeepsNone { of });
@@ -134,17 +121,25 @@ impl Group {
         if keep > of {
             return Err(GroupError::KeepsMore { keep, of });
         }
-        match binomial(of, keep) {
-            // Only a group that keeps all its layers has fewer candidates than layers.
-            Some(count) if count <= MAX_CANDIDATES as u128 && of <= MAX_CANDIDATES => {
-                Ok(Self { keep, of })
-            }
-            Some(1) => Err(GroupError::TooManyLayers { keep, of }),
-            candidates => Err(GroupError::TooManyCandidates {
-                keep,
-                of,
-                candidates,
-            }),
+        match of > MAX_CANDIDATES {
+            true => Err(GroupError::TooManyLayers { keep, of }),
+            false => Ok(Self { keep, of }),
+        }
+    }
+
+    /// Whether there are too many candidates to list: then a gate has a logit for each layer in
+    /// place of one for each candidate.
+    #[must_use]
+    pub fn by_layer(self) -> bool {
+        self.num_candidates() > MAX_CANDIDATES
+    }
+
+    /// The number of a gate's logits.
+    #[must_use]
+    pub fn num_logits(self) -> usize {
+        match self.by_layer() {
+            true => self.of,
+            false => self.num_candidates(),
         }
     }
 
@@ -164,8 +159,13 @@ impl Group {
     ///
     /// The order is that of Python's `itertools.combinations`: a trained logit vector of the
     /// reference implementation keeps its meaning.
+    ///
+    /// # Panics
+    ///
+    /// If the group is one [by layer](Self::by_layer).
     #[must_use]
     pub fn candidates(self) -> Vec<Vec<usize>> {
+        assert!(!self.by_layer(), "{self} has too many candidates to list");
         let mut current: Vec<usize> = (0..self.keep).collect();
         let mut all = vec![current.clone()];
         // The successor raises the rightmost index that has room and packs the rest behind it.
@@ -181,15 +181,19 @@ impl Group {
         all
     }
 
-    /// The number of candidates, `C(M, N)`.
+    /// The number of candidates, `C(M, N)`; the largest number, if there are more.
     #[must_use]
     pub fn num_candidates(self) -> usize {
         binomial(self.of, self.keep)
             .and_then(|count| usize::try_from(count).ok())
-            .unwrap_or(MAX_CANDIDATES)
+            .unwrap_or(usize::MAX)
     }
 
     /// The candidates as rows of zeros and ones, shape `[candidates, M]`; 1 marks a kept layer.
+    ///
+    /// # Panics
+    ///
+    /// As [`candidates`](Self::candidates).
     #[must_use]
     pub fn masks(self) -> Vec<Vec<f32>> {
         let row = |kept: Vec<usize>| {
@@ -288,12 +292,17 @@ mod tests {
     }
 
     #[test]
-    fn too_many_candidates_are_refused_with_their_number() {
+    fn groups_with_too_many_candidates_have_logits_of_layers() {
+        let group = |keep, of| Group::new(keep, of).unwrap();
+        assert!(!group(7, 14).by_layer());
+        assert_eq!(group(7, 14).num_logits(), 3432);
+        assert!(group(10, 20).by_layer());
+        assert_eq!(group(10, 20).num_logits(), 20);
+        assert_eq!(group(10, 20).num_candidates(), 184_756);
+        assert_eq!(group(2048, 4096).num_candidates(), usize::MAX);
         let message = |keep, of| Group::new(keep, of).unwrap_err().to_string();
-        assert!(message(10, 20).contains("group 10:20 has 184756 candidates"));
-        assert!(message(1, 4097).contains("4097 candidates, above the limit of 4096"));
-        assert!(message(usize::MAX / 2, usize::MAX).contains("more than 10^36"));
-        assert!(message(1, usize::MAX).contains(&usize::MAX.to_string()));
+        assert!(message(1, 4097).contains("group 1:4097 spans more than 4096 layers"));
+        assert!(message(usize::MAX / 2, usize::MAX).contains("spans more than"));
     }
 
     #[test]

@@ -67,7 +67,7 @@ pub enum Update {
 pub struct LearnedPruner<B: Backend, N: Module<B> = Network<B>> {
     /// The network, with its update.
     pub network: N,
-    /// Logits of each group's candidates, `[1, candidates]`.
+    /// Logits of each group's candidates, or of its layers: `[1, logits]`.
     pub gates: Vec<Param<Tensor<B, 2>>>,
     #[module(skip)]
     groups: Groups,
@@ -109,8 +109,8 @@ impl<B: Backend, N: Prunable<B>> LearnedPruner<B, N> {
         let gates = groups
             .iter()
             .map(|group| {
-                let candidates = group.num_candidates();
-                let logits = TensorData::new(vec![gate_init as f32; candidates], [1, candidates]);
+                let count = group.num_logits();
+                let logits = TensorData::new(vec![gate_init as f32; count], [1, count]);
                 Param::from_tensor(Tensor::from_data(logits, &device))
             })
             .collect();

@@ -45,6 +45,7 @@ pub fn random_masks(seed: u64, depth: usize, keep: usize, count: usize) -> Vec<M
         "{keep} of {depth} layers can't stay"
     );
     if let Ok(group) = Group::new(keep, depth)
+        && !group.by_layer()
         && group.num_candidates() <= count
     {
         let all = group.candidates().into_iter();

@@ -63,7 +63,7 @@ fn broken_recipes() {
         ("N is 0", prune("groups = \"0:2\"\nsteps = 1"), vec!["broken.toml:4:10"]),
         ("N not below M", prune("groups = \"2:2\"\nsteps = 1"), vec!["broken.toml:4:10"]),
         ("groups no ratio", prune("groups = \"half\"\nsteps = 1"), vec!["broken.toml:4:10"]),
-        ("too many candidates", prune("groups = \"15:30\"\nsteps = 1"), vec!["broken.toml:4:10", "4096"]),
+        ("too many layers of a group", prune("groups = \"15:4097\"\nsteps = 1"), vec!["broken.toml:4:10", "4096"]),
         ("groups do not fill the depth", prune("groups = \"2:5\"\nsteps = 1"), vec!["12"]),
         ("groups exceed the depth", prune("groups = [[2, 4], [2, 4], [2, 4], [2, 4]]\nsteps = 1"), vec!["16", "12"]),
         ("key of another method", prune("method = \"oracle\"\nsteps = 3"), vec!["broken.toml:5:1", "`steps`"]),

@@ -101,3 +101,49 @@ fn masks_are_chosen_by_rule_or_by_their_loss_before_healing() {
         refused.stderr
     );
 }
+
+#[test]
+fn a_group_of_more_candidates_than_can_be_listed_is_learned_by_layer() {
+    let place = Place::new();
+    let recipe = "
+        [[stage]]
+        kind = 'train'
+        name = 'teacher'
+        steps = 2
+        batch = 4
+        architecture = { family = 'dit', width = 8, heads = 2, depth = 16 }
+        [[stage]]
+        kind = 'prune'
+        groups = '8:16'
+        steps = 4
+        batch = 4
+        log_every = 1
+        [[stage]]
+        kind = 'recover'
+        method = 'masked-kd'
+        teacher = 'teacher'
+        steps = 2
+        batch = 4
+        [[stage]]
+        kind = 'sample'
+        count = 2
+        steps = 2
+    ";
+    place.write("wide.toml", recipe);
+    let told = place.run(&["recipe", "wide.toml", "--runs", "runs"]);
+    let told = told.succeeded();
+    let kept = told.stderr.lines().chain(told.stdout.lines());
+    assert!(
+        kept.into_iter()
+            .any(|line| line.contains("group 0 keeps ["))
+    );
+    let at = |name: &str| place.path(&format!("runs/wide/001/02-prune/{name}"));
+    let log = std::fs::read_to_string(at("decisions.jsonl")).unwrap();
+    let last: serde_json::Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+    let choice = &last["choices"][0];
+    assert_eq!(choice["layers"].as_array().unwrap().len(), 8);
+    let probabilities = choice["probabilities"].as_array().unwrap().iter();
+    let sum: f64 = probabilities.map(|one| one.as_f64().unwrap()).sum();
+    assert!((sum - 8.0).abs() < 1e-6, "{sum}");
+    assert!(at("decisions.svg").exists());
+}

@@ -94,7 +94,7 @@ pub fn prune_gate<B: TrainingBackend>(slack: f64) {
         let choices: Vec<usize> = decision
             .choices
             .iter()
-            .map(|choice| choice.candidate)
+            .map(|choice| choice.candidate.unwrap())
             .collect();
         assert_eq!(choices, usizes_of(&case["argmax"]));
         assert_eq!(decision.kept, usizes_of(&case["kept"]));

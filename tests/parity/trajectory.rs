@@ -285,7 +285,7 @@ pub fn prune_trajectory<B: TrainingBackend>(slack: f64) {
         decision
             .choices
             .iter()
-            .map(|choice| choice.candidate)
+            .map(|choice| choice.candidate.unwrap())
             .collect::<Vec<_>>()
     };
     assert_eq!(candidates(&decision), usizes_of(&wanted["argmax"]));

@@ -117,13 +117,13 @@ impl<B: TrainingBackend> Context<'_, B> {
             parameters: gates,
             lr_factor: learned.gate_lr / optimisation.lr,
         };
-        let candidates = groups.iter().map(|group| group.num_candidates()).collect();
+        let logits = groups.iter().map(|group| group.num_logits()).collect();
         let source = self.source(
             architecture.shape(),
             process.times(),
             optimisation,
             learned.label_drop,
-            candidates,
+            logits,
         )?;
         let mut training = self.training(stage, optimisation, folder, &[Some(parent)])?;
         // A low-rank update, or gates alone, are no model.

@@ -42,6 +42,10 @@ pub enum Stream {
     Class = 14,
     /// Children of a search for masks; `step` is the generation, `index` the child.
     Search = 15,
+    /// Combinations of a sweep's grid.
+    Sweep = 16,
+    /// Resampled pairs of an interval; `index` is the resampling.
+    Bootstrap = 17,
 }
 
 /// The generator for one address.

@@ -8,10 +8,13 @@ use super::{how_to_go_on, listen};
 use crate::backend::BackendKind;
 use crate::recipe::document::{Document, MOST_BYTES};
 use crate::recipe::plan::Plan;
-use crate::recipe::run::seeds::Verdicts;
+use crate::recipe::run::sweep::run_sweep;
 use crate::recipe::run::{Options, run};
-use crate::recipe::schema::{Recipe, StageKind};
+use crate::recipe::schema::sweep::{Point, Sweep};
+use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::recipe::{RecipeError, embedded_recipes};
+use crate::report::scientific;
+use crate::stop::Stop;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct RecipeArguments {
@@ -30,7 +33,7 @@ pub(super) struct RecipeArguments {
     #[arg(long, value_parser = clap::value_parser!(u64).range(..1 << 63))]
     seed: Option<u64>,
     /// Run with this many seeds in a row, and print mean and spread of the verdicts
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..=1000), conflicts_with_all = ["resume", "dry_run"])]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..=1000))]
     seeds: Option<u64>,
     /// Go on with the newest unfinished run of this recipe
     #[arg(long)]
@@ -71,54 +74,98 @@ pub(super) fn recipe(arguments: &RecipeArguments) -> Result<(), CliError> {
     for assignment in &arguments.set {
         document.set(assignment);
     }
+    if let Some(seed) = arguments.seed {
+        document.set_by(&format!("--seed {seed}"), &format!("seed={seed}"));
+    }
     let mut recipe = Recipe::from_document(&document)?;
-    recipe.seed = arguments.seed.unwrap_or(recipe.seed);
     let backend = arguments
         .backend
         .or(recipe.backend)
         .unwrap_or(BackendKind::Ndarray);
     recipe.backend = Some(backend);
-    let plan = Plan::new(&recipe)?;
-    if arguments.dry_run {
-        crate::tell!("{plan}");
-        return Ok(());
+    if let Some(seeds) = arguments.seeds {
+        let evaluates = |stage: &Stage| matches!(stage.kind, StageKind::Evaluate(_));
+        if !recipe.stages.iter().any(evaluates) {
+            return Err(CliError::Usage(format!(
+                "{}: --seeds compares verdicts, but the recipe has no evaluate stage",
+                path.display()
+            )));
+        }
+        let sweep = Sweep::of_seeds(seeds);
+        match &mut recipe.sweep {
+            Some(sweep) => sweep.seeds = seeds,
+            none => *none = Some(sweep),
+        }
     }
     let options = Options {
         runs: arguments.runs.clone(),
         resume: arguments.resume,
         backend,
         plain: arguments.plain,
-        stop: listen()?,
+        stop: Stop::default(),
     };
-    if arguments.seeds.is_some()
-        && !recipe
-            .stages
-            .iter()
-            .any(|stage| matches!(stage.kind, StageKind::Evaluate(_)))
-    {
-        return Err(CliError::Usage(format!(
-            "{}: --seeds compares verdicts, but the recipe has no evaluate stage",
-            path.display()
-        )));
-    }
-    let Some(seeds) = arguments.seeds else {
-        let directory = how_to_go_on(run(&plan, &options), "the same command with `--resume`")?;
+    let Some(sweep) = &recipe.sweep else {
+        let plan = Plan::new(&recipe)?;
+        if arguments.dry_run {
+            crate::tell!("{plan}");
+            return Ok(());
+        }
+        let options = Options {
+            stop: listen()?,
+            ..options
+        };
+        let directory = how_to_go_on(run(&plan, &options), AGAIN)?;
         crate::tell!("{}", directory.display());
         return Ok(());
     };
-    let mut verdicts = Verdicts::default();
-    for seed in recipe.seed..recipe.seed.saturating_add(seeds) {
-        crate::say!("seed {seed}");
-        let plan = Plan::new(&Recipe {
-            seed,
-            ..recipe.clone()
-        })?;
-        verdicts.add(seed, &run(&plan, &options)?)?;
+    let mut points = sweep.points(&recipe, &document)?;
+    for point in &mut points {
+        point.recipe.backend = Some(backend);
     }
-    let path = verdicts.write(&options.runs.join(&recipe.name))?;
-    crate::tell!(
-        "\n{seeds} seeds, mean ± standard deviation\n\n{verdicts}\n{}",
-        path.display()
-    );
+    if arguments.dry_run {
+        return outline(&points);
+    }
+    let options = Options {
+        stop: listen()?,
+        ..options
+    };
+    let (directory, verdicts) = how_to_go_on(run_sweep(&points, &options), AGAIN)?;
+    let seeds = match sweep.seeds {
+        1 => String::new(),
+        seeds => format!("{seeds} seeds, mean ± standard deviation\n\n"),
+    };
+    crate::tell!("\n{seeds}{verdicts}");
+    if let Some(remark) = verdicts.loss_and_fid() {
+        crate::tell!("{remark}");
+    }
+    crate::tell!("{}", directory.display());
+    Ok(())
+}
+
+/// How a person goes on with a run that was interrupted.
+const AGAIN: &str = "the same command with `--resume`";
+
+/// What a sweep would do.
+fn outline(points: &[Point]) -> Result<(), CliError> {
+    let mut flops = 0.0;
+    for point in points {
+        let plan = Plan::new(&point.recipe)?;
+        let of_run: f64 = plan.stages.iter().map(|stage| stage.flops).sum();
+        crate::tell!(
+            "{point}: {} stages, {} FLOPs",
+            plan.stages.len(),
+            scientific(of_run)
+        );
+        flops += of_run;
+    }
+    crate::tell!("\n{} runs, {} FLOPs", points.len(), scientific(flops));
+    // The first of those with the most stages.
+    let example = points
+        .iter()
+        .rev()
+        .max_by_key(|point| point.recipe.stages.len());
+    if let Some(point) = example {
+        crate::tell!("\n{point}:\n{}", Plan::new(&point.recipe)?);
+    }
     Ok(())
 }

@@ -142,6 +142,16 @@ pub struct ClassifiedVerdict {
     pub depth: Option<usize>,
     /// Multiply-accumulates of one pass of one image.
     pub macs: Option<usize>,
+    /// Images seen in the stage that trained it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<usize>,
+    /// Layers of the unpruned model that it has, of one that was pruned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<Vec<usize>>,
+    /// Mean squared error of its predictions on held-out pictures; of a model that was just pruned,
+    /// the calibration loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<f64>,
     /// Fréchet distance to the held-out pictures in the classifier's features; lower is better.
     pub fid: f64,
     /// Inception Score from the classifier's probabilities; higher is better.
@@ -208,6 +218,9 @@ impl<'a, B: FusedOps> ClassifierJudge<'a, B> {
             parameters: None,
             depth: None,
             macs: None,
+            images: None,
+            kept: None,
+            loss: None,
             fid: frechet_distance(&self.statistics, &statistics(&read.features)?)?,
             inception_score: inception_score(&read.probabilities, labels.len())?,
             precision,

@@ -45,6 +45,7 @@ mod inception_score;
 mod judge;
 mod moments;
 mod precision_recall;
+mod rank;
 mod reference;
 mod speed;
 mod statistics;
@@ -61,6 +62,7 @@ pub use precision_recall::{
     DEFAULT_NEIGHBOURS, Distances, PrecisionRecall, neighbour_radii, precision_recall,
     precision_recall_with,
 };
+pub use rank::RankCorrelation;
 pub use reference::{MomentsFrom, Reference, ReferenceMeasured, cache_file};
 pub use speed::Speed;
 #[cfg(feature = "cli")]

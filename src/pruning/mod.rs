@@ -12,5 +12,5 @@ pub use gate::{Annealing, Choice, Decision, GateDraw, decide, draw};
 pub use groups::*;
 pub use learned::{LearnedPruner, Update};
 pub use rules::{oracle, uniform};
-pub use scores::{Calibration, Score, ScoreBatch, keep_by_scores, score};
+pub use scores::{Calibration, Score, ScoreBatch, keep_by_scores, prediction_loss, score};
 pub use search::{Evolution, Mask, Pick, evolve, kept_by, mask_losses, mask_of, random_masks};

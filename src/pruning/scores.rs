@@ -38,6 +38,12 @@ pub struct ScoreBatch<B: Backend> {
 }
 
 impl<B: Backend> ScoreBatch<B> {
+    /// What a network is shown of it.
+    pub(super) fn noised(&self, process: &impl Process) -> Noised<B> {
+        let (clean, noise) = (self.x.clone(), self.noise.clone());
+        Noised::new(process, clean, noise, self.t.clone(), self.y.clone())
+    }
+
     /// So many samples of nothing but noise, of the first class and at time 0: enough to try a
     /// score.
     pub fn noise(shape: Shape, count: usize, seed: u64, device: &B::Device) -> Self {
@@ -54,6 +60,18 @@ impl<B: Backend> ScoreBatch<B> {
             t: vec![0.0; count],
         }
     }
+}
+
+/// Mean squared error of a network's predictions on a batch: of a pruned network, its calibration
+/// loss.
+pub fn prediction_loss<B: Backend>(
+    network: &impl Prunable<B>,
+    process: &impl Process,
+    batch: &ScoreBatch<B>,
+) -> f64 {
+    let seen = batch.noised(process);
+    let output = seen.run(process, network, &mut Plain);
+    scalar(process.error(&seen, output).mean())
 }
 
 /// Scores of one batch.
@@ -115,8 +133,7 @@ fn sensitivity<B: Backend>(
     process: &impl Process,
     batch: &ScoreBatch<B>,
 ) -> Calibration {
-    let (clean, noise) = (batch.x.clone(), batch.noise.clone());
-    let seen = Noised::new(process, clean, noise, batch.t.clone(), batch.y.clone());
+    let seen = batch.noised(process);
     let loss = |hook: &mut dyn BlockHook<B>| {
         let output = seen.run(process, network, hook);
         scalar(process.error(&seen, output).mean())

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::groups::Group;
 use super::scores::{ScoreBatch, scalar};
 use crate::models::Prunable;
-use crate::process::{Noised, Process};
+use crate::process::Process;
 use crate::random::{Stream, generator, permutation};
 use crate::stop::Stop;
 use crate::trunk::{Block, BlockHook, Site};
@@ -79,8 +79,7 @@ pub fn mask_losses<B: Backend>(
         masks.iter().all(|mask| mask.len() == depth),
         "a mask has an entry for each of {depth} layers"
     );
-    let (clean, noise) = (batch.x.clone(), batch.noise.clone());
-    let seen = Noised::new(process, clean, noise, batch.t.clone(), batch.y.clone());
+    let seen = batch.noised(process);
     let mut order: Vec<usize> = (0..masks.len()).collect();
     order.sort_by(|a, b| masks[*a].cmp(&masks[*b]));
     let mut losses = vec![f64::NAN; masks.len()];
@@ -259,7 +258,7 @@ mod tests {
 
     use super::*;
     use crate::models::Denoiser;
-    use crate::pruning::{Score, score};
+    use crate::pruning::{Score, prediction_loss, score};
     use crate::weights::{EmbeddedName, embedded};
 
     #[test]
@@ -285,18 +284,10 @@ mod tests {
         });
         let losses = losses.unwrap();
         assert_eq!(reached, (1..=34).collect::<Vec<_>>());
-        let seen = Noised::new(
-            &process,
-            batch.x.clone(),
-            batch.noise.clone(),
-            batch.t.clone(),
-            batch.y.clone(),
-        );
         for (mask, loss) in masks.iter().zip(&losses) {
             let pruned = network.clone().keep(&kept_by(mask));
-            let output = seen.run(&process, &pruned, &mut crate::trunk::Plain);
             // The same operations in the same order.
-            assert_eq!(scalar(process.error(&seen, output).mean()), *loss);
+            assert_eq!(prediction_loss(&pruned, &process, &batch), *loss);
         }
         // Sensitivity is the loss of one layer less.
         let sensitivity = score(&network, &process, Score::Sensitivity, &batch);

@@ -29,6 +29,7 @@ const GAP: &str = "  ";
 pub struct Table<const N: usize> {
     headers: [String; N],
     rows: Vec<[String; N]>,
+    hide_empty: bool,
 }
 
 impl<const N: usize> Table<N> {
@@ -37,7 +38,15 @@ impl<const N: usize> Table<N> {
         Self {
             headers: headers.map(str::to_owned),
             rows: Vec::new(),
+            hide_empty: false,
         }
+    }
+
+    /// The table without the columns that no row has anything in.
+    #[must_use]
+    pub fn without_empty(mut self) -> Self {
+        self.hide_empty = true;
+        self
     }
 
     /// Adds a row. Cells are single lines.
@@ -57,6 +66,7 @@ impl<const N: usize> fmt::Display for Table<N> {
                 .max();
             let numeric = cells().all(|cell| is_number(cell) || is_missing(cell));
             Column {
+                hidden: self.hide_empty && cells().all(is_missing),
                 width: width.unwrap_or(0),
                 right: numeric && cells().any(is_number),
             }
@@ -66,6 +76,7 @@ impl<const N: usize> fmt::Display for Table<N> {
             let cells: Vec<String> = row
                 .iter()
                 .zip(&columns)
+                .filter(|(_, column)| !column.hidden)
                 .map(|(cell, column)| column.pad(cell))
                 .collect();
             writeln!(f, "{}", cells.join(GAP).trim_end())?;
@@ -75,6 +86,7 @@ impl<const N: usize> fmt::Display for Table<N> {
 }
 
 struct Column {
+    hidden: bool,
     /// In characters.
     width: usize,
     right: bool,

@@ -365,9 +365,13 @@ fn seeds_are_summed_up() {
         .collect();
     let text = place.run(&arguments).succeeded().stdout;
     assert!(
-        text.contains("2 seeds, mean ± standard deviation") && text.contains("seeds-001-002.json"),
+        text.contains("2 seeds, mean ± standard deviation"),
         "{text}"
     );
+    for file in ["sweep.json", "sweep.csv", "002-seed1/resolved.toml"] {
+        let path = format!("runs/quickstart/001/{file}");
+        assert!(place.path(&path).exists(), "{path}");
+    }
 }
 
 #[test]

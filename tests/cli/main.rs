@@ -15,4 +15,5 @@ mod paper;
 mod program;
 mod resume;
 mod sit;
+mod sweep;
 mod terminal;

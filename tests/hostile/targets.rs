@@ -548,10 +548,16 @@ fn pictures(root: &Path) -> Vec<Target> {
 
 /// A recipe that is read, written back, read again and planned.
 fn recipe(document: &Document) -> Seen {
-    let recipe = match Recipe::from_document(document) {
+    let mut recipe = match Recipe::from_document(document) {
         Ok(recipe) => recipe,
         Err(error) => return told(&error),
     };
+    if let Some(sweep) = recipe.sweep.take() {
+        return match sweep.points(&recipe, document) {
+            Ok(points) => Seen::Values(hashed(format!("{points:?}"))),
+            Err(error) => told(&error),
+        };
+    }
     let text = match recipe.to_toml() {
         Ok(text) => text,
         Err(error) => return Seen::Wrong(format!("a recipe that can't be written: {error}")),
@@ -578,6 +584,7 @@ fn texts(root: &Path) -> Vec<Target> {
         "standin",
         "fashion_features",
         "d7_iterative",
+        "fashion_masks",
     ] {
         let text = std::fs::read_to_string(recipes.join(format!("{name}.toml"))).unwrap();
         put(root, &format!("recipe/{name}.toml"), text);

@@ -19,7 +19,7 @@ use toml_parser::lexer::TokenKind;
 use self::diagnostic::{Diagnostic, Diagnostics, Origin};
 
 /// A value and where it was written.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Node {
     /// The value itself.
     pub value: Value,
@@ -28,7 +28,7 @@ pub struct Node {
 }
 
 /// A TOML value.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Value {
     /// A string in any of the four notations.
     String(String),
@@ -66,7 +66,7 @@ impl Value {
 pub type Table = BTreeMap<String, Entry>;
 
 /// A key and its value.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     /// Where the key was written.
     pub key: Origin,
@@ -197,6 +197,51 @@ impl Document {
         }
     }
 
+    /// Replaces the value of a key, which is written as for [`set`](Self::set).
+    ///
+    /// # Errors
+    ///
+    /// When there is no such place, at the value's own.
+    pub fn put(&mut self, key: &str, node: &Node) -> Result<(), Diagnostic> {
+        place(&mut self.root, key, node.clone())
+    }
+
+    /// Removes a key of the top level, if it is there.
+    pub fn remove(&mut self, key: &str) {
+        if let Value::Table(table) = &mut self.root.value {
+            table.remove(key);
+        }
+    }
+
+    /// Keeps the stages of these names. A list of them is at `origin`.
+    ///
+    /// # Errors
+    ///
+    /// When there is no stage of one of the names.
+    pub fn keep_stages(&mut self, names: &[String], origin: &Origin) -> Result<(), Diagnostic> {
+        let Value::Table(table) = &mut self.root.value else {
+            return Ok(());
+        };
+        let Some(Value::Array(stages)) = table.get_mut("stage").map(|entry| &mut entry.node.value)
+        else {
+            return Ok(());
+        };
+        let titles: Vec<&str> = stages
+            .iter()
+            .filter_map(table_of)
+            .filter_map(title)
+            .collect();
+        if let Some(name) = names.iter().find(|name| !titles.contains(&name.as_str())) {
+            let message = format!("no stage is called `{name}`");
+            return Err(Diagnostic::new(origin, message).suggesting(name, titles));
+        }
+        stages.retain(|stage| {
+            let title = table_of(stage).and_then(title);
+            title.is_some_and(|title| names.iter().any(|name| name == title))
+        });
+        Ok(())
+    }
+
     /// The path of the recipe.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -273,11 +318,6 @@ fn assign(root: &mut Node, assignment: &str, origin: &Origin) -> Result<(), Diag
     let Some((path, value)) = assignment.split_once('=') else {
         return Err(Diagnostic::new(origin, "expected `key=value`"));
     };
-    let path: Vec<&str> = path.trim().split('.').collect();
-    if path.contains(&"") {
-        return Err(Diagnostic::new(origin, "a part of the key is empty"));
-    }
-
     let value = value.trim();
     let mut faults = Vec::new();
     let parsed = match too_deep(value) {
@@ -295,7 +335,16 @@ fn assign(root: &mut Node, assignment: &str, origin: &Origin) -> Result<(), Diag
         value,
         origin: origin.clone(),
     };
+    place(root, path, node)
+}
 
+/// Puts a value where a path leads.
+fn place(root: &mut Node, path: &str, node: Node) -> Result<(), Diagnostic> {
+    let origin = &node.origin.clone();
+    let path: Vec<&str> = path.trim().split('.').collect();
+    if path.contains(&"") {
+        return Err(Diagnostic::new(origin, "a part of the key is empty"));
+    }
     let mut parent = root;
     for depth in 0..path.len() - 1 {
         parent = descend(parent, &path[..=depth], origin)?;

@@ -123,6 +123,16 @@ impl<'a> Section<'a> {
         })
     }
 
+    /// Where the table was written.
+    pub fn header(&self) -> &Origin {
+        self.header
+    }
+
+    /// Reports a mistake of something in the table.
+    pub fn push(&self, fault: Diagnostic) {
+        self.sink.push(fault);
+    }
+
     /// The entries as written.
     #[must_use]
     pub fn table(&self) -> &'a Table {

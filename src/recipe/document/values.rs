@@ -3,11 +3,38 @@
 //! The messages complete a sentence that starts with the key, which
 //! [`Section`](super::reader::Section) prepends.
 
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::ops::{Bound, RangeBounds, RangeInclusive};
 
 use super::diagnostic::Diagnostic;
 use super::{Node, Value};
+
+impl Display for Value {
+    /// As in TOML, but text without quotes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all = |f: &mut fmt::Formatter<'_>, ends: [&str; 2], items: Vec<String>| {
+            write!(f, "{}{}{}", ends[0], items.join(", "), ends[1])
+        };
+        match self {
+            Self::String(text) => f.write_str(text),
+            Self::Integer(number) => number.fmt(f),
+            Self::Float(number) => number.fmt(f),
+            Self::Boolean(truth) => truth.fmt(f),
+            Self::Datetime => f.write_str("a date or time"),
+            Self::Array(items) => {
+                let items = items.iter().map(|item| item.value.to_string()).collect();
+                all(f, ["[", "]"], items)
+            }
+            Self::Table(table) => {
+                let items = table
+                    .iter()
+                    .map(|(key, entry)| format!("{key} = {}", entry.node.value))
+                    .collect();
+                all(f, ["{ ", " }"], items)
+            }
+        }
+    }
+}
 
 /// An integer type of a field.
 pub trait Number: Copy + PartialOrd + Display + TryFrom<i64> {}

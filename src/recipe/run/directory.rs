@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::files::{lock_file, write_atomic};
 use crate::recipe::RecipeError;
@@ -36,12 +37,69 @@ pub(crate) const EVALUATION: &str = "eval.json";
 #[derive(Debug)]
 pub struct RunDirectory {
     path: PathBuf,
+    /// Folder of what is measured once: scores of layers, losses of masks.
+    measured: PathBuf,
+    /// Whether an earlier process began the run.
+    resumed: bool,
     /// Locked as long as this process works in the folder; the system lets go of it however the
     /// process ends.
     _lock: File,
 }
 
 impl RunDirectory {
+    /// The directory of a new run with this resolved recipe, or of the newest unfinished one.
+    ///
+    /// # Errors
+    /// When it can't be made, or there is none to resume.
+    pub fn take(
+        runs: &Path,
+        recipe: &str,
+        resolved: &str,
+        resume: bool,
+    ) -> Result<Self, RecipeError> {
+        match resume {
+            true => Self::unfinished(runs, recipe, resolved)?.resume(),
+            false => {
+                let directory = Self::create(runs, recipe)?;
+                directory.write(RESOLVED, resolved)?;
+                Ok(directory)
+            }
+        }
+    }
+
+    /// The directory of a run in this one's, begun or not. Both share what they measure.
+    ///
+    /// # Errors
+    /// When it can't be made, or was begun with another recipe.
+    pub fn inner(&self, name: &str, resolved: &str) -> Result<Self, RecipeError> {
+        let path = self.path.join(name);
+        std::fs::create_dir_all(&path).map_err(RecipeError::io(&path))?;
+        let mut directory = Self::open(path)?;
+        directory.measured.clone_from(&self.measured);
+        match std::fs::read_to_string(directory.path.join(RESOLVED)) {
+            Ok(noted) if noted == resolved => directory.resume(),
+            Ok(_) => Err(RecipeError::Run(format!(
+                "{}: this run was started with another recipe, which is in {RESOLVED} there",
+                directory.path.display()
+            ))),
+            Err(_) => {
+                directory.write(RESOLVED, resolved)?;
+                Ok(directory)
+            }
+        }
+    }
+
+    fn resume(mut self) -> Result<Self, RecipeError> {
+        self.tidy();
+        self.resumed = true;
+        Ok(self)
+    }
+
+    /// Whether an earlier process began the run.
+    pub fn resumed(&self) -> bool {
+        self.resumed
+    }
+
     /// Makes the next numbered run of a recipe.
     ///
     /// # Errors
@@ -103,13 +161,41 @@ impl RunDirectory {
         let lock_path = path.join("run.lock");
         let lock = lock_file(&lock_path).map_err(RecipeError::io(&lock_path))?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self { path, _lock: lock }),
+            Ok(()) => Ok(Self {
+                measured: path.join("measured"),
+                path,
+                resumed: false,
+                _lock: lock,
+            }),
             Err(TryLockError::WouldBlock) => Err(RecipeError::Run(format!(
                 "{}: another process is running it",
                 path.display()
             ))),
             Err(TryLockError::Error(error)) => Err(RecipeError::io(&lock_path)(error)),
         }
+    }
+
+    /// What is measured for a key, as text: read, if it has been before, else measured and kept.
+    ///
+    /// # Errors
+    /// When it can't be measured or written.
+    pub fn measured(
+        &self,
+        what: &str,
+        key: &impl Serialize,
+        measure: impl FnOnce() -> Result<String, RecipeError>,
+    ) -> Result<String, RecipeError> {
+        let name = format!("{what}-{:x}.csv", Sha256::digest(json(key)?));
+        let path = self.measured.join(name);
+        if let Ok(text) = std::fs::read_to_string(&path) {
+            crate::say!("{what} from {}", path.display());
+            return Ok(text);
+        }
+        let text = measure()?;
+        std::fs::create_dir_all(&self.measured).map_err(RecipeError::io(&self.measured))?;
+        write_atomic(&path, |file| file.write_all(text.as_bytes()))
+            .map_err(RecipeError::io(&path))?;
+        Ok(text)
     }
 
     /// The folder.
@@ -176,7 +262,7 @@ impl RunDirectory {
     }
 }
 
-fn read_status(run: &Path) -> Option<Status> {
+pub(super) fn read_status(run: &Path) -> Option<Status> {
     let text = std::fs::read_to_string(run.join("status.json")).ok()?;
     serde_json::from_str(&text).ok()
 }
@@ -260,6 +346,27 @@ mod tests {
         assert_eq!(first.path(), path);
         first.set_status(&finished).unwrap();
         assert!(unfinished("x = 1").is_err());
+    }
+
+    #[test]
+    fn what_was_measured_is_not_measured_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let sweep = RunDirectory::create(folder.path(), "a").unwrap();
+        let first = sweep.inner("001", "x = 1").unwrap();
+        let second = sweep.inner("002", "x = 2").unwrap();
+        let found = first.measured("scores", &("a", 1), || Ok("1\n".into()));
+        assert_eq!(found.unwrap(), "1\n");
+        let again = || -> Result<String, RecipeError> { panic!("measured again") };
+        let found = second.measured("scores", &("a", 1), again).unwrap();
+        assert_eq!(found, "1\n");
+        let other = second.measured("scores", &("a", 2), || Ok("2\n".into()));
+        assert_eq!(other.unwrap(), "2\n");
+        assert!(!first.path().join("measured").exists());
+        drop(first);
+        assert!(!sweep.inner("003", "x = 3").unwrap().resumed());
+        assert!(sweep.inner("001", "x = 1").unwrap().resumed());
+        let other = sweep.inner("001", "x = 9").unwrap_err().to_string();
+        assert!(other.contains("another recipe"), "{other}");
     }
 
     #[test]

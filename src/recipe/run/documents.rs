@@ -6,9 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::evaluate::Evaluated;
-use super::seeds::Verdicts;
-use crate::evaluation::classified_table;
+use super::sweep::Verdicts;
+use crate::evaluation::{ClassifiedVerdict, classified_table};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -23,6 +22,12 @@ fn documents() -> Vec<PathBuf> {
         .collect();
     all.push(root().join("README.md"));
     all
+}
+
+/// What is read of `eval.json`.
+#[derive(serde::Deserialize)]
+struct Evaluated {
+    verdicts: Vec<ClassifiedVerdict>,
 }
 
 /// The table of a result file as the program prints it.

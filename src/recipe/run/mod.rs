@@ -7,11 +7,12 @@ pub mod directory;
 mod documents;
 pub(crate) mod evaluate;
 pub(crate) mod extract;
+mod measuring;
 pub(crate) mod models;
 mod prune;
 mod recover;
 mod sample;
-pub mod seeds;
+pub mod sweep;
 mod train;
 
 use std::path::PathBuf;
@@ -20,7 +21,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use self::context::Context;
-use self::directory::{RESOLVED, RunDirectory, Status, json};
+use self::directory::{RunDirectory, Status, json};
 use super::RecipeError;
 use super::plan::{Plan, Work};
 use crate::backend::BackendKind;
@@ -111,16 +112,13 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
         .recipe
         .to_toml()
         .map_err(|error| RecipeError::Run(error.to_string()))?;
-    let name = &plan.recipe.name;
-    let directory = if options.resume {
-        RunDirectory::unfinished(&options.runs, name, &resolved)?
-    } else {
-        RunDirectory::create(&options.runs, name)?
-    };
-    match options.resume {
-        true => directory.tidy(),
-        false => directory.write(RESOLVED, &resolved)?,
-    }
+    let directory =
+        RunDirectory::take(&options.runs, &plan.recipe.name, &resolved, options.resume)?;
+    run_in(directory, plan, options)
+}
+
+/// Runs a plan in a directory of its own.
+fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
     crate::say!("run directory {}", directory.path().display());
     for stage in &plan.stages {
         for note in &stage.notes {
@@ -147,9 +145,9 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
         };
         // A resumed run is still the one its first environment describes; each later one is a
         // record of its own.
-        let name = if options.resume { format!("environment-{}.json", std::process::id()) } else { "environment.json".to_owned() };
+        let name = if directory.resumed() { format!("environment-{}.json", std::process::id()) } else { "environment.json".to_owned() };
         directory.write(&name, &json(&environment)?)?;
-        let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: options.resume, plain: options.plain, stop: &options.stop };
+        let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: directory.resumed(), plain: options.plain, stop: &options.stop };
         stages(plan, &context, started)
     }, else Ok(()));
     let stage = directory

@@ -2,16 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
 use super::context::{Context, finished};
+use super::measuring::Measuring;
 use super::models::MODEL;
-use crate::data::{BatchPlan, BatchSource, Split};
-use crate::models::{Network, Prunable};
+use crate::data::Split;
+use crate::models::Prunable;
 use crate::ops::TrainingBackend;
-use crate::process::{AnyProcess, Process};
+use crate::process::Process;
 use crate::pruning::{
-    Annealing, Decision, Group, Groups, LearnedPruner, Mask, Pick, Score, ScoreBatch, Update,
+    Annealing, Decision, Evolution, Group, Groups, LearnedPruner, Mask, Pick, Score, Update,
     evolve, keep_by_scores, kept_by, mask_losses, random_masks, score,
 };
 use crate::random::{Stream, permutation};
@@ -177,43 +179,20 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(decision)
     }
 
-    /// What layers or masks are measured with: the network, its process, and batches.
+    /// What layers or masks are measured with.
     fn calibration(
         &self,
         scored: &Scored,
         parent: &Checkpoint,
-    ) -> Result<(Network<B::InnerBackend>, AnyProcess, BatchSource), RecipeError> {
-        let network = parent.network::<B::InnerBackend>(self.device)?;
-        let process = parent.trained_by().process();
-        let shape = parent.denoiser()?.shape();
-        let plan = BatchPlan {
-            batch: scored.batch,
-            seed: self.recipe.seed,
-            channels: shape.channels,
-            size: shape.side,
-            classes: shape.classes,
-            label_drop: 0.0,
-            times: process.times().within(scored.timesteps),
-            candidates: Vec::new(),
-        };
-        let source = BatchSource::new(plan, self.part(Split::Train)?);
-        Ok((network.computing(self.recipe.compute), process, source))
-    }
-
-    fn score_batch(
-        &self,
-        source: &BatchSource,
-        step: usize,
-    ) -> Result<ScoreBatch<B::InnerBackend>, RecipeError> {
-        let batch = source
-            .draw::<B::InnerBackend>(step, self.device)
-            .map_err(TrainingError::from)?;
-        Ok(ScoreBatch {
-            x: batch.x,
-            noise: batch.noise,
-            y: batch.y,
-            t: batch.t,
-        })
+    ) -> Result<Measuring<'_, B>, RecipeError> {
+        let timesteps = Some(scored.timesteps);
+        self.measuring(
+            parent,
+            Split::Train,
+            self.recipe.seed,
+            scored.batch,
+            timesteps,
+        )
     }
 
     /// Measures masks, writes what each loses to `masks.csv`, and returns the layers of the one
@@ -226,11 +205,61 @@ impl<B: TrainingBackend> Context<'_, B> {
         parent: &Checkpoint,
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
-        let (network, process, source) = self.calibration(scored, parent)?;
+        let (what, key, pick) = match search {
+            Search::Random { masks, pick } => ("random", [masks, 0], pick),
+            Search::Evolution(Evolution { masks, population }) => {
+                ("evolution", [masks, population], Pick::Lowest)
+            }
+        };
+        let key = (self.measured_by(scored, parent)?, scored.keep, what, key);
+        let text = self.directory.measured("masks", &key, || {
+            self.mask_losses(stage, search, scored, parent)
+        })?;
+        let path = folder.join("masks.csv");
+        crate::files::write_atomic(&path, |file| {
+            std::io::Write::write_all(file, text.as_bytes())
+        })
+        .map_err(RecipeError::io(&path))?;
+        let wrong = |problem: String| RecipeError::Stage {
+            stage: stage.to_owned(),
+            problem,
+        };
+        let measured: Option<Vec<(Vec<usize>, f64)>> =
+            text.lines().skip(1).map(mask_line).collect();
+        let measured =
+            measured.ok_or_else(|| wrong(format!("{}: not a list of masks", path.display())))?;
+        let losses: Vec<f64> = measured.iter().map(|(_, loss)| *loss).collect();
+        if let Some((kept, loss)) = measured.iter().find(|(_, loss)| !loss.is_finite()) {
+            return Err(wrong(format!(
+                "layers {kept:?} have the loss {loss}: the model's weights are damaged, or overflow"
+            )));
+        }
+        let taken = pick.of(&losses);
+        let (kept, loss) = taken
+            .map(|taken| &measured[taken])
+            .ok_or_else(|| wrong("no mask was measured".into()))?;
+        crate::say!(
+            "{stage}: loss {loss:.4} of {} masks, in {}",
+            report::thousands(measured.len()),
+            path.display()
+        );
+        Ok(kept.clone())
+    }
+
+    /// Measures masks; a line each, as `mask_line` reads it.
+    fn mask_losses(
+        &self,
+        stage: &str,
+        search: Search,
+        scored: &Scored,
+        parent: &Checkpoint,
+    ) -> Result<String, RecipeError> {
+        let measuring = self.calibration(scored, parent)?;
+        let (network, process) = (&measuring.network, &measuring.process);
         let (depth, seed) = (network.trunk().depth, self.recipe.seed);
-        let (pick, all) = match search {
-            Search::Random { masks, pick } => (pick, masks),
-            Search::Evolution(evolution) => (Pick::Lowest, evolution.masks),
+        let all = match search {
+            Search::Random { masks, .. } => masks,
+            Search::Evolution(evolution) => evolution.masks,
         };
         let mut bar = Progress::new(stage, "masks", all * scored.batches);
         // Why the measuring ended early, if nobody stopped it.
@@ -238,7 +267,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let mut measure = |masks: &[Mask]| -> Option<Vec<f64>> {
             let mut sums = vec![0.0; masks.len()];
             for step in 0..scored.batches {
-                let batch = match self.score_batch(&source, step) {
+                let batch = match measuring.batch(step) {
                     Ok(batch) => batch,
                     Err(error) => {
                         failed = Some(error);
@@ -246,7 +275,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                     }
                 };
                 let losses =
-                    mask_losses(&network, &process, &batch, masks, self.stop, |_| bar.add(1))?;
+                    mask_losses(network, process, &batch, masks, self.stop, |_| bar.add(1))?;
                 sums.iter_mut()
                     .zip(losses)
                     .for_each(|(sum, loss)| *sum += loss / scored.batches as f64);
@@ -271,33 +300,23 @@ impl<B: TrainingBackend> Context<'_, B> {
             let kept: Vec<String> = kept_by(mask).iter().map(ToString::to_string).collect();
             text += &format!("{},{loss}\n", kept.join(" "));
         }
-        let path = folder.join("masks.csv");
-        crate::files::write_atomic(&path, |file| {
-            std::io::Write::write_all(file, text.as_bytes())
-        })
-        .map_err(RecipeError::io(&path))?;
-        let losses: Vec<f64> = measured.iter().map(|(_, loss)| *loss).collect();
-        let wrong = |problem: String| RecipeError::Stage {
-            stage: stage.to_owned(),
-            problem,
-        };
-        if let Some(at) = losses.iter().position(|loss| !loss.is_finite()) {
-            return Err(wrong(format!(
-                "layers {:?} have the loss {}: the model's weights are damaged, or overflow",
-                kept_by(&measured[at].0),
-                losses[at]
-            )));
-        }
-        let taken = pick.of(&losses);
-        let (mask, loss) = taken
-            .map(|taken| &measured[taken])
-            .ok_or_else(|| wrong("no mask was measured".into()))?;
-        crate::say!(
-            "{stage}: loss {loss:.4} of {} masks, in {}",
-            report::thousands(measured.len()),
-            path.display()
-        );
-        Ok(kept_by(mask))
+        Ok(text)
+    }
+
+    /// What scores and losses depend on, besides the method.
+    fn measured_by(
+        &self,
+        scored: &Scored,
+        parent: &Checkpoint,
+    ) -> Result<impl Serialize + use<B>, RecipeError> {
+        Ok((
+            parent.fingerprint()?,
+            parent.trained_by(),
+            self.recipe.data.said(),
+            (scored.batches, scored.batch, scored.timesteps),
+            (self.recipe.seed, self.recipe.compute),
+            <B::InnerBackend as Backend>::name(self.device),
+        ))
     }
 
     fn score(
@@ -308,19 +327,35 @@ impl<B: TrainingBackend> Context<'_, B> {
         parent: &Checkpoint,
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
-        let (network, process, source) = self.calibration(scored, parent)?;
-        let mut scores = vec![0.0; network.trunk().depth];
-        for step in 0..scored.batches {
-            if self.stop.requested() {
-                return Err(RecipeError::Interrupted);
+        let key = (self.measured_by(scored, parent)?, method);
+        let text = self.directory.measured("scores", &key, || {
+            let measuring = self.calibration(scored, parent)?;
+            let (network, process) = (&measuring.network, &measuring.process);
+            let mut scores = vec![0.0; network.trunk().depth];
+            for step in 0..scored.batches {
+                if self.stop.requested() {
+                    return Err(RecipeError::Interrupted);
+                }
+                let batch = measuring.batch(step)?;
+                let measured = score(network, process, method, &batch).scores;
+                scores
+                    .iter_mut()
+                    .zip(measured)
+                    .for_each(|(sum, score)| *sum += score / scored.batches as f64);
             }
-            let batch = self.score_batch(&source, step)?;
-            let measured = score(&network, &process, method, &batch).scores;
-            scores
-                .iter_mut()
-                .zip(measured)
-                .for_each(|(sum, score)| *sum += score / scored.batches as f64);
-        }
+            Ok(scores.iter().map(|score| format!("{score}\n")).collect())
+        })?;
+        let scores: Option<Vec<f64>> = text.lines().map(|line| line.parse().ok()).collect();
+        let depth = parent.denoiser()?.depth();
+        let scores = scores
+            .filter(|scores| scores.len() == depth)
+            .ok_or_else(|| RecipeError::Stage {
+                stage: stage.to_owned(),
+                problem: format!(
+                    "expected the scores of {depth} layers in {}, found something else",
+                    self.directory.path().display()
+                ),
+            })?;
         if let Some(layer) = scores.iter().position(|score| !score.is_finite()) {
             return Err(RecipeError::Stage {
                 stage: stage.to_owned(),
@@ -341,6 +376,13 @@ impl<B: TrainingBackend> Context<'_, B> {
         .map_err(RecipeError::io(&path))?;
         Ok(kept)
     }
+}
+
+/// The layers and the loss of a line such as `0 1 3,0.25`.
+fn mask_line(line: &str) -> Option<(Vec<usize>, f64)> {
+    let (kept, loss) = line.split_once(',')?;
+    let kept: Result<Vec<usize>, _> = kept.split(' ').map(str::parse).collect();
+    Some((kept.ok()?, loss.parse().ok()?))
 }
 
 /// One line of `decisions.jsonl`.

@@ -27,7 +27,7 @@ struct Topic {
 const BASE: &str = "[[stage]]\nkind = 'prune'\nname = 'base'\nfrom = 'embedded:digits-teacher'\nmethod = 'oracle'\n";
 
 #[rustfmt::skip]
-const TOPICS: [Topic; 9] = [
+const TOPICS: [Topic; 11] = [
     Topic {
         title: "The recipe", about: "Keys at the top of the file.", table: "the recipe",
         cases: &[("", "")],
@@ -102,11 +102,24 @@ const TOPICS: [Topic; 9] = [
         title: "kind = \"extract\"", about: "Encodes a folder of pictures as latents.", table: "it",
         cases: &[("", "kind = 'extract'\nimages = 'PICTURES'\nvae = 'x'\nsize = 256")],
     },
+    Topic {
+        title: "sweep", about: "Runs the recipe with many settings, each in a folder of its own, and ends in one table.",
+        table: "`sweep` of the recipe",
+        cases: &[("", "[sweep]")],
+    },
+    Topic {
+        title: "[[sweep.case]]", about: "Settings of a sweep that have a name. Every case is run under every combination of the grids.",
+        table: "[[case]] \"it\"",
+        cases: &[("", "[[sweep.case]]\nname = 'it'")],
+    },
 ];
 
 /// Meanings of keys that choose among variants, which no field keeps.
 #[rustfmt::skip]
-const MEANINGS: [(&str, &str); 18] = [
+const MEANINGS: [(&str, &str); 21] = [
+    ("sweep", "Settings that the recipe is run with, one after the other."),
+    ("case", "Settings with a name; the section below."),
+    ("[[sweep.case]] name", "The name, in tables and in the names of folders."),
     ("stage", "The stages, in order."),
     ("kind", "What the stage does."),
     ("method", "How."),
@@ -138,13 +151,15 @@ fn sources(title: &str) -> &'static [&'static str] {
         "kind = \"prune\"" => &["recipe/schema/prune.rs", "pruning/learned.rs", "pruning/search.rs", "training/optimisation.rs"],
         "kind = \"recover\"" => &["recipe/schema/recover.rs", "training/optimisation.rs"],
         "kind = \"extract\"" => &["recipe/schema/extract.rs"],
+        "sweep" | "[[sweep.case]]" => &["recipe/schema/sweep.rs"],
         _ => &["recipe/schema/sample.rs", "sampling/mod.rs", "process/transport.rs"],
     }
 }
 
 /// Defaults that follow from other keys or are left out of a resolved recipe; empty of keys whose
 /// default is said with their meaning.
-const DEFAULTS: [(&str, &str); 9] = [
+const DEFAULTS: [(&str, &str); 10] = [
+    ("seeds", "1"),
     ("path", "`\"linear\"`"),
     ("predicts", "`\"velocity\"`"),
     ("weighting", "`\"none\"`"),
@@ -234,6 +249,7 @@ fn list(topic: &Topic, pictures: &Path) -> Vec<Listed> {
             table if table.starts_with("the recipe") || table.starts_with("`data`") => {
                 format!("{text}\n{BASE}")
             }
+            _ if topic.title.contains("sweep") => format!("{BASE}{text}\n"),
             _ => format!("{BASE}[[stage]]\nname = 'it'\n{text}\n"),
         };
         let document = Document::parse(Path::new("keys.toml"), &stage).unwrap();
@@ -428,6 +444,16 @@ fn schema(topics: &[(&Topic, Vec<Listed>)]) -> Value {
         "stage".to_owned(),
         json!({ "type": "array", "minItems": 1, "items": { "oneOf": stages } }),
     );
+    let mut sweep = keys("sweep");
+    let case = json!({ "type": "object", "required": ["name"], "properties": keys("[[sweep.case]]"), "additionalProperties": false });
+    sweep.insert(
+        "case".to_owned(),
+        json!({ "type": "array", "minItems": 1, "items": case }),
+    );
+    recipe.insert(
+        "sweep".to_owned(),
+        json!({ "type": "object", "properties": sweep, "additionalProperties": false }),
+    );
     let table =
         json!({ "type": "object", "properties": keys("data"), "additionalProperties": false });
     recipe.insert(
@@ -482,6 +508,17 @@ fn the_page_of_keys_and_the_schema_are_those_of_the_reader() {
         check("The recipe", &recipe);
         if let Some(toml::Value::Table(data)) = recipe.get("data") {
             check("data", data);
+        }
+        if let Some(toml::Value::Table(sweep)) = recipe.get("sweep") {
+            check("sweep", sweep);
+            for case in sweep
+                .get("case")
+                .and_then(toml::Value::as_array)
+                .into_iter()
+                .flatten()
+            {
+                check("[[sweep.case]]", case.as_table().unwrap());
+            }
         }
         for stage in recipe["stage"].as_array().unwrap() {
             let stage = stage.as_table().unwrap();

@@ -13,6 +13,7 @@ pub mod prune;
 pub mod recover;
 pub mod sample;
 pub mod source;
+pub mod sweep;
 pub mod train;
 
 use std::path::Path;
@@ -25,6 +26,7 @@ use self::prune::{Prune, PruneMethod};
 use self::recover::Recover;
 use self::sample::{Evaluate, Sample};
 use self::source::{HEADS, Lineage, Listing};
+use self::sweep::Sweep;
 use self::train::Train;
 use super::document::diagnostic::Diagnostics;
 use super::document::reader::{Section, Sink};
@@ -71,6 +73,9 @@ pub struct Recipe {
     /// The stages, in order.
     #[serde(rename = "stage")]
     pub stages: Vec<Stage>,
+    /// Settings that the recipe is run with, one after the other.
+    #[serde(skip)]
+    pub sweep: Option<Sweep>,
 }
 
 /// One step of a recipe.
@@ -192,6 +197,11 @@ impl Recipe {
         let data = Data::read(&section, &extracts);
         let shape = data.as_ref().and_then(Data::shape);
         let stages = stages.map(|stages| read_stages(stages, shape.as_ref()));
+        let sweep = section.section("sweep").optional().map(|section| {
+            let sweep = Sweep::read(&section);
+            section.finish();
+            sweep
+        });
         section.finish();
         Some(Self {
             name: name.map_or_else(|| name_of(document.path()), str::to_owned),
@@ -201,6 +211,10 @@ impl Recipe {
             heads,
             data: data?,
             stages: stages??,
+            sweep: match sweep {
+                Some(sweep) => Some(sweep?),
+                None => None,
+            },
         })
     }
 }

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use burn::tensor::backend::Backend;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::model_folder;
 use crate::backend::Compute;
@@ -13,6 +13,7 @@ use crate::evaluation::{ClassifiedVerdict, ClassifierJudge, Pictured, bias, clas
 use crate::images::Images;
 use crate::npz::{first_images, read_samples};
 use crate::ops::TrainingBackend;
+use crate::pruning::prediction_loss;
 use crate::random::{self, Stream};
 use crate::recipe::RecipeError;
 use crate::recipe::run::context::Context;
@@ -22,6 +23,7 @@ use crate::recipe::schema::sample::Evaluate;
 use crate::recipe::schema::source::Source;
 use crate::report::{COLUMNS, comparison_png, grid_layout, thousands};
 use crate::sampling::Sampling;
+use crate::weights::Checkpoint;
 
 /// As many training pictures as there are samples, or all: FID depends on their number. Drawn
 /// without regard to the recipe's seed, so that the floor is that of the data.
@@ -37,12 +39,6 @@ fn floor(train: &dyn Samples, count: usize) -> Vec<usize> {
 struct Evaluation<'a> {
     protocol: Protocol<'a>,
     verdicts: Vec<ClassifiedVerdict>,
-}
-
-/// What is read back of `eval.json`.
-#[derive(Debug, Deserialize)]
-pub(crate) struct Evaluated {
-    pub(crate) verdicts: Vec<ClassifiedVerdict>,
 }
 
 /// What a number can only be compared under.
@@ -61,7 +57,22 @@ struct Protocol<'a> {
     compute: Compute,
 }
 
+/// Held-out pictures that the loss is measured on: batches, and pictures of each.
+const LOSS: (usize, usize) = (4, 64);
+
 impl<B: TrainingBackend> Context<'_, B> {
+    /// A model's mean squared error on held-out pictures, the same for every seed.
+    fn loss(&self, model: &Checkpoint) -> Result<f64, RecipeError> {
+        let (batches, batch) = LOSS;
+        let measuring = self.measuring(model, Split::Test, 0, batch, None)?;
+        let mut sum = 0.0;
+        for step in 0..batches {
+            let batch = measuring.batch(step)?;
+            sum += prediction_loss(&measuring.network, &measuring.process, &batch);
+        }
+        Ok(sum / batches as f64)
+    }
+
     /// Draws samples of each model, and measures them against the held-out pictures in the features
     /// of a classifier.
     pub(super) fn evaluate_held_out(
@@ -101,6 +112,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             verdict.parameters = Some(checkpoint.architecture.parameters());
             verdict.depth = Some(checkpoint.architecture.depth());
             verdict.macs = Some(checkpoint.architecture.macs());
+            verdict.images = Some(checkpoint.provenance.images).filter(|images| *images > 0);
+            verdict.kept.clone_from(&checkpoint.provenance.kept);
+            verdict.loss = Some(self.loss(&checkpoint)?);
             verdicts.push(verdict);
             checkpoints.push(checkpoint);
             rows.push((name, first_images(&archive, 2 * COLUMNS)?));

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 #[cfg(feature = "cli")]
 pub(crate) use adm::archives;
-pub(crate) use held_out::Evaluated;
 
 use self::adm::ReferenceFiles;
 use super::context::Context;

@@ -1,0 +1,475 @@
+//! Running a sweep: each of its recipes in a folder of its own, and one table of all verdicts.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::directory::{EVALUATION, RunDirectory, Status, json, read_status};
+use super::{Options, run_in};
+use crate::evaluation::{RankCorrelation, Speed};
+use crate::recipe::RecipeError;
+use crate::recipe::plan::Plan;
+use crate::recipe::schema::sweep::{Point, last_part};
+use crate::report::{Table, short, thousands};
+
+/// Fewest runs of which a rank correlation is told.
+const FEWEST_PAIRS: usize = 10;
+
+/// Verdicts of a sweep's runs: `sweep.json`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Verdicts {
+    runs: Vec<RunVerdicts>,
+}
+
+/// What a run's evaluations found.
+#[derive(Debug, Serialize, Deserialize)]
+struct RunVerdicts {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    case: Option<String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    settings: BTreeMap<String, String>,
+    seed: u64,
+    /// Its folder in the sweep's.
+    run: PathBuf,
+    verdicts: Vec<Row>,
+}
+
+/// Verdict on one model, of either kind of evaluation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Row {
+    model: String,
+    parameters: Option<usize>,
+    depth: Option<usize>,
+    macs: Option<usize>,
+    images_per_second: Option<Speed>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    images: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kept: Option<Vec<usize>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    loss: Option<f64>,
+    fid: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sfid: Option<f64>,
+    inception_score: f64,
+    precision: Option<f64>,
+    recall: Option<f64>,
+    #[serde(default)]
+    accuracy: Option<f64>,
+}
+
+/// What is read of `eval.json`.
+#[derive(Deserialize)]
+struct Evaluated {
+    verdicts: Vec<Row>,
+}
+
+/// Runs every point of a sweep, and returns the sweep's directory with all verdicts, which are
+/// written there after each run: `sweep.json` and `sweep.csv`. An interrupted sweep is resumed at
+/// the run that it was at.
+///
+/// # Errors
+/// When a run fails, or a person interrupts.
+///
+/// # Panics
+/// When there is no point.
+pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdicts), RecipeError> {
+    let mut plans = Vec::new();
+    for point in points {
+        let plan = Plan::new(&point.recipe)
+            .and_then(|plan| plan.complete().map(|()| plan))
+            .map_err(|error| RecipeError::Run(format!("{point}: {error}")))?;
+        plans.push(plan);
+    }
+    if let Some(problem) = options.backend.missing() {
+        return Err(RecipeError::Run(problem));
+    }
+    let recipes = (points.iter())
+        .map(|point| point.recipe.to_toml())
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| RecipeError::Run(error.to_string()))?;
+    let name = &points[0].recipe.name;
+    let directory = RunDirectory::take(
+        &options.runs,
+        name,
+        &resolved(points, &recipes),
+        options.resume,
+    )?;
+    crate::say!(
+        "sweep of {} runs in {}",
+        points.len(),
+        directory.path().display()
+    );
+    let started = Instant::now();
+    let status = |state: &str, at: String, error: Option<String>| {
+        directory.set_status(&Status {
+            state: state.into(),
+            stage: at,
+            seconds: started.elapsed().as_secs_f64(),
+            error,
+        })
+    };
+    let mut verdicts = Verdicts::default();
+    for (index, ((point, plan), resolved)) in points.iter().zip(&plans).zip(&recipes).enumerate() {
+        let at = folder_name(index, point);
+        let folder = directory.path().join(&at);
+        if read_status(&folder).is_some_and(|status| status.state == "finished") {
+            crate::say!("{point}: already done");
+        } else {
+            status("running", at.clone(), None)?;
+            crate::say!("{point} ({} of {})", index + 1, points.len());
+            let done = directory
+                .inner(&at, resolved)
+                .and_then(|directory| run_in(directory, plan, options));
+            if let Err(error) = done {
+                let (state, said) = match &error {
+                    RecipeError::Interrupted => ("interrupted", None),
+                    error => ("failed", Some(error.to_string())),
+                };
+                // The run's own error is the one to tell.
+                let _ = status(state, at, said);
+                return Err(error);
+            }
+        }
+        verdicts.add(point, &at, &folder)?;
+        directory.write("sweep.json", &json(&verdicts)?)?;
+        directory.write("sweep.csv", &verdicts.csv())?;
+    }
+    status("finished", String::new(), None)?;
+    Ok((directory.path().to_owned(), verdicts))
+}
+
+/// `007-learned-seed1`: the case's folder is found by its name.
+fn folder_name(index: usize, point: &Point) -> String {
+    let case = point.case.as_ref().map(|case| format!("{case}-"));
+    let case = case.unwrap_or_default();
+    format!("{:03}-{case}seed{}", index + 1, point.recipe.seed)
+}
+
+/// What a sweep is resumed by: each run's recipe, by its SHA-256.
+fn resolved(points: &[Point], recipes: &[String]) -> String {
+    let mut text = String::from("# Each run's recipe is in its folder.\n");
+    for (index, (point, recipe)) in points.iter().zip(recipes).enumerate() {
+        let _ = write!(
+            text,
+            "\n[[run]]\nfolder = {:?}\nrecipe_sha256 = \"{:x}\"\n",
+            folder_name(index, point),
+            Sha256::digest(recipe)
+        );
+    }
+    text
+}
+
+impl Verdicts {
+    /// Adds what the evaluate stages of a run found.
+    fn add(&mut self, point: &Point, name: &str, run: &Path) -> Result<(), RecipeError> {
+        let mut verdicts = Vec::new();
+        let mut folders: Vec<PathBuf> = std::fs::read_dir(run)
+            .map_err(RecipeError::io(run))?
+            .flatten()
+            .map(|entry| entry.path())
+            .collect();
+        folders.sort();
+        for path in folders
+            .into_iter()
+            .map(|folder| folder.join(EVALUATION))
+            .filter(|path| path.exists())
+        {
+            let text = std::fs::read_to_string(&path).map_err(RecipeError::io(&path))?;
+            let evaluation: Evaluated = serde_json::from_str(&text)
+                .map_err(|error| RecipeError::io(&path)(error.into()))?;
+            verdicts.extend(evaluation.verdicts);
+        }
+        self.runs.push(RunVerdicts {
+            case: point.case.clone(),
+            settings: point.settings.iter().cloned().collect(),
+            seed: point.recipe.seed,
+            run: name.into(),
+            verdicts,
+        });
+        Ok(())
+    }
+
+    /// All verdicts, a line each.
+    fn csv(&self) -> String {
+        let keys: BTreeSet<&String> = (self.runs.iter())
+            .flat_map(|run| run.settings.keys())
+            .collect();
+        let mut text = String::from("case,");
+        for key in &keys {
+            text += &format!("{},", quoted(key));
+        }
+        text += "seed,model,depth,parameters,macs,images_per_second,images,kept,loss,fid,sfid,inception_score,precision,recall,accuracy\n";
+        for run in &self.runs {
+            for row in &run.verdicts {
+                let mut cells = vec![quoted(run.case.as_deref().unwrap_or_default())];
+                let setting = |key: &&String| {
+                    run.settings
+                        .get(*key)
+                        .map_or_else(String::new, |value| quoted(value))
+                };
+                cells.extend(keys.iter().map(setting));
+                let count = |value: Option<usize>| {
+                    value.map_or_else(String::new, |value| value.to_string())
+                };
+                let number =
+                    |value: Option<f64>| value.map_or_else(String::new, |value| value.to_string());
+                let kept = row.kept.iter().flatten().map(ToString::to_string);
+                cells.extend([
+                    run.seed.to_string(),
+                    quoted(&row.model),
+                    count(row.depth),
+                    count(row.parameters),
+                    count(row.macs),
+                    number(row.images_per_second.map(|speed| speed.median)),
+                    count(row.images),
+                    kept.collect::<Vec<_>>().join(" "),
+                    number(row.loss),
+                    number(Some(row.fid)),
+                    number(row.sfid),
+                    number(Some(row.inception_score)),
+                    number(row.precision),
+                    number(row.recall),
+                    number(row.accuracy),
+                ]);
+                text += &cells.join(",");
+                text.push('\n');
+            }
+        }
+        text
+    }
+
+    /// Whether the loss of a pruned model tells how good it will be: its rank correlation with the
+    /// FID of the model that is evaluated last in the same run. None of few runs.
+    pub fn loss_and_fid(&self) -> Option<String> {
+        let pair = |run: &RunVerdicts| {
+            let untrained = |row: &&Row| row.kept.is_some() && row.images.is_none();
+            let pruned = run.verdicts.iter().find(untrained)?;
+            let last = run.verdicts.last().filter(|row| row.images.is_some())?;
+            Some([pruned.loss?, last.fid])
+        };
+        let pairs: Vec<[f64; 2]> = self.runs.iter().filter_map(pair).collect();
+        let found = (pairs.len() >= FEWEST_PAIRS).then(|| RankCorrelation::of(&pairs))??;
+        let RankCorrelation {
+            value,
+            interval: [low, high],
+            pairs,
+        } = found;
+        Some(format!(
+            "loss of {pairs} pruned models against FID after training: rank correlation {value:.2} (95%: {low:.2} to {high:.2})"
+        ))
+    }
+
+    /// Runs that differ by their seed alone, in order.
+    fn groups(&self) -> Vec<Vec<&RunVerdicts>> {
+        let mut groups: Vec<Vec<&RunVerdicts>> = Vec::new();
+        for run in &self.runs {
+            let same = |group: &&mut Vec<&RunVerdicts>| {
+                group[0].case == run.case && group[0].settings == run.settings
+            };
+            match groups.iter_mut().find(same) {
+                Some(group) => group.push(run),
+                None => groups.push(vec![run]),
+            }
+        }
+        groups
+    }
+}
+
+/// A cell of a CSV file (RFC 4180).
+fn quoted(text: &str) -> String {
+    match text.contains([',', '"', '\n', '\r']) {
+        true => format!("\"{}\"", text.replace('"', "\"\"")),
+        false => text.to_owned(),
+    }
+}
+
+/// `lr=0.001 steps=10`; keys that end alike are written out.
+fn label(run: &RunVerdicts) -> String {
+    let short = |key: &str| {
+        let last = last_part(key);
+        let alike = run.settings.keys().filter(|other| last_part(other) == last);
+        match alike.count() {
+            1 => last.to_owned(),
+            _ => key.to_owned(),
+        }
+    };
+    let case = run.case.iter().cloned();
+    let settings = run.settings.iter();
+    case.chain(settings.map(|(key, value)| format!("{}={value}", short(key))))
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+impl fmt::Display for Verdicts {
+    /// A row for each model of each case and combination: mean and standard deviation over the
+    /// seeds. Rows that are the same everywhere, such as those of real pictures, stand there once.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let groups = self.groups();
+        let mut table = Table::new([
+            "case",
+            "model",
+            "depth",
+            "params",
+            "MACs",
+            "images/s",
+            "trained on",
+            "loss",
+            "FID",
+            "sFID",
+            "IS",
+            "precision",
+            "recall",
+            "accuracy",
+        ]);
+        let mut rows: Vec<[String; 14]> = Vec::new();
+        for group in &groups {
+            for (index, first) in group[0].verdicts.iter().enumerate() {
+                let of_seeds: Vec<&Row> = group
+                    .iter()
+                    .filter_map(|run| run.verdicts.get(index))
+                    .collect();
+                let cell = |digits: usize, of: &dyn Fn(&Row) -> Option<f64>| {
+                    let values: Option<Vec<f64>> = of_seeds.iter().map(|row| of(row)).collect();
+                    let Some(values) = values else {
+                        return "-".to_owned();
+                    };
+                    let (mean, deviation) = mean_deviation(&values);
+                    match values.len() {
+                        1 => format!("{mean:.digits$}"),
+                        _ => format!("{mean:.digits$} ± {deviation:.digits$}"),
+                    }
+                };
+                let count = |value: Option<usize>, shown: fn(usize) -> String| {
+                    value.map_or_else(|| "-".to_owned(), shown)
+                };
+                rows.push([
+                    label(group[0]),
+                    first.model.clone(),
+                    count(first.depth, |depth| depth.to_string()),
+                    count(first.parameters, short),
+                    count(first.macs, short),
+                    cell(0, &|row| row.images_per_second.map(|speed| speed.median)),
+                    count(first.images, thousands),
+                    cell(4, &|row| row.loss),
+                    cell(2, &|row| Some(row.fid)),
+                    cell(2, &|row| row.sfid),
+                    cell(2, &|row| Some(row.inception_score)),
+                    cell(3, &|row| row.precision),
+                    cell(3, &|row| row.recall),
+                    cell(1, &|row| row.accuracy.map(|share| 100.0 * share)),
+                ]);
+            }
+        }
+        // One case, or none: the column would say nothing.
+        let cases = groups.len() > 1;
+        let mut known: Vec<&[String]> = Vec::new();
+        for row in &rows {
+            if known.contains(&&row[1..]) {
+                continue;
+            }
+            known.push(&row[1..]);
+            let mut row = row.clone();
+            if !cases {
+                row[0] = "-".into();
+            }
+            table.row(row);
+        }
+        table.without_empty().fmt(f)
+    }
+}
+
+/// Mean and sample standard deviation (0 for one value).
+fn mean_deviation(values: &[f64]) -> (f64, f64) {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (mean, (squares / (count - 1.0).max(1.0)).sqrt())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_spread_is_the_sample_deviation() {
+        let (mean, deviation) = mean_deviation(&[1.0, 2.0, 3.0]);
+        assert_eq!((mean, deviation), (2.0, 1.0));
+        assert_eq!(mean_deviation(&[5.0]), (5.0, 0.0));
+    }
+
+    fn verdicts() -> Verdicts {
+        let run = |case: &str, seed: u64, fid: f64| {
+            let verdict = |model: &str, fid: f64, depth: Option<usize>| serde_json::json!({ "model": model, "depth": depth, "fid": fid, "inception_score": 9.0, "precision": 0.5, "recall": 0.25, "accuracy": 0.125 });
+            serde_json::json!({
+                "case": case, "settings": { "stage.a.lr": "1, 2" }, "seed": seed, "run": "x",
+                "verdicts": [verdict("real", 1.0, None), verdict("student", fid, Some(14))],
+            })
+        };
+        let runs = [
+            run("a", 0, 10.0),
+            run("a", 1, 12.0),
+            run("b", 0, 20.0),
+            run("b", 1, 20.0),
+        ];
+        serde_json::from_value(serde_json::json!({ "runs": runs })).unwrap()
+    }
+
+    #[test]
+    fn seeds_are_averaged_and_equal_rows_stand_once() {
+        let table = verdicts().to_string();
+        let lines: Vec<&str> = table.lines().collect();
+        assert_eq!(
+            lines[0].split_whitespace().collect::<Vec<_>>(),
+            [
+                "case",
+                "model",
+                "depth",
+                "FID",
+                "IS",
+                "precision",
+                "recall",
+                "accuracy"
+            ]
+        );
+        assert_eq!(lines.len(), 2 + 3, "{table}");
+        assert!(lines[2].starts_with("a lr=1, 2  real"), "{table}");
+        assert!(lines[3].contains("11.00 ± 1.41"), "{table}");
+        assert!(lines[4].starts_with("b lr=1, 2  student"), "{table}");
+        assert!(lines[4].contains("20.00 ± 0.00"), "{table}");
+    }
+
+    #[test]
+    fn the_loss_is_held_against_the_fid_of_the_last_model() {
+        assert_eq!(verdicts().loss_and_fid(), None);
+        let run = |index: u64| {
+            let row = |images: Option<u64>, loss: u64, fid: u64| serde_json::json!({ "model": "m", "images": images, "kept": [0], "loss": loss, "fid": fid, "inception_score": 9.0 });
+            serde_json::json!({ "seed": index, "run": "x", "verdicts": [row(None, index, 5), row(Some(8), 1, 100 - index)] })
+        };
+        let runs: Vec<_> = (0..12).map(run).collect();
+        let verdicts: Verdicts =
+            serde_json::from_value(serde_json::json!({ "runs": runs })).unwrap();
+        assert_eq!(
+            verdicts.loss_and_fid().unwrap(),
+            "loss of 12 pruned models against FID after training: rank correlation -1.00 (95%: -1.00 to -1.00)"
+        );
+    }
+
+    #[test]
+    fn lines_of_the_file_are_those_of_all_seeds() {
+        let text = verdicts().csv();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 1 + 8);
+        assert!(lines[0].starts_with("case,stage.a.lr,seed,model,depth,"));
+        assert!(
+            lines[2].starts_with("a,\"1, 2\",0,student,14,,,,,,,10,,9,"),
+            "{text}"
+        );
+        let columns = |line: &str| line.split(',').count();
+        assert_eq!(columns(lines[0]) + 1, columns(lines[1]));
+    }
+}

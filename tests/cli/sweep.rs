@@ -1,0 +1,121 @@
+//! `[sweep]`: many runs of one recipe, and their one table.
+
+use std::time::Duration;
+
+use crate::program::Place;
+
+const RECIPE: &str = "
+    [[stage]]
+    kind = 'prune'
+    from = 'embedded:digits-teacher'
+    method = 'first'
+    keep = 6
+    [[stage]]
+    kind = 'recover'
+    name = 'student'
+    method = 'fine-tune'
+    steps = 4
+    batch = 4
+    [[stage]]
+    kind = 'evaluate'
+    compare = ['prune', 'student']
+    count = 40
+    batch = 8
+    steps = 2
+    [sweep]
+    seeds = 2
+    [[sweep.case]]
+    name = 'first'
+    [[sweep.case]]
+    name = 'bi'
+    grid.stage.prune.keep = [6, 4]
+    set.stage.prune = { method = 'shortgpt', batch = 4, batches = 1 }
+    set.stage.student.steps = 3
+    [[sweep.case]]
+    name = 'teacher'
+    stages = ['evaluate']
+    set.stage.evaluate.compare = ['embedded:digits-teacher']
+    [[sweep.case]]
+    name = 'untrained'
+    stages = ['prune', 'evaluate']
+    set.stage.evaluate.compare = ['prune']
+";
+
+/// The lines of `sweep.csv` without the sampling speed, which no two runs share.
+fn lines(place: &Place, runs: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(place.path(&format!("{runs}/many/001/sweep.csv"))).unwrap();
+    let without = |line: &str| {
+        let mut cells: Vec<&str> = line.split(',').collect();
+        cells.remove(7);
+        cells.join(",")
+    };
+    text.lines().map(without).collect()
+}
+
+#[test]
+fn a_sweep_is_killed_and_goes_on_to_the_same_table() {
+    let place = Place::new();
+    let wrong = RECIPE.replace("grid.stage.prune.keep", "grid.stage.prnue.keep");
+    place.write("wrong.toml", wrong);
+    let wrong = place.run(&["recipe", "wrong.toml", "--dry-run"]);
+    assert_eq!(wrong.status, Some(2));
+    for part in [
+        "there is no `stage.prnue` in the recipe (case `bi`)",
+        "did you mean `prune`?",
+    ] {
+        assert!(wrong.stderr.contains(part), "{part}: {}", wrong.stderr);
+    }
+
+    place.write("many.toml", RECIPE);
+    let outline = place.run(&["recipe", "many.toml", "--dry-run"]);
+    let outline = outline.succeeded().stdout;
+    assert!(outline.contains("bi keep=4 seed=1: 3 stages"), "{outline}");
+    assert!(outline.contains("10 runs, "), "{outline}");
+
+    let whole = place.run(&["recipe", "many.toml", "--runs", "whole"]);
+    let whole = whole.succeeded().stdout;
+    let heading = "2 seeds, mean ± standard deviation";
+    assert!(whole.contains(heading), "{whole}");
+    let expected = lines(&place, "whole");
+    // A header, and for each seed a line for real pictures and for each model.
+    assert_eq!(expected.len(), 1 + 2 * (3 + 2 * 3 + 2 + 2));
+    let begins = [
+        (
+            0,
+            "case,stage.prune.keep,seed,model,depth,parameters,macs,images,kept,loss,fid,",
+        ),
+        (2, "first,,0,prune,6,"),
+        (6, "first,,1,student,6,"),
+        (7, "bi,6,0,"),
+        (13, "bi,4,0,"),
+    ];
+    for (line, begin) in begins {
+        assert!(expected[line].starts_with(begin), "{}", expected[line]);
+    }
+    let kept = ",,0 1 2 3 4 5,";
+    assert!(expected[2].contains(kept), "{}", expected[2]);
+    // Four steps of four images.
+    assert!(expected[6].contains(",16,0 1 2 3 4 5,"), "{}", expected[6]);
+    // Both depths are chosen by the same scores, of each seed's pictures.
+    let measured = std::fs::read_dir(place.path("whole/many/001/measured")).unwrap();
+    assert_eq!(measured.count(), 2);
+
+    let mut child = place.start(&["recipe", "many.toml", "--runs", "killed"]);
+    for kill in 0..40 {
+        std::thread::sleep(Duration::from_millis(150 + 37 * kill));
+        let ended = child.try_wait().unwrap();
+        if ended.is_some_and(|status| status.success()) {
+            break;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        child = place.start(&["recipe", "many.toml", "--runs", "killed", "--resume"]);
+    }
+    let last = child.wait().unwrap();
+    assert!(last.success(), "{last}");
+    assert_eq!(lines(&place, "killed"), expected);
+    let again = place.run(&["recipe", "many.toml", "--runs", "killed", "--resume"]);
+    assert_eq!(again.status, Some(2));
+    let none = "no unfinished run to resume";
+    assert!(again.stderr.contains(none), "{}", again.stderr);
+}

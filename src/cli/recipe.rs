@@ -14,7 +14,6 @@ use crate::recipe::schema::sweep::{Point, Sweep};
 use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::recipe::{RecipeError, embedded_recipes};
 use crate::report::scientific;
-use crate::stop::Stop;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct RecipeArguments {
@@ -91,18 +90,15 @@ pub(super) fn recipe(arguments: &RecipeArguments) -> Result<(), CliError> {
                 path.display()
             )));
         }
-        let sweep = Sweep::of_seeds(seeds);
-        match &mut recipe.sweep {
-            Some(sweep) => sweep.seeds = seeds,
-            none => *none = Some(sweep),
-        }
+        let sweep = || Sweep::of_seeds(seeds);
+        recipe.sweep.get_or_insert_with(sweep).seeds = seeds;
     }
-    let options = Options {
+    let options = |stop| Options {
         runs: arguments.runs.clone(),
         resume: arguments.resume,
         backend,
         plain: arguments.plain,
-        stop: Stop::default(),
+        stop,
     };
     let Some(sweep) = &recipe.sweep else {
         let plan = Plan::new(&recipe)?;
@@ -110,31 +106,27 @@ pub(super) fn recipe(arguments: &RecipeArguments) -> Result<(), CliError> {
             crate::tell!("{plan}");
             return Ok(());
         }
-        let options = Options {
-            stop: listen()?,
-            ..options
-        };
-        let directory = how_to_go_on(run(&plan, &options), AGAIN)?;
+        let directory = how_to_go_on(run(&plan, &options(listen()?)), AGAIN)?;
         crate::tell!("{}", directory.display());
         return Ok(());
     };
     let mut points = sweep.points(&recipe, &document)?;
     for point in &mut points {
-        point.recipe.backend = Some(backend);
+        // The flag goes before what a case says, and that before the recipe.
+        let own = arguments.backend.or(point.recipe.backend);
+        point.recipe.backend = own.or(Some(backend));
     }
     if arguments.dry_run {
         return outline(&points);
     }
-    let options = Options {
-        stop: listen()?,
-        ..options
-    };
-    let (directory, verdicts) = how_to_go_on(run_sweep(&points, &options), AGAIN)?;
+    let (directory, verdicts) = how_to_go_on(run_sweep(&points, &options(listen()?)), AGAIN)?;
     let seeds = match sweep.seeds {
         1 => String::new(),
         seeds => format!("{seeds} seeds, mean ± standard deviation\n\n"),
     };
-    crate::tell!("\n{seeds}{verdicts}");
+    if !verdicts.is_empty() {
+        crate::tell!("\n{seeds}{verdicts}");
+    }
     if let Some(remark) = verdicts.loss_and_fid() {
         crate::tell!("{remark}");
     }

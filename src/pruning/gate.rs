@@ -77,19 +77,9 @@ pub fn draw<B: FusedOps>(
         return draw_layers(group.keep(), logits, gumbel, tau, scaling);
     }
     let device = gumbel.device();
-    let [batch, candidates] = gumbel.dims();
+    let candidates = gumbel.dims()[1];
     let soft = B::row_softmax((logits.mul_scalar(scaling) + gumbel).div_scalar(tau));
-    // The argmax is computed on the host, so that ties go to the first candidate on every backend;
-    // the tensor is small.
-    let values: Vec<f32> = soft.clone().into_data().iter().collect();
-    let hard: Vec<f32> = values
-        .chunks(candidates)
-        .flat_map(|row| {
-            let choice = argmax(row);
-            (0..candidates).map(move |candidate| f32::from(u8::from(candidate == choice)))
-        })
-        .collect();
-    let hard = Tensor::<B, 2>::from_data(TensorData::new(hard, [batch, candidates]), &device);
+    let hard = picked(&soft, |row| vec![argmax(row)]);
     let masks: Vec<f32> = group.masks().concat();
     let masks =
         Tensor::<B, 2>::from_data(TensorData::new(masks, [candidates, group.of()]), &device);
@@ -97,6 +87,18 @@ pub fn draw<B: FusedOps>(
     let straight_through = soft.clone() - soft.clone().detach();
     let mask = hard.clone().matmul(masks.clone()) + straight_through.matmul(masks);
     GateDraw { soft, hard, mask }
+}
+
+/// Ones where `pick` says, of each row, and zeros elsewhere. It is computed on the host, so that
+/// ties go to the first on every backend; the tensor is small.
+fn picked<B: Backend>(values: &Tensor<B, 2>, pick: impl Fn(&[f32]) -> Vec<usize>) -> Tensor<B, 2> {
+    let shape = values.dims();
+    let read: Vec<f32> = values.clone().into_data().iter().collect();
+    let mut ones = vec![0.0f32; read.len()];
+    for (row, ones) in read.chunks(shape[1]).zip(ones.chunks_mut(shape[1])) {
+        pick(row).into_iter().for_each(|index| ones[index] = 1.0);
+    }
+    Tensor::from_data(TensorData::new(ones, shape), &values.device())
 }
 
 /// Least share that a soft choice leaves of a layer, so that its logarithm is finite.
@@ -113,16 +115,7 @@ fn draw_layers<B: FusedOps>(
     let device = gumbel.device();
     let [batch, layers] = gumbel.dims();
     let mut scores = logits.mul_scalar(scaling) + gumbel;
-    // On the host, as the argmax above.
-    let values: Vec<f32> = scores.clone().into_data().iter().collect();
-    let hard: Vec<f32> = values
-        .chunks(layers)
-        .flat_map(|row| {
-            let kept = largest(row, keep);
-            (0..layers).map(move |layer| f32::from(u8::from(kept.contains(&layer))))
-        })
-        .collect();
-    let hard = Tensor::<B, 2>::from_data(TensorData::new(hard, [batch, layers]), &device);
+    let hard = picked(&scores, |row| largest(row, keep));
     let mut soft = Tensor::zeros([batch, layers], &device);
     for _ in 0..keep {
         let share = B::row_softmax(scores.clone().div_scalar(tau));

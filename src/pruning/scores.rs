@@ -38,6 +38,22 @@ pub struct ScoreBatch<B: Backend> {
 }
 
 impl<B: Backend> ScoreBatch<B> {
+    /// Batches of at most `most` of its samples.
+    pub fn parts(self, most: usize) -> Vec<Self> {
+        let count = self.t.len();
+        let starts = (0..count).step_by(most.max(1));
+        let part = |start: usize| {
+            let range = start..(start + most.max(1)).min(count);
+            Self {
+                x: self.x.clone().slice([range.clone()]),
+                noise: self.noise.clone().slice([range.clone()]),
+                y: self.y.clone().slice([range.clone()]),
+                t: self.t[range].to_vec(),
+            }
+        };
+        starts.map(part).collect()
+    }
+
     /// What a network is shown of it.
     pub(super) fn noised(&self, process: &impl Process) -> Noised<B> {
         let (clean, noise) = (self.x.clone(), self.noise.clone());
@@ -176,6 +192,25 @@ pub fn keep_by_scores(method: Score, scores: &[f64], keep: usize) -> Vec<usize> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_of_a_batch_are_all_of_it() {
+        use burn_ndarray::NdArray;
+
+        let shape = Shape {
+            channels: 1,
+            side: 2,
+            classes: 3,
+        };
+        let mut batch = ScoreBatch::<NdArray>::noise(shape, 5, 0, &Default::default());
+        batch.t = vec![0.0, 1.0, 2.0, 3.0, 4.0];
+        let whole = batch.x.clone().into_data();
+        let parts = batch.parts(2);
+        let times: Vec<Vec<f32>> = parts.iter().map(|part| part.t.clone()).collect();
+        assert_eq!(times, [vec![0.0, 1.0], vec![2.0, 3.0], vec![4.0]]);
+        let again = Tensor::cat(parts.into_iter().map(|part| part.x).collect(), 0);
+        assert_eq!(again.into_data(), whole);
+    }
 
     #[test]
     fn similarity_never_removes_the_last_layer() {

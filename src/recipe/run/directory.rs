@@ -175,27 +175,35 @@ impl RunDirectory {
         }
     }
 
-    /// What is measured for a key, as text: read, if it has been before, else measured and kept.
+    /// What is measured for a key, as `read` has it from the text that `measure` gives: from a
+    /// file, if it has been before, else measured and kept. What `read` can't read is measured
+    /// anew.
     ///
     /// # Errors
-    /// When it can't be measured or written.
-    pub fn measured(
+    /// When it can't be measured, written, or read.
+    pub fn measured<T>(
         &self,
         what: &str,
         key: &impl Serialize,
+        read: impl Fn(String) -> Option<T>,
         measure: impl FnOnce() -> Result<String, RecipeError>,
-    ) -> Result<String, RecipeError> {
+    ) -> Result<T, RecipeError> {
         let name = format!("{what}-{:x}.csv", Sha256::digest(json(key)?));
         let path = self.measured.join(name);
-        if let Ok(text) = std::fs::read_to_string(&path) {
+        if let Some(kept) = std::fs::read_to_string(&path).ok().and_then(&read) {
             crate::say!("{what} from {}", path.display());
-            return Ok(text);
+            return Ok(kept);
         }
         let text = measure()?;
         std::fs::create_dir_all(&self.measured).map_err(RecipeError::io(&self.measured))?;
         write_atomic(&path, |file| file.write_all(text.as_bytes()))
             .map_err(RecipeError::io(&path))?;
-        Ok(text)
+        read(text).ok_or_else(|| {
+            RecipeError::Run(format!(
+                "{}: expected {what}, found something else",
+                path.display()
+            ))
+        })
     }
 
     /// The folder.
@@ -354,13 +362,22 @@ mod tests {
         let sweep = RunDirectory::create(folder.path(), "a").unwrap();
         let first = sweep.inner("001", "x = 1").unwrap();
         let second = sweep.inner("002", "x = 2").unwrap();
-        let found = first.measured("scores", &("a", 1), || Ok("1\n".into()));
-        assert_eq!(found.unwrap(), "1\n");
+        let read = |text: String| text.parse::<u32>().ok();
+        let found = first.measured("scores", &("a", 1), read, || Ok("1".into()));
+        assert_eq!(found.unwrap(), 1);
         let again = || -> Result<String, RecipeError> { panic!("measured again") };
-        let found = second.measured("scores", &("a", 1), again).unwrap();
-        assert_eq!(found, "1\n");
-        let other = second.measured("scores", &("a", 2), || Ok("2\n".into()));
-        assert_eq!(other.unwrap(), "2\n");
+        let found = second.measured("scores", &("a", 1), read, again);
+        assert_eq!(found.unwrap(), 1);
+        let other = second.measured("scores", &("a", 2), read, || Ok("2".into()));
+        assert_eq!(other.unwrap(), 2);
+        // A damaged file is as good as none.
+        for entry in std::fs::read_dir(sweep.path().join("measured")).unwrap() {
+            std::fs::write(entry.unwrap().path(), "1;").unwrap();
+        }
+        let other = second.measured("scores", &("a", 2), read, || Ok("3".into()));
+        assert_eq!(other.unwrap(), 3);
+        let wrong = second.measured("scores", &("a", 4), read, || Ok("x".into()));
+        assert!(wrong.unwrap_err().to_string().contains("expected scores"));
         assert!(!first.path().join("measured").exists());
         drop(first);
         assert!(!sweep.inner("003", "x = 3").unwrap().resumed());

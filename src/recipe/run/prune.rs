@@ -212,9 +212,12 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
         };
         let key = (self.measured_by(scored, parent)?, scored.keep, what, key);
-        let text = self.directory.measured("masks", &key, || {
-            self.mask_losses(stage, search, scored, parent)
-        })?;
+        let read = |text: String| {
+            let lines: Option<Vec<_>> = text.lines().skip(1).map(mask_line).collect();
+            lines.map(|lines| (text, lines))
+        };
+        let measure = || self.mask_losses(stage, search, scored, parent);
+        let (text, measured) = self.directory.measured("masks", &key, read, measure)?;
         let path = folder.join("masks.csv");
         crate::files::write_atomic(&path, |file| {
             std::io::Write::write_all(file, text.as_bytes())
@@ -224,10 +227,6 @@ impl<B: TrainingBackend> Context<'_, B> {
             stage: stage.to_owned(),
             problem,
         };
-        let measured: Option<Vec<(Vec<usize>, f64)>> =
-            text.lines().skip(1).map(mask_line).collect();
-        let measured =
-            measured.ok_or_else(|| wrong(format!("{}: not a list of masks", path.display())))?;
         let losses: Vec<f64> = measured.iter().map(|(_, loss)| *loss).collect();
         if let Some((kept, loss)) = measured.iter().find(|(_, loss)| !loss.is_finite()) {
             return Err(wrong(format!(
@@ -304,15 +303,12 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 
     /// What scores and losses depend on, besides the method.
-    fn measured_by(
-        &self,
-        scored: &Scored,
-        parent: &Checkpoint,
-    ) -> Result<impl Serialize + use<B>, RecipeError> {
-        Ok((
+    fn measured_by(&self, scored: &Scored, parent: &Checkpoint) -> Result<String, RecipeError> {
+        super::directory::json(&(
             parent.fingerprint()?,
-            parent.trained_by(),
-            self.recipe.data.said(),
+            // The same weights may be read with other heads.
+            (&parent.architecture, parent.trained_by()),
+            &self.recipe.data,
             (scored.batches, scored.batch, scored.timesteps),
             (self.recipe.seed, self.recipe.compute),
             <B::InnerBackend as Backend>::name(self.device),
@@ -328,10 +324,15 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
         let key = (self.measured_by(scored, parent)?, method);
-        let text = self.directory.measured("scores", &key, || {
+        let depth = parent.denoiser()?.depth();
+        let read = |text: String| {
+            let scores: Option<Vec<f64>> = text.lines().map(|line| line.parse().ok()).collect();
+            scores.filter(|scores| scores.len() == depth)
+        };
+        let scores = self.directory.measured("scores", &key, read, || {
             let measuring = self.calibration(scored, parent)?;
             let (network, process) = (&measuring.network, &measuring.process);
-            let mut scores = vec![0.0; network.trunk().depth];
+            let mut scores = vec![0.0; depth];
             for step in 0..scored.batches {
                 if self.stop.requested() {
                     return Err(RecipeError::Interrupted);
@@ -345,17 +346,6 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
             Ok(scores.iter().map(|score| format!("{score}\n")).collect())
         })?;
-        let scores: Option<Vec<f64>> = text.lines().map(|line| line.parse().ok()).collect();
-        let depth = parent.denoiser()?.depth();
-        let scores = scores
-            .filter(|scores| scores.len() == depth)
-            .ok_or_else(|| RecipeError::Stage {
-                stage: stage.to_owned(),
-                problem: format!(
-                    "expected the scores of {depth} layers in {}, found something else",
-                    self.directory.path().display()
-                ),
-            })?;
         if let Some(layer) = scores.iter().position(|score| !score.is_finite()) {
             return Err(RecipeError::Stage {
                 stage: stage.to_owned(),

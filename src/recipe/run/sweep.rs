@@ -1,6 +1,6 @@
 //! Running a sweep: each of its recipes in a folder of its own, and one table of all verdicts.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -13,7 +13,7 @@ use super::{Options, run_in};
 use crate::evaluation::{RankCorrelation, Speed};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::Plan;
-use crate::recipe::schema::sweep::{Point, last_part};
+use crate::recipe::schema::sweep::{Point, label};
 use crate::report::{Table, short, thousands};
 
 /// Fewest runs of which a rank correlation is told.
@@ -79,14 +79,16 @@ struct Evaluated {
 /// When there is no point.
 pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdicts), RecipeError> {
     let mut plans = Vec::new();
+    // A case may name a backend of its own.
+    let backend = |point: &Point| point.recipe.backend.unwrap_or(options.backend);
     for point in points {
+        if let Some(problem) = backend(point).missing() {
+            return Err(RecipeError::Run(problem));
+        }
         let plan = Plan::new(&point.recipe)
             .and_then(|plan| plan.complete().map(|()| plan))
             .map_err(|error| RecipeError::Run(format!("{point}: {error}")))?;
         plans.push(plan);
-    }
-    if let Some(problem) = options.backend.missing() {
-        return Err(RecipeError::Run(problem));
     }
     let recipes = (points.iter())
         .map(|point| point.recipe.to_toml())
@@ -122,9 +124,13 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         } else {
             status("running", at.clone(), None)?;
             crate::say!("{point} ({} of {})", index + 1, points.len());
+            let options = Options {
+                backend: backend(point),
+                ..options.clone()
+            };
             let done = directory
                 .inner(&at, resolved)
-                .and_then(|directory| run_in(directory, plan, options));
+                .and_then(|directory| run_in(directory, plan, &options));
             if let Err(error) = done {
                 let (state, said) = match &error {
                     RecipeError::Interrupted => ("interrupted", None),
@@ -186,7 +192,7 @@ impl Verdicts {
         }
         self.runs.push(RunVerdicts {
             case: point.case.clone(),
-            settings: point.settings.iter().cloned().collect(),
+            settings: point.settings.clone(),
             seed: point.recipe.seed,
             run: name.into(),
             verdicts,
@@ -264,6 +270,11 @@ impl Verdicts {
         ))
     }
 
+    /// Whether no run evaluated anything.
+    pub fn is_empty(&self) -> bool {
+        self.runs.iter().all(|run| run.verdicts.is_empty())
+    }
+
     /// Runs that differ by their seed alone, in order.
     fn groups(&self) -> Vec<Vec<&RunVerdicts>> {
         let mut groups: Vec<Vec<&RunVerdicts>> = Vec::new();
@@ -286,23 +297,6 @@ fn quoted(text: &str) -> String {
         true => format!("\"{}\"", text.replace('"', "\"\"")),
         false => text.to_owned(),
     }
-}
-
-/// `lr=0.001 steps=10`; keys that end alike are written out.
-fn label(run: &RunVerdicts) -> String {
-    let short = |key: &str| {
-        let last = last_part(key);
-        let alike = run.settings.keys().filter(|other| last_part(other) == last);
-        match alike.count() {
-            1 => last.to_owned(),
-            _ => key.to_owned(),
-        }
-    };
-    let case = run.case.iter().cloned();
-    let settings = run.settings.iter();
-    case.chain(settings.map(|(key, value)| format!("{}={value}", short(key))))
-        .collect::<Vec<_>>()
-        .join(" ")
 }
 
 impl fmt::Display for Verdicts {
@@ -348,7 +342,7 @@ impl fmt::Display for Verdicts {
                     value.map_or_else(|| "-".to_owned(), shown)
                 };
                 rows.push([
-                    label(group[0]),
+                    label(group[0].case.as_deref(), &group[0].settings),
                     first.model.clone(),
                     count(first.depth, |depth| depth.to_string()),
                     count(first.parameters, short),
@@ -367,13 +361,11 @@ impl fmt::Display for Verdicts {
         }
         // One case, or none: the column would say nothing.
         let cases = groups.len() > 1;
-        let mut known: Vec<&[String]> = Vec::new();
-        for row in &rows {
-            if known.contains(&&row[1..]) {
+        let mut known = HashSet::new();
+        for mut row in rows {
+            if !known.insert(row[1..].to_vec()) {
                 continue;
             }
-            known.push(&row[1..]);
-            let mut row = row.clone();
             if !cases {
                 row[0] = "-".into();
             }

@@ -1,6 +1,6 @@
 //! `[sweep]`: one recipe, run with many settings.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
 use super::Recipe;
@@ -51,7 +51,7 @@ pub struct Point {
     /// The case's name, if the sweep has cases.
     pub case: Option<String>,
     /// Values of the grid by key.
-    pub settings: Vec<(String, String)>,
+    pub settings: BTreeMap<String, String>,
     /// The recipe, with its seed.
     pub recipe: Recipe,
 }
@@ -59,19 +59,32 @@ pub struct Point {
 impl fmt::Display for Point {
     /// `learned lr=0.001 seed=1`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(case) = &self.case {
-            write!(f, "{case} ")?;
-        }
-        for (key, value) in &self.settings {
-            write!(f, "{}={value} ", last_part(key))?;
-        }
-        write!(f, "seed={}", self.recipe.seed)
+        let label = label(self.case.as_deref(), &self.settings);
+        let gap = if label.is_empty() { "" } else { " " };
+        write!(f, "{label}{gap}seed={}", self.recipe.seed)
     }
 }
 
-/// `lr` of `stage.student.lr`.
-pub(crate) fn last_part(key: &str) -> &str {
-    key.rsplit('.').next().unwrap_or(key)
+/// `learned lr=0.001`, of a case and settings by key; keys that end alike are written out.
+pub(crate) fn label(case: Option<&str>, settings: &BTreeMap<String, String>) -> String {
+    fn last(key: &str) -> &str {
+        key.rsplit('.').next().unwrap_or(key)
+    }
+    let short = |key: &str| {
+        let alike = settings.keys().filter(|other| last(other) == last(key));
+        match alike.count() {
+            1 => last(key).to_owned(),
+            _ => key.to_owned(),
+        }
+    };
+    let settings = settings.iter();
+    let settings = settings.map(|(key, value)| format!("{}={value}", short(key)));
+    let parts: Vec<String> = case
+        .map(str::to_owned)
+        .into_iter()
+        .chain(settings)
+        .collect();
+    parts.join(" ")
 }
 
 /// Most seeds of a sweep.
@@ -131,16 +144,16 @@ impl Sweep {
             let axes = sweep.axes(*case);
             let combinations = axes
                 .iter()
-                .try_fold(1usize, |all, axis| all.checked_mul(axis.values.len()));
-            let runs = match (combinations, draws) {
-                (Some(combinations), Some(draws)) => combinations.min(draws),
-                // What is drawn from must be counted.
-                (combinations, _) => combinations.filter(|all| *all <= MOST_COMBINATIONS)?,
-            };
+                .try_fold(1usize, |all, axis| all.checked_mul(axis.values.len()))
+                // Draws too are made from a list of all.
+                .filter(|all| *all <= MOST_COMBINATIONS)?;
+            let runs = draws.map_or(combinations, |draws| combinations.min(draws));
             all.checked_add(runs.checked_mul(seeds as usize)?)
         });
         if runs.is_none_or(|runs| runs > MOST_RUNS) {
-            section.fault(format!("these are more than {MOST_RUNS} runs"));
+            section.fault(format!(
+                "these are more than {MOST_RUNS} runs, or draws from more than {MOST_COMBINATIONS} combinations"
+            ));
             return None;
         }
         Some(sweep)
@@ -154,10 +167,11 @@ impl Sweep {
         }
     }
 
-    /// The grid of a case: everyone's, and its own.
+    /// The grid of a case: everyone's, and its own, which goes before.
     fn axes<'a>(&'a self, case: Option<&'a Case>) -> Vec<&'a Axis> {
-        let own = case.iter().flat_map(|case| &case.grid);
-        self.grid.iter().chain(own).collect()
+        let own = case.map_or(&[][..], |case| &case.grid);
+        let others = |axis: &&Axis| own.iter().all(|mine| mine.key != axis.key);
+        self.grid.iter().filter(others).chain(own).collect()
     }
 
     /// The recipes, case by case, combination by combination, seed by seed. `base` is the recipe of
@@ -191,15 +205,14 @@ impl Sweep {
                 for (key, node) in case.iter().flat_map(|case| &case.set) {
                     wrong.extend(document.put(key, node).err());
                 }
-                let (mut rest, mut settings) = (combination, Vec::new());
+                let (mut rest, mut settings) = (combination, BTreeMap::new());
                 // The last key's values change first.
                 for axis in axes.iter().rev() {
                     let node = &axis.values[rest % axis.values.len()];
                     rest /= axis.values.len();
                     wrong.extend(document.put(&axis.key, node).err());
-                    settings.push((axis.key.clone(), node.value.to_string()));
+                    settings.insert(axis.key.clone(), node.value.to_string());
                 }
-                settings.reverse();
                 let sink = Sink::new(wrong);
                 let recipe = Recipe::read(&document, &sink);
                 let wrong = sink.into_faults();
@@ -310,7 +323,7 @@ mod tests {
         let last = &all[all.len() - 1];
         assert_eq!(
             last.to_string(),
-            "some lr=0.002 steps=30 keep=3 method=uniform seed=6"
+            "some keep=3 method=uniform lr=0.002 steps=30 seed=6"
         );
         let last = &all[23];
         assert_eq!(last.to_string(), "bi lr=0.002 steps=30 seed=6");
@@ -346,6 +359,25 @@ mod tests {
     }
 
     #[test]
+    fn a_case_has_a_grid_of_its_own() {
+        let text = "[sweep]\ngrid.stage.student = { lr = [1e-3, 2e-3], steps = [10, 20] }\n\
+             [[sweep.case]]\nname = 'a'\ngrid.stage.student.steps = [5]\n";
+        let all = points(text).unwrap();
+        let names: Vec<String> = all.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            names,
+            ["a lr=0.001 steps=5 seed=5", "a lr=0.002 steps=5 seed=5"]
+        );
+        for point in &all {
+            let optimisation = point.recipe.stages[1].kind.optimisation().unwrap();
+            assert_eq!(optimisation.steps, 5);
+        }
+        let alike = "[sweep.grid]\nstage.student.steps = [5]\nstage.evaluate.steps = [4]\n";
+        let name = points(alike).unwrap()[0].to_string();
+        assert_eq!(name, "stage.evaluate.steps=4 stage.student.steps=5 seed=5");
+    }
+
+    #[test]
     fn a_case_may_run_some_stages_alone() {
         let all = points(
             "[[sweep.case]]\nname = 'teacher'\nstages = ['evaluate']\nset.stage.evaluate.compare = ['embedded:digits-teacher']\n",
@@ -367,6 +399,10 @@ mod tests {
         assert_eq!(grid.matches("there is no").count(), 1, "{grid}");
         let value = told("[sweep.grid]\nstage.student.lr = [1e-3, -1]\n");
         assert!(value.contains("x.toml:15:27"), "{value}");
+        let wide: String = (0..12)
+            .map(|key| format!("stage.student.key{key} = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]\n"))
+            .collect();
+        let wide = format!("[sweep]\ndraws = 2\n[sweep.grid]\n{wide}");
         for (sweep, expected) in [
             ("[sweep.grid]\nseed = 3\n", "expected a list of values"),
             ("[sweep.grid]\nseed = []\n", "must not be empty"),
@@ -384,6 +420,8 @@ mod tests {
                 "[sweep]\nseeds = 1000\ngrid.seed = [1,2,3,4,5,6,7,8,9,10,11]\n",
                 "more than 10000 runs",
             ),
+            // Twelve keys of ten values: a list of all combinations would not fit any memory.
+            (&wide, "more than 100000 combinations"),
         ] {
             let found = told(sweep);
             assert!(found.contains(expected), "{sweep}: {found}");

@@ -61,16 +61,19 @@ struct Protocol<'a> {
 const LOSS: (usize, usize) = (4, 64);
 
 impl<B: TrainingBackend> Context<'_, B> {
-    /// A model's mean squared error on held-out pictures, the same for every seed.
-    fn loss(&self, model: &Checkpoint) -> Result<f64, RecipeError> {
+    /// A model's mean squared error on held-out pictures, the same for every seed; at most `most`
+    /// of them go through it at once, since no more may fit its memory.
+    fn loss(&self, model: &Checkpoint, most: usize) -> Result<f64, RecipeError> {
         let (batches, batch) = LOSS;
         let measuring = self.measuring(model, Split::Test, 0, batch, None)?;
         let mut sum = 0.0;
         for step in 0..batches {
-            let batch = measuring.batch(step)?;
-            sum += prediction_loss(&measuring.network, &measuring.process, &batch);
+            for part in measuring.batch(step)?.parts(most) {
+                let loss = prediction_loss(&measuring.network, &measuring.process, &part);
+                sum += loss * part.t.len() as f64;
+            }
         }
-        Ok(sum / batches as f64)
+        Ok(sum / (batches * batch) as f64)
     }
 
     /// Draws samples of each model, and measures them against the held-out pictures in the features
@@ -114,7 +117,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             verdict.macs = Some(checkpoint.architecture.macs());
             verdict.images = Some(checkpoint.provenance.images).filter(|images| *images > 0);
             verdict.kept.clone_from(&checkpoint.provenance.kept);
-            verdict.loss = Some(self.loss(&checkpoint)?);
+            verdict.loss = Some(self.loss(&checkpoint, evaluate.sampling.batch)?);
             verdicts.push(verdict);
             checkpoints.push(checkpoint);
             rows.push((name, first_images(&archive, 2 * COLUMNS)?));

@@ -11,6 +11,7 @@
 //! | [`ops`] | tensor operators the models share; [`ops::FusedOps`] is where a backend's kernels go |
 //! | [`process`] | what is learned, as a trait: Gaussian diffusion and interpolants, their losses and samplers; [`process::FAMILIES`], a network and its process each |
 //! | [`pruning`] | which layers stay: groups and masks, the gate, learned pruning, scores, the oracle rule |
+//! | [`analysis`] | what is inside a network: distributions of hidden states, similarity of layers |
 //! | [`recovery`] | healing: fine-tuning and distillation |
 //! | [`training`] | burn-train's `Learner` under a strategy of our own; optimizer, EMA, checkpoints |
 //! | [`data`] | digits, Fashion-MNIST, IDX files, folders of pictures, latents on disk; batches by step number |
@@ -19,8 +20,8 @@
 //! | [`evaluation`] | FID, sFID, Inception Score, precision and recall by ADM's protocol |
 //! | [`npz`] | pictures in other programs' formats |
 //! | [`sampling`] | drawing samples, in parts and shares; decoding |
-//! | [`recipe`] | TOML → plan → run directory |
-//! | [`report`] | pictures and tables |
+//! | [`recipe`] | TOML → plan → run directory → page |
+//! | [`report`] | pictures, charts, tables and pages |
 //! | [`random`] | randomness keyed by (seed, stream, step, index) |
 //! | [`backend`], [`stop`], [`files`], [`images`], [`terminal`] | shared parts |
 //! | [`cli`], [`mod@bench`], `standin` | the program's commands |
@@ -62,6 +63,7 @@
 #![recursion_limit = "256"]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod analysis;
 pub mod backend;
 #[cfg(feature = "cli")]
 pub mod bench;

@@ -38,6 +38,7 @@
 //! ```
 
 use burn::tensor::{Tensor, backend::Backend};
+use serde::{Deserialize, Serialize};
 
 use crate::ops::FusedOps;
 
@@ -48,6 +49,43 @@ pub struct Site {
     pub layer: usize,
     /// Number of blocks in the trunk.
     pub depth: usize,
+}
+
+/// What counts as a layer of a trunk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Granularity {
+    /// A block.
+    #[default]
+    Block,
+    /// Each residual branch of a block: its attention, then its MLP.
+    Branch,
+}
+
+impl Granularity {
+    /// All, by their names.
+    pub const NAMES: [(&'static str, Self); 2] = [("block", Self::Block), ("branch", Self::Branch)];
+
+    /// What a layer is called.
+    pub fn layer(self) -> &'static str {
+        match self {
+            Self::Block => "layer",
+            Self::Branch => "branch",
+        }
+    }
+
+    /// What its layers are called, more than one of them.
+    pub fn layers(self) -> &'static str {
+        match self {
+            Self::Block => "layers",
+            Self::Branch => "branches",
+        }
+    }
+
+    /// Whether a block is a layer.
+    pub fn is_block(&self) -> bool {
+        *self == Self::Block
+    }
 }
 
 /// The removable layers of a network.

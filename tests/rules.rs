@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 /// The rooms from the ground up. A room uses those that stand before it.
-const FLOORS: [&str; 24] = [
+const FLOORS: [&str; 25] = [
     "terminal",
     "backend",
     "files",
@@ -24,6 +24,7 @@ const FLOORS: [&str; 24] = [
     "evaluation",
     "training",
     "pruning",
+    "analysis",
     "recovery",
     "sampling",
     "recipe",

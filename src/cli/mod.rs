@@ -5,6 +5,7 @@ mod error;
 mod evaluate;
 mod extract;
 mod recipe;
+mod report;
 mod sample;
 mod stage;
 mod weights;
@@ -22,6 +23,7 @@ use error::CliError;
 use evaluate::{EvaluateArguments, evaluate};
 use extract::{ExtractArguments, extract};
 use recipe::{RecipeArguments, recipe};
+use report::{ReportArguments, RunsArguments, runs};
 use sample::{SampleArguments, sample};
 use weights::{ConvertArguments, InspectArguments, convert, inspect};
 
@@ -99,6 +101,21 @@ Examples:
   tinyfusion convert TinyDiT-D14 TinyDiT-D14.pt"
     )]
     Convert(ConvertArguments),
+    /// Write the page of a run, of several side by side, or of a sweep
+    #[command(
+        after_help = "The page is one file, report.html, that asks for nothing from elsewhere; its tables and figures lie beside it in
+report/. A recipe with an evaluate stage ends by writing its own.
+
+Examples:
+  tinyfusion report artifacts/runs/quickstart/001
+  tinyfusion report artifacts/runs/quickstart/001 artifacts/runs/quickstart/002 --into both"
+    )]
+    Report(ReportArguments),
+    /// List runs, or compare some
+    #[command(after_help = "Examples:
+  tinyfusion runs
+  tinyfusion runs compare artifacts/runs/quickstart/001 artifacts/runs/quickstart/002")]
+    Runs(RunsArguments),
     /// Time a workload on random weights
     #[command(after_help = "Examples:
   tinyfusion bench
@@ -137,7 +154,7 @@ pub fn main() -> ExitCode {
             ExitCode::from(130)
         }
         Err(error) => {
-            report(&error);
+            tell_causes(&error);
             ExitCode::from(2)
         }
     }
@@ -153,6 +170,8 @@ fn obey(command: Command) -> Result<(), CliError> {
         Command::Convert(arguments) => convert(&arguments),
         #[cfg(feature = "ndarray")]
         Command::Standin { folder } => Ok(crate::standin::make(&folder)?),
+        Command::Report(arguments) => report::report(&arguments),
+        Command::Runs(arguments) => runs(&arguments),
         Command::Bench(arguments) => benchmark(&arguments),
         Command::Completions { shell } => {
             // Into memory first: the generator panics when writing fails.
@@ -172,7 +191,10 @@ const MOST_THREADS: usize = 1024;
 fn start_threads(command: &Command) -> Result<(), CliError> {
     let stated = match command {
         // Commands that compute nothing.
-        Command::Completions { .. } | Command::Inspect(_) => return Ok(()),
+        Command::Completions { .. }
+        | Command::Inspect(_)
+        | Command::Report(_)
+        | Command::Runs(_) => return Ok(()),
         Command::Bench(arguments) => arguments.threads(),
         _ => None,
     };
@@ -193,7 +215,7 @@ fn start_threads(command: &Command) -> Result<(), CliError> {
 }
 
 /// Prints an error with its causes, without repetitions.
-fn report(error: &dyn std::error::Error) {
+fn tell_causes(error: &dyn std::error::Error) {
     let mut text = error.to_string();
     crate::say!("error: {text}");
     let mut cause = error.source();

@@ -43,6 +43,9 @@ pub(super) struct RecipeArguments {
     /// Plain progress lines instead of the dashboard
     #[arg(long)]
     plain: bool,
+    /// Write the run's page while it goes on, for a browser that is left open
+    #[arg(long)]
+    watch: bool,
 }
 
 /// A recipe's text, or the beginning of one that is too long. `<(a command)` works too, so that it
@@ -99,6 +102,7 @@ pub(super) fn recipe(arguments: &RecipeArguments) -> Result<(), CliError> {
         backend,
         plain: arguments.plain,
         stop,
+        watch: arguments.watch,
     };
     let Some(sweep) = &recipe.sweep else {
         let plan = Plan::new(&recipe)?;

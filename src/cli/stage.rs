@@ -149,6 +149,7 @@ impl RunArguments {
             resume: false,
             backend: self.backend,
             plain: false,
+            watch: false,
             stop,
         };
         let to_go_on = format!(

@@ -221,7 +221,10 @@ pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), CliError> {
         thousands(provenance.images)
     );
     if let (Some(kept), Some(depth)) = (&provenance.kept, provenance.parent_depth) {
-        crate::tell!("  kept        {kept:?} of {depth} layers");
+        crate::tell!(
+            "  kept        {kept:?} of {depth} {}",
+            provenance.granularity.layers()
+        );
     }
     if let Some(parent) = &provenance.parent {
         crate::tell!("  parent      {parent}");

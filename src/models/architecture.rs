@@ -6,10 +6,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
-use super::dit::{diffusers, infer, presets};
+use super::dit::{BLOCKS_IN_PYTORCH, diffusers, infer, presets};
 use super::{ClassifierConfig, DitConfig, Shape};
 use crate::state::{Tensors, WeightsError};
-use crate::trunk::Trunk;
+use crate::trunk::{Granularity, Trunk};
 
 /// A network's kind and sizes: enough to rebuild the module without code.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -68,25 +68,52 @@ impl Architecture {
     }
 
     /// The layers that can be taken out; None of a network without such a trunk.
-    pub fn trunk(&self) -> Option<Trunk> {
+    pub fn trunk(&self, granularity: Granularity) -> Option<Trunk> {
         match self {
-            Self::Dit(config) => Some(Trunk::plain(config.depth)),
+            Self::Dit(config) => config.trunk(granularity),
             Self::Classifier(_) => None,
         }
     }
 
-    /// Layers of the trunk; 0 without one.
+    /// Blocks of the trunk; 0 without one.
     pub fn depth(&self) -> usize {
-        self.trunk().map_or(0, |trunk| trunk.depth)
+        self.layers(Granularity::Block)
     }
 
-    /// The same with another number of layers, if it has a trunk.
+    /// Layers of the trunk; 0 without one.
+    pub fn layers(&self, granularity: Granularity) -> usize {
+        self.trunk(granularity).map_or(0, |trunk| trunk.depth)
+    }
+
+    /// Whether every block of the trunk is whole.
+    pub fn is_whole(&self) -> bool {
+        *self == self.with_depth(self.depth())
+    }
+
+    /// The same with another number of blocks, all of them whole, if it has a trunk.
     pub fn with_depth(&self, depth: usize) -> Self {
         match self {
             Self::Dit(config) => Self::Dit(DitConfig {
                 depth,
+                blocks: Vec::new(),
                 ..config.clone()
             }),
+            Self::Classifier(_) => self.clone(),
+        }
+    }
+
+    /// The same with neighbouring blocks in pairs on one input; None where it can't be.
+    pub fn in_pairs(&self) -> Option<Self> {
+        match self {
+            Self::Dit(config) => config.in_pairs().map(Self::Dit),
+            Self::Classifier(_) => None,
+        }
+    }
+
+    /// The same with only the given layers of its trunk, if it has one.
+    pub fn keep(&self, kept: &[usize], granularity: Granularity) -> Self {
+        match self {
+            Self::Dit(config) => Self::Dit(config.keep(kept, granularity)),
             Self::Classifier(_) => self.clone(),
         }
     }
@@ -162,7 +189,10 @@ impl Architecture {
     /// Bytes that a batch's pass leaves for its backward pass.
     pub fn kept_bytes(&self, batch: usize) -> usize {
         match self {
-            Self::Dit(config) => config.depth * config.block_bytes(batch),
+            Self::Dit(config) => {
+                let branches = config.kinds().map(|kind| kind.blocks() * kind.branches());
+                config.block_bytes(batch).div_ceil(2) * branches.sum::<usize>()
+            }
             // Each activation with its gradient and what it was computed from.
             Self::Classifier(config) => 4 * 4 * batch * config.activations(),
         }
@@ -251,6 +281,15 @@ impl Architecture {
                 Ok((tensors, diffusers::diffusers_config(config)))
             }
             Self::Classifier(_) => Err(self.unknown_to_diffusers(path)),
+        }
+    }
+
+    /// What a user of the original PyTorch code does to its model before it takes the weights; None
+    /// where nothing is to be done.
+    pub(crate) fn before_loading(&self) -> Option<&'static str> {
+        match self {
+            Self::Dit(config) if !config.blocks.is_empty() => Some(BLOCKS_IN_PYTORCH),
+            Self::Dit(_) | Self::Classifier(_) => None,
         }
     }
 

@@ -46,6 +46,19 @@ pub trait Prunable<B: Backend>: Denoiser<B> {
     /// Its layers, and the borders that no group may cross.
     fn trunk(&self) -> Trunk;
 
+    /// The same network with the residual branches of its blocks for layers:
+    /// [`trunk`](Self::trunk), [`keep`](Self::keep) and the sites of hooks count them. None of a
+    /// network that can't be taken apart so, as by default.
+    fn by_branch(self) -> Option<Self> {
+        None
+    }
+
+    /// The same network with neighbouring blocks in pairs on one input, each pair a layer. None of
+    /// a network that can't be arranged so, as by default.
+    fn in_pairs(self) -> Option<Self> {
+        None
+    }
+
     /// The same network with only the given layers, in trunk order whatever the order of `kept`.
     ///
     /// # Panics

@@ -30,7 +30,7 @@ pub(crate) use architecture::Heads;
 pub use classifier::{Classifier, ClassifierConfig, Reading};
 pub(crate) use dit::diffusers::{DIFFUSERS_ALONE, DIFFUSERS_USE, is_diffusers};
 pub use dit::presets;
-pub use dit::{Dit, DitConfig};
+pub use dit::{BlockKind, Dit, DitConfig};
 pub use embeddings::{position_table, timestep_features};
 pub use family::{Denoiser, Prunable, Shape};
 pub use inception::Inception;
@@ -97,6 +97,18 @@ impl<B: FusedOps> Prunable<B> for Network<B> {
     fn trunk(&self) -> Trunk {
         match self {
             Self::Dit(model) => model.trunk(),
+        }
+    }
+
+    fn by_branch(self) -> Option<Self> {
+        match self {
+            Self::Dit(model) => model.by_branch().map(Self::Dit),
+        }
+    }
+
+    fn in_pairs(self) -> Option<Self> {
+        match self {
+            Self::Dit(model) => model.in_pairs().map(Self::Dit),
         }
     }
 

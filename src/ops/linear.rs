@@ -1,5 +1,7 @@
 //! A linear layer that can carry a low-rank update.
 
+use std::ops::Range;
+
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Tensor, backend::Backend};
 
@@ -67,6 +69,27 @@ impl<B: Backend> Linear<B> {
         LinearLayout { input, output }
     }
 
+    /// The same layer with only a range of its outputs.
+    ///
+    /// # Panics
+    /// When the range reaches beyond them.
+    pub fn keep_outputs(mut self, kept: Range<usize>) -> Self {
+        self.weight = self.weight.map(|weight| weight.slice([kept.clone()]));
+        self.bias = self.bias.map(|bias| bias.slice([kept.clone()]));
+        if let Some(lora) = &mut self.lora {
+            lora.b = lora.b.clone().map(|b| b.slice([kept]));
+        }
+        self
+    }
+
+    /// The same layer with its low-rank update, if it has one, added to its weight.
+    pub fn merge_lora(&mut self) {
+        if let Some(Lora { a, b, scale }) = self.lora.take() {
+            let update = b.val().matmul(a.val()).mul_scalar(scale);
+            self.weight = self.weight.clone().map(|weight| weight + update);
+        }
+    }
+
     /// Freezes the layer and adds a low-rank update of zeros; the caller fills A and B.
     pub fn attach_lora(&mut self, rank: usize, alpha: f64) {
         let LinearLayout { input, output } = self.layout();
@@ -102,5 +125,37 @@ impl<B: FusedOps> Linear<B> {
             compute: self.compute,
         };
         B::linear_layer(x, weights, activation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Distribution;
+    use burn_ndarray::NdArray;
+
+    use super::*;
+
+    #[test]
+    fn a_merged_update_does_what_it_did_beside_the_weight_and_outputs_are_kept_with_it() {
+        let device = Default::default();
+        let mut linear = Linear::<NdArray>::zeros(5, 4, &device);
+        linear.attach_lora(2, 6.0);
+        let fill = |shape: [usize; 2]| Tensor::random(shape, Distribution::Default, &device);
+        linear.weight = Param::from_tensor(fill([4, 5]));
+        if let Some(lora) = &mut linear.lora {
+            lora.a = Param::from_tensor(fill([2, 5]));
+            lora.b = Param::from_tensor(fill([4, 2]));
+        }
+        let x = fill([3, 5]);
+        let expected = linear.forward(x.clone());
+        // Sums of five products of numbers below 3, in another order.
+        let near = |found: Tensor<NdArray, 2>, expected: Tensor<NdArray, 2>| {
+            (found - expected).abs().max().into_scalar() < 1e-5
+        };
+        let some = linear.clone().keep_outputs(1..3).forward(x.clone());
+        assert!(near(some, expected.clone().slice([0..3, 1..3])));
+        linear.merge_lora();
+        assert!(linear.lora.is_none());
+        assert!(near(linear.forward(x), expected));
     }
 }

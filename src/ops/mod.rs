@@ -436,6 +436,7 @@ mod tests {
             mlp_ratio: 4.0,
             classes: 10,
             learn_sigma: false,
+            blocks: Vec::new(),
         };
         let network = Network::<B>::zeros(&config.into(), &FlexDevice).unwrap();
         let mut state = collect::<B, _>(&network);
@@ -461,7 +462,12 @@ mod tests {
         let out = network.forward(x, t, y, &mut Plain);
         let gradients = out.clone().powi_scalar(2).mean().backward();
         let Network::Dit(model) = &network;
-        let weight = &model.blocks[0].attn.qkv.weight;
+        let weight = &model.blocks[0].blocks()[0]
+            .attn
+            .as_ref()
+            .unwrap()
+            .qkv
+            .weight;
         let gradient = weight.val().grad(&gradients).unwrap();
         assert_eq!((out.dtype(), gradient.dtype()), (DType::F32, DType::F32));
         (

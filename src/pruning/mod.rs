@@ -3,14 +3,19 @@
 mod gate;
 mod group;
 mod groups;
+mod intervals;
+mod layers;
 mod learned;
 mod rules;
 mod scores;
 mod search;
+mod start;
 
 pub use gate::{Annealing, Choice, Decision, GateDraw, decide, draw};
 pub use groups::*;
+pub use intervals::{Interval, Regression, Replaced, intervals, left, plug, plugged};
 pub use learned::{LearnedPruner, Update};
 pub use rules::{oracle, uniform};
 pub use scores::{Calibration, Score, ScoreBatch, keep_by_scores, prediction_loss, score};
 pub use search::{Evolution, Mask, Pick, evolve, kept_by, mask_losses, mask_of, random_masks};
+pub use start::{Start, averaged};

@@ -55,7 +55,7 @@ impl<B: Backend> ScoreBatch<B> {
     }
 
     /// What a network is shown of it.
-    pub(super) fn noised(&self, process: &impl Process) -> Noised<B> {
+    pub(crate) fn noised(&self, process: &impl Process) -> Noised<B> {
         let (clean, noise) = (self.x.clone(), self.noise.clone());
         Noised::new(process, clean, noise, self.t.clone(), self.y.clone())
     }

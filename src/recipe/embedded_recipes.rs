@@ -1,7 +1,7 @@
 //! The repository's recipes, embedded in the program, so that the binary alone runs them by name.
 
 /// Name and text of each recipe.
-pub const RECIPES: [(&str, &str); 22] = [
+pub const RECIPES: [(&str, &str); 23] = [
     ("d14_1_2", include_str!("../../recipes/d14_1_2.toml")),
     ("d14_2_4", include_str!("../../recipes/d14_2_4.toml")),
     ("d14_7_14", include_str!("../../recipes/d14_7_14.toml")),
@@ -42,6 +42,10 @@ pub const RECIPES: [(&str, &str); 22] = [
     (
         "fashion_paper",
         include_str!("../../recipes/fashion_paper.toml"),
+    ),
+    (
+        "fashion_settings",
+        include_str!("../../recipes/fashion_settings.toml"),
     ),
     (
         "fashion_teacher",

@@ -9,6 +9,7 @@ pub mod document;
 pub mod embedded_recipes;
 pub mod plan;
 pub mod published;
+pub mod results;
 pub mod run;
 pub mod schema;
 

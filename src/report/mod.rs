@@ -4,21 +4,30 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+mod chart;
 mod decision_history;
 mod decisions;
 mod glyphs;
 mod grid;
+mod heatmap;
+mod html;
 mod numbers;
 mod progress;
+mod svg;
 mod table;
+mod verdicts;
 
+pub use chart::{Axis, Chart, Scale, Series, Style};
 pub use decision_history::{DecisionGroup, DecisionHistory, KeptLayers};
 pub use decisions::decision_svg;
 pub(crate) use grid::{COLUMNS, grid_layout};
 pub use grid::{comparison_png, grid_png};
+pub use heatmap::Heatmap;
+pub use html::{Grid, Page};
 pub(crate) use numbers::{brief, rounded, scientific, short, thousands};
 pub(crate) use progress::{Progress, watch};
 pub use table::Table;
+pub use verdicts::{protocol_lines, verdict_grid};
 
 /// Why a picture could not be made.
 #[derive(Debug, Error)]

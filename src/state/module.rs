@@ -21,7 +21,7 @@ pub struct ParameterName {
 /// Fields whose part of a checkpoint's name is not the field's: a Rust field can't be called
 /// `mlp.0`, and a bare table has no `weight`. By the type that has the field, so that a field of
 /// another type keeps its name.
-const RENAMED: [(&str, &str, &str); 11] = [
+const RENAMED: [(&str, &str, &str); 12] = [
     ("Struct:TimestepEmbedder", "hidden", "mlp.0"),
     ("Struct:TimestepEmbedder", "out", "mlp.2"),
     ("Struct:LabelEmbedder", "table", "embedding_table.weight"),
@@ -35,6 +35,7 @@ const RENAMED: [(&str, &str, &str); 11] = [
     ("Struct:Linear", "lora", ""),
     ("Struct:LearnedPruner", "network", ""),
     ("Struct:Student", "network", ""),
+    ("Struct:Regression", "network", ""),
 ];
 
 /// The place of a walk through a module, under a checkpoint's names.

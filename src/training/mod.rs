@@ -17,6 +17,7 @@ mod panics;
 pub(crate) mod renderer;
 mod schedule;
 mod strategy;
+mod trackers;
 #[expect(
     clippy::module_inception,
     reason = "the room is named for what it does"
@@ -36,6 +37,7 @@ pub use optimisation::Optimisation;
 pub use optimizer::{AdamW, ParameterGroup};
 pub use panics::watch_panics;
 pub use schedule::Schedule;
+pub use trackers::Tracker;
 pub use training::{About, Training};
 
 use crate::data::DataError;
@@ -98,4 +100,12 @@ pub enum TrainingError {
         /// Error of the file system.
         source: std::io::Error,
     },
+}
+
+impl TrainingError {
+    /// Error of a file.
+    pub(crate) fn io(path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
+    }
 }

@@ -23,6 +23,7 @@ use super::optimizer::AdamW;
 use super::panics::panicked;
 use super::renderer::Lines;
 use super::schedule::Schedule;
+use super::trackers::Trackers;
 use super::{Training, TrainingError};
 use crate::stop::Stop;
 
@@ -103,7 +104,11 @@ where
         let training = &self.training;
         let optimisation = &training.optimisation;
         let store = Store::new(&training.directory);
-        let mut log = JsonLines::open(&training.directory.join("metrics.jsonl"), position.step)?;
+        let path = training.directory.join("metrics.jsonl");
+        let mut log = JsonLines::open(&path, position.step)?;
+        let earlier = std::fs::read_to_string(&path).map_err(TrainingError::io(&path))?;
+        let mut trackers = Trackers::open(&training.directory, &training.log, &earlier)?;
+        drop(earlier);
         let mut lines = Lines::new(&training.name, position.step, optimisation.steps);
         let mut observer = self.observer.lock();
         let mut batches = train.iter();
@@ -169,6 +174,7 @@ where
                         .map(|(name, value)| ((*name).to_owned(), (*value).into())),
                 );
                 log.write(&record)?;
+                trackers.write(&record)?;
                 if self.plain && lines.due(position.step) {
                     crate::say!("{}", lines.line(position.step, &report.scalars));
                 }
@@ -246,7 +252,7 @@ where
 }
 
 /// Seconds since 1970, to the millisecond, for matching lines with the logs of other programs.
-fn unix_time() -> f64 {
+pub(super) fn unix_time() -> f64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.unwrap_or_default().as_millis() as f64 / 1000.0
 }

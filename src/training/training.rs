@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::Optimisation;
+use super::{Optimisation, Tracker};
 use crate::models::Architecture;
 use crate::process::ProcessKind;
 use crate::weights::{Description, Provenance};
@@ -39,6 +39,8 @@ pub struct Training {
     pub description: Option<Description>,
     /// What a dashboard says of the job.
     pub about: About,
+    /// Forms of the log beside `metrics.jsonl`.
+    pub log: Vec<Tracker>,
 }
 
 impl Training {
@@ -51,6 +53,7 @@ impl Training {
             fingerprint: String::new(),
             description: None,
             about: About::default(),
+            log: Vec::new(),
         }
     }
 

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::convert::Evaluated;
 use super::{Checkpoint, Conversion, Provenance};
-use crate::report::{rounded, short};
+use crate::report::{protocol_lines, verdict_grid};
 use crate::state::WeightsError;
 
 /// The card, as Markdown with the front matter that model hubs read.
@@ -47,8 +47,9 @@ fn write_card(
     match (&provenance.kept, provenance.parent_depth) {
         (Some(kept), Some(depth)) => writeln!(
             out,
-            "{} of {depth} layers of its parent, counted from 0: {kept:?}.\n",
-            kept.len()
+            "{} of {depth} {} of its parent, counted from 0: {kept:?}.\n",
+            kept.len(),
+            provenance.granularity.layers()
         )?,
         _ => writeln!(out, "{} parameters.\n", tensors.parameters())?,
     }
@@ -124,6 +125,9 @@ fn write_card(
     }
 
     writeln!(out, "## How to load it\n")?;
+    if let Some(how) = checkpoint.architecture.before_loading() {
+        writeln!(out, "{how}\n")?;
+    }
     if conversion.diffusers {
         writeln!(out, "{}", crate::models::DIFFUSERS_USE)
     } else if conversion.shard.is_some() {
@@ -139,83 +143,22 @@ fn write_card(
     }
 }
 
-/// The keys of a verdict, and their column titles.
-const COLUMNS: [(&str, &str); 12] = [
-    ("model", "model"),
-    ("depth", "depth"),
-    ("parameters", "parameters"),
-    ("macs", "MACs"),
-    ("images_per_second", "images/s"),
-    ("count", "samples"),
-    ("fid", "FID"),
-    ("sfid", "sFID"),
-    ("inception_score", "IS"),
-    ("precision", "precision"),
-    ("recall", "recall"),
-    ("accuracy", "accuracy"),
-];
-
-/// All rows of an evaluation, since a score means little without the others, and its protocol.
+/// All rows of an evaluation, this model's marked, and its protocol.
 fn write_evaluation(out: &mut String, name: &str, evaluation: &Value) -> std::fmt::Result {
-    let verdicts: &[Value] = evaluation["verdicts"].as_array().map_or(&[], Vec::as_slice);
-    let columns: Vec<_> = (COLUMNS.iter())
-        .filter(|(key, _)| verdicts.iter().any(|verdict| !verdict[*key].is_null()))
-        .collect();
-    let titles: Vec<&str> = columns.iter().map(|(_, title)| *title).collect();
-    writeln!(
-        out,
-        "| {} |\n|{}",
-        titles.join(" | "),
-        "---|".repeat(columns.len())
-    )?;
-    for verdict in verdicts {
-        let cells = columns.iter().map(|(key, _)| cell(key, &verdict[*key]));
-        let cells: Vec<String> = match verdict["model"] == name {
-            true => cells.map(|cell| format!("**{cell}**")).collect(),
-            false => cells.collect(),
-        };
-        writeln!(out, "| {} |", cells.join(" | "))?;
+    let mut grid = verdict_grid(evaluation);
+    for row in grid.rows.iter_mut().filter(|row| row[0] == name) {
+        row.iter_mut()
+            .for_each(|cell| *cell = format!("**{cell}**"));
     }
     writeln!(
         out,
-        "\nThis model's line is the bold one. The protocol:\n\n| | |\n|---|---|"
+        "{}\nThis model's line is the bold one. The protocol:\n\n| | |\n|---|---|",
+        grid.markdown()
     )?;
-    let protocol = evaluation["protocol"].as_object();
-    for (key, value) in protocol.into_iter().flatten() {
-        let value = escaped(&plain(value));
-        writeln!(out, "| {} | {value} |", key.replace('_', " "))?;
+    for (key, value) in protocol_lines(&evaluation["protocol"]) {
+        writeln!(out, "| {key} | {} |", escaped(&value))?;
     }
     writeln!(out)
-}
-
-/// A value as a table cell.
-fn cell(key: &str, value: &Value) -> String {
-    let number = |value: &Value| value.as_f64().map(rounded);
-    match value {
-        Value::String(text) => Some(escaped(text)),
-        Value::Object(speed) => speed.get("median").and_then(number),
-        whole if matches!(key, "parameters" | "macs") => whole
-            .as_u64()
-            .and_then(|whole| usize::try_from(whole).ok())
-            .map(short),
-        Value::Number(whole) if whole.is_u64() => Some(whole.to_string()),
-        other => number(other),
-    }
-    .unwrap_or_else(|| "-".to_owned())
-}
-
-/// A value of the protocol as text.
-fn plain(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        Value::Object(parts) => {
-            let parts = parts
-                .iter()
-                .map(|(key, value)| format!("{} {}", key.replace('_', " "), plain(value)));
-            parts.collect::<Vec<_>>().join(", ")
-        }
-        other => other.to_string(),
-    }
 }
 
 /// Text escaped for a table cell.

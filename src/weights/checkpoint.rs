@@ -18,6 +18,7 @@ use crate::models::{
 };
 use crate::process::ProcessKind;
 use crate::state::{Bytes, Tensors, WeightsError, assign, collect, encode};
+use crate::trunk::Granularity;
 
 /// Metadata keys of this program's files.
 pub(super) const ARCHITECTURE: &str = "tinyfusion.architecture";
@@ -48,16 +49,22 @@ pub struct Provenance {
     pub steps: usize,
     /// Images seen in the stage.
     pub images: usize,
+    /// Whether what the stage learned chose layers, and weights are still the parent's.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub chose: bool,
     /// SHA-256 of the parent checkpoint's weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
     /// SHA-256 of the weights of the teacher it was recovered under.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher: Option<String>,
+    /// What the kept layers and the groups count.
+    #[serde(skip_serializing_if = "Granularity::is_block")]
+    pub granularity: Granularity,
     /// Layers of the parent that were kept, when the stage pruned.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kept: Option<Vec<usize>>,
-    /// Depth of the pruned parent.
+    /// Number of layers of the pruned parent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parent_depth: Option<usize>,
     /// Groups `[N, M]` within which the kept layers were chosen.

@@ -206,6 +206,7 @@ mod tests {
             mlp_ratio: 4.0,
             classes: 5,
             learn_sigma: true,
+            blocks: Vec::new(),
         }
     }
 

@@ -18,6 +18,7 @@ fn config(depth: usize) -> DitConfig {
         mlp_ratio: 2.0,
         classes: 3,
         learn_sigma: true,
+        blocks: Vec::new(),
     }
 }
 

@@ -265,6 +265,7 @@ fn a_model_of_other_pictures_is_told_what_to_be_measured_against() {
         mlp_ratio: 4.0,
         classes: 10,
         learn_sigma: false,
+        blocks: Vec::new(),
     };
     type Network = tinyfusion::models::Network<burn_ndarray::NdArray>;
     let network = Network::zeros(&config.into(), &Default::default()).unwrap();

@@ -71,12 +71,17 @@ fn results(run: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                folders.push(path);
+                // The page's tables and figures have speeds.
+                if !path.ends_with("report") {
+                    folders.push(path);
+                }
                 continue;
             }
             let name = path.file_name().unwrap().to_str().unwrap().to_owned();
             let of_the_process = [
                 "environment",
+                // The page, which tells times and speeds.
+                "report.html",
                 "status",
                 "run.lock",
                 "done.json",

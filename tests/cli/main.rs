@@ -11,6 +11,7 @@ mod failing;
 mod hostile;
 mod kills;
 mod own_pictures;
+mod page;
 mod paper;
 mod program;
 mod resume;

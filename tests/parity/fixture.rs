@@ -232,6 +232,7 @@ pub fn config(value: &Value) -> DitConfig {
         mlp_ratio: f64_of(&value["mlp_ratio"]),
         classes: usize_of(&value["num_classes"]),
         learn_sigma: value["learn_sigma"].as_bool().unwrap(),
+        blocks: Vec::new(),
     }
 }
 

@@ -1,66 +1,281 @@
-//! The blocks of a DiT's trunk.
+//! The blocks of a DiT's trunk, and the two branches of each.
 
 use burn::module::Module;
 use burn::tensor::{Tensor, backend::Backend};
+use serde::{Deserialize, Serialize};
 
 use super::NORM_EPSILON;
 use crate::backend::Compute;
 use crate::ops::{Activation, FusedOps, Linear, split};
 
+/// What stands at a place of the trunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BlockKind {
+    /// A block: its attention, and then its MLP.
+    Whole,
+    /// A block of an attention alone.
+    Attention,
+    /// A block of an MLP alone.
+    Mlp,
+    /// Two whole blocks side by side on one input, to which both add what they say (Grafting, arXiv
+    /// 2506.05340).
+    Pair,
+}
+
+impl BlockKind {
+    /// A block with the given branches; None with neither.
+    pub fn new(attention: bool, mlp: bool) -> Option<Self> {
+        match (attention, mlp) {
+            (true, true) => Some(Self::Whole),
+            (true, false) => Some(Self::Attention),
+            (false, true) => Some(Self::Mlp),
+            (false, false) => None,
+        }
+    }
+
+    /// Whether its blocks have an attention.
+    pub fn attention(self) -> bool {
+        self != Self::Mlp
+    }
+
+    /// Whether its blocks have an MLP.
+    pub fn mlp(self) -> bool {
+        self != Self::Attention
+    }
+
+    /// Branches of each of its blocks.
+    pub fn branches(self) -> usize {
+        usize::from(self.attention()) + usize::from(self.mlp())
+    }
+
+    /// How many blocks there are.
+    pub fn blocks(self) -> usize {
+        if self == Self::Pair { 2 } else { 1 }
+    }
+}
+
+/// How a `DiT` of facebookresearch/DiT is given the blocks of a model that has not one whole block
+/// after another.
+pub(in crate::models) const BLOCKS_IN_PYTORCH: &str = r#"Some of its blocks lack their attention or their MLP, or run in pairs on one input. A `DiT` of the original code, of the
+sizes in `config.json`, is given such blocks:
+
+```python
+import copy, json, types, torch
+
+class Pair(torch.nn.ModuleList):
+    def forward(self, x, c):
+        return self[0](x, c) + self[1](x, c) - x
+
+def alone(self, x, c):
+    run, norm = (self.attn, self.norm1) if hasattr(self, "attn") else (self.mlp, self.norm2)
+    shift, scale, gate = self.adaLN_modulation(c).unsqueeze(1).chunk(3, dim=-1)
+    return x + gate * run(norm(x) * (1 + scale) + shift)
+
+for i, (block, kind) in enumerate(zip(model.blocks, json.load(open("config.json"))["blocks"])):
+    if kind == "pair":
+        model.blocks[i] = Pair([block, copy.deepcopy(block)])
+    elif kind != "whole":
+        delattr(block, "mlp" if kind == "attention" else "attn")
+        width = block.adaLN_modulation[1].in_features
+        block.adaLN_modulation[1] = torch.nn.Linear(width, 3 * width)
+        block.forward = types.MethodType(alone, block)
+```"#;
+
+/// Sizes of a block.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct BlockSizes {
+    pub(super) width: usize,
+    pub(super) heads: usize,
+    pub(super) hidden: usize,
+}
+
+/// What stands at a place of the trunk: a block, or two.
+#[derive(Module, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all places have one block"
+)]
+pub enum Place<B: Backend> {
+    /// A block.
+    One(DitBlock<B>),
+    /// Two blocks on one input.
+    Pair(Vec<DitBlock<B>>),
+}
+
+impl<B: Backend> Place<B> {
+    pub(super) fn zeros(sizes: BlockSizes, kind: BlockKind, device: &B::Device) -> Self {
+        let block = || DitBlock::zeros(sizes, kind, device);
+        match kind {
+            BlockKind::Pair => Self::Pair(vec![block(), block()]),
+            _ => Self::One(block()),
+        }
+    }
+
+    pub(super) fn kind(&self) -> BlockKind {
+        match self {
+            Self::One(block) => block.kind(),
+            Self::Pair(_) => BlockKind::Pair,
+        }
+    }
+
+    /// The block, or the blocks.
+    pub fn blocks(&self) -> &[DitBlock<B>] {
+        match self {
+            Self::One(block) => std::slice::from_ref(block),
+            Self::Pair(blocks) => blocks,
+        }
+    }
+
+    pub(super) fn blocks_mut(&mut self) -> &mut [DitBlock<B>] {
+        match self {
+            Self::One(block) => std::slice::from_mut(block),
+            Self::Pair(blocks) => blocks,
+        }
+    }
+}
+
+impl<B: FusedOps> Place<B> {
+    /// `x` is `[batch, tokens, width]`, `condition` (after its SiLU) `[batch, width]`.
+    pub fn forward(&self, x: Tensor<B, 3>, condition: Tensor<B, 2>) -> Tensor<B, 3> {
+        match self {
+            Self::One(block) => block.forward(x, condition),
+            Self::Pair(blocks) => {
+                let outputs = blocks
+                    .iter()
+                    .map(|block| block.forward(x.clone(), condition.clone()));
+                let said = outputs.map(|output| output - x.clone());
+                said.fold(x.clone(), |sum, said| sum + said)
+            }
+        }
+    }
+}
+
 /// A transformer block with adaptive layer norm.
+///
+/// Where a branch was taken out, so was its part of the modulation.
 #[derive(Module, Debug)]
 pub struct DitBlock<B: Backend> {
     /// Self-attention.
-    pub attn: Attention<B>,
+    pub attn: Option<Attention<B>>,
     /// The MLP.
-    pub mlp: Mlp<B>,
+    pub mlp: Option<Mlp<B>>,
     /// Condition to shift, scale, gate of the attention, then of the MLP.
     pub modulation: Linear<B>,
 }
 
 impl<B: Backend> DitBlock<B> {
-    pub(super) fn zeros(width: usize, heads: usize, hidden: usize, device: &B::Device) -> Self {
+    pub(super) fn zeros(sizes: BlockSizes, kind: BlockKind, device: &B::Device) -> Self {
+        let BlockSizes {
+            width,
+            heads,
+            hidden,
+        } = sizes;
         Self {
-            attn: Attention {
+            attn: kind.attention().then(|| Attention {
                 qkv: Linear::zeros(width, 3 * width, device),
                 proj: Linear::zeros(width, width, device),
                 heads,
                 compute: Compute::F32,
-            },
-            mlp: Mlp {
+            }),
+            mlp: kind.mlp().then(|| Mlp {
                 fc1: Linear::zeros(width, hidden, device),
                 fc2: Linear::zeros(hidden, width, device),
-            },
-            modulation: Linear::zeros(width, 6 * width, device),
+            }),
+            modulation: Linear::zeros(width, 3 * kind.branches() * width, device),
         }
+    }
+
+    pub(super) fn kind(&self) -> BlockKind {
+        // A block with neither is taken out whole.
+        BlockKind::new(self.attn.is_some(), self.mlp.is_some()).unwrap_or(BlockKind::Whole)
+    }
+
+    /// The same block with only those of its branches that are kept, in their order; None with
+    /// neither.
+    pub(super) fn keep(mut self, kept: &[bool]) -> Option<Self> {
+        let mut kept = kept.iter().copied();
+        let attention = self.attn.is_some() && kept.next().unwrap_or(false);
+        let mlp = self.mlp.is_some() && kept.next().unwrap_or(false);
+        let left = BlockKind::new(attention, mlp)?;
+        if left == self.kind() {
+            return Some(self);
+        }
+        // One of two is left, hence half of the rows.
+        let rows = self.modulation.layout().output / 2;
+        let first = if attention { 0 } else { rows };
+        self.modulation = self.modulation.keep_outputs(first..first + rows);
+        self.attn = self.attn.filter(|_| attention);
+        self.mlp = self.mlp.filter(|_| mlp);
+        Some(self)
+    }
+
+    /// The linear layers.
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<B>> {
+        let attn = self.attn.iter_mut();
+        let mlp = self.mlp.iter_mut();
+        attn.flat_map(|attn| [&mut attn.qkv, &mut attn.proj])
+            .chain(mlp.flat_map(|mlp| [&mut mlp.fc1, &mut mlp.fc2]))
+            .chain([&mut self.modulation])
     }
 }
 
 impl<B: FusedOps> DitBlock<B> {
     /// `x` is `[batch, tokens, width]`, `condition` (after its SiLU) `[batch, width]`.
     pub fn forward(&self, x: Tensor<B, 3>, condition: Tensor<B, 2>) -> Tensor<B, 3> {
-        let [
-            shift_attn,
-            scale_attn,
-            gate_attn,
-            shift_mlp,
-            scale_mlp,
-            gate_mlp,
-        ] = split(self.modulation.forward(condition));
-        let attended = self.attn.forward(B::modulated_norm(
-            x.clone(),
-            shift_attn,
-            scale_attn,
-            NORM_EPSILON,
-        ));
-        let x = B::gated_residual(x, gate_attn, attended);
-        let transformed = self.mlp.forward(B::modulated_norm(
-            x.clone(),
-            shift_mlp,
-            scale_mlp,
-            NORM_EPSILON,
-        ));
-        B::gated_residual(x, gate_mlp, transformed)
+        let branches = self.modulated(condition).into_iter().flatten();
+        branches.fold(x, |x, branch| branch.forward(x))
+    }
+
+    /// Its branches, each under its part of the condition.
+    pub(super) fn modulated(&self, condition: Tensor<B, 2>) -> [Option<Branch<'_, B>>; 2] {
+        let modulation = self.modulation.forward(condition);
+        match (&self.attn, &self.mlp) {
+            (Some(attn), Some(mlp)) => {
+                let [shift, scale, gate, shift_mlp, scale_mlp, gate_mlp] = split(modulation);
+                [
+                    Some(Branch {
+                        layer: Layer::Attention(attn),
+                        modulation: [shift, scale, gate],
+                    }),
+                    Some(Branch {
+                        layer: Layer::Mlp(mlp),
+                        modulation: [shift_mlp, scale_mlp, gate_mlp],
+                    }),
+                ]
+            }
+            (attn, mlp) => {
+                let attn = attn.as_ref().map(Layer::Attention);
+                let alone = attn.or(mlp.as_ref().map(Layer::Mlp));
+                let modulation = split(modulation);
+                [alone.map(|layer| Branch { layer, modulation }), None]
+            }
+        }
+    }
+}
+
+/// A branch of a block under a condition.
+pub(super) struct Branch<'a, B: Backend> {
+    layer: Layer<'a, B>,
+    /// Shift, scale and gate, each `[batch, width]`.
+    modulation: [Tensor<B, 2>; 3],
+}
+
+enum Layer<'a, B: Backend> {
+    Attention(&'a Attention<B>),
+    Mlp(&'a Mlp<B>),
+}
+
+impl<B: FusedOps> Branch<'_, B> {
+    /// `x` and what the branch adds to it.
+    pub(super) fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        let [shift, scale, gate] = self.modulation.clone();
+        let seen = B::modulated_norm(x.clone(), shift, scale, NORM_EPSILON);
+        let said = match self.layer {
+            Layer::Attention(attn) => attn.forward(seen),
+            Layer::Mlp(mlp) => mlp.forward(seen),
+        };
+        B::gated_residual(x, gate, said)
     }
 }
 
@@ -71,7 +286,7 @@ pub struct Attention<B: Backend> {
     pub qkv: Linear<B>,
     /// Output projection.
     pub proj: Linear<B>,
-    pub(super) heads: usize,
+    heads: usize,
     #[module(skip)]
     pub(super) compute: Compute,
 }
@@ -96,5 +311,137 @@ impl<B: FusedOps> Mlp<B> {
     fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         self.fc2
             .forward_activated(self.fc1.forward(x), Activation::GeluTanh)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn_ndarray::NdArray;
+
+    use crate::models::{Architecture, Denoiser, Heads, Prunable};
+    use crate::state::{collect, floats};
+    use crate::trunk::{Block, BlockHook, Granularity, Plain, Site};
+    use crate::weights::{EmbeddedName, embedded};
+    use burn::tensor::{Distribution, Tensor};
+
+    /// Runs the layers of a list and no others.
+    struct Only(Vec<usize>);
+
+    impl BlockHook<NdArray> for Only {
+        fn around(
+            &mut self,
+            site: Site,
+            x: Tensor<NdArray, 3>,
+            block: Block<'_, NdArray>,
+        ) -> Tensor<NdArray, 3> {
+            match self.0.contains(&site.layer) {
+                true => block(x),
+                false => x,
+            }
+        }
+    }
+
+    #[test]
+    fn a_model_without_branches_does_what_the_whole_does_when_they_are_skipped() {
+        let device = Default::default();
+        let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
+        let whole = checkpoint.network::<NdArray>(&device).unwrap();
+        let x = Tensor::random([3, 1, 8, 8], Distribution::Normal(0.0, 1.0), &device);
+        let t = Tensor::from_floats([3.0, 200.0, 999.0], &device);
+        let y = Tensor::from_ints([0, 3, 10], &device);
+        let run = |network: &crate::models::Network<NdArray>, hook: &mut dyn BlockHook<NdArray>| {
+            floats(
+                network
+                    .forward(x.clone(), t.clone(), y.clone(), hook)
+                    .into_data(),
+            )
+        };
+        let by_branch = whole.clone().by_branch().unwrap();
+        assert_eq!(by_branch.trunk().depth, 24);
+        // The same operations in the same order.
+        assert_eq!(run(&whole, &mut Plain), run(&by_branch, &mut Plain));
+
+        let kept = [0, 3, 6, 7, 9, 12, 22];
+        let expected = run(&by_branch, &mut Only(kept.to_vec()));
+        let left = by_branch.keep(&kept);
+        assert_eq!(left.trunk().depth, kept.len());
+        // Products of three rows of the modulation in place of six may be summed in another order.
+        let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+        assert!(near(&run(&left, &mut Plain), &expected));
+
+        // Sizes, tensors and what a file shows agree.
+        let architecture = left.architecture();
+        let planned = checkpoint.architecture.keep(&kept, Granularity::Branch);
+        assert_eq!(architecture, planned);
+        assert_eq!(architecture.depth(), 6);
+        let state = collect::<NdArray, _>(&left);
+        let mut named: Vec<_> = architecture.tensors();
+        named.sort();
+        let found = state
+            .iter()
+            .map(|(name, array)| (name.clone(), array.shape.clone()));
+        assert_eq!(named, found.collect::<Vec<_>>());
+        let heads = Heads {
+            known: architecture.heads(),
+            otherwise: None,
+        };
+        let read = Architecture::of_tensors(&state.into(), heads, "x".as_ref()).unwrap();
+        assert_eq!(read, architecture);
+
+        // Branches are taken out of what has lost some already, until a block is gone.
+        let fewer = left.keep(&[1, 2, 3, 6]);
+        assert_eq!(
+            fewer.architecture(),
+            planned.keep(&[1, 2, 3, 6], Granularity::Branch)
+        );
+        assert_eq!(fewer.architecture().depth(), 3);
+
+        let attention = whole.by_branch().unwrap().keep(&[0, 2]);
+        let state = collect::<NdArray, _>(&attention).into();
+        let read = Architecture::of_tensors(&state, heads, "x".as_ref()).unwrap();
+        assert_eq!(read, attention.architecture());
+    }
+
+    #[test]
+    fn a_pair_adds_what_both_say_to_one_input() {
+        let device = Default::default();
+        let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
+        let whole = checkpoint.network::<NdArray>(&device).unwrap();
+        let x = Tensor::<NdArray, 3>::random([2, 16, 64], Distribution::Default, &device);
+        let condition = Tensor::random([2, 64], Distribution::Default, &device);
+        let crate::models::Network::Dit(model) = whole.clone().keep(&[3, 4, 7]);
+        let single = |layer: usize| model.blocks[layer].forward(x.clone(), condition.clone());
+        let expected = single(0) + single(1) - x.clone();
+        let paired = whole.keep(&[3, 4, 7]).in_pairs().unwrap();
+        let crate::models::Network::Dit(model) = paired.clone();
+        let found = model.blocks[0].forward(x.clone(), condition.clone());
+        // Three sums in another order.
+        assert!((found - expected).abs().max().into_scalar() < 1e-5);
+        let last = model.blocks[1].forward(x.clone(), condition.clone());
+        assert_eq!(last.into_data(), single(2).into_data());
+
+        let architecture = paired.architecture();
+        let planned = checkpoint.architecture.with_depth(3).in_pairs().unwrap();
+        assert_eq!(architecture, planned);
+        assert_eq!((architecture.depth(), paired.trunk().depth), (2, 2));
+        let three = checkpoint.architecture.with_depth(3);
+        assert_eq!(architecture.parameters(), three.parameters());
+        assert_eq!(architecture.macs(), three.macs());
+        let state = collect::<NdArray, _>(&paired);
+        let mut named: Vec<_> = architecture.tensors();
+        named.sort();
+        let found = state
+            .iter()
+            .map(|(name, array)| (name.clone(), array.shape.clone()));
+        assert_eq!(named, found.collect::<Vec<_>>());
+        let heads = Heads {
+            known: architecture.heads(),
+            otherwise: None,
+        };
+        let read = Architecture::of_tensors(&state.into(), heads, "x".as_ref()).unwrap();
+        assert_eq!(read, architecture);
+        assert!(paired.clone().by_branch().is_none());
+        assert!(architecture.in_pairs().is_none());
+        assert_eq!(paired.keep(&[0]).architecture().depth(), 1);
     }
 }

@@ -130,6 +130,7 @@ impl DiffusersConfig {
             mlp_ratio: 4.0, // diffusers' blocks have no other
             classes: self.num_embeds_ada_norm,
             learn_sigma,
+            blocks: Vec::new(),
         };
         config.problem().map_or(Ok(config), Err)
     }
@@ -272,6 +273,11 @@ pub(in crate::models) fn to_diffusers(
         path: path.to_owned(),
         problem,
     };
+    if !config.blocks.is_empty() {
+        return Err(damaged(
+            "diffusers' DiT has one whole block after another, and this one has not; keep the reference's layout".into(),
+        ));
+    }
     let mut take = |name: &str| {
         let tensor = tensors.remove(name);
         tensor.ok_or_else(|| damaged(format!("`{name}` is missing")))

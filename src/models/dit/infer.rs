@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::{DitConfig, presets};
+use super::{BlockKind, DitConfig, presets};
 use crate::models::Heads;
 use crate::state::{Misfits, Tensors, WeightsError, some};
 
@@ -23,11 +23,14 @@ pub(in crate::models) fn dit(
     };
     let blocks = blocks(tensors);
     // Any block shows the MLP's width, so that a tensor missing in the first is reported with all
-    // others.
+    // others; or none does, where the MLPs were taken out of all of them.
     let mlp = (blocks.iter())
-        .map(|block| format!("blocks.{block}.mlp.fc1.weight"))
-        .find(|name| tensors.get(name).is_some())
-        .unwrap_or_else(|| "blocks.0.mlp.fc1.weight".into());
+        .flat_map(|block| ["", "0."].map(|within| format!("blocks.{block}.{within}mlp.fc1.weight")))
+        .find(|name| tensors.get(name).is_some());
+    let without = mlp.is_none()
+        && !blocks.is_empty()
+        && (blocks.iter()).all(|block| kind(tensors, *block) == BlockKind::Attention);
+    let mlp = mlp.unwrap_or_else(|| "blocks.0.mlp.fc1.weight".into());
     let needed: [(&str, usize); 5] = [
         ("x_embedder.proj.weight", 4),
         ("pos_embed", 3),
@@ -41,7 +44,9 @@ pub(in crate::models) fn dit(
         shape
             .filter(|shape| shape.len() == rank)
             .unwrap_or_else(|| {
-                missing.push(format!("`{name}` of {rank} dimensions"));
+                if !(without && name == mlp) {
+                    missing.push(format!("`{name}` of {rank} dimensions"));
+                }
                 vec![0; rank]
             })
     });
@@ -83,17 +88,46 @@ pub(in crate::models) fn dit(
             ))
         })?;
     let depth = depth(&blocks).map_err(problem)?;
-    Ok(DitConfig {
+    let config = DitConfig {
         input_size: positions[1].isqrt() * patch_size,
         patch_size,
         channels,
         width,
         depth,
         heads,
-        mlp_ratio: mlp[0] as f64 / width as f64,
+        mlp_ratio: match without {
+            true => PUBLISHED_RATIO,
+            false => mlp[0] as f64 / width as f64,
+        },
         classes: labels[0] - 1,
         learn_sigma: output[0] == 2 * channels * patch_size * patch_size,
-    })
+        blocks: Vec::new(),
+    };
+    let found = (0..depth).map(|block| kind(tensors, block));
+    Ok(config.of_blocks(found.collect()))
+}
+
+/// The MLP's hidden width over the trunk's in every published DiT.
+const PUBLISHED_RATIO: f64 = 4.0;
+
+/// What a block is. One of a single branch has half of the modulation; any other that lacks tensors
+/// is whole and damaged. Of a pair each block has a number.
+fn kind(tensors: &Tensors, block: usize) -> BlockKind {
+    let shape = |name: &str| {
+        let tensor = tensors.get(&format!("blocks.{block}.{name}"))?;
+        Some(tensor.shape().to_vec())
+    };
+    let half = shape("adaLN_modulation.1.weight")
+        .is_some_and(|shape| matches!(shape[..], [rows, width] if rows == 3 * width));
+    if shape("0.adaLN_modulation.1.weight").is_some() {
+        return BlockKind::Pair;
+    }
+    let attention = shape("attn.qkv.weight").is_some();
+    match half {
+        true if attention => BlockKind::Attention,
+        true => BlockKind::Mlp,
+        false => BlockKind::Whole,
+    }
 }
 
 /// Indices of the blocks that have a tensor.

@@ -10,13 +10,15 @@ use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
-pub use self::block::{Attention, DitBlock, Mlp};
+pub(super) use self::block::BLOCKS_IN_PYTORCH;
+use self::block::BlockSizes;
+pub use self::block::{Attention, BlockKind, DitBlock, Mlp, Place};
 use super::embeddings::{position_table, timestep_features};
 use super::keys::{Check, Demand, Key, Keys};
 use super::{Denoiser, Prunable, Shape};
 use crate::backend::Compute;
 use crate::ops::{Activation, FusedOps, Linear, LinearWeights, split};
-use crate::trunk::{self, BlockHook, Trunk};
+use crate::trunk::{self, BlockHook, Granularity, Site, Trunk};
 
 /// Layer norm of every block and of the head; the reference's value, not Burn's default.
 const NORM_EPSILON: f64 = 1e-6;
@@ -47,6 +49,10 @@ pub struct DitConfig {
     pub classes: usize,
     /// Whether the variance is predicted too, which doubles the output channels.
     pub learn_sigma: bool,
+    /// What stands at each place of the trunk, where that is not one whole block everywhere; else
+    /// empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blocks: Vec<BlockKind>,
 }
 
 impl std::fmt::Display for DitConfig {
@@ -61,9 +67,18 @@ impl std::fmt::Display for DitConfig {
             classes,
             ..
         } = self;
+        write!(f, "DiT, {depth} layers")?;
+        let pairs = self.kinds().filter(|kind| *kind == BlockKind::Pair).count();
+        let branches: usize = self.kinds().map(BlockKind::branches).sum();
+        if pairs > 0 {
+            write!(f, " ({pairs} of them pairs)")?;
+        }
+        if branches < 2 * depth {
+            write!(f, " ({branches} of {} branches)", 2 * depth)?;
+        }
         write!(
             f,
-            "DiT, {depth} layers, width {width}, {heads} heads, patch {patch_size}, {channels}x{input_size}x{input_size}, {classes} classes"
+            ", width {width}, {heads} heads, patch {patch_size}, {channels}x{input_size}x{input_size}, {classes} classes"
         )
     }
 }
@@ -81,6 +96,58 @@ impl DitConfig {
     /// Channels of the output.
     pub fn out_channels(&self) -> usize {
         self.channels * if self.learn_sigma { 2 } else { 1 }
+    }
+
+    /// What stands at each place of the trunk.
+    pub fn kinds(&self) -> impl Iterator<Item = BlockKind> {
+        let whole = self.blocks.is_empty().then_some(BlockKind::Whole);
+        let whole = whole.into_iter().cycle().take(self.depth);
+        self.blocks.iter().copied().chain(whole)
+    }
+
+    /// The layers of its trunk; None by branch where blocks run in pairs, whose branches are not
+    /// one after another.
+    pub fn trunk(&self, granularity: Granularity) -> Option<Trunk> {
+        let depth = match granularity {
+            Granularity::Block => self.depth,
+            Granularity::Branch if self.kinds().any(|kind| kind == BlockKind::Pair) => return None,
+            Granularity::Branch => self.kinds().map(BlockKind::branches).sum(),
+        };
+        Some(Trunk::plain(depth))
+    }
+
+    /// The same with neighbouring blocks in pairs on one input; a last one without a neighbour
+    /// stays alone. None where a block is not whole.
+    pub fn in_pairs(&self) -> Option<Self> {
+        self.blocks.is_empty().then(|| {
+            let pairs = vec![BlockKind::Pair; self.depth / 2];
+            let alone = vec![BlockKind::Whole; self.depth % 2];
+            self.of_blocks([pairs, alone].concat())
+        })
+    }
+
+    /// The same with these blocks.
+    pub fn of_blocks(&self, blocks: Vec<BlockKind>) -> Self {
+        let whole = blocks.iter().all(|block| *block == BlockKind::Whole);
+        Self {
+            depth: blocks.len(),
+            blocks: if whole { Vec::new() } else { blocks },
+            ..self.clone()
+        }
+    }
+
+    /// The same with only the given layers of its trunk.
+    pub fn keep(&self, kept: &[usize], granularity: Granularity) -> Self {
+        let mut layers = (0..).map(|layer| kept.contains(&layer));
+        let mut next = || layers.next().unwrap_or(false);
+        let left = self.kinds().filter_map(|block| match granularity {
+            Granularity::Block => next().then_some(block),
+            Granularity::Branch => {
+                let attention = block.attention() && next();
+                BlockKind::new(attention, block.mlp() && next())
+            }
+        });
+        self.of_blocks(left.collect())
     }
 
     /// Tokens of the trunk.
@@ -115,13 +182,23 @@ impl DitConfig {
         };
         linear("t_embedder.mlp.0", TIMESTEP_FEATURES, width);
         linear("t_embedder.mlp.2", width, width);
-        for layer in 0..self.depth {
-            let block = format!("blocks.{layer}");
-            linear(&format!("{block}.attn.qkv"), width, 3 * width);
-            linear(&format!("{block}.attn.proj"), width, width);
-            linear(&format!("{block}.mlp.fc1"), width, hidden);
-            linear(&format!("{block}.mlp.fc2"), hidden, width);
-            linear(&format!("{block}.adaLN_modulation.1"), width, 6 * width);
+        for (place, kind) in self.kinds().enumerate() {
+            for block in 0..kind.blocks() {
+                let block = match kind {
+                    BlockKind::Pair => format!("blocks.{place}.{block}"),
+                    _ => format!("blocks.{place}"),
+                };
+                if kind.attention() {
+                    linear(&format!("{block}.attn.qkv"), width, 3 * width);
+                    linear(&format!("{block}.attn.proj"), width, width);
+                }
+                if kind.mlp() {
+                    linear(&format!("{block}.mlp.fc1"), width, hidden);
+                    linear(&format!("{block}.mlp.fc2"), hidden, width);
+                }
+                let rows = 3 * kind.branches() * width;
+                linear(&format!("{block}.adaLN_modulation.1"), width, rows);
+            }
         }
         linear("final_layer.adaLN_modulation.1", width, 2 * width);
         linear(
@@ -135,11 +212,16 @@ impl DitConfig {
     /// Multiply-accumulates of one forward pass of one image.
     pub fn macs(&self) -> usize {
         let (width, tokens) = (self.width, self.tokens());
-        let block = tokens * (4 * width * width + 2 * width * self.hidden())
-            + 2 * tokens * tokens * width
-            + 6 * width * width;
+        let attention = tokens * 4 * width * width + 2 * tokens * tokens * width;
+        let mlp = tokens * 2 * width * self.hidden();
+        let blocks = self.kinds().map(|kind| {
+            let block = usize::from(kind.attention()) * attention
+                + usize::from(kind.mlp()) * mlp
+                + 3 * kind.branches() * width * width;
+            kind.blocks() * block
+        });
         let patch = self.patch_size.pow(2);
-        self.depth * block
+        blocks.sum::<usize>()
             + tokens * width * patch * (self.channels + self.out_channels())
             + width * (TIMESTEP_FEATURES + width)
             + 2 * width * width
@@ -190,7 +272,8 @@ impl DitConfig {
         let depth = keys.integer(Key { name: "depth", least: 1, most: 4096, default: 12 }, None);
         let mlp_ratio = keys.float(Key { name: "mlp_ratio", least: 0.0, most: 64.0, default: 4.0 });
         let learn_sigma = keys.boolean("learn_sigma", true);
-        Self { input_size, patch_size, channels, width, depth, heads, mlp_ratio, classes, learn_sigma }
+        let blocks = Vec::new();
+        Self { input_size, patch_size, channels, width, depth, heads, mlp_ratio, classes, learn_sigma, blocks }
     }
 
     /// Why no model can have these sizes, if so.
@@ -213,8 +296,13 @@ impl DitConfig {
         let Self {
             input_size,
             patch_size,
+            depth,
             ..
         } = self;
+        if !self.blocks.is_empty() && self.blocks.len() != *depth {
+            let said = self.blocks.len();
+            return Some(format!("{said} blocks are described, and depth is {depth}"));
+        }
         if self.tokens() > MOST_TOKENS {
             return Some(format!(
                 "input_size {input_size} in patches of {patch_size} makes more than {MOST_TOKENS} tokens"
@@ -236,11 +324,15 @@ pub struct Dit<B: Backend> {
     /// Fixed positions, `[1, tokens, width]`.
     pub pos_embed: Param<Tensor<B, 3>>,
     /// The trunk.
-    pub blocks: Vec<DitBlock<B>>,
+    pub blocks: Vec<Place<B>>,
     /// Tokens to patches.
     pub final_layer: FinalLayer<B>,
     patch_size: usize,
+    heads: usize,
+    mlp_ratio: f64,
     learn_sigma: bool,
+    #[module(skip)]
+    granularity: Granularity,
 }
 
 impl<B: Backend> Dit<B> {
@@ -251,6 +343,11 @@ impl<B: Backend> Dit<B> {
         let side = config.input_size / config.patch_size;
         let table = Tensor::<B, 1>::from_floats(position_table(width, side).as_slice(), device)
             .reshape([1, side * side, width]);
+        let sizes = BlockSizes {
+            width,
+            heads: config.heads,
+            hidden: config.hidden(),
+        };
         Self {
             x_embedder: PatchEmbedder {
                 proj: Patches::zeros(config.channels, config.patch_size, width, device),
@@ -263,8 +360,8 @@ impl<B: Backend> Dit<B> {
                 table: Param::from_tensor(Tensor::zeros([config.classes + 1, width], device)),
             },
             pos_embed: Param::from_tensor(table).set_require_grad(false),
-            blocks: (0..config.depth)
-                .map(|_| DitBlock::zeros(width, config.heads, config.hidden(), device))
+            blocks: (config.kinds())
+                .map(|kind| Place::zeros(sizes, kind, device))
                 .collect(),
             final_layer: FinalLayer {
                 linear: Linear::zeros(
@@ -275,7 +372,10 @@ impl<B: Backend> Dit<B> {
                 modulation: Linear::zeros(width, 2 * width, device),
             },
             patch_size: config.patch_size,
+            heads: config.heads,
+            mlp_ratio: config.mlp_ratio,
             learn_sigma: config.learn_sigma,
+            granularity: Granularity::Block,
         }
     }
 
@@ -283,21 +383,19 @@ impl<B: Backend> Dit<B> {
         let [width, channels, ..] = self.x_embedder.proj.weight.lazy_shape().dims::<4>();
         let [_, tokens, _] = self.pos_embed.lazy_shape().dims::<3>();
         let [rows, _] = self.y_embedder.table.lazy_shape().dims::<2>();
-        // A trunk has at least one block: an empty one can't be built.
-        let (heads, hidden) = self.blocks.first().map_or((1, 0), |block| {
-            (block.attn.heads, block.mlp.fc1.layout().output)
-        });
-        DitConfig {
+        let config = DitConfig {
             input_size: tokens.isqrt() * self.patch_size,
             patch_size: self.patch_size,
             channels,
             width,
-            depth: self.blocks.len(),
-            heads,
-            mlp_ratio: hidden as f64 / width as f64,
+            depth: 0,
+            heads: self.heads,
+            mlp_ratio: self.mlp_ratio,
             classes: rows - 1,
             learn_sigma: self.learn_sigma,
-        }
+            blocks: Vec::new(),
+        };
+        config.of_blocks(self.blocks.iter().map(Place::kind).collect())
     }
 }
 
@@ -318,44 +416,70 @@ impl<B: FusedOps> Denoiser<B> for Dit<B> {
         let condition = self.t_embedder.forward(t) + self.y_embedder.forward(y); // [batch, width]
         // Every modulation uses the same SiLU of the condition: computed once.
         let condition = B::activate(condition, Activation::Silu);
-        let x = trunk::run(self.blocks.len(), x, hook, |layer, x| {
-            self.blocks[layer].forward(x, condition.clone())
-        });
+        let x = match self.granularity {
+            Granularity::Block => trunk::run(self.blocks.len(), x, hook, |layer, x| {
+                self.blocks[layer].forward(x, condition.clone())
+            }),
+            Granularity::Branch => self.run_branches(x, condition.clone(), hook),
+        };
         self.unpatchify(self.final_layer.forward(x, condition))
     }
 }
 
 impl<B: FusedOps> Prunable<B> for Dit<B> {
     fn trunk(&self) -> Trunk {
-        Trunk::plain(self.blocks.len())
+        let trunk = self.config().trunk(self.granularity);
+        // The branches of pairs are refused by `by_branch`.
+        trunk.unwrap_or_else(|| Trunk::plain(self.blocks.len()))
+    }
+
+    fn by_branch(mut self) -> Option<Self> {
+        self.granularity = Granularity::Branch;
+        self.config().trunk(self.granularity).map(|_| self)
+    }
+
+    fn in_pairs(mut self) -> Option<Self> {
+        self.config().in_pairs()?;
+        let mut blocks =
+            std::mem::take(&mut self.blocks)
+                .into_iter()
+                .flat_map(|place| match place {
+                    Place::One(block) => vec![block],
+                    Place::Pair(blocks) => blocks,
+                });
+        while let Some(block) = blocks.next() {
+            self.blocks.push(match blocks.next() {
+                Some(next) => Place::Pair(vec![block, next]),
+                None => Place::One(block),
+            });
+        }
+        Some(self)
     }
 
     fn keep(mut self, kept: &[usize]) -> Self {
+        let depth = self.trunk().depth;
         assert!(
-            kept.iter().all(|layer| *layer < self.blocks.len()),
-            "kept layers {kept:?} must lie below the depth {}",
-            self.blocks.len()
+            kept.iter().all(|layer| *layer < depth),
+            "kept layers {kept:?} must lie below the depth {depth}"
         );
-        let blocks = std::mem::take(&mut self.blocks);
-        self.blocks = blocks
-            .into_iter()
-            .enumerate()
-            .filter(|(layer, _)| kept.contains(layer))
-            .map(|(_, block)| block)
-            .collect();
+        let mut layers = (0..depth).map(|layer| kept.contains(&layer));
+        let granularity = self.granularity;
+        let left = std::mem::take(&mut self.blocks).into_iter();
+        let left = left.filter_map(|place| match (granularity, place) {
+            (Granularity::Branch, Place::One(block)) => {
+                let kept = layers.by_ref().take(block.kind().branches());
+                block.keep(&kept.collect::<Vec<bool>>()).map(Place::One)
+            }
+            (_, place) => layers.next().filter(|kept| *kept).map(|_| place),
+        });
+        self.blocks = left.collect();
         self
     }
 
     fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
         let mut linears = vec![&mut self.t_embedder.hidden, &mut self.t_embedder.out];
-        for block in &mut self.blocks {
-            linears.extend([
-                &mut block.attn.qkv,
-                &mut block.attn.proj,
-                &mut block.mlp.fc1,
-                &mut block.mlp.fc2,
-                &mut block.modulation,
-            ]);
+        for block in self.blocks.iter_mut().flat_map(Place::blocks_mut) {
+            linears.extend(block.linears_mut());
         }
         linears.extend([
             &mut self.final_layer.linear,
@@ -369,13 +493,33 @@ impl<B: FusedOps> Dit<B> {
     /// The same network with matrix products of type `compute`.
     pub fn computing(mut self, compute: Compute) -> Self {
         self.x_embedder.proj.compute = compute;
-        for block in &mut self.blocks {
-            block.attn.compute = compute;
+        for block in self.blocks.iter_mut().flat_map(Place::blocks_mut) {
+            if let Some(attn) = &mut block.attn {
+                attn.compute = compute;
+            }
         }
         for linear in self.linears_mut() {
             linear.compute = compute;
         }
         self
+    }
+
+    /// Runs the blocks branch by branch, each wrapped by `hook`.
+    fn run_branches(
+        &self,
+        mut x: Tensor<B, 3>,
+        condition: Tensor<B, 2>,
+        hook: &mut dyn BlockHook<B>,
+    ) -> Tensor<B, 3> {
+        let depth = self.trunk().depth;
+        let mut layers = 0..depth;
+        for block in self.blocks.iter().flat_map(Place::blocks) {
+            let branches = block.modulated(condition.clone()).into_iter().flatten();
+            for (branch, layer) in branches.zip(&mut layers) {
+                x = hook.around(Site { layer, depth }, x, &|x| branch.forward(x));
+            }
+        }
+        x
     }
 
     /// `[batch, h w, p p channels]` to `[batch, channels, h p, w p]`.

@@ -89,6 +89,7 @@ pub fn config(name: &str, input_size: usize, channels: usize, classes: usize) ->
         mlp_ratio: 4.0,
         classes,
         learn_sigma: true,
+        blocks: Vec::new(),
     })
 }
 

@@ -258,6 +258,13 @@ impl<'a> Section<'a> {
         )
     }
 
+    /// A list of words, each one of `choices`.
+    pub fn choices<T: Copy>(&self, key: &'static str, choices: &[(&str, T)]) -> Field<'_, Vec<T>> {
+        let names = || choices.iter().map(|(name, _)| (*name).to_owned()).collect();
+        let form = || ValueForm::Choice(names());
+        self.list_of(key, form, |node| node.choice(choices))
+    }
+
     /// Two numbers within `range`, such as the start and end of a schedule.
     pub fn float_pair(
         &self,

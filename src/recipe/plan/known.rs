@@ -1,7 +1,7 @@
 //! What planning knows so far: the models earlier stages leave, the files that are there, and what
 //! is missing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn_dataset::Dataset;
@@ -13,7 +13,7 @@ use crate::process::ProcessKind;
 use crate::recipe::published::public_file;
 use crate::recipe::run::models::read_file;
 use crate::recipe::schema::data::{Data, DataShape, Idx, Pictures};
-use crate::recipe::schema::prune::PruneMethod;
+use crate::recipe::schema::prune::{Intervals, Prune, PruneMethod, Replacements};
 use crate::recipe::schema::source::Source;
 use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::weights::{embedded, vae_config};
@@ -52,6 +52,8 @@ pub(crate) fn keeps_weights(kind: &StageKind) -> bool {
         | PruneMethod::FluxLite(_)
         | PruneMethod::Sensitivity(_)
         | PruneMethod::Calibration(_)
+        | PruneMethod::Intervals(_)
+        | PruneMethod::Parallel { .. }
         | PruneMethod::Evolve(_) => false,
     }
 }
@@ -61,6 +63,8 @@ pub(crate) struct Known<'a> {
     pub(crate) recipe: &'a Recipe,
     /// What earlier stages leave, and the process it was trained under.
     pub(crate) made: BTreeMap<String, (Architecture, Option<ProcessKind>)>,
+    /// Stages whose model was pruned by branch: it has as many as planned, and maybe others.
+    pub(crate) by_branch: BTreeSet<String>,
     pub(crate) missing: Vec<MissingFile>,
     /// The recipe's pictures to train on and those held out, and how many there are, once they have
     /// been looked at.
@@ -124,6 +128,47 @@ impl Known<'_> {
                 "`{source}` is a {model}; a diffusion network is needed"
             ))),
         }
+    }
+
+    /// Refuses a stage that trains no replacements of a model's intervals.
+    pub(crate) fn trained_intervals(
+        &self,
+        source: &Source,
+        whole: &Architecture,
+    ) -> Result<(), Problem> {
+        let trains = |stage: &&Stage| {
+            matches!(source, Source::Stage(name) if stage.name == *name)
+                && matches!(
+                    &stage.kind,
+                    StageKind::Prune(Prune {
+                        method: PruneMethod::Intervals(Intervals {
+                            replacements: Replacements::Train { .. },
+                            ..
+                        }),
+                        ..
+                    })
+                )
+        };
+        if !self.recipe.stages.iter().any(|stage| trains(&stage)) {
+            return Err(Problem::Said(format!(
+                "`trained` names `{source}`, which trains no layers in the place of others; method = \"intervals\" with `steps` does"
+            )));
+        }
+        let Source::Stage(name) = source else {
+            return Err(Problem::Unknown);
+        };
+        let (trained, _) = self.made.get(name).ok_or(Problem::Unknown)?;
+        match trained.with_depth(1) == whole.with_depth(1) {
+            true => Ok(()),
+            false => Err(Problem::Said(format!(
+                "`trained` names `{source}`, which differs in more than depth: {trained}; {whole}"
+            ))),
+        }
+    }
+
+    /// Whether an earlier stage pruned a model by branch.
+    pub(crate) fn is_by_branch(&self, source: &Source) -> bool {
+        matches!(source, Source::Stage(name) if self.by_branch.contains(name))
     }
 
     /// Notes an autoencoder; refuses one whose latents are not what a model draws, as far as it can

@@ -1,6 +1,7 @@
 //! What a recipe will do: each stage's model before and after, its steps, images and memory.
 //! Everything that can be known without training is checked here, before anything is computed.
 
+pub(crate) mod analyse;
 mod cost;
 mod evaluate;
 mod extract;
@@ -11,11 +12,13 @@ pub(crate) mod recover;
 mod sample;
 pub(crate) mod train;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::Serialize;
 
+pub use self::analyse::AnalysePlan;
+pub(in crate::recipe) use self::analyse::LOSS_BATCH;
 use self::known::{Known, Problem};
 use self::missing::{Missing, MissingFile, refuse};
 pub use self::prune::{PrunePlan, Search, Selection};
@@ -83,6 +86,8 @@ pub enum Work {
     Sample(Sample),
     /// Measures samples.
     Evaluate(Evaluate),
+    /// Looks into a model.
+    Analyse(AnalysePlan),
     /// Encodes images.
     Extract(Extract),
 }
@@ -96,6 +101,7 @@ impl Plan {
         let mut known = Known {
             recipe,
             made: BTreeMap::new(),
+            by_branch: BTreeSet::new(),
             missing: Vec::new(),
             looked: [None, None],
         };
@@ -145,6 +151,7 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
         StageKind::Recover(recover) => recover::plan(stage, recover, known),
         StageKind::Sample(sample) => sample::plan(stage, sample, known),
         StageKind::Evaluate(evaluate) => evaluate::plan(stage, evaluate, known),
+        StageKind::Analyse(analyse) => analyse::plan(stage, analyse, known),
         StageKind::Extract(extract) => extract::plan(stage, extract, known),
     }
 }

@@ -4,10 +4,14 @@ use super::cost::{FROZEN, TRAINING, flops, images, inference_memory, training_me
 use super::known::{Known, Problem, keeps_weights};
 use super::{PlannedStage, Work};
 use crate::models::Architecture;
-use crate::pruning::{Evolution, Groups, Pick, Score, Update, oracle, uniform};
+use crate::pruning::{Evolution, Groups, Pick, Score, Start, Update, oracle, uniform};
 use crate::recipe::schema::Stage;
-use crate::recipe::schema::prune::{Calibrated, Evolved, Learned, Prune, PruneMethod, Scored};
+use crate::recipe::schema::prune::{
+    Calibrated, Evolved, Intervals, Learned, Prune, PruneMethod, Replacements, Scored,
+};
 use crate::recipe::schema::source::Source;
+use crate::training::Optimisation;
+use crate::trunk::Granularity;
 
 /// A pruning, resolved for the model it prunes.
 #[derive(Debug, Clone)]
@@ -16,6 +20,10 @@ pub struct PrunePlan {
     pub from: Source,
     /// The method, as the recipe names it.
     pub method: &'static str,
+    /// What counts as a layer.
+    pub granularity: Granularity,
+    /// What the kept layers have for weights.
+    pub start: Start,
     /// How the layers are chosen.
     pub choice: Selection,
 }
@@ -43,6 +51,15 @@ pub enum Selection {
         search: Search,
         /// What masks are measured on.
         scored: Scored,
+    },
+    /// Runs of layers, each replaced by one.
+    Intervals(Intervals),
+    /// None: neighbours run side by side.
+    Parallel {
+        /// Budget and schedule.
+        optimisation: Optimisation,
+        /// Probability of replacing a label by the null class.
+        label_drop: f64,
     },
     /// Picked by the recipe's seed.
     Random {
@@ -76,8 +93,9 @@ pub enum Search {
 
 impl Selection {
     /// The choice of a method for a model.
-    fn new(method: &PruneMethod, model: &Architecture) -> Result<Self, Problem> {
-        let trunk = model.trunk().ok_or_else(|| {
+    fn new(prune: &Prune, model: &Architecture) -> Result<Self, Problem> {
+        let layers = prune.granularity.layers();
+        let trunk = model.trunk(prune.granularity).ok_or_else(|| {
             Problem::Said(format!(
                 "{model} has no trunk that layers can be taken out of"
             ))
@@ -86,7 +104,7 @@ impl Selection {
         let within = |keep: usize| match keep > 0 && keep < depth {
             true => Ok(()),
             false => Err(Problem::Said(format!(
-                "`keep` is {keep}, which must lie between 1 and {} for {depth} layers",
+                "`keep` is {keep}, which must lie between 1 and {} for {depth} {layers}",
                 depth - 1
             ))),
         };
@@ -95,7 +113,7 @@ impl Selection {
             let scored = scored.clone();
             Ok(Self::Scored { score, scored })
         };
-        match method {
+        match &prune.method {
             PruneMethod::Learned(learned) => {
                 let groups = learned.groups.resolve(depth)?;
                 groups.fit(&trunk)?;
@@ -150,6 +168,24 @@ impl Selection {
                     scored: scored.clone(),
                 })
             }
+            PruneMethod::Intervals(intervals) => {
+                within(intervals.keep)?;
+                Ok(Self::Intervals(intervals.clone()))
+            }
+            PruneMethod::Parallel {
+                optimisation,
+                label_drop,
+            } => {
+                if depth < 2 || model.in_pairs().is_none() {
+                    return Err(Problem::Said(format!(
+                        "pairs are of whole blocks one after another, and {model} has not two of them"
+                    )));
+                }
+                Ok(Self::Parallel {
+                    optimisation: optimisation.clone(),
+                    label_drop: *label_drop,
+                })
+            }
             PruneMethod::Random { keep, draw } => {
                 within(*keep)?;
                 Ok(Self::Random {
@@ -162,7 +198,8 @@ impl Selection {
                 kept.sort_unstable();
                 if let Some(layer) = kept.iter().find(|layer| **layer >= depth) {
                     return Err(Problem::Said(format!(
-                        "`kept` names layer {layer}; there are {depth}, counted from 0"
+                        "`kept` names {} {layer}; there are {depth} {layers}, counted from 0",
+                        prune.granularity.layer()
                     )));
                 }
                 Ok(Self::Fixed { kept, groups: None })
@@ -170,20 +207,26 @@ impl Selection {
         }
     }
 
-    /// Number of layers that stay.
-    fn kept_depth(&self) -> usize {
-        match self {
+    /// What is left of a model; where it isn't known which layers stay, as many of the first.
+    fn of(&self, model: &Architecture, granularity: Granularity) -> Architecture {
+        let count = match self {
             Self::Learned { groups, .. } => groups.kept_depth(),
             Self::Scored { scored, .. } | Self::Searched { scored, .. } => scored.keep,
-            Self::Random { keep, .. } => *keep,
-            Self::Fixed { kept, .. } => kept.len(),
-        }
+            Self::Intervals(Intervals { keep, .. }) | Self::Random { keep, .. } => *keep,
+            Self::Fixed { kept, .. } => return model.keep(kept, granularity),
+            Self::Parallel { .. } => return model.in_pairs().unwrap_or_else(|| model.clone()),
+        };
+        model.keep(&(0..count).collect::<Vec<_>>(), granularity)
     }
 
     /// Whether the model is run to choose: then it matters how it was trained.
     pub(crate) fn runs_the_model(&self) -> bool {
         match self {
-            Self::Learned { .. } | Self::Scored { .. } | Self::Searched { .. } => true,
+            Self::Learned { .. }
+            | Self::Scored { .. }
+            | Self::Searched { .. }
+            | Self::Intervals(_)
+            | Self::Parallel { .. } => true,
             Self::Random { .. } | Self::Fixed { .. } => false,
         }
     }
@@ -198,8 +241,36 @@ pub(super) fn plan(
     if !keeps_weights(&stage.kind) {
         known.same_classes(&prune.from)?;
     }
-    let choice = Selection::new(&prune.method, &before)?;
-    let after = before.with_depth(choice.kept_depth());
+    let granularity = prune.granularity;
+    match granularity {
+        Granularity::Block if known.is_by_branch(&prune.from) => {
+            return Err(Problem::Said(format!(
+                "how many blocks are left of `{}`, which is pruned by branch, is known once that has run; prune it further by branch too",
+                prune.from
+            )));
+        }
+        Granularity::Block => {}
+        Granularity::Branch => {
+            known.by_branch.insert(stage.name.clone());
+        }
+    }
+    let choice = Selection::new(prune, &before)?;
+    match (&choice, prune.start) {
+        (Selection::Learned { learned, .. }, Start::Update) if learned.update == Update::Frozen => {
+            return Err(Problem::Said(
+                "start = \"update\" needs weights that are trained along; `update` is \"frozen\""
+                    .into(),
+            ));
+        }
+        (_, Start::Average) if !before.is_whole() => {
+            return Err(Problem::Said(format!(
+                "start = \"average\" needs blocks that are alike, and {before} has not"
+            )));
+        }
+        _ => {}
+    }
+    let after = choice.of(&before, granularity);
+    let layers = before.layers(granularity);
     if choice.runs_the_model() {
         known.fits_data(stage, before.shape())?;
     }
@@ -218,7 +289,7 @@ pub(super) fn plan(
         Selection::Scored { score, scored } => {
             let seen = scored.batches * scored.batch;
             let passes = match score {
-                Score::Sensitivity => 1.0 + before.depth() as f64,
+                Score::Sensitivity => 1.0 + layers as f64,
                 Score::Shortgpt | Score::FluxLite => 1.0,
             };
             let memory = inference_memory(&before, scored.batch);
@@ -231,19 +302,44 @@ pub(super) fn plan(
             };
             let seen = scored.batches * scored.batch;
             // Without what masks of the same beginning share.
-            let passes = masks as f64 * scored.keep as f64 / before.depth() as f64;
+            let passes = masks as f64 * scored.keep as f64 / layers as f64;
             let memory = inference_memory(&before, scored.batch);
             (masks, seen, memory, passes * flops(&before, seen))
+        }
+        Selection::Parallel { optimisation, .. }
+        | Selection::Intervals(Intervals {
+            replacements: Replacements::Train { optimisation, .. },
+            ..
+        }) => {
+            let seen = images(optimisation);
+            let memory = training_memory(&after, after.parameters(), optimisation)
+                + inference_memory(&before, optimisation.batch / optimisation.accumulate);
+            let flops = flops(&before, seen) + TRAINING * flops(&after, seen);
+            (optimisation.steps, seen, memory, flops)
+        }
+        Selection::Intervals(Intervals {
+            replacements: Replacements::Trained { trained },
+            ..
+        }) => {
+            known.trained_intervals(trained, &before)?;
+            (0, 0, before.parameters() * 8, 0.0)
         }
         Selection::Random { .. } | Selection::Fixed { .. } => (0, 0, before.parameters() * 4, 0.0),
     };
     let method = prune_method(&prune.method);
+    let guessed = !granularity.is_block() && !matches!(choice, Selection::Fixed { .. });
     let work = Work::Prune(PrunePlan {
         from: prune.from.clone(),
         method,
+        granularity,
+        start: prune.start,
         choice,
     });
-    Ok(PlannedStage {
+    let what = match granularity {
+        Granularity::Block => format!("prune, {method}"),
+        Granularity::Branch => format!("prune, {method}, by branch"),
+    };
+    let mut planned = PlannedStage {
         before: Some(before),
         after: Some(after),
         process,
@@ -251,8 +347,15 @@ pub(super) fn plan(
         images: seen,
         memory,
         flops,
-        ..PlannedStage::new(stage, &format!("prune, {method}"), work)
-    })
+        ..PlannedStage::new(stage, &what, work)
+    };
+    if guessed {
+        planned.notes.push(
+            "which branches stay is known once it has run; the model after it is one of as many"
+                .into(),
+        );
+    }
+    Ok(planned)
 }
 
 fn prune_method(method: &PruneMethod) -> &'static str {
@@ -266,6 +369,8 @@ fn prune_method(method: &PruneMethod) -> &'static str {
         PruneMethod::Sensitivity(_) => "sensitivity",
         PruneMethod::Calibration(_) => "calibration",
         PruneMethod::Evolve(_) => "evolve",
+        PruneMethod::Intervals(_) => "intervals",
+        PruneMethod::Parallel { .. } => "parallel",
         PruneMethod::Random { .. } => "random",
         PruneMethod::Kept { .. } => "kept",
     }

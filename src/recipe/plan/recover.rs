@@ -8,6 +8,7 @@ use crate::recipe::schema::Stage;
 use crate::recipe::schema::recover::{Recover, RecoverMethod, Representation};
 use crate::recipe::schema::source::Source;
 use crate::training::Optimisation;
+use crate::trunk::Granularity;
 
 /// A recovery, resolved.
 #[derive(Debug, Clone)]
@@ -66,6 +67,9 @@ pub(super) fn plan(
     let (student, process) = known.denoiser(stage, &recover.from)?;
     let process = process.unwrap_or(ProcessKind::ASSUMED);
     known.same_classes(&recover.from)?;
+    if known.is_by_branch(&recover.from) {
+        known.by_branch.insert(stage.name.clone());
+    }
     known.fits_data(stage, student.shape())?;
     let optimisation = &recover.optimisation;
     let seen = images(optimisation);
@@ -80,7 +84,7 @@ pub(super) fn plan(
                 "the student was trained by {process}, the teacher by {other}"
             )));
         }
-        if teacher.with_depth(student.depth()) != student {
+        if teacher.with_depth(1) != student.with_depth(1) {
             return Err(Problem::Said(format!(
                 "student and teacher differ in more than depth: {student}; {teacher}"
             )));
@@ -91,7 +95,12 @@ pub(super) fn plan(
                 .iter()
                 .map(|[student, teacher]| (*student, *teacher))
                 .collect();
-            check_taps(&taps, student.depth(), teacher.depth()).map_err(Problem::Said)?;
+            let granularity = match known.is_by_branch(&recover.from) || !student.is_whole() {
+                true => Granularity::Branch,
+                false => Granularity::Block,
+            };
+            let depths = (student.layers(granularity), teacher.layers(granularity));
+            check_taps(&taps, depths.0, depths.1).map_err(Problem::Said)?;
         }
         memory += inference_memory(&teacher, optimisation.batch / optimisation.accumulate);
         arithmetic += flops(&teacher, seen);

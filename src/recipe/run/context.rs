@@ -112,6 +112,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             fingerprint: format!("{:x}", hash.finalize()),
             description: None,
             directory: folder.to_owned(),
+            log: self.recipe.log.clone(),
             about: About {
                 recipe: self.recipe.name.clone(),
                 place: (

@@ -270,7 +270,7 @@ impl RunDirectory {
     }
 }
 
-pub(super) fn read_status(run: &Path) -> Option<Status> {
+pub(crate) fn read_status(run: &Path) -> Option<Status> {
     let text = std::fs::read_to_string(run.join("status.json")).ok()?;
     serde_json::from_str(&text).ok()
 }

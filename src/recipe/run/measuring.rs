@@ -1,13 +1,22 @@
 //! What layers, masks and models are measured with.
 
+use burn::tensor::backend::Backend;
+
 use super::context::Context;
+use super::prune::in_layers;
 use crate::data::{BatchPlan, BatchSource, Split};
-use crate::models::Network;
+use crate::models::{Network, Prunable};
 use crate::ops::TrainingBackend;
 use crate::process::{AnyProcess, Process as _};
-use crate::pruning::ScoreBatch;
+use crate::pruning::{
+    Evolution, Mask, Score, ScoreBatch, evolve, kept_by, mask_losses, random_masks, score,
+};
 use crate::recipe::RecipeError;
+use crate::recipe::plan::Search;
+use crate::recipe::schema::prune::Scored;
+use crate::report::Progress;
 use crate::training::TrainingError;
+use crate::trunk::Granularity;
 use crate::weights::Checkpoint;
 
 /// A network, its process, and batches of pictures.
@@ -16,6 +25,28 @@ pub(super) struct Measuring<'a, B: TrainingBackend> {
     pub(super) process: AnyProcess,
     source: BatchSource,
     device: &'a B::Device,
+}
+
+/// What is measured to choose layers.
+#[derive(Clone, Copy)]
+pub(super) struct Measured<'a> {
+    pub(super) parent: &'a Checkpoint,
+    pub(super) granularity: Granularity,
+    pub(super) scored: &'a Scored,
+}
+
+/// Masks with their losses.
+pub(super) struct MeasuredMasks {
+    /// A line each, below a header.
+    pub(super) text: String,
+    /// Kept layers and loss.
+    pub(super) masks: Vec<(Vec<usize>, f64)>,
+}
+
+impl MeasuredMasks {
+    pub(super) fn losses(&self) -> Vec<f64> {
+        self.masks.iter().map(|(_, loss)| *loss).collect()
+    }
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
@@ -53,6 +84,177 @@ impl<B: TrainingBackend> Context<'_, B> {
             device: self.device,
         })
     }
+
+    /// What layers or masks are measured with.
+    pub(super) fn calibration(
+        &self,
+        measured: &Measured<'_>,
+    ) -> Result<Measuring<'_, B>, RecipeError> {
+        let Measured {
+            parent,
+            granularity,
+            scored,
+        } = *measured;
+        let seed = self.recipe.seed;
+        let timesteps = Some(scored.timesteps);
+        let mut measuring = self.measuring(parent, Split::Train, seed, scored.batch, timesteps)?;
+        measuring.network = in_layers(measuring.network, granularity)?;
+        Ok(measuring)
+    }
+
+    /// The loss of each mask, from the run's folder if it was measured before.
+    pub(super) fn measured_masks(
+        &self,
+        stage: &str,
+        search: Search,
+        measured: &Measured<'_>,
+    ) -> Result<MeasuredMasks, RecipeError> {
+        let (what, key) = match search {
+            Search::Random { masks, .. } => ("random", [masks, 0]),
+            Search::Evolution(Evolution { masks, population }) => {
+                ("evolution", [masks, population])
+            }
+        };
+        let key = (self.measured_by(measured)?, measured.scored.keep, what, key);
+        let read = |text: String| {
+            let masks: Option<Vec<_>> = text.lines().skip(1).map(mask_line).collect();
+            masks.map(|masks| MeasuredMasks { text, masks })
+        };
+        let measure = || self.mask_losses(stage, search, measured);
+        let measured = self.directory.measured("masks", &key, read, measure)?;
+        let mut masks = measured.masks.iter();
+        if let Some((kept, loss)) = masks.find(|(_, loss)| !loss.is_finite()) {
+            return Err(RecipeError::Stage {
+                stage: stage.to_owned(),
+                problem: format!(
+                    "layers {kept:?} have the loss {loss}: the model's weights are damaged, or overflow"
+                ),
+            });
+        }
+        Ok(measured)
+    }
+
+    /// Measures masks; a line each, as `mask_line` reads it.
+    fn mask_losses(
+        &self,
+        stage: &str,
+        search: Search,
+        measured: &Measured<'_>,
+    ) -> Result<String, RecipeError> {
+        let scored = measured.scored;
+        let measuring = self.calibration(measured)?;
+        let (network, process) = (&measuring.network, &measuring.process);
+        let (depth, seed) = (network.trunk().depth, self.recipe.seed);
+        let all = match search {
+            Search::Random { masks, .. } => masks,
+            Search::Evolution(evolution) => evolution.masks,
+        };
+        let mut bar = Progress::new(stage, "masks", all * scored.batches);
+        // Why the measuring ended early, if nobody stopped it.
+        let mut failed = None;
+        let mut measure = |masks: &[Mask]| -> Option<Vec<f64>> {
+            let mut sums = vec![0.0; masks.len()];
+            for step in 0..scored.batches {
+                let batch = match measuring.batch(step) {
+                    Ok(batch) => batch,
+                    Err(error) => {
+                        failed = Some(error);
+                        return None;
+                    }
+                };
+                let losses =
+                    mask_losses(network, process, &batch, masks, self.stop, |_| bar.add(1))?;
+                sums.iter_mut()
+                    .zip(losses)
+                    .for_each(|(sum, loss)| *sum += loss / scored.batches as f64);
+            }
+            Some(sums)
+        };
+        let measured = match search {
+            Search::Random { masks, .. } => {
+                let masks = random_masks(seed, depth, scored.keep, masks);
+                let losses = measure(&masks);
+                losses.map(|losses| masks.into_iter().zip(losses).collect())
+            }
+            Search::Evolution(evolution) => {
+                evolve(seed, depth, scored.keep, evolution, &mut measure)
+            }
+        };
+        drop(bar);
+        let measured: Vec<(Mask, f64)> =
+            measured.ok_or_else(|| failed.unwrap_or(RecipeError::Interrupted))?;
+        let mut text = String::from("kept,loss\n");
+        for (mask, loss) in &measured {
+            let kept: Vec<String> = kept_by(mask).iter().map(ToString::to_string).collect();
+            text += &format!("{},{loss}\n", kept.join(" "));
+        }
+        Ok(text)
+    }
+
+    /// What scores and losses depend on, besides the method.
+    fn measured_by(&self, measured: &Measured<'_>) -> Result<String, RecipeError> {
+        let Measured {
+            parent,
+            granularity,
+            scored,
+        } = *measured;
+        super::directory::json(&(
+            (parent.fingerprint()?, granularity),
+            // The same weights may be read with other heads.
+            (&parent.architecture, parent.trained_by()),
+            &self.recipe.data,
+            (scored.batches, scored.batch, scored.timesteps),
+            (self.recipe.seed, self.recipe.compute),
+            <B::InnerBackend as Backend>::name(self.device),
+        ))
+    }
+
+    /// The score of each layer, from the run's folder if it was measured before.
+    pub(super) fn measured_scores(
+        &self,
+        stage: &str,
+        method: Score,
+        measured: &Measured<'_>,
+    ) -> Result<Vec<f64>, RecipeError> {
+        let Measured {
+            parent,
+            granularity,
+            scored,
+        } = *measured;
+        let key = (self.measured_by(measured)?, method);
+        let depth = parent.denoiser()?.layers(granularity);
+        let read = |text: String| {
+            let scores: Option<Vec<f64>> = text.lines().map(|line| line.parse().ok()).collect();
+            scores.filter(|scores| scores.len() == depth)
+        };
+        let scores = self.directory.measured("scores", &key, read, || {
+            let measuring = self.calibration(measured)?;
+            let (network, process) = (&measuring.network, &measuring.process);
+            let mut scores = vec![0.0; depth];
+            for step in 0..scored.batches {
+                if self.stop.requested() {
+                    return Err(RecipeError::Interrupted);
+                }
+                let batch = measuring.batch(step)?;
+                let measured = score(network, process, method, &batch).scores;
+                scores
+                    .iter_mut()
+                    .zip(measured)
+                    .for_each(|(sum, score)| *sum += score / scored.batches as f64);
+            }
+            Ok(scores.iter().map(|score| format!("{score}\n")).collect())
+        })?;
+        if let Some(layer) = scores.iter().position(|score| !score.is_finite()) {
+            return Err(RecipeError::Stage {
+                stage: stage.to_owned(),
+                problem: format!(
+                    "layer {layer} has the score {}: the model's weights are damaged, or overflow",
+                    scores[layer]
+                ),
+            });
+        }
+        Ok(scores)
+    }
 }
 
 impl<B: TrainingBackend> Measuring<'_, B> {
@@ -68,4 +270,11 @@ impl<B: TrainingBackend> Measuring<'_, B> {
             t: batch.t,
         })
     }
+}
+
+/// The layers and the loss of a line such as `0 1 3,0.25`.
+fn mask_line(line: &str) -> Option<(Vec<usize>, f64)> {
+    let (kept, loss) = line.split_once(',')?;
+    let kept: Result<Vec<usize>, _> = kept.split(' ').map(str::parse).collect();
+    Some((kept.ok()?, loss.parse().ok()?))
 }

@@ -1,5 +1,6 @@
 //! Running a plan, stage after stage.
 
+mod analyse;
 mod context;
 mod dataset;
 pub mod directory;
@@ -7,6 +8,7 @@ pub mod directory;
 mod documents;
 pub(crate) mod evaluate;
 pub(crate) mod extract;
+mod intervals;
 mod measuring;
 pub(crate) mod models;
 mod prune;
@@ -15,8 +17,10 @@ mod sample;
 pub mod sweep;
 mod train;
 
-use std::path::PathBuf;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
@@ -24,6 +28,8 @@ use self::context::Context;
 use self::directory::{RunDirectory, Status, json};
 use super::RecipeError;
 use super::plan::{Plan, Work};
+use super::results::{PAGE, Results, Written, write_page};
+use super::schema::{Stage, StageKind};
 use crate::backend::BackendKind;
 use crate::ops::TrainingBackend;
 use crate::stop::Stop;
@@ -42,6 +48,8 @@ pub struct Options {
     pub plain: bool,
     /// Ends the run after its current step, so that it can be resumed.
     pub stop: Stop,
+    /// Write the run's page while it goes on, too.
+    pub watch: bool,
 }
 
 /// File that says a stage is finished.
@@ -127,6 +135,7 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
     }
     let started = Instant::now();
     let _panic = Panicking(&directory, started);
+    let watching = options.watch.then(|| Watching::new(directory.path()));
     let result = crate::with_backend!(options.backend, B, device => {
         crate::ops::supports::<B>(plan.recipe.compute, device).map_err(RecipeError::Run)?;
         let environment = Environment {
@@ -166,8 +175,60 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
         seconds: started.elapsed().as_secs_f64(),
         error,
     });
+    drop(watching);
+    let evaluates = |stage: &Stage| matches!(stage.kind, StageKind::Evaluate(_));
+    if options.watch || result.is_ok() && plan.recipe.stages.iter().any(evaluates) {
+        // Results that can't be drawn are there all the same.
+        match show(directory.path(), None) {
+            Ok(written) => crate::say!("{}", written.page.display()),
+            Err(error) => crate::say!("the run's page can't be written: {error}"),
+        }
+    }
     // The stage's own error is the one to tell.
     result.and(told).map(|()| directory.path().to_owned())
+}
+
+fn show(run: &Path, renewed: Option<u32>) -> Result<Written, RecipeError> {
+    write_page(&[Results::read(run)?], run, renewed)
+}
+
+/// Seconds after which the page of a run that goes on is written, and loaded, again.
+const RENEWED: u32 = 15;
+
+/// Writes a run's page again and again, until it is dropped.
+struct Watching {
+    end: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watching {
+    fn new(run: &Path) -> Self {
+        let (end, ended) = mpsc::channel::<()>();
+        let run = run.to_owned();
+        crate::say!("watch {}", run.join(PAGE).display());
+        let thread = std::thread::spawn(move || {
+            loop {
+                // A file may be half written just now; the next page has it.
+                let _ = show(&run, Some(RENEWED));
+                let wait = Duration::from_secs(RENEWED.into());
+                if ended.recv_timeout(wait) != Err(RecvTimeoutError::Timeout) {
+                    break;
+                }
+            }
+        });
+        Self {
+            end: Some(end),
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        // The sender's end is the signal.
+        drop(self.end.take());
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
 }
 
 /// Says that a run failed when a panic takes it down: `running` would be read for ever.
@@ -227,6 +288,7 @@ fn stages<B: TrainingBackend>(
             Work::Prune(prune) => context.prune(stage, prune, &folder)?,
             Work::Recover(recover) => context.recover(stage, recover, &folder)?,
             Work::Sample(sample) => context.sample(&stage.name, sample, &folder)?,
+            Work::Analyse(analyse) => context.analyse(&stage.name, analyse, &folder)?,
             Work::Evaluate(evaluate) => context.evaluate(&stage.name, evaluate, &folder)?,
         }
         let seconds = begun.elapsed().as_secs_f64();
@@ -250,8 +312,6 @@ fn stages<B: TrainingBackend>(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

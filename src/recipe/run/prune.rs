@@ -2,28 +2,28 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
 use super::context::{Context, finished};
-use super::measuring::Measuring;
+use super::measuring::Measured;
 use super::models::MODEL;
-use crate::data::Split;
-use crate::models::Prunable;
-use crate::ops::TrainingBackend;
+use crate::backend::Compute;
+use crate::models::{Network, Prunable};
+use crate::ops::{FusedOps, TrainingBackend};
 use crate::process::Process;
 use crate::pruning::{
-    Annealing, Decision, Evolution, Group, Groups, LearnedPruner, Mask, Pick, Score, Update,
-    evolve, keep_by_scores, kept_by, mask_losses, random_masks, score,
+    Annealing, Decision, Group, Groups, LearnedPruner, Pick, Score, Start, Update, averaged,
+    keep_by_scores,
 };
 use crate::random::{Stream, permutation};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::{PrunePlan, Search, Selection};
 use crate::recipe::schema::Stage;
-use crate::recipe::schema::prune::{Learned, Scored};
-use crate::report::{self, DecisionGroup, DecisionHistory, Progress, decision_svg};
+use crate::recipe::schema::prune::{Intervals, Learned, Replacements};
+use crate::report::{self, DecisionGroup, DecisionHistory, decision_svg};
 use crate::state::names;
 use crate::training::{JsonLines, OnStep, ParameterGroup, TrainingError};
+use crate::trunk::Granularity;
 use crate::weights::Checkpoint;
 
 impl<B: TrainingBackend> Context<'_, B> {
@@ -34,19 +34,61 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<(), RecipeError> {
         let parent = self.load(&plan.from)?;
-        let depth = parent.denoiser()?.depth();
+        let granularity = plan.granularity;
+        let depth = parent.denoiser()?.layers(granularity);
+        let (mut trained, mut replaced) = (None, None);
         let (kept, groups, learned) = match &plan.choice {
             Selection::Learned { learned, groups } => {
-                let decision = self.learn(stage, (plan, learned, groups), &parent, folder)?;
+                let (decision, network) =
+                    self.learn(stage, (plan, learned, groups), &parent, folder)?;
+                trained = Some(network);
                 (decision.kept, Some(groups), Some(&learned.optimisation))
             }
             Selection::Scored { score, scored } => {
-                let kept = self.score(&stage.name, *score, scored, &parent, folder)?;
+                let measured = Measured {
+                    parent: &parent,
+                    granularity,
+                    scored,
+                };
+                let kept = self.score(&stage.name, *score, &measured, folder)?;
                 (kept, None, None)
             }
             Selection::Searched { search, scored } => {
-                let kept = self.search(&stage.name, *search, scored, &parent, folder)?;
+                let measured = Measured {
+                    parent: &parent,
+                    granularity,
+                    scored,
+                };
+                let kept = self.search(&stage.name, *search, &measured, folder)?;
                 (kept, None, None)
+            }
+            Selection::Intervals(Intervals { keep, replacements }) => {
+                let (left, learned) = match replacements {
+                    Replacements::Train {
+                        optimisation,
+                        label_drop,
+                    } => {
+                        let how = (*keep, optimisation, *label_drop);
+                        let left = self.train_intervals(stage, how, &parent, folder)?;
+                        (left, Some(optimisation))
+                    }
+                    Replacements::Trained { trained } => {
+                        let left = self.plug_intervals(&stage.name, (*keep, trained), &parent)?;
+                        (left, None)
+                    }
+                };
+                let (kept, network) = left;
+                replaced = Some(network);
+                (kept, None, learned)
+            }
+            Selection::Parallel {
+                optimisation,
+                label_drop,
+            } => {
+                let how = (optimisation, *label_drop);
+                let (firsts, network) = self.train_pairs(stage, how, &parent, folder)?;
+                replaced = Some(network);
+                (firsts, None, Some(optimisation))
             }
             Selection::Random { keep, draw } => {
                 let mut kept = permutation(self.recipe.seed, Stream::Layers, *draw, depth);
@@ -56,20 +98,52 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
             Selection::Fixed { kept, groups } => (kept.clone(), groups.as_ref(), None),
         };
-        let pruned = parent.network::<B::InnerBackend>(self.device)?.keep(&kept);
+        let network = match trained.filter(|_| plan.start == Start::Update) {
+            Some(trained) => trained,
+            None => in_layers(parent.network(self.device)?, granularity)?,
+        };
+        let network = match plan.start {
+            Start::Average => averaged(network, &kept).map_err(|problem| RecipeError::Stage {
+                stage: stage.name.clone(),
+                problem,
+            })?,
+            Start::Original | Start::Update => network,
+        };
+        let joined = replaced.is_some();
+        let pruned = replaced.unwrap_or_else(|| network.keep(&kept));
         let mut provenance = self.provenance(&stage.name, plan.method, learned, Some(&parent))?;
         provenance.groups = groups.map(|groups| {
             let pair = |group: Group| [group.keep(), group.of()];
             groups.iter().map(pair).collect()
         });
         provenance.parent_depth = Some(depth);
-        if learned.is_some() {
-            provenance.note = "the kept layers have their original weights; what was learned beside the choice is thrown away".into();
+        provenance.granularity = granularity;
+        provenance.note = match (plan.start, learned) {
+            _ if matches!(plan.choice, Selection::Parallel { .. }) => "no layer was taken out: every two run side by side on one input, trained on the hidden states of the parent",
+            _ if joined => "layers that stand for several were trained to do their work, on the hidden states of the parent",
+            (Start::Original, Some(_)) => "the kept layers have their original weights; what was learned beside the choice is thrown away",
+            (Start::Original, None) => "",
+            (Start::Update, _) => "the kept layers have the weights that were trained along with the masks",
+            (Start::Average, _) => "each kept layer has the mean weights of itself and the removed layers that follow it",
         }
-        crate::say!(
-            "{}: keeps layers {kept:?} of {depth}, with their original weights",
-            stage.name
-        );
+        .into();
+        let weights = match plan.start {
+            _ if joined => "weights trained in the place of removed ones",
+            Start::Original => "their original weights",
+            Start::Update => "the weights trained along with the masks",
+            Start::Average => "mean weights",
+        };
+        match plan.choice {
+            Selection::Parallel { .. } => {
+                crate::say!("{}: {depth} layers in {} pairs", stage.name, depth / 2);
+            }
+            _ => crate::say!(
+                "{}: keeps {} {kept:?} of {depth}, with {weights}",
+                stage.name,
+                granularity.layers()
+            ),
+        }
+        provenance.chose = learned.is_some() && !joined && plan.start != Start::Update;
         provenance.kept = Some(kept);
         let pruned = Checkpoint::of(&pruned, provenance, &folder.join(MODEL));
         // Where layers were only taken out, nobody has asked how the model was trained: what isn't
@@ -81,14 +155,14 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(pruned.of_process(process).write()?)
     }
 
-    /// Learns which layers to keep.
+    /// Learns which layers to keep; returns the network too, with what was trained along.
     fn learn(
         &self,
         stage: &Stage,
         (plan, learned, groups): (&PrunePlan, &Learned, &Groups),
         parent: &Checkpoint,
         folder: &Path,
-    ) -> Result<Decision, RecipeError> {
+    ) -> Result<(Decision, Network<B::InnerBackend>), RecipeError> {
         let architecture = parent.denoiser()?;
         let optimisation = &learned.optimisation;
         let annealing = Annealing {
@@ -98,7 +172,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         let process = parent.trained_by().process();
         let pruner = LearnedPruner::new(
-            self.network(parent)?,
+            in_layers(self.network(parent)?, plan.granularity)?,
             groups.clone(),
             learned.update,
             learned.gate_init,
@@ -176,186 +250,58 @@ impl<B: TrainingBackend> Context<'_, B> {
                 choice.confidence
             );
         }
-        Ok(decision)
+        let mut network = fitted.ema.network.computing(Compute::F32);
+        for linear in network.linears_mut() {
+            linear.merge_lora();
+        }
+        Ok((decision, network))
     }
 
-    /// What layers or masks are measured with.
-    fn calibration(
-        &self,
-        scored: &Scored,
-        parent: &Checkpoint,
-    ) -> Result<Measuring<'_, B>, RecipeError> {
-        let timesteps = Some(scored.timesteps);
-        self.measuring(
-            parent,
-            Split::Train,
-            self.recipe.seed,
-            scored.batch,
-            timesteps,
-        )
-    }
-
-    /// Measures masks, writes what each loses to `masks.csv`, and returns the layers of the one
-    /// that is taken.
+    /// Writes what each measured mask loses to `masks.csv`, and returns the layers of the one that
+    /// is taken.
     fn search(
         &self,
         stage: &str,
         search: Search,
-        scored: &Scored,
-        parent: &Checkpoint,
+        measured: &Measured<'_>,
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
-        let (what, key, pick) = match search {
-            Search::Random { masks, pick } => ("random", [masks, 0], pick),
-            Search::Evolution(Evolution { masks, population }) => {
-                ("evolution", [masks, population], Pick::Lowest)
-            }
+        let pick = match search {
+            Search::Random { pick, .. } => pick,
+            Search::Evolution(_) => Pick::Lowest,
         };
-        let key = (self.measured_by(scored, parent)?, scored.keep, what, key);
-        let read = |text: String| {
-            let lines: Option<Vec<_>> = text.lines().skip(1).map(mask_line).collect();
-            lines.map(|lines| (text, lines))
-        };
-        let measure = || self.mask_losses(stage, search, scored, parent);
-        let (text, measured) = self.directory.measured("masks", &key, read, measure)?;
+        let measured = self.measured_masks(stage, search, measured)?;
         let path = folder.join("masks.csv");
         crate::files::write_atomic(&path, |file| {
-            std::io::Write::write_all(file, text.as_bytes())
+            std::io::Write::write_all(file, measured.text.as_bytes())
         })
         .map_err(RecipeError::io(&path))?;
-        let wrong = |problem: String| RecipeError::Stage {
-            stage: stage.to_owned(),
-            problem,
-        };
-        let losses: Vec<f64> = measured.iter().map(|(_, loss)| *loss).collect();
-        if let Some((kept, loss)) = measured.iter().find(|(_, loss)| !loss.is_finite()) {
-            return Err(wrong(format!(
-                "layers {kept:?} have the loss {loss}: the model's weights are damaged, or overflow"
-            )));
-        }
-        let taken = pick.of(&losses);
-        let (kept, loss) = taken
-            .map(|taken| &measured[taken])
-            .ok_or_else(|| wrong("no mask was measured".into()))?;
+        let taken = pick.of(&measured.losses());
+        let (kept, loss) =
+            taken
+                .map(|taken| &measured.masks[taken])
+                .ok_or_else(|| RecipeError::Stage {
+                    stage: stage.to_owned(),
+                    problem: "no mask was measured".into(),
+                })?;
         crate::say!(
             "{stage}: loss {loss:.4} of {} masks, in {}",
-            report::thousands(measured.len()),
+            report::thousands(measured.masks.len()),
             path.display()
         );
         Ok(kept.clone())
     }
 
-    /// Measures masks; a line each, as `mask_line` reads it.
-    fn mask_losses(
-        &self,
-        stage: &str,
-        search: Search,
-        scored: &Scored,
-        parent: &Checkpoint,
-    ) -> Result<String, RecipeError> {
-        let measuring = self.calibration(scored, parent)?;
-        let (network, process) = (&measuring.network, &measuring.process);
-        let (depth, seed) = (network.trunk().depth, self.recipe.seed);
-        let all = match search {
-            Search::Random { masks, .. } => masks,
-            Search::Evolution(evolution) => evolution.masks,
-        };
-        let mut bar = Progress::new(stage, "masks", all * scored.batches);
-        // Why the measuring ended early, if nobody stopped it.
-        let mut failed = None;
-        let mut measure = |masks: &[Mask]| -> Option<Vec<f64>> {
-            let mut sums = vec![0.0; masks.len()];
-            for step in 0..scored.batches {
-                let batch = match measuring.batch(step) {
-                    Ok(batch) => batch,
-                    Err(error) => {
-                        failed = Some(error);
-                        return None;
-                    }
-                };
-                let losses =
-                    mask_losses(network, process, &batch, masks, self.stop, |_| bar.add(1))?;
-                sums.iter_mut()
-                    .zip(losses)
-                    .for_each(|(sum, loss)| *sum += loss / scored.batches as f64);
-            }
-            Some(sums)
-        };
-        let measured = match search {
-            Search::Random { masks, .. } => {
-                let masks = random_masks(seed, depth, scored.keep, masks);
-                let losses = measure(&masks);
-                losses.map(|losses| masks.into_iter().zip(losses).collect())
-            }
-            Search::Evolution(evolution) => {
-                evolve(seed, depth, scored.keep, evolution, &mut measure)
-            }
-        };
-        drop(bar);
-        let measured: Vec<(Mask, f64)> =
-            measured.ok_or_else(|| failed.unwrap_or(RecipeError::Interrupted))?;
-        let mut text = String::from("kept,loss\n");
-        for (mask, loss) in &measured {
-            let kept: Vec<String> = kept_by(mask).iter().map(ToString::to_string).collect();
-            text += &format!("{},{loss}\n", kept.join(" "));
-        }
-        Ok(text)
-    }
-
-    /// What scores and losses depend on, besides the method.
-    fn measured_by(&self, scored: &Scored, parent: &Checkpoint) -> Result<String, RecipeError> {
-        super::directory::json(&(
-            parent.fingerprint()?,
-            // The same weights may be read with other heads.
-            (&parent.architecture, parent.trained_by()),
-            &self.recipe.data,
-            (scored.batches, scored.batch, scored.timesteps),
-            (self.recipe.seed, self.recipe.compute),
-            <B::InnerBackend as Backend>::name(self.device),
-        ))
-    }
-
+    /// Writes the layers' scores to `scores.json`, and returns the layers that are kept by them.
     fn score(
         &self,
         stage: &str,
         method: Score,
-        scored: &Scored,
-        parent: &Checkpoint,
+        measured: &Measured<'_>,
         folder: &Path,
     ) -> Result<Vec<usize>, RecipeError> {
-        let key = (self.measured_by(scored, parent)?, method);
-        let depth = parent.denoiser()?.depth();
-        let read = |text: String| {
-            let scores: Option<Vec<f64>> = text.lines().map(|line| line.parse().ok()).collect();
-            scores.filter(|scores| scores.len() == depth)
-        };
-        let scores = self.directory.measured("scores", &key, read, || {
-            let measuring = self.calibration(scored, parent)?;
-            let (network, process) = (&measuring.network, &measuring.process);
-            let mut scores = vec![0.0; depth];
-            for step in 0..scored.batches {
-                if self.stop.requested() {
-                    return Err(RecipeError::Interrupted);
-                }
-                let batch = measuring.batch(step)?;
-                let measured = score(network, process, method, &batch).scores;
-                scores
-                    .iter_mut()
-                    .zip(measured)
-                    .for_each(|(sum, score)| *sum += score / scored.batches as f64);
-            }
-            Ok(scores.iter().map(|score| format!("{score}\n")).collect())
-        })?;
-        if let Some(layer) = scores.iter().position(|score| !score.is_finite()) {
-            return Err(RecipeError::Stage {
-                stage: stage.to_owned(),
-                problem: format!(
-                    "layer {layer} has the score {}: the model's weights are damaged, or overflow",
-                    scores[layer]
-                ),
-            });
-        }
-        let kept = keep_by_scores(method, &scores, scored.keep);
+        let scores = self.measured_scores(stage, method, measured)?;
+        let kept = keep_by_scores(method, &scores, measured.scored.keep);
         let path = folder.join("scores.json");
         let text = super::directory::json(
             &serde_json::json!({ "method": method, "scores": scores, "kept": kept }),
@@ -368,11 +314,17 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 }
 
-/// The layers and the loss of a line such as `0 1 3,0.25`.
-fn mask_line(line: &str) -> Option<(Vec<usize>, f64)> {
-    let (kept, loss) = line.split_once(',')?;
-    let kept: Result<Vec<usize>, _> = kept.split(' ').map(str::parse).collect();
-    Some((kept.ok()?, loss.parse().ok()?))
+/// A network with blocks, or their branches, for layers.
+pub(super) fn in_layers<B: FusedOps>(
+    network: Network<B>,
+    granularity: Granularity,
+) -> Result<Network<B>, RecipeError> {
+    match granularity {
+        Granularity::Block => Ok(network),
+        Granularity::Branch => network
+            .by_branch()
+            .ok_or_else(|| RecipeError::Run("its blocks have no branches".into())),
+    }
 }
 
 /// One line of `decisions.jsonl`.

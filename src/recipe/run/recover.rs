@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::context::{Context, finished};
 use super::models::MODEL;
+use super::prune::in_layers;
 use crate::data::teacher;
 use crate::ops::TrainingBackend;
 use crate::process::{Distillation, MaskedFeatures, Process};
@@ -25,6 +26,8 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<(), RecipeError> {
         let parent = self.load(&plan.from)?;
         let architecture = parent.denoiser()?.clone();
+        // Features are compared after the layers that were chosen among.
+        let granularity = parent.provenance.granularity;
         let taught = plan.taught.as_ref();
         let teacher_checkpoint = taught
             .map(|taught| self.load(&taught.teacher))
@@ -32,7 +35,11 @@ impl<B: TrainingBackend> Context<'_, B> {
         let distillation = match (taught, &teacher_checkpoint) {
             (Some(taught), Some(teacher)) => {
                 let features = taught.features.as_ref().map(|(representation, k)| {
-                    let depths = (architecture.depth(), teacher.denoiser()?.depth());
+                    let teacher = teacher.denoiser()?;
+                    let depths = (
+                        architecture.layers(granularity),
+                        teacher.layers(granularity),
+                    );
                     let taps = taps(representation, &parent, depths).map_err(|problem| {
                         RecipeError::Stage {
                             stage: stage.name.clone(),
@@ -60,7 +67,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let sees = match &teacher_checkpoint {
             Some(checkpoint) => {
                 let network = checkpoint.network::<B::InnerBackend>(self.device)?;
-                let network = network.computing(self.recipe.compute);
+                let network = in_layers(network.computing(self.recipe.compute), granularity)?;
                 let process = parent.trained_by().process();
                 Some(teacher(network, process, layers))
             }
@@ -73,6 +80,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             Some(&parent),
         )?;
         // A healed model still is the one whose layers were kept.
+        provenance.granularity = granularity;
         provenance.kept.clone_from(&parent.provenance.kept);
         provenance.parent_depth = parent.provenance.parent_depth;
         provenance.groups.clone_from(&parent.provenance.groups);
@@ -90,7 +98,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         let kind = parent.trained_by();
         let process = kind.process();
         training.describe(architecture.clone(), Some(kind), provenance.clone());
-        let student = Student::new(self.network(&parent)?, distillation, process.clone(), steps);
+        let network = in_layers(self.network(&parent)?, granularity)?;
+        let student = Student::new(network, distillation, process.clone(), steps);
         let source = self.source(
             architecture.shape(),
             process.times(),
@@ -116,6 +125,7 @@ fn taps(
 ) -> Result<Vec<(usize, usize)>, String> {
     let Provenance {
         kept,
+        granularity,
         parent_depth,
         groups,
         ..
@@ -130,8 +140,9 @@ fn taps(
         };
         if *parent_depth != Some(teacher_depth) || kept.len() != depth {
             return Err(format!(
-                "the student has {depth} of {} layers, the teacher {teacher_depth}; give `taps`",
-                parent_depth.unwrap_or(0)
+                "the student has {depth} of {} {}, the teacher {teacher_depth}; give `taps`",
+                parent_depth.unwrap_or(0),
+                granularity.layers()
             ));
         }
         match groups {

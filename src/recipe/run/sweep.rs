@@ -13,8 +13,9 @@ use super::{Options, run_in};
 use crate::evaluation::{RankCorrelation, Speed};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::Plan;
+use crate::recipe::results::write_sweep;
 use crate::recipe::schema::sweep::{Point, label};
-use crate::report::{Table, short, thousands};
+use crate::report::{Axis, Chart, Grid, Series, Style, Table, short, thousands};
 
 /// Fewest runs of which a rank correlation is told.
 const FEWEST_PAIRS: usize = 10;
@@ -144,6 +145,10 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         verdicts.add(point, &at, &folder)?;
         directory.write("sweep.json", &json(&verdicts)?)?;
         directory.write("sweep.csv", &verdicts.csv())?;
+        for (name, chart) in verdicts.charts() {
+            chart.draw(&directory.path().join(name))?;
+        }
+        write_sweep(directory.path(), directory.path())?;
     }
     status("finished", String::new(), None)?;
     Ok((directory.path().to_owned(), verdicts))
@@ -252,13 +257,9 @@ impl Verdicts {
     /// Whether the loss of a pruned model tells how good it will be: its rank correlation with the
     /// FID of the model that is evaluated last in the same run. None of few runs.
     pub fn loss_and_fid(&self) -> Option<String> {
-        let pair = |run: &RunVerdicts| {
-            let untrained = |row: &&Row| row.kept.is_some() && row.images.is_none();
-            let pruned = run.verdicts.iter().find(untrained)?;
-            let last = run.verdicts.last().filter(|row| row.images.is_some())?;
-            Some([pruned.loss?, last.fid])
-        };
-        let pairs: Vec<[f64; 2]> = self.runs.iter().filter_map(pair).collect();
+        let pairs: Vec<[f64; 2]> = (self.runs.iter())
+            .filter_map(RunVerdicts::loss_and_fid)
+            .collect();
         let found = (pairs.len() >= FEWEST_PAIRS).then(|| RankCorrelation::of(&pairs))??;
         let RankCorrelation {
             value,
@@ -291,6 +292,104 @@ impl Verdicts {
     }
 }
 
+impl RunVerdicts {
+    /// The loss of a pruned model, and the FID of the last one, which was trained since.
+    fn loss_and_fid(&self) -> Option<[f64; 2]> {
+        let (last, before) = self.verdicts.split_last()?;
+        let pruned = before.iter().find(|row| row.kept.is_some())?;
+        last.images?;
+        Some([pruned.loss?, last.fid])
+    }
+}
+
+/// Most runs of a case that stand out in a figure; more are a crowd.
+const STANDING_OUT: usize = 5;
+
+impl Verdicts {
+    /// Figures of what there is so far, with the names of their files.
+    pub fn charts(&self) -> Vec<(&'static str, Chart)> {
+        let charts = [
+            ("loss-fid.svg", self.loss_against_fid()),
+            ("images-fid.svg", self.images_against_fid()),
+        ];
+        let drawn = charts.into_iter();
+        drawn
+            .filter_map(|(name, chart)| Some((name, chart?)))
+            .collect()
+    }
+
+    /// The cases in order, each with its runs.
+    fn cases(&self) -> Vec<(&str, Vec<&RunVerdicts>)> {
+        let mut cases: Vec<(&str, Vec<&RunVerdicts>)> = Vec::new();
+        for run in &self.runs {
+            let name = run.case.as_deref().unwrap_or("runs");
+            match cases.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, runs)) => runs.push(run),
+                None => cases.push((name, vec![run])),
+            }
+        }
+        cases
+    }
+
+    /// Each run's loss before training against its FID after it.
+    fn loss_against_fid(&self) -> Option<Chart> {
+        let mut series = Vec::new();
+        for (name, runs) in self.cases() {
+            let pairs = runs.iter().filter_map(|run| run.loss_and_fid());
+            let points: Vec<(f64, f64)> = pairs.map(|[loss, fid]| (loss, fid)).collect();
+            let style = match points.len() {
+                0 => continue,
+                few if few <= STANDING_OUT => Style::Dots,
+                _ => Style::Crowd,
+            };
+            series.push(Series {
+                name: name.to_owned(),
+                style,
+                points,
+            });
+        }
+        // The crowd is drawn first, so that the others stand on it.
+        series.sort_by_key(|series| series.style != Style::Crowd);
+        let all: usize = series.iter().map(|series| series.points.len()).sum();
+        let losses = (series.iter()).flat_map(|series| &series.points);
+        let positive = losses.clone().all(|(loss, _)| *loss > 0.0);
+        (all >= 2 && positive).then(|| Chart {
+            title: "Does the loss of a pruned model tell its FID after training?".into(),
+            x: Axis::log("loss before training"),
+            y: Axis::linear("FID after training"),
+            series,
+        })
+    }
+
+    /// FID against the images that a model was trained on, a line for each case: the mean over all
+    /// runs of as many images.
+    fn images_against_fid(&self) -> Option<Chart> {
+        let mut series = Vec::new();
+        for (name, runs) in self.cases() {
+            let mut fids: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+            for row in runs.iter().filter_map(|run| run.verdicts.last()) {
+                let trained = row.images.unwrap_or(0);
+                fids.entry(trained).or_default().push(row.fid);
+            }
+            let points = fids.iter();
+            series.push(Series {
+                name: name.to_owned(),
+                style: Style::Line,
+                points: points
+                    .map(|(images, fids)| (*images as f64, mean_deviation(fids).0))
+                    .collect(),
+            });
+        }
+        series.retain(|series| series.points.len() > 1);
+        (!series.is_empty()).then(|| Chart {
+            title: "FID against training".into(),
+            x: Axis::linear("images trained on"),
+            y: Axis::log("FID"),
+            series,
+        })
+    }
+}
+
 /// A cell of a CSV file (RFC 4180).
 fn quoted(text: &str) -> String {
     match text.contains([',', '"', '\n', '\r']) {
@@ -299,27 +398,58 @@ fn quoted(text: &str) -> String {
     }
 }
 
-impl fmt::Display for Verdicts {
+/// Titles of the table of a sweep.
+const TITLES: [&str; 14] = [
+    "case",
+    "model",
+    "depth",
+    "params",
+    "MACs",
+    "images/s",
+    "trained on",
+    "loss",
+    "FID",
+    "sFID",
+    "IS",
+    "precision",
+    "recall",
+    "accuracy",
+];
+
+impl Verdicts {
+    /// The sweep's verdicts that are in a folder so far.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub fn read(folder: &Path) -> Result<Self, RecipeError> {
+        let path = folder.join("sweep.json");
+        let text = std::fs::read_to_string(&path).map_err(RecipeError::io(&path))?;
+        serde_json::from_str(&text).map_err(|error| RecipeError::io(&path)(error.into()))
+    }
+
+    /// The table that [`Display`](fmt::Display) prints.
+    pub fn grid(&self) -> Grid {
+        let grid = Grid {
+            titles: TITLES.map(str::to_owned).to_vec(),
+            rows: self.rows().into_iter().map(|row| row.to_vec()).collect(),
+            best: None,
+        };
+        grid.without_empty()
+    }
+
+    /// What each run is called, and its folder in the sweep's.
+    pub fn runs(&self) -> Vec<(String, PathBuf)> {
+        let named = self.runs.iter().map(|run| {
+            let name = label(run.case.as_deref(), &run.settings);
+            (format!("{name} seed {}", run.seed), run.run.clone())
+        });
+        named.collect()
+    }
+
     /// A row for each model of each case and combination: mean and standard deviation over the
     /// seeds. Rows that are the same everywhere, such as those of real pictures, stand there once.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    fn rows(&self) -> Vec<[String; 14]> {
         let groups = self.groups();
-        let mut table = Table::new([
-            "case",
-            "model",
-            "depth",
-            "params",
-            "MACs",
-            "images/s",
-            "trained on",
-            "loss",
-            "FID",
-            "sFID",
-            "IS",
-            "precision",
-            "recall",
-            "accuracy",
-        ]);
         let mut rows: Vec<[String; 14]> = Vec::new();
         for group in &groups {
             for (index, first) in group[0].verdicts.iter().enumerate() {
@@ -362,13 +492,18 @@ impl fmt::Display for Verdicts {
         // One case, or none: the column would say nothing.
         let cases = groups.len() > 1;
         let mut known = HashSet::new();
-        for mut row in rows {
-            if !known.insert(row[1..].to_vec()) {
-                continue;
-            }
-            if !cases {
-                row[0] = "-".into();
-            }
+        rows.retain(|row| known.insert(row[1..].to_vec()));
+        if !cases {
+            rows.iter_mut().for_each(|row| row[0] = "-".into());
+        }
+        rows
+    }
+}
+
+impl fmt::Display for Verdicts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut table = Table::new(TITLES);
+        for row in self.rows() {
             table.row(row);
         }
         table.without_empty().fmt(f)
@@ -438,6 +573,20 @@ mod tests {
     #[test]
     fn the_loss_is_held_against_the_fid_of_the_last_model() {
         assert_eq!(verdicts().loss_and_fid(), None);
+        let pair = |case: &str, steps: u64, loss: f64| {
+            serde_json::json!({ "case": case, "seed": 0, "run": "x", "verdicts": [
+            { "model": "p", "kept": [0], "loss": loss, "fid": 50.0, "inception_score": 9.0 },
+            { "model": "s", "kept": [0], "images": steps, "fid": 9.0, "inception_score": 9.0 },
+        ] })
+        };
+        let runs = [pair("a", 8, 0.5), pair("a", 16, 0.5), pair("b", 8, 0.7)];
+        let drawn: Verdicts = serde_json::from_value(serde_json::json!({ "runs": runs })).unwrap();
+        let charts = drawn.charts();
+        assert_eq!(charts[0].1.series[0].points, [(0.5, 9.0), (0.5, 9.0)]);
+        assert_eq!(charts[0].1.series[1].name, "b");
+        // Of a single budget there is no line.
+        assert_eq!(charts[1].1.series.len(), 1);
+        assert_eq!(charts[1].1.series[0].points, [(8.0, 9.0), (16.0, 9.0)]);
         let run = |index: u64| {
             let row = |images: Option<u64>, loss: u64, fid: u64| serde_json::json!({ "model": "m", "images": images, "kept": [0], "loss": loss, "fid": fid, "inception_score": 9.0 });
             serde_json::json!({ "seed": index, "run": "x", "verdicts": [row(None, index, 5), row(Some(8), 1, 100 - index)] })
@@ -445,6 +594,13 @@ mod tests {
         let runs: Vec<_> = (0..12).map(run).collect();
         let verdicts: Verdicts =
             serde_json::from_value(serde_json::json!({ "runs": runs })).unwrap();
+        let charts: Vec<_> = verdicts
+            .charts()
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect();
+        // A loss of 0 has no place on its axis, and all are trained alike.
+        assert!(charts.is_empty(), "{charts:?}");
         assert_eq!(
             verdicts.loss_and_fid().unwrap(),
             "loss of 12 pruned models against FID after training: rank correlation -1.00 (95%: -1.00 to -1.00)"

@@ -27,7 +27,7 @@ struct Topic {
 const BASE: &str = "[[stage]]\nkind = 'prune'\nname = 'base'\nfrom = 'embedded:digits-teacher'\nmethod = 'oracle'\n";
 
 #[rustfmt::skip]
-const TOPICS: [Topic; 11] = [
+const TOPICS: [Topic; 12] = [
     Topic {
         title: "The recipe", about: "Keys at the top of the file.", table: "the recipe",
         cases: &[("", "")],
@@ -66,6 +66,9 @@ const TOPICS: [Topic; 11] = [
             ("sensitivity", "kind = 'prune'\nfrom = 'base'\nmethod = 'sensitivity'\nkeep = 3"),
             ("calibration", "kind = 'prune'\nfrom = 'base'\nmethod = 'calibration'\nkeep = 3"),
             ("evolve", "kind = 'prune'\nfrom = 'base'\nmethod = 'evolve'\nkeep = 3"),
+            ("intervals", "kind = 'prune'\nfrom = 'base'\nmethod = 'intervals'\nkeep = 3\nsteps = 1000"),
+            ("intervals again", "kind = 'prune'\nfrom = 'base'\nmethod = 'intervals'\nkeep = 3\ntrained = 'base'"),
+            ("parallel", "kind = 'prune'\nfrom = 'base'\nmethod = 'parallel'\nsteps = 1000"),
             ("random", "kind = 'prune'\nfrom = 'base'\nmethod = 'random'\nkeep = 3"),
             ("kept", "kind = 'prune'\nfrom = 'base'\nmethod = 'kept'\nkept = [0, 2]"),
         ],
@@ -97,6 +100,10 @@ const TOPICS: [Topic; 11] = [
             ("ode", "kind = 'evaluate'\ncompare = ['base']\nsolver = 'ode'"),
             ("sde", "kind = 'evaluate'\ncompare = ['base']\nsolver = 'sde'"),
         ],
+    },
+    Topic {
+        title: "kind = \"analyse\"", about: "Looks into a model, and draws what is there.", table: "it",
+        cases: &[("", "kind = 'analyse'\nfrom = 'base'")],
     },
     Topic {
         title: "kind = \"extract\"", about: "Encodes a folder of pictures as latents.", table: "it",
@@ -150,6 +157,7 @@ fn sources(title: &str) -> &'static [&'static str] {
         "kind = \"train\"" => &["recipe/schema/train.rs", "training/optimisation.rs"],
         "kind = \"prune\"" => &["recipe/schema/prune.rs", "pruning/learned.rs", "pruning/search.rs", "training/optimisation.rs"],
         "kind = \"recover\"" => &["recipe/schema/recover.rs", "training/optimisation.rs"],
+        "kind = \"analyse\"" => &["recipe/schema/analyse.rs"],
         "kind = \"extract\"" => &["recipe/schema/extract.rs"],
         "sweep" | "[[sweep.case]]" => &["recipe/schema/sweep.rs"],
         _ => &["recipe/schema/sample.rs", "sampling/mod.rs", "process/transport.rs"],

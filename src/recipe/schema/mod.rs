@@ -4,6 +4,7 @@
 //! run never reads the document again. [`Recipe::to_toml`] writes an equivalent recipe with every
 //! default written out.
 
+pub mod analyse;
 pub mod data;
 pub mod extract;
 #[cfg(test)]
@@ -20,9 +21,10 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use self::analyse::Analyse;
 use self::data::{Data, DataShape};
 use self::extract::Extract;
-use self::prune::{Prune, PruneMethod};
+use self::prune::{Prune, PruneMethod, Replacements};
 use self::recover::Recover;
 use self::sample::{Evaluate, Sample};
 use self::source::{HEADS, Lineage, Listing};
@@ -32,7 +34,7 @@ use super::document::diagnostic::Diagnostics;
 use super::document::reader::{Section, Sink};
 use super::document::{Document, string_in, title};
 use crate::backend::{BackendKind, Compute};
-use crate::training::Optimisation;
+use crate::training::{Optimisation, Tracker};
 
 /// A validated recipe.
 ///
@@ -68,6 +70,10 @@ pub struct Recipe {
     /// published model; `heads` beside a file's `path` takes precedence.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heads: Option<usize>,
+    /// Forms of each training's log beside `metrics.jsonl`: `tensorboard` (an event file), `csv`;
+    /// default none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub log: Vec<Tracker>,
     /// Data set for training and comparison; default: the digits.
     pub data: Data,
     /// The stages, in order.
@@ -102,6 +108,8 @@ pub enum StageKind {
     Sample(Sample),
     /// Compares models.
     Evaluate(Evaluate),
+    /// Looks into a model.
+    Analyse(Analyse),
     /// Turns images into latents.
     Extract(Extract),
 }
@@ -116,6 +124,17 @@ impl StageKind {
                 method: PruneMethod::Learned(learned),
                 ..
             }) => Some(&learned.optimisation),
+            Self::Prune(Prune {
+                method: PruneMethod::Parallel { optimisation, .. },
+                ..
+            }) => Some(optimisation),
+            Self::Prune(Prune {
+                method: PruneMethod::Intervals(intervals),
+                ..
+            }) => match &intervals.replacements {
+                Replacements::Train { optimisation, .. } => Some(optimisation),
+                Replacements::Trained { .. } => None,
+            },
             _ => None,
         }
     }
@@ -129,15 +148,17 @@ enum Kind {
     Recover,
     Sample,
     Evaluate,
+    Analyse,
 }
 
-const KINDS: [(&str, Kind); 6] = [
+const KINDS: [(&str, Kind); 7] = [
     ("extract", Kind::Extract),
     ("train", Kind::Train),
     ("prune", Kind::Prune),
     ("recover", Kind::Recover),
     ("sample", Kind::Sample),
     ("evaluate", Kind::Evaluate),
+    ("analyse", Kind::Analyse),
 ];
 
 const NAME_RULE: &str = "must be 1 to 64 of the characters a-z, 0-9, `_` and `-`";
@@ -189,6 +210,7 @@ impl Recipe {
         let computes = [("f32", Compute::F32), ("bf16", Compute::Bf16)];
         let compute = section.choice("compute", &computes).or(Compute::F32);
         let heads = section.integer("heads", HEADS).optional();
+        let log = section.choices("log", &Tracker::NAMES).or(Vec::new());
         let stages = section.sections("stage").required();
         let extracts: Vec<String> = (stages.iter().flatten())
             .filter(|stage| string_in(stage.table(), "kind") == Some("extract"))
@@ -209,6 +231,7 @@ impl Recipe {
             backend,
             compute,
             heads,
+            log,
             data: data?,
             stages: stages??,
             sweep: match sweep {
@@ -235,7 +258,7 @@ fn list(section: &Section<'_>) -> Listing {
     Listing {
         name: title(section.table()).unwrap_or_default().to_owned(),
         // A stage with an unknown kind counts as one with a checkpoint, to avoid a second mistake.
-        makes_checkpoint: !matches!(kind, Some("sample" | "evaluate" | "extract")),
+        makes_checkpoint: !matches!(kind, Some("sample" | "evaluate" | "analyse" | "extract")),
     }
 }
 
@@ -266,6 +289,7 @@ impl Stage {
             Kind::Prune => Prune::read(&section, lineage).map(StageKind::Prune),
             Kind::Recover => Recover::read(&section, lineage).map(StageKind::Recover),
             Kind::Sample => Sample::read(&section, lineage).map(StageKind::Sample),
+            Kind::Analyse => Analyse::read(&section, lineage).map(StageKind::Analyse),
             Kind::Evaluate => Evaluate::read(&section, lineage, data).map(StageKind::Evaluate),
         };
         section.finish();

@@ -4,20 +4,30 @@ use serde::{Serialize, Serializer};
 
 use super::optimisation::{self, POSITIVE, label_drop, positive};
 use super::source::{Lineage, Source};
-use crate::pruning::{Evolution, Group, GroupError, Groups, Pick, Update};
+use crate::pruning::{Evolution, Group, GroupError, Groups, Pick, Start, Update};
 use crate::recipe::document::diagnostic::Diagnostic;
 use crate::recipe::document::reader::Section;
 use crate::recipe::document::{Node, Value, string_in};
 use crate::training::Optimisation;
+use crate::trunk::Granularity;
 
 /// The deepest trunk in a recipe.
-const MAX_DEPTH: usize = 4096;
+pub(crate) const MAX_DEPTH: usize = 4096;
 
 /// `kind = "prune"`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Prune {
     /// The model to prune.
     pub from: Source,
+    /// What counts as a layer in `keep`, `kept` and `groups`: each `block`, or each `branch` of
+    /// one, its attention and then its MLP; default `block`.
+    #[serde(skip_serializing_if = "Granularity::is_block")]
+    pub granularity: Granularity,
+    /// Weights of the kept layers: those they had (`original`), those trained along with the masks
+    /// (`update`, of `learned`), or the mean with the removed layers that follow (`average`);
+    /// default `original`.
+    #[serde(skip_serializing_if = "Start::is_original")]
+    pub start: Start,
     /// How its layers are chosen.
     #[serde(flatten)]
     pub method: PruneMethod,
@@ -56,6 +66,18 @@ pub enum PruneMethod {
     Calibration(Calibrated),
     /// Searches for the mask of the lowest loss before healing, by mutation and crossover.
     Evolve(Evolved),
+    /// Replaces runs of layers by one each, which is trained on the model's own hidden states to do
+    /// their work (after PPCL).
+    Intervals(Intervals),
+    /// Takes no layer out, but runs every two neighbours side by side on one input, and trains each
+    /// pair to do what they did one after the other (Grafting).
+    Parallel {
+        /// Budget and schedule.
+        #[serde(flatten)]
+        optimisation: Optimisation,
+        /// Probability of replacing a label by the null class; default 0.1.
+        label_drop: f64,
+    },
     /// Keeps layers picked at random from the recipe's seed: the baseline for every other method.
     Random {
         /// Number of layers to keep.
@@ -108,6 +130,64 @@ pub struct Evolved {
     /// How many masks are measured, in all and in a generation.
     #[serde(flatten)]
     pub evolution: Evolution,
+}
+
+/// Settings of interval distillation.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Intervals {
+    /// Number of layers that are left.
+    pub keep: usize,
+    /// Where the replacements come from.
+    #[serde(flatten)]
+    pub replacements: Replacements,
+}
+
+/// Where replacements of intervals come from.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Replacements {
+    /// An earlier stage that trained them for fewer layers: those of the least errors are taken.
+    Trained {
+        /// An earlier stage of this method, whose trained layers are used: a model of another depth
+        /// without training.
+        trained: Source,
+    },
+    /// A training.
+    Train {
+        /// Budget and schedule.
+        #[serde(flatten)]
+        optimisation: Optimisation,
+        /// Probability of replacing a label by the null class; default 0.1.
+        label_drop: f64,
+    },
+}
+
+impl Intervals {
+    fn read(section: &Section<'_>, lineage: Lineage<'_>) -> Option<Self> {
+        let keep = section.integer("keep", 1..=MAX_DEPTH).required();
+        let trained = section.value("trained", |node| match lineage.source(node)? {
+            stage @ Source::Stage(_) => Ok(stage),
+            _ => Err(node.fault("must name an earlier stage of method \"intervals\"")),
+        });
+        let replacements = if trained.is_absent() {
+            let optimisation = optimisation::optimisation(section, 1e-4, 1.0);
+            let label_drop = label_drop(section);
+            optimisation.map(|optimisation| Replacements::Train {
+                optimisation,
+                label_drop,
+            })
+        } else {
+            section.refuse(&optimisation::KEYS, "a stage with `trained`");
+            section.refuse(&["label_drop"], "a stage with `trained`");
+            trained
+                .optional()
+                .map(|trained| Replacements::Trained { trained })
+        };
+        Some(Self {
+            keep: keep?,
+            replacements: replacements?,
+        })
+    }
 }
 
 /// Settings of learned pruning.
@@ -196,11 +276,13 @@ enum Method {
     Sensitivity,
     Calibration,
     Evolve,
+    Intervals,
+    Parallel,
     Random,
     Kept,
 }
 
-const METHODS: [(&str, Method); 11] = [
+const METHODS: [(&str, Method); 13] = [
     ("learned", Method::Learned),
     ("oracle", Method::Oracle),
     ("uniform", Method::Uniform),
@@ -210,6 +292,8 @@ const METHODS: [(&str, Method); 11] = [
     ("sensitivity", Method::Sensitivity),
     ("calibration", Method::Calibration),
     ("evolve", Method::Evolve),
+    ("intervals", Method::Intervals),
+    ("parallel", Method::Parallel),
     ("random", Method::Random),
     ("kept", Method::Kept),
 ];
@@ -219,6 +303,8 @@ const MOST_DRAWS: u64 = 1_000_000;
 
 /// Keys that some method reads, besides [`optimisation::KEYS`].
 const KEYS: &[&str] = &[
+    "granularity",
+    "start",
     "groups",
     "keep",
     "kept",
@@ -228,6 +314,7 @@ const KEYS: &[&str] = &[
     "population",
     "batches",
     "timesteps",
+    "trained",
     "update",
     "rank",
     "alpha",
@@ -253,6 +340,32 @@ impl Prune {
             return None;
         };
 
+        let granularity = match method {
+            Method::Oracle | Method::Intervals | Method::Parallel => {
+                let name = string_in(section.table(), "method").unwrap_or_default();
+                section.refuse(&["granularity"], &format!("method {name:?}"));
+                Granularity::Block
+            }
+            _ => {
+                let granularity = section.choice("granularity", &Granularity::NAMES);
+                granularity.or(Granularity::Block)
+            }
+        };
+        let learned = matches!(method, Method::Learned);
+        if matches!(method, Method::Intervals | Method::Parallel) {
+            let name = string_in(section.table(), "method").unwrap_or_default();
+            section.refuse(&["start"], &format!("method {name:?}"));
+        }
+        let start = section.choice("start", &Start::NAMES);
+        let start = start.check(
+            |start| *start != Start::Update || learned,
+            "\"update\" is what was trained along with the masks, of method \"learned\"",
+        );
+        let start = start.check(
+            |start| *start != Start::Average || granularity.is_block(),
+            "\"average\" is of whole blocks, and the granularity is \"branch\"",
+        );
+        let start = start.or(Start::Original);
         let read = match method {
             Method::Learned => Learned::read(section).map(PruneMethod::Learned),
             Method::Oracle => {
@@ -269,9 +382,11 @@ impl Prune {
             }
             Method::ShortGpt => Scored::read(section, SCORES, FEATURES).map(PruneMethod::ShortGpt),
             Method::FluxLite => Scored::read(section, SCORES, FEATURES).map(PruneMethod::FluxLite),
-            Method::Sensitivity => Scored::read(section, SCORES, ALL).map(PruneMethod::Sensitivity),
+            Method::Sensitivity => {
+                Scored::read(section, SCORES, TIMES).map(PruneMethod::Sensitivity)
+            }
             Method::Calibration => {
-                let scored = Scored::read(section, MASKS, ALL);
+                let scored = Scored::read(section, MASKS, TIMES);
                 let masks = section.integer("masks", 1..=MOST_MASKS).or(1000);
                 let pick = section.choice("pick", &Pick::NAMES).or(Pick::Lowest);
                 scored.map(|scored| {
@@ -283,11 +398,20 @@ impl Prune {
                 })
             }
             Method::Evolve => {
-                let scored = Scored::read(section, MASKS, ALL);
+                let scored = Scored::read(section, MASKS, TIMES);
                 let masks = section.integer("masks", 1..=MOST_MASKS).or(1000);
                 let population = section.integer("population", 2..=65_536).or(64);
                 let evolution = Evolution { masks, population };
                 scored.map(|scored| PruneMethod::Evolve(Evolved { scored, evolution }))
+            }
+            Method::Intervals => Intervals::read(section, lineage).map(PruneMethod::Intervals),
+            Method::Parallel => {
+                let optimisation = optimisation::optimisation(section, 1e-4, 1.0);
+                let label_drop = label_drop(section);
+                optimisation.map(|optimisation| PruneMethod::Parallel {
+                    optimisation,
+                    label_drop,
+                })
             }
             Method::Random => {
                 let keep = section.integer("keep", 1..=MAX_DEPTH).required();
@@ -308,23 +432,25 @@ impl Prune {
         section.refuse(&optimisation::KEYS, &by);
         Some(Self {
             from: from?,
+            granularity,
+            start,
             method: read?,
         })
     }
 }
 
 /// Batches that layers are scored on, and images of each.
-const SCORES: (usize, usize) = (4, 64);
+pub(crate) const SCORES: (usize, usize) = (4, 64);
 /// Those that masks are measured on.
 const MASKS: (usize, usize) = (1, 16);
 /// Most masks of a search; a million take an hour where a thousand take seconds.
-const MOST_MASKS: usize = 1_000_000;
+pub(crate) const MOST_MASKS: usize = 1_000_000;
 
 /// Number of training timesteps.
-const ALL: usize = 1000;
+pub(crate) const TIMES: usize = 1000;
 /// Default of `timesteps` for scores of features: the reference's 250 sampling steps, not mapped
 /// back to the 1000 of training.
-const FEATURES: usize = 250;
+pub(crate) const FEATURES: usize = 250;
 
 impl Scored {
     /// Reads the settings; `batches` and `batch` by default as given.
@@ -336,7 +462,7 @@ impl Scored {
         let keep = section.integer("keep", 1..=MAX_DEPTH).required();
         let batches = section.integer("batches", 1..=1_000_000).or(batches);
         let batch = section.integer("batch", 1..=65_536).or(batch);
-        let timesteps = section.integer("timesteps", 1..=ALL).or(timesteps);
+        let timesteps = section.integer("timesteps", 1..=TIMES).or(timesteps);
         Some(Self {
             keep: keep?,
             batches,

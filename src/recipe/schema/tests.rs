@@ -208,7 +208,7 @@ recipes/quickstart.toml:6:1: unknown key `stpes` in [[stage]] "prune"
 recipes/quickstart.toml:7:9: `batch`: must be between 1 and 65536, found 0
     7 | batch = 0
       |         ^
-recipes/quickstart.toml:9:8: `kind`: expected one of "extract", "train", "prune", "recover", "sample", "evaluate", found "recovr"
+recipes/quickstart.toml:9:8: `kind`: expected one of "extract", "train", "prune", "recover", "sample", "evaluate", "analyse", found "recovr"
     9 | kind = "recovr"
       |        ^^^^^^^^
       = did you mean `recover`?

@@ -23,7 +23,7 @@ use crate::recipe::schema::sample::Evaluate;
 use crate::recipe::schema::source::Source;
 use crate::report::{COLUMNS, comparison_png, grid_layout, thousands};
 use crate::sampling::Sampling;
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, Provenance};
 
 /// As many training pictures as there are samples, or all: FID depends on their number. Drawn
 /// without regard to the recipe's seed, so that the floor is that of the data.
@@ -115,7 +115,8 @@ impl<B: TrainingBackend> Context<'_, B> {
             verdict.parameters = Some(checkpoint.architecture.parameters());
             verdict.depth = Some(checkpoint.architecture.depth());
             verdict.macs = Some(checkpoint.architecture.macs());
-            verdict.images = Some(checkpoint.provenance.images).filter(|images| *images > 0);
+            let Provenance { images, chose, .. } = checkpoint.provenance;
+            verdict.images = Some(images).filter(|images| *images > 0 && !chose);
             verdict.kept.clone_from(&checkpoint.provenance.kept);
             verdict.loss = Some(self.loss(&checkpoint, evaluate.sampling.batch)?);
             verdicts.push(verdict);

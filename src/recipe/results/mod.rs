@@ -1,0 +1,344 @@
+//! What runs have left, read from their folders, and the page that shows it.
+
+mod figures;
+mod page;
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::RecipeError;
+use super::run::directory::{EVALUATION, RESOLVED, Status, read_status};
+use crate::report::Grid;
+use crate::weights::{Checkpoint, Provenance};
+
+pub use page::{Written, write_page, write_sweep};
+
+/// File of the page, in a run's folder.
+pub const PAGE: &str = "report.html";
+
+/// What a run has left so far.
+#[derive(Debug)]
+pub struct Results {
+    /// Its folder.
+    pub path: PathBuf,
+    /// The recipe's name, and the run's number.
+    pub name: String,
+    /// How it stands.
+    pub status: Option<Status>,
+    /// The program, device and arguments.
+    pub environment: Value,
+    /// The recipe, nothing left implicit.
+    pub recipe: String,
+    /// Its stages, as far as they were begun.
+    pub stages: Vec<StageResults>,
+}
+
+/// What a stage has left so far.
+#[derive(Debug)]
+pub struct StageResults {
+    /// Its name.
+    pub name: String,
+    /// Kind and method, once it is finished.
+    pub what: Option<String>,
+    /// Seconds it took, once it is finished.
+    pub seconds: Option<f64>,
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Its scores with their protocol, of a stage that evaluates.
+    pub evaluation: Option<Value>,
+    /// Where its model comes from, of a stage that makes one.
+    pub provenance: Option<Provenance>,
+}
+
+impl Results {
+    /// Reads a run's folder.
+    ///
+    /// # Errors
+    /// When it is none, or a file of it can't be read or is not what it should be.
+    pub fn read(path: &Path) -> Result<Self, RecipeError> {
+        let recipe = path.join(RESOLVED);
+        let recipe = std::fs::read_to_string(&recipe).map_err(|error| {
+            match error.kind() {
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
+                    RecipeError::Run(format!(
+                        "{}: no run; a run's folder has a {RESOLVED}, such as artifacts/runs/quickstart/001",
+                        path.display()
+                    ))
+                }
+                _ => RecipeError::io(&recipe)(error),
+            }
+        })?;
+        let mut folders: Vec<PathBuf> = std::fs::read_dir(path)
+            .map_err(RecipeError::io(path))?
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| path.is_dir())
+            .collect();
+        folders.sort();
+        let mut stages = Vec::new();
+        for folder in folders {
+            stages.extend(StageResults::read(folder)?);
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            name: run_name(path),
+            status: read_status(path),
+            environment: json(&path.join("environment.json"))?.unwrap_or(Value::Null),
+            recipe,
+            stages,
+        })
+    }
+
+    /// The scores and protocol of the last stage that evaluated.
+    pub fn evaluation(&self) -> Option<&Value> {
+        self.stages
+            .iter()
+            .rev()
+            .find_map(|stage| stage.evaluation.as_ref())
+    }
+
+    /// One line: the lowest FID of a model.
+    pub fn best(&self) -> Option<(String, f64)> {
+        let models = models(self.evaluation()?);
+        let best = models.into_iter().min_by(|a, b| a.fid.total_cmp(&b.fid))?;
+        Some((best.name, best.fid))
+    }
+}
+
+impl StageResults {
+    /// Reads a stage's folder; None of another folder.
+    fn read(folder: PathBuf) -> Result<Option<Self>, RecipeError> {
+        let name = folder
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default();
+        let Some((number, name)) = name.split_once('-') else {
+            return Ok(None);
+        };
+        if number.len() != 2 || number.parse::<usize>().is_err() {
+            return Ok(None);
+        }
+        let name = name.to_owned();
+        let done = json(&folder.join("done.json"))?;
+        let of_done = |key: &str| done.as_ref().map(|done| done[key].clone());
+        let model = folder.join("model.safetensors");
+        let provenance = match model.exists() {
+            true => Some(Checkpoint::read(&model)?.provenance),
+            false => None,
+        };
+        Ok(Some(Self {
+            name,
+            what: of_done("what").and_then(|what| Some(what.as_str()?.to_owned())),
+            seconds: of_done("seconds").and_then(|seconds| seconds.as_f64()),
+            evaluation: json(&folder.join(EVALUATION))?,
+            provenance,
+            folder,
+        }))
+    }
+
+    /// A file of it as text, if it is there.
+    fn text(&self, name: &str) -> Result<Option<String>, RecipeError> {
+        let path = self.folder.join(name);
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(RecipeError::io(&path)(error)),
+        }
+    }
+}
+
+/// `quickstart/001` of a run's folder.
+fn run_name(path: &Path) -> String {
+    let mut parts = path.components().rev();
+    let mut next = || Some(parts.next()?.as_os_str().to_string_lossy().into_owned());
+    let number = next().unwrap_or_default();
+    match next() {
+        Some(recipe) => format!("{recipe}/{number}"),
+        None => number,
+    }
+}
+
+fn json(path: &Path) -> Result<Option<Value>, RecipeError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => serde_json::from_str(&text)
+            .map(Some)
+            .map_err(|error| RecipeError::io(path)(error.into())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(RecipeError::io(path)(error)),
+    }
+}
+
+/// A model of an evaluation.
+#[derive(Debug, Clone, PartialEq)]
+struct Scored {
+    name: String,
+    depth: usize,
+    macs: f64,
+    fid: f64,
+    /// Images a second.
+    speed: Option<f64>,
+    /// Images that its last stage trained on.
+    images: usize,
+}
+
+/// The models of an evaluation, without rows of real pictures.
+fn models(evaluation: &Value) -> Vec<Scored> {
+    let verdicts = evaluation["verdicts"]
+        .as_array()
+        .map_or(&[][..], Vec::as_slice);
+    let model = |verdict: &Value| -> Option<Scored> {
+        Some(Scored {
+            name: verdict["model"].as_str()?.to_owned(),
+            depth: usize::try_from(verdict["depth"].as_u64()?).ok()?,
+            macs: verdict["macs"].as_f64()?,
+            fid: verdict["fid"].as_f64()?,
+            speed: verdict["images_per_second"]["median"].as_f64(),
+            images: verdict["images"].as_u64().unwrap_or(0) as usize,
+        })
+    };
+    verdicts.iter().filter_map(model).collect()
+}
+
+/// The keys in which protocols differ, which makes their numbers no neighbours; the seed and the
+/// backend change nothing that is measured.
+fn unlike(a: &Value, b: &Value) -> Vec<String> {
+    const FREE: [&str; 3] = ["seed", "backend", "batch"];
+    let (Some(one), Some(other)) = (a.as_object(), b.as_object()) else {
+        return vec!["protocol".into()];
+    };
+    let keys = one
+        .keys()
+        .chain(other.keys().filter(|key| !one.contains_key(*key)));
+    let differs = |key: &&String| !FREE.contains(&key.as_str()) && one.get(*key) != other.get(*key);
+    keys.filter(differs).cloned().collect()
+}
+
+/// Refuses runs whose numbers can't stand in one column.
+///
+/// # Errors
+/// When a run has no evaluation, or the protocols differ; says in what.
+pub fn comparable(runs: &[Results]) -> Result<(), RecipeError> {
+    let Some((first, rest)) = runs.split_first() else {
+        return Ok(());
+    };
+    let none = |run: &Results| {
+        RecipeError::Run(format!(
+            "{}: it has no evaluation yet, and can't be compared",
+            run.path.display()
+        ))
+    };
+    let protocol = &first.evaluation().ok_or_else(|| none(first))?["protocol"];
+    for run in rest {
+        let other = &run.evaluation().ok_or_else(|| none(run))?["protocol"];
+        let differ = unlike(protocol, other);
+        if !differ.is_empty() {
+            let said = differ.iter().map(|key| {
+                format!(
+                    "{key} {} and {}",
+                    protocol[key.as_str()],
+                    other[key.as_str()]
+                )
+            });
+            return Err(RecipeError::Run(format!(
+                "{} and {} were measured by unlike protocols, whose numbers can't stand in one column: {}",
+                first.path.display(),
+                run.path.display(),
+                said.collect::<Vec<_>>().join("; ")
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The tables of several runs as one; equal rows, such as those of real pictures, stand there once.
+pub fn compared(runs: &[Results]) -> Grid {
+    let grids: Vec<(&Results, Grid)> = (runs.iter())
+        .filter_map(|run| Some((run, crate::report::verdict_grid(run.evaluation()?))))
+        .collect();
+    let mut titles: Vec<String> = Vec::new();
+    for title in grids.iter().flat_map(|(_, grid)| &grid.titles) {
+        if !titles.contains(title) {
+            titles.push(title.clone());
+        }
+    }
+    let mut all = Grid::default();
+    for (run, grid) in &grids {
+        for row in &grid.rows {
+            let cell = |title: &String| {
+                let column = grid.titles.iter().position(|known| known == title);
+                column.map_or("-".to_owned(), |column| row[column].clone())
+            };
+            let mut cells: Vec<String> = titles.iter().map(cell).collect();
+            let known = all.rows.iter().any(|known| known[1..] == cells[..]);
+            if !known {
+                cells.insert(0, run.name.clone());
+                all.rows.push(cells);
+            }
+        }
+    }
+    titles.insert(0, "run".into());
+    all.titles = titles;
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(name: &str, protocol: Value, fid: f64) -> Results {
+        let evaluation = serde_json::json!({
+            "protocol": protocol,
+            "verdicts": [
+                { "model": "real", "fid": 5.0 },
+                { "model": "student", "depth": 6, "macs": 100, "fid": fid, "images_per_second": { "median": 12.0 } },
+            ],
+        });
+        let stage = StageResults {
+            name: "evaluate".into(),
+            what: None,
+            seconds: None,
+            folder: "x".into(),
+            evaluation: Some(evaluation),
+            provenance: None,
+        };
+        Results {
+            path: name.into(),
+            name: name.into(),
+            status: None,
+            environment: Value::Null,
+            recipe: String::new(),
+            stages: vec![stage],
+        }
+    }
+
+    #[test]
+    fn unlike_protocols_are_not_compared() {
+        let protocol = |count: usize, seed: usize| serde_json::json!({ "count": count, "seed": seed, "reference": "r" });
+        let alike = [
+            run("a", protocol(10, 0), 9.0),
+            run("b", protocol(10, 1), 8.0),
+        ];
+        assert!(comparable(&alike).is_ok());
+        let grid = compared(&alike);
+        let titles = ["run", "model", "depth", "MACs", "images/s", "FID"];
+        assert_eq!(grid.titles, titles);
+        // The row of real pictures is the same in both.
+        assert_eq!(grid.rows.len(), 3);
+        assert_eq!(alike[1].best(), Some(("student".into(), 8.0)));
+
+        let unlike = [
+            run("a", protocol(10, 0), 9.0),
+            run("b", protocol(20, 0), 8.0),
+        ];
+        let said = comparable(&unlike).unwrap_err().to_string();
+        assert!(
+            said.contains("a and b") && said.contains("count 10 and 20"),
+            "{said}"
+        );
+        let mut none = run("c", protocol(10, 0), 1.0);
+        none.stages.clear();
+        let said = comparable(&[alike.into_iter().next().unwrap(), none]).unwrap_err();
+        assert!(said.to_string().contains("c: it has no evaluation yet"));
+    }
+}

@@ -1,0 +1,546 @@
+//! The page of one run or of several.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::figures::{self, Figure};
+use super::{PAGE, Results, Scored, StageResults, comparable, compared, models, run_name};
+use crate::recipe::RecipeError;
+use crate::recipe::run::sweep::Verdicts;
+use crate::report::{Grid, Page, brief, protocol_lines, rounded, thousands, verdict_grid};
+
+/// Figures that stages draw themselves, with the table beside each.
+const DRAWN: [(&str, &str, &str); 9] = [
+    (
+        "decisions.svg",
+        "decisions.jsonl",
+        "What the gates choose while they learn: opaque is certain",
+    ),
+    (
+        "similarity.svg",
+        "similarity.csv",
+        "How alike the states are (linear CKA)",
+    ),
+    (
+        "states-histograms.svg",
+        "states-histograms.csv",
+        "Hidden states; the share that masked distillation leaves out stands in the legend",
+    ),
+    (
+        "states-by-layer.svg",
+        "states.csv",
+        "Range of the hidden states",
+    ),
+    (
+        "scores-shortgpt.svg",
+        "scores.csv",
+        "Layers by ShortGPT's score",
+    ),
+    (
+        "scores-flux-lite.svg",
+        "scores.csv",
+        "Layers by Flux-Lite's score",
+    ),
+    (
+        "scores-sensitivity.svg",
+        "scores.csv",
+        "Layers by their absence",
+    ),
+    (
+        "losses.svg",
+        "losses-marked.csv",
+        "Losses of random choices of layers before training; the dashed rules are chosen ones",
+    ),
+    ("speed.svg", "speed.csv", "How much faster fewer layers are"),
+];
+
+/// What was written.
+#[derive(Debug)]
+pub struct Written {
+    /// The page.
+    pub page: PathBuf,
+    /// Tables and figures beside it.
+    pub files: usize,
+}
+
+/// Writes the page of runs to a folder, and its tables and figures beside it, in `report/`. A page
+/// of a run that goes on is loaded again every `renewed` seconds.
+///
+/// # Errors
+/// When runs can't be compared, what they left can't be read, or a file can't be written.
+pub fn write_page(
+    runs: &[Results],
+    into: &Path,
+    renewed: Option<u32>,
+) -> Result<Written, RecipeError> {
+    if runs.len() > 1 {
+        comparable(runs)?;
+    }
+    let mut beside = Beside::default();
+    let title = match runs {
+        [run] => format!("TinyFusion: {}", run.name),
+        runs => format!("TinyFusion: {} runs", runs.len()),
+    };
+    let mut page = Page::new(&title);
+    results(&mut page, runs, &mut beside)?;
+    for run in runs {
+        pictures(&mut page, run, runs.len() > 1)?;
+    }
+    for run in runs {
+        choices(&mut page, run, runs.len() > 1, &mut beside)?;
+    }
+    for run in runs {
+        trainings(&mut page, run, runs.len() > 1, &mut beside)?;
+    }
+    conditions(&mut page, runs);
+
+    beside.finish(page, into, &lead(runs), renewed)
+}
+
+/// Writes the page of a sweep, as far as it has got.
+///
+/// # Errors
+/// When its verdicts can't be read, or a file can't be written.
+pub fn write_sweep(sweep: &Path, into: &Path) -> Result<Written, RecipeError> {
+    let verdicts = Verdicts::read(sweep)?;
+    let mut beside = Beside::default();
+    let name = run_name(sweep);
+    let mut page = Page::new(&format!("TinyFusion: sweep {name}"));
+    page.section("Results");
+    if let Some(remark) = verdicts.loss_and_fid() {
+        page.paragraph("verdict", &format!("{remark}."));
+    }
+    beside.table(
+        &mut page,
+        &verdicts.grid(),
+        "Mean and standard deviation over the seeds, where there are several",
+    );
+    page.begin_figures();
+    for (name, chart) in verdicts.charts() {
+        let name = name.trim_end_matches(".svg").to_owned();
+        beside.show(&mut page, (name, chart), "");
+    }
+    page.end_figures();
+    page.section("Runs");
+    let runs = verdicts.runs();
+    for (label, folder) in &runs {
+        let target = folder.join(PAGE);
+        match into == sweep && sweep.join(&target).exists() {
+            true => page.link(&target.to_string_lossy(), label),
+            false => page.paragraph("", &format!("{label}: {}", folder.display())),
+        }
+    }
+    let lead = format!("{} runs have been evaluated", runs.len());
+    beside.finish(page, into, &lead, None)
+}
+
+/// Files beside the page, by their names.
+#[derive(Default)]
+struct Beside(Vec<(String, String)>);
+
+impl Beside {
+    /// Puts a table on the page, with its other forms one click away and beside it.
+    fn table(&mut self, page: &mut Page, grid: &Grid, caption: &str) {
+        page.table(grid, caption);
+        let (csv, markdown, latex) = (grid.csv(), grid.markdown(), grid.latex());
+        page.downloads(&[
+            ("CSV", "models.csv", &csv),
+            ("Markdown", "models.md", &markdown),
+            ("LaTeX", "models.tex", &latex),
+        ]);
+        self.0.extend([
+            ("models.csv".into(), csv),
+            ("models.md".into(), markdown),
+            ("models.tex".into(), latex),
+        ]);
+    }
+
+    /// Writes the page, and its files beside it.
+    fn finish(
+        self,
+        page: Page,
+        into: &Path,
+        lead: &str,
+        renewed: Option<u32>,
+    ) -> Result<Written, RecipeError> {
+        let folder = into.join("report");
+        std::fs::create_dir_all(&folder).map_err(RecipeError::io(&folder))?;
+        for (name, text) in &self.0 {
+            write(&folder.join(name), text)?;
+        }
+        let path = into.join(PAGE);
+        write(&path, &page.finish(lead, renewed))?;
+        Ok(Written {
+            page: path,
+            files: self.0.len(),
+        })
+    }
+
+    /// Puts a figure on the page, and its files beside it.
+    fn show(&mut self, page: &mut Page, (name, chart): Figure, prefix: &str) {
+        // What can't be drawn, such as a curve of one value that is not finite, is left out.
+        let Ok(svg) = chart.svg() else {
+            return;
+        };
+        let name = format!("{prefix}{name}");
+        let csv = chart.csv();
+        page.drawing(&svg, &chart.title, Some((&format!("{name}.csv"), &csv)));
+        self.0.push((format!("{name}.svg"), svg));
+        self.0.push((format!("{name}.csv"), csv));
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<(), RecipeError> {
+    crate::files::write_atomic(path, |file| {
+        std::io::Write::write_all(file, text.as_bytes())
+    })
+    .map_err(RecipeError::io(path))
+}
+
+/// What stands below the title.
+fn lead(runs: &[Results]) -> String {
+    let [run] = runs else {
+        let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
+        return names.join(", ");
+    };
+    let mut facts = Vec::new();
+    if let Some(status) = &run.status {
+        facts.push(match status.state.as_str() {
+            "finished" => "finished".to_owned(),
+            state => format!("{state} at stage {}", status.stage),
+        });
+    }
+    let seconds: f64 = run.stages.iter().filter_map(|stage| stage.seconds).sum();
+    if seconds > 0.0 {
+        facts.push(format!(
+            "{} of work",
+            brief(Duration::from_secs_f64(seconds))
+        ));
+    }
+    for key in ["started", "processor", "backend"] {
+        facts.extend(run.environment[key].as_str().map(str::to_owned));
+    }
+    facts.join(" · ")
+}
+
+/// The verdict in words, the table, and the figures of models.
+fn results(page: &mut Page, runs: &[Results], beside: &mut Beside) -> Result<(), RecipeError> {
+    page.section("Results");
+    let evaluated = runs.iter().any(|run| run.evaluation().is_some());
+    if !evaluated {
+        page.paragraph("verdict", "Nothing has been evaluated yet.");
+        return Ok(());
+    }
+    let all: Vec<Scored> = (runs.iter())
+        .filter_map(Results::evaluation)
+        .flat_map(models)
+        .collect();
+    if let Some(text) = verdict(&all) {
+        page.paragraph("verdict", &text);
+    }
+    let mut grid = match runs {
+        [run] => run.evaluation().map(verdict_grid).unwrap_or_default(),
+        runs => compared(runs),
+    };
+    grid.best = best_row(&grid);
+    let bias = runs.iter().find_map(Results::evaluation).and_then(|evaluation| {
+        let protocol = &evaluation["protocol"];
+        let count = protocol["count"].as_u64().or(protocol["samples"].as_u64())?;
+        Some(format!(
+            "FID is biased upwards, the more the fewer the samples: compare these, of {} samples, with one another.",
+            thousands(count as usize)
+        ))
+    });
+    beside.table(page, &grid, &bias.unwrap_or_default());
+    page.begin_figures();
+    for figure in figures::models_of(runs) {
+        beside.show(page, figure, "");
+    }
+    page.end_figures();
+    Ok(())
+}
+
+/// The row of the lowest FID among those of models.
+fn best_row(grid: &Grid) -> Option<usize> {
+    let column = |title: &str| grid.titles.iter().position(|known| known == title);
+    let (fid, depth) = (column("FID")?, column("depth")?);
+    let of_models = grid
+        .rows
+        .iter()
+        .enumerate()
+        .filter(|(_, row)| row[depth] != "-");
+    let scored = of_models.filter_map(|(index, row)| Some((index, row[fid].parse::<f64>().ok()?)));
+    scored
+        .min_by(|a, b| a.1.total_cmp(&b.1))
+        .map(|(index, _)| index)
+}
+
+/// The best of the shallower models beside the next best and the deepest.
+fn verdict(models: &[Scored]) -> Option<String> {
+    let deepest = models.iter().max_by_key(|model| model.depth)?;
+    let mut students: Vec<&Scored> = (models.iter())
+        .filter(|model| model.macs < deepest.macs)
+        .collect();
+    students.sort_by(|a, b| a.fid.total_cmp(&b.fid));
+    let Some(best) = students.first() else {
+        let best = models.iter().min_by(|a, b| a.fid.total_cmp(&b.fid))?;
+        return Some(format!("{}: FID {}.", best.name, rounded(best.fid)));
+    };
+    let mut text = format!(
+        "{}: FID {} with {} layers; {} has {} with {}",
+        best.name,
+        rounded(best.fid),
+        best.depth,
+        deepest.name,
+        rounded(deepest.fid),
+        deepest.depth
+    );
+    if let (Some(fast), Some(slow)) = (best.speed, deepest.speed) {
+        text += &format!(", at {} times the speed", rounded(fast / slow));
+    }
+    text += ".";
+    if let Some(next) = students.iter().find(|model| model.name != best.name) {
+        text += &format!(" Next best: {}, {}.", next.name, rounded(next.fid));
+    }
+    Some(text)
+}
+
+/// Sample grids, with the same noise side by side.
+fn pictures(page: &mut Page, run: &Results, named: bool) -> Result<(), RecipeError> {
+    let mut found = Vec::new();
+    for stage in &run.stages {
+        for name in ["comparison.png", "samples.png"] {
+            let path = stage.folder.join(name);
+            match std::fs::read(&path) {
+                Ok(png) => found.push((stage, png)),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(RecipeError::io(&path)(error)),
+            }
+        }
+    }
+    if found.is_empty() {
+        return Ok(());
+    }
+    page.section(&heading("Samples", run, named));
+    for (stage, png) in found {
+        let caption = match stage.evaluation.as_ref().map(models) {
+            Some(models) if !models.is_empty() => {
+                let names: Vec<String> = models.into_iter().map(|model| model.name).collect();
+                format!("From the same noise, from above: {}", names.join(", "))
+            }
+            _ => format!("Samples of stage {}", stage.name),
+        };
+        page.picture(&png, &caption);
+    }
+    Ok(())
+}
+
+/// Which layers stay, and why.
+fn choices(
+    page: &mut Page,
+    run: &Results,
+    named: bool,
+    beside: &mut Beside,
+) -> Result<(), RecipeError> {
+    let prefix = prefix(run, named);
+    let mut begun = false;
+    for stage in &run.stages {
+        let mut figures: Vec<Figure> = Vec::new();
+        figures.extend(figures::scores(stage)?);
+        figures.extend(figures::masks(stage)?);
+        let drawn = drawn(stage)?;
+        // A model that was healed has the layers of the one before it.
+        let prunes = stage
+            .what
+            .as_ref()
+            .is_some_and(|what| what.starts_with("prune"));
+        let kept = stage.provenance.as_ref().and_then(|provenance| {
+            let kept = provenance.kept.as_ref().filter(|_| prunes)?;
+            Some((kept, provenance.parent_depth?, provenance.granularity))
+        });
+        if figures.is_empty() && drawn.is_empty() && kept.is_none() {
+            continue;
+        }
+        if !begun {
+            page.section(&heading("Layers", run, named));
+            begun = true;
+        }
+        page.part(&stage.name);
+        if let Some((kept, depth, granularity)) = kept {
+            let what = granularity.layers();
+            page.paragraph("", &format!("{} of {depth} {what} stay:", kept.len()));
+            page.strip(kept, depth);
+        }
+        if let Some(text) = stage.text("decisions.jsonl")? {
+            page.table(
+                &decisions(&text),
+                "Each group's choice at the end, and the probability of every way to choose",
+            );
+        }
+        page.begin_figures();
+        for figure in figures {
+            beside.show(page, figure, &prefix);
+        }
+        for (svg, data, caption) in drawn {
+            let data = data
+                .as_ref()
+                .map(|(name, text)| (name.as_str(), text.as_str()));
+            page.drawing(&svg, caption, data);
+        }
+        page.end_figures();
+    }
+    Ok(())
+}
+
+/// A figure that a stage drew, its data with the name of their file, and its caption.
+type Drawn = (String, Option<(String, String)>, &'static str);
+
+/// The figures that a stage drew itself.
+fn drawn(stage: &StageResults) -> Result<Vec<Drawn>, RecipeError> {
+    let mut found = Vec::new();
+    for (figure, table, caption) in DRAWN {
+        if let Some(svg) = stage.text(figure)? {
+            let data = stage.text(table)?;
+            found.push((svg, data.map(|text| (table.to_owned(), text)), caption));
+        }
+    }
+    Ok(found)
+}
+
+/// Most probabilities of a group that the table lists.
+const LISTED: usize = 12;
+
+/// The last choices of the gates.
+fn decisions(text: &str) -> Grid {
+    let last = text
+        .lines()
+        .rev()
+        .find_map(|line| serde_json::from_str::<Value>(line).ok());
+    let choices = last.as_ref().and_then(|last| last["choices"].as_array());
+    let row = |(group, choice): (usize, &Value)| {
+        let layers: Vec<String> = (choice["layers"].as_array().into_iter().flatten())
+            .map(ToString::to_string)
+            .collect();
+        let mut all: Vec<f64> = (choice["probabilities"].as_array().into_iter().flatten())
+            .filter_map(Value::as_f64)
+            .collect();
+        let count = all.len();
+        if count > LISTED {
+            all.sort_by(|a, b| b.total_cmp(a));
+            all.truncate(LISTED);
+        }
+        let mut shown: Vec<String> = all.iter().map(|one| format!("{one:.2}")).collect();
+        if count > LISTED {
+            shown.push(format!("and {} smaller", count - LISTED));
+        }
+        vec![
+            group.to_string(),
+            layers.join(" "),
+            choice["confidence"]
+                .as_f64()
+                .map_or("-".into(), |one| format!("{one:.2}")),
+            shown.join("  "),
+        ]
+    };
+    Grid {
+        titles: [
+            "group",
+            "layers that stay",
+            "probability",
+            "probabilities of all",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
+        rows: choices.into_iter().flatten().enumerate().map(row).collect(),
+        best: None,
+    }
+}
+
+/// Curves of every training.
+fn trainings(
+    page: &mut Page,
+    run: &Results,
+    named: bool,
+    beside: &mut Beside,
+) -> Result<(), RecipeError> {
+    let prefix = prefix(run, named);
+    let mut begun = false;
+    for stage in &run.stages {
+        let figures = figures::training(stage)?;
+        if figures.is_empty() {
+            continue;
+        }
+        if !begun {
+            page.section(&heading("Training", run, named));
+            begun = true;
+        }
+        page.part(&stage.name);
+        page.begin_figures();
+        for figure in figures {
+            beside.show(page, figure, &prefix);
+        }
+        page.end_figures();
+    }
+    Ok(())
+}
+
+/// How it was measured, on what, by which recipe, and how to do it again.
+fn conditions(page: &mut Page, runs: &[Results]) {
+    let rows = |lines: Vec<(String, String)>| Grid {
+        titles: vec!["".into(), "".into()],
+        rows: lines
+            .into_iter()
+            .map(|(key, value)| vec![key, value])
+            .collect(),
+        best: None,
+    };
+    if let Some(evaluation) = runs.iter().find_map(Results::evaluation) {
+        page.section("Protocol");
+        let caption = "What the numbers can only be compared under";
+        page.table(&rows(protocol_lines(&evaluation["protocol"])), caption);
+    }
+    let named = runs.len() > 1;
+    for run in runs {
+        page.section(&heading("Environment and recipe", run, named));
+        page.table(&rows(protocol_lines(&run.environment)), "");
+        let steps = run.stages.iter().map(|stage| {
+            let spent = stage
+                .seconds
+                .map(|seconds| brief(Duration::from_secs_f64(seconds)));
+            vec![
+                stage.name.clone(),
+                stage.what.clone().unwrap_or_else(|| "not finished".into()),
+                spent.unwrap_or_else(|| "-".into()),
+            ]
+        });
+        let stages = Grid {
+            titles: ["stage", "what", "time"].map(str::to_owned).to_vec(),
+            rows: steps.collect(),
+            best: None,
+        };
+        page.table(&stages, "");
+        page.paragraph("", "To do it again:");
+        page.verbatim(&format!(
+            "tinyfusion recipe {}",
+            run.path.join("resolved.toml").display()
+        ));
+        page.folded("The recipe, nothing left implicit", &run.recipe);
+    }
+}
+
+fn heading(text: &str, run: &Results, named: bool) -> String {
+    match named {
+        true => format!("{text}: {}", run.name),
+        false => text.to_owned(),
+    }
+}
+
+/// What the names of a run's files begin with.
+fn prefix(run: &Results, named: bool) -> String {
+    match named {
+        true => format!("{}-", run.name.replace('/', "-")),
+        false => String::new(),
+    }
+}

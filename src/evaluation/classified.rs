@@ -167,33 +167,33 @@ pub struct ClassifiedVerdict {
 }
 
 /// A classifier, and the pictures that samples are measured against.
-pub struct ClassifierJudge<'a, B: Backend> {
-    classifier: &'a Classifier<B>,
-    config: &'a ClassifierConfig,
-    device: &'a B::Device,
+pub struct ClassifierJudge<B: Backend> {
+    classifier: Classifier<B>,
+    config: ClassifierConfig,
+    device: B::Device,
     reference: Features,
     statistics: Statistics,
     neighbours: usize,
 }
 
-impl<'a, B: FusedOps> ClassifierJudge<'a, B> {
+impl<B: FusedOps> ClassifierJudge<B> {
     /// A judge that holds samples against `reference`, with manifolds of balls that reach to the
     /// `neighbours`-th nearest point.
     ///
     /// # Errors
     /// When the features are not finite numbers.
     pub fn new(
-        classifier: &'a Classifier<B>,
-        config: &'a ClassifierConfig,
+        classifier: Classifier<B>,
+        config: ClassifierConfig,
         reference: &Pictured,
         neighbours: usize,
-        device: &'a B::Device,
+        device: &B::Device,
     ) -> Result<Self, EvaluationError> {
-        let reference = read(classifier, config, &reference.images, device)?.features;
+        let reference = read(&classifier, &config, &reference.images, device)?.features;
         Ok(Self {
             classifier,
             config,
-            device,
+            device: device.clone(),
             statistics: statistics(&reference)?,
             reference,
             neighbours,
@@ -210,7 +210,7 @@ impl<'a, B: FusedOps> ClassifierJudge<'a, B> {
         images: &Images,
         labels: &[usize],
     ) -> Result<ClassifiedVerdict, EvaluationError> {
-        let read = read(self.classifier, self.config, images, self.device)?;
+        let read = read(&self.classifier, &self.config, images, &self.device)?;
         let PrecisionRecall { precision, recall } =
             precision_recall(&self.reference, &read.features, self.neighbours)?;
         Ok(ClassifiedVerdict {

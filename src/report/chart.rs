@@ -401,7 +401,7 @@ fn scaled(scale: Scale, value: f64) -> f64 {
 }
 
 /// Some six round numbers of a range.
-fn linear_ticks(low: f64, high: f64) -> Vec<f64> {
+pub(super) fn linear_ticks(low: f64, high: f64) -> Vec<f64> {
     let rough = (high - low) / 6.0;
     let decade = 10f64.powf(rough.log10().floor());
     let steps = [1.0, 2.0, 5.0, 10.0].map(|part| part * decade);

@@ -27,6 +27,8 @@ pub struct KeptLayers {
 /// The choices of all groups at each logged training step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecisionHistory {
+    /// What a layer is called: `layer`, or `branch`.
+    pub layer: &'static str,
     /// Number of layers of the model: the sum of [`DecisionGroup::of`].
     pub depth: usize,
     /// The groups in the order of their layers.
@@ -183,6 +185,7 @@ pub(super) mod tests {
             }]
         };
         DecisionHistory {
+            layer: "layer",
             depth: 2,
             groups: vec![DecisionGroup { keep: 1, of: 2 }],
             steps: (0..choices.len()).map(|step| step * 10).collect(),

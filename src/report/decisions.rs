@@ -7,175 +7,109 @@
 
 use std::path::Path;
 
-use plotters::coord::Shift;
-use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
-use plotters::prelude::*;
-
 use super::ReportError;
+use super::chart::{linear_ticks, write};
 use super::decision_history::DecisionHistory;
-use crate::files::write_atomic;
+use super::svg::{Anchor, Svg, painted, text_width};
 
-/// Size of the plot in pixels, excluding the height of the layers.
-const WIDTH: u32 = 960;
-const HEAD_AND_FOOT: u32 = 130;
-
-/// Colours of the groups, alternating.
-const COLOURS: [RGBColor; 2] = [RGBColor(31, 95, 170), RGBColor(196, 84, 22)];
-
-/// Approximate width of a character at font size one; SVG viewers' fonts differ.
-const CHARACTER_WIDTH: f64 = 0.55;
+const WIDTH: f64 = 960.0;
+const LEFT: f64 = 60.0;
+const RIGHT: f64 = 24.0;
+const ABOVE: f64 = 62.0;
+const BELOW: f64 = 50.0;
 
 /// Writes `history` as an SVG: training steps to the right, layers (0 is the first) upwards, groups
 /// as shaded bands, and bars whose opacity is the probability of the choice.
 ///
 /// Of histories with more than 400 logged steps, evenly spaced ones are drawn. The file appears
 /// whole or not at all.
-/// or not at all.
 ///
 /// # Errors
 ///
 /// [`ReportError::Invalid`] when the history is empty or contradicts itself (the message says
 /// where), [`ReportError::Io`] when the file cannot be written.
 pub fn decision_svg(path: &Path, history: &DecisionHistory) -> Result<(), ReportError> {
-    let invalid = |problem| ReportError::Invalid {
+    history.check().map_err(|problem| ReportError::Invalid {
         path: path.to_owned(),
         problem,
-    };
-    history.check().map_err(invalid)?;
-    let svg = draw(history).map_err(|error| invalid(error.to_string()))?;
-    write_atomic(path, |file| std::io::Write::write_all(file, svg.as_bytes())).map_err(|source| {
-        ReportError::Io {
-            path: path.to_owned(),
-            source,
-        }
-    })
+    })?;
+    write(path, &draw(history))
 }
 
-type DrawError<'a> = DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>;
-
-fn draw(history: &DecisionHistory) -> Result<String, Box<dyn std::error::Error>> {
-    let depth = history.depth;
+fn draw(history: &DecisionHistory) -> String {
+    let (depth, layer) = (history.depth, history.layer);
     // Room for every layer's number, or less if there are too many layers to number.
-    let layer_height = (600 / depth as u32).clamp(6, 20);
-    let mut svg = String::new();
-    {
-        let height = HEAD_AND_FOOT + depth as u32 * layer_height;
-        let root = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
-        root.fill(&WHITE)?;
-        draw_head(&root, history).map_err(|error| error.to_string())?;
+    let height = (600.0 / depth as f64).clamp(6.0, 20.0);
+    let (right, bottom) = (WIDTH - RIGHT, ABOVE + height * depth as f64);
+    let mut svg = Svg::new(WIDTH, bottom + BELOW);
+    let title = format!("{layer}s kept during pruning ({})", scheme(history));
+    let title = title[..1].to_uppercase() + &title[1..];
+    svg.text("title", (LEFT, 26.0), Anchor::Start, &title);
+    draw_legend(&mut svg);
 
-        let steps = history.steps[0] as f64..history.end();
-        let layers = LayerAxis {
-            depth,
-            every: 14u32.div_ceil(layer_height) as usize,
-        };
-        let mut chart = ChartBuilder::on(&root)
-            .margin_top(62)
-            .margin_right(24)
-            .margin_bottom(8)
-            .margin_left(8)
-            .x_label_area_size(42)
-            .y_label_area_size(52)
-            .build_cartesian_2d(steps.clone(), layers)?;
-
-        for (group, band) in history
-            .bands()
-            .enumerate()
-            .filter(|(_, band)| !band.is_empty())
-        {
-            let (bottom, top) = (band.start as f64 - 0.5, band.end as f64 - 0.5);
-            let shade = COLOURS[group % COLOURS.len()].mix(0.06).filled();
-            let corners = [(steps.start, bottom), (steps.end, top)];
-            chart.draw_series([Rectangle::new(corners, shade)])?;
-        }
-        chart
-            .configure_mesh()
-            .disable_mesh()
-            .axis_style(BLACK.mix(0.6))
-            .x_desc("training step")
-            .y_desc("layer")
-            .x_labels(8)
-            .y_labels(depth)
-            .x_label_formatter(&step_label)
-            .label_style(("sans-serif", 12))
-            .axis_desc_style(("sans-serif", 14))
-            .draw()?;
-        chart.draw_series(history.bars().into_iter().map(|bar| {
-            let layer = bar.layer as f64;
-            let style = COLOURS[bar.group % COLOURS.len()].mix(bar.opacity).filled();
-            Rectangle::new([(bar.from, layer - 0.32), (bar.until, layer + 0.32)], style)
-        }))?;
-        root.present()?;
+    let (first, last) = (history.steps[0] as f64, history.end());
+    let across = |step: f64| LEFT + (step - first) / (last - first) * (right - LEFT);
+    // The middle of a layer's line.
+    let up = |layer: f64| bottom - (layer + 0.5) * height;
+    for (group, band) in history.bands().enumerate() {
+        let edge = |layer: usize| bottom - layer as f64 * height;
+        let corners = ((LEFT, edge(band.start)), (right, edge(band.end)));
+        svg.rectangle(&painted("fill", group % 2), corners.0, corners.1, 0.07);
     }
-    Ok(svg)
+    for bar in history.bars() {
+        let middle = up(bar.layer as f64);
+        let half = 0.32 * height;
+        svg.rectangle(
+            &painted("fill", bar.group % 2),
+            (across(bar.from), middle - half),
+            (across(bar.until), middle + half),
+            bar.opacity,
+        );
+    }
+    svg.line("axis", (LEFT, bottom), (right, bottom));
+    svg.line("axis", (LEFT, ABOVE), (LEFT, bottom));
+    // Steps are integers; a short run has round numbers between them, which are left out.
+    let whole = linear_ticks(first, last)
+        .into_iter()
+        .filter(|step| step.fract() == 0.0);
+    for step in whole {
+        let at = across(step);
+        svg.line("axis", (at, bottom), (at, bottom + 5.0));
+        svg.text(
+            "tick",
+            (at, bottom + 18.0),
+            Anchor::Middle,
+            &step.to_string(),
+        );
+    }
+    for layer in (0..depth).step_by((14.0 / height).ceil() as usize) {
+        let place = (LEFT - 8.0, up(layer as f64) + 4.0);
+        svg.text("tick", place, Anchor::End, &layer.to_string());
+    }
+    let middle = (LEFT + right) / 2.0;
+    svg.text(
+        "label",
+        (middle, bottom + 40.0),
+        Anchor::Middle,
+        "training step",
+    );
+    svg.upright((18.0, (ABOVE + bottom) / 2.0), layer);
+    let summary = format!("which {layer}s each group keeps, by training step");
+    svg.finish(&title, &summary)
 }
 
-/// Steps are integers; a short run has tick marks between them, which get no label.
-fn step_label(step: &f64) -> String {
-    if (step - step.round()).abs() < 1e-6 {
-        format!("{step:.0}")
-    } else {
-        String::new()
-    }
-}
-
-/// An axis from below the first layer to above the last, with numbers at integers only: plotters'
-/// own axis for `-0.5..depth - 0.5` puts them anywhere.
-struct LayerAxis {
-    depth: usize,
-    /// Distance between numbered layers.
-    every: usize,
-}
-
-impl Ranged for LayerAxis {
-    type FormatOption = NoDefaultFormatting;
-    type ValueType = f64;
-
-    fn map(&self, &layer: &f64, (bottom, top): (i32, i32)) -> i32 {
-        let fraction = (layer + 0.5) / self.depth as f64;
-        bottom + (fraction * f64::from(top - bottom)).round() as i32
-    }
-
-    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
-        (0..self.depth)
-            .step_by(self.every)
-            .map(|layer| layer as f64)
-            .collect()
-    }
-
-    fn range(&self) -> std::ops::Range<f64> {
-        -0.5..self.depth as f64 - 0.5
-    }
-}
-
-impl ValueFormatter<f64> for LayerAxis {
-    fn format(layer: &f64) -> String {
-        format!("{layer:.0}")
-    }
-}
-
-/// The title, and the legend of opacities with their probabilities.
-fn draw_head<'a>(
-    root: &DrawingArea<SVGBackend<'a>, Shift>,
-    history: &DecisionHistory,
-) -> Result<(), DrawError<'a>> {
-    let title = format!("Layers kept during pruning ({})", scheme(history));
-    root.draw(&Text::new(title, (60, 14), ("sans-serif", 18)))?;
+/// Opacities with their probabilities.
+fn draw_legend(svg: &mut Svg) {
     let caption = "probability of the choice";
-    root.draw(&Text::new(caption, (60, 40), ("sans-serif", 12)))?;
-    let start = 60 + (caption.len() as f64 * 12.0 * CHARACTER_WIDTH) as i32 + 14;
+    svg.text("label", (LEFT, 50.0), Anchor::Start, caption);
+    let start = LEFT + text_width(caption) + 10.0;
     for swatch in 0..5 {
         let probability = f64::from(swatch + 1) / 5.0;
-        let left = start + swatch * 62;
-        let corners = [(left, 39), (left + 26, 52)];
-        root.draw(&Rectangle::new(
-            corners,
-            COLOURS[0].mix(probability).filled(),
-        ))?;
+        let left = start + f64::from(swatch) * 62.0;
+        svg.rectangle("fill0", (left, 40.0), (left + 26.0, 52.0), probability);
         let label = format!("{probability:.1}");
-        root.draw(&Text::new(label, (left + 32, 40), ("sans-serif", 12)))?;
+        svg.text("label", (left + 31.0, 50.0), Anchor::Start, &label);
     }
-    Ok(())
 }
 
 /// `2 of 4` if all groups are equal, else the totals.

@@ -6,6 +6,8 @@ use std::fmt::Write;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
+use super::svg::escaped;
+
 /// What a page looks like.
 const STYLE: &str = "
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d2126; --pale: #5b6470; --line: #d9dee4; --tint: #f3f6f9; --link: #0b5cad }
@@ -347,21 +349,6 @@ fn latex(text: &str) -> String {
             '~' => safe += "\\textasciitilde{}",
             '^' => safe += "\\textasciicircum{}",
             '±' => safe += "$\\pm$",
-            c => safe.push(c),
-        }
-    }
-    safe
-}
-
-/// Text as HTML.
-fn escaped(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => safe += "&amp;",
-            '<' => safe += "&lt;",
-            '>' => safe += "&gt;",
-            '"' => safe += "&quot;",
             c => safe.push(c),
         }
     }

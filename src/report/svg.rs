@@ -196,7 +196,8 @@ pub(super) fn painted(what: &str, series: usize) -> String {
     format!("{what}{}", series % COLOURS.len())
 }
 
-fn escaped(text: &str) -> String {
+/// Text as XML or HTML.
+pub(super) fn escaped(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
         match c {

@@ -92,6 +92,9 @@ pub enum TrainingError {
         /// Why it can't be continued from.
         problem: String,
     },
+    /// What is done after a step failed.
+    #[error(transparent)]
+    Observed(Box<dyn std::error::Error + Send + Sync>),
     /// A log can't be written.
     #[error("{}: {source}", path.display())]
     Io {

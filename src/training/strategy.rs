@@ -179,7 +179,10 @@ where
                     crate::say!("{}", lines.line(position.step, &report.scalars));
                 }
             }
+            let begun = Instant::now();
             observer(position.step - 1, &learner.model(), ema)?;
+            // What it took is no part of the training's speed.
+            since += begun.elapsed();
             let progress = Progress::new(position.step, optimisation.steps);
             let item = TrainingItem::new(
                 report,

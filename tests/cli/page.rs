@@ -32,6 +32,8 @@ const RECIPE: &str = "
     steps = 3
     batch = 4
     log_every = 1
+    evaluate_every = 2
+    evaluate_count = 40
     [[stage]]
     kind = 'analyse'
     from = 'embedded:digits-teacher'
@@ -76,6 +78,9 @@ fn a_run_ends_in_a_page_and_runs_of_one_protocol_are_compared() {
         "student: loss and its terms",
         "student: learning rate",
         "student: norm of the gradient",
+        "student: FID while it is trained",
+        "student after 2 steps",
+        "student after 3 steps",
         "Similarity of layers",
         "neighbours",
         "tinyfusion recipe runs/job/001/resolved.toml",

@@ -14,6 +14,7 @@ use crate::recipe::published::public_file;
 use crate::recipe::run::models::read_file;
 use crate::recipe::schema::data::{Data, DataShape, Idx, Pictures};
 use crate::recipe::schema::prune::{Intervals, Prune, PruneMethod, Replacements};
+use crate::recipe::schema::sample::{Against, Evaluate};
 use crate::recipe::schema::source::Source;
 use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::weights::{embedded, vae_config};
@@ -33,6 +34,25 @@ impl<E: std::error::Error> From<E> for Problem {
     fn from(error: E) -> Self {
         Self::Said(with_cause(&error))
     }
+}
+
+/// The next evaluation after a stage that is against held-out pictures, and the classifier it
+/// compares in.
+pub(in crate::recipe) fn following<'a>(
+    recipe: &'a Recipe,
+    stage: &Stage,
+) -> Option<(&'a Evaluate, &'a Source)> {
+    let mut later = recipe
+        .stages
+        .iter()
+        .skip_while(|other| other.name != stage.name);
+    later.find_map(|stage| match &stage.kind {
+        StageKind::Evaluate(evaluate) => match &evaluate.against {
+            Against::HeldOut { features } => Some((evaluate, features)),
+            Against::Reference { .. } => None,
+        },
+        _ => None,
+    })
 }
 
 /// Whether a stage only takes layers out, so that it is all the same to it how the model was
@@ -163,6 +183,21 @@ impl Known<'_> {
             false => Err(Problem::Said(format!(
                 "`trained` names `{source}`, which differs in more than depth: {trained}; {whole}"
             ))),
+        }
+    }
+
+    /// Refuses to measure a stage's model while it is trained where no evaluation says how.
+    pub(crate) fn measured_meanwhile(&self, stage: &Stage) -> Result<(), Problem> {
+        let Some((_, features)) = following(self.recipe, stage) else {
+            return Err(Problem::Said(
+                "`evaluate_every` measures as the next `evaluate` stage does, and none against held-out pictures follows".into(),
+            ));
+        };
+        match features {
+            Source::Stage(name) if !self.made.contains_key(name) => Err(Problem::Said(format!(
+                "`evaluate_every` needs the classifier `{name}`, which is trained later"
+            ))),
+            _ => Ok(()),
         }
     }
 

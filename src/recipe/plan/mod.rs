@@ -19,6 +19,7 @@ use serde::Serialize;
 
 pub use self::analyse::AnalysePlan;
 pub(in crate::recipe) use self::analyse::LOSS_BATCH;
+pub(in crate::recipe) use self::known::following;
 use self::known::{Known, Problem};
 use self::missing::{Missing, MissingFile, refuse};
 pub use self::prune::{PrunePlan, Search, Selection};

@@ -5,6 +5,7 @@ use super::known::{Known, Problem};
 use super::{PlannedStage, Work};
 use crate::process::ProcessKind;
 use crate::recipe::schema::Stage;
+use crate::recipe::schema::optimisation::Meanwhile;
 use crate::recipe::schema::recover::{Recover, RecoverMethod, Representation};
 use crate::recipe::schema::source::Source;
 use crate::training::Optimisation;
@@ -23,6 +24,8 @@ pub struct RecoverPlan {
     pub optimisation: Optimisation,
     /// Probability of replacing a label by the null class.
     pub label_drop: f64,
+    /// How it is measured while it is trained, if it is.
+    pub meanwhile: Option<Meanwhile>,
 }
 
 /// What a student learns from a teacher.
@@ -67,6 +70,9 @@ pub(super) fn plan(
     let (student, process) = known.denoiser(stage, &recover.from)?;
     let process = process.unwrap_or(ProcessKind::ASSUMED);
     known.same_classes(&recover.from)?;
+    if recover.meanwhile.is_some() {
+        known.measured_meanwhile(stage)?;
+    }
     if known.is_by_branch(&recover.from) {
         known.by_branch.insert(stage.name.clone());
     }
@@ -112,6 +118,7 @@ pub(super) fn plan(
         taught,
         optimisation: optimisation.clone(),
         label_drop: recover.label_drop,
+        meanwhile: recover.meanwhile.clone(),
     });
     Ok(PlannedStage {
         before: Some(student.clone()),

@@ -28,6 +28,14 @@ pub(super) fn plan(
     if let Some(from) = &train.from {
         known.same_classes(from)?;
     }
+    if train.meanwhile.is_some() {
+        if !after.is_denoiser() {
+            return Err(Problem::Said(
+                "`evaluate_every` is of models that draw".into(),
+            ));
+        }
+        known.measured_meanwhile(stage)?;
+    }
     match after.is_denoiser() {
         true => known.fits_data(stage, after.shape())?,
         false => known.classifies(stage, &after)?,

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::{Results, Scored, StageResults, models};
 use crate::recipe::RecipeError;
+use crate::recipe::run::evaluate::QUALITY;
 use crate::report::{Axis, Chart, Series, Style};
 
 /// Most points of a curve; a finer one is averaged.
@@ -97,6 +98,29 @@ fn averaged(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         .chunks(points.len().div_ceil(POINTS).max(1))
         .map(mean)
         .collect()
+}
+
+/// Quality by step, of a stage that was measured while it trained.
+pub(super) fn quality(stage: &StageResults) -> Result<Option<Figure>, RecipeError> {
+    let Some(text) = stage.text(QUALITY)? else {
+        return Ok(None);
+    };
+    let point = |line: &str| -> Option<(f64, f64)> {
+        let line: Value = serde_json::from_str(line).ok()?;
+        Some((line["step"].as_f64()? + 1.0, line["fid"].as_f64()?))
+    };
+    let points: Vec<(f64, f64)> = text.lines().filter_map(point).collect();
+    let chart = Chart {
+        title: format!("{}: FID while it is trained", stage.name),
+        x: Axis::linear("step").including(0.0),
+        y: Axis::log("FID, lower is better"),
+        series: vec![Series {
+            name: "moving average".into(),
+            style: Style::Line,
+            points,
+        }],
+    };
+    Ok(Some((format!("{}-quality", stage.name), chart)))
 }
 
 /// Scores of layers by a method.

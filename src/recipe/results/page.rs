@@ -7,9 +7,11 @@ use serde_json::Value;
 
 use super::figures::{self, Figure};
 use super::{PAGE, Results, Scored, StageResults, comparable, compared, models, run_name};
+use crate::pruning::uniform;
 use crate::recipe::RecipeError;
 use crate::recipe::run::sweep::Verdicts;
 use crate::report::{Grid, Page, brief, protocol_lines, rounded, thousands, verdict_grid};
+use crate::sampling::PICTURE_FILE;
 
 /// Figures that stages draw themselves, with the table beside each.
 const DRAWN: [(&str, &str, &str); 9] = [
@@ -468,7 +470,8 @@ fn trainings(
     let prefix = prefix(run, named);
     let mut begun = false;
     for stage in &run.stages {
-        let figures = figures::training(stage)?;
+        let mut figures = figures::training(stage)?;
+        figures.extend(figures::quality(stage)?);
         if figures.is_empty() {
             continue;
         }
@@ -482,8 +485,43 @@ fn trainings(
             beside.show(page, figure, &prefix);
         }
         page.end_figures();
+        for (step, png) in meanwhile(stage)? {
+            page.picture(&png, &format!("{} after {step} steps", stage.name));
+        }
     }
     Ok(())
+}
+
+/// Most sample grids of a stage that are shown; of more, evenly spaced ones.
+const GRIDS: usize = 6;
+
+/// Sample grids that were drawn while a stage trained, with their steps.
+fn meanwhile(stage: &StageResults) -> Result<Vec<(usize, Vec<u8>)>, RecipeError> {
+    let Ok(entries) = std::fs::read_dir(stage.folder.join("quality")) else {
+        return Ok(Vec::new());
+    };
+    let step = |path: PathBuf| -> Option<(usize, PathBuf)> {
+        let step = path
+            .file_name()?
+            .to_str()?
+            .strip_prefix("step-")?
+            .parse()
+            .ok()?;
+        let picture = path.join(PICTURE_FILE);
+        picture.exists().then_some((step, picture))
+    };
+    let mut found: Vec<(usize, PathBuf)> = entries
+        .flatten()
+        .filter_map(|entry| step(entry.path()))
+        .collect();
+    found.sort();
+    let shown = uniform(found.len(), found.len().min(GRIDS)).into_iter();
+    shown
+        .map(|index| {
+            let (step, path) = &found[index];
+            Ok((*step, std::fs::read(path).map_err(RecipeError::io(path))?))
+        })
+        .collect()
 }
 
 /// How it was measured, on what, by which recipe, and how to do it again.

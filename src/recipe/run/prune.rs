@@ -1,6 +1,6 @@
 //! The stage that removes layers.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -98,19 +98,19 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
             Selection::Fixed { kept, groups } => (kept.clone(), groups.as_ref(), None),
         };
-        let network = match trained.filter(|_| plan.start == Start::Update) {
-            Some(trained) => trained,
-            None => in_layers(parent.network(self.device)?, granularity)?,
-        };
-        let network = match plan.start {
-            Start::Average => averaged(network, &kept).map_err(|problem| RecipeError::Stage {
-                stage: stage.name.clone(),
-                problem,
-            })?,
-            Start::Original | Start::Update => network,
-        };
         let joined = replaced.is_some();
-        let pruned = replaced.unwrap_or_else(|| network.keep(&kept));
+        let whole = || in_layers(parent.network(self.device)?, granularity);
+        let pruned = match (replaced, trained, plan.start) {
+            (Some(replaced), ..) => replaced,
+            (_, Some(trained), Start::Update) => trained.keep(&kept),
+            (_, _, Start::Average) => averaged(whole()?, &kept)
+                .map_err(|problem| RecipeError::Stage {
+                    stage: stage.name.clone(),
+                    problem,
+                })?
+                .keep(&kept),
+            _ => whole()?.keep(&kept),
+        };
         let mut provenance = self.provenance(&stage.name, plan.method, learned, Some(&parent))?;
         provenance.groups = groups.map(|groups| {
             let pair = |group: Group| [group.keep(), group.of()];
@@ -240,7 +240,8 @@ impl<B: TrainingBackend> Context<'_, B> {
             .curves(curves)
             .observe(Box::new(observe));
         let fitted = finished(fit.run(pruner)?, steps)?;
-        draw_decisions(&log_path, groups, &folder.join("decisions.svg"))?;
+        let drawn = (groups, plan.granularity);
+        draw_decisions(&log_path, drawn, &folder.join("decisions.svg"))?;
         let decision = fitted.ema.decision(steps.saturating_sub(1));
         for (group, choice) in decision.choices.iter().enumerate() {
             crate::say!(
@@ -337,13 +338,18 @@ struct DecisionLine {
     decision: Decision,
 }
 
-fn draw_decisions(log: &PathBuf, groups: &Groups, picture: &Path) -> Result<(), RecipeError> {
+fn draw_decisions(
+    log: &Path,
+    (groups, granularity): (&Groups, Granularity),
+    picture: &Path,
+) -> Result<(), RecipeError> {
     let text = std::fs::read_to_string(log).map_err(RecipeError::io(log))?;
     let lines: Vec<DecisionLine> = text
         .lines()
         .filter_map(|line| serde_json::from_str(line).ok())
         .collect();
     let history = DecisionHistory {
+        layer: granularity.layer(),
         depth: groups.depth(),
         groups: groups
             .iter()

@@ -109,7 +109,10 @@ impl<B: TrainingBackend> Context<'_, B> {
         )?;
         let (loss, likeness) = process.names();
         let curves = [loss, likeness, &["features"]].concat();
-        let fit = self.over(training, (source, process), sees);
+        let mut fit = self.over(training, (source, process), sees);
+        if let Some(meanwhile) = &plan.meanwhile {
+            fit = fit.observe(self.measured_meanwhile(stage, meanwhile, kind, folder)?);
+        }
         let fitted = finished(fit.curves(curves).run(student)?, steps)?;
         let healed = Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL));
         Ok(healed.of_process(Some(kind)).write()?)

@@ -57,7 +57,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         match architecture.classifier() {
             Some(config) => self.train_classifier(trained, config, training, train),
-            None => self.train_denoiser(trained, training, train),
+            None => self.train_denoiser((stage, folder), trained, training, train),
         }
     }
 
@@ -70,6 +70,7 @@ impl<B: TrainingBackend> Context<'_, B> {
 
     fn train_denoiser(
         &self,
+        (stage, folder): (&Stage, &Path),
         trained: Trained<'_>,
         training: Training,
         train: &Train,
@@ -89,7 +90,8 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
         };
         let steps = train.optimisation.steps;
-        let process = trained.process.unwrap_or(ProcessKind::ASSUMED).process();
+        let kind = trained.process.unwrap_or(ProcessKind::ASSUMED);
+        let process = kind.process();
         let student = Student::new(network, None, process.clone(), steps);
         let (shape, times) = (architecture.shape(), process.times());
         let source = self.source(
@@ -100,7 +102,10 @@ impl<B: TrainingBackend> Context<'_, B> {
             Vec::new(),
         )?;
         let curves = process.names().0.to_vec();
-        let fit = self.over(training, (source, process), None);
+        let mut fit = self.over(training, (source, process), None);
+        if let Some(meanwhile) = &train.meanwhile {
+            fit = fit.observe(self.measured_meanwhile(stage, meanwhile, kind, folder)?);
+        }
         let fitted = finished(fit.curves(curves).run(student)?, steps)?;
         let model = Checkpoint::of(&fitted.ema.network, trained.provenance, at);
         Ok(model.of_process(trained.process).write()?)

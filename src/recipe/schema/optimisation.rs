@@ -2,6 +2,8 @@
 
 use std::ops::Bound;
 
+use serde::Serialize;
+
 use crate::recipe::document::reader::Section;
 use crate::training::Optimisation;
 
@@ -15,6 +17,31 @@ pub(crate) const POSITIVE: (Bound<f64>, Bound<f64>) = (Bound::Excluded(0.0), Bou
 
 /// The largest number of steps in a recipe.
 const MAX_STEPS: usize = 100_000_000;
+
+/// How a model is measured while it is trained.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Meanwhile {
+    /// Steps after each of which samples are drawn and measured, as the recipe's next evaluation
+    /// against held-out pictures measures them; default never.
+    pub evaluate_every: usize,
+    /// Number of those samples, at most as many as that evaluation draws; default 500.
+    pub evaluate_count: usize,
+}
+
+impl Meanwhile {
+    pub(super) fn read(section: &Section<'_>) -> Option<Self> {
+        let every = section.integer("evaluate_every", 1..=MAX_STEPS);
+        if every.is_absent() {
+            section.refuse(&["evaluate_count"], "a stage without `evaluate_every`");
+        }
+        let evaluate_every = every.optional();
+        let evaluate_count = section.integer("evaluate_count", 4..=1_000_000).or(500);
+        evaluate_every.map(|evaluate_every| Self {
+            evaluate_every,
+            evaluate_count,
+        })
+    }
+}
 
 /// The keys that [`optimisation`] reads.
 pub(crate) const KEYS: [&str; 15] = [

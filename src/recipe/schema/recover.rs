@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::optimisation::{POSITIVE, label_drop, optimisation};
+use super::optimisation::{Meanwhile, POSITIVE, label_drop, optimisation};
 use super::source::{Lineage, Source};
 use crate::recipe::document::reader::Section;
 use crate::recipe::document::{Node, string_in};
@@ -22,6 +22,9 @@ pub struct Recover {
     /// Probability of replacing a label by the null class, for student and teacher alike; default
     /// 0.1.
     pub label_drop: f64,
+    /// How it is measured while it is trained, if it is.
+    #[serde(flatten)]
+    pub meanwhile: Option<Meanwhile>,
 }
 
 /// Loss for the training of a pruned model.
@@ -103,6 +106,7 @@ impl Recover {
         let method = section.choice("method", &METHODS).required();
         let optimisation = optimisation(section, 2e-4, 0.5);
         let label_drop = label_drop(section);
+        let meanwhile = Meanwhile::read(section);
         let Some(method) = method else {
             section.accept(KEYS);
             return None;
@@ -138,6 +142,7 @@ impl Recover {
             method: read?,
             optimisation: optimisation?,
             label_drop,
+            meanwhile,
         })
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Bound;
 use serde::{Serialize, Serializer};
 
 use super::data::DataShape;
-use super::optimisation::{label_drop, optimisation};
+use super::optimisation::{Meanwhile, label_drop, optimisation};
 use super::source::{Lineage, Source};
 use crate::models::{Architecture, Demand, Key, Keys, Shape};
 use crate::process::{FAMILIES, Family, ProcessKind};
@@ -24,6 +24,9 @@ pub struct Train {
     pub optimisation: Optimisation,
     /// Probability of replacing a label by the null class; default 0.1. Not used by a classifier.
     pub label_drop: f64,
+    /// How it is measured while it is trained, if it is.
+    #[serde(flatten)]
+    pub meanwhile: Option<Meanwhile>,
     /// The model to train; required without `from`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub architecture: Option<Wanted>,
@@ -40,6 +43,7 @@ impl Train {
         let from = from.optional();
         let optimisation = optimisation(section, 1e-3, 0.0);
         let label_drop = label_drop(section);
+        let meanwhile = Meanwhile::read(section);
         let architecture = section.section("architecture");
         let architecture = if from_scratch {
             architecture.required_since("without `from` a model is trained from scratch")
@@ -50,6 +54,7 @@ impl Train {
             from,
             architecture: architecture.and_then(|section| Wanted::read(section, data)),
             label_drop,
+            meanwhile,
             optimisation: optimisation?,
         })
     }

@@ -76,6 +76,26 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(sum / (batches * batch) as f64)
     }
 
+    /// A judge with the held-out pictures, in a classifier's features.
+    pub(super) fn judge(
+        &self,
+        features: &Checkpoint,
+        neighbours: usize,
+    ) -> Result<ClassifierJudge<B::InnerBackend>, RecipeError> {
+        let classifier = features.classifier::<B::InnerBackend>(self.device)?;
+        let config = features.classifier_config()?.clone();
+        let test = self.part(Split::Test)?;
+        let all: Vec<usize> = (0..test.len()).collect();
+        let reference = Pictured::read(&*test, &all, self.shape()?.sizes())?;
+        Ok(ClassifierJudge::new(
+            classifier,
+            config,
+            &reference,
+            neighbours,
+            self.device,
+        )?)
+    }
+
     /// Draws samples of each model, and measures them against the held-out pictures in the features
     /// of a classifier.
     pub(super) fn evaluate_held_out(
@@ -86,14 +106,11 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<(), RecipeError> {
         let classifier_checkpoint = self.load(features)?;
-        let classifier = classifier_checkpoint.classifier::<B::InnerBackend>(self.device)?;
         let config = classifier_checkpoint.classifier_config()?;
         let shape = self.shape()?.sizes();
         let (train, test) = (self.part(Split::Train)?, self.part(Split::Test)?);
-        let all: Vec<usize> = (0..test.len()).collect();
-        let reference = Pictured::read(&*test, &all, shape)?;
         let neighbours = evaluate.neighbours;
-        let judge = ClassifierJudge::new(&classifier, config, &reference, neighbours, self.device)?;
+        let judge = self.judge(&classifier_checkpoint, neighbours)?;
         // The floor: even real images are this far from other real images.
         let floor = floor(&*train, evaluate.sampling.count);
         let floor_count = floor.len();

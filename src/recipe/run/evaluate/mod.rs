@@ -2,6 +2,7 @@
 
 mod adm;
 mod held_out;
+mod meanwhile;
 
 use std::path::{Path, PathBuf};
 
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 pub(crate) use adm::archives;
 
 use self::adm::ReferenceFiles;
+pub(crate) use self::meanwhile::QUALITY;
 use super::context::Context;
 use crate::data::Split;
 use crate::evaluation::{Pictured, Speed};

@@ -68,7 +68,7 @@ fn a_run_ends_in_a_page_and_runs_of_one_protocol_are_compared() {
         "finished",
         "<h2 id=\"s1\">Results</h2>",
         // The verdict, and the table.
-        "; embedded:digits-teacher has ",
+        " times as fast as embedded:digits-teacher, which has ",
         "<th scope=\"row\">student</th>",
         "download=\"models.tex\"",
         "Quality against speed",

@@ -290,8 +290,16 @@ fn verdict(models: &[Scored]) -> Option<String> {
         let best = models.iter().min_by(|a, b| a.fid.total_cmp(&b.fid))?;
         return Some(format!("{}: FID {}.", best.name, rounded(best.fid)));
     };
+    let pace = best
+        .speed
+        .zip(deepest.speed)
+        .map(|(fast, slow)| fast / slow);
+    let pace = pace.map_or_else(
+        || "beside".to_owned(),
+        |pace| format!("{} times as fast as", rounded(pace)),
+    );
     let mut text = format!(
-        "{}: FID {} with {} layers; {} has {} with {}",
+        "{}: FID {} with {} layers, {pace} {}, which has {} with {}.",
         best.name,
         rounded(best.fid),
         best.depth,
@@ -299,10 +307,6 @@ fn verdict(models: &[Scored]) -> Option<String> {
         rounded(deepest.fid),
         deepest.depth
     );
-    if let (Some(fast), Some(slow)) = (best.speed, deepest.speed) {
-        text += &format!(", at {} times the speed", rounded(fast / slow));
-    }
-    text += ".";
     if let Some(next) = students.iter().find(|model| model.name != best.name) {
         text += &format!(" Next best: {}, {}.", next.name, rounded(next.fid));
     }

@@ -117,8 +117,9 @@ fn kind(tensors: &Tensors, block: usize) -> BlockKind {
         let tensor = tensors.get(&format!("blocks.{block}.{name}"))?;
         Some(tensor.shape().to_vec())
     };
-    let half = shape("adaLN_modulation.1.weight")
-        .is_some_and(|shape| matches!(shape[..], [rows, width] if rows == 3 * width));
+    let half = shape("adaLN_modulation.1.weight").is_some_and(
+        |shape| matches!(shape[..], [rows, width] if width.checked_mul(3) == Some(rows)),
+    );
     if shape("0.adaLN_modulation.1.weight").is_some() {
         return BlockKind::Pair;
     }

@@ -4,4 +4,4 @@ mod similarity;
 mod states;
 
 pub use similarity::{TrunkStates, similarity};
-pub use states::{HiddenStates, LayerStates};
+pub use states::LayerStates;

@@ -1,12 +1,11 @@
 //! `report` and `runs`: what runs have left, as a page and as lists.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use super::error::CliError;
 use crate::recipe::RecipeError;
 use crate::recipe::results::{PAGE, Results, comparable, compared, write_page, write_sweep};
-use crate::report::{Table, brief, rounded};
+use crate::report::{Table, rounded};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ReportArguments {
@@ -42,6 +41,10 @@ enum Runs {
     },
 }
 
+fn read(runs: &[PathBuf]) -> Result<Vec<Results>, RecipeError> {
+    runs.iter().map(|run| Results::read(run)).collect()
+}
+
 /// Writes a page.
 pub(super) fn report(arguments: &ReportArguments) -> Result<(), CliError> {
     let into = match (&arguments.into, arguments.runs.as_slice()) {
@@ -57,12 +60,8 @@ pub(super) fn report(arguments: &ReportArguments) -> Result<(), CliError> {
         .runs
         .iter()
         .filter(|run| run.join("sweep.json").exists());
-    let written = match (sweeps.count(), arguments.runs.as_slice()) {
-        (0, runs) => {
-            let runs: Result<Vec<Results>, RecipeError> =
-                runs.iter().map(|run| Results::read(run)).collect();
-            write_page(&runs?, into, None)?
-        }
+    let page = match (sweeps.count(), arguments.runs.as_slice()) {
+        (0, runs) => write_page(&read(runs)?, into, None)?,
         (1, [sweep]) => write_sweep(sweep, into)?,
         _ => {
             return Err(CliError::Usage(
@@ -70,7 +69,7 @@ pub(super) fn report(arguments: &ReportArguments) -> Result<(), CliError> {
             ));
         }
     };
-    crate::tell!("{}", written.page.display());
+    crate::tell!("{}", page.display());
     Ok(())
 }
 
@@ -79,9 +78,7 @@ pub(super) fn runs(arguments: &RunsArguments) -> Result<(), CliError> {
     match &arguments.what {
         None => list(&arguments.runs),
         Some(Runs::Compare { runs, csv }) => {
-            let runs: Result<Vec<Results>, RecipeError> =
-                runs.iter().map(|run| Results::read(run)).collect();
-            let runs = runs?;
+            let runs = read(runs)?;
             comparable(&runs)?;
             let grid = compared(&runs);
             if let Some(path) = csv {
@@ -96,7 +93,7 @@ pub(super) fn runs(arguments: &RunsArguments) -> Result<(), CliError> {
     }
 }
 
-/// A line for each run, the newest recipe's last.
+/// A line for each run, by the names of recipes and the numbers of runs.
 fn list(folder: &Path) -> Result<(), CliError> {
     let mut table = Table::new([
         "run",
@@ -131,11 +128,6 @@ fn list(folder: &Path) -> Result<(), CliError> {
                 None => "-".into(),
             };
             let best = found.best();
-            let mut spent: f64 = found.stages.iter().filter_map(|stage| stage.seconds).sum();
-            if found.stages.is_empty() {
-                // Of a sweep, whose stages are in its runs.
-                spent = found.status.as_ref().map_or(0.0, |status| status.seconds);
-            }
             let page = run.join(PAGE);
             let dash = || "-".to_owned();
             table.row([
@@ -143,7 +135,7 @@ fn list(folder: &Path) -> Result<(), CliError> {
                 state,
                 best.as_ref().map_or_else(dash, |(_, fid)| rounded(*fid)),
                 best.map_or_else(dash, |(model, _)| model),
-                brief(Duration::from_secs_f64(spent)),
+                found.worked().unwrap_or_else(dash),
                 found.environment["started"]
                     .as_str()
                     .map_or_else(dash, str::to_owned),

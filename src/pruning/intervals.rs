@@ -41,7 +41,7 @@ impl Interval {
 /// output.
 ///
 /// # Panics
-/// Unless `0 < keep < similarity.len()`.
+/// Unless `0 < keep < similarity.len()`, and when a similarity is not a number.
 pub fn intervals(similarity: &[Vec<f64>], keep: usize) -> Vec<Interval> {
     let depth = similarity.len() - 1;
     assert!(

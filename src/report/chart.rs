@@ -432,8 +432,9 @@ fn number(value: f64) -> String {
     }
 }
 
-pub(super) fn csv_cell(text: &str) -> String {
-    match text.contains([',', '"', '\n']) {
+/// A cell of a CSV file (RFC 4180).
+pub(crate) fn csv_cell(text: &str) -> String {
+    match text.contains([',', '"', '\n', '\r']) {
         true => format!("\"{}\"", text.replace('"', "\"\"")),
         false => text.to_owned(),
     }

@@ -7,6 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use super::svg::escaped;
+use super::table::{in_columns, is_missing};
 
 /// What a page looks like.
 const STYLE: &str = "
@@ -262,11 +263,7 @@ impl Grid {
     /// The table without columns that no row has anything in.
     pub fn without_empty(mut self) -> Self {
         let filled: Vec<bool> = (0..self.titles.len())
-            .map(|column| {
-                self.rows
-                    .iter()
-                    .any(|row| !matches!(row[column].as_str(), "" | "-"))
-            })
+            .map(|column| self.rows.iter().any(|row| !is_missing(&row[column])))
             .collect();
         for cells in self.rows.iter_mut().chain([&mut self.titles]) {
             let mut filled = filled.iter();
@@ -317,25 +314,9 @@ impl Grid {
 }
 
 impl std::fmt::Display for Grid {
-    /// For a terminal, in columns.
+    /// For a terminal.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let width = |column: usize| {
-            let cells = self.rows.iter().map(|row| row[column].chars().count());
-            cells
-                .chain([self.titles[column].chars().count()])
-                .max()
-                .unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..self.titles.len()).map(width).collect();
-        let rules: Vec<String> = widths.iter().map(|width| "-".repeat(*width)).collect();
-        for row in [&self.titles, &rules].into_iter().chain(&self.rows) {
-            let cells = row
-                .iter()
-                .zip(&widths)
-                .map(|(cell, width)| format!("{cell:width$}"));
-            writeln!(f, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
-        }
-        Ok(())
+        in_columns(f, &self.titles, &self.rows, false)
     }
 }
 

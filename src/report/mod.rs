@@ -17,6 +17,7 @@ mod svg;
 mod table;
 mod verdicts;
 
+pub(crate) use chart::csv_cell;
 pub use chart::{Axis, Chart, Scale, Series, Style};
 pub use decision_history::{DecisionGroup, DecisionHistory, KeptLayers};
 pub use decisions::decision_svg;

@@ -58,31 +58,42 @@ impl<const N: usize> Table<N> {
 
 impl<const N: usize> fmt::Display for Table<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let columns: [Column; N] = std::array::from_fn(|index| {
-            let cells = || self.rows.iter().map(|row| row[index].as_str());
-            let width = cells()
-                .map(width)
-                .chain([width(&self.headers[index])])
-                .max();
-            let numeric = cells().all(|cell| is_number(cell) || is_missing(cell));
-            Column {
-                hidden: self.hide_empty && cells().all(is_missing),
-                width: width.unwrap_or(0),
-                right: numeric && cells().any(is_number),
-            }
-        });
-        let rules = columns.each_ref().map(|column| "-".repeat(column.width));
-        for row in [&self.headers, &rules].into_iter().chain(&self.rows) {
-            let cells: Vec<String> = row
-                .iter()
-                .zip(&columns)
-                .filter(|(_, column)| !column.hidden)
-                .map(|(cell, column)| column.pad(cell))
-                .collect();
-            writeln!(f, "{}", cells.join(GAP).trim_end())?;
-        }
-        Ok(())
+        in_columns(f, &self.headers, &self.rows, self.hide_empty)
     }
+}
+
+/// Writes titles, a rule and rows of as many cells in aligned columns.
+pub(super) fn in_columns<R: AsRef<[String]>>(
+    f: &mut fmt::Formatter<'_>,
+    titles: &[String],
+    rows: &[R],
+    hide_empty: bool,
+) -> fmt::Result {
+    let column = |index: usize| {
+        let cells = || rows.iter().map(|row| row.as_ref()[index].as_str());
+        let width = cells().map(width).chain([width(&titles[index])]).max();
+        let numeric = cells().all(|cell| is_number(cell) || is_missing(cell));
+        Column {
+            hidden: hide_empty && cells().all(is_missing),
+            width: width.unwrap_or(0),
+            right: numeric && cells().any(is_number),
+        }
+    };
+    let columns: Vec<Column> = (0..titles.len()).map(column).collect();
+    let rules: Vec<String> = (columns.iter())
+        .map(|column| "-".repeat(column.width))
+        .collect();
+    let head = [titles, &rules].into_iter();
+    for row in head.chain(rows.iter().map(AsRef::as_ref)) {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&columns)
+            .filter(|(_, column)| !column.hidden)
+            .map(|(cell, column)| column.pad(cell))
+            .collect();
+        writeln!(f, "{}", cells.join(GAP).trim_end())?;
+    }
+    Ok(())
 }
 
 struct Column {
@@ -112,7 +123,7 @@ fn is_number(cell: &str) -> bool {
     unsigned.starts_with(|first: char| first.is_ascii_digit())
 }
 
-fn is_missing(cell: &str) -> bool {
+pub(super) fn is_missing(cell: &str) -> bool {
     matches!(cell, "" | "-")
 }
 

@@ -106,9 +106,7 @@ where
         let store = Store::new(&training.directory);
         let path = training.directory.join("metrics.jsonl");
         let mut log = JsonLines::open(&path, position.step)?;
-        let earlier = std::fs::read_to_string(&path).map_err(TrainingError::io(&path))?;
-        let mut trackers = Trackers::open(&training.directory, &training.log, &earlier)?;
-        drop(earlier);
+        let mut trackers = Trackers::open(&training.directory, &training.log, &path)?;
         let mut lines = Lines::new(&training.name, position.step, optimisation.steps);
         let mut observer = self.observer.lock();
         let mut batches = train.iter();

@@ -38,15 +38,15 @@ pub(super) struct Trackers {
 }
 
 impl Trackers {
-    /// Opens the logs in a folder, and begins them with the lines that there are: those of a run
-    /// that goes on.
+    /// Opens the logs in a folder, and begins them with the lines that `metrics.jsonl`, at `log`,
+    /// has already: those of a run that goes on.
     ///
     /// # Errors
-    /// When a file can't be written.
+    /// When a file can't be read or written.
     pub(super) fn open(
         folder: &Path,
         trackers: &[Tracker],
-        earlier: &str,
+        log: &Path,
     ) -> Result<Self, TrainingError> {
         let create = |path: PathBuf| -> Result<(PathBuf, File), TrainingError> {
             let mut options = OpenOptions::new();
@@ -79,6 +79,10 @@ impl Trackers {
             csv,
             columns: Vec::new(),
         };
+        if trackers.is_empty() {
+            return Ok(opened);
+        }
+        let earlier = std::fs::read_to_string(log).map_err(TrainingError::io(log))?;
         for line in earlier.lines() {
             if let Ok(line) = serde_json::from_str::<Map<String, Value>>(line) {
                 opened.write(&line)?;
@@ -308,12 +312,15 @@ mod tests {
             line.as_object().unwrap().clone()
         };
         let all = Tracker::NAMES.map(|(_, tracker)| tracker);
-        let mut trackers = Trackers::open(folder.path(), &all, "").unwrap();
+        let log = folder.path().join("metrics.jsonl");
+        std::fs::write(&log, "").unwrap();
+        let mut trackers = Trackers::open(folder.path(), &all, &log).unwrap();
         trackers.write(&line(0, 0.5)).unwrap();
         trackers.write(&line(300, 0.25)).unwrap();
         drop(trackers);
         let earlier = serde_json::to_string(&line(0, 0.5)).unwrap() + "\n{\"half";
-        let mut trackers = Trackers::open(folder.path(), &all, &earlier).unwrap();
+        std::fs::write(&log, earlier).unwrap();
+        let mut trackers = Trackers::open(folder.path(), &all, &log).unwrap();
         trackers.write(&line(200, 0.125)).unwrap();
 
         let files = std::fs::read_dir(folder.path()).unwrap().flatten();

@@ -49,7 +49,7 @@ pub struct Provenance {
     pub steps: usize,
     /// Images seen in the stage.
     pub images: usize,
-    /// Whether what the stage learned chose layers, and weights are still the parent's.
+    /// Whether what the stage learned only chose layers: no weight here was trained by it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub chose: bool,
     /// SHA-256 of the parent checkpoint's weights.

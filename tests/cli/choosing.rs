@@ -314,7 +314,8 @@ fn a_model_is_looked_into() {
         ("masks.csv", 1 + 20),
         // The pruned model of as many layers, and the whole one.
         ("losses-marked.csv", 1 + 2),
-        ("similarity.csv", 12),
+        // The states before each layer, and after the last.
+        ("similarity.csv", 13),
         ("speed.csv", 1 + 8),
     ] {
         let text = read(table);
@@ -405,6 +406,7 @@ fn intervals_are_trained_once_for_several_depths() {
         kind = 'recover'
         name = 'paired'
         method = 'masked-kd'
+        taps = [[0, 1], [5, 11]]
         teacher = 'embedded:digits-teacher'
         steps = 2
         batch = 4

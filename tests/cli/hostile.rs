@@ -201,6 +201,15 @@ fn a_model_of_no_numbers_is_neither_drawn_nor_scored() {
             &["has the score NaN", "damaged"],
         );
     }
+    for keys in [
+        "kind = 'prune'\nmethod = 'intervals'\nkeep = 6\nsteps = 1",
+        "kind = 'analyse'",
+    ] {
+        let recipe = format!("[[stage]]\nfrom = 'within.safetensors'\nbatch = 4\n{keys}\n");
+        place.write("states.toml", recipe);
+        let why = ["hidden states are not finite", "damaged"];
+        refused(&place, &["recipe", "states.toml"], &why);
+    }
 }
 
 #[cfg(unix)]

@@ -81,7 +81,7 @@ fn a_run_ends_in_a_page_and_runs_of_one_protocol_are_compared() {
         "student: FID while it is trained",
         "student after 2 steps",
         "student after 3 steps",
-        "Similarity of layers",
+        "Similarity of the states between layers",
         "neighbours",
         "tinyfusion recipe runs/job/001/resolved.toml",
         "kind = &quot;evaluate&quot;",

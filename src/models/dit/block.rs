@@ -224,7 +224,7 @@ impl<B: FusedOps> DitBlock<B> {
     /// `x` is `[batch, tokens, width]`, `condition` (after its SiLU) `[batch, width]`.
     pub fn forward(&self, x: Tensor<B, 3>, condition: Tensor<B, 2>) -> Tensor<B, 3> {
         let branches = self.modulated(condition).into_iter().flatten();
-        branches.fold(x, |x, branch| branch.forward(x))
+        branches.fold(x, |x, branch| branch.layer.run(x, branch.modulation))
     }
 
     /// Its branches, each under its part of the condition.
@@ -269,9 +269,14 @@ enum Layer<'a, B: Backend> {
 impl<B: FusedOps> Branch<'_, B> {
     /// `x` and what the branch adds to it.
     pub(super) fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let [shift, scale, gate] = self.modulation.clone();
+        self.layer.run(x, self.modulation.clone())
+    }
+}
+
+impl<B: FusedOps> Layer<'_, B> {
+    fn run(&self, x: Tensor<B, 3>, [shift, scale, gate]: [Tensor<B, 2>; 3]) -> Tensor<B, 3> {
         let seen = B::modulated_norm(x.clone(), shift, scale, NORM_EPSILON);
-        let said = match self.layer {
+        let said = match self {
             Layer::Attention(attn) => attn.forward(seen),
             Layer::Mlp(mlp) => mlp.forward(seen),
         };
@@ -318,7 +323,7 @@ impl<B: FusedOps> Mlp<B> {
 mod tests {
     use burn_ndarray::NdArray;
 
-    use crate::models::{Architecture, Denoiser, Heads, Prunable};
+    use crate::models::{Architecture, Denoiser, Heads, Network, Prunable};
     use crate::state::{collect, floats};
     use crate::trunk::{Block, BlockHook, Granularity, Plain, Site};
     use crate::weights::{EmbeddedName, embedded};
@@ -341,6 +346,23 @@ mod tests {
         }
     }
 
+    /// What a file shows of a network; its tensors are those that its architecture names.
+    fn read_back(network: &Network<NdArray>) -> Architecture {
+        let architecture = network.architecture();
+        let state = collect::<NdArray, _>(network);
+        let mut named: Vec<_> = architecture.tensors();
+        named.sort();
+        let found = state
+            .iter()
+            .map(|(name, array)| (name.clone(), array.shape.clone()));
+        assert_eq!(named, found.collect::<Vec<_>>());
+        let heads = Heads {
+            known: architecture.heads(),
+            otherwise: None,
+        };
+        Architecture::of_tensors(&state.into(), heads, "x".as_ref()).unwrap()
+    }
+
     #[test]
     fn a_model_without_branches_does_what_the_whole_does_when_they_are_skipped() {
         let device = Default::default();
@@ -349,7 +371,7 @@ mod tests {
         let x = Tensor::random([3, 1, 8, 8], Distribution::Normal(0.0, 1.0), &device);
         let t = Tensor::from_floats([3.0, 200.0, 999.0], &device);
         let y = Tensor::from_ints([0, 3, 10], &device);
-        let run = |network: &crate::models::Network<NdArray>, hook: &mut dyn BlockHook<NdArray>| {
+        let run = |network: &Network<NdArray>, hook: &mut dyn BlockHook<NdArray>| {
             floats(
                 network
                     .forward(x.clone(), t.clone(), y.clone(), hook)
@@ -374,19 +396,7 @@ mod tests {
         let planned = checkpoint.architecture.keep(&kept, Granularity::Branch);
         assert_eq!(architecture, planned);
         assert_eq!(architecture.depth(), 6);
-        let state = collect::<NdArray, _>(&left);
-        let mut named: Vec<_> = architecture.tensors();
-        named.sort();
-        let found = state
-            .iter()
-            .map(|(name, array)| (name.clone(), array.shape.clone()));
-        assert_eq!(named, found.collect::<Vec<_>>());
-        let heads = Heads {
-            known: architecture.heads(),
-            otherwise: None,
-        };
-        let read = Architecture::of_tensors(&state.into(), heads, "x".as_ref()).unwrap();
-        assert_eq!(read, architecture);
+        assert_eq!(read_back(&left), architecture);
 
         // Branches are taken out of what has lost some already, until a block is gone.
         let fewer = left.keep(&[1, 2, 3, 6]);
@@ -397,9 +407,7 @@ mod tests {
         assert_eq!(fewer.architecture().depth(), 3);
 
         let attention = whole.by_branch().unwrap().keep(&[0, 2]);
-        let state = collect::<NdArray, _>(&attention).into();
-        let read = Architecture::of_tensors(&state, heads, "x".as_ref()).unwrap();
-        assert_eq!(read, attention.architecture());
+        assert_eq!(read_back(&attention), attention.architecture());
     }
 
     #[test]
@@ -409,11 +417,11 @@ mod tests {
         let whole = checkpoint.network::<NdArray>(&device).unwrap();
         let x = Tensor::<NdArray, 3>::random([2, 16, 64], Distribution::Default, &device);
         let condition = Tensor::random([2, 64], Distribution::Default, &device);
-        let crate::models::Network::Dit(model) = whole.clone().keep(&[3, 4, 7]);
+        let Network::Dit(model) = whole.clone().keep(&[3, 4, 7]);
         let single = |layer: usize| model.blocks[layer].forward(x.clone(), condition.clone());
         let expected = single(0) + single(1) - x.clone();
         let paired = whole.keep(&[3, 4, 7]).in_pairs().unwrap();
-        let crate::models::Network::Dit(model) = paired.clone();
+        let Network::Dit(model) = paired.clone();
         let found = model.blocks[0].forward(x.clone(), condition.clone());
         // Three sums in another order.
         assert!((found - expected).abs().max().into_scalar() < 1e-5);
@@ -427,19 +435,7 @@ mod tests {
         let three = checkpoint.architecture.with_depth(3);
         assert_eq!(architecture.parameters(), three.parameters());
         assert_eq!(architecture.macs(), three.macs());
-        let state = collect::<NdArray, _>(&paired);
-        let mut named: Vec<_> = architecture.tensors();
-        named.sort();
-        let found = state
-            .iter()
-            .map(|(name, array)| (name.clone(), array.shape.clone()));
-        assert_eq!(named, found.collect::<Vec<_>>());
-        let heads = Heads {
-            known: architecture.heads(),
-            otherwise: None,
-        };
-        let read = Architecture::of_tensors(&state.into(), heads, "x".as_ref()).unwrap();
-        assert_eq!(read, architecture);
+        assert_eq!(read_back(&paired), architecture);
         assert!(paired.clone().by_branch().is_none());
         assert!(architecture.in_pairs().is_none());
         assert_eq!(paired.keep(&[0]).architecture().depth(), 1);

@@ -5,6 +5,7 @@ use super::known::{Known, Problem};
 use super::{PlannedStage, Work};
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::analyse::{Analyse, View};
+use crate::recipe::schema::prune::MASKS;
 use crate::recipe::schema::source::Source;
 use crate::trunk::Granularity;
 
@@ -71,7 +72,7 @@ pub(super) fn plan(
         masks,
         mark: analyse.mark.clone(),
     });
-    let seen = masks * LOSS_BATCH.min(analyse.batch);
+    let seen = masks * MASKS.1.min(analyse.batch);
     let shown: Vec<&str> = (View::NAMES.iter())
         .filter(|(_, view)| analyse.show.contains(view))
         .map(|(name, _)| *name)
@@ -86,6 +87,3 @@ pub(super) fn plan(
         ..PlannedStage::new(stage, &format!("analyse {}", shown.join(", ")), work)
     })
 }
-
-/// Images that the loss of a mask is measured on, at most.
-pub(in crate::recipe) const LOSS_BATCH: usize = 16;

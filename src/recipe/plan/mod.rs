@@ -18,7 +18,6 @@ use std::fmt;
 use serde::Serialize;
 
 pub use self::analyse::AnalysePlan;
-pub(in crate::recipe) use self::analyse::LOSS_BATCH;
 pub(in crate::recipe) use self::known::following;
 use self::known::{Known, Problem};
 use self::missing::{Missing, MissingFile, refuse};

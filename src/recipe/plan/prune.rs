@@ -96,9 +96,12 @@ impl Selection {
     fn new(prune: &Prune, model: &Architecture) -> Result<Self, Problem> {
         let layers = prune.granularity.layers();
         let trunk = model.trunk(prune.granularity).ok_or_else(|| {
-            Problem::Said(format!(
-                "{model} has no trunk that layers can be taken out of"
-            ))
+            Problem::Said(match prune.granularity {
+                Granularity::Block => {
+                    format!("{model} has no trunk that layers can be taken out of")
+                }
+                Granularity::Branch => format!("{model} can't be taken apart by branch"),
+            })
         })?;
         let depth = trunk.depth;
         let within = |keep: usize| match keep > 0 && keep < depth {

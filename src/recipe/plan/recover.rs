@@ -101,7 +101,9 @@ pub(super) fn plan(
                 .iter()
                 .map(|[student, teacher]| (*student, *teacher))
                 .collect();
-            let granularity = match known.is_by_branch(&recover.from) || !student.is_whole() {
+            // Of pairs there are no branches to be counted.
+            let lacks = !student.is_whole() && student.trunk(Granularity::Branch).is_some();
+            let granularity = match known.is_by_branch(&recover.from) || lacks {
                 true => Granularity::Branch,
                 false => Granularity::Block,
             };

@@ -4,15 +4,18 @@ mod figures;
 mod page;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use super::RecipeError;
+use super::run::DONE;
 use super::run::directory::{EVALUATION, RESOLVED, Status, read_status};
-use crate::report::Grid;
+use super::run::models::MODEL;
+use crate::report::{Grid, brief};
 use crate::weights::{Checkpoint, Provenance};
 
-pub use page::{Written, write_page, write_sweep};
+pub use page::{write_page, write_sweep};
 
 /// File of the page, in a run's folder.
 pub const PAGE: &str = "report.html";
@@ -98,7 +101,17 @@ impl Results {
             .find_map(|stage| stage.evaluation.as_ref())
     }
 
-    /// One line: the lowest FID of a model.
+    /// How long its stages took, or it as a whole where it has none of its own, as a sweep.
+    pub fn worked(&self) -> Option<String> {
+        let stages: f64 = self.stages.iter().filter_map(|stage| stage.seconds).sum();
+        let seconds = match self.stages.is_empty() {
+            true => self.status.as_ref()?.seconds,
+            false => stages,
+        };
+        spent(seconds).filter(|_| seconds > 0.0)
+    }
+
+    /// The model of the lowest FID, and that.
     pub fn best(&self) -> Option<(String, f64)> {
         let models = models(self.evaluation()?);
         let best = models.into_iter().min_by(|a, b| a.fid.total_cmp(&b.fid))?;
@@ -120,9 +133,9 @@ impl StageResults {
             return Ok(None);
         }
         let name = name.to_owned();
-        let done = json(&folder.join("done.json"))?;
+        let done = json(&folder.join(DONE))?;
         let of_done = |key: &str| done.as_ref().map(|done| done[key].clone());
-        let model = folder.join("model.safetensors");
+        let model = folder.join(MODEL);
         let provenance = match model.exists() {
             true => Some(Checkpoint::read(&model)?.provenance),
             false => None,
@@ -146,6 +159,12 @@ impl StageResults {
             Err(error) => Err(RecipeError::io(&path)(error)),
         }
     }
+}
+
+/// Seconds for people; None of what is no length of time, as a file may say.
+fn spent(seconds: f64) -> Option<String> {
+    let length = Duration::try_from_secs_f64(seconds).ok()?;
+    Some(brief(length))
 }
 
 /// `quickstart/001` of a run's folder.
@@ -200,17 +219,34 @@ fn models(evaluation: &Value) -> Vec<Scored> {
     verdicts.iter().filter_map(model).collect()
 }
 
-/// The keys in which protocols differ, which makes their numbers no neighbours; the seed and the
-/// backend change nothing that is measured.
+/// What makes no difference to what is measured, wherever a protocol says it.
+const FREE: [&str; 3] = ["seed", "backend", "batch"];
+
+/// A protocol without what makes no difference.
+fn essential(protocol: &Value) -> Value {
+    match protocol {
+        Value::Object(parts) => {
+            let parts = parts
+                .iter()
+                .filter(|(key, _)| !FREE.contains(&key.as_str()));
+            parts
+                .map(|(key, part)| (key.clone(), essential(part)))
+                .collect()
+        }
+        other => other.clone(),
+    }
+}
+
+/// The keys in which protocols differ, which makes their numbers no neighbours.
 fn unlike(a: &Value, b: &Value) -> Vec<String> {
-    const FREE: [&str; 3] = ["seed", "backend", "batch"];
+    let (a, b) = (essential(a), essential(b));
     let (Some(one), Some(other)) = (a.as_object(), b.as_object()) else {
         return vec!["protocol".into()];
     };
     let keys = one
         .keys()
         .chain(other.keys().filter(|key| !one.contains_key(*key)));
-    let differs = |key: &&String| !FREE.contains(&key.as_str()) && one.get(*key) != other.get(*key);
+    let differs = |key: &&String| one.get(*key) != other.get(*key);
     keys.filter(differs).cloned().collect()
 }
 
@@ -314,7 +350,7 @@ mod tests {
 
     #[test]
     fn unlike_protocols_are_not_compared() {
-        let protocol = |count: usize, seed: usize| serde_json::json!({ "count": count, "seed": seed, "reference": "r" });
+        let protocol = |count: usize, seed: usize| serde_json::json!({ "count": count, "sampling": { "seed": seed, "steps": 2 } });
         let alike = [
             run("a", protocol(10, 0), 9.0),
             run("b", protocol(10, 1), 8.0),
@@ -335,6 +371,12 @@ mod tests {
         assert!(
             said.contains("a and b") && said.contains("count 10 and 20"),
             "{said}"
+        );
+        // Files say what they like.
+        assert_eq!(spent(62.0).as_deref(), Some("1m02s"));
+        assert_eq!(
+            (spent(-1.0), spent(f64::NAN), spent(1e300)),
+            (None, None, None)
         );
         let mut none = run("c", protocol(10, 0), 1.0);
         none.stages.clear();

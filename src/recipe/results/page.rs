@@ -1,16 +1,17 @@
 //! The page of one run or of several.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde_json::Value;
 
 use super::figures::{self, Figure};
-use super::{PAGE, Results, Scored, StageResults, comparable, compared, models, run_name};
+use super::{PAGE, Results, Scored, StageResults, comparable, compared, models, run_name, spent};
 use crate::pruning::uniform;
 use crate::recipe::RecipeError;
+use crate::recipe::run::directory::write_text;
 use crate::recipe::run::sweep::Verdicts;
-use crate::report::{Grid, Page, brief, protocol_lines, rounded, thousands, verdict_grid};
+use crate::recipe::schema::prune::MAX_DEPTH;
+use crate::report::{Grid, Page, protocol_lines, rounded, thousands, verdict_grid};
 use crate::sampling::PICTURE_FILE;
 
 /// Figures that stages draw themselves, with the table beside each.
@@ -58,17 +59,8 @@ const DRAWN: [(&str, &str, &str); 9] = [
     ("speed.svg", "speed.csv", "How much faster fewer layers are"),
 ];
 
-/// What was written.
-#[derive(Debug)]
-pub struct Written {
-    /// The page.
-    pub page: PathBuf,
-    /// Tables and figures beside it.
-    pub files: usize,
-}
-
 /// Writes the page of runs to a folder, and its tables and figures beside it, in `report/`. A page
-/// of a run that goes on is loaded again every `renewed` seconds.
+/// of a run that goes on is loaded again every `renewed` seconds. Returns the page's path.
 ///
 /// # Errors
 /// When runs can't be compared, what they left can't be read, or a file can't be written.
@@ -76,7 +68,7 @@ pub fn write_page(
     runs: &[Results],
     into: &Path,
     renewed: Option<u32>,
-) -> Result<Written, RecipeError> {
+) -> Result<PathBuf, RecipeError> {
     if runs.len() > 1 {
         comparable(runs)?;
     }
@@ -105,7 +97,7 @@ pub fn write_page(
 ///
 /// # Errors
 /// When its verdicts can't be read, or a file can't be written.
-pub fn write_sweep(sweep: &Path, into: &Path) -> Result<Written, RecipeError> {
+pub fn write_sweep(sweep: &Path, into: &Path) -> Result<PathBuf, RecipeError> {
     let verdicts = Verdicts::read(sweep)?;
     let mut beside = Beside::default();
     let name = run_name(sweep);
@@ -121,8 +113,7 @@ pub fn write_sweep(sweep: &Path, into: &Path) -> Result<Written, RecipeError> {
     );
     page.begin_figures();
     for (name, chart) in verdicts.charts() {
-        let name = name.trim_end_matches(".svg").to_owned();
-        beside.show(&mut page, (name, chart), "");
+        beside.show(&mut page, (name.to_owned(), chart), "");
     }
     page.end_figures();
     page.section("Runs");
@@ -166,18 +157,15 @@ impl Beside {
         into: &Path,
         lead: &str,
         renewed: Option<u32>,
-    ) -> Result<Written, RecipeError> {
+    ) -> Result<PathBuf, RecipeError> {
         let folder = into.join("report");
         std::fs::create_dir_all(&folder).map_err(RecipeError::io(&folder))?;
         for (name, text) in &self.0 {
-            write(&folder.join(name), text)?;
+            write_text(&folder.join(name), text)?;
         }
         let path = into.join(PAGE);
-        write(&path, &page.finish(lead, renewed))?;
-        Ok(Written {
-            page: path,
-            files: self.0.len(),
-        })
+        write_text(&path, &page.finish(lead, renewed))?;
+        Ok(path)
     }
 
     /// Puts a figure on the page, and its files beside it.
@@ -194,13 +182,6 @@ impl Beside {
     }
 }
 
-fn write(path: &Path, text: &str) -> Result<(), RecipeError> {
-    crate::files::write_atomic(path, |file| {
-        std::io::Write::write_all(file, text.as_bytes())
-    })
-    .map_err(RecipeError::io(path))
-}
-
 /// What stands below the title.
 fn lead(runs: &[Results]) -> String {
     let [run] = runs else {
@@ -214,13 +195,7 @@ fn lead(runs: &[Results]) -> String {
             state => format!("{state} at stage {}", status.stage),
         });
     }
-    let seconds: f64 = run.stages.iter().filter_map(|stage| stage.seconds).sum();
-    if seconds > 0.0 {
-        facts.push(format!(
-            "{} of work",
-            brief(Duration::from_secs_f64(seconds))
-        ));
-    }
+    facts.extend(run.worked().map(|worked| format!("{worked} of work")));
     for key in ["started", "processor", "backend"] {
         facts.extend(run.environment[key].as_str().map(str::to_owned));
     }
@@ -364,7 +339,11 @@ fn choices(
             .is_some_and(|what| what.starts_with("prune"));
         let kept = stage.provenance.as_ref().and_then(|provenance| {
             let kept = provenance.kept.as_ref().filter(|_| prunes)?;
-            Some((kept, provenance.parent_depth?, provenance.granularity))
+            // A file may say any depth; a recipe knows none beyond this.
+            let depth = provenance
+                .parent_depth
+                .filter(|depth| *depth <= 2 * MAX_DEPTH)?;
+            Some((kept, depth, provenance.granularity))
         });
         if figures.is_empty() && drawn.is_empty() && kept.is_none() {
             continue;
@@ -548,9 +527,7 @@ fn conditions(page: &mut Page, runs: &[Results]) {
         page.section(&heading("Environment and recipe", run, named));
         page.table(&rows(protocol_lines(&run.environment)), "");
         let steps = run.stages.iter().map(|stage| {
-            let spent = stage
-                .seconds
-                .map(|seconds| brief(Duration::from_secs_f64(seconds)));
+            let spent = stage.seconds.and_then(spent);
             vec![
                 stage.name.clone(),
                 stage.what.clone().unwrap_or_else(|| "not finished".into()),

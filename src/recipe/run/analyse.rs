@@ -4,20 +4,21 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::context::Context;
+use super::directory::write_text;
 use super::measuring::{Measured, Measuring};
-use crate::analysis::{HiddenStates, LayerStates, similarity};
+use crate::analysis::{LayerStates, similarity};
 use crate::data::Split;
 use crate::evaluation::Speed;
 use crate::models::Prunable;
 use crate::ops::TrainingBackend;
-use crate::pruning::{Pick, Score, mask_losses, mask_of, prediction_loss, uniform};
+use crate::pruning::{Pick, Score, prediction_loss, uniform};
 use crate::recipe::RecipeError;
-use crate::recipe::plan::{AnalysePlan, LOSS_BATCH, Search};
+use crate::recipe::plan::{AnalysePlan, Search};
 use crate::recipe::schema::StageKind;
 use crate::recipe::schema::analyse::View;
-use crate::recipe::schema::prune::{FEATURES, SCORES, Scored, TIMES};
+use crate::recipe::schema::prune::{FEATURES, MASKS, SCORES, Scored, TIMES};
 use crate::recipe::schema::source::Source;
-use crate::report::{Axis, Chart, Heatmap, Series, Style};
+use crate::report::{Axis, Chart, Heatmap, Series, Style, csv_cell};
 use crate::trunk::Granularity;
 use crate::weights::Checkpoint;
 
@@ -36,7 +37,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let parent = self.load(&plan.from)?;
         let shows = |view: View| plan.show.contains(&view);
         if shows(View::States) || shows(View::Similarity) {
-            self.show_states(plan, &parent, folder)?;
+            self.show_states(stage, plan, &parent, folder)?;
         }
         if shows(View::Scores) {
             self.show_scores(stage, plan, &parent, folder)?;
@@ -62,23 +63,24 @@ impl<B: TrainingBackend> Context<'_, B> {
 
     fn show_states(
         &self,
+        stage: &str,
         plan: &AnalysePlan,
         parent: &Checkpoint,
         folder: &Path,
     ) -> Result<(), RecipeError> {
-        let measuring = self.pictures_for(plan, parent)?;
-        let batch = measuring.batch(0)?;
-        let mut hook = HiddenStates::new(plan.k);
-        let seen = batch.noised(&measuring.process);
-        seen.run(&measuring.process, &measuring.network, &mut hook);
+        let states = self.pictures_for(plan, parent)?.trunk_states(stage)?;
         if plan.show.contains(&View::States) {
-            write_states(&hook.layers, plan.k, folder)?;
+            let outputs = states.iter().skip(1).enumerate();
+            let layers: Vec<LayerStates> = outputs
+                .map(|(layer, output)| LayerStates::new(layer, output, plan.k))
+                .collect();
+            write_states(&layers, plan.k, folder)?;
         }
         if plan.show.contains(&View::Similarity) {
             let map = Heatmap {
-                title: "Similarity of layers' outputs (linear CKA)".into(),
-                label: "layer".into(),
-                values: similarity(&hook.outputs),
+                title: "Similarity of the states between layers (linear CKA)".into(),
+                label: "before layer".into(),
+                values: similarity(&states),
             };
             map.write(&folder.join("similarity.svg"))?;
         }
@@ -95,22 +97,25 @@ impl<B: TrainingBackend> Context<'_, B> {
         let methods = [
             (
                 Score::Shortgpt,
+                "shortgpt",
                 FEATURES,
                 "1 - cosine similarity of input and output",
             ),
             (
                 Score::FluxLite,
+                "flux-lite",
                 FEATURES,
                 "mean squared change of the hidden state",
             ),
             (
                 Score::Sensitivity,
+                "sensitivity",
                 TIMES,
                 "increase of the loss without the layer",
             ),
         ];
         let mut columns = Vec::new();
-        for (method, timesteps, label) in methods {
+        for (method, name, timesteps, label) in methods {
             let scored = Scored {
                 keep: plan.keep,
                 batches: SCORES.0,
@@ -127,11 +132,6 @@ impl<B: TrainingBackend> Context<'_, B> {
                 // So that of all three the larger is the more important.
                 scores.iter_mut().for_each(|score| *score = 1.0 - *score);
             }
-            let name = match method {
-                Score::Shortgpt => "shortgpt",
-                Score::FluxLite => "flux-lite",
-                Score::Sensitivity => "sensitivity",
-            };
             let mut points: Vec<(f64, f64)> = (scores.iter().enumerate())
                 .map(|(layer, score)| (layer as f64 - 0.5, *score))
                 .collect();
@@ -157,7 +157,10 @@ impl<B: TrainingBackend> Context<'_, B> {
             )
         });
         let header = "layer,shortgpt (1 - similarity),flux-lite,sensitivity\n".to_owned();
-        write(folder, "scores.csv", &(header + &lines.collect::<String>()))
+        write_text(
+            &folder.join("scores.csv"),
+            &(header + &lines.collect::<String>()),
+        )
     }
 
     fn show_losses(
@@ -169,8 +172,8 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<(), RecipeError> {
         let scored = Scored {
             keep: plan.keep,
-            batches: 1,
-            batch: plan.batch.min(LOSS_BATCH),
+            batches: MASKS.0,
+            batch: plan.batch.min(MASKS.1),
             timesteps: TIMES,
         };
         let measured = Measured {
@@ -183,37 +186,28 @@ impl<B: TrainingBackend> Context<'_, B> {
             pick: Pick::Lowest,
         };
         let masks = self.measured_masks(stage, search, &measured)?;
-        write(folder, "masks.csv", &masks.text)?;
-        let marks = self.marks(stage, plan, parent)?;
+        write_text(&folder.join("masks.csv"), &masks.text)?;
         let depth = parent.denoiser()?.depth();
         let measuring = self.calibration(&measured)?;
-        let (network, process) = (&measuring.network, &measuring.process);
-        let chosen: Vec<_> = (marks.iter())
-            .map(|(_, kept)| mask_of(kept, depth))
-            .collect();
-        let marked = mask_losses(
-            network,
-            process,
-            &measuring.batch(0)?,
-            &chosen,
-            self.stop,
-            |_| {},
-        );
-        let marked = marked.ok_or(RecipeError::Interrupted)?;
-        let whole = prediction_loss(network, process, &measuring.batch(0)?);
+        let process = &measuring.process;
+        let batch = measuring.batch(0)?;
+        let whole = prediction_loss(&measuring.network, process, &batch);
         let mut rows = String::from("model,kept,loss,share of random masks below\n");
         let losses = masks.losses();
         let mut series = vec![Series::histogram("random masks", &losses)];
-        for ((name, kept), loss) in marks.iter().zip(&marked) {
-            let below = losses.iter().filter(|other| *other < loss).count();
+        for Marked { name, kept, model } in self.marks(stage, plan, parent)? {
+            let network = model.network(self.device)?.computing(self.recipe.compute);
+            let loss = prediction_loss(&network, process, &batch);
+            let below = losses.iter().filter(|other| **other < loss).count();
             let kept: Vec<String> = kept.iter().map(ToString::to_string).collect();
             let share = below as f64 / losses.len() as f64;
-            rows += &format!("{name},{},{loss},{share}\n", kept.join(" "));
-            series.push(rule(name, *loss));
+            rows += &format!("{},{},{loss},{share}\n", csv_cell(&name), kept.join(" "));
+            series.push(rule(&name, loss));
         }
-        rows += &format!("{} (all layers),,{whole},\n", plan.from);
+        let from = csv_cell(&plan.from.to_string());
+        rows += &format!("{from} (all layers),,{whole},\n");
         series.push(rule("all layers", whole));
-        write(folder, "losses-marked.csv", &rows)?;
+        write_text(&folder.join("losses-marked.csv"), &rows)?;
         let chart = Chart {
             title: format!(
                 "Loss of {} random masks that keep {} of {depth} layers, before training",
@@ -227,21 +221,25 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(chart.write(&folder.join("losses.svg"))?)
     }
 
-    /// Names and kept layers of the pruned models that are marked.
+    /// The pruned models that are marked.
     fn marks(
         &self,
         stage: &str,
         plan: &AnalysePlan,
         parent: &Checkpoint,
-    ) -> Result<Vec<(String, Vec<usize>)>, RecipeError> {
+    ) -> Result<Vec<Marked>, RecipeError> {
         let fingerprint = parent.fingerprint()?;
-        let fitting = |source: &Source| -> Result<Option<(String, Vec<usize>)>, RecipeError> {
-            let checkpoint = self.load(source)?;
-            let provenance = checkpoint.provenance;
-            let own = provenance.parent.as_ref() == Some(&fingerprint);
-            let kept = provenance.kept.filter(|kept| kept.len() == plan.keep);
-            let kept = kept.filter(|_| own && provenance.granularity.is_block());
-            Ok(kept.map(|kept| (source.to_string(), kept)))
+        let fitting = |source: &Source| -> Result<Option<Marked>, RecipeError> {
+            let model = self.load(source)?;
+            let own = model.provenance.parent.as_ref() == Some(&fingerprint);
+            let fits =
+                own && model.architecture.is_whole() && model.architecture.depth() == plan.keep;
+            let kept = model.provenance.kept.clone().filter(|_| fits);
+            Ok(kept.map(|kept| Marked {
+                name: source.to_string(),
+                kept,
+                model,
+            }))
         };
         if let Some(mark) = &plan.mark {
             return (mark.iter())
@@ -318,7 +316,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             measured.push((compression, speed_up));
             ideal.push((compression, compression));
         }
-        write(folder, "speed.csv", &text)?;
+        write_text(&folder.join("speed.csv"), &text)?;
         let chart = Chart {
             title: format!(
                 "Speed-up of models of fewer layers than {depth}, batch {}",
@@ -343,6 +341,14 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 }
 
+/// A pruned model whose loss is marked.
+struct Marked {
+    name: String,
+    /// Layers of its parent that it has.
+    kept: Vec<usize>,
+    model: Checkpoint,
+}
+
 fn write_states(layers: &[LayerStates], k: f64, folder: &Path) -> Result<(), RecipeError> {
     let mut text = format!("layer,min,max,mean,standard deviation,share masked at k = {k}\n");
     for states in layers {
@@ -357,7 +363,7 @@ fn write_states(layers: &[LayerStates], k: f64, folder: &Path) -> Result<(), Rec
         } = states;
         text += &format!("{layer},{min},{max},{mean},{deviation},{masked}\n");
     }
-    write(folder, "states.csv", &text)?;
+    write_text(&folder.join("states.csv"), &text)?;
     let series = uniform(layers.len(), layers.len().min(DRAWN)).into_iter();
     let histograms = Chart {
         title: "Hidden states after some layers".into(),
@@ -404,12 +410,4 @@ fn rule(name: &str, at: f64) -> Series {
         style: Style::Rule,
         points: vec![(at, 0.0)],
     }
-}
-
-fn write(folder: &Path, name: &str, text: &str) -> Result<(), RecipeError> {
-    let path = folder.join(name);
-    crate::files::write_atomic(&path, |file| {
-        std::io::Write::write_all(file, text.as_bytes())
-    })
-    .map_err(RecipeError::io(&path))
 }

@@ -243,8 +243,7 @@ impl RunDirectory {
     /// # Errors
     /// When it can't be written.
     pub fn write(&self, name: &str, text: &str) -> Result<(), RecipeError> {
-        let path = self.path.join(name);
-        write_atomic(&path, |file| file.write_all(text.as_bytes())).map_err(RecipeError::io(&path))
+        write_text(&self.path.join(name), text)
     }
 
     /// Reads a file of the run.
@@ -288,6 +287,11 @@ fn numbers(folder: &Path) -> Vec<usize> {
         .collect();
     numbers.sort_unstable();
     numbers
+}
+
+/// Writes a text, atomically.
+pub(crate) fn write_text(path: &Path, text: &str) -> Result<(), RecipeError> {
+    write_atomic(path, |file| file.write_all(text.as_bytes())).map_err(RecipeError::io(path))
 }
 
 /// Readable JSON.

@@ -6,8 +6,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::context::{Context, finished};
+use super::directory::{json, write_text};
+use super::measuring::Measuring;
 use super::models::{MODEL, stage_folder};
-use crate::analysis::{TrunkStates, similarity};
+use crate::analysis::similarity;
 use crate::data::{Split, teacher};
 use crate::models::{Network, Prunable};
 use crate::ops::TrainingBackend;
@@ -44,34 +46,26 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<Left<B::InnerBackend>, RecipeError> {
         let seed = self.recipe.seed;
         let measuring = self.measuring(parent, Split::Train, seed, optimisation.batch, None)?;
-        let seen = measuring.batch(0)?.noised(&measuring.process);
-        let mut states = TrunkStates::default();
-        seen.run(&measuring.process, &measuring.network, &mut states);
-        let alike = similarity(&states.states);
-        let intervals = intervals(&alike, keep);
+        let states = measuring.trunk_states(&stage.name)?;
         let map = Heatmap {
             title: "Similarity of the states between layers (linear CKA)".into(),
             label: "before layer".into(),
-            values: alike,
+            values: similarity(&states),
         };
+        drop(states);
         map.write(&folder.join("similarity.svg"))?;
+        let intervals = intervals(&map.values, keep);
         for Interval { first, last } in intervals.iter().filter(|interval| interval.saved() > 0) {
             crate::say!("{}: one layer for {first} to {last}", stage.name);
         }
 
-        let process = parent.trained_by().process();
         let whole = self.network(parent)?;
-        let regression = Regression::of_intervals(whole, &intervals, process);
+        let regression = Regression::of_intervals(whole, &intervals, measuring.process.clone());
         let ends = intervals.iter().map(|interval| interval.last).collect();
         let how = (optimisation, label_drop);
-        let (network, errors) = self.regress(stage, how, parent, (regression, ends), folder)?;
-        let replaced = intervals.iter().zip(errors);
-        let text = super::directory::json(&Trained {
-            intervals: replaced
-                .map(|(&interval, error)| Replaced { interval, error })
-                .collect(),
-        })?;
-        write(folder, &text)?;
+        let learns = (regression, ends);
+        let (network, errors) = self.regress(stage, how, (parent, &measuring), learns, folder)?;
+        note(folder, &intervals, errors)?;
         let kept = intervals.iter().map(|interval| interval.first).collect();
         Ok((kept, network))
     }
@@ -86,29 +80,26 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<Left<B::InnerBackend>, RecipeError> {
         let depth = parent.denoiser()?.depth();
-        let process = parent.trained_by().process();
+        let seed = self.recipe.seed;
+        let measuring = self.measuring(parent, Split::Train, seed, optimisation.batch, None)?;
         let paired = self.network(parent)?.in_pairs().ok_or_else(|| {
             RecipeError::Run("blocks that are not whole can't be put in pairs".into())
         })?;
-        let firsts: Vec<usize> = (0..depth).step_by(2).collect();
-        let last = |first: &usize| (first + 1).min(depth - 1);
-        let trained = firsts.iter().map(|first| last(first) > *first).collect();
-        let ends: Vec<usize> = firsts.iter().map(last).collect();
-        let regression = Regression::new(paired, trained, process);
+        let pairs: Vec<Interval> = (0..depth)
+            .step_by(2)
+            .map(|first| Interval {
+                first,
+                last: (first + 1).min(depth - 1),
+            })
+            .collect();
+        let trained = pairs.iter().map(|pair| pair.saved() > 0).collect();
+        let ends = pairs.iter().map(|pair| pair.last).collect();
+        let regression = Regression::new(paired, trained, measuring.process.clone());
         let how = (optimisation, label_drop);
-        let (network, errors) =
-            self.regress(stage, how, parent, (regression, ends.clone()), folder)?;
-        let pairs = firsts.iter().zip(ends).zip(errors);
-        let text = super::directory::json(&Trained {
-            intervals: pairs
-                .map(|((&first, last), error)| Replaced {
-                    interval: Interval { first, last },
-                    error,
-                })
-                .collect(),
-        })?;
-        write(folder, &text)?;
-        Ok((firsts, network))
+        let learns = (regression, ends);
+        let (network, errors) = self.regress(stage, how, (parent, &measuring), learns, folder)?;
+        note(folder, &pairs, errors)?;
+        Ok((pairs.iter().map(|pair| pair.first).collect(), network))
     }
 
     /// Trains layers on the parent's own hidden states; `ends` are the parent's layers whose output
@@ -117,29 +108,22 @@ impl<B: TrainingBackend> Context<'_, B> {
         &self,
         stage: &Stage,
         (optimisation, label_drop): (&Optimisation, f64),
-        parent: &Checkpoint,
+        (parent, measuring): (&Checkpoint, &Measuring<'_, B>),
         (regression, ends): (Regression<B>, Vec<usize>),
         folder: &Path,
     ) -> Result<(Network<B::InnerBackend>, Vec<f64>), RecipeError> {
         let architecture = parent.denoiser()?;
-        let process = parent.trained_by().process();
-        let whole = parent.network::<B::InnerBackend>(self.device)?;
-        let sees = teacher(
-            whole.computing(self.recipe.compute),
-            process.clone(),
-            ends.clone(),
-        );
+        let process = measuring.process.clone();
+        let sees = teacher(measuring.network.clone(), process.clone(), ends.clone());
         let training = self.training(stage, optimisation, folder, &[Some(parent)])?;
         let (shape, times) = (architecture.shape(), process.times());
         let source = self.source(shape, times, optimisation, label_drop, Vec::new())?;
-        let fit = self.over(training, (source, process.clone()), Some(sees));
+        let fit = self.over(training, (source, process), Some(sees));
         let fitted = finished(
             fit.curves(vec!["error"]).run(regression)?,
             optimisation.steps,
         )?;
 
-        let seed = self.recipe.seed;
-        let measuring = self.measuring(parent, Split::Train, seed, optimisation.batch, None)?;
         let seen = measuring.batch(0)?.noised(&measuring.process);
         let mut errors = vec![0.0; ends.len()];
         let mut tap = Tap::new(ends);
@@ -195,12 +179,15 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 }
 
-fn write(folder: &Path, text: &str) -> Result<(), RecipeError> {
-    let path = folder.join(INTERVALS);
-    crate::files::write_atomic(&path, |file| {
-        std::io::Write::write_all(file, text.as_bytes())
-    })
-    .map_err(RecipeError::io(&path))
+/// Writes what each layer stands for, and its error.
+fn note(folder: &Path, intervals: &[Interval], errors: Vec<f64>) -> Result<(), RecipeError> {
+    let replaced = intervals.iter().zip(errors);
+    let text = json(&Trained {
+        intervals: replaced
+            .map(|(&interval, error)| Replaced { interval, error })
+            .collect(),
+    })?;
+    write_text(&folder.join(INTERVALS), &text)
 }
 
 /// Intervals of more than one layer, for a message.

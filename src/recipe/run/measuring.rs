@@ -1,9 +1,11 @@
 //! What layers, masks and models are measured with.
 
+use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 
 use super::context::Context;
 use super::prune::in_layers;
+use crate::analysis::TrunkStates;
 use crate::data::{BatchPlan, BatchSource, Split};
 use crate::models::{Network, Prunable};
 use crate::ops::TrainingBackend;
@@ -258,6 +260,31 @@ impl<B: TrainingBackend> Context<'_, B> {
 }
 
 impl<B: TrainingBackend> Measuring<'_, B> {
+    /// The states between the network's layers, `[batch, tokens, width]`, on the first batch.
+    pub(super) fn trunk_states(
+        &self,
+        stage: &str,
+    ) -> Result<Vec<Tensor<B::InnerBackend, 3>>, RecipeError> {
+        let seen = self.batch(0)?.noised(&self.process);
+        let mut hook = TrunkStates::default();
+        seen.run(&self.process, &self.network, &mut hook);
+        // What is no number goes through to the last.
+        let last = hook
+            .states
+            .last()
+            .map(|state| state.clone().sum().into_data());
+        let sum = last.and_then(|sum| sum.iter::<f64>().next());
+        match sum.is_some_and(f64::is_finite) {
+            true => Ok(hook.states),
+            false => Err(RecipeError::Stage {
+                stage: stage.to_owned(),
+                problem:
+                    "hidden states are not finite: the model's weights are damaged, or overflow"
+                        .into(),
+            }),
+        }
+    }
+
     pub(super) fn batch(&self, step: usize) -> Result<ScoreBatch<B::InnerBackend>, RecipeError> {
         let batch = self
             .source

@@ -25,10 +25,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use self::context::Context;
-use self::directory::{RunDirectory, Status, json};
+use self::directory::{RunDirectory, Status, json, write_text};
 use super::RecipeError;
 use super::plan::{Plan, Work};
-use super::results::{PAGE, Results, Written, write_page};
+use super::results::{PAGE, Results, write_page};
 use super::schema::{Stage, StageKind};
 use crate::backend::BackendKind;
 use crate::ops::TrainingBackend;
@@ -53,7 +53,7 @@ pub struct Options {
 }
 
 /// File that says a stage is finished.
-const DONE: &str = "done.json";
+pub(crate) const DONE: &str = "done.json";
 
 /// What a result depends on besides the recipe, in `environment.json`.
 #[derive(Serialize)]
@@ -180,7 +180,7 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
     if options.watch || result.is_ok() && plan.recipe.stages.iter().any(evaluates) {
         // Results that can't be drawn are there all the same.
         match show(directory.path(), None) {
-            Ok(written) => crate::say!("{}", written.page.display()),
+            Ok(page) => crate::say!("{}", page.display()),
             Err(error) => crate::say!("the run's page can't be written: {error}"),
         }
     }
@@ -188,7 +188,7 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
     result.and(told).map(|()| directory.path().to_owned())
 }
 
-fn show(run: &Path, renewed: Option<u32>) -> Result<Written, RecipeError> {
+fn show(run: &Path, renewed: Option<u32>) -> Result<PathBuf, RecipeError> {
     write_page(&[Results::read(run)?], run, renewed)
 }
 
@@ -295,11 +295,7 @@ fn stages<B: TrainingBackend>(
         let done = json(
             &serde_json::json!({ "stage": stage.name, "what": planned.what, "seconds": seconds }),
         )?;
-        let path = folder.join(DONE);
-        crate::files::write_atomic(&path, |file| {
-            std::io::Write::write_all(file, done.as_bytes())
-        })
-        .map_err(RecipeError::io(&path))?;
+        write_text(&folder.join(DONE), &done)?;
         temporary();
         crate::say!(
             "{}: done in {}",

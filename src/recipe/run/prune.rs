@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::context::{Context, finished};
+use super::directory::{json, write_text};
 use super::measuring::Measured;
 use super::models::MODEL;
 use crate::backend::Compute;
@@ -36,6 +37,11 @@ impl<B: TrainingBackend> Context<'_, B> {
         let parent = self.load(&plan.from)?;
         let granularity = plan.granularity;
         let depth = parent.denoiser()?.layers(granularity);
+        let measured = |scored| Measured {
+            parent: &parent,
+            granularity,
+            scored,
+        };
         let (mut trained, mut replaced) = (None, None);
         let (kept, groups, learned) = match &plan.choice {
             Selection::Learned { learned, groups } => {
@@ -45,21 +51,11 @@ impl<B: TrainingBackend> Context<'_, B> {
                 (decision.kept, Some(groups), Some(&learned.optimisation))
             }
             Selection::Scored { score, scored } => {
-                let measured = Measured {
-                    parent: &parent,
-                    granularity,
-                    scored,
-                };
-                let kept = self.score(&stage.name, *score, &measured, folder)?;
+                let kept = self.score(&stage.name, *score, &measured(scored), folder)?;
                 (kept, None, None)
             }
             Selection::Searched { search, scored } => {
-                let measured = Measured {
-                    parent: &parent,
-                    granularity,
-                    scored,
-                };
-                let kept = self.search(&stage.name, *search, &measured, folder)?;
+                let kept = self.search(&stage.name, *search, &measured(scored), folder)?;
                 (kept, None, None)
             }
             Selection::Intervals(Intervals { keep, replacements }) => {
@@ -273,10 +269,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         let measured = self.measured_masks(stage, search, measured)?;
         let path = folder.join("masks.csv");
-        crate::files::write_atomic(&path, |file| {
-            std::io::Write::write_all(file, measured.text.as_bytes())
-        })
-        .map_err(RecipeError::io(&path))?;
+        write_text(&path, &measured.text)?;
         let taken = pick.of(&measured.losses());
         let (kept, loss) =
             taken
@@ -304,13 +297,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         let scores = self.measured_scores(stage, method, measured)?;
         let kept = keep_by_scores(method, &scores, measured.scored.keep);
         let path = folder.join("scores.json");
-        let text = super::directory::json(
-            &serde_json::json!({ "method": method, "scores": scores, "kept": kept }),
-        )?;
-        crate::files::write_atomic(&path, |file| {
-            std::io::Write::write_all(file, text.as_bytes())
-        })
-        .map_err(RecipeError::io(&path))?;
+        let text = json(&serde_json::json!({ "method": method, "scores": scores, "kept": kept }))?;
+        write_text(&path, &text)?;
         Ok(kept)
     }
 }

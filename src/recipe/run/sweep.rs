@@ -15,7 +15,7 @@ use crate::recipe::RecipeError;
 use crate::recipe::plan::Plan;
 use crate::recipe::results::write_sweep;
 use crate::recipe::schema::sweep::{Point, label};
-use crate::report::{Axis, Chart, Grid, Series, Style, Table, short, thousands};
+use crate::report::{Axis, Chart, Grid, Series, Style, csv_cell, short, thousands};
 
 /// Fewest runs of which a rank correlation is told.
 const FEWEST_PAIRS: usize = 10;
@@ -145,10 +145,10 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         verdicts.add(point, &at, &folder)?;
         directory.write("sweep.json", &json(&verdicts)?)?;
         directory.write("sweep.csv", &verdicts.csv())?;
-        for (name, chart) in verdicts.charts() {
-            chart.draw(&directory.path().join(name))?;
+        // Results that can't be drawn are there all the same.
+        if let Err(error) = write_sweep(directory.path(), directory.path()) {
+            crate::say!("the sweep's page can't be written: {error}");
         }
-        write_sweep(directory.path(), directory.path())?;
     }
     status("finished", String::new(), None)?;
     Ok((directory.path().to_owned(), verdicts))
@@ -212,16 +212,16 @@ impl Verdicts {
             .collect();
         let mut text = String::from("case,");
         for key in &keys {
-            text += &format!("{},", quoted(key));
+            text += &format!("{},", csv_cell(key));
         }
         text += "seed,model,depth,parameters,macs,images_per_second,images,kept,loss,fid,sfid,inception_score,precision,recall,accuracy\n";
         for run in &self.runs {
             for row in &run.verdicts {
-                let mut cells = vec![quoted(run.case.as_deref().unwrap_or_default())];
+                let mut cells = vec![csv_cell(run.case.as_deref().unwrap_or_default())];
                 let setting = |key: &&String| {
                     run.settings
                         .get(*key)
-                        .map_or_else(String::new, |value| quoted(value))
+                        .map_or_else(String::new, |value| csv_cell(value))
                 };
                 cells.extend(keys.iter().map(setting));
                 let count = |value: Option<usize>| {
@@ -232,7 +232,7 @@ impl Verdicts {
                 let kept = row.kept.iter().flatten().map(ToString::to_string);
                 cells.extend([
                     run.seed.to_string(),
-                    quoted(&row.model),
+                    csv_cell(&row.model),
                     count(row.depth),
                     count(row.parameters),
                     count(row.macs),
@@ -306,11 +306,11 @@ impl RunVerdicts {
 const STANDING_OUT: usize = 5;
 
 impl Verdicts {
-    /// Figures of what there is so far, with the names of their files.
+    /// Figures of what there is so far, with the names of their files without an ending.
     pub fn charts(&self) -> Vec<(&'static str, Chart)> {
         let charts = [
-            ("loss-fid.svg", self.loss_against_fid()),
-            ("images-fid.svg", self.images_against_fid()),
+            ("loss-fid", self.loss_against_fid()),
+            ("images-fid", self.images_against_fid()),
         ];
         let drawn = charts.into_iter();
         drawn
@@ -387,14 +387,6 @@ impl Verdicts {
             y: Axis::log("FID"),
             series,
         })
-    }
-}
-
-/// A cell of a CSV file (RFC 4180).
-fn quoted(text: &str) -> String {
-    match text.contains([',', '"', '\n', '\r']) {
-        true => format!("\"{}\"", text.replace('"', "\"\"")),
-        false => text.to_owned(),
     }
 }
 
@@ -502,11 +494,7 @@ impl Verdicts {
 
 impl fmt::Display for Verdicts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut table = Table::new(TITLES);
-        for row in self.rows() {
-            table.row(row);
-        }
-        table.without_empty().fmt(f)
+        self.grid().fmt(f)
     }
 }
 

@@ -67,7 +67,7 @@ const TOPICS: [Topic; 12] = [
             ("calibration", "kind = 'prune'\nfrom = 'base'\nmethod = 'calibration'\nkeep = 3"),
             ("evolve", "kind = 'prune'\nfrom = 'base'\nmethod = 'evolve'\nkeep = 3"),
             ("intervals", "kind = 'prune'\nfrom = 'base'\nmethod = 'intervals'\nkeep = 3\nsteps = 1000"),
-            ("intervals again", "kind = 'prune'\nfrom = 'base'\nmethod = 'intervals'\nkeep = 3\ntrained = 'base'"),
+            ("intervals of another stage", "kind = 'prune'\nfrom = 'base'\nmethod = 'intervals'\nkeep = 3\ntrained = 'base'"),
             ("parallel", "kind = 'prune'\nfrom = 'base'\nmethod = 'parallel'\nsteps = 1000"),
             ("random", "kind = 'prune'\nfrom = 'base'\nmethod = 'random'\nkeep = 3"),
             ("kept", "kind = 'prune'\nfrom = 'base'\nmethod = 'kept'\nkept = [0, 2]"),
@@ -328,7 +328,7 @@ fn words(form: &ValueForm) -> String {
         ValueForm::Float(range, _) => format!("number, {range}"),
         ValueForm::Boolean => "true or false".to_owned(),
         ValueForm::Text => "text".to_owned(),
-        ValueForm::Choice(names) if names.len() > 12 => format!("{:?}, …", names[0]),
+        ValueForm::Choice(names) if names.len() > 16 => format!("{:?}, …", names[0]),
         ValueForm::Choice(names) => {
             let names: Vec<String> = names.iter().map(|name| format!("{name:?}")).collect();
             names.join(", ")

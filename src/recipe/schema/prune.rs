@@ -340,9 +340,9 @@ impl Prune {
             return None;
         };
 
+        let name = string_in(section.table(), "method").unwrap_or("learned");
         let granularity = match method {
             Method::Oracle | Method::Intervals | Method::Parallel => {
-                let name = string_in(section.table(), "method").unwrap_or_default();
                 section.refuse(&["granularity"], &format!("method {name:?}"));
                 Granularity::Block
             }
@@ -352,20 +352,24 @@ impl Prune {
             }
         };
         let learned = matches!(method, Method::Learned);
-        if matches!(method, Method::Intervals | Method::Parallel) {
-            let name = string_in(section.table(), "method").unwrap_or_default();
-            section.refuse(&["start"], &format!("method {name:?}"));
-        }
-        let start = section.choice("start", &Start::NAMES);
-        let start = start.check(
-            |start| *start != Start::Update || learned,
-            "\"update\" is what was trained along with the masks, of method \"learned\"",
-        );
-        let start = start.check(
-            |start| *start != Start::Average || granularity.is_block(),
-            "\"average\" is of whole blocks, and the granularity is \"branch\"",
-        );
-        let start = start.or(Start::Original);
+        let start = match method {
+            // They train their own.
+            Method::Intervals | Method::Parallel => {
+                section.refuse(&["start"], &format!("method {name:?}"));
+                Start::Original
+            }
+            _ => {
+                let start = section.choice("start", &Start::NAMES).check(
+                    |start| *start != Start::Update || learned,
+                    "\"update\" is what was trained along with the masks, of method \"learned\"",
+                );
+                let start = start.check(
+                    |start| *start != Start::Average || granularity.is_block(),
+                    "\"average\" is of whole blocks, and the granularity is \"branch\"",
+                );
+                start.or(Start::Original)
+            }
+        };
         let read = match method {
             Method::Learned => Learned::read(section).map(PruneMethod::Learned),
             Method::Oracle => {
@@ -426,7 +430,6 @@ impl Prune {
                 kept.required().map(|kept| PruneMethod::Kept { kept })
             }
         };
-        let name = string_in(section.table(), "method").unwrap_or("learned");
         let by = format!("method {name:?}");
         section.refuse(KEYS, &by);
         section.refuse(&optimisation::KEYS, &by);
@@ -442,7 +445,7 @@ impl Prune {
 /// Batches that layers are scored on, and images of each.
 pub(crate) const SCORES: (usize, usize) = (4, 64);
 /// Those that masks are measured on.
-const MASKS: (usize, usize) = (1, 16);
+pub(crate) const MASKS: (usize, usize) = (1, 16);
 /// Most masks of a search; a million take an hour where a thousand take seconds.
 pub(crate) const MOST_MASKS: usize = 1_000_000;
 

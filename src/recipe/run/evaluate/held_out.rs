@@ -1,6 +1,5 @@
 //! The verdict against held-out pictures, in a classifier's features.
 
-use std::io::Write;
 use std::path::Path;
 
 use burn::tensor::backend::Backend;
@@ -17,7 +16,7 @@ use crate::pruning::prediction_loss;
 use crate::random::{self, Stream};
 use crate::recipe::RecipeError;
 use crate::recipe::run::context::Context;
-use crate::recipe::run::directory::EVALUATION;
+use crate::recipe::run::directory::{EVALUATION, json, write_text};
 use crate::recipe::run::sample::Sampled;
 use crate::recipe::schema::sample::Evaluate;
 use crate::recipe::schema::source::Source;
@@ -166,10 +165,8 @@ impl<B: TrainingBackend> Context<'_, B> {
             compute: self.recipe.compute,
         };
         let table = classified_table(&verdicts);
-        let text = crate::recipe::run::directory::json(&Evaluation { protocol, verdicts })?;
-        let path = folder.join(EVALUATION);
-        crate::files::write_atomic(&path, |file| file.write_all(text.as_bytes()))
-            .map_err(RecipeError::io(&path))?;
+        let text = json(&Evaluation { protocol, verdicts })?;
+        write_text(&folder.join(EVALUATION), &text)?;
         let sampling = &evaluate.sampling;
         crate::tell!(
             "\n{stage}: {} samples, {} steps, guidance {}, against {} held-out images of {} (FID in the features of {features})\n\n{table}\n{}",

@@ -153,7 +153,7 @@ fn sources(title: &str) -> &'static [&'static str] {
     match title {
         "The recipe" => &["recipe/schema/mod.rs"],
         "data" => &["recipe/schema/data.rs"],
-        "architecture" => &["models/dit/mod.rs", "models/classifier.rs", "process/kind.rs"],
+        "architecture" => &["models/dit/config.rs", "models/classifier.rs", "process/kind.rs"],
         "kind = \"train\"" => &["recipe/schema/train.rs", "recipe/schema/optimisation.rs", "training/optimisation.rs"],
         "kind = \"prune\"" => &["recipe/schema/prune.rs", "pruning/learned.rs", "pruning/search.rs", "training/optimisation.rs"],
         "kind = \"recover\"" => &["recipe/schema/recover.rs", "recipe/schema/optimisation.rs", "training/optimisation.rs"],

@@ -1,0 +1,295 @@
+//! Sizes of a [`Dit`](super::Dit), and what follows from them.
+
+use serde::{Deserialize, Serialize};
+
+use super::{BlockKind, TIMESTEP_FEATURES};
+use crate::models::Shape;
+use crate::models::keys::{Check, Demand, Key, Keys};
+use crate::trunk::{Granularity, Trunk};
+
+/// Most tokens of an image: a side of 4096 pixels in patches of 16.
+const MOST_TOKENS: usize = 1 << 16;
+
+/// Sizes of a [`Dit`](super::Dit).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DitConfig {
+    /// Side of the (latent) image.
+    pub input_size: usize,
+    /// Side of a patch.
+    pub patch_size: usize,
+    /// Channels of the (latent) image.
+    pub channels: usize,
+    /// Width of the trunk.
+    pub width: usize,
+    /// Number of blocks.
+    pub depth: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Hidden width of the MLP over the width of the trunk.
+    pub mlp_ratio: f64,
+    /// Number of classes; the label of this value is the null class.
+    pub classes: usize,
+    /// Whether the variance is predicted too, which doubles the output channels.
+    pub learn_sigma: bool,
+    /// What stands at each place of the trunk, where that is not one whole block everywhere; else
+    /// empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blocks: Vec<BlockKind>,
+}
+
+impl std::fmt::Display for DitConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            input_size,
+            patch_size,
+            channels,
+            width,
+            depth,
+            heads,
+            classes,
+            ..
+        } = self;
+        write!(f, "DiT, {depth} layers")?;
+        let pairs = self.kinds().filter(|kind| *kind == BlockKind::Pair).count();
+        let branches: usize = self.kinds().map(BlockKind::branches).sum();
+        if pairs > 0 {
+            write!(f, " ({pairs} of them pairs)")?;
+        }
+        if branches < 2 * depth {
+            write!(f, " ({branches} of {} branches)", 2 * depth)?;
+        }
+        write!(
+            f,
+            ", width {width}, {heads} heads, patch {patch_size}, {channels}x{input_size}x{input_size}, {classes} classes"
+        )
+    }
+}
+
+impl DitConfig {
+    /// Sizes of its samples.
+    pub fn shape(&self) -> Shape {
+        Shape {
+            channels: self.channels,
+            side: self.input_size,
+            classes: self.classes,
+        }
+    }
+
+    /// Channels of the output.
+    pub fn out_channels(&self) -> usize {
+        self.channels * if self.learn_sigma { 2 } else { 1 }
+    }
+
+    /// What stands at each place of the trunk.
+    pub fn kinds(&self) -> impl Iterator<Item = BlockKind> {
+        let whole = self.blocks.is_empty().then_some(BlockKind::Whole);
+        let whole = whole.into_iter().cycle().take(self.depth);
+        self.blocks.iter().copied().chain(whole)
+    }
+
+    /// The layers of its trunk; None by branch where blocks run in pairs, whose branches are not
+    /// one after another.
+    pub fn trunk(&self, granularity: Granularity) -> Option<Trunk> {
+        let depth = match granularity {
+            Granularity::Block => self.depth,
+            Granularity::Branch if self.kinds().any(|kind| kind == BlockKind::Pair) => return None,
+            Granularity::Branch => self.kinds().map(BlockKind::branches).sum(),
+        };
+        Some(Trunk::plain(depth))
+    }
+
+    /// The same with neighbouring blocks in pairs on one input; a last one without a neighbour
+    /// stays alone. None where a block is not whole.
+    pub fn in_pairs(&self) -> Option<Self> {
+        self.blocks.is_empty().then(|| {
+            let pairs = vec![BlockKind::Pair; self.depth / 2];
+            let alone = vec![BlockKind::Whole; self.depth % 2];
+            self.of_blocks([pairs, alone].concat())
+        })
+    }
+
+    /// The same with these blocks.
+    pub fn of_blocks(&self, blocks: Vec<BlockKind>) -> Self {
+        let whole = blocks.iter().all(|block| *block == BlockKind::Whole);
+        Self {
+            depth: blocks.len(),
+            blocks: if whole { Vec::new() } else { blocks },
+            ..self.clone()
+        }
+    }
+
+    /// The same with only the given layers of its trunk.
+    pub fn keep(&self, kept: &[usize], granularity: Granularity) -> Self {
+        let mut layers = (0..).map(|layer| kept.contains(&layer));
+        let mut next = || layers.next().unwrap_or(false);
+        let left = self.kinds().filter_map(|block| match granularity {
+            Granularity::Block => next().then_some(block),
+            Granularity::Branch => {
+                let attention = block.attention() && next();
+                BlockKind::new(attention, block.mlp() && next())
+            }
+        });
+        self.of_blocks(left.collect())
+    }
+
+    /// Tokens of the trunk.
+    pub fn tokens(&self) -> usize {
+        (self.input_size / self.patch_size).pow(2)
+    }
+
+    /// Hidden width of the MLP.
+    pub fn hidden(&self) -> usize {
+        // A ratio inferred from sizes may be a rounding error below the whole number it stands for.
+        (self.width as f64 * self.mlp_ratio + 1e-6) as usize
+    }
+
+    /// Names and shapes of all parameters in a checkpoint, the fixed position table among them.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (width, patch, hidden) = (self.width, self.patch_size, self.hidden());
+        let mut tensors = Vec::new();
+        let mut put = |name: &str, shape: &[usize]| tensors.push((name.to_owned(), shape.to_vec()));
+        put("pos_embed", &[1, self.tokens(), width]);
+        put(
+            "x_embedder.proj.weight",
+            &[width, self.channels, patch, patch],
+        );
+        put("x_embedder.proj.bias", &[width]);
+        put(
+            "y_embedder.embedding_table.weight",
+            &[self.classes + 1, width],
+        );
+        let mut linear = |name: &str, input: usize, output: usize| {
+            put(&format!("{name}.weight"), &[output, input]);
+            put(&format!("{name}.bias"), &[output]);
+        };
+        linear("t_embedder.mlp.0", TIMESTEP_FEATURES, width);
+        linear("t_embedder.mlp.2", width, width);
+        for (place, kind) in self.kinds().enumerate() {
+            for block in 0..kind.blocks() {
+                let block = match kind {
+                    BlockKind::Pair => format!("blocks.{place}.{block}"),
+                    _ => format!("blocks.{place}"),
+                };
+                if kind.attention() {
+                    linear(&format!("{block}.attn.qkv"), width, 3 * width);
+                    linear(&format!("{block}.attn.proj"), width, width);
+                }
+                if kind.mlp() {
+                    linear(&format!("{block}.mlp.fc1"), width, hidden);
+                    linear(&format!("{block}.mlp.fc2"), hidden, width);
+                }
+                let rows = 3 * kind.branches() * width;
+                linear(&format!("{block}.adaLN_modulation.1"), width, rows);
+            }
+        }
+        linear("final_layer.adaLN_modulation.1", width, 2 * width);
+        linear(
+            "final_layer.linear",
+            width,
+            patch * patch * self.out_channels(),
+        );
+        tensors
+    }
+
+    /// Multiply-accumulates of one forward pass of one image.
+    pub fn macs(&self) -> usize {
+        let (width, tokens) = (self.width, self.tokens());
+        let attention = tokens * 4 * width * width + 2 * tokens * tokens * width;
+        let mlp = tokens * 2 * width * self.hidden();
+        let blocks = self.kinds().map(|kind| {
+            let block = usize::from(kind.attention()) * attention
+                + usize::from(kind.mlp()) * mlp
+                + 3 * kind.branches() * width * width;
+            kind.blocks() * block
+        });
+        let patch = self.patch_size.pow(2);
+        blocks.sum::<usize>()
+            + tokens * width * patch * (self.channels + self.out_channels())
+            + width * (TIMESTEP_FEATURES + width)
+            + 2 * width * width
+    }
+
+    /// Parameters of a low-rank update of every linear layer: all matrices but the labels' table,
+    /// which is looked up.
+    pub fn lora_parameters(&self, rank: usize) -> usize {
+        let matrices = self.tensors().into_iter().filter(|(name, shape)| {
+            shape.len() == 2 && name != "y_embedder.embedding_table.weight"
+        });
+        matrices
+            .map(|(_, shape)| rank * (shape[0] + shape[1]))
+            .sum()
+    }
+
+    /// Bytes of f32 activations that one block leaves for its backward pass: composed of Burn's
+    /// operators, each of which keeps its inputs, about 30 tensors of the trunk's width, 9 of the
+    /// MLP's and 5 of the attention weights. Kernels keep less: for the 12-layer digit model at
+    /// batch 128 this gives 426 MiB, and its fine-tuning on ndarray takes 197 MiB in all
+    /// (`benches/README.md`).
+    pub fn block_bytes(&self, batch: usize) -> usize {
+        let tokens = self.tokens();
+        4 * batch * tokens * (30 * self.width + 9 * self.hidden() + 5 * self.heads * tokens)
+    }
+
+    /// Reads the sizes from whoever gives them; those of the samples are `samples` where none are
+    /// given.
+    #[rustfmt::skip]
+    pub fn read(keys: &mut dyn Keys, samples: Shape) -> Self {
+        let Shape { channels, side: input_size, classes } = Shape::read(keys, samples);
+        let patch_size = keys.integer(
+            Key { name: "patch_size", least: 1, most: 4096, default: 2 },
+            Some(Demand {
+                holds: &|patch| input_size.is_multiple_of(patch),
+                must: format!("divide `input_size`, which is {input_size}"),
+            }),
+        );
+        let heads = keys.integer(Key { name: "heads", least: 1, most: 1024, default: 4 }, None);
+        let width = keys.integer(
+            Key { name: "width", least: 1, most: 65_536, default: 64 },
+            Some(Demand {
+                // The position table needs a multiple of 4.
+                holds: &|width| width.is_multiple_of(heads) && width.is_multiple_of(4),
+                must: format!("be a multiple of 4 and of `heads`, which is {heads}"),
+            }),
+        );
+        let depth = keys.integer(Key { name: "depth", least: 1, most: 4096, default: 12 }, None);
+        let mlp_ratio = keys.float(Key { name: "mlp_ratio", least: 0.0, most: 64.0, default: 4.0 });
+        let learn_sigma = keys.boolean("learn_sigma", true);
+        let blocks = Vec::new();
+        Self { input_size, patch_size, channels, width, depth, heads, mlp_ratio, classes, learn_sigma, blocks }
+    }
+
+    /// Why no model can have these sizes, if so.
+    pub fn problem(&self) -> Option<String> {
+        let mut check = Check::new(|name| match name {
+            "input_size" => self.input_size as f64,
+            "patch_size" => self.patch_size as f64,
+            "channels" => self.channels as f64,
+            "width" => self.width as f64,
+            "depth" => self.depth as f64,
+            "heads" => self.heads as f64,
+            "classes" => self.classes as f64,
+            "mlp_ratio" => self.mlp_ratio,
+            _ => f64::from(u8::from(self.learn_sigma)),
+        });
+        Self::read(&mut check, self.shape());
+        if check.problem.is_some() {
+            return check.problem;
+        }
+        let Self {
+            input_size,
+            patch_size,
+            depth,
+            ..
+        } = self;
+        if !self.blocks.is_empty() && self.blocks.len() != *depth {
+            let said = self.blocks.len();
+            return Some(format!("{said} blocks are described, and depth is {depth}"));
+        }
+        if self.tokens() > MOST_TOKENS {
+            return Some(format!(
+                "input_size {input_size} in patches of {patch_size} makes more than {MOST_TOKENS} tokens"
+            ));
+        }
+        (self.hidden() == 0).then(|| format!("mlp_ratio {} leaves no hidden width", self.mlp_ratio))
+    }
+}

@@ -29,7 +29,7 @@ SIZES = {
     "small": ("DiT-S/2", 4, 32, 4, 2, 384, 12, 6, 1000),
     "base": ("DiT-B/2", 1, 32, 4, 2, 768, 12, 12, 1000),
 }
-WORKLOADS = ["infer", "finetune", "prune", "masked-kd", "sample"]
+WORKLOADS = ["infer", "finetune", "prune", "masked-kd", "sample", "importance"]
 
 
 def build(torch, size, lora):
@@ -188,6 +188,13 @@ def workload(torch, name, size):
         model = Dit(depth // 2)
     else:
         model = Dit(depth)
+    if name == "importance":
+
+        def loss():
+            x = noised()
+            return plain_loss(model(x, t, y)[0], x).mean()
+
+        return importance(torch, model, loss, (x0, t, y))
     learned = [p for p in model.parameters() if p.requires_grad]
     if name == "prune":
         gates = torch.nn.Parameter(0.01 * torch.randn(depth // 2, 2))
@@ -227,6 +234,24 @@ def workload(torch, name, size):
         torch.nn.utils.clip_grad_norm_(learned, 1.0, foreach=True)
         optimizer.step()
         torch._foreach_lerp_(averages, [p.data for p in learned], 0.001)
+
+    return run
+
+
+def importance(torch, model, loss, inputs):
+    """Gradients of a batch, and Torch-Pruning's Taylor importance of every group by them. Its groups are found before."""
+    import torch_pruning
+
+    graph = torch_pruning.DependencyGraph()
+    graph.build_dependency(model, tuple(values[:1] for values in inputs))
+    taylor = torch_pruning.importance.TaylorImportance(multivariable=False)
+    groups = list(graph.get_all_groups(ignored_layers=[model.final], root_module_types=[torch.nn.Linear]))
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        loss().backward()
+        for group in groups:
+            taylor(group)
 
     return run
 

@@ -56,6 +56,7 @@ fn main() {
             Workload::Prune,
             Workload::MaskedKd,
             Workload::Sample,
+            Workload::Importance,
         ] {
             let work = Work::of(workload, &model, batch);
             let limit = 1e3 * (work.flops / flops + work.bytes / bytes);
@@ -163,6 +164,9 @@ impl Work {
             // twice and its gradient written; the norm reads 1, AdamW reads 4 and writes 3, the
             // average reads 2 and writes 1.
             Workload::Finetune => (3.0 * forward, there + back + 14.0 * parameters),
+            // As there; then gradients are copied, and each weight and its gradient read for the
+            // groups of its rows and of its columns.
+            Workload::Importance => (3.0 * forward, there + back + 9.0 * parameters),
             Workload::Prune => {
                 // x A^T, dy B, and their products with dy and x: over all layers' inputs and
                 // outputs.

@@ -20,9 +20,12 @@ use crate::ops::{FusedOps, TrainingBackend};
 use crate::process::{
     Distillation, Guidance, MaskedFeatures, Process, ProcessKind, Sampler, TeacherOutput, Times,
 };
-use crate::pruning::{Annealing, Groups, LearnedPruner, Update};
+use crate::pruning::{
+    Annealing, Groups, LearnedPruner, LossGradients, Saliency, ScoreBatch, Update, importance,
+};
 use crate::random::{self, Stream};
 use crate::recovery::Student;
+use crate::state::{StateDict, collect};
 use crate::training::{AdamW, Ema, StepReport};
 use crate::trunk::Plain;
 use crate::weights::{EmbeddedName, embedded};
@@ -42,6 +45,8 @@ pub enum Workload {
     MaskedKd,
     /// One guided sampling step of a batch.
     Sample,
+    /// A batch's gradients, and by them the importance of all channels.
+    Importance,
 }
 
 /// Settings of a measurement.
@@ -196,6 +201,26 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
                     &mut |_| noise.clone(),
                     |_, _, _| (),
                 );
+            })
+        }
+        Workload::Importance => {
+            let network = network::<B>(plan, device);
+            let weights = collect::<B, _>(&network);
+            // The caller has checked: it is a diffusion network.
+            let groups = config.channel_groups().unwrap_or_default();
+            let batch = ScoreBatch {
+                x: batch.x,
+                noise: batch.noise,
+                y: batch.y,
+                t: batch.t,
+            };
+            time::<B>(plan, device, || {
+                let mut gradients = LossGradients::new(StateDict::new());
+                gradients.add(&network, &process, &batch);
+                let sums = gradients.taken::<B>(&network);
+                for group in &groups {
+                    importance(group, &weights, sums, Saliency::Taylor);
+                }
             })
         }
         Workload::Finetune => train(

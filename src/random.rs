@@ -46,6 +46,8 @@ pub enum Stream {
     Sweep = 16,
     /// Resampled pairs of an interval; `index` is the resampling.
     Bootstrap = 17,
+    /// Channels that random pruning keeps; `step` counts groups.
+    Channels = 18,
 }
 
 /// The generator for one address.

@@ -152,6 +152,10 @@ pub struct ClassifiedVerdict {
     /// the calibration loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
+    /// Mean structural similarity of its samples and the first model's from the same noise; none of
+    /// the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ssim: Option<f64>,
     /// Fréchet distance to the held-out pictures in the classifier's features; lower is better.
     pub fid: f64,
     /// Inception Score from the classifier's probabilities; higher is better.
@@ -221,6 +225,7 @@ impl<B: FusedOps> ClassifierJudge<B> {
             images: None,
             kept: None,
             loss: None,
+            ssim: None,
             fid: frechet_distance(&self.statistics, &statistics(&read.features)?)?,
             inception_score: inception_score(&read.probabilities, labels.len())?,
             precision,

@@ -48,6 +48,7 @@ mod precision_recall;
 mod rank;
 mod reference;
 mod speed;
+mod ssim;
 mod statistics;
 mod verdict;
 
@@ -67,6 +68,7 @@ pub use reference::{MomentsFrom, Reference, ReferenceMeasured, cache_file};
 pub use speed::Speed;
 #[cfg(feature = "cli")]
 pub(crate) use speed::median_and_spread;
+pub use ssim::ssim;
 pub use statistics::{Statistics, StatisticsAccumulator};
 pub(crate) use verdict::bias;
 pub use verdict::{AdmEvaluation, AdmProtocol, AdmVerdict, FileDigest};

@@ -6,8 +6,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
-use super::dit::{BLOCKS_IN_PYTORCH, diffusers, infer, presets};
-use super::{ClassifierConfig, DitConfig, Shape};
+use super::dit::{BLOCKS_IN_PYTORCH, WIDTHS_IN_PYTORCH, diffusers, infer, presets};
+use super::{ChannelGroup, ClassifierConfig, DitConfig, Left, Shape};
 use crate::state::{Tensors, WeightsError};
 use crate::trunk::{Granularity, Trunk};
 
@@ -87,15 +87,25 @@ impl Architecture {
 
     /// Whether every block of the trunk is whole.
     pub fn is_whole(&self) -> bool {
+        match self {
+            Self::Dit(config) => config.blocks.is_empty(),
+            Self::Classifier(_) => true,
+        }
+    }
+
+    /// Whether the blocks of the trunk are alike: whole, and of the same channels.
+    pub fn is_alike(&self) -> bool {
         *self == self.with_depth(self.depth())
     }
 
-    /// The same with another number of blocks, all of them whole, if it has a trunk.
+    /// The same with another number of blocks, all of them whole and of the usual widths, if it has
+    /// a trunk.
     pub fn with_depth(&self, depth: usize) -> Self {
         match self {
             Self::Dit(config) => Self::Dit(DitConfig {
                 depth,
                 blocks: Vec::new(),
+                widths: None,
                 ..config.clone()
             }),
             Self::Classifier(_) => self.clone(),
@@ -118,12 +128,33 @@ impl Architecture {
         }
     }
 
+    /// The channels that can be taken out, by groups; None of a network without such.
+    pub fn channel_groups(&self) -> Option<Vec<ChannelGroup>> {
+        match self {
+            Self::Dit(config) => Some(config.channel_groups()),
+            Self::Classifier(_) => None,
+        }
+    }
+
+    /// The same with so many channels left of each of its
+    /// [`channel_groups`](Self::channel_groups), if it has any.
+    ///
+    /// # Panics
+    /// When there are not as many numbers as groups.
+    pub fn narrowed(&self, left: &[Left]) -> Self {
+        match self {
+            Self::Dit(config) => Self::Dit(config.narrowed(left)),
+            Self::Classifier(_) => self.clone(),
+        }
+    }
+
     /// The same of another width, or with another number of attention heads, if it has any.
     pub fn with_width(&self, width: Option<usize>, heads: Option<usize>) -> Self {
         match self {
             Self::Dit(config) => Self::Dit(DitConfig {
                 width: width.unwrap_or(config.width),
                 heads: heads.unwrap_or(config.heads),
+                widths: None,
                 ..config.clone()
             }),
             Self::Classifier(config) => Self::Classifier(ClassifierConfig {
@@ -151,6 +182,14 @@ impl Architecture {
     /// Sizes of its samples, or of the pictures it reads.
     pub fn shape(&self) -> Shape {
         ask!(self, config => config.shape())
+    }
+
+    /// Sizes `[tokens, width]` of the states between its layers; None without a trunk.
+    pub fn states(&self) -> Option<[usize; 2]> {
+        match self {
+            Self::Dit(config) => Some([config.tokens(), config.width]),
+            Self::Classifier(_) => None,
+        }
     }
 
     /// Whether it predicts the variance beside the mean.
@@ -286,11 +325,14 @@ impl Architecture {
 
     /// What a user of the original PyTorch code does to its model before it takes the weights; None
     /// where nothing is to be done.
-    pub(crate) fn before_loading(&self) -> Option<&'static str> {
-        match self {
-            Self::Dit(config) if !config.blocks.is_empty() => Some(BLOCKS_IN_PYTORCH),
-            Self::Dit(_) | Self::Classifier(_) => None,
-        }
+    pub(crate) fn before_loading(&self) -> Option<String> {
+        let Self::Dit(config) = self else {
+            return None;
+        };
+        let blocks = (!config.blocks.is_empty()).then_some(BLOCKS_IN_PYTORCH);
+        let widths = config.widths.is_some().then_some(WIDTHS_IN_PYTORCH);
+        let all: Vec<&str> = blocks.into_iter().chain(widths).collect();
+        (!all.is_empty()).then(|| all.join("\n\n"))
     }
 
     fn unknown_to_diffusers(&self, path: &Path) -> WeightsError {

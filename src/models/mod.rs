@@ -9,6 +9,7 @@
 //! between images and a model's latents, [`Inception`] measures images for FID.
 
 mod architecture;
+mod channels;
 mod classifier;
 pub mod dit;
 mod embeddings;
@@ -27,10 +28,11 @@ use crate::trunk::{BlockHook, Trunk};
 
 pub use architecture::Architecture;
 pub(crate) use architecture::Heads;
+pub use channels::{ChannelGroup, Left, Member, Part};
 pub use classifier::{Classifier, ClassifierConfig, Reading};
 pub(crate) use dit::diffusers::{DIFFUSERS_ALONE, DIFFUSERS_USE, is_diffusers};
 pub use dit::presets;
-pub use dit::{BlockKind, Dit, DitConfig};
+pub use dit::{BlockKind, BlockWidths, Dit, DitConfig, Widths};
 pub use embeddings::{position_table, timestep_features};
 pub use family::{Denoiser, Prunable, Shape};
 pub use inception::Inception;

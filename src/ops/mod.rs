@@ -437,6 +437,7 @@ mod tests {
             classes: 10,
             learn_sigma: false,
             blocks: Vec::new(),
+            widths: None,
         };
         let network = Network::<B>::zeros(&config.into(), &FlexDevice).unwrap();
         let mut state = collect::<B, _>(&network);

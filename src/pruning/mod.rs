@@ -1,4 +1,5 @@
-//! Selection of the layers to keep: learned by a differentiable gate, by a score, or by a rule.
+//! Selection of the layers to keep, learned by a differentiable gate, by a score, or by a rule; and
+//! of the channels to keep, by their importance.
 
 mod gate;
 mod group;
@@ -10,6 +11,8 @@ mod rules;
 mod scores;
 mod search;
 mod start;
+mod taylor;
+mod width;
 
 pub use gate::{Annealing, Choice, Decision, GateDraw, decide, draw};
 pub use groups::*;
@@ -19,3 +22,8 @@ pub use rules::{oracle, uniform};
 pub use scores::{Calibration, Score, ScoreBatch, keep_by_scores, prediction_loss, score};
 pub use search::{Evolution, Mask, Pick, evolve, kept_by, mask_losses, mask_of, random_masks};
 pub use start::{Start, averaged};
+pub use taylor::{Descent, LossGradients};
+pub use width::{
+    Leaves, Saliency, importance, kept_channels, left_of, random_importance, ranked, units,
+    units_left, without,
+};

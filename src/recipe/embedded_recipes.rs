@@ -1,7 +1,7 @@
 //! The repository's recipes, embedded in the program, so that the binary alone runs them by name.
 
 /// Name and text of each recipe.
-pub const RECIPES: [(&str, &str); 23] = [
+pub const RECIPES: [(&str, &str); 26] = [
     ("d14_1_2", include_str!("../../recipes/d14_1_2.toml")),
     ("d14_2_4", include_str!("../../recipes/d14_2_4.toml")),
     ("d14_7_14", include_str!("../../recipes/d14_7_14.toml")),
@@ -32,6 +32,10 @@ pub const RECIPES: [(&str, &str); 23] = [
         include_str!("../../recipes/digits_teacher.toml"),
     ),
     (
+        "fashion_depth_or_width",
+        include_str!("../../recipes/fashion_depth_or_width.toml"),
+    ),
+    (
         "fashion_features",
         include_str!("../../recipes/fashion_features.toml"),
     ),
@@ -58,6 +62,8 @@ pub const RECIPES: [(&str, &str); 23] = [
     ("quickstart", include_str!("../../recipes/quickstart.toml")),
     ("sit_d14", include_str!("../../recipes/sit_d14.toml")),
     ("standin", include_str!("../../recipes/standin.toml")),
+    ("width_50", include_str!("../../recipes/width_50.toml")),
+    ("width_75", include_str!("../../recipes/width_75.toml")),
 ];
 
 /// The text of an embedded recipe.

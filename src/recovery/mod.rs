@@ -4,15 +4,17 @@
 
 use std::marker::PhantomData;
 
-use burn::module::{AutodiffModule, Module, ModuleDisplay};
+use burn::module::{AutodiffModule, Module, ModuleDisplay, Param};
 use burn::optim::GradientsParams;
+use burn::tensor::TensorData;
 use burn::tensor::backend::Backend;
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
 
 use crate::data::Batch;
 use crate::models::{Denoiser, Network};
-use crate::ops::TrainingBackend;
+use crate::ops::{FusedOps, Linear, TrainingBackend};
 use crate::process::{AnyProcess, Distillation, Terms};
+use crate::random::{self, Stream};
 use crate::training::{StepReport, scalars};
 use crate::trunk::{Plain, Tap};
 
@@ -56,6 +58,8 @@ use crate::trunk::{Plain, Tap};
 pub struct Student<B: Backend, N: Module<B> = Network<B>> {
     /// The network.
     pub network: N,
+    /// Maps of its tapped features to the teacher's width, one a tap; none where they are as wide.
+    feature_maps: Vec<Linear<B>>,
     #[module(skip)]
     distillation: Option<Distillation>,
     #[module(skip)]
@@ -75,15 +79,34 @@ impl<B: Backend, N: Module<B>> Student<B, N> {
     ) -> Self {
         Self {
             network,
+            feature_maps: Vec::new(),
             distillation,
             process,
             steps,
             backend: PhantomData,
         }
     }
+
+    /// The same student, whose tapped features go through linear maps to the teacher's width, which
+    /// are learned along and are no part of the network (as in FitNets, arXiv 1412.6550).
+    pub fn mapped(mut self, from: usize, to: usize, seed: u64, device: &B::Device) -> Self {
+        let taps = self.distillation.iter().flat_map(|d| &d.features);
+        let taps: usize = taps.map(|features| features.taps.len()).sum();
+        let bound = (6.0 / (from + to) as f32).sqrt();
+        let map = |tap: usize| {
+            let count = from * to;
+            let range = (-bound, bound);
+            let values = random::uniform(seed, Stream::Weights, 2, tap as u64, count, range);
+            let mut map = Linear::zeros(from, to, device);
+            map.weight = Param::from_data(TensorData::new(values, [to, from]), device);
+            map
+        };
+        self.feature_maps = (0..taps).map(map).collect();
+        self
+    }
 }
 
-impl<B: Backend, N: Denoiser<B>> Student<B, N> {
+impl<B: FusedOps, N: Denoiser<B>> Student<B, N> {
     /// The loss's terms for a batch; for distillation, the batch has the teacher's output.
     pub fn terms(&self, batch: &Batch<B>) -> Terms<B> {
         let seen = batch.noised(&self.process);
@@ -97,8 +120,13 @@ impl<B: Backend, N: Denoiser<B>> Student<B, N> {
                         .flat_map(|features| features.taps.iter().map(|(student, _)| *student)),
                 );
                 let output = seen.run(&self.process, &self.network, &mut tap);
-                let tapped = &tap.outputs;
-                seen.distillation_terms(&self.process, output, tapped, teacher, distillation, beta)
+                let tapped = match self.feature_maps.is_empty() {
+                    true => tap.outputs,
+                    false => (self.feature_maps.iter().zip(tap.outputs))
+                        .map(|(map, features)| map.forward(features))
+                        .collect(),
+                };
+                seen.distillation_terms(&self.process, output, &tapped, teacher, distillation, beta)
             }
             _ => {
                 let output = seen.run(&self.process, &self.network, &mut Plain);
@@ -134,4 +162,46 @@ impl<B: Backend, N: Module<B> + ModuleDisplay> InferenceStep for Student<B, N> {
     type Output = ();
 
     fn step(&self, (): ()) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Autodiff;
+    use burn_ndarray::NdArray;
+
+    use super::*;
+    use crate::process::MaskedFeatures;
+    use crate::state::names;
+    use crate::weights::{EmbeddedName, embedded};
+
+    type B = Autodiff<NdArray>;
+
+    #[test]
+    fn a_narrower_student_has_a_map_for_each_tap() {
+        let device = Default::default();
+        let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
+        let process = checkpoint.trained_by().process();
+        let distillation = Distillation {
+            alpha: 0.5,
+            features: Some(MaskedFeatures {
+                taps: vec![(0, 1), (2, 5)],
+                k: Some(2.0),
+                beta: (1.0, 1.0),
+            }),
+        };
+        let network = checkpoint.network::<B>(&device).unwrap();
+        let student =
+            Student::new(network, Some(distillation), process, 2).mapped(48, 64, 0, &device);
+        let maps = names::<B, _>(&student).into_iter();
+        let maps = maps.filter(|parameter| parameter.name.starts_with("feature_maps."));
+        let maps: Vec<_> = maps.map(|map| (map.name, map.shape)).collect();
+        let expected = [0, 1].map(|tap| {
+            let name = |part| format!("feature_maps.{tap}.{part}");
+            [(name("weight"), vec![64, 48]), (name("bias"), vec![64])]
+        });
+        assert_eq!(maps, expected.concat());
+        // They learn: their parameters are in the graph.
+        assert!(student.feature_maps[0].weight.val().is_require_grad());
+        assert!(student.feature_maps[0].bias.val().is_require_grad());
+    }
 }

@@ -7,7 +7,7 @@ use super::html::Grid;
 use super::numbers::{rounded, short, thousands};
 
 /// The keys of a verdict, and their column titles.
-const COLUMNS: [(&str, &str); 14] = [
+const COLUMNS: [(&str, &str); 15] = [
     ("model", "model"),
     ("depth", "depth"),
     ("parameters", "parameters"),
@@ -16,6 +16,7 @@ const COLUMNS: [(&str, &str); 14] = [
     ("images", "trained on"),
     ("count", "samples"),
     ("loss", "loss"),
+    ("ssim", "SSIM"),
     ("fid", "FID"),
     ("sfid", "sFID"),
     ("inception_score", "IS"),

@@ -207,6 +207,7 @@ mod tests {
             classes: 5,
             learn_sigma: true,
             blocks: Vec::new(),
+            widths: None,
         }
     }
 

@@ -26,6 +26,8 @@ pub(crate) const MOMENTS: &str = "moments";
 const CLASSIFIER: &str = "classifier.";
 /// Prefix of the gates that a pruning learns, which are not part of a model.
 const GATES: &str = "gumbel_gates.";
+/// Prefix of the maps that features are compared through, which are not part of a model either.
+const FEATURE_MAPS: &str = "feature_maps.";
 
 /// Whether a file with this metadata is a training checkpoint.
 pub(super) fn is_snapshot(metadata: &BTreeMap<String, String>) -> bool {
@@ -86,6 +88,7 @@ pub(super) fn model(
     }
     Ok(chosen.renamed(|name| {
         let name = name.strip_prefix(CLASSIFIER).unwrap_or(name);
-        (!name.starts_with(GATES)).then_some(name)
+        let own = !name.starts_with(GATES) && !name.starts_with(FEATURE_MAPS);
+        own.then_some(name)
     }))
 }

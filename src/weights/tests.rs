@@ -19,6 +19,7 @@ fn config(depth: usize) -> DitConfig {
         classes: 3,
         learn_sigma: true,
         blocks: Vec::new(),
+        widths: None,
     }
 }
 

@@ -266,6 +266,7 @@ fn a_model_of_other_pictures_is_told_what_to_be_measured_against() {
         classes: 10,
         learn_sigma: false,
         blocks: Vec::new(),
+        widths: None,
     };
     type Network = tinyfusion::models::Network<burn_ndarray::NdArray>;
     let network = Network::zeros(&config.into(), &Default::default()).unwrap();

@@ -18,3 +18,4 @@ mod resume;
 mod sit;
 mod sweep;
 mod terminal;
+mod width;

@@ -82,7 +82,7 @@ fn a_sweep_is_killed_and_goes_on_to_the_same_table() {
     let begins = [
         (
             0,
-            "case,stage.prune.keep,seed,model,depth,parameters,macs,images,kept,loss,fid,",
+            "case,stage.prune.keep,seed,model,depth,parameters,macs,images,kept,loss,ssim,fid,",
         ),
         (2, "first,,0,prune,6,"),
         (6, "first,,1,student,6,"),

@@ -233,6 +233,7 @@ pub fn config(value: &Value) -> DitConfig {
         classes: usize_of(&value["num_classes"]),
         learn_sigma: value["learn_sigma"].as_bool().unwrap(),
         blocks: Vec::new(),
+        widths: None,
     }
 }
 

@@ -24,6 +24,7 @@ mod steps;
 mod trajectory;
 mod transport;
 mod vae;
+mod width;
 
 /// Instantiates checks on a backend, as tests of a module.
 macro_rules! on {
@@ -56,6 +57,7 @@ on!(
     transport::sit_paths,
     transport::sit_sde,
     vae::vae_kl_f8,
+    width::dit_width,
 );
 
 // Networks for inference only: without a graph, other kernels compute them.

@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
-use super::NORM_EPSILON;
+use super::{BlockWidths, NORM_EPSILON};
 use crate::backend::Compute;
 use crate::ops::{Activation, FusedOps, Linear, split};
 
@@ -86,8 +86,8 @@ for i, (block, kind) in enumerate(zip(model.blocks, json.load(open("config.json"
 #[derive(Debug, Clone, Copy)]
 pub(super) struct BlockSizes {
     pub(super) width: usize,
-    pub(super) heads: usize,
-    pub(super) hidden: usize,
+    pub(super) condition: usize,
+    pub(super) within: BlockWidths,
 }
 
 /// What stands at a place of the trunk: a block, or two.
@@ -104,11 +104,10 @@ pub enum Place<B: Backend> {
 }
 
 impl<B: Backend> Place<B> {
-    pub(super) fn zeros(sizes: BlockSizes, kind: BlockKind, device: &B::Device) -> Self {
-        let block = || DitBlock::zeros(sizes, kind, device);
+    pub(super) fn new(kind: BlockKind, block: &mut impl FnMut(BlockKind) -> DitBlock<B>) -> Self {
         match kind {
-            BlockKind::Pair => Self::Pair(vec![block(), block()]),
-            _ => Self::One(block()),
+            BlockKind::Pair => Self::Pair(vec![block(kind), block(kind)]),
+            _ => Self::One(block(kind)),
         }
     }
 
@@ -168,21 +167,37 @@ impl<B: Backend> DitBlock<B> {
     pub(super) fn zeros(sizes: BlockSizes, kind: BlockKind, device: &B::Device) -> Self {
         let BlockSizes {
             width,
-            heads,
-            hidden,
+            condition,
+            within,
         } = sizes;
+        let (attention, hidden) = (within.attention(), within.hidden);
         Self {
             attn: kind.attention().then(|| Attention {
-                qkv: Linear::zeros(width, 3 * width, device),
-                proj: Linear::zeros(width, width, device),
-                heads,
+                qkv: Linear::zeros(width, 3 * attention, device),
+                proj: Linear::zeros(attention, width, device),
+                heads: within.heads,
                 compute: Compute::F32,
             }),
             mlp: kind.mlp().then(|| Mlp {
                 fc1: Linear::zeros(width, hidden, device),
                 fc2: Linear::zeros(hidden, width, device),
             }),
-            modulation: Linear::zeros(width, 3 * kind.branches() * width, device),
+            modulation: Linear::zeros(condition, 3 * kind.branches() * width, device),
+        }
+    }
+
+    pub(super) fn widths(&self) -> BlockWidths {
+        let attention = self.attn.as_ref().map(|attn| {
+            let width = attn.proj.layout().input;
+            (attn.heads, width / attn.heads.max(1))
+        });
+        let (heads, head_dim) = attention.unwrap_or_default();
+        let mlp = self.mlp.as_ref();
+        let hidden = mlp.map_or(0, |mlp| mlp.fc2.layout().input);
+        BlockWidths {
+            heads,
+            head_dim,
+            hidden,
         }
     }
 

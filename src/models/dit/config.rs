@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{BlockKind, TIMESTEP_FEATURES};
+use super::{BlockKind, TIMESTEP_FEATURES, Widths};
 use crate::models::Shape;
 use crate::models::keys::{Check, Demand, Key, Keys};
 use crate::trunk::{Granularity, Trunk};
@@ -35,6 +35,9 @@ pub struct DitConfig {
     /// empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub blocks: Vec<BlockKind>,
+    /// Widths within the network, where they do not follow from `width`, `heads` and `mlp_ratio`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub widths: Option<Widths>,
 }
 
 impl std::fmt::Display for DitConfig {
@@ -58,9 +61,14 @@ impl std::fmt::Display for DitConfig {
         if branches < 2 * depth {
             write!(f, " ({branches} of {} branches)", 2 * depth)?;
         }
+        write!(f, ", width {width}, ")?;
+        match &self.widths {
+            None => write!(f, "{heads} heads")?,
+            Some(widths) => widths.fmt(f)?,
+        }
         write!(
             f,
-            ", width {width}, {heads} heads, patch {patch_size}, {channels}x{input_size}x{input_size}, {classes} classes"
+            ", patch {patch_size}, {channels}x{input_size}x{input_size}, {classes} classes"
         )
     }
 }
@@ -104,16 +112,18 @@ impl DitConfig {
         self.blocks.is_empty().then(|| {
             let pairs = vec![BlockKind::Pair; self.depth / 2];
             let alone = vec![BlockKind::Whole; self.depth % 2];
-            self.of_blocks([pairs, alone].concat())
+            let paired = self.of_blocks([pairs, alone].concat());
+            paired.of_widths(self.widths())
         })
     }
 
-    /// The same with these blocks.
+    /// The same with these blocks, of widths that follow from the other sizes.
     pub fn of_blocks(&self, blocks: Vec<BlockKind>) -> Self {
         let whole = blocks.iter().all(|block| *block == BlockKind::Whole);
         Self {
             depth: blocks.len(),
             blocks: if whole { Vec::new() } else { blocks },
+            widths: None,
             ..self.clone()
         }
     }
@@ -122,14 +132,25 @@ impl DitConfig {
     pub fn keep(&self, kept: &[usize], granularity: Granularity) -> Self {
         let mut layers = (0..).map(|layer| kept.contains(&layer));
         let mut next = || layers.next().unwrap_or(false);
-        let left = self.kinds().filter_map(|block| match granularity {
-            Granularity::Block => next().then_some(block),
-            Granularity::Branch => {
-                let attention = block.attention() && next();
-                BlockKind::new(attention, block.mlp() && next())
+        let mut widths = self.widths();
+        let mut all = std::mem::take(&mut widths.blocks).into_iter();
+        let mut left = Vec::new();
+        for block in self.kinds() {
+            let stays = match granularity {
+                Granularity::Block => next().then_some(block),
+                Granularity::Branch => {
+                    let attention = block.attention() && next();
+                    BlockKind::new(attention, block.mlp() && next())
+                }
+            };
+            let of_block = all.by_ref().take(block.blocks());
+            match stays {
+                Some(stays) => (widths.blocks).extend(of_block.map(|widths| widths.of(stays))),
+                None => of_block.for_each(drop),
             }
-        });
-        self.of_blocks(left.collect())
+            left.extend(stays);
+        }
+        self.of_blocks(left).of_widths(widths)
     }
 
     /// Tokens of the trunk.
@@ -145,7 +166,12 @@ impl DitConfig {
 
     /// Names and shapes of all parameters in a checkpoint, the fixed position table among them.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let (width, patch, hidden) = (self.width, self.patch_size, self.hidden());
+        let (width, patch) = (self.width, self.patch_size);
+        let Widths {
+            condition,
+            timestep,
+            ..
+        } = self.widths();
         let mut tensors = Vec::new();
         let mut put = |name: &str, shape: &[usize]| tensors.push((name.to_owned(), shape.to_vec()));
         put("pos_embed", &[1, self.tokens(), width]);
@@ -156,33 +182,28 @@ impl DitConfig {
         put("x_embedder.proj.bias", &[width]);
         put(
             "y_embedder.embedding_table.weight",
-            &[self.classes + 1, width],
+            &[self.classes + 1, condition],
         );
         let mut linear = |name: &str, input: usize, output: usize| {
             put(&format!("{name}.weight"), &[output, input]);
             put(&format!("{name}.bias"), &[output]);
         };
-        linear("t_embedder.mlp.0", TIMESTEP_FEATURES, width);
-        linear("t_embedder.mlp.2", width, width);
-        for (place, kind) in self.kinds().enumerate() {
-            for block in 0..kind.blocks() {
-                let block = match kind {
-                    BlockKind::Pair => format!("blocks.{place}.{block}"),
-                    _ => format!("blocks.{place}"),
-                };
-                if kind.attention() {
-                    linear(&format!("{block}.attn.qkv"), width, 3 * width);
-                    linear(&format!("{block}.attn.proj"), width, width);
-                }
-                if kind.mlp() {
-                    linear(&format!("{block}.mlp.fc1"), width, hidden);
-                    linear(&format!("{block}.mlp.fc2"), hidden, width);
-                }
-                let rows = 3 * kind.branches() * width;
-                linear(&format!("{block}.adaLN_modulation.1"), width, rows);
+        linear("t_embedder.mlp.0", TIMESTEP_FEATURES, timestep);
+        linear("t_embedder.mlp.2", timestep, condition);
+        for (block, kind, widths) in self.named_blocks() {
+            let (attention, hidden) = (widths.attention(), widths.hidden);
+            if kind.attention() {
+                linear(&format!("{block}.attn.qkv"), width, 3 * attention);
+                linear(&format!("{block}.attn.proj"), attention, width);
             }
+            if kind.mlp() {
+                linear(&format!("{block}.mlp.fc1"), width, hidden);
+                linear(&format!("{block}.mlp.fc2"), hidden, width);
+            }
+            let rows = 3 * kind.branches() * width;
+            linear(&format!("{block}.adaLN_modulation.1"), condition, rows);
         }
-        linear("final_layer.adaLN_modulation.1", width, 2 * width);
+        linear("final_layer.adaLN_modulation.1", condition, 2 * width);
         linear(
             "final_layer.linear",
             width,
@@ -194,19 +215,23 @@ impl DitConfig {
     /// Multiply-accumulates of one forward pass of one image.
     pub fn macs(&self) -> usize {
         let (width, tokens) = (self.width, self.tokens());
-        let attention = tokens * 4 * width * width + 2 * tokens * tokens * width;
-        let mlp = tokens * 2 * width * self.hidden();
-        let blocks = self.kinds().map(|kind| {
-            let block = usize::from(kind.attention()) * attention
-                + usize::from(kind.mlp()) * mlp
-                + 3 * kind.branches() * width * width;
-            kind.blocks() * block
+        let Widths {
+            condition,
+            timestep,
+            ..
+        } = self.widths();
+        let blocks = self.named_blocks().into_iter().map(|(_, kind, widths)| {
+            let attention = widths.attention();
+            tokens * 4 * width * attention
+                + 2 * tokens * tokens * attention
+                + tokens * 2 * width * widths.hidden
+                + 3 * kind.branches() * condition * width
         });
         let patch = self.patch_size.pow(2);
         blocks.sum::<usize>()
             + tokens * width * patch * (self.channels + self.out_channels())
-            + width * (TIMESTEP_FEATURES + width)
-            + 2 * width * width
+            + timestep * (TIMESTEP_FEATURES + condition)
+            + 2 * condition * width
     }
 
     /// Parameters of a low-rank update of every linear layer: all matrices but the labels' table,
@@ -227,7 +252,9 @@ impl DitConfig {
     /// (`benches/README.md`).
     pub fn block_bytes(&self, batch: usize) -> usize {
         let tokens = self.tokens();
-        4 * batch * tokens * (30 * self.width + 9 * self.hidden() + 5 * self.heads * tokens)
+        let blocks = self.widths().blocks.into_iter();
+        let block = blocks.map(|block| 9 * block.hidden + 5 * block.heads * tokens);
+        4 * batch * tokens * (30 * self.width + block.max().unwrap_or(0))
     }
 
     /// Reads the sizes from whoever gives them; those of the samples are `samples` where none are
@@ -254,8 +281,8 @@ impl DitConfig {
         let depth = keys.integer(Key { name: "depth", least: 1, most: 4096, default: 12 }, None);
         let mlp_ratio = keys.float(Key { name: "mlp_ratio", least: 0.0, most: 64.0, default: 4.0 });
         let learn_sigma = keys.boolean("learn_sigma", true);
-        let blocks = Vec::new();
-        Self { input_size, patch_size, channels, width, depth, heads, mlp_ratio, classes, learn_sigma, blocks }
+        let (blocks, widths) = (Vec::new(), None);
+        Self { input_size, patch_size, channels, width, depth, heads, mlp_ratio, classes, learn_sigma, blocks, widths }
     }
 
     /// Why no model can have these sizes, if so.
@@ -264,6 +291,8 @@ impl DitConfig {
             "input_size" => self.input_size as f64,
             "patch_size" => self.patch_size as f64,
             "channels" => self.channels as f64,
+            // Any width will do where heads have one of their own, and positions are stored.
+            "width" if self.widths.is_some() => self.heads as f64 * 4.0,
             "width" => self.width as f64,
             "depth" => self.depth as f64,
             "heads" => self.heads as f64,
@@ -274,6 +303,9 @@ impl DitConfig {
         Self::read(&mut check, self.shape());
         if check.problem.is_some() {
             return check.problem;
+        }
+        if let Some(problem) = self.problem_of_widths() {
+            return Some(problem);
         }
         let Self {
             input_size,

@@ -131,6 +131,7 @@ impl DiffusersConfig {
             classes: self.num_embeds_ada_norm,
             learn_sigma,
             blocks: Vec::new(),
+            widths: None,
         };
         config.problem().map_or(Ok(config), Err)
     }
@@ -294,6 +295,11 @@ pub(in crate::models) fn to_diffusers(
     if !stored.iter().zip(&table).all(near) {
         return Err(damaged(
             "its position table is not the standard one, which is the only one the diffusers layout has; keep the reference's layout".into(),
+        ));
+    }
+    if config.widths.is_some() {
+        return Err(damaged(
+            "diffusers' DiT is as wide in all blocks and in its condition, and this one is not; keep the reference's layout".into(),
         ));
     }
     if config.hidden() != 4 * config.width {

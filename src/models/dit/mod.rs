@@ -6,6 +6,7 @@ mod config;
 pub(super) mod diffusers;
 pub(super) mod infer;
 pub mod presets;
+mod widths;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor, backend::Backend};
@@ -14,6 +15,8 @@ pub(super) use self::block::BLOCKS_IN_PYTORCH;
 use self::block::BlockSizes;
 pub use self::block::{Attention, BlockKind, DitBlock, Mlp, Place};
 pub use self::config::DitConfig;
+pub(super) use self::widths::WIDTHS_IN_PYTORCH;
+pub use self::widths::{BlockWidths, Widths};
 use super::embeddings::{position_table, timestep_features};
 use super::{Denoiser, Prunable, Shape};
 use crate::backend::Compute;
@@ -52,29 +55,45 @@ impl<B: Backend> Dit<B> {
     /// A network of zeros (and the position table), to be filled from a checkpoint or an
     /// initialisation.
     pub fn zeros(config: &DitConfig, device: &B::Device) -> Self {
-        let width = config.width;
+        let (width, widths) = (config.width, config.widths());
+        let Widths {
+            condition,
+            timestep,
+            ..
+        } = widths;
         let side = config.input_size / config.patch_size;
-        let table = Tensor::<B, 1>::from_floats(position_table(width, side).as_slice(), device)
-            .reshape([1, side * side, width]);
-        let sizes = BlockSizes {
-            width,
-            heads: config.heads,
-            hidden: config.hidden(),
+        let table = match config.widths {
+            None => Tensor::<B, 1>::from_floats(position_table(width, side).as_slice(), device)
+                .reshape([1, side * side, width]),
+            // Of a narrower trunk some columns are left, which a checkpoint says.
+            Some(_) => Tensor::zeros([1, side * side, width], device),
+        };
+        let mut of_blocks = widths.blocks.into_iter();
+        let mut block = |kind| {
+            DitBlock::zeros(
+                BlockSizes {
+                    width,
+                    condition,
+                    within: of_blocks.next().unwrap_or_default(),
+                },
+                kind,
+                device,
+            )
         };
         Self {
             x_embedder: PatchEmbedder {
                 proj: Patches::zeros(config.channels, config.patch_size, width, device),
             },
             t_embedder: TimestepEmbedder {
-                hidden: Linear::zeros(TIMESTEP_FEATURES, width, device),
-                out: Linear::zeros(width, width, device),
+                hidden: Linear::zeros(TIMESTEP_FEATURES, timestep, device),
+                out: Linear::zeros(timestep, condition, device),
             },
             y_embedder: LabelEmbedder {
-                table: Param::from_tensor(Tensor::zeros([config.classes + 1, width], device)),
+                table: Param::from_tensor(Tensor::zeros([config.classes + 1, condition], device)),
             },
             pos_embed: Param::from_tensor(table).set_require_grad(false),
             blocks: (config.kinds())
-                .map(|kind| Place::zeros(sizes, kind, device))
+                .map(|kind| Place::new(kind, &mut block))
                 .collect(),
             final_layer: FinalLayer {
                 linear: Linear::zeros(
@@ -82,7 +101,7 @@ impl<B: Backend> Dit<B> {
                     config.patch_size.pow(2) * config.out_channels(),
                     device,
                 ),
-                modulation: Linear::zeros(width, 2 * width, device),
+                modulation: Linear::zeros(condition, 2 * width, device),
             },
             patch_size: config.patch_size,
             heads: config.heads,
@@ -107,8 +126,16 @@ impl<B: Backend> Dit<B> {
             classes: rows - 1,
             learn_sigma: self.learn_sigma,
             blocks: Vec::new(),
+            widths: None,
         };
-        config.of_blocks(self.blocks.iter().map(Place::kind).collect())
+        let blocks = self.blocks.iter().flat_map(Place::blocks);
+        let widths = Widths {
+            condition: self.final_layer.modulation.layout().input,
+            timestep: self.t_embedder.out.layout().input,
+            blocks: blocks.map(DitBlock::widths).collect(),
+        };
+        let kinds = self.blocks.iter().map(Place::kind).collect();
+        config.of_blocks(kinds).of_widths(widths)
     }
 }
 

@@ -90,6 +90,7 @@ pub fn config(name: &str, input_size: usize, channels: usize, classes: usize) ->
         classes,
         learn_sigma: true,
         blocks: Vec::new(),
+        widths: None,
     })
 }
 

@@ -34,6 +34,11 @@ pub(crate) fn training_memory(
     4 * model.parameters() + 16 * learning + model.kept_bytes(batch)
 }
 
+/// Weights, their gradients, and what a pass of so many images leaves for its backward pass.
+pub(crate) fn gradient_memory(model: &Architecture, batch: usize) -> usize {
+    8 * model.parameters() + model.kept_bytes(batch)
+}
+
 /// Weights, and what a pass needs at once.
 pub(crate) fn inference_memory(model: &Architecture, batch: usize) -> usize {
     4 * model.parameters() + model.pass_bytes(batch)

@@ -16,6 +16,7 @@ use crate::recipe::schema::data::{Data, DataShape, Idx, Pictures};
 use crate::recipe::schema::prune::{Intervals, Prune, PruneMethod, Replacements};
 use crate::recipe::schema::sample::{Against, Evaluate};
 use crate::recipe::schema::source::Source;
+use crate::recipe::schema::width::{Importance, Width};
 use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::weights::{embedded, vae_config};
 
@@ -55,18 +56,21 @@ pub(in crate::recipe) fn following<'a>(
     })
 }
 
-/// Whether a stage only takes layers out, so that it is all the same to it how the model was
+/// Whether a stage only takes layers or channels out, so that it is all the same to it how the model was
 /// trained.
 pub(crate) fn keeps_weights(kind: &StageKind) -> bool {
     let StageKind::Prune(prune) = kind else {
         return false;
     };
-    match prune.method {
+    match &prune.method {
         PruneMethod::Oracle { .. }
         | PruneMethod::Uniform { .. }
         | PruneMethod::First { .. }
         | PruneMethod::Random { .. }
         | PruneMethod::Kept { .. } => true,
+        PruneMethod::Width(Width { importance, .. }) => {
+            matches!(importance, Importance::Magnitude | Importance::Random)
+        }
         PruneMethod::Learned(_)
         | PruneMethod::ShortGpt(_)
         | PruneMethod::FluxLite(_)

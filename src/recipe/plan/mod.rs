@@ -11,6 +11,7 @@ pub(crate) mod prune;
 pub(crate) mod recover;
 mod sample;
 pub(crate) mod train;
+pub(crate) mod width;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -24,6 +25,7 @@ use self::missing::{Missing, MissingFile, refuse};
 pub use self::prune::{PrunePlan, Search, Selection};
 pub use self::recover::{RecoverPlan, Taught};
 pub use self::train::TrainPlan;
+pub use self::width::WidthPlan;
 use super::RecipeError;
 use super::schema::extract::Extract;
 use super::schema::sample::{Evaluate, Sample};
@@ -80,6 +82,8 @@ pub enum Work {
     Train(TrainPlan),
     /// Takes layers out.
     Prune(PrunePlan),
+    /// Takes channels out.
+    Width(WidthPlan),
     /// Heals what is left.
     Recover(RecoverPlan),
     /// Draws samples.

@@ -196,6 +196,8 @@ impl Selection {
                     draw: *draw,
                 })
             }
+            // It is planned apart.
+            PruneMethod::Width(_) => Err(Problem::Unknown),
             PruneMethod::Kept { kept } => {
                 let mut kept = kept.clone();
                 kept.sort_unstable();
@@ -240,6 +242,9 @@ pub(super) fn plan(
     prune: &Prune,
     known: &mut Known<'_>,
 ) -> Result<PlannedStage, Problem> {
+    if let PruneMethod::Width(width) = &prune.method {
+        return super::width::plan(stage, (&prune.from, width), known);
+    }
     let (before, process) = known.denoiser(stage, &prune.from)?;
     if !keeps_weights(&stage.kind) {
         known.same_classes(&prune.from)?;
@@ -265,7 +270,7 @@ pub(super) fn plan(
                     .into(),
             ));
         }
-        (_, Start::Average) if !before.is_whole() => {
+        (_, Start::Average) if !before.is_alike() => {
             return Err(Problem::Said(format!(
                 "start = \"average\" needs blocks that are alike, and {before} has not"
             )));
@@ -376,5 +381,6 @@ fn prune_method(method: &PruneMethod) -> &'static str {
         PruneMethod::Parallel { .. } => "parallel",
         PruneMethod::Random { .. } => "random",
         PruneMethod::Kept { .. } => "kept",
+        PruneMethod::Width(_) => "width",
     }
 }

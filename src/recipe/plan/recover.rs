@@ -3,6 +3,7 @@
 use super::cost::{TRAINING, flops, images, inference_memory, training_memory};
 use super::known::{Known, Problem};
 use super::{PlannedStage, Work};
+use crate::models::Architecture;
 use crate::process::ProcessKind;
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::optimisation::Meanwhile;
@@ -82,6 +83,7 @@ pub(super) fn plan(
     let mut arithmetic = TRAINING * flops(&student, seen);
     let mut memory = training_memory(&student, student.parameters(), optimisation);
     let taught = Taught::new(&recover.method);
+    let mut notes = Vec::new();
     if let Some(taught) = &taught {
         let (teacher, other) = known.denoiser(stage, &taught.teacher)?;
         let other = other.unwrap_or(ProcessKind::ASSUMED);
@@ -90,10 +92,26 @@ pub(super) fn plan(
                 "the student was trained by {process}, the teacher by {other}"
             )));
         }
-        if teacher.with_depth(1) != student.with_depth(1) {
+        let says = |model: &Architecture| (model.shape(), model.predicts_variance());
+        if says(&teacher) != says(&student) {
             return Err(Problem::Said(format!(
-                "student and teacher differ in more than depth: {student}; {teacher}"
+                "student and teacher predict different things: {student}; {teacher}"
             )));
+        }
+        let states = (student.states(), teacher.states());
+        if let (Some(_), (Some([tokens, width]), Some([others, wider]))) =
+            (&taught.features, states)
+        {
+            if tokens != others {
+                return Err(Problem::Said(format!(
+                    "hidden states of different tokens can't be compared: {student}; {teacher}"
+                )));
+            }
+            if width != wider {
+                notes.push(format!(
+                    "the student's hidden states, {width} wide, are compared after linear maps to {wider}, which are learned along and dropped"
+                ));
+            }
         }
         let representation = taught.features.as_ref().map(|(features, _)| features);
         if let Some(taps) = representation.and_then(|features| features.taps.as_ref()) {
@@ -122,7 +140,7 @@ pub(super) fn plan(
         label_drop: recover.label_drop,
         meanwhile: recover.meanwhile.clone(),
     });
-    Ok(PlannedStage {
+    let mut planned = PlannedStage {
         before: Some(student.clone()),
         after: Some(student),
         process: Some(process),
@@ -131,7 +149,9 @@ pub(super) fn plan(
         memory,
         flops: arithmetic,
         ..PlannedStage::new(stage, &format!("recover, {method}"), work)
-    })
+    };
+    planned.notes.extend(notes);
+    Ok(planned)
 }
 
 /// Refuses (student, teacher) taps outside the models or out of order; features are compared in the

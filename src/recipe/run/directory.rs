@@ -188,8 +188,7 @@ impl RunDirectory {
         read: impl Fn(String) -> Option<T>,
         measure: impl FnOnce() -> Result<String, RecipeError>,
     ) -> Result<T, RecipeError> {
-        let name = format!("{what}-{:x}.csv", Sha256::digest(json(key)?));
-        let path = self.measured.join(name);
+        let path = self.measured_path(what, key, "csv")?;
         if let Some(kept) = std::fs::read_to_string(&path).ok().and_then(&read) {
             crate::say!("{what} from {}", path.display());
             return Ok(kept);
@@ -204,6 +203,20 @@ impl RunDirectory {
                 path.display()
             ))
         })
+    }
+
+    /// The file of what is measured for a key.
+    ///
+    /// # Errors
+    /// When the key can't be written as JSON.
+    pub fn measured_path(
+        &self,
+        what: &str,
+        key: &impl Serialize,
+        extension: &str,
+    ) -> Result<PathBuf, RecipeError> {
+        let name = format!("{what}-{:x}.{extension}", Sha256::digest(json(key)?));
+        Ok(self.measured.join(name))
     }
 
     /// The folder.

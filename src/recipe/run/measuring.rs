@@ -63,9 +63,25 @@ impl<B: TrainingBackend> Context<'_, B> {
         timesteps: Option<usize>,
     ) -> Result<Measuring<'_, B>, RecipeError> {
         let network = model.network::<B::InnerBackend>(self.device)?;
-        let process = model.trained_by().process();
+        Ok(Measuring {
+            network: network.computing(self.recipe.compute),
+            process: model.trained_by().process(),
+            source: self.pictures_to_measure(model, part, seed, batch, timesteps)?,
+            device: self.device,
+        })
+    }
+
+    /// The pictures that a model is measured with.
+    pub(super) fn pictures_to_measure(
+        &self,
+        model: &Checkpoint,
+        part: Split,
+        seed: u64,
+        batch: usize,
+        timesteps: Option<usize>,
+    ) -> Result<BatchSource, RecipeError> {
         let shape = model.denoiser()?.shape();
-        let times = process.times();
+        let times = model.trained_by().process().times();
         let plan = BatchPlan {
             batch,
             seed,
@@ -79,12 +95,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             },
             candidates: Vec::new(),
         };
-        Ok(Measuring {
-            network: network.computing(self.recipe.compute),
-            process,
-            source: BatchSource::new(plan, self.part(part)?),
-            device: self.device,
-        })
+        Ok(BatchSource::new(plan, self.part(part)?))
     }
 
     /// What layers or masks are measured with.
@@ -286,17 +297,25 @@ impl<B: TrainingBackend> Measuring<'_, B> {
     }
 
     pub(super) fn batch(&self, step: usize) -> Result<ScoreBatch<B::InnerBackend>, RecipeError> {
-        let batch = self
-            .source
-            .draw::<B::InnerBackend>(step, self.device)
-            .map_err(TrainingError::from)?;
-        Ok(ScoreBatch {
-            x: batch.x,
-            noise: batch.noise,
-            y: batch.y,
-            t: batch.t,
-        })
+        score_batch(&self.source, step, self.device)
     }
+}
+
+/// The batch of a step.
+pub(super) fn score_batch<B: Backend>(
+    source: &BatchSource,
+    step: usize,
+    device: &B::Device,
+) -> Result<ScoreBatch<B>, RecipeError> {
+    let batch = source
+        .draw::<B>(step, device)
+        .map_err(TrainingError::from)?;
+    Ok(ScoreBatch {
+        x: batch.x,
+        noise: batch.noise,
+        y: batch.y,
+        t: batch.t,
+    })
 }
 
 /// The layers and the loss of a line such as `0 1 3,0.25`.

@@ -16,6 +16,7 @@ mod recover;
 mod sample;
 pub mod sweep;
 mod train;
+mod width;
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -286,6 +287,7 @@ fn stages<B: TrainingBackend>(
             Work::Extract(extract) => context.extract(&stage.name, extract, &folder)?,
             Work::Train(train) => context.train(stage, train, &folder)?,
             Work::Prune(prune) => context.prune(stage, prune, &folder)?,
+            Work::Width(width) => context.width(&stage.name, width, &folder)?,
             Work::Recover(recover) => context.recover(stage, recover, &folder)?,
             Work::Sample(sample) => context.sample(&stage.name, sample, &folder)?,
             Work::Analyse(analyse) => context.analyse(&stage.name, analyse, &folder)?,

@@ -6,6 +6,7 @@ use super::context::{Context, finished};
 use super::models::MODEL;
 use super::prune::in_layers;
 use crate::data::teacher;
+use crate::models::Architecture;
 use crate::ops::TrainingBackend;
 use crate::process::{Distillation, MaskedFeatures, Process};
 use crate::pruning::{self, Groups};
@@ -99,7 +100,16 @@ impl<B: TrainingBackend> Context<'_, B> {
         let process = kind.process();
         training.describe(architecture.clone(), Some(kind), provenance.clone());
         let network = in_layers(self.network(&parent)?, granularity)?;
-        let student = Student::new(network, distillation, process.clone(), steps);
+        let width = |model: &Architecture| model.states().map_or(0, |[_, width]| width);
+        let widths = teacher_checkpoint
+            .as_ref()
+            .filter(|_| distillation.iter().any(|with| with.features.is_some()))
+            .map(|teacher| (width(&architecture), width(&teacher.architecture)))
+            .filter(|(narrow, wide)| narrow != wide);
+        let mut student = Student::new(network, distillation, process.clone(), steps);
+        if let Some((narrow, wide)) = widths {
+            student = student.mapped(narrow, wide, self.recipe.seed, self.device);
+        }
         let source = self.source(
             architecture.shape(),
             process.times(),
@@ -139,6 +149,10 @@ fn taps(
             .collect()
     } else {
         let Some(kept) = kept else {
+            if depth == teacher_depth {
+                // A student that lost width has all layers.
+                return Ok((0..depth).map(|layer| (layer, layer)).collect());
+            }
             return Err("the checkpoint does not say which layers were kept; give `taps`".into());
         };
         if *parent_depth != Some(teacher_depth) || kept.len() != depth {

@@ -53,6 +53,8 @@ struct Row {
     kept: Option<Vec<usize>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     loss: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ssim: Option<f64>,
     fid: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     sfid: Option<f64>,
@@ -214,7 +216,7 @@ impl Verdicts {
         for key in &keys {
             text += &format!("{},", csv_cell(key));
         }
-        text += "seed,model,depth,parameters,macs,images_per_second,images,kept,loss,fid,sfid,inception_score,precision,recall,accuracy\n";
+        text += "seed,model,depth,parameters,macs,images_per_second,images,kept,loss,ssim,fid,sfid,inception_score,precision,recall,accuracy\n";
         for run in &self.runs {
             for row in &run.verdicts {
                 let mut cells = vec![csv_cell(run.case.as_deref().unwrap_or_default())];
@@ -240,6 +242,7 @@ impl Verdicts {
                     count(row.images),
                     kept.collect::<Vec<_>>().join(" "),
                     number(row.loss),
+                    number(row.ssim),
                     number(Some(row.fid)),
                     number(row.sfid),
                     number(Some(row.inception_score)),
@@ -391,7 +394,7 @@ impl Verdicts {
 }
 
 /// Titles of the table of a sweep.
-const TITLES: [&str; 14] = [
+const TITLES: [&str; 15] = [
     "case",
     "model",
     "depth",
@@ -400,6 +403,7 @@ const TITLES: [&str; 14] = [
     "images/s",
     "trained on",
     "loss",
+    "SSIM",
     "FID",
     "sFID",
     "IS",
@@ -440,9 +444,9 @@ impl Verdicts {
 
     /// A row for each model of each case and combination: mean and standard deviation over the
     /// seeds. Rows that are the same everywhere, such as those of real pictures, stand there once.
-    fn rows(&self) -> Vec<[String; 14]> {
+    fn rows(&self) -> Vec<[String; 15]> {
         let groups = self.groups();
-        let mut rows: Vec<[String; 14]> = Vec::new();
+        let mut rows: Vec<[String; 15]> = Vec::new();
         for group in &groups {
             for (index, first) in group[0].verdicts.iter().enumerate() {
                 let of_seeds: Vec<&Row> = group
@@ -472,6 +476,7 @@ impl Verdicts {
                     cell(0, &|row| row.images_per_second.map(|speed| speed.median)),
                     count(first.images, thousands),
                     cell(4, &|row| row.loss),
+                    cell(3, &|row| row.ssim),
                     cell(2, &|row| Some(row.fid)),
                     cell(2, &|row| row.sfid),
                     cell(2, &|row| Some(row.inception_score)),
@@ -602,7 +607,7 @@ mod tests {
         assert_eq!(lines.len(), 1 + 8);
         assert!(lines[0].starts_with("case,stage.a.lr,seed,model,depth,"));
         assert!(
-            lines[2].starts_with("a,\"1, 2\",0,student,14,,,,,,,10,,9,"),
+            lines[2].starts_with("a,\"1, 2\",0,student,14,,,,,,,,10,,9,"),
             "{text}"
         );
         let columns = |line: &str| line.split(',').count();

@@ -71,6 +71,8 @@ const TOPICS: [Topic; 12] = [
             ("parallel", "kind = 'prune'\nfrom = 'base'\nmethod = 'parallel'\nsteps = 1000"),
             ("random", "kind = 'prune'\nfrom = 'base'\nmethod = 'random'\nkeep = 3"),
             ("kept", "kind = 'prune'\nfrom = 'base'\nmethod = 'kept'\nkept = [0, 2]"),
+            ("width", "kind = 'prune'\nfrom = 'base'\nmethod = 'width'\nratio = 0.5"),
+            ("width by gradients at random times", "kind = 'prune'\nfrom = 'base'\nmethod = 'width'\nratio = 0.5\nimportance = 'taylor'"),
         ],
     },
     Topic {
@@ -123,7 +125,7 @@ const TOPICS: [Topic; 12] = [
 
 /// Meanings of keys that choose among variants, which no field keeps.
 #[rustfmt::skip]
-const MEANINGS: [(&str, &str); 21] = [
+const MEANINGS: [(&str, &str); 25] = [
     ("sweep", "Settings that the recipe is run with, one after the other."),
     ("case", "Settings with a name; the section below."),
     ("[[sweep.case]] name", "The name, in tables and in the names of folders."),
@@ -132,6 +134,10 @@ const MEANINGS: [(&str, &str); 21] = [
     ("method", "How."),
     ("solver", "How a sample is drawn; a model of Gaussian diffusion takes `ddpm` or `ddim`, one of an interpolant `ode` or `sde`."),
     ("update", "Weights trained along with the masks."),
+    ("importance", "By what channels are chosen: by their share in the first-order change of the loss, over times from the least noise on (`diff-pruning`) or at random times (`taylor`); by the squares of their weights; or at random."),
+    ("ratio", "Share of the channels that leaves attention, MLPs and condition."),
+    ("parameters", "Share of the parameters that is left, within 2%; the ratio is searched for."),
+    ("macs", "Share of the multiply-accumulates that is left, within 2%; the ratio is searched for."),
     ("family", "The family of the model."),
     ("eta", "Share of the ancestral noise in a step of `ddim`; 0 is deterministic."),
     ("fill", "Grey value, 0 to 255, of what `pad` adds."),
@@ -155,7 +161,7 @@ fn sources(title: &str) -> &'static [&'static str] {
         "data" => &["recipe/schema/data.rs"],
         "architecture" => &["models/dit/config.rs", "models/classifier.rs", "process/kind.rs"],
         "kind = \"train\"" => &["recipe/schema/train.rs", "recipe/schema/optimisation.rs", "training/optimisation.rs"],
-        "kind = \"prune\"" => &["recipe/schema/prune.rs", "pruning/learned.rs", "pruning/search.rs", "training/optimisation.rs"],
+        "kind = \"prune\"" => &["recipe/schema/prune.rs", "recipe/schema/width.rs", "pruning/learned.rs", "pruning/search.rs", "training/optimisation.rs"],
         "kind = \"recover\"" => &["recipe/schema/recover.rs", "recipe/schema/optimisation.rs", "training/optimisation.rs"],
         "kind = \"analyse\"" => &["recipe/schema/analyse.rs"],
         "kind = \"extract\"" => &["recipe/schema/extract.rs"],

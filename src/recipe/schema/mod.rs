@@ -16,6 +16,7 @@ pub mod sample;
 pub mod source;
 pub mod sweep;
 pub mod train;
+pub mod width;
 
 use std::path::Path;
 

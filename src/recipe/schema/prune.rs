@@ -4,6 +4,7 @@ use serde::{Serialize, Serializer};
 
 use super::optimisation::{self, POSITIVE, label_drop, positive};
 use super::source::{Lineage, Source};
+use super::width::{self, Width};
 use crate::pruning::{Evolution, Group, GroupError, Groups, Pick, Start, Update};
 use crate::recipe::document::diagnostic::Diagnostic;
 use crate::recipe::document::reader::Section;
@@ -90,6 +91,8 @@ pub enum PruneMethod {
         /// Their indices, strictly increasing.
         kept: Vec<usize>,
     },
+    /// Takes no layer out, but channels of all.
+    Width(Width),
 }
 
 /// Settings of a method that measures layers or masks on some pictures.
@@ -97,12 +100,13 @@ pub enum PruneMethod {
 pub struct Scored {
     /// Number of layers to keep.
     pub keep: usize,
-    /// Batches that the score or loss is averaged over; default 4, of masks 1.
+    /// Batches that the score or loss is averaged over; default 4, of masks 1, of channels 16.
     pub batches: usize,
-    /// Images per batch; default 64, of masks 16.
+    /// Images per batch; default 64, of masks and channels 16.
     pub batch: usize,
     /// Timesteps are drawn from 0 up to this number, exclusive; default 250 for `shortgpt` and
-    /// `flux-lite`, else 1000.
+    /// `flux-lite`, else 1000. The importance of channels by `diff-pruning` goes through so many of
+    /// all, evenly spaced.
     pub timesteps: usize,
 }
 
@@ -280,9 +284,10 @@ enum Method {
     Parallel,
     Random,
     Kept,
+    Width,
 }
 
-const METHODS: [(&str, Method); 13] = [
+const METHODS: [(&str, Method); 14] = [
     ("learned", Method::Learned),
     ("oracle", Method::Oracle),
     ("uniform", Method::Uniform),
@@ -296,6 +301,7 @@ const METHODS: [(&str, Method); 13] = [
     ("parallel", Method::Parallel),
     ("random", Method::Random),
     ("kept", Method::Kept),
+    ("width", Method::Width),
 ];
 
 /// The largest index of a random choice.
@@ -336,13 +342,14 @@ impl Prune {
         };
         let Some(method) = method else {
             section.accept(KEYS);
+            section.accept(&width::KEYS);
             section.accept(&optimisation::KEYS);
             return None;
         };
 
         let name = string_in(section.table(), "method").unwrap_or("learned");
         let granularity = match method {
-            Method::Oracle | Method::Intervals | Method::Parallel => {
+            Method::Oracle | Method::Intervals | Method::Parallel | Method::Width => {
                 section.refuse(&["granularity"], &format!("method {name:?}"));
                 Granularity::Block
             }
@@ -353,8 +360,8 @@ impl Prune {
         };
         let learned = matches!(method, Method::Learned);
         let start = match method {
-            // They train their own.
-            Method::Intervals | Method::Parallel => {
+            // They train their own, or keep all layers.
+            Method::Intervals | Method::Parallel | Method::Width => {
                 section.refuse(&["start"], &format!("method {name:?}"));
                 Start::Original
             }
@@ -429,9 +436,11 @@ impl Prune {
                 );
                 kept.required().map(|kept| PruneMethod::Kept { kept })
             }
+            Method::Width => Width::read(section).map(PruneMethod::Width),
         };
         let by = format!("method {name:?}");
         section.refuse(KEYS, &by);
+        section.refuse(&width::KEYS, &by);
         section.refuse(&optimisation::KEYS, &by);
         Some(Self {
             from: from?,

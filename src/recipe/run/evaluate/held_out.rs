@@ -8,7 +8,9 @@ use serde::Serialize;
 use super::model_folder;
 use crate::backend::Compute;
 use crate::data::{Samples, Split};
-use crate::evaluation::{ClassifiedVerdict, ClassifierJudge, Pictured, bias, classified_table};
+use crate::evaluation::{
+    ClassifiedVerdict, ClassifierJudge, Pictured, bias, classified_table, ssim,
+};
 use crate::images::Images;
 use crate::npz::{first_images, read_samples};
 use crate::ops::TrainingBackend;
@@ -117,6 +119,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let floor = format!("{} training images", thousands(floor_count));
         let mut verdicts = vec![judge.verdict(&floor, &real.images, &real.labels)?];
         let (mut rows, mut checkpoints) = (Vec::new(), Vec::new());
+        let mut first: Option<Images> = None;
         for (index, source) in evaluate.compare.iter().enumerate() {
             let name = source.to_string();
             let folder = folder.join(model_folder(index, &name));
@@ -134,6 +137,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             let Provenance { images, chose, .. } = checkpoint.provenance;
             verdict.images = Some(images).filter(|images| *images > 0 && !chose);
             verdict.kept.clone_from(&checkpoint.provenance.kept);
+            // Sample by sample all begin with the same noise and class.
+            verdict.ssim = first.as_ref().and_then(|first| ssim(first, &samples));
+            first.get_or_insert(samples);
             verdict.loss = Some(self.loss(&checkpoint, evaluate.sampling.batch)?);
             verdicts.push(verdict);
             checkpoints.push(checkpoint);

@@ -1,0 +1,77 @@
+//! Channels of a network that can only be taken out together.
+//!
+//! A hidden unit of an MLP is a row of one matrix and a column of the next; a channel of the
+//! residual stream is a row or a column of nearly every matrix. Such a set of places is a
+//! *dependency group* (Fang et al., arXiv 2301.12900). A network names its groups, and pruning in
+//! width needs to know nothing else of it.
+
+/// Channels that can only be taken out together with every place that one of them has in other
+/// tensors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChannelGroup {
+    /// The layer whose channels are counted, by its name in a checkpoint.
+    pub root: String,
+    /// The part of the network that they belong to.
+    pub part: Part,
+    /// Number of channels.
+    pub channels: usize,
+    /// Attention heads that the channels are divided into, in order; 1 of other channels.
+    pub heads: usize,
+    /// Their places.
+    pub members: Vec<Member>,
+}
+
+/// Parts of a network whose width can be chosen apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// Queries, keys and values of attention.
+    Attention,
+    /// Hidden units of the MLPs.
+    Mlp,
+    /// The embedding of time and label that modulates the blocks, and the hidden units that it is
+    /// computed with.
+    Condition,
+    /// The residual stream.
+    Stream,
+}
+
+impl Part {
+    /// All, by their names.
+    pub const NAMES: [(&'static str, Self); 4] = [
+        ("attention", Self::Attention),
+        ("mlp", Self::Mlp),
+        ("condition", Self::Condition),
+        ("stream", Self::Stream),
+    ];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        let mut names = Self::NAMES.iter();
+        names
+            .find(|(_, part)| *part == self)
+            .map_or("", |(name, _)| name)
+    }
+}
+
+/// The place of a group's channels in a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// The tensor, by its name in a checkpoint.
+    pub tensor: String,
+    /// The dimension that counts the channels.
+    pub dim: usize,
+    /// Indices of the first channel: several where the tensor holds the channels several times.
+    pub offsets: Vec<usize>,
+    /// Whether the tensor is a layer's weight, by which the channels' importance is measured.
+    /// Biases and tables are cut along.
+    pub scored: bool,
+}
+
+/// What is left of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Left {
+    /// Number of channels.
+    pub channels: usize,
+    /// Number of heads; 1 of channels that are no attention's.
+    pub heads: usize,
+}

@@ -1,0 +1,557 @@
+//! A diffusion transformer that is narrower in places: its widths, and the channels that can be
+//! taken out of it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{BlockKind, DitConfig};
+use crate::models::channels::{ChannelGroup, Left, Member, Part};
+
+/// How a `DiT` of facebookresearch/DiT is given the widths of a model that was pruned in width.
+pub(in crate::models) const WIDTHS_IN_PYTORCH: &str = r#"Some of its layers are narrower than usual. A `DiT` of the original code, of the sizes in `config.json`, is given such layers;
+its `hidden_size` is `width`, and any `num_heads` that divides it will do, since each block is told its own:
+
+```python
+import json, types, torch
+from torch.nn.functional import scaled_dot_product_attention
+
+def attend(self, x):
+    q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+def resize(layers, name, rows=None, columns=None):
+    old = getattr(layers, name)
+    setattr(layers, name, torch.nn.Linear(columns or old.in_features, rows or old.out_features))
+
+widths = json.load(open("config.json"))["widths"]
+condition, timestep = widths["condition"], widths["timestep"]
+resize(model.t_embedder.mlp, "0", rows=timestep)
+resize(model.t_embedder.mlp, "2", rows=condition, columns=timestep)
+labels = model.y_embedder.embedding_table.num_embeddings
+model.y_embedder.embedding_table = torch.nn.Embedding(labels, condition)
+modulated = [module for module in model.modules() if hasattr(module, "adaLN_modulation")]
+for module in modulated:
+    resize(module.adaLN_modulation, "1", columns=condition)
+for block, of in zip(modulated, widths["blocks"]):
+    if hasattr(block, "attn"):
+        width = of["heads"] * of["head_dim"]
+        resize(block.attn, "qkv", rows=3 * width)
+        resize(block.attn, "proj", columns=width)
+        block.attn.num_heads = of["heads"]
+        block.attn.forward = types.MethodType(attend, block.attn)
+    if hasattr(block, "mlp"):
+        resize(block.mlp, "fc1", rows=of["hidden"])
+        resize(block.mlp, "fc2", columns=of["hidden"])
+```"#;
+
+/// Greatest width of the trunk, a condition or a head.
+const MOST_WIDTH: usize = 65_536;
+/// Greatest hidden width of an MLP.
+const MOST_HIDDEN: usize = 64 * MOST_WIDTH;
+/// Most heads of a block.
+const MOST_HEADS: usize = 1024;
+
+/// Widths within a network that was pruned in width.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Widths {
+    /// Width of the condition.
+    pub condition: usize,
+    /// Hidden width of the timestep embedder.
+    pub timestep: usize,
+    /// Widths of each block in order, those of a pair one after the other.
+    pub blocks: Vec<BlockWidths>,
+}
+
+impl fmt::Display for Widths {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let range = |of: &dyn Fn(&BlockWidths) -> usize| {
+            let all = || self.blocks.iter().map(of).filter(|width| *width > 0);
+            match (all().min(), all().max()) {
+                (Some(least), Some(most)) if least < most => format!("{least} to {most}"),
+                (Some(width), _) => width.to_string(),
+                _ => "no".into(),
+            }
+        };
+        write!(
+            f,
+            "{} heads of {}, MLP {}, condition {}",
+            range(&|block| block.heads),
+            range(&|block| block.head_dim),
+            range(&|block| block.hidden),
+            self.condition
+        )
+    }
+}
+
+/// Widths within a block; 0 of a branch that it lacks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockWidths {
+    /// Attention heads.
+    pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Hidden width of the MLP.
+    pub hidden: usize,
+}
+
+impl BlockWidths {
+    /// Width of all heads together.
+    pub fn attention(self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Those of the branches that a block of this kind has.
+    pub(super) fn of(self, kind: BlockKind) -> Self {
+        let Self {
+            heads,
+            head_dim,
+            hidden,
+        } = self;
+        let (heads, head_dim) = match kind.attention() {
+            true => (heads, head_dim),
+            false => (0, 0),
+        };
+        let hidden = if kind.mlp() { hidden } else { 0 };
+        Self {
+            heads,
+            head_dim,
+            hidden,
+        }
+    }
+}
+
+/// Channels that can be taken out of a DiT.
+#[derive(Debug, Clone, Copy)]
+enum Channels {
+    Stream,
+    Condition,
+    Timestep,
+    Mlp { block: usize },
+    Attention { block: usize },
+}
+
+impl DitConfig {
+    /// The widths within the network, whether or not they follow from its other sizes.
+    pub fn widths(&self) -> Widths {
+        self.widths.clone().unwrap_or_else(|| self.usual_widths())
+    }
+
+    /// The widths that follow from the other sizes.
+    fn usual_widths(&self) -> Widths {
+        let usual = BlockWidths {
+            heads: self.heads,
+            head_dim: self.width / self.heads.max(1),
+            hidden: self.hidden(),
+        };
+        let blocks = self.kinds().flat_map(|kind| {
+            let widths = usual.of(kind);
+            std::iter::repeat_n(widths, kind.blocks())
+        });
+        Widths {
+            condition: self.width,
+            timestep: self.width,
+            blocks: blocks.collect(),
+        }
+    }
+
+    /// The same with these widths, which are left out where they follow from the other sizes.
+    pub(super) fn of_widths(&self, widths: Widths) -> Self {
+        let usual = widths == self.usual_widths();
+        Self {
+            widths: (!usual).then_some(widths),
+            ..self.clone()
+        }
+    }
+
+    /// Why no network can have its widths, if so.
+    pub(super) fn problem_of_widths(&self) -> Option<String> {
+        let widths = self.widths.as_ref()?;
+        let blocks = self.kinds().map(BlockKind::blocks).sum::<usize>();
+        if widths.blocks.len() != blocks {
+            return Some(format!(
+                "widths of {} blocks are given, and there are {blocks}",
+                widths.blocks.len()
+            ));
+        }
+        let named = self.named_blocks();
+        let of_blocks = named.iter().flat_map(|(name, kind, widths)| {
+            let BlockWidths {
+                heads,
+                head_dim,
+                hidden,
+            } = *widths;
+            let (attention, mlp) = (kind.attention(), kind.mlp());
+            [
+                (format!("heads of {name}"), heads, MOST_HEADS, attention),
+                (
+                    format!("head_dim of {name}"),
+                    head_dim,
+                    MOST_WIDTH,
+                    attention,
+                ),
+                (format!("hidden of {name}"), hidden, MOST_HIDDEN, mlp),
+            ]
+        });
+        let all = [
+            ("width".to_owned(), self.width, MOST_WIDTH, true),
+            ("condition".to_owned(), widths.condition, MOST_WIDTH, true),
+            ("timestep".to_owned(), widths.timestep, MOST_WIDTH, true),
+        ];
+        let mut all = all.into_iter().chain(of_blocks);
+        let wrong = all.find(|(_, width, most, there)| match there {
+            true => *width == 0 || width > most,
+            false => *width != 0,
+        });
+        wrong.map(|(name, width, most, there)| match there {
+            true => format!("{name} is {width}, which must lie in 1..={most}"),
+            false => format!("{name} is {width}, and the block has none"),
+        })
+    }
+
+    /// The blocks in order, with the beginning of their tensors' names.
+    pub(super) fn named_blocks(&self) -> Vec<(String, BlockKind, BlockWidths)> {
+        let mut widths = self.widths().blocks.into_iter();
+        let mut named = Vec::new();
+        for (place, kind) in self.kinds().enumerate() {
+            for block in 0..kind.blocks() {
+                let name = match kind {
+                    BlockKind::Pair => format!("blocks.{place}.{block}"),
+                    _ => format!("blocks.{place}"),
+                };
+                named.push((name, kind, widths.next().unwrap_or_default()));
+            }
+        }
+        named
+    }
+
+    /// All channels that can be taken out, in the order in which Torch-Pruning scores their groups.
+    fn channels(&self) -> Vec<Channels> {
+        let mut channels = vec![Channels::Stream, Channels::Condition, Channels::Timestep];
+        for (block, (_, kind, _)) in self.named_blocks().iter().enumerate().rev() {
+            channels.extend(kind.mlp().then_some(Channels::Mlp { block }));
+            channels.extend(kind.attention().then_some(Channels::Attention { block }));
+        }
+        channels
+    }
+
+    /// The groups of channels that can be taken out.
+    pub fn channel_groups(&self) -> Vec<ChannelGroup> {
+        let (widths, blocks) = (self.widths(), self.named_blocks());
+        let group = |channels: &Channels| match *channels {
+            Channels::Stream => self.stream(&blocks),
+            Channels::Condition => {
+                let mut members = Members::default();
+                members.rows("t_embedder.mlp.2", &[0]);
+                members.other("y_embedder.embedding_table.weight", 1, &[0]);
+                for (block, ..) in &blocks {
+                    members.columns(&format!("{block}.adaLN_modulation.1"));
+                }
+                members.columns("final_layer.adaLN_modulation.1");
+                members.group("t_embedder.mlp.2", Part::Condition, widths.condition)
+            }
+            Channels::Timestep => {
+                let mut members = Members::default();
+                members.rows("t_embedder.mlp.0", &[0]);
+                members.columns("t_embedder.mlp.2");
+                members.group("t_embedder.mlp.0", Part::Condition, widths.timestep)
+            }
+            Channels::Mlp { block } => {
+                let (block, _, widths) = &blocks[block];
+                let (fc1, fc2) = (format!("{block}.mlp.fc1"), format!("{block}.mlp.fc2"));
+                let mut members = Members::default();
+                members.rows(&fc1, &[0]);
+                members.columns(&fc2);
+                members.group(&fc1, Part::Mlp, widths.hidden)
+            }
+            Channels::Attention { block } => {
+                let (block, _, widths) = &blocks[block];
+                let (qkv, proj) = (format!("{block}.attn.qkv"), format!("{block}.attn.proj"));
+                let width = widths.attention();
+                let mut members = Members::default();
+                members.columns(&proj);
+                members.rows(&qkv, &[0, width, 2 * width]);
+                ChannelGroup {
+                    heads: widths.heads,
+                    ..members.group(&proj, Part::Attention, width)
+                }
+            }
+        };
+        self.channels().iter().map(group).collect()
+    }
+
+    /// The channels of the residual stream. Torch-Pruning counts rows of the head's modulation in
+    /// their place, twice as many, of which it can take out none or fails; here they are the
+    /// channels themselves.
+    fn stream(&self, blocks: &[(String, BlockKind, BlockWidths)]) -> ChannelGroup {
+        let width = self.width;
+        let parts = |count: usize| (0..count).map(|part| part * width).collect::<Vec<_>>();
+        let mut members = Members::default();
+        members.rows("final_layer.adaLN_modulation.1", &parts(2));
+        members.columns("final_layer.linear");
+        for (block, kind, _) in blocks.iter().rev() {
+            if kind.mlp() {
+                members.rows(&format!("{block}.mlp.fc2"), &[0]);
+            }
+            members.rows(
+                &format!("{block}.adaLN_modulation.1"),
+                &parts(3 * kind.branches()),
+            );
+            if kind.mlp() {
+                members.columns(&format!("{block}.mlp.fc1"));
+            }
+            if kind.attention() {
+                members.rows(&format!("{block}.attn.proj"), &[0]);
+                members.columns(&format!("{block}.attn.qkv"));
+            }
+        }
+        members.rows("x_embedder.proj", &[0]);
+        members.other("pos_embed", 2, &[0]);
+        members.group("x_embedder.proj", Part::Stream, width)
+    }
+
+    /// The same with so many channels left of each of its [`channel_groups`](Self::channel_groups).
+    ///
+    /// # Panics
+    /// When there are not as many numbers as groups.
+    pub fn narrowed(&self, left: &[Left]) -> Self {
+        let channels = self.channels();
+        assert_eq!(channels.len(), left.len(), "each group has its number");
+        let mut widths = self.widths();
+        let mut width = self.width;
+        for (channels, left) in channels.iter().zip(left) {
+            match *channels {
+                Channels::Stream => width = left.channels,
+                Channels::Condition => widths.condition = left.channels,
+                Channels::Timestep => widths.timestep = left.channels,
+                Channels::Mlp { block } => widths.blocks[block].hidden = left.channels,
+                Channels::Attention { block } => {
+                    let block = &mut widths.blocks[block];
+                    block.heads = left.heads;
+                    block.head_dim = left.channels / left.heads.max(1);
+                }
+            }
+        }
+        let narrowed = Self {
+            width,
+            ..self.clone()
+        };
+        narrowed.of_widths(widths)
+    }
+}
+
+/// Collects the members of a group.
+#[derive(Default)]
+struct Members(Vec<Member>);
+
+impl Members {
+    /// The outputs of a layer, with their biases.
+    fn rows(&mut self, layer: &str, offsets: &[usize]) {
+        self.put(format!("{layer}.weight"), 0, offsets, true);
+        self.put(format!("{layer}.bias"), 0, offsets, false);
+    }
+
+    /// The inputs of a layer.
+    fn columns(&mut self, layer: &str) {
+        self.put(format!("{layer}.weight"), 1, &[0], true);
+    }
+
+    /// A dimension of a tensor that is no layer's weight.
+    fn other(&mut self, tensor: &str, dim: usize, offsets: &[usize]) {
+        self.put(tensor.to_owned(), dim, offsets, false);
+    }
+
+    fn put(&mut self, tensor: String, dim: usize, offsets: &[usize], scored: bool) {
+        self.0.push(Member {
+            tensor,
+            dim,
+            offsets: offsets.to_vec(),
+            scored,
+        });
+    }
+
+    fn group(self, root: &str, part: Part, channels: usize) -> ChannelGroup {
+        ChannelGroup {
+            root: root.to_owned(),
+            part,
+            channels,
+            heads: 1,
+            members: self.0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Distribution, Tensor};
+    use burn_ndarray::NdArray;
+
+    use super::*;
+    use crate::models::{Architecture, Denoiser, Heads, Network, Prunable};
+    use crate::pruning::{Leaves, kept_channels, left_of, units, without};
+    use crate::state::{StateDict, assign, collect, floats};
+    use crate::trunk::{Granularity, Plain};
+    use crate::weights::{EmbeddedName, embedded};
+
+    /// The digits teacher with so many units of each group, the last of each.
+    fn narrowed(keep: impl Fn(&ChannelGroup, usize) -> usize, leaves: Leaves) -> Network<NdArray> {
+        let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
+        let groups = checkpoint.architecture.channel_groups().unwrap();
+        let (mut kept, mut left) = (Vec::new(), Vec::new());
+        for group in &groups {
+            let (units, _) = units(group, leaves);
+            let keep = keep(group, units);
+            let ranked: Vec<f64> = (0..units).map(|unit| unit as f64).collect();
+            kept.push(kept_channels(group, &ranked, keep, leaves));
+            left.push(left_of(group, keep, leaves));
+        }
+        let weights = without(checkpoint.tensors.read_all().unwrap(), &groups, &kept);
+        filled(&checkpoint.architecture.narrowed(&left), &weights)
+    }
+
+    fn filled(architecture: &Architecture, weights: &StateDict) -> Network<NdArray> {
+        let zeros = Network::zeros(architecture, &Default::default()).unwrap();
+        let network = assign(zeros, weights, "x".as_ref(), "it").unwrap();
+        assert_eq!(network.architecture(), *architecture);
+        assert_eq!(architecture.problem(), None);
+        network
+    }
+
+    /// What its tensors show, with its heads.
+    fn shown(network: &Network<NdArray>) -> Architecture {
+        let heads = Heads {
+            known: network.architecture().heads(),
+            otherwise: None,
+        };
+        let state = collect::<NdArray, _>(network).into();
+        Architecture::of_tensors(&state, heads, "x".as_ref()).unwrap()
+    }
+
+    #[test]
+    fn a_narrower_network_is_known_by_its_tensors() {
+        let half = narrowed(
+            |group, units| match group.part {
+                Part::Stream => units,
+                _ => units / 2,
+            },
+            Leaves::Dims,
+        );
+        let shown_half = shown(&half);
+        // As many hidden units in all blocks are a ratio, which no tensor tells from another.
+        assert_eq!(shown_half.tensors(), half.architecture().tensors());
+        assert_eq!(shown_half.macs(), half.architecture().macs());
+        let text = half.architecture().to_string();
+        assert!(
+            text.contains("width 64, 4 heads of 8, MLP 128, condition 32"),
+            "{text}"
+        );
+        // The stream too; blocks and branches leave, and blocks run in pairs.
+        let all = narrowed(|_, units| units * 3 / 4, Leaves::Dims);
+        assert_eq!(all.architecture().states(), Some([16, 48]));
+        assert_eq!(shown(&all).tensors(), all.architecture().tensors());
+        let fewer = all.clone().keep(&[1, 5]);
+        let planned = all.architecture().keep(&[1, 5], Granularity::Block);
+        assert_eq!(fewer.architecture(), planned);
+        let branches = all.clone().by_branch().unwrap().keep(&[1, 2, 3, 6]);
+        let planned = all.architecture().keep(&[1, 2, 3, 6], Granularity::Branch);
+        assert_eq!(branches.architecture(), planned);
+        assert_eq!(shown(&branches).tensors(), planned.tensors());
+        let pairs = all.clone().in_pairs().unwrap();
+        assert_eq!(pairs.architecture(), all.architecture().in_pairs().unwrap());
+        assert_eq!(shown(&pairs).tensors(), pairs.architecture().tensors());
+    }
+
+    #[test]
+    fn whole_heads_leave_and_each_block_says_how_many() {
+        // One head of the first block, two of the others.
+        let fewer = narrowed(
+            |group, units| match group.part {
+                Part::Attention if group.root.starts_with("blocks.0.") => 1,
+                Part::Attention => 2,
+                _ => units,
+            },
+            Leaves::Heads,
+        );
+        let text = fewer.architecture().to_string();
+        assert!(text.contains("1 to 2 heads of 16, MLP 256"), "{text}");
+        let written = serde_json::to_string(&fewer.architecture()).unwrap();
+        let read: Architecture = serde_json::from_str(&written).unwrap();
+        assert_eq!(read, fewer.architecture());
+    }
+
+    #[test]
+    fn channels_without_weights_leave_without_a_trace() {
+        // What leaves had no part in anything: half of each group is set to 0 before.
+        let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
+        let groups = checkpoint.architecture.channel_groups().unwrap();
+        let mut weights = checkpoint.tensors.read_all().unwrap();
+        let inner = |group: &ChannelGroup| matches!(group.part, Part::Mlp | Part::Attention);
+        let (mut kept, mut left) = (Vec::new(), Vec::new());
+        for group in &groups {
+            let (units, _) = units(group, Leaves::Heads);
+            let keep = if inner(group) { units / 2 } else { units };
+            let ranked: Vec<f64> = (0..units).map(|unit| unit as f64).collect();
+            let stays = kept_channels(group, &ranked, keep, Leaves::Heads);
+            // Where the channels are inputs, the first member of attention and the last of an MLP.
+            let columns = group.members.iter().filter(|member| member.dim == 1);
+            for member in columns.filter(|_| inner(group)) {
+                let array = weights.get_mut(&member.tensor).unwrap();
+                let width = array.shape[1];
+                for (at, value) in array.data.iter_mut().enumerate() {
+                    if !stays.contains(&(at % width)) {
+                        *value = 0.0;
+                    }
+                }
+            }
+            kept.push(stays);
+            left.push(left_of(group, keep, Leaves::Heads));
+        }
+        let whole = filled(&checkpoint.architecture, &weights);
+        let narrow = filled(
+            &checkpoint.architecture.narrowed(&left),
+            &without(weights, &groups, &kept),
+        );
+        let device = Default::default();
+        let x = Tensor::random([2, 1, 8, 8], Distribution::Normal(0.0, 1.0), &device);
+        let run = |network: &Network<NdArray>| {
+            let t = Tensor::from_floats([20.0, 900.0], &device);
+            let y = Tensor::from_ints([1, 10], &device);
+            floats(network.forward(x.clone(), t, y, &mut Plain).into_data())
+        };
+        let (whole, narrow) = (run(&whole), run(&narrow));
+        // Sums without their zeros, in another order.
+        assert!(whole.iter().zip(&narrow).all(|(a, b)| (a - b).abs() < 1e-4));
+    }
+
+    #[test]
+    fn widths_that_can_not_be_are_refused() {
+        let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
+        let Architecture::Dit(config) = checkpoint.architecture else {
+            panic!("it is a DiT");
+        };
+        let problem = |change: &dyn Fn(&mut Widths)| {
+            let mut widths = config.widths();
+            change(&mut widths);
+            let config = DitConfig {
+                widths: Some(widths),
+                ..config.clone()
+            };
+            config.problem().unwrap()
+        };
+        assert_eq!(
+            problem(&|widths| widths.blocks.truncate(3)),
+            "widths of 3 blocks are given, and there are 12"
+        );
+        assert_eq!(
+            problem(&|widths| widths.condition = 0),
+            "condition is 0, which must lie in 1..=65536"
+        );
+        assert_eq!(
+            problem(&|widths| widths.blocks[2].head_dim = usize::MAX),
+            format!(
+                "head_dim of blocks.2 is {}, which must lie in 1..=65536",
+                usize::MAX
+            )
+        );
+    }
+}

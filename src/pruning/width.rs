@@ -1,0 +1,296 @@
+//! Which channels leave when a network is pruned in width: their importance, and their removal
+//! (Fang et al., "Structural Pruning for Diffusion Models", arXiv 2305.10924; Torch-Pruning).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::models::{ChannelGroup, Left};
+use crate::random::{Stream, permutation};
+use crate::state::{Array, StateDict};
+
+/// What a channel's importance is computed from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Saliency {
+    /// The first-order change of the loss: `|w dw|` of every weight of the channel, summed.
+    Taylor,
+    /// The same of the channel's weights in a layer together: `|sum w dw|`.
+    Multivariable,
+    /// `w^2`, summed.
+    Magnitude,
+}
+
+/// What leaves of attention.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Leaves {
+    /// The same dimensions of every head.
+    #[default]
+    Dims,
+    /// Whole heads.
+    Heads,
+}
+
+impl Leaves {
+    /// All, by their names.
+    pub const NAMES: [(&'static str, Self); 2] = [("dims", Self::Dims), ("heads", Self::Heads)];
+}
+
+/// The importance of each channel of a group; their mean is 1. `gradients` are those of the loss,
+/// summed with their signs; magnitudes need none.
+///
+/// A member's share is summed over all other dimensions of its weight and over the times that the
+/// channels occur in it; the group's is the mean over its layers.
+///
+/// # Panics
+/// When a tensor of the group is missing, or of other sizes.
+pub fn importance(
+    group: &ChannelGroup,
+    weights: &StateDict,
+    gradients: &StateDict,
+    saliency: Saliency,
+) -> Vec<f64> {
+    let mut sums = vec![0.0; group.channels];
+    let scored = group.members.iter().filter(|member| member.scored);
+    let layers = scored.clone().count();
+    for member in scored {
+        let weight = &weights[&member.tensor];
+        let shares = match saliency {
+            Saliency::Magnitude => {
+                let square = |at: usize| f64::from(weight.data[at]).powi(2);
+                along(&weight.shape, member.dim, square)
+            }
+            Saliency::Taylor | Saliency::Multivariable => {
+                let gradient = &gradients[&member.tensor];
+                let change = |at: usize| f64::from(weight.data[at]) * f64::from(gradient.data[at]);
+                match saliency {
+                    Saliency::Multivariable => along(&weight.shape, member.dim, change),
+                    _ => along(&weight.shape, member.dim, |at| change(at).abs()),
+                }
+            }
+        };
+        for offset in &member.offsets {
+            let shares = &shares[*offset..][..group.channels];
+            sums.iter_mut().zip(shares).for_each(|(sum, share)| {
+                *sum += share.abs();
+            });
+        }
+    }
+    sums.iter_mut().for_each(|sum| *sum /= layers.max(1) as f64);
+    let mean = sums.iter().sum::<f64>() / sums.len().max(1) as f64;
+    // Of a group without any weight or gradient no channel matters more than another.
+    if mean != 0.0 {
+        sums.iter_mut().for_each(|sum| *sum /= mean);
+    }
+    sums
+}
+
+/// The importance of what leaves together in a group: of the dimensions of heads their mean over
+/// the heads, of heads their mean over the dimensions, of other channels their own.
+pub fn ranked(group: &ChannelGroup, importance: &[f64], leaves: Leaves) -> Vec<f64> {
+    let heads = group.heads.max(1);
+    let dims = group.channels / heads;
+    let mean = |count: usize, of: usize, at: &dyn Fn(usize, usize) -> usize| {
+        let of_one = |unit| (0..of).map(|i| importance[at(unit, i)]).sum::<f64>() / of as f64;
+        (0..count).map(of_one).collect()
+    };
+    match leaves {
+        _ if heads == 1 => importance.to_vec(),
+        Leaves::Dims => mean(dims, heads, &|dim, head| head * dims + dim),
+        Leaves::Heads => mean(heads, dims, &|head, dim| head * dims + dim),
+    }
+}
+
+/// How many units a group has that can leave, and how many channels each stands for.
+pub fn units(group: &ChannelGroup, leaves: Leaves) -> (usize, usize) {
+    let heads = group.heads.max(1);
+    match leaves {
+        Leaves::Heads if heads > 1 => (heads, group.channels / heads),
+        _ => (group.channels / heads, heads),
+    }
+}
+
+/// How many of so many units stay when a share of them leaves: rounded down, as Torch-Pruning does.
+pub fn units_left(units: usize, share: f64) -> usize {
+    (units as f64 * (1.0 - share)) as usize
+}
+
+/// The channels that stay, in their order: those of the `keep` units of the largest importance; of
+/// equals the later.
+pub fn kept_channels(
+    group: &ChannelGroup,
+    ranked: &[f64],
+    keep: usize,
+    leaves: Leaves,
+) -> Vec<usize> {
+    let mut units: Vec<usize> = (0..ranked.len()).collect();
+    units.sort_by(|a, b| ranked[*a].total_cmp(&ranked[*b]));
+    let stays: Vec<usize> = units.split_off(ranked.len().saturating_sub(keep));
+    let heads = group.heads.max(1);
+    let dims = group.channels / heads;
+    let unit = |channel: usize| match leaves {
+        _ if heads == 1 => channel,
+        Leaves::Dims => channel % dims,
+        Leaves::Heads => channel / dims,
+    };
+    (0..group.channels)
+        .filter(|channel| stays.contains(&unit(*channel)))
+        .collect()
+}
+
+/// What is left of a group of which `keep` units stay.
+pub fn left_of(group: &ChannelGroup, keep: usize, leaves: Leaves) -> Left {
+    let (units, of) = units(group, leaves);
+    let heads = match leaves {
+        Leaves::Heads if group.heads > 1 => keep,
+        _ => group.heads,
+    };
+    Left {
+        channels: keep.min(units) * of,
+        heads,
+    }
+}
+
+/// Random importance, in place of a measured one, keyed by seed and group.
+pub fn random_importance(group: &ChannelGroup, seed: u64, index: usize) -> Vec<f64> {
+    let order = permutation(seed, Stream::Channels, index as u64, group.channels);
+    order.into_iter().map(|place| place as f64).collect()
+}
+
+/// The weights without the channels that leave: of each group those stay that `kept` names.
+///
+/// # Panics
+/// When a tensor of a group is missing, or of other sizes.
+pub fn without(weights: StateDict, groups: &[ChannelGroup], kept: &[Vec<usize>]) -> StateDict {
+    // All places that leave are counted in the sizes before anything left.
+    let mut leaves: BTreeMap<(&str, usize), Vec<bool>> = BTreeMap::new();
+    for (group, kept) in groups.iter().zip(kept) {
+        let mut stays = vec![false; group.channels];
+        kept.iter().for_each(|channel| stays[*channel] = true);
+        for member in &group.members {
+            let size = weights[&member.tensor].shape[member.dim];
+            let places = leaves.entry((&member.tensor, member.dim));
+            let places = places.or_insert_with(|| vec![true; size]);
+            for offset in &member.offsets {
+                places[*offset..][..group.channels].copy_from_slice(&stays);
+            }
+        }
+    }
+    let mut weights = weights;
+    for ((tensor, dim), stays) in leaves {
+        if let Some(array) = weights.get_mut(tensor).filter(|_| stays.contains(&false)) {
+            *array = select(array, dim, &stays);
+        }
+    }
+    weights
+}
+
+/// The entries of a dimension that stay.
+fn select(array: &Array, dim: usize, stays: &[bool]) -> Array {
+    let inner: usize = array.shape[dim + 1..].iter().product();
+    let mut shape = array.shape.clone();
+    shape[dim] = stays.iter().filter(|stays| **stays).count();
+    let rows = array.data.chunks_exact(inner.max(1));
+    let kept = rows.zip(stays.iter().cycle());
+    let kept = kept.filter_map(|(row, stays)| stays.then_some(row));
+    Array::new(shape, kept.flatten().copied().collect())
+}
+
+/// Sums over all dimensions but one of a value for each place of an array.
+fn along(shape: &[usize], dim: usize, value: impl Fn(usize) -> f64) -> Vec<f64> {
+    let size = shape[dim];
+    let inner: usize = shape[dim + 1..].iter().product();
+    let outer: usize = shape[..dim].iter().product();
+    let mut sums = vec![0.0; size];
+    for block in 0..outer {
+        for (index, sum) in sums.iter_mut().enumerate() {
+            let start = (block * size + index) * inner;
+            *sum += (start..start + inner).map(&value).sum::<f64>();
+        }
+    }
+    sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::{Member, Part};
+
+    fn group(heads: usize, channels: usize) -> ChannelGroup {
+        let member = |tensor: &str, dim, offsets: &[usize], scored| Member {
+            tensor: tensor.to_owned(),
+            dim,
+            offsets: offsets.to_vec(),
+            scored,
+        };
+        ChannelGroup {
+            root: "a".into(),
+            part: Part::Attention,
+            channels,
+            heads,
+            members: vec![
+                member("a", 0, &[0, channels], true),
+                member("b", 1, &[0], true),
+                member("c", 0, &[0], false),
+            ],
+        }
+    }
+
+    fn weights() -> StateDict {
+        let counted = |shape: &[usize]| {
+            let count: usize = shape.iter().product();
+            Array::new(shape, (0..count).map(|i| i as f32).collect())
+        };
+        StateDict::from([
+            ("a".to_owned(), counted(&[8, 2])),
+            ("b".to_owned(), counted(&[3, 4])),
+            ("c".to_owned(), counted(&[4])),
+        ])
+    }
+
+    #[test]
+    fn importance_is_the_mean_over_layers_of_sums_over_places() {
+        let weights = weights();
+        let ones = |state: &StateDict| -> StateDict {
+            let one = |array: &Array| Array::new(array.shape.clone(), vec![-1.0; array.data.len()]);
+            state.iter().map(|(k, v)| (k.clone(), one(v))).collect()
+        };
+        let found = importance(&group(2, 4), &weights, &ones(&weights), Saliency::Taylor);
+        // Rows 0 and 4 of a: 0 + 1 + 8 + 9; column 0 of b: 0 + 4 + 8.
+        let sums = [30.0, 41.0, 52.0, 63.0].map(|sum| sum / 2.0);
+        let mean = sums.iter().sum::<f64>() / 4.0;
+        for (found, sum) in found.iter().zip(sums) {
+            assert!((found - sum / mean).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn dimensions_or_heads_leave_together() {
+        let group = group(2, 4);
+        let importance = [4.0, 1.0, 2.0, 3.0];
+        let dims = ranked(&group, &importance, Leaves::Dims);
+        assert_eq!(dims, [3.0, 2.0]);
+        assert_eq!(kept_channels(&group, &dims, 1, Leaves::Dims), [0, 2]);
+        let heads = ranked(&group, &importance, Leaves::Heads);
+        assert_eq!(heads, [2.5, 2.5]);
+        // Of equals the later stays.
+        assert_eq!(kept_channels(&group, &heads, 1, Leaves::Heads), [2, 3]);
+        let two = Left {
+            channels: 2,
+            heads: 2,
+        };
+        assert_eq!(left_of(&group, 1, Leaves::Dims), two);
+        assert_eq!(left_of(&group, 1, Leaves::Heads), Left { heads: 1, ..two });
+    }
+
+    #[test]
+    fn channels_leave_all_their_places() {
+        let left = without(weights(), &[group(2, 4)], &[vec![0, 2]]);
+        assert_eq!(left["a"].shape, [4, 2]);
+        assert_eq!(left["a"].data, [0., 1., 4., 5., 8., 9., 12., 13.]);
+        assert_eq!(left["b"].shape, [3, 2]);
+        assert_eq!(left["b"].data, [0., 2., 4., 6., 8., 10.]);
+        assert_eq!(left["c"].data, [0., 2.]);
+    }
+}

@@ -1,0 +1,319 @@
+//! The stage that takes channels out of all layers.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use burn::tensor::backend::Backend;
+use serde::{Deserialize, Serialize};
+
+use super::context::Context;
+use super::directory::{json, write_text};
+use super::measuring::score_batch;
+use super::models::MODEL;
+use crate::data::Split;
+use crate::models::ChannelGroup;
+use crate::ops::TrainingBackend;
+use crate::process::{Process, Times};
+use crate::pruning::{
+    Descent, LossGradients, Saliency, importance, kept_channels, random_importance, ranked, without,
+};
+use crate::recipe::RecipeError;
+use crate::recipe::plan::WidthPlan;
+use crate::recipe::plan::width::times_in_a_pass;
+use crate::recipe::schema::width::Importance;
+use crate::report::{Progress, csv_cell, thousands};
+use crate::state::StateDict;
+use crate::weights::{Checkpoint, open_safetensors, read_safetensors, write_safetensors};
+
+/// Time between two savings of what is measured.
+const BETWEEN: Duration = Duration::from_secs(300);
+
+/// How far the measuring has come, in the file of gradients summed so far.
+#[derive(Debug, Serialize, Deserialize)]
+struct Measured {
+    /// Passes done.
+    passes: usize,
+    /// Losses by time, where one is gone through after the other.
+    losses: Vec<f64>,
+    counted: usize,
+    ended: bool,
+}
+
+/// The key of [`Measured`] in the file's metadata.
+const MEASURED: &str = "tinyfusion.measured";
+
+impl<B: TrainingBackend> Context<'_, B> {
+    pub(crate) fn width(
+        &self,
+        stage: &str,
+        plan: &WidthPlan,
+        folder: &Path,
+    ) -> Result<(), RecipeError> {
+        let parent = self.load(&plan.from)?;
+        let problem = |problem: String| RecipeError::Stage {
+            stage: stage.to_owned(),
+            problem,
+        };
+        let groups = parent.denoiser()?.channel_groups();
+        let groups = groups.filter(|groups| groups.len() == plan.keep.len());
+        let groups = groups.ok_or_else(|| problem("the model is not the planned one".into()))?;
+        let weights = parent.tensors.read_all()?;
+        let importance = match plan.importance {
+            Importance::Random => (groups.iter().enumerate())
+                .map(|(index, group)| random_importance(group, self.recipe.seed, index))
+                .collect(),
+            Importance::Magnitude => {
+                let none = StateDict::new();
+                let measure = |group| importance(group, &weights, &none, Saliency::Magnitude);
+                groups.iter().map(measure).collect()
+            }
+            Importance::DiffPruning { .. } | Importance::Taylor { .. } => {
+                self.measured_importance(stage, plan, (&parent, &weights), &groups)?
+            }
+        };
+        let unusable = |values: &Vec<f64>| values.iter().any(|value| !value.is_finite());
+        if let Some(group) = importance.iter().position(unusable) {
+            return Err(problem(format!(
+                "channels of {} have no finite importance: the model's weights are damaged, or overflow",
+                groups[group].root
+            )));
+        }
+        let mut kept = Vec::with_capacity(groups.len());
+        let mut text = String::from("layer,part,channels,left,importance left\n");
+        for ((group, importance), keep) in groups.iter().zip(&importance).zip(&plan.keep) {
+            let ranked = ranked(group, importance, plan.leaves);
+            let stays = kept_channels(group, &ranked, *keep, plan.leaves);
+            let all: f64 = importance.iter().sum();
+            let left: f64 = stays.iter().map(|channel| importance[*channel]).sum();
+            let root = csv_cell(&group.root);
+            let part = group.part.name();
+            let (channels, stay) = (group.channels, stays.len());
+            text += &format!("{root},{part},{channels},{stay},{:.4}\n", left / all);
+            kept.push(stays);
+        }
+        write_text(&folder.join("widths.csv"), &text)?;
+        let mut provenance = self.provenance(stage, plan.method, None, Some(&parent))?;
+        // All layers that were there still are.
+        provenance.granularity = parent.provenance.granularity;
+        provenance.kept.clone_from(&parent.provenance.kept);
+        provenance.parent_depth = parent.provenance.parent_depth;
+        provenance.groups.clone_from(&parent.provenance.groups);
+        provenance.note = "channels were taken out of all layers; those that are left have their original weights".into();
+        crate::say!(
+            "{stage}: {} of {} parameters are left: {}",
+            thousands(plan.after.parameters()),
+            thousands(parent.architecture.parameters()),
+            plan.after
+        );
+        let pruned = without(weights, &groups, &kept);
+        let path = folder.join(MODEL);
+        let pruned = Checkpoint::new(plan.after.clone(), pruned.into(), provenance, &path);
+        let process = match plan.importance {
+            Importance::DiffPruning { .. } | Importance::Taylor { .. } => Some(parent.trained_by()),
+            Importance::Magnitude | Importance::Random => parent.process,
+        };
+        Ok(pruned.of_process(process).write()?)
+    }
+
+    /// The importance of each group's channels by gradients, from the run's folder if it was
+    /// measured before.
+    fn measured_importance(
+        &self,
+        stage: &str,
+        plan: &WidthPlan,
+        (parent, weights): (&Checkpoint, &StateDict),
+        groups: &[ChannelGroup],
+    ) -> Result<Vec<Vec<f64>>, RecipeError> {
+        let key = json(&(
+            parent.fingerprint()?,
+            // The same weights may be read with other heads.
+            (&parent.architecture, parent.trained_by()),
+            &self.recipe.data,
+            &plan.importance,
+            (self.recipe.seed, self.recipe.compute),
+            <B::InnerBackend as Backend>::name(self.device),
+        ))?;
+        let read = |text: String| {
+            let line = |line: &str| -> Option<Vec<f64>> {
+                line.split(' ').map(|value| value.parse().ok()).collect()
+            };
+            let all: Option<Vec<Vec<f64>>> = text.lines().map(line).collect();
+            let fits = |all: &Vec<Vec<f64>>| {
+                let pairs = all.iter().zip(groups);
+                all.len() == groups.len()
+                    && pairs
+                        .into_iter()
+                        .all(|(of, group)| of.len() == group.channels)
+            };
+            all.filter(fits)
+        };
+        self.directory.measured("importance", &key, read, || {
+            let path = (self.directory).measured_path("importance", &key, "safetensors")?;
+            let gradients = self.loss_gradients(stage, plan, parent, &path)?;
+            let line = |group: &ChannelGroup| {
+                let found = importance(group, weights, &gradients, Saliency::Taylor);
+                let found: Vec<String> = found.iter().map(ToString::to_string).collect();
+                found.join(" ") + "\n"
+            };
+            let text = groups.iter().map(line).collect();
+            // Only an interrupted measuring needs them.
+            let _ = std::fs::remove_file(&path);
+            Ok(text)
+        })
+    }
+
+    /// The gradients of the loss, summed; those so far are in `path` when it is interrupted.
+    fn loss_gradients(
+        &self,
+        stage: &str,
+        plan: &WidthPlan,
+        parent: &Checkpoint,
+        path: &Path,
+    ) -> Result<StateDict, RecipeError> {
+        let network = self.network(parent)?;
+        let process = parent.trained_by().process();
+        let (batch, timesteps, mut descent, total, together) = match plan.importance {
+            Importance::DiffPruning {
+                threshold,
+                timesteps,
+                batch,
+            } => {
+                let descent = Descent::new(threshold, true);
+                let together = times_in_a_pass(&parent.architecture, batch);
+                (batch, timesteps, Some(descent), timesteps, together)
+            }
+            Importance::Taylor {
+                batches,
+                timesteps,
+                batch,
+            } => (batch, timesteps, None, batches, 1),
+            Importance::Magnitude | Importance::Random => return Ok(StateDict::new()),
+        };
+        let seed = self.recipe.seed;
+        let within = descent.is_none().then_some(timesteps);
+        let source = self.pictures_to_measure(parent, Split::Train, seed, batch, within)?;
+        let times = times_from_data(process.times(), timesteps);
+
+        let before = measured_before(path);
+        let resumed = before.is_some();
+        let (done, taken) = before.unwrap_or_else(|| {
+            let none = Measured {
+                passes: 0,
+                losses: Vec::new(),
+                counted: 0,
+                ended: false,
+            };
+            (none, StateDict::new())
+        });
+        let mut passes = done.passes;
+        if let Some(descent) = &mut descent {
+            descent.losses = done.losses;
+            descent.counted = done.counted;
+            descent.ended = done.ended;
+        }
+        let what = if descent.is_some() {
+            "times"
+        } else {
+            "batches"
+        };
+        let mut bar = Progress::new(stage, what, total);
+        if resumed {
+            crate::say!("{stage}: goes on after {} {what}", passes * together);
+            bar.skip(passes * together);
+        }
+        let mut gradients = LossGradients::new(taken);
+        let mut saved = Instant::now();
+        let all = total.div_ceil(together);
+        while passes < all && descent.as_ref().is_none_or(|descent| !descent.ended) {
+            match &mut descent {
+                Some(descent) => {
+                    let batch = score_batch::<B>(&source, 0, self.device)?;
+                    let first = passes * together;
+                    let times = &times[first..total.min(first + together)];
+                    gradients.add_times(&network, &process, &batch, times, descent);
+                    if let Some(loss) = descent.losses.iter().find(|loss| !loss.is_finite()) {
+                        return Err(RecipeError::Stage {
+                            stage: stage.to_owned(),
+                            problem: format!(
+                                "a loss is {loss}: the model's weights are damaged, or overflow"
+                            ),
+                        });
+                    }
+                }
+                None => {
+                    let batch = score_batch::<B>(&source, passes, self.device)?;
+                    gradients.add(&network, &process, &batch);
+                }
+            }
+            passes += 1;
+            bar.add(together);
+            let stopped = self.stop.requested();
+            if stopped || saved.elapsed() > BETWEEN {
+                let descent = descent.as_ref();
+                let done = Measured {
+                    passes,
+                    losses: descent.map_or_else(Vec::new, |descent| descent.losses.clone()),
+                    counted: descent.map_or(0, |descent| descent.counted),
+                    ended: descent.is_some_and(|descent| descent.ended),
+                };
+                let metadata = BTreeMap::from([(MEASURED.to_owned(), json(&done)?)]);
+                let sums = gradients.taken::<B>(&network).clone();
+                if let Some(folder) = path.parent() {
+                    std::fs::create_dir_all(folder).map_err(RecipeError::io(folder))?;
+                }
+                write_safetensors(path, &sums.into(), metadata, None)?;
+                saved = Instant::now();
+            }
+            if stopped {
+                return Err(RecipeError::Interrupted);
+            }
+        }
+        drop(bar);
+        if let Some(Descent {
+            losses, counted, ..
+        }) = &descent
+        {
+            let largest = losses.iter().copied().fold(0.0, f64::max);
+            crate::say!(
+                "{stage}: {counted} of {total} times count; the loss falls from {largest:.4} to {:.4}",
+                losses.last().copied().unwrap_or(0.0)
+            );
+        }
+        Ok(gradients.taken::<B>(&network).clone())
+    }
+}
+
+/// What an interrupted measuring left; None where nothing of use is there.
+fn measured_before(path: &Path) -> Option<(Measured, StateDict)> {
+    let (_, metadata) = open_safetensors(path).ok()?;
+    let done = serde_json::from_str(metadata.get(MEASURED)?).ok()?;
+    let (sums, _) = read_safetensors(path).ok()?;
+    Some((done, sums))
+}
+
+/// So many times of a process, evenly spaced, from the least noise on.
+fn times_from_data(times: Times, count: usize) -> Vec<f32> {
+    let at = |index: usize| match times {
+        Times::Steps(steps) => (index * steps / count) as f32,
+        // An interpolant's data are at the end of its interval.
+        Times::Between(first, last) => {
+            (last - (last - first) * (index as f64 + 0.5) / count as f64) as f32
+        }
+    };
+    (0..count).map(at).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_begin_where_there_is_the_least_noise() {
+        assert_eq!(
+            times_from_data(Times::Steps(1000), 4),
+            [0.0, 250.0, 500.0, 750.0]
+        );
+        assert_eq!(times_from_data(Times::Between(0.0, 1.0), 2), [0.75, 0.25]);
+    }
+}

@@ -70,6 +70,18 @@ pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), CliError> {
         ))
     })?;
     let size = |value: Option<u32>| value.map(|value| value as usize);
+    let sizes = [
+        arguments.depth,
+        arguments.width,
+        arguments.heads,
+        arguments.tokens,
+    ];
+    if model.depth() == 0 && sizes.iter().any(Option::is_some) {
+        return Err(usage(format!(
+            "`{}` has no layers of one width: --depth, --width, --heads and --tokens are of transformers",
+            arguments.model
+        )));
+    }
     if let Some(depth) = size(arguments.depth) {
         model = model.with_depth(depth);
     }
@@ -81,7 +93,7 @@ pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), CliError> {
     if let Some(problem) = model.problem() {
         return Err(usage(problem));
     }
-    if arguments.workload == Workload::Prune && model.depth() % 2 == 1 {
+    if arguments.workload == Workload::Prune && (model.depth() == 0 || model.depth() % 2 == 1) {
         return Err(usage(format!(
             "the prune workload has groups 1:2, and {} layers are no pairs",
             model.depth()

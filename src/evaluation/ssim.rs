@@ -2,6 +2,8 @@
 //! to structural similarity", IEEE TIP 2004): how much of a model's samples is left in those of
 //! another from the same noise.
 
+use rayon::prelude::*;
+
 use crate::images::Images;
 
 /// Side of the Gaussian window, where pictures are not smaller.
@@ -24,20 +26,18 @@ pub fn ssim(a: &Images, b: &Images) -> Option<f64> {
     }
     let side = WINDOW.min(height).min(width);
     let window = window(side - usize::from(side.is_multiple_of(2)));
-    let mut sum = 0.0;
-    for index in 0..count {
-        for channel in 0..channels {
-            let plane = |images: &Images| -> Vec<f64> {
-                let pixels = images.image(index).iter().skip(channel);
-                pixels
-                    .step_by(channels)
-                    .map(|pixel| f64::from(*pixel))
-                    .collect()
-            };
-            sum += similarity(&plane(a), &plane(b), width, &window);
-        }
-    }
-    Some(sum / (count * channels) as f64)
+    let of = |index: usize| {
+        let (picture, channel) = (index / channels, index % channels);
+        let plane = |images: &Images| -> Vec<f64> {
+            let pixels = images.image(picture).iter().skip(channel);
+            let pixels = pixels.step_by(channels);
+            pixels.map(|pixel| f64::from(*pixel)).collect()
+        };
+        similarity(&plane(a), &plane(b), width, &window)
+    };
+    // Summed in their order, whatever the number of threads.
+    let all: Vec<f64> = (0..count * channels).into_par_iter().map(of).collect();
+    Some(all.iter().sum::<f64>() / all.len() as f64)
 }
 
 /// Of one channel of one picture.

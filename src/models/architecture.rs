@@ -6,8 +6,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
+use super::dit::diffusers::DIFFUSERS_USE;
 use super::dit::{BLOCKS_IN_PYTORCH, WIDTHS_IN_PYTORCH, diffusers, infer, presets};
-use super::{ChannelGroup, ClassifierConfig, DitConfig, Left, Shape};
+use super::unet::diffusers::UNET_USE;
+use super::{ChannelGroup, ClassifierConfig, DitConfig, Left, Shape, UnetConfig, unet};
 use crate::state::{Tensors, WeightsError};
 use crate::trunk::{Granularity, Trunk};
 
@@ -17,6 +19,8 @@ use crate::trunk::{Granularity, Trunk};
 pub enum Architecture {
     /// A diffusion transformer.
     Dit(DitConfig),
+    /// A UNet.
+    Unet(UnetConfig),
     /// The classifier whose features evaluation uses.
     #[serde(alias = "digits-classifier")]
     Classifier(ClassifierConfig),
@@ -27,20 +31,25 @@ macro_rules! ask {
     ($architecture:expr, $config:ident => $answer:expr) => {
         match $architecture {
             Architecture::Dit($config) => $answer,
+            Architecture::Unet($config) => $answer,
             Architecture::Classifier($config) => $answer,
         }
     };
 }
 
 impl Architecture {
-    /// A published model of ImageNet at 256 x 256, in latents of an autoencoder that reduces each
-    /// side eight times.
+    /// A published model: a transformer of ImageNet at 256 x 256, in latents of an autoencoder that
+    /// reduces each side eight times, or a UNet of pictures.
     pub fn preset(name: &str) -> Option<Self> {
-        Self::preset_of(name, presets::IMAGENET_256)
+        let shape = unet::presets::preset(name).map_or(presets::IMAGENET_256, |unet| unet.shape);
+        Self::preset_of(name, shape)
     }
 
     /// A published model's sizes, for samples of another shape.
     pub fn preset_of(name: &str, shape: Shape) -> Option<Self> {
+        if let Some(unet) = unet::presets::preset(name) {
+            return Some(Self::Unet(unet.config(shape)));
+        }
         let Shape {
             channels,
             side,
@@ -51,19 +60,23 @@ impl Architecture {
 
     /// The names of all published models.
     pub fn presets() -> impl Iterator<Item = &'static str> {
-        presets::PRESETS.iter().map(|preset| preset.name)
+        let unets = unet::presets::PRESETS.iter().map(|preset| preset.name);
+        presets::PRESETS
+            .iter()
+            .map(|preset| preset.name)
+            .chain(unets)
     }
 
     /// Whether it is a network that a process trains and samples.
     pub fn is_denoiser(&self) -> bool {
-        matches!(self, Self::Dit(_))
+        matches!(self, Self::Dit(_) | Self::Unet(_))
     }
 
     /// The sizes of a classifier, if it is one.
     pub fn classifier(&self) -> Option<&ClassifierConfig> {
         match self {
             Self::Classifier(config) => Some(config),
-            Self::Dit(_) => None,
+            Self::Dit(_) | Self::Unet(_) => None,
         }
     }
 
@@ -71,13 +84,18 @@ impl Architecture {
     pub fn trunk(&self, granularity: Granularity) -> Option<Trunk> {
         match self {
             Self::Dit(config) => config.trunk(granularity),
-            Self::Classifier(_) => None,
+            Self::Unet(_) | Self::Classifier(_) => None,
         }
     }
 
     /// Blocks of the trunk; 0 without one.
     pub fn depth(&self) -> usize {
         self.layers(Granularity::Block)
+    }
+
+    /// Blocks of the trunk; None without one.
+    pub fn depth_of_trunk(&self) -> Option<usize> {
+        self.trunk(Granularity::Block).map(|trunk| trunk.depth)
     }
 
     /// Layers of the trunk; 0 without one.
@@ -89,13 +107,43 @@ impl Architecture {
     pub fn is_whole(&self) -> bool {
         match self {
             Self::Dit(config) => config.blocks.is_empty(),
-            Self::Classifier(_) => true,
+            Self::Unet(_) | Self::Classifier(_) => true,
         }
     }
 
-    /// Whether the blocks of the trunk are alike: whole, and of the same channels.
+    /// Whether the blocks of the trunk are alike: whole, and of the same widths.
     pub fn is_alike(&self) -> bool {
-        *self == self.with_depth(self.depth())
+        match self {
+            Self::Dit(config) => {
+                let blocks = config.widths().blocks;
+                self.is_whole() && blocks.windows(2).all(|pair| pair[0] == pair[1])
+            }
+            Self::Unet(_) | Self::Classifier(_) => true,
+        }
+    }
+
+    /// Its tensors under the names used here, which older files of diffusers call otherwise.
+    pub(crate) fn renamed(&self, tensors: Tensors) -> Tensors {
+        match self {
+            Self::Unet(_) => unet::diffusers::renamed(&tensors),
+            Self::Dit(_) | Self::Classifier(_) => tensors,
+        }
+    }
+
+    /// Whether its tensors show its sizes, but for heads.
+    pub(crate) fn is_shown_by_tensors(&self) -> bool {
+        match self {
+            Self::Dit(config) => config.widths.is_none(),
+            Self::Unet(_) | Self::Classifier(_) => false,
+        }
+    }
+
+    /// Whether its tensors and one number of heads show its sizes.
+    pub(crate) fn is_shown_with_heads(&self) -> bool {
+        match self {
+            Self::Dit(config) => config.has_heads_alike(),
+            Self::Unet(_) | Self::Classifier(_) => true,
+        }
     }
 
     /// The same with another number of blocks, all of them whole and of the usual widths, if it has
@@ -108,7 +156,7 @@ impl Architecture {
                 widths: None,
                 ..config.clone()
             }),
-            Self::Classifier(_) => self.clone(),
+            Self::Unet(_) | Self::Classifier(_) => self.clone(),
         }
     }
 
@@ -116,7 +164,7 @@ impl Architecture {
     pub fn in_pairs(&self) -> Option<Self> {
         match self {
             Self::Dit(config) => config.in_pairs().map(Self::Dit),
-            Self::Classifier(_) => None,
+            Self::Unet(_) | Self::Classifier(_) => None,
         }
     }
 
@@ -124,7 +172,7 @@ impl Architecture {
     pub fn keep(&self, kept: &[usize], granularity: Granularity) -> Self {
         match self {
             Self::Dit(config) => Self::Dit(config.keep(kept, granularity)),
-            Self::Classifier(_) => self.clone(),
+            Self::Unet(_) | Self::Classifier(_) => self.clone(),
         }
     }
 
@@ -132,6 +180,7 @@ impl Architecture {
     pub fn channel_groups(&self) -> Option<Vec<ChannelGroup>> {
         match self {
             Self::Dit(config) => Some(config.channel_groups()),
+            Self::Unet(config) => Some(config.channel_groups()),
             Self::Classifier(_) => None,
         }
     }
@@ -144,6 +193,7 @@ impl Architecture {
     pub fn narrowed(&self, left: &[Left]) -> Self {
         match self {
             Self::Dit(config) => Self::Dit(config.narrowed(left)),
+            Self::Unet(config) => Self::Unet(config.narrowed(left)),
             Self::Classifier(_) => self.clone(),
         }
     }
@@ -157,6 +207,7 @@ impl Architecture {
                 widths: None,
                 ..config.clone()
             }),
+            Self::Unet(_) => self.clone(),
             Self::Classifier(config) => Self::Classifier(ClassifierConfig {
                 width: width.unwrap_or(config.width),
                 ..config.clone()
@@ -175,7 +226,7 @@ impl Architecture {
                 input_size: side * config.patch_size,
                 ..config.clone()
             }),
-            Self::Classifier(_) => self.clone(),
+            Self::Unet(_) | Self::Classifier(_) => self.clone(),
         })
     }
 
@@ -188,7 +239,7 @@ impl Architecture {
     pub fn states(&self) -> Option<[usize; 2]> {
         match self {
             Self::Dit(config) => Some([config.tokens(), config.width]),
-            Self::Classifier(_) => None,
+            Self::Unet(_) | Self::Classifier(_) => None,
         }
     }
 
@@ -196,7 +247,7 @@ impl Architecture {
     pub fn predicts_variance(&self) -> bool {
         match self {
             Self::Dit(config) => config.learn_sigma,
-            Self::Classifier(_) => false,
+            Self::Unet(_) | Self::Classifier(_) => false,
         }
     }
 
@@ -221,7 +272,7 @@ impl Architecture {
     pub fn lora_parameters(&self, rank: usize) -> usize {
         match self {
             Self::Dit(config) => config.lora_parameters(rank),
-            Self::Classifier(_) => 0,
+            Self::Unet(_) | Self::Classifier(_) => 0,
         }
     }
 
@@ -232,6 +283,7 @@ impl Architecture {
                 let branches = config.kinds().map(|kind| kind.blocks() * kind.branches());
                 config.block_bytes(batch).div_ceil(2) * branches.sum::<usize>()
             }
+            Self::Unet(config) => config.kept_bytes(batch),
             // Each activation with its gradient and what it was computed from.
             Self::Classifier(config) => 4 * 4 * batch * config.activations(),
         }
@@ -241,6 +293,7 @@ impl Architecture {
     pub fn pass_bytes(&self, batch: usize) -> usize {
         match self {
             Self::Dit(config) => config.block_bytes(batch),
+            Self::Unet(config) => config.pass_bytes(batch),
             Self::Classifier(config) => 4 * batch * config.activations(),
         }
     }
@@ -280,12 +333,15 @@ impl Architecture {
     pub(crate) fn heads(&self) -> Option<usize> {
         match self {
             Self::Dit(config) => Some(config.heads),
-            Self::Classifier(_) => None,
+            Self::Unet(_) | Self::Classifier(_) => None,
         }
     }
 
     /// What a `config.json` of diffusers describes; None if it is of no kind of model known here.
     pub(crate) fn of_diffusers(json: &Value) -> Option<Result<Self, String>> {
+        if let Some(config) = unet::diffusers::config(json) {
+            return Some(config.map(Self::Unet));
+        }
         let config = diffusers::DiffusersConfig::of(json)?;
         Some(config.and_then(|config| config.dit()).map(Self::Dit))
     }
@@ -301,6 +357,8 @@ impl Architecture {
     ) -> Result<Tensors, WeightsError> {
         match self {
             Self::Dit(config) => diffusers::from_diffusers(tensors, config, path),
+            // It has diffusers' names.
+            Self::Unet(_) => Ok(tensors),
             Self::Classifier(_) => Err(self.unknown_to_diffusers(path)),
         }
     }
@@ -319,6 +377,13 @@ impl Architecture {
                 let tensors = diffusers::to_diffusers(tensors, config, path)?;
                 Ok((tensors, diffusers::diffusers_config(config)))
             }
+            Self::Unet(config) => match unet::diffusers::written(config) {
+                Ok(config) => Ok((tensors, config)),
+                Err(problem) => Err(WeightsError::Model {
+                    path: path.to_owned(),
+                    problem,
+                }),
+            },
             Self::Classifier(_) => Err(self.unknown_to_diffusers(path)),
         }
     }
@@ -333,6 +398,29 @@ impl Architecture {
         let widths = config.widths.is_some().then_some(WIDTHS_IN_PYTORCH);
         let all: Vec<&str> = blocks.into_iter().chain(widths).collect();
         (!all.is_empty()).then(|| all.join("\n\n"))
+    }
+
+    /// How diffusers opens a folder in its layout.
+    pub(crate) fn in_diffusers(&self) -> &'static str {
+        match self {
+            Self::Unet(_) => UNET_USE,
+            Self::Dit(_) | Self::Classifier(_) => DIFFUSERS_USE,
+        }
+    }
+
+    /// What has the names and shapes of its tensors.
+    pub(crate) fn named_as(&self) -> &'static str {
+        match self {
+            Self::Unet(config) if !config.left.is_empty() => {
+                "Names are those of diffusers' `UNet2DModel`, whose configuration has no word for layers that are narrower in\nplaces; this program reads it by `config.json`. A model whose layers are given the shapes of the tensors takes them as"
+            }
+            Self::Unet(_) => {
+                "Names and shapes are those of diffusers' `UNet2DModel`, for which `convert --diffusers` writes a folder; a model\nof the same sizes takes them as"
+            }
+            Self::Dit(_) | Self::Classifier(_) => {
+                "Names and shapes are those of the original PyTorch code; a model of the sizes in `config.json` takes them as"
+            }
+        }
     }
 
     fn unknown_to_diffusers(&self, path: &Path) -> WeightsError {
@@ -362,4 +450,81 @@ pub(crate) struct Heads {
     pub(crate) known: Option<usize>,
     /// What holds where nothing is known and no published model has the width.
     pub(crate) otherwise: Option<usize>,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::random::{self, Stream};
+
+    #[test]
+    fn sizes_of_hostile_files_are_refused_before_anything_is_computed_with_them() {
+        const VALUES: [u64; 12] = [
+            0,
+            1,
+            2,
+            3,
+            4,
+            8,
+            64,
+            4096,
+            65_536,
+            1 << 32,
+            1 << 62,
+            u64::MAX,
+        ];
+        let mut sound = [0, 0];
+        for step in 0..4000 {
+            let draw =
+                |index: u64, below: usize| random::below(0, Stream::Bench, step, index, below);
+            // Mostly what a network may have, and now and then anything.
+            let value = |index: u64| match draw(1000 + index, 12) {
+                0 => VALUES[draw(index, VALUES.len())],
+                _ => VALUES[1 + draw(index, 6)],
+            };
+            let levels: Vec<u64> = (0..1 + draw(0, 3) as u64)
+                .map(|level| value(10 + level))
+                .collect();
+            let attention: Vec<bool> = (0..1 + draw(1, 3)).map(|_| step % 2 == 0).collect();
+            let block = json!({ "heads": value(20), "head_dim": value(21), "hidden": value(22) });
+            let files = [
+                json!({
+                    "family": "unet", "input_size": value(1), "channels": value(2), "classes": value(3),
+                    "levels": levels, "layers": value(4), "attention": attention, "norm_groups": value(5),
+                    "left": { "conv_in": value(6) },
+                }),
+                json!({
+                    "family": "dit", "input_size": value(1), "patch_size": value(2), "channels": value(3),
+                    "width": value(4), "depth": value(5), "heads": value(6), "mlp_ratio": value(7) as f64,
+                    "classes": value(8), "learn_sigma": true,
+                    "widths": {
+                        "condition": value(9), "timestep": value(10),
+                        "blocks": vec![block; draw(2, 5)],
+                    },
+                }),
+            ];
+            for (file, sound) in files.into_iter().zip(&mut sound) {
+                let Ok(architecture) = serde_json::from_value::<Architecture>(file) else {
+                    continue;
+                };
+                if architecture.problem().is_some() {
+                    continue;
+                }
+                *sound += 1;
+                // None of these may overflow, divide by 0, or index what is not there.
+                let _ = (
+                    architecture.to_string(),
+                    architecture.macs(),
+                    architecture.tensors(),
+                );
+                let _ = (architecture.kept_bytes(1), architecture.pass_bytes(1));
+                let groups = architecture.channel_groups().unwrap_or_default();
+                assert!(groups.iter().all(|group| group.channels > 0));
+            }
+        }
+        // Both kinds were met.
+        assert!(sound.iter().all(|sound| *sound > 0), "{sound:?}");
+    }
 }

@@ -15,6 +15,9 @@ pub struct ChannelGroup {
     pub part: Part,
     /// Number of channels.
     pub channels: usize,
+    /// Equal runs of the channels from which equally many leave, since a norm is over groups of
+    /// them; 1 where there is none.
+    pub slices: usize,
     /// Attention heads that the channels are divided into, in order; 1 of other channels.
     pub heads: usize,
     /// Their places.
@@ -33,15 +36,18 @@ pub enum Part {
     Condition,
     /// The residual stream.
     Stream,
+    /// Channels of convolutions.
+    Convolution,
 }
 
 impl Part {
     /// All, by their names.
-    pub const NAMES: [(&'static str, Self); 4] = [
+    pub const NAMES: [(&'static str, Self); 5] = [
         ("attention", Self::Attention),
         ("mlp", Self::Mlp),
         ("condition", Self::Condition),
         ("stream", Self::Stream),
+        ("convolution", Self::Convolution),
     ];
 
     /// Its name.

@@ -1,24 +1,37 @@
-//! Fixed embeddings, computed as in the DiT reference.
+//! Fixed embeddings, computed as in the references.
 
 use burn::tensor::{Tensor, backend::Backend};
 
 /// Sinusoidal features of timesteps: `t` `[batch]` to `[batch, dim]`, cosines before sines, longest
 /// period 10,000.
+pub fn timestep_features<B: Backend>(t: Tensor<B, 1>, dim: usize) -> Tensor<B, 2> {
+    let angles = angles(t, dim / 2, dim / 2);
+    Tensor::cat(vec![angles.clone().cos(), angles.sin()], 1)
+}
+
+/// DDPM's features of timesteps: `t` `[batch]` to `[batch, dim]`, sines before cosines, the last
+/// frequency 1 / 10,000.
+pub(super) fn ddpm_features<B: Backend>(t: Tensor<B, 1>, dim: usize) -> Tensor<B, 2> {
+    let half = dim / 2;
+    // Of a single frequency there is no last.
+    let angles = angles(t, half, half.saturating_sub(1).max(1));
+    Tensor::cat(vec![angles.clone().sin(), angles.cos()], 1)
+}
+
+/// `t` times each of `count` frequencies, `[batch, count]`: the one of index `last` would be 1 /
+/// 10,000.
 ///
 /// The frequencies are computed on the host in f64: near t = 1000, the last bit of a frequency
 /// affects the fourth digit of a cosine.
-pub fn timestep_features<B: Backend>(t: Tensor<B, 1>, dim: usize) -> Tensor<B, 2> {
-    let half = dim / 2;
-    let frequencies: Vec<f32> = (0..half)
-        .map(|i| (-(10_000f64.ln()) * i as f64 / half as f64).exp() as f32)
+fn angles<B: Backend>(t: Tensor<B, 1>, count: usize, last: usize) -> Tensor<B, 2> {
+    let frequencies: Vec<f32> = (0..count)
+        .map(|i| (-(10_000f64.ln()) * i as f64 / last as f64).exp() as f32)
         .collect();
     let frequencies = Tensor::<B, 1>::from_floats(frequencies.as_slice(), &t.device());
     // Expanded by multiplication with ones rather than by a view: a broadcast view of an expanded
     // tensor is misread on CubeCL backends (tracel-ai/burn #5071).
-    let angles = t
-        .unsqueeze_dim::<2>(1)
-        .matmul(frequencies.unsqueeze_dim::<2>(0)); // [batch, half]
-    Tensor::cat(vec![angles.clone().cos(), angles.sin()], 1)
+    t.unsqueeze_dim::<2>(1)
+        .matmul(frequencies.unsqueeze_dim::<2>(0))
 }
 
 /// The 2-D sine-cosine position table of a `side` x `side` grid, `[side * side * width]` row-major.

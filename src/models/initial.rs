@@ -4,8 +4,9 @@ use crate::random::{self, Stream};
 use crate::state::{Array, StateDict};
 
 /// Fills a state dict of a fresh network: DiT's rules (Xavier for linear layers and patches, 0.02
-/// normals for the embedders, zeros for modulations and the final projection) and Kaiming for the
-/// classifier's ReLU layers.
+/// normals for the embedders, zeros for modulations and the final projection), the same for most of
+/// a UNet's, and Kaiming for what is called `conv…` or `features…`: the classifier's ReLU layers, and
+/// a UNet's first.
 pub fn initialise(state: &mut StateDict, seed: u64) {
     for (index, (name, array)) in state.iter_mut().enumerate() {
         let fan_out = array.shape[0];
@@ -28,14 +29,17 @@ pub fn initialise(state: &mut StateDict, seed: u64) {
                 (-bound as f32, bound as f32),
             )
         };
-        if name == "pos_embed"
-            || name.ends_with(".bias")
+        // Biases, and scales of norms, have one dimension.
+        if array.shape.len() == 1
+            || name == "pos_embed"
             || name.contains("adaLN_modulation")
             || name == "final_layer.linear.weight"
+            || name == "conv_out.weight"
         {
             continue;
         }
-        array.data = if name.starts_with("t_embedder") || name.starts_with("y_embedder") {
+        let embeds = ["t_embedder", "y_embedder", "class_embedding"];
+        array.data = if embeds.iter().any(|embeds| name.starts_with(embeds)) {
             normal(0.02)
         } else if name.starts_with("conv") || name.starts_with("features") {
             normal((2.0 / fan_in as f64).sqrt())

@@ -11,12 +11,14 @@
 mod architecture;
 mod channels;
 mod classifier;
+mod convolutional;
 pub mod dit;
 mod embeddings;
 mod family;
 pub mod inception;
 mod initial;
 mod keys;
+mod unet;
 pub mod vae;
 
 use burn::module::Module;
@@ -30,7 +32,7 @@ pub use architecture::Architecture;
 pub(crate) use architecture::Heads;
 pub use channels::{ChannelGroup, Left, Member, Part};
 pub use classifier::{Classifier, ClassifierConfig, Reading};
-pub(crate) use dit::diffusers::{DIFFUSERS_ALONE, DIFFUSERS_USE, is_diffusers};
+pub(crate) use dit::diffusers::{DIFFUSERS_ALONE, is_diffusers};
 pub use dit::presets;
 pub use dit::{BlockKind, BlockWidths, Dit, DitConfig, Widths};
 pub use embeddings::{position_table, timestep_features};
@@ -38,13 +40,21 @@ pub use family::{Denoiser, Prunable, Shape};
 pub use inception::Inception;
 pub use initial::{initialise, initialise_lora};
 pub use keys::{Demand, Key, Keys};
+pub(crate) use unet::diffusers::{UNET_ALONE, is_unet};
+pub use unet::{Unet, UnetConfig};
 pub use vae::{Posterior, Vae, VaeConfig};
 
 /// A prunable diffusion network.
 #[derive(Module, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there are few networks, and their tensors are elsewhere"
+)]
 pub enum Network<B: Backend> {
     /// DiT (Peebles and Xie, arXiv 2212.09748).
     Dit(Dit<B>),
+    /// UNet (Ho et al., arXiv 2006.11239), which has no trunk.
+    Unet(Unet<B>),
 }
 
 impl<B: Backend> Network<B> {
@@ -53,6 +63,7 @@ impl<B: Backend> Network<B> {
     pub fn zeros(architecture: &Architecture, device: &B::Device) -> Option<Self> {
         match architecture {
             Architecture::Dit(config) => Some(Self::Dit(Dit::zeros(config, device))),
+            Architecture::Unet(config) => Some(Self::Unet(Unet::zeros(config, device))),
             Architecture::Classifier(_) => None,
         }
     }
@@ -61,6 +72,7 @@ impl<B: Backend> Network<B> {
     pub fn architecture(&self) -> Architecture {
         match self {
             Self::Dit(model) => Architecture::Dit(model.config()),
+            Self::Unet(model) => Architecture::Unet(model.config()),
         }
     }
 }
@@ -71,6 +83,7 @@ impl<B: FusedOps> Network<B> {
     pub fn computing(self, compute: Compute) -> Self {
         match self {
             Self::Dit(model) => Self::Dit(model.computing(compute)),
+            Self::Unet(model) => Self::Unet(model.computing(compute)),
         }
     }
 }
@@ -79,6 +92,7 @@ impl<B: FusedOps> Denoiser<B> for Network<B> {
     fn shape(&self) -> Shape {
         match self {
             Self::Dit(model) => model.shape(),
+            Self::Unet(model) => model.shape(),
         }
     }
 
@@ -91,6 +105,7 @@ impl<B: FusedOps> Denoiser<B> for Network<B> {
     ) -> Tensor<B, 4> {
         match self {
             Self::Dit(model) => model.forward(x, t, y, hook),
+            Self::Unet(model) => model.forward(x, t, y, hook),
         }
     }
 }
@@ -99,30 +114,39 @@ impl<B: FusedOps> Prunable<B> for Network<B> {
     fn trunk(&self) -> Trunk {
         match self {
             Self::Dit(model) => model.trunk(),
+            // Plans refuse what needs one.
+            Self::Unet(_) => Trunk::plain(0),
         }
     }
 
     fn by_branch(self) -> Option<Self> {
         match self {
             Self::Dit(model) => model.by_branch().map(Self::Dit),
+            Self::Unet(_) => None,
         }
     }
 
     fn in_pairs(self) -> Option<Self> {
         match self {
             Self::Dit(model) => model.in_pairs().map(Self::Dit),
+            Self::Unet(_) => None,
         }
     }
 
     fn keep(self, kept: &[usize]) -> Self {
         match self {
             Self::Dit(model) => Self::Dit(model.keep(kept)),
+            Self::Unet(model) => {
+                assert!(kept.is_empty(), "a UNet has no layers to keep");
+                Self::Unet(model)
+            }
         }
     }
 
     fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
         match self {
             Self::Dit(model) => model.linears_mut(),
+            Self::Unet(model) => model.linears_mut(),
         }
     }
 }

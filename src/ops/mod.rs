@@ -462,7 +462,9 @@ mod tests {
         let y = Tensor::<B, 1, burn::tensor::Int>::from_ints([0, 3, 9, 10], &FlexDevice);
         let out = network.forward(x, t, y, &mut Plain);
         let gradients = out.clone().powi_scalar(2).mean().backward();
-        let Network::Dit(model) = &network;
+        let Network::Dit(model) = &network else {
+            panic!("it is a DiT");
+        };
         let weight = &model.blocks[0].blocks()[0]
             .attn
             .as_ref()

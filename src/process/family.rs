@@ -6,7 +6,7 @@ use serde::{Serialize, Serializer};
 
 use super::interpolant::{Path, Predicts, Weighting};
 use super::kind::{Along, ProcessKind};
-use crate::models::{Architecture, ClassifierConfig, DitConfig, Keys, Shape};
+use crate::models::{Architecture, ClassifierConfig, DitConfig, Keys, Shape, UnetConfig};
 
 /// A family of models.
 pub struct Family {
@@ -24,9 +24,10 @@ pub struct Family {
 
 /// All of them.
 #[rustfmt::skip]
-pub const FAMILIES: [Family; 3] = [
+pub const FAMILIES: [Family; 4] = [
     Family { name: "dit", title: "DiT", process: Some(ProcessKind::Gaussian), trained: as_published, read: dit },
     Family { name: "sit", title: "SiT", process: Some(ProcessKind::SIT), trained: interpolant, read: dit },
+    Family { name: "unet", title: "UNet", process: Some(ProcessKind::Gaussian), trained: as_published, read: unet },
     Family { name: "classifier", title: "classifier", process: None, trained: as_published, read: classifier },
 ];
 
@@ -48,6 +49,10 @@ fn interpolant(keys: &mut dyn Keys, _: ProcessKind) -> ProcessKind {
 // A SiT has a DiT's network.
 fn dit(keys: &mut dyn Keys, samples: Shape) -> Architecture {
     Architecture::Dit(DitConfig::read(keys, samples))
+}
+
+fn unet(keys: &mut dyn Keys, samples: Shape) -> Architecture {
+    Architecture::Unet(UnetConfig::read(keys, samples))
 }
 
 fn classifier(keys: &mut dyn Keys, samples: Shape) -> Architecture {

@@ -133,7 +133,8 @@ impl DiffusionTables {
         Self::from_betas(betas)
     }
 
-    fn from_betas(betas: Vec<f64>) -> Self {
+    /// Tables of any schedule.
+    pub fn from_betas(betas: Vec<f64>) -> Self {
         let alphas_cumprod = cumulative_product(&betas);
         let count = betas.len();
         let alphas_cumprod_prev: Vec<f64> = std::iter::once(1.0)

@@ -25,5 +25,5 @@ pub use start::{Start, averaged};
 pub use taylor::{Descent, LossGradients};
 pub use width::{
     Leaves, Saliency, importance, kept_channels, left_of, random_importance, ranked, units,
-    units_left, without,
+    units_left, whole_heads, without,
 };

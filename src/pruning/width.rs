@@ -102,31 +102,52 @@ pub fn ranked(group: &ChannelGroup, importance: &[f64], leaves: Leaves) -> Vec<f
     }
 }
 
+/// Whether whole heads leave a group.
+pub fn whole_heads(group: &ChannelGroup, leaves: Leaves) -> bool {
+    leaves == Leaves::Heads && group.heads > 1
+}
+
 /// How many units a group has that can leave, and how many channels each stands for.
 pub fn units(group: &ChannelGroup, leaves: Leaves) -> (usize, usize) {
     let heads = group.heads.max(1);
-    match leaves {
-        Leaves::Heads if heads > 1 => (heads, group.channels / heads),
-        _ => (group.channels / heads, heads),
+    match whole_heads(group, leaves) {
+        true => (heads, group.channels / heads),
+        false => (group.channels / heads, heads),
     }
 }
 
 /// How many of so many units stay when a share of them leaves: rounded down, as Torch-Pruning does.
-pub fn units_left(units: usize, share: f64) -> usize {
-    (units as f64 * (1.0 - share)) as usize
+/// Of units in slices, equally many of each leave, as near as that comes from above.
+pub fn units_left(units: usize, slices: usize, share: f64) -> usize {
+    let left = (units as f64 * (1.0 - share)) as usize;
+    units - (units - left) / slices * slices
 }
 
 /// The channels that stay, in their order: those of the `keep` units of the largest importance; of
-/// equals the later.
+/// equals the later. Of a group in slices each slice keeps its share.
+///
+/// # Panics
+/// When `keep` is no multiple of the slices.
 pub fn kept_channels(
     group: &ChannelGroup,
     ranked: &[f64],
     keep: usize,
     leaves: Leaves,
 ) -> Vec<usize> {
-    let mut units: Vec<usize> = (0..ranked.len()).collect();
-    units.sort_by(|a, b| ranked[*a].total_cmp(&ranked[*b]));
-    let stays: Vec<usize> = units.split_off(ranked.len().saturating_sub(keep));
+    assert!(
+        keep.is_multiple_of(group.slices),
+        "{keep} can't be shared by {} slices",
+        group.slices
+    );
+    let (size, keep) = (ranked.len() / group.slices, keep / group.slices);
+    let mut stays = vec![false; ranked.len()];
+    for slice in 0..group.slices {
+        let mut units: Vec<usize> = (slice * size..(slice + 1) * size).collect();
+        units.sort_by(|a, b| ranked[*a].total_cmp(&ranked[*b]));
+        for unit in units.split_off(size.saturating_sub(keep)) {
+            stays[unit] = true;
+        }
+    }
     let heads = group.heads.max(1);
     let dims = group.channels / heads;
     let unit = |channel: usize| match leaves {
@@ -135,16 +156,16 @@ pub fn kept_channels(
         Leaves::Heads => channel / dims,
     };
     (0..group.channels)
-        .filter(|channel| stays.contains(&unit(*channel)))
+        .filter(|channel| stays[unit(*channel)])
         .collect()
 }
 
 /// What is left of a group of which `keep` units stay.
 pub fn left_of(group: &ChannelGroup, keep: usize, leaves: Leaves) -> Left {
     let (units, of) = units(group, leaves);
-    let heads = match leaves {
-        Leaves::Heads if group.heads > 1 => keep,
-        _ => group.heads,
+    let heads = match whole_heads(group, leaves) {
+        true => keep,
+        false => group.heads,
     };
     Left {
         channels: keep.min(units) * of,
@@ -228,6 +249,7 @@ mod tests {
             root: "a".into(),
             part: Part::Attention,
             channels,
+            slices: 1,
             heads,
             members: vec![
                 member("a", 0, &[0, channels], true),
@@ -282,6 +304,16 @@ mod tests {
         };
         assert_eq!(left_of(&group, 1, Leaves::Dims), two);
         assert_eq!(left_of(&group, 1, Leaves::Heads), Left { heads: 1, ..two });
+    }
+
+    #[test]
+    fn slices_keep_equally_many() {
+        let group = ChannelGroup {
+            slices: 2,
+            ..group(1, 4)
+        };
+        let importance = [4.0, 3.0, 1.0, 2.0];
+        assert_eq!(kept_channels(&group, &importance, 2, Leaves::Dims), [0, 3]);
     }
 
     #[test]

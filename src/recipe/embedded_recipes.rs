@@ -1,7 +1,7 @@
 //! The repository's recipes, embedded in the program, so that the binary alone runs them by name.
 
 /// Name and text of each recipe.
-pub const RECIPES: [(&str, &str); 26] = [
+pub const RECIPES: [(&str, &str); 30] = [
     ("d14_1_2", include_str!("../../recipes/d14_1_2.toml")),
     ("d14_2_4", include_str!("../../recipes/d14_2_4.toml")),
     ("d14_7_14", include_str!("../../recipes/d14_7_14.toml")),
@@ -21,6 +21,22 @@ pub const RECIPES: [(&str, &str); 26] = [
     (
         "d7_iterative",
         include_str!("../../recipes/d7_iterative.toml"),
+    ),
+    (
+        "ddpm_bedroom",
+        include_str!("../../recipes/ddpm_bedroom.toml"),
+    ),
+    (
+        "ddpm_celebahq",
+        include_str!("../../recipes/ddpm_celebahq.toml"),
+    ),
+    (
+        "ddpm_church",
+        include_str!("../../recipes/ddpm_church.toml"),
+    ),
+    (
+        "ddpm_cifar10",
+        include_str!("../../recipes/ddpm_cifar10.toml"),
     ),
     (
         "digits_features",

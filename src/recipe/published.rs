@@ -23,7 +23,6 @@ pub struct PublicFile {
 impl PublicFile {
     /// The architecture, if it is a diffusion network of the zoo.
     pub fn architecture(&self) -> Option<Architecture> {
-        // All of them are of ImageNet at 256 x 256.
         Architecture::preset(self.model?)
     }
 
@@ -43,7 +42,7 @@ const STANDIN_NETWORK: &str = "standin-dit.pt";
 /// Source of the stand-ins in `recipes/standin.toml`.
 const STANDIN: &str = "`tinyfusion standin FOLDER`, which makes all stand-ins";
 
-const FILES: [PublicFile; 12] = [
+const FILES: [PublicFile; 16] = [
     PublicFile {
         name: "DiT-XL-2-256x256.pt",
         what: "DiT-XL/2 of ImageNet, 256 x 256, CC BY-NC 4.0",
@@ -64,6 +63,34 @@ const FILES: [PublicFile; 12] = [
         size: "1.4 GB",
         from: "https://github.com/VainF/TinyFusion/releases/download/v1.0.0/TinyDiT-D14-MaskedKD-500K.pt",
         model: Some("DiT-D14/2"),
+    },
+    PublicFile {
+        name: "ddpm-cifar10-32",
+        what: "DDPM's UNet of CIFAR-10: a folder with config.json and the weights, Apache 2.0",
+        size: "143 MB",
+        from: "https://huggingface.co/google/ddpm-cifar10-32",
+        model: Some("UNet-CIFAR10"),
+    },
+    PublicFile {
+        name: "ddpm-ema-celebahq-256",
+        what: "DDPM's UNet of CelebA-HQ, 256 x 256: a folder with config.json and the weights, Apache 2.0",
+        size: "455 MB",
+        from: "https://huggingface.co/google/ddpm-ema-celebahq-256",
+        model: Some("UNet-256"),
+    },
+    PublicFile {
+        name: "ddpm-ema-church-256",
+        what: "DDPM's UNet of LSUN Church, 256 x 256: a folder with config.json and the weights, Apache 2.0",
+        size: "455 MB",
+        from: "https://huggingface.co/google/ddpm-ema-church-256",
+        model: Some("UNet-256"),
+    },
+    PublicFile {
+        name: "ddpm-ema-bedroom-256",
+        what: "DDPM's UNet of LSUN Bedroom, 256 x 256: a folder with config.json and the weights, Apache 2.0",
+        size: "455 MB",
+        from: "https://huggingface.co/google/ddpm-ema-bedroom-256",
+        model: Some("UNet-256"),
     },
     PublicFile {
         name: "sd-vae-ft-mse",

@@ -129,16 +129,18 @@ fn write_card(
         writeln!(out, "{how}\n")?;
     }
     if conversion.diffusers {
-        writeln!(out, "{}", crate::models::DIFFUSERS_USE)
+        writeln!(out, "{}", checkpoint.architecture.in_diffusers())
     } else if conversion.shard.is_some() {
         writeln!(
             out,
-            "Names and shapes are those of the original PyTorch code; a model of the sizes in `config.json` takes them as\n\n```python\nfrom glob import glob\nfrom safetensors.torch import load_file\nstate = {{}}\nfor file in glob(\"model-*.safetensors\"):\n    state.update(load_file(file))\nmodel.load_state_dict(state, strict=True)\n```"
+            "{}\n\n```python\nfrom glob import glob\nfrom safetensors.torch import load_file\nstate = {{}}\nfor file in glob(\"model-*.safetensors\"):\n    state.update(load_file(file))\nmodel.load_state_dict(state, strict=True)\n```",
+            checkpoint.architecture.named_as()
         )
     } else {
         writeln!(
             out,
-            "Names and shapes are those of the original PyTorch code; a model of the sizes in `config.json` takes them as\n\n```python\nfrom safetensors.torch import load_file\nmodel.load_state_dict(load_file(\"model.safetensors\"), strict=True)\n```"
+            "{}\n\n```python\nfrom safetensors.torch import load_file\nmodel.load_state_dict(load_file(\"model.safetensors\"), strict=True)\n```",
+            checkpoint.architecture.named_as()
         )
     }
 }

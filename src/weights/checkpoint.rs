@@ -14,7 +14,8 @@ use super::WeightFile;
 use super::opened::Opened;
 use super::safetensors::{open, write_safetensors};
 use crate::models::{
-    Architecture, Classifier, ClassifierConfig, DIFFUSERS_ALONE, Heads, Network, is_diffusers,
+    Architecture, Classifier, ClassifierConfig, DIFFUSERS_ALONE, Heads, Network, UNET_ALONE,
+    is_diffusers, is_unet,
 };
 use crate::process::ProcessKind;
 use crate::state::{Bytes, Tensors, WeightsError, assign, collect, encode};
@@ -258,6 +259,9 @@ impl Checkpoint {
             }),
         };
         let mut tensors = tensors;
+        if known.is_none() && is_unet(&tensors) {
+            return Err(problem(UNET_ALONE.into()));
+        }
         if is_diffusers(&tensors) {
             let Some(known) = known.as_ref().filter(|known| known.is_denoiser()) else {
                 return Err(problem(DIFFUSERS_ALONE.into()));
@@ -265,23 +269,37 @@ impl Checkpoint {
             check(known, path)?;
             tensors = known.read_diffusers(tensors, path)?;
         }
+        // Of a network that was pruned in width tensors do not show all.
+        let shown = known.as_ref().is_none_or(Architecture::is_shown_by_tensors);
         if let Some(known) = known.as_ref().filter(|known| !known.is_denoiser()) {
             check(known, path)?;
             known.check(&tensors, path)?;
         } else {
+            if let Some(known) = known.as_ref().filter(|_| !shown) {
+                check(known, path)?;
+                tensors = known.renamed(tensors);
+            }
             let heads = Heads {
                 known: known.as_ref().map_or(stated.heads, Architecture::heads),
                 otherwise: stated.heads_otherwise,
             };
-            let found = Architecture::of_tensors(&tensors, heads, path)?;
-            if let (Some(heads), Some(found)) = (stated.heads, found.heads())
-                && heads != found
+            let architecture = match known {
+                Some(known) if !shown => known,
+                known => {
+                    let found = Architecture::of_tensors(&tensors, heads, path)?;
+                    known.unwrap_or(found)
+                }
+            };
+            if let Some(heads) = stated.heads
+                && architecture.heads() != Some(heads)
             {
+                let found = architecture
+                    .heads()
+                    .map_or("none".into(), |found| found.to_string());
                 return Err(problem(format!(
                     "{heads} heads are stated, but it has {found}"
                 )));
             }
-            let architecture = known.unwrap_or(found);
             if let Some(name) = &stated.model {
                 let expected = Architecture::preset_of(name, architecture.shape());
                 if expected.as_ref() != Some(&architecture) {

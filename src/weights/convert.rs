@@ -81,6 +81,13 @@ pub fn convert(
             ),
         });
     }
+    if kind.is_some_and(|kind| kind != WeightFile::Safetensors)
+        && !checkpoint.architecture.is_shown_with_heads()
+    {
+        return Err(problem(
+            "its blocks have unlike numbers of heads, which this form can't say; write .safetensors, or a folder",
+        ));
+    }
     if conversion.diffusers && kind.is_some() {
         return Err(problem(
             "the diffusers layout is a folder: its config.json is a part of it; leave out the ending",

@@ -18,4 +18,5 @@ mod resume;
 mod sit;
 mod sweep;
 mod terminal;
+mod unet;
 mod width;

@@ -36,7 +36,18 @@ fn every_recipe_can_be_planned_without_its_files() {
             .succeeded();
         assert!(place.files().is_empty(), "{name} wrote something");
         let sit = name.starts_with("sit_");
-        if !sit && (!name.starts_with('d') || name.starts_with("digits")) {
+        let dit = name.starts_with("width_")
+            || (name.strip_prefix('d'))
+                .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+        if name.starts_with("ddpm_") {
+            assert!(
+                dry.stdout.contains("huggingface.co/google/ddpm-"),
+                "{}",
+                dry.stdout
+            );
+            states_its_cost(&path, &dry.stdout);
+        }
+        if !sit && !dit {
             continue;
         }
         let (teacher, address) = match sit {
@@ -65,16 +76,7 @@ fn every_recipe_can_be_planned_without_its_files() {
             "{name}:\n{}",
             dry.stdout
         );
-        // The cost in a recipe's first lines is that of the plan.
-        let text = std::fs::read_to_string(&path).unwrap().replace("\n#", " ");
-        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-        let (images, flops) = cost(&dry.stdout);
-        for stated in [images, flops] {
-            assert!(
-                text.contains(&stated),
-                "{name} does not state its cost as {stated}"
-            );
-        }
+        states_its_cost(&path, &dry.stdout);
         // A run reports the same and does nothing.
         let run = place.run(&[
             "recipe",
@@ -93,7 +95,21 @@ fn every_recipe_can_be_planned_without_its_files() {
         assert!(run.stderr.contains(address), "{name}: {}", run.stderr);
         assert!(place.files().is_empty(), "{name} wrote something");
     }
-    assert_eq!(recipes, 12);
+    assert_eq!(recipes, 14);
+}
+
+/// The cost in a recipe's first lines is that of the plan.
+fn states_its_cost(recipe: &std::path::Path, plan: &str) {
+    let text = std::fs::read_to_string(recipe).unwrap().replace("\n#", " ");
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let (images, flops) = cost(plan);
+    for stated in [images, flops] {
+        let path = recipe.display();
+        assert!(
+            text.contains(&stated),
+            "{path} does not state its cost as {stated}"
+        );
+    }
 }
 
 /// Images and operations of all stages of a plan, in the form of a recipe's first lines.

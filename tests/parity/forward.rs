@@ -40,7 +40,9 @@ pub fn dit_forward<B: TrainingBackend>(slack: f64) {
         );
         let state = group.state(model["checkpoint"].as_str().unwrap());
         let network = network::<B>(&config, &state);
-        let Network::Dit(dit) = &network;
+        let Network::Dit(dit) = &network else {
+            panic!("it is a DiT");
+        };
         let (x, t, y) = (
             file.get("x").tensor::<B, 4>(),
             file.get("t").tensor::<B, 1>(),
@@ -173,7 +175,9 @@ pub fn sit_forward<B: TrainingBackend>(slack: f64) {
         rule.tensor(&expected, actual, &file.get(&expected).first(batch));
         if name == "ema" {
             check("hidden", Tensor::stack::<4>(record.hidden, 0));
-            let Network::Dit(dit) = &network;
+            let Network::Dit(dit) = &network else {
+                panic!("it is a DiT");
+            };
             let rows = |what: &str, actual: Tensor<B, 2>| {
                 rule.tensor(&key(what), actual, file.get(&key(what)));
             };

@@ -23,6 +23,7 @@ mod scores;
 mod steps;
 mod trajectory;
 mod transport;
+mod unet;
 mod vae;
 mod width;
 
@@ -56,6 +57,7 @@ on!(
     transport::sit_ode,
     transport::sit_paths,
     transport::sit_sde,
+    unet::diff_pruning,
     vae::vae_kl_f8,
     width::dit_width,
 );

@@ -105,7 +105,7 @@ pub fn dit_width<B: TrainingBackend>(slack: f64) {
                 near("ranked", &ranked);
             }
             assert_eq!(ranked.len(), usize_of(&listed["ranked"]));
-            let keep = units_left(count, ratio);
+            let keep = units_left(count, group.slices, ratio);
             assert_eq!(count - keep, usize_of(&listed["n_pruned"]), "{name}");
             let stays = kept_channels(group, &ranked, keep, Leaves::Dims);
             let leaves: Vec<usize> = (0..group.channels)

@@ -432,11 +432,15 @@ mod tests {
         let whole = checkpoint.network::<NdArray>(&device).unwrap();
         let x = Tensor::<NdArray, 3>::random([2, 16, 64], Distribution::Default, &device);
         let condition = Tensor::random([2, 64], Distribution::Default, &device);
-        let Network::Dit(model) = whole.clone().keep(&[3, 4, 7]);
+        let Network::Dit(model) = whole.clone().keep(&[3, 4, 7]) else {
+            panic!("it is a DiT");
+        };
         let single = |layer: usize| model.blocks[layer].forward(x.clone(), condition.clone());
         let expected = single(0) + single(1) - x.clone();
         let paired = whole.keep(&[3, 4, 7]).in_pairs().unwrap();
-        let Network::Dit(model) = paired.clone();
+        let Network::Dit(model) = paired.clone() else {
+            panic!("it is a DiT");
+        };
         let found = model.blocks[0].forward(x.clone(), condition.clone());
         // Three sums in another order.
         assert!((found - expected).abs().max().into_scalar() < 1e-5);

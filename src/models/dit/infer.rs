@@ -78,13 +78,22 @@ pub(in crate::models) fn dit(
             "a dimension of its embedders is 0, or beyond any model".into(),
         ));
     }
+    // The published models of a width have its heads; one that lost width need not.
+    let rows = |block: &usize| {
+        let qkv = ["", "0."].map(|within| format!("blocks.{block}.{within}attn.qkv.weight"));
+        let found = qkv.iter().find_map(|name| tensors.get(name));
+        found.and_then(|tensor| tensor.shape().first().copied())
+    };
+    let usual = labels[1] == width
+        && (blocks.iter())
+            .all(|block| rows(block).is_none_or(|rows| rows % 3 != 0 || rows / 3 == width));
     let heads = heads
         .known
-        .or_else(|| presets::heads_of_width(width))
+        .or_else(|| presets::heads_of_width(width).filter(|_| usual))
         .or(heads.otherwise)
         .ok_or_else(|| {
             problem(format!(
-                "the number of heads is not stored, and no published model is {width} wide; state it: `--heads N` on the command line, `heads = N` in a recipe"
+                "the number of heads is not stored, and no published model is {width} wide and has its widths; state it: `--heads N` on the command line, `heads = N` in a recipe"
             ))
         })?;
     let depth = depth(&blocks).map_err(problem)?;

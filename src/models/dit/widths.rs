@@ -332,11 +332,26 @@ impl DitConfig {
                 }
             }
         }
+        let heads = widths.blocks.iter().map(|block| block.heads);
+        let heads = heads.filter(|heads| *heads > 0).collect::<Vec<_>>();
+        let alike = heads.windows(2).all(|pair| pair[0] == pair[1]);
         let narrowed = Self {
             width,
+            heads: heads
+                .first()
+                .copied()
+                .filter(|_| alike)
+                .unwrap_or(self.heads),
             ..self.clone()
         };
         narrowed.of_widths(widths)
+    }
+
+    /// Whether all blocks have as many heads as the network says.
+    pub(in crate::models) fn has_heads_alike(&self) -> bool {
+        let widths = self.widths();
+        let mut heads = widths.blocks.iter().map(|block| block.heads);
+        heads.all(|heads| heads == 0 || heads == self.heads)
     }
 }
 
@@ -375,6 +390,7 @@ impl Members {
             root: root.to_owned(),
             part,
             channels,
+            slices: 1,
             heads: 1,
             members: self.0,
         }
@@ -391,7 +407,7 @@ mod tests {
     use crate::pruning::{Leaves, kept_channels, left_of, units, without};
     use crate::state::{StateDict, assign, collect, floats};
     use crate::trunk::{Granularity, Plain};
-    use crate::weights::{EmbeddedName, embedded};
+    use crate::weights::{Checkpoint, EmbeddedName, Provenance, embedded};
 
     /// The digits teacher with so many units of each group, the last of each.
     fn narrowed(keep: impl Fn(&ChannelGroup, usize) -> usize, leaves: Leaves) -> Network<NdArray> {
@@ -480,6 +496,46 @@ mod tests {
     }
 
     #[test]
+    fn heads_that_do_not_divide_what_is_left_are_read_back() {
+        // 4 of 6 heads of 64: their 256 channels are no six heads.
+        let config = DitConfig {
+            width: 384,
+            heads: 6,
+            depth: 1,
+            ..digits()
+        };
+        let whole = Architecture::Dit(config);
+        let groups = whole.channel_groups().unwrap();
+        let keep = |group: &ChannelGroup| match group.part {
+            Part::Attention => 4,
+            _ => units(group, Leaves::Heads).0,
+        };
+        let left: Vec<Left> = (groups.iter())
+            .map(|group| left_of(group, keep(group), Leaves::Heads))
+            .collect();
+        let narrow = whole.narrowed(&left);
+        assert_eq!(narrow.heads(), Some(4));
+        assert!(narrow.is_shown_with_heads());
+        let zeros = Network::<NdArray>::zeros(&narrow, &Default::default()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("narrow.safetensors");
+        let written = Checkpoint::of(&zeros, Provenance::default(), &path);
+        written.write().unwrap();
+        assert_eq!(Checkpoint::read(&path).unwrap().architecture, narrow);
+        // Without its metadata the published model of the width does not say its heads.
+        let bare = Architecture::of_tensors(&written.tensors, Heads::default(), &path);
+        assert!(bare.unwrap_err().to_string().contains("number of heads"));
+    }
+
+    fn digits() -> DitConfig {
+        let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
+        match checkpoint.architecture {
+            Architecture::Dit(config) => config,
+            other => panic!("it is a {other}"),
+        }
+    }
+
+    #[test]
     fn channels_without_weights_leave_without_a_trace() {
         // What leaves had no part in anything: half of each group is set to 0 before.
         let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
@@ -525,10 +581,7 @@ mod tests {
 
     #[test]
     fn widths_that_can_not_be_are_refused() {
-        let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
-        let Architecture::Dit(config) = checkpoint.architecture else {
-            panic!("it is a DiT");
-        };
+        let config = digits();
         let problem = |change: &dyn Fn(&mut Widths)| {
             let mut widths = config.widths();
             change(&mut widths);

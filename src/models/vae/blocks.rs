@@ -1,61 +1,13 @@
 //! Building blocks of the encoder and the decoder.
 
-use burn::module::{Module, Param};
+use burn::module::Module;
 use burn::tensor::{Tensor, backend::Backend};
 
 use crate::backend::Compute;
-use crate::ops::{Activation, Convolution, FusedOps, GroupNormOptions, Linear, Window};
-
-/// Added to the variance of every group; the reference's value, not Burn's default.
-const NORM_EPSILON: f64 = 1e-6;
-
-/// A 3 x 3 convolution that keeps the sides.
-pub(super) fn convolution<B: Backend>(
-    input: usize,
-    output: usize,
-    device: &B::Device,
-) -> Convolution<B> {
-    Convolution::zeros(input, output, [3; 2], Window::padded([1; 2]), device)
-}
-
-/// Group normalisation with a scale and a shift for each channel.
-#[derive(Module, Debug)]
-pub struct GroupNorm<B: Backend> {
-    weight: Param<Tensor<B, 1>>,
-    bias: Param<Tensor<B, 1>>,
-    groups: usize,
-}
-
-impl<B: Backend> GroupNorm<B> {
-    pub(super) fn ones(channels: usize, groups: usize, device: &B::Device) -> Self {
-        Self {
-            weight: Param::from_tensor(Tensor::ones([channels], device)),
-            bias: Param::from_tensor(Tensor::zeros([channels], device)),
-            groups,
-        }
-    }
-}
-
-impl<B: FusedOps> GroupNorm<B> {
-    /// Normalises `[batch, channels, height, width]`.
-    pub fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
-        self.activated(x, Activation::Identity)
-    }
-
-    /// Normalises, then applies SiLU.
-    pub fn silu(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
-        self.activated(x, Activation::Silu)
-    }
-
-    fn activated(&self, x: Tensor<B, 4>, activation: Activation) -> Tensor<B, 4> {
-        let options = GroupNormOptions {
-            groups: self.groups,
-            epsilon: NORM_EPSILON,
-            activation,
-        };
-        B::group_norm(x, self.weight.val(), self.bias.val(), options)
-    }
-}
+use crate::models::convolutional::{
+    AttentionBlock, GroupNorm, Resampler, convolution, doubled, halving,
+};
+use crate::ops::{Convolution, FusedOps, Window};
 
 /// Two convolutions beside a shortcut.
 #[derive(Module, Debug)]
@@ -113,63 +65,6 @@ impl<B: FusedOps> ResnetBlock<B> {
     }
 }
 
-/// Single-head self-attention over all positions of an image.
-#[derive(Module, Debug)]
-pub struct AttentionBlock<B: Backend> {
-    group_norm: GroupNorm<B>,
-    to_q: Linear<B>,
-    to_k: Linear<B>,
-    to_v: Linear<B>,
-    /// One layer; diffusers keeps it in a list.
-    to_out: Vec<Linear<B>>,
-    #[module(skip)]
-    compute: Compute,
-}
-
-impl<B: Backend> AttentionBlock<B> {
-    fn zeros(channels: usize, groups: usize, device: &B::Device) -> Self {
-        let linear = || Linear::zeros(channels, channels, device);
-        Self {
-            group_norm: GroupNorm::ones(channels, groups, device),
-            to_q: linear(),
-            to_k: linear(),
-            to_v: linear(),
-            to_out: vec![linear()],
-            compute: Compute::F32,
-        }
-    }
-
-    fn set_compute(&mut self, compute: Compute) {
-        self.compute = compute;
-        for linear in [&mut self.to_q, &mut self.to_k, &mut self.to_v]
-            .into_iter()
-            .chain(&mut self.to_out)
-        {
-            linear.compute = compute;
-        }
-    }
-}
-
-impl<B: FusedOps> AttentionBlock<B> {
-    /// `[batch, channels, height, width]`, with the input added.
-    pub fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
-        let shape = x.dims();
-        let tokens = self
-            .group_norm
-            .forward(x.clone())
-            .flatten::<3>(2, 3)
-            .swap_dims(1, 2); // [batch, tokens, channels]
-        let qkv = [&self.to_q, &self.to_k, &self.to_v]
-            .map(|linear| linear.forward(tokens.clone()))
-            .into();
-        let mut mixed = B::qkv_attention(Tensor::cat(qkv, 2), 1, self.compute);
-        for linear in &self.to_out {
-            mixed = linear.forward(mixed);
-        }
-        x + mixed.swap_dims(1, 2).reshape(shape)
-    }
-}
-
 /// The middle of encoder and decoder: the smallest size, and the only block with attention.
 #[derive(Module, Debug)]
 pub struct MidBlock<B: Backend> {
@@ -183,7 +78,7 @@ impl<B: Backend> MidBlock<B> {
     pub(super) fn zeros(channels: usize, groups: usize, device: &B::Device) -> Self {
         Self {
             resnets: ResnetBlock::several(channels, channels, 2, groups, device),
-            attentions: vec![AttentionBlock::zeros(channels, groups, device)],
+            attentions: vec![AttentionBlock::zeros(channels, channels, groups, device)],
         }
     }
 
@@ -212,7 +107,7 @@ impl<B: FusedOps> MidBlock<B> {
 pub struct DownBlock<B: Backend> {
     resnets: Vec<ResnetBlock<B>>,
     /// One, except on the last level.
-    downsamplers: Vec<Downsampler<B>>,
+    downsamplers: Vec<Resampler<B>>,
 }
 
 impl<B: Backend> DownBlock<B> {
@@ -224,14 +119,8 @@ impl<B: Backend> DownBlock<B> {
         halves: bool,
         device: &B::Device,
     ) -> Self {
-        // The reference pads a row below and a column to the right by hand.
-        let window = Window {
-            stride: [2; 2],
-            before: [0; 2],
-            after: [1; 2],
-        };
-        let downsampler = || Downsampler {
-            conv: Convolution::zeros(output, output, [3; 2], window, device),
+        let downsampler = || Resampler {
+            conv: Convolution::zeros(output, output, [3; 2], halving(), device),
         };
         Self {
             resnets: ResnetBlock::several(input, output, layers, groups, device),
@@ -254,18 +143,12 @@ impl<B: FusedOps> DownBlock<B> {
     }
 }
 
-/// Halves the sides.
-#[derive(Module, Debug)]
-pub struct Downsampler<B: Backend> {
-    conv: Convolution<B>,
-}
-
 /// A level of the decoder.
 #[derive(Module, Debug)]
 pub struct UpBlock<B: Backend> {
     resnets: Vec<ResnetBlock<B>>,
     /// One, except on the last level.
-    upsamplers: Vec<Upsampler<B>>,
+    upsamplers: Vec<Resampler<B>>,
 }
 
 impl<B: Backend> UpBlock<B> {
@@ -277,7 +160,7 @@ impl<B: Backend> UpBlock<B> {
         doubles: bool,
         device: &B::Device,
     ) -> Self {
-        let upsampler = || Upsampler {
+        let upsampler = || Resampler {
             conv: convolution(output, output, device),
         };
         Self {
@@ -299,18 +182,4 @@ impl<B: FusedOps> UpBlock<B> {
         }
         x
     }
-}
-
-/// Doubles the sides.
-#[derive(Module, Debug)]
-pub struct Upsampler<B: Backend> {
-    conv: Convolution<B>,
-}
-
-/// Repeats every value in a 2 x 2 square.
-fn doubled<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
-    let [batch, channels, height, width] = x.dims();
-    x.reshape([batch * channels, height, 1, width, 1])
-        .expand([batch * channels, height, 2, width, 2])
-        .reshape([batch, channels, 2 * height, 2 * width])
 }

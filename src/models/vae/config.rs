@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::models::convolutional::ATTENTION_NAMES;
 use crate::state::StateDict;
 
 /// Sizes of a [`Vae`](super::Vae), under diffusers' names.
@@ -217,16 +218,10 @@ fn read<T: serde::de::DeserializeOwned>(
 /// An existing name is not overwritten; the older tensor then keeps its name, and
 /// [`assign`](crate::state::assign) refuses it.
 pub fn rename_attention(state: &mut StateDict) {
-    const RENAMED: [(&str, &str); 4] = [
-        ("query", "to_q"),
-        ("key", "to_k"),
-        ("value", "to_v"),
-        ("proj_attn", "to_out.0"),
-    ];
     let attention = |name: &str| -> Option<String> {
         let (block, rest) = name.split_once(".mid_block.attentions.0.")?;
         let (layer, parameter) = rest.rsplit_once('.')?;
-        let layer = RENAMED
+        let layer = ATTENTION_NAMES
             .iter()
             .find(|(old, new)| [*old, *new].contains(&layer))?
             .1;

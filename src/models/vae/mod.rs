@@ -12,9 +12,8 @@ use burn::tensor::{Tensor, backend::Backend};
 use crate::backend::Compute;
 use crate::ops::{Convolution, FusedOps, Window};
 
-pub use blocks::{
-    AttentionBlock, DownBlock, Downsampler, GroupNorm, MidBlock, ResnetBlock, UpBlock, Upsampler,
-};
+use super::convolutional::{GroupNorm, convolution};
+pub use blocks::{DownBlock, MidBlock, ResnetBlock, UpBlock};
 pub use config::{VaeConfig, rename_attention};
 
 /// A variational autoencoder.
@@ -174,11 +173,11 @@ impl<B: Backend> Encoder<B> {
             })
             .collect();
         Self {
-            conv_in: blocks::convolution(config.in_channels, first, device),
+            conv_in: convolution(config.in_channels, first, device),
             down_blocks,
             mid_block: MidBlock::zeros(last, groups, device),
             conv_norm_out: GroupNorm::ones(last, groups, device),
-            conv_out: blocks::convolution(last, 2 * config.latent_channels, device),
+            conv_out: convolution(last, 2 * config.latent_channels, device),
         }
     }
 }
@@ -223,11 +222,11 @@ impl<B: Backend> Decoder<B> {
             })
             .collect();
         Self {
-            conv_in: blocks::convolution(config.latent_channels, first, device),
+            conv_in: convolution(config.latent_channels, first, device),
             mid_block: MidBlock::zeros(first, groups, device),
             up_blocks,
             conv_norm_out: GroupNorm::ones(last, groups, device),
-            conv_out: blocks::convolution(last, config.out_channels, device),
+            conv_out: convolution(last, config.out_channels, device),
         }
     }
 }

@@ -34,6 +34,11 @@ pub(super) fn plan(
     known: &mut Known<'_>,
 ) -> Result<PlannedStage, Problem> {
     let (model, process) = known.denoiser(stage, &analyse.from)?;
+    if model.trunk(Granularity::Block).is_none() {
+        return Err(Problem::Said(format!(
+            "{model} has no trunk whose layers could be looked into"
+        )));
+    }
     known.fits_data(stage, model.shape())?;
     known.same_classes(&analyse.from)?;
     let losses = analyse.show.contains(&View::Losses);

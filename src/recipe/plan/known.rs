@@ -267,6 +267,9 @@ impl Known<'_> {
                 }
                 pictures.len()
             }
+            Data::Pictures(Pictures { images, .. }) if !self.need(stage, images, Role::Images) => {
+                return Ok(None);
+            }
             Data::Pictures(Pictures {
                 images,
                 rule,

@@ -99,6 +99,11 @@ pub(super) fn plan(
             )));
         }
         let states = (student.states(), teacher.states());
+        if taught.features.is_some() && (states.0.is_none() || states.1.is_none()) {
+            return Err(Problem::Said(format!(
+                "hidden states are compared along a trunk, which one of these has not: {student}; {teacher}"
+            )));
+        }
         if let (Some(_), (Some([tokens, width]), Some([others, wider]))) =
             (&taught.features, states)
         {

@@ -4,26 +4,20 @@ use super::cost::{TRAINING, flops, gradient_memory};
 use super::known::{Known, Problem};
 use super::{PlannedStage, Work};
 use crate::models::{Architecture, ChannelGroup, Left, Part};
-use crate::pruning::{Leaves, left_of, units, units_left};
+use crate::pruning::{Leaves, left_of, units, units_left, whole_heads};
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::source::Source;
 use crate::recipe::schema::width::{Amount, Importance, Width};
 
-/// A pruning in width, resolved for the model it prunes.
+/// A pruning in width.
 #[derive(Debug, Clone)]
 pub struct WidthPlan {
     /// The model.
     pub from: Source,
     /// The method, as the recipe names it.
     pub method: &'static str,
-    /// By what channels are chosen.
-    pub importance: Importance,
-    /// What leaves of attention.
-    pub leaves: Leaves,
-    /// How many units stay of each of the model's groups of channels.
-    pub keep: Vec<usize>,
-    /// The model that is left.
-    pub after: Architecture,
+    /// Its settings.
+    pub width: Width,
 }
 
 /// Most images in one pass for gradients, and bytes of what it leaves for its backward pass, where
@@ -39,6 +33,8 @@ pub(crate) fn times_in_a_pass(model: &Architecture, batch: usize) -> usize {
 
 /// How far a model may be from the size that is asked for.
 const NEAR: f64 = 0.02;
+/// Most steps of single groups towards that size.
+const MOST_STEPS: usize = 8;
 
 pub(super) fn plan(
     stage: &Stage,
@@ -55,24 +51,7 @@ pub(super) fn plan(
     let groups = before
         .channel_groups()
         .ok_or_else(|| Problem::Said(format!("{before} has no channels that can be taken out")))?;
-    let narrowing = Narrowing {
-        before: &before,
-        groups: &groups,
-        width,
-    };
-    let keep = narrowing.keep()?;
-    let after = before.narrowed(&narrowing.left(&keep));
-    if after == before {
-        return Err(Problem::Said(format!(
-            "nothing leaves {before}: the ratio is too small for widths that are a multiple of {}; give a smaller `multiple`",
-            width.multiple
-        )));
-    }
-    if let Some(problem) = after.problem() {
-        return Err(Problem::Said(format!(
-            "what would be left can't be: {problem}"
-        )));
-    }
+    let Narrowed { after, .. } = narrow(&before, &groups, width).map_err(Problem::Said)?;
     let (method, seen, batch) = match width.importance {
         Importance::DiffPruning {
             timesteps, batch, ..
@@ -95,10 +74,7 @@ pub(super) fn plan(
     let work = Work::Width(WidthPlan {
         from: from.clone(),
         method,
-        importance: width.importance.clone(),
-        leaves: width.leaves,
-        keep,
-        after: after.clone(),
+        width: width.clone(),
     });
     let mut planned = PlannedStage {
         flops: TRAINING * flops(&before, seen),
@@ -113,6 +89,55 @@ pub(super) fn plan(
         (planned.notes).push("it ends where the loss has fallen, most often far earlier".into());
     }
     Ok(planned)
+}
+
+/// What is left of a model.
+pub(crate) struct Narrowed {
+    /// How many units stay of each group of channels.
+    pub(crate) keep: Vec<usize>,
+    /// The model.
+    pub(crate) after: Architecture,
+}
+
+/// How narrow a model becomes.
+///
+/// # Errors
+/// When nothing would be left of a part, nothing leaves, or no widths are as near as they must be.
+pub(crate) fn narrow(
+    before: &Architecture,
+    groups: &[ChannelGroup],
+    width: &Width,
+) -> Result<Narrowed, String> {
+    let there = |part: Part| groups.iter().any(|group| group.part == part);
+    for (part, key) in width.parts.said() {
+        if !there(part) {
+            return Err(format!(
+                "`{key}` is given, and {before} has no such channels"
+            ));
+        }
+    }
+    if width.leaves == Leaves::Heads && !groups.iter().any(|group| group.heads > 1) {
+        return Err(format!(
+            "leaves = \"heads\", and no attention of {before} has several"
+        ));
+    }
+    let narrowing = Narrowing {
+        before,
+        groups,
+        width,
+    };
+    let keep = narrowing.keep()?;
+    let after = before.narrowed(&narrowing.left(&keep));
+    if after == *before {
+        return Err(format!(
+            "nothing leaves {before}: the ratio is too small for widths that are a multiple of {}; give a smaller `multiple`",
+            width.multiple
+        ));
+    }
+    match after.problem() {
+        Some(problem) => Err(format!("what would be left can't be: {problem}")),
+        None => Ok(Narrowed { keep, after }),
+    }
 }
 
 /// A model whose widths are chosen.
@@ -131,7 +156,7 @@ impl Narrowing<'_> {
     }
 
     /// How many units of each group stay.
-    fn keep(&self) -> Result<Vec<usize>, Problem> {
+    fn keep(&self) -> Result<Vec<usize>, String> {
         let Width { amount, .. } = self.width;
         // Of ratios that are given, none may leave nothing.
         let given = match *amount {
@@ -140,15 +165,19 @@ impl Narrowing<'_> {
         };
         let empty = self.groups.iter().find(|group| {
             let (units, _) = units(group, self.width.leaves);
-            units_left(units, self.width.parts.share(group.part, given)) == 0
+            units_left(
+                units,
+                group.slices,
+                self.width.parts.share(group.part, given),
+            ) == 0
         });
         if let Some(group) = empty {
-            return Err(Problem::Said(format!(
+            return Err(format!(
                 "a share of {} leaves none of the {} of {}",
                 self.width.parts.share(group.part, given),
                 self.called(group),
                 group.root
-            )));
+            ));
         }
         match *amount {
             Amount::Ratio(ratio) => Ok(self.at(ratio)),
@@ -170,27 +199,39 @@ impl Narrowing<'_> {
     /// How many units of each group stay at a ratio: at least one, and a multiple where it must be.
     fn at(&self, ratio: f64) -> Vec<usize> {
         let keep = |group: &ChannelGroup| {
-            let (units, of) = units(group, self.width.leaves);
+            let (units, _) = units(group, self.width.leaves);
             let share = self.width.parts.share(group.part, ratio);
-            let left = units_left(units, share).max(1);
-            let whole_heads = group.heads > 1 && of != group.heads;
-            if share == 0.0 || whole_heads || left == units {
+            let left = units_left(units, group.slices, share).max(group.slices);
+            if share == 0.0 || left == units {
                 return left.min(units);
             }
-            let multiple = self.width.multiple;
+            let multiple = self.multiple(group);
             let rounded = (left + multiple / 2) / multiple * multiple;
             rounded.max(multiple).min(units)
         };
         self.groups.iter().map(keep).collect()
     }
 
+    /// What the width of a group is a multiple of, once it is cut: of a head's dimensions, of
+    /// slices that keep equally many, and of the stream by 4, as tables of positions have it.
+    fn multiple(&self, group: &ChannelGroup) -> usize {
+        if whole_heads(group, self.width.leaves) {
+            return 1;
+        }
+        let slices = match group.part {
+            Part::Stream => 4,
+            _ => group.slices,
+        };
+        let times = (1..=slices).map(|times| times * self.width.multiple);
+        let mut fit = times.filter(|multiple| multiple.is_multiple_of(slices));
+        // At the latest the product is one.
+        fit.next().unwrap_or(slices * self.width.multiple)
+    }
+
     /// How much narrower or wider a group can be made by one step; None of one whose width is said.
     fn step(&self, group: &ChannelGroup) -> Option<usize> {
         let said = |ratio| self.width.parts.share(group.part, ratio);
-        let (_, of) = units(group, self.width.leaves);
-        let whole_heads = group.heads > 1 && of != group.heads;
-        let step = if whole_heads { 1 } else { self.width.multiple };
-        (said(0.0) != said(1.0)).then_some(step)
+        (said(0.0) != said(1.0)).then(|| self.multiple(group))
     }
 
     /// Widths whose size is near a share of the model's: those of one ratio, but for some groups
@@ -200,7 +241,7 @@ impl Narrowing<'_> {
         share: f64,
         what: &str,
         size: impl Fn(&Architecture) -> usize,
-    ) -> Result<Vec<usize>, Problem> {
+    ) -> Result<Vec<usize>, String> {
         let whole = size(self.before) as f64;
         let left = |keep: &[usize]| size(&self.before.narrowed(&self.left(keep))) as f64 / whole;
         let (mut low, mut high) = (0.0, 1.0);
@@ -213,20 +254,35 @@ impl Narrowing<'_> {
                 high = middle;
             }
         }
-        let mut keep = self.at(low);
+        // From the wider of the two to the narrower, group by group.
+        let (mut keep, narrower) = (self.at(low), self.at(high));
         let mut best = (keep.clone(), left(&keep));
         let nearer = |found: f64, best: f64| (found - share).abs() < (best - share).abs();
-        // The step that comes nearest, until none comes nearer.
-        while (best.1 / share - 1.0).abs() > NEAR {
+        for group in 0..keep.len() {
+            if keep[group] != narrower[group] {
+                keep[group] = narrower[group];
+                let found = left(&keep);
+                if nearer(found, best.1) {
+                    best = (keep.clone(), found);
+                }
+            }
+        }
+        // Then the step that comes nearest, a few times.
+        for _ in 0..MOST_STEPS {
+            if (best.1 / share - 1.0).abs() <= NEAR {
+                break;
+            }
+            keep.clone_from(&best.0);
             for (index, group) in self.groups.iter().enumerate() {
                 let Some(step) = self.step(group) else {
                     continue;
                 };
                 let (units, _) = units(group, self.width.leaves);
                 let now = keep[index];
-                let narrower = now.saturating_sub(step);
-                for other in [narrower, (now + step).min(units)] {
-                    if other < step.min(units) || other == now {
+                let narrower = now.saturating_sub(1) / step * step;
+                let wider = (now / step + 1) * step;
+                for other in [narrower, wider.min(units)] {
+                    if other == 0 || other == now {
                         continue;
                     }
                     keep[index] = other;
@@ -240,14 +296,13 @@ impl Narrowing<'_> {
             if best.0 == keep {
                 break;
             }
-            keep.clone_from(&best.0);
         }
         match (best.1 / share - 1.0).abs() <= NEAR {
             true => Ok(best.0),
-            false => Err(Problem::Said(format!(
+            false => Err(format!(
                 "`{what}` is {share}, and the nearest that can be left is {:.3}; give a smaller `multiple`, or more that may leave",
                 best.1
-            ))),
+            )),
         }
     }
 }

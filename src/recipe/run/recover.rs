@@ -148,11 +148,11 @@ fn taps(
             .map(|[student, teacher]| (*student, *teacher))
             .collect()
     } else {
+        if depth == teacher_depth {
+            // One that lost width has all layers.
+            return Ok((0..depth).map(|layer| (layer, layer)).collect());
+        }
         let Some(kept) = kept else {
-            if depth == teacher_depth {
-                // A student that lost width has all layers.
-                return Ok((0..depth).map(|layer| (layer, layer)).collect());
-            }
             return Err("the checkpoint does not say which layers were kept; give `taps`".into());
         };
         if *parent_depth != Some(teacher_depth) || kept.len() != depth {

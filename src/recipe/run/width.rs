@@ -20,7 +20,7 @@ use crate::pruning::{
 };
 use crate::recipe::RecipeError;
 use crate::recipe::plan::WidthPlan;
-use crate::recipe::plan::width::times_in_a_pass;
+use crate::recipe::plan::width::{Narrowed, narrow, times_in_a_pass};
 use crate::recipe::schema::width::Importance;
 use crate::report::{Progress, csv_cell, thousands};
 use crate::state::StateDict;
@@ -55,11 +55,14 @@ impl<B: TrainingBackend> Context<'_, B> {
             stage: stage.to_owned(),
             problem,
         };
-        let groups = parent.denoiser()?.channel_groups();
-        let groups = groups.filter(|groups| groups.len() == plan.keep.len());
-        let groups = groups.ok_or_else(|| problem("the model is not the planned one".into()))?;
+        let architecture = parent.denoiser()?;
+        let groups = architecture.channel_groups();
+        let groups = groups.ok_or_else(|| problem("no channels can be taken out of it".into()))?;
+        // Which blocks an earlier stage left was not known to the plan, and so not their widths.
+        let settings = &plan.width;
+        let Narrowed { keep, after } = narrow(architecture, &groups, settings).map_err(problem)?;
         let weights = parent.tensors.read_all()?;
-        let importance = match plan.importance {
+        let importance = match settings.importance {
             Importance::Random => (groups.iter().enumerate())
                 .map(|(index, group)| random_importance(group, self.recipe.seed, index))
                 .collect(),
@@ -81,15 +84,17 @@ impl<B: TrainingBackend> Context<'_, B> {
         }
         let mut kept = Vec::with_capacity(groups.len());
         let mut text = String::from("layer,part,channels,left,importance left\n");
-        for ((group, importance), keep) in groups.iter().zip(&importance).zip(&plan.keep) {
-            let ranked = ranked(group, importance, plan.leaves);
-            let stays = kept_channels(group, &ranked, *keep, plan.leaves);
+        for ((group, importance), keep) in groups.iter().zip(&importance).zip(&keep) {
+            let ranked = ranked(group, importance, settings.leaves);
+            let stays = kept_channels(group, &ranked, *keep, settings.leaves);
             let all: f64 = importance.iter().sum();
             let left: f64 = stays.iter().map(|channel| importance[*channel]).sum();
             let root = csv_cell(&group.root);
             let part = group.part.name();
             let (channels, stay) = (group.channels, stays.len());
-            text += &format!("{root},{part},{channels},{stay},{:.4}\n", left / all);
+            // Of a group of which nothing matters no share is left.
+            let share = if all > 0.0 { left / all } else { 0.0 };
+            text += &format!("{root},{part},{channels},{stay},{share:.4}\n");
             kept.push(stays);
         }
         write_text(&folder.join("widths.csv"), &text)?;
@@ -102,14 +107,14 @@ impl<B: TrainingBackend> Context<'_, B> {
         provenance.note = "channels were taken out of all layers; those that are left have their original weights".into();
         crate::say!(
             "{stage}: {} of {} parameters are left: {}",
-            thousands(plan.after.parameters()),
+            thousands(after.parameters()),
             thousands(parent.architecture.parameters()),
-            plan.after
+            after
         );
         let pruned = without(weights, &groups, &kept);
         let path = folder.join(MODEL);
-        let pruned = Checkpoint::new(plan.after.clone(), pruned.into(), provenance, &path);
-        let process = match plan.importance {
+        let pruned = Checkpoint::new(after, pruned.into(), provenance, &path);
+        let process = match settings.importance {
             Importance::DiffPruning { .. } | Importance::Taylor { .. } => Some(parent.trained_by()),
             Importance::Magnitude | Importance::Random => parent.process,
         };
@@ -130,7 +135,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             // The same weights may be read with other heads.
             (&parent.architecture, parent.trained_by()),
             &self.recipe.data,
-            &plan.importance,
+            &plan.width.importance,
             (self.recipe.seed, self.recipe.compute),
             <B::InnerBackend as Backend>::name(self.device),
         ))?;
@@ -150,7 +155,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         self.directory.measured("importance", &key, read, || {
             let path = (self.directory).measured_path("importance", &key, "safetensors")?;
-            let gradients = self.loss_gradients(stage, plan, parent, &path)?;
+            let gradients = self.loss_gradients(stage, plan, (parent, weights), groups, &path)?;
             let line = |group: &ChannelGroup| {
                 let found = importance(group, weights, &gradients, Saliency::Taylor);
                 let found: Vec<String> = found.iter().map(ToString::to_string).collect();
@@ -168,12 +173,13 @@ impl<B: TrainingBackend> Context<'_, B> {
         &self,
         stage: &str,
         plan: &WidthPlan,
-        parent: &Checkpoint,
+        (parent, weights): (&Checkpoint, &StateDict),
+        groups: &[ChannelGroup],
         path: &Path,
     ) -> Result<StateDict, RecipeError> {
         let network = self.network(parent)?;
         let process = parent.trained_by().process();
-        let (batch, timesteps, mut descent, total, together) = match plan.importance {
+        let (batch, timesteps, mut descent, total, together) = match plan.width.importance {
             Importance::DiffPruning {
                 threshold,
                 timesteps,
@@ -195,7 +201,25 @@ impl<B: TrainingBackend> Context<'_, B> {
         let source = self.pictures_to_measure(parent, Split::Train, seed, batch, within)?;
         let times = times_from_data(process.times(), timesteps);
 
-        let before = measured_before(path);
+        let all = total.div_ceil(together);
+        let before = measured_before(path).filter(|(done, taken)| {
+            let through = match &descent {
+                Some(_) => {
+                    let counted = done.passes.checked_mul(together);
+                    counted == Some(done.losses.len()) && done.counted == done.losses.len()
+                }
+                None => done.losses.is_empty(),
+            };
+            let sound = done.passes < all && !done.ended && through;
+            // Sums of every weight that is scored, as large as it.
+            let scored = groups.iter().flat_map(|group| &group.members);
+            let mut scored = scored.filter(|member| member.scored);
+            let fits = |tensor: &String| match (taken.get(tensor), weights.get(tensor)) {
+                (Some(sum), Some(weight)) => sum.shape == weight.shape,
+                _ => false,
+            };
+            sound && scored.all(|member| fits(&member.tensor))
+        });
         let resumed = before.is_some();
         let (done, taken) = before.unwrap_or_else(|| {
             let none = Measured {
@@ -224,7 +248,6 @@ impl<B: TrainingBackend> Context<'_, B> {
         }
         let mut gradients = LossGradients::new(taken);
         let mut saved = Instant::now();
-        let all = total.div_ceil(together);
         while passes < all && descent.as_ref().is_none_or(|descent| !descent.ended) {
             match &mut descent {
                 Some(descent) => {

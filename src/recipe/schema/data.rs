@@ -94,6 +94,10 @@ pub struct Pictures {
     /// Folder that keeps the decoded pictures for other runs; default: in the run directory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
+    /// Number of classes, by which a recipe can be planned before its pictures are there; default:
+    /// as many as the folder has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub classes: Option<usize>,
     /// Sizes and classes of the pictures, read from the folder with the recipe.
     #[serde(skip)]
     shape: DataShape,
@@ -340,11 +344,21 @@ impl Fashion {
 
 impl Pictures {
     fn read(section: &Section<'_>) -> Option<Self> {
+        let classes = section.integer("classes", 1..=1_000_000).optional();
         let listed = |node: &Node| {
-            let path = folder(node)?;
-            match ImageFolder::list_classes(&path) {
-                Ok(classes) => Ok((path, classes)),
-                Err(error) => Err(node.fault(with_cause(&error))),
+            let path = match folder(node) {
+                // It can be planned.
+                Err(_) if classes.is_some() => return Ok((node.string()?.into(), Vec::new())),
+                path => path?,
+            };
+            let found = ImageFolder::list_classes(&path);
+            let found = found.map_err(|error| node.fault(with_cause(&error)))?;
+            match classes {
+                Some(classes) if classes != found.len() => Err(node.fault(format!(
+                    "{} classes are there, and `classes` is {classes}",
+                    found.len()
+                ))),
+                _ => Ok((path, found)),
             }
         };
         let images = section.value("images", listed).optional();
@@ -388,10 +402,11 @@ impl Pictures {
             shape: DataShape {
                 channels,
                 side: size,
-                classes: class_names.len(),
+                classes: classes.unwrap_or(class_names.len()),
                 class_names,
                 features: None,
             },
+            classes,
         })
     }
 }

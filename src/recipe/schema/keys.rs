@@ -50,6 +50,7 @@ const TOPICS: [Topic; 12] = [
         cases: &[
             ("dit", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'dit' }"),
             ("sit", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'sit' }"),
+            ("unet", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'unet' }"),
             ("classifier", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'classifier' }"),
             ("a preset", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'dit', preset = 'DiT-XL/2' }"),
         ],
@@ -125,7 +126,7 @@ const TOPICS: [Topic; 12] = [
 
 /// Meanings of keys that choose among variants, which no field keeps.
 #[rustfmt::skip]
-const MEANINGS: [(&str, &str); 25] = [
+const MEANINGS: [(&str, &str); 28] = [
     ("sweep", "Settings that the recipe is run with, one after the other."),
     ("case", "Settings with a name; the section below."),
     ("[[sweep.case]] name", "The name, in tables and in the names of folders."),
@@ -135,10 +136,13 @@ const MEANINGS: [(&str, &str); 25] = [
     ("solver", "How a sample is drawn; a model of Gaussian diffusion takes `ddpm` or `ddim`, one of an interpolant `ode` or `sde`."),
     ("update", "Weights trained along with the masks."),
     ("importance", "By what channels are chosen: by their share in the first-order change of the loss, over times from the least noise on (`diff-pruning`) or at random times (`taylor`); by the squares of their weights; or at random."),
-    ("ratio", "Share of the channels that leaves attention, MLPs and condition."),
+    ("ratio", "Share of the channels that leaves attention, MLPs and condition, and a UNet's convolutions."),
     ("parameters", "Share of the parameters that is left, within 2%; the ratio is searched for."),
     ("macs", "Share of the multiply-accumulates that is left, within 2%; the ratio is searched for."),
     ("family", "The family of the model."),
+    ("architecture width", "Width of the trunk, or of a classifier's features; of a UNet, channels of the first level, half as many as of the others."),
+    ("levels", "Number of levels, each of half the side of the one before."),
+    ("attention_level", "The level with attention, counted from 1; none where there is no such level."),
     ("eta", "Share of the ancestral noise in a step of `ddim`; 0 is deterministic."),
     ("fill", "Grey value, 0 to 255, of what `pad` adds."),
     ("diffusion_form", "Form of the noise over time in the stochastic equation."),
@@ -159,7 +163,7 @@ fn sources(title: &str) -> &'static [&'static str] {
     match title {
         "The recipe" => &["recipe/schema/mod.rs"],
         "data" => &["recipe/schema/data.rs"],
-        "architecture" => &["models/dit/config.rs", "models/classifier.rs", "process/kind.rs"],
+        "architecture" => &["models/dit/config.rs", "models/unet/config.rs", "models/classifier.rs", "process/kind.rs"],
         "kind = \"train\"" => &["recipe/schema/train.rs", "recipe/schema/optimisation.rs", "training/optimisation.rs"],
         "kind = \"prune\"" => &["recipe/schema/prune.rs", "recipe/schema/width.rs", "pruning/learned.rs", "pruning/search.rs", "training/optimisation.rs"],
         "kind = \"recover\"" => &["recipe/schema/recover.rs", "recipe/schema/optimisation.rs", "training/optimisation.rs"],
@@ -172,8 +176,11 @@ fn sources(title: &str) -> &'static [&'static str] {
 
 /// Defaults that follow from other keys or are left out of a resolved recipe; empty of keys whose
 /// default is said with their meaning.
-const DEFAULTS: [(&str, &str); 10] = [
+const DEFAULTS: [(&str, &str); 13] = [
     ("seeds", "1"),
+    ("width", "`64`; of a UNet `32`"),
+    ("levels", "`3`"),
+    ("attention_level", "`2`"),
     ("path", "`\"linear\"`"),
     ("predicts", "`\"velocity\"`"),
     ("weighting", "`\"none\"`"),

@@ -105,7 +105,7 @@ const DIGITS: Shape = Shape {
 };
 
 impl Wanted {
-    /// The architecture; published models are those of ImageNet at 256 x 256.
+    /// The architecture; published transformers are those of ImageNet at 256 x 256.
     pub fn architecture(&self) -> Option<Architecture> {
         match &self.model {
             Model::Preset { preset } => Architecture::preset(preset),

@@ -62,7 +62,7 @@ pub enum Importance {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Amount {
-    /// Share of the channels that leaves attention, MLPs and condition.
+    /// Share of the channels that leaves attention, MLPs, condition and convolutions.
     Ratio(f64),
     /// Share of the parameters that is left; the ratio is searched for.
     Parameters(f64),
@@ -85,9 +85,25 @@ pub struct Parts {
     /// Share of the channels that leaves the residual stream; default 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stream: Option<f64>,
+    /// Share of the channels that leaves the convolutions of a UNet; default: the ratio.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub convolution: Option<f64>,
 }
 
 impl Parts {
+    /// The parts that a share is given of, with their keys.
+    pub(crate) fn said(&self) -> impl Iterator<Item = (Part, &'static str)> {
+        let all = [
+            self.attention,
+            self.mlp,
+            self.condition,
+            self.stream,
+            self.convolution,
+        ];
+        let named = all.into_iter().zip(Part::NAMES);
+        named.filter_map(|(share, (name, part))| share.map(|_| (part, name)))
+    }
+
     /// The share that leaves a part when `ratio` leaves those that nothing is said of.
     pub fn share(&self, part: Part, ratio: f64) -> f64 {
         match part {
@@ -95,12 +111,13 @@ impl Parts {
             Part::Mlp => self.mlp.unwrap_or(ratio),
             Part::Condition => self.condition.unwrap_or(ratio),
             Part::Stream => self.stream.unwrap_or(0.0),
+            Part::Convolution => self.convolution.unwrap_or(ratio),
         }
     }
 }
 
 /// Keys that this method reads, besides those of scores.
-pub(super) const KEYS: [&str; 11] = [
+pub(super) const KEYS: [&str; 12] = [
     "importance",
     "threshold",
     "ratio",
@@ -110,6 +127,7 @@ pub(super) const KEYS: [&str; 11] = [
     "mlp",
     "condition",
     "stream",
+    "convolution",
     "leaves",
     "multiple",
 ];
@@ -177,6 +195,7 @@ impl Width {
             mlp: part("mlp"),
             condition: part("condition"),
             stream: part("stream"),
+            convolution: part("convolution"),
         };
         let leaves = section.choice("leaves", &Leaves::NAMES).or(Leaves::Dims);
         let multiple = section.integer("multiple", 1..=1024).or(8);

@@ -137,7 +137,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             let mut verdict = verdict(&judge, name, archive, count)?;
             if let Some(model) = model {
                 verdict.parameters = Some(model.parameters());
-                verdict.depth = Some(model.depth());
+                verdict.depth = model.depth_of_trunk();
                 verdict.macs = Some(model.macs());
             }
             verdicts.push(verdict);

@@ -132,7 +132,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             let samples = read_samples(&archive)?.images;
             let mut verdict = judge.verdict(&name, &samples, &labels)?;
             verdict.parameters = Some(checkpoint.architecture.parameters());
-            verdict.depth = Some(checkpoint.architecture.depth());
+            verdict.depth = checkpoint.architecture.depth_of_trunk();
             verdict.macs = Some(checkpoint.architecture.macs());
             let Provenance { images, chose, .. } = checkpoint.provenance;
             verdict.images = Some(images).filter(|images| *images > 0 && !chose);

@@ -99,8 +99,8 @@ mod tests {
 
     #[test]
     fn similarity_is_that_of_scikit_image() {
-        // `structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-        // data_range=255)` of scikit-image.
+        // `structural_similarity(a, b, gaussian_weights=True, sigma=1.5,
+        // use_sample_covariance=False, data_range=255)` of scikit-image.
         for (side, expected) in [(16, 0.699_290_033_404_320_7), (28, 0.538_124_445_323_415_3)] {
             let a = picture(side, |at| at * 37 + 11);
             let b = picture(side, |at| at * 37 + 11 + at * at % 50);

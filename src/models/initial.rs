@@ -5,8 +5,8 @@ use crate::state::{Array, StateDict};
 
 /// Fills a state dict of a fresh network: DiT's rules (Xavier for linear layers and patches, 0.02
 /// normals for the embedders, zeros for modulations and the final projection), the same for most of
-/// a UNet's, and Kaiming for what is called `conv…` or `features…`: the classifier's ReLU layers, and
-/// a UNet's first.
+/// a UNet's, and Kaiming for what is called `conv…` or `features…`: the classifier's ReLU layers,
+/// and a UNet's first.
 pub fn initialise(state: &mut StateDict, seed: u64) {
     for (index, (name, array)) in state.iter_mut().enumerate() {
         let fan_out = array.shape[0];

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::models::{ChannelGroup, Left};
@@ -218,17 +219,42 @@ fn select(array: &Array, dim: usize, stays: &[bool]) -> Array {
     Array::new(shape, kept.flatten().copied().collect())
 }
 
+/// Rows that are summed one after the other; the sums of so many are then added in their order, so
+/// that the number of threads changes nothing.
+const ROWS: usize = 64;
+
 /// Sums over all dimensions but one of a value for each place of an array.
-fn along(shape: &[usize], dim: usize, value: impl Fn(usize) -> f64) -> Vec<f64> {
+fn along(shape: &[usize], dim: usize, value: impl Fn(usize) -> f64 + Sync) -> Vec<f64> {
     let size = shape[dim];
     let inner: usize = shape[dim + 1..].iter().product();
     let outer: usize = shape[..dim].iter().product();
-    let mut sums = vec![0.0; size];
-    for block in 0..outer {
-        for (index, sum) in sums.iter_mut().enumerate() {
-            let start = (block * size + index) * inner;
-            *sum += (start..start + inner).map(&value).sum::<f64>();
+    let at = |row: usize, index: usize| {
+        let start = (row * size + index) * inner;
+        (start..start + inner).map(&value).sum::<f64>()
+    };
+    if outer == 1 {
+        return (0..size)
+            .into_par_iter()
+            .map(|index| at(0, index))
+            .collect();
+    }
+    let some = |rows: usize| -> Vec<f64> {
+        let mut sums = vec![0.0; size];
+        for row in rows * ROWS..outer.min((rows + 1) * ROWS) {
+            let all = sums.iter_mut().enumerate();
+            all.for_each(|(index, sum)| *sum += at(row, index));
         }
+        sums
+    };
+    let parts: Vec<Vec<f64>> = (0..outer.div_ceil(ROWS))
+        .into_par_iter()
+        .map(some)
+        .collect();
+    let mut sums = vec![0.0; size];
+    for part in parts {
+        sums.iter_mut()
+            .zip(part)
+            .for_each(|(sum, part)| *sum += part);
     }
     sums
 }

@@ -130,7 +130,11 @@ pub fn collect<B: Backend, M: Module<B>>(module: &M) -> StateDict {
 
 /// Converts float tensor data to f32.
 pub(crate) fn floats(data: TensorData) -> Vec<f32> {
-    data.iter::<f32>().collect()
+    // All at once where they are f32, as nearly always; value by value takes many times as long.
+    match data.as_slice::<f32>() {
+        Ok(values) => values.to_vec(),
+        Err(_) => data.iter::<f32>().collect(),
+    }
 }
 
 /// Fills every float parameter of `module` from `source`, one at a time.

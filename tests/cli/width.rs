@@ -86,6 +86,14 @@ const RECIPE: &str = "
     multiple = 4
 
     [[stage]]
+    kind = 'prune'
+    name = 'faster'
+    from = 'embedded:digits-teacher'
+    method = 'width'
+    importance = 'magnitude'
+    latency = 0.6
+
+    [[stage]]
     kind = 'recover'
     name = 'narrow'
     from = 'stream'
@@ -115,6 +123,7 @@ fn channels_leave_by_importance_before_and_after_layers() {
     let told = place.run(&["recipe", "width.toml", "--runs", "runs"]);
     let told = told.succeeded();
     let told = told.stdout + &told.stderr;
+    assert!(told.contains("of the time, and `latency` is 0.6"), "{told}");
     // The second ratio needs no gradients of its own.
     assert_eq!(told.matches("times count").count(), 1, "{told}");
     assert_eq!(told.matches("importance from").count(), 1, "{told}");
@@ -152,18 +161,18 @@ fn channels_leave_by_importance_before_and_after_layers() {
     let heads = inspect(&model("08-heads"));
     let block = json!({ "heads": 2, "head_dim": 16, "hidden": 256 });
     assert_eq!(heads["architecture"]["widths"]["blocks"][0], block);
-    let narrow = inspect(&model("10-narrow"));
+    let narrow = inspect(&model("11-narrow"));
     assert_eq!(narrow["architecture"]["width"], 44);
     // Width after depth and width: of the model that it came from.
     assert_eq!(narrow["provenance"]["kept"], json!([0, 1, 2, 3, 4, 5]));
 
     // What features are compared through is no part of the model, nor of one within the training.
-    let within = inspect("runs/width/001/10-narrow/checkpoints/step-00000001.safetensors");
+    let within = inspect("runs/width/001/11-narrow/checkpoints/step-00000001.safetensors");
     assert_eq!(within["parameters"], narrow["parameters"]);
 
     // Files of other programs show the widths by their tensors.
     place
-        .run(&["convert", &model("10-narrow"), "narrow.pt"])
+        .run(&["convert", &model("11-narrow"), "narrow.pt"])
         .succeeded();
     let again = place.run(&["inspect", "narrow.pt", "--heads", "4", "--json"]);
     let again: Value = serde_json::from_str(&again.succeeded().stdout).unwrap();

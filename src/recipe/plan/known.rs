@@ -56,8 +56,8 @@ pub(in crate::recipe) fn following<'a>(
     })
 }
 
-/// Whether a stage only takes layers or channels out, so that it is all the same to it how the model was
-/// trained.
+/// Whether a stage only takes layers or channels out, so that it is all the same to it how the
+/// model was trained.
 pub(crate) fn keeps_weights(kind: &StageKind) -> bool {
     let StageKind::Prune(prune) = kind else {
         return false;

@@ -33,6 +33,8 @@ pub(crate) fn times_in_a_pass(model: &Architecture, batch: usize) -> usize {
 
 /// How far a model may be from the size that is asked for.
 const NEAR: f64 = 0.02;
+/// How often a ratio is halved to meet a time: widths are multiples, and times noisy.
+const HALVINGS: usize = 8;
 /// Most steps of single groups towards that size.
 const MOST_STEPS: usize = 8;
 
@@ -51,7 +53,8 @@ pub(super) fn plan(
     let groups = before
         .channel_groups()
         .ok_or_else(|| Problem::Said(format!("{before} has no channels that can be taken out")))?;
-    let Narrowed { after, .. } = narrow(&before, &groups, width).map_err(Problem::Said)?;
+    let narrowed = narrow(&before, &groups, width, None).map_err(Problem::Said)?;
+    let after = narrowed.after;
     let (method, seen, batch) = match width.importance {
         Importance::DiffPruning {
             timesteps, batch, ..
@@ -88,6 +91,12 @@ pub(super) fn plan(
     if matches!(width.importance, Importance::DiffPruning { threshold, .. } if threshold > 0.0) {
         (planned.notes).push("it ends where the loss has fallen, most often far earlier".into());
     }
+    if let Amount::Latency(_) = width.amount {
+        planned.notes.push(
+            "how wide it stays is measured when it runs; planned as if time were multiply-accumulates"
+                .into(),
+        );
+    }
     Ok(planned)
 }
 
@@ -99,7 +108,10 @@ pub(crate) struct Narrowed {
     pub(crate) after: Architecture,
 }
 
-/// How narrow a model becomes.
+/// The time of a pass.
+pub(crate) type PassTime<'a> = &'a dyn Fn(&Architecture) -> f64;
+
+/// How narrow a model becomes; without `time`, multiply-accumulates stand for it.
 ///
 /// # Errors
 /// When nothing would be left of a part, nothing leaves, or no widths are as near as they must be.
@@ -107,6 +119,7 @@ pub(crate) fn narrow(
     before: &Architecture,
     groups: &[ChannelGroup],
     width: &Width,
+    time: Option<PassTime<'_>>,
 ) -> Result<Narrowed, String> {
     let there = |part: Part| groups.iter().any(|group| group.part == part);
     for (part, key) in width.parts.said() {
@@ -126,7 +139,7 @@ pub(crate) fn narrow(
         groups,
         width,
     };
-    let keep = narrowing.keep()?;
+    let keep = narrowing.keep(time)?;
     let after = before.narrowed(&narrowing.left(&keep));
     if after == *before {
         return Err(format!(
@@ -156,12 +169,12 @@ impl Narrowing<'_> {
     }
 
     /// How many units of each group stay.
-    fn keep(&self) -> Result<Vec<usize>, String> {
+    fn keep(&self, time: Option<PassTime<'_>>) -> Result<Vec<usize>, String> {
         let Width { amount, .. } = self.width;
         // Of ratios that are given, none may leave nothing.
         let given = match *amount {
             Amount::Ratio(ratio) => ratio,
-            Amount::Parameters(_) | Amount::Macs(_) => 0.0,
+            Amount::Parameters(_) | Amount::Macs(_) | Amount::Latency(_) => 0.0,
         };
         let empty = self.groups.iter().find(|group| {
             let (units, _) = units(group, self.width.leaves);
@@ -183,6 +196,10 @@ impl Narrowing<'_> {
             Amount::Ratio(ratio) => Ok(self.at(ratio)),
             Amount::Parameters(share) => self.search(share, "parameters", Architecture::parameters),
             Amount::Macs(share) => self.search(share, "macs", Architecture::macs),
+            Amount::Latency(share) => match time {
+                Some(time) => Ok(self.by_time(share, time)),
+                None => self.search(share, "latency", Architecture::macs),
+            },
         }
     }
 
@@ -232,6 +249,27 @@ impl Narrowing<'_> {
     fn step(&self, group: &ChannelGroup) -> Option<usize> {
         let said = |ratio| self.width.parts.share(group.part, ratio);
         (said(0.0) != said(1.0)).then(|| self.multiple(group))
+    }
+
+    /// Widths by which a pass takes nearest to a share of the model's time. Both are timed in turn,
+    /// since a machine's speed changes.
+    fn by_time(&self, share: f64, time: PassTime<'_>) -> Vec<usize> {
+        let (mut low, mut high) = (0.0, 1.0);
+        let mut best: Option<(Vec<usize>, f64)> = None;
+        for _ in 0..HALVINGS {
+            let middle = f64::midpoint(low, high);
+            let keep = self.at(middle);
+            let left = time(&self.before.narrowed(&self.left(&keep))) / time(self.before);
+            match left >= share {
+                true => low = middle,
+                false => high = middle,
+            }
+            let off = (left - share).abs();
+            if best.as_ref().is_none_or(|(_, nearest)| off < *nearest) {
+                best = Some((keep, off));
+            }
+        }
+        best.map_or_else(|| self.at(0.5), |(keep, _)| keep)
     }
 
     /// Widths whose size is near a share of the model's: those of one ratio, but for some groups

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use burn::tensor::backend::Backend;
+use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
 use super::context::Context;
@@ -12,19 +12,25 @@ use super::directory::{json, write_text};
 use super::measuring::score_batch;
 use super::models::MODEL;
 use crate::data::Split;
-use crate::models::ChannelGroup;
+use crate::evaluation::median_and_spread;
+use crate::models::{Architecture, ChannelGroup, Denoiser, Network};
 use crate::ops::TrainingBackend;
 use crate::process::{Process, Times};
 use crate::pruning::{
-    Descent, LossGradients, Saliency, importance, kept_channels, random_importance, ranked, without,
+    Descent, LossGradients, Saliency, ScoreBatch, importance, kept_channels, random_importance,
+    ranked, without,
 };
 use crate::recipe::RecipeError;
 use crate::recipe::plan::WidthPlan;
 use crate::recipe::plan::width::{Narrowed, narrow, times_in_a_pass};
-use crate::recipe::schema::width::Importance;
+use crate::recipe::schema::width::{Amount, Importance};
 use crate::report::{Progress, csv_cell, thousands};
 use crate::state::StateDict;
+use crate::trunk::Plain;
 use crate::weights::{Checkpoint, open_safetensors, read_safetensors, write_safetensors};
+
+/// Passes that are timed, and images of each.
+const TIMED: (usize, usize) = (5, 16);
 
 /// Time between two savings of what is measured.
 const BETWEEN: Duration = Duration::from_secs(300);
@@ -60,7 +66,13 @@ impl<B: TrainingBackend> Context<'_, B> {
         let groups = groups.ok_or_else(|| problem("no channels can be taken out of it".into()))?;
         // Which blocks an earlier stage left was not known to the plan, and so not their widths.
         let settings = &plan.width;
-        let Narrowed { keep, after } = narrow(architecture, &groups, settings).map_err(problem)?;
+        let time = |model: &Architecture| self.pass_time(model);
+        let narrowed = narrow(architecture, &groups, settings, Some(&time));
+        let Narrowed { keep, after } = narrowed.map_err(problem)?;
+        if let Amount::Latency(share) = settings.amount {
+            let left = time(&after) / time(architecture);
+            crate::say!("{stage}: a pass takes {left:.3} of the time, and `latency` is {share}");
+        }
         let weights = parent.tensors.read_all()?;
         let importance = match settings.importance {
             Importance::Random => (groups.iter().enumerate())
@@ -119,6 +131,26 @@ impl<B: TrainingBackend> Context<'_, B> {
             Importance::Magnitude | Importance::Random => parent.process,
         };
         Ok(pruned.of_process(process).write()?)
+    }
+
+    /// Seconds of a pass of a model with weights of 0: the median of some, after one.
+    fn pass_time(&self, model: &Architecture) -> f64 {
+        let Some(network) = Network::<B::InnerBackend>::zeros(model, self.device) else {
+            return f64::NAN;
+        };
+        let network = network.computing(self.recipe.compute);
+        let batch = ScoreBatch::<B::InnerBackend>::noise(model.shape(), TIMED.1, 0, self.device);
+        let pass = || {
+            let begun = Instant::now();
+            let t = Tensor::zeros([TIMED.1], self.device);
+            let output = network.forward(batch.x.clone(), t, batch.y.clone(), &mut Plain);
+            // Reading the result waits for an asynchronous device.
+            let _ = output.sum().into_data();
+            begun.elapsed().as_secs_f64()
+        };
+        pass();
+        let times: Vec<f64> = (0..TIMED.0).map(|_| pass()).collect();
+        median_and_spread(&times).map_or(f64::NAN, |(median, _)| median)
     }
 
     /// The importance of each group's channels by gradients, from the run's folder if it was

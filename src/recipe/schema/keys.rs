@@ -126,7 +126,7 @@ const TOPICS: [Topic; 12] = [
 
 /// Meanings of keys that choose among variants, which no field keeps.
 #[rustfmt::skip]
-const MEANINGS: [(&str, &str); 28] = [
+const MEANINGS: [(&str, &str); 29] = [
     ("sweep", "Settings that the recipe is run with, one after the other."),
     ("case", "Settings with a name; the section below."),
     ("[[sweep.case]] name", "The name, in tables and in the names of folders."),
@@ -139,6 +139,7 @@ const MEANINGS: [(&str, &str); 28] = [
     ("ratio", "Share of the channels that leaves attention, MLPs and condition, and a UNet's convolutions."),
     ("parameters", "Share of the parameters that is left, within 2%; the ratio is searched for."),
     ("macs", "Share of the multiply-accumulates that is left, within 2%; the ratio is searched for."),
+    ("latency", "Share of the time of a pass that is left, measured on the run's backend; the ratio is searched for."),
     ("family", "The family of the model."),
     ("architecture width", "Width of the trunk, or of a classifier's features; of a UNet, channels of the first level, half as many as of the others."),
     ("levels", "Number of levels, each of half the side of the one before."),

@@ -68,6 +68,8 @@ pub enum Amount {
     Parameters(f64),
     /// Share of the multiply-accumulates that is left; the ratio is searched for.
     Macs(f64),
+    /// Share of the time of a pass that is left, measured on the run's backend.
+    Latency(f64),
 }
 
 /// Shares of channels that leave parts, where they differ from the ratio.
@@ -117,12 +119,13 @@ impl Parts {
 }
 
 /// Keys that this method reads, besides those of scores.
-pub(super) const KEYS: [&str; 12] = [
+pub(super) const KEYS: [&str; 13] = [
     "importance",
     "threshold",
     "ratio",
     "parameters",
     "macs",
+    "latency",
     "attention",
     "mlp",
     "condition",
@@ -178,13 +181,17 @@ impl Width {
                 .optional()
                 .map(Amount::Parameters),
             section.float("macs", WITHIN).optional().map(Amount::Macs),
+            section
+                .float("latency", WITHIN)
+                .optional()
+                .map(Amount::Latency),
         ];
         let amount = match amounts.into_iter().flatten().collect::<Vec<_>>()[..] {
             [amount] => Some(amount),
             ref amounts => {
                 section.fault(match amounts.is_empty() {
-                    true => "how much leaves is not said: give `ratio`, the share of channels that leaves, or `parameters` or `macs`, the share of them that is left",
-                    false => "of `ratio`, `parameters` and `macs` only one can be given",
+                    true => "how much leaves is not said: give `ratio`, the share of channels that leaves, or `parameters`, `macs` or `latency`, the share of them that is left",
+                    false => "of `ratio`, `parameters`, `macs` and `latency` only one can be given",
                 });
                 None
             }

@@ -66,7 +66,6 @@ pub use precision_recall::{
 pub use rank::RankCorrelation;
 pub use reference::{MomentsFrom, Reference, ReferenceMeasured, cache_file};
 pub use speed::Speed;
-#[cfg(feature = "cli")]
 pub(crate) use speed::median_and_spread;
 pub use ssim::ssim;
 pub use statistics::{Statistics, StatisticsAccumulator};

@@ -278,24 +278,24 @@ impl Architecture {
 
     /// Bytes that a batch's pass leaves for its backward pass.
     pub fn kept_bytes(&self, batch: usize) -> usize {
-        match self {
+        countable(match self {
             Self::Dit(config) => {
                 let branches = config.kinds().map(|kind| kind.blocks() * kind.branches());
-                config.block_bytes(batch).div_ceil(2) * branches.sum::<usize>()
+                config.block_bytes(batch).div_ceil(2) * branches.sum::<usize>() as u128
             }
             Self::Unet(config) => config.kept_bytes(batch),
             // Each activation with its gradient and what it was computed from.
-            Self::Classifier(config) => 4 * 4 * batch * config.activations(),
-        }
+            Self::Classifier(config) => 4 * 4 * batch as u128 * config.activations() as u128,
+        })
     }
 
     /// Bytes that a batch's pass needs at once beside the weights.
     pub fn pass_bytes(&self, batch: usize) -> usize {
-        match self {
+        countable(match self {
             Self::Dit(config) => config.block_bytes(batch),
             Self::Unet(config) => config.pass_bytes(batch),
-            Self::Classifier(config) => 4 * batch * config.activations(),
-        }
+            Self::Classifier(config) => 4 * batch as u128 * config.activations() as u128,
+        })
     }
 
     /// Why no network can have these sizes, if so.
@@ -431,6 +431,11 @@ impl Architecture {
     }
 }
 
+/// Bytes of which sums can still be counted; a recipe can ask for more, and no machine has them.
+fn countable(bytes: u128) -> usize {
+    bytes.min(1 << 60) as usize
+}
+
 impl From<DitConfig> for Architecture {
     fn from(config: DitConfig) -> Self {
         Self::Dit(config)
@@ -523,6 +528,28 @@ mod tests {
                 let groups = architecture.channel_groups().unwrap_or_default();
                 assert!(groups.iter().all(|group| group.channels > 0));
             }
+        }
+        // The largest that no rule refuses, with the largest batch.
+        let largest = [
+            json!({
+                "family": "unet", "input_size": 4096, "channels": 1024, "classes": 1_000_000,
+                "levels": [8192, 8192, 8192, 8192, 8192, 8192, 8192, 8192], "layers": 16,
+                "attention": [false, false, false, false, true, true, true, true], "norm_groups": 1024,
+            }),
+            json!({
+                "family": "dit", "input_size": 4096, "patch_size": 16, "channels": 1024,
+                "width": 65_536, "depth": 4096, "heads": 1024, "mlp_ratio": 64.0,
+                "classes": 1_000_000, "learn_sigma": true,
+            }),
+        ];
+        for file in largest {
+            let architecture: Architecture = serde_json::from_value(file).unwrap();
+            assert_eq!(architecture.problem(), None);
+            assert!(architecture.macs() > 1 << 50);
+            let _ = (
+                architecture.kept_bytes(65_536),
+                architecture.pass_bytes(65_536),
+            );
         }
         // Both kinds were met.
         assert!(sound.iter().all(|sound| *sound > 0), "{sound:?}");

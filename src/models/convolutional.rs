@@ -86,7 +86,7 @@ pub struct AttentionBlock<B: Backend> {
     /// One layer; diffusers keeps it in a list.
     to_out: Vec<Linear<B>>,
     #[module(skip)]
-    compute: Compute,
+    pub(super) compute: Compute,
 }
 
 impl<B: Backend> AttentionBlock<B> {

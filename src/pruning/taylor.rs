@@ -4,6 +4,7 @@
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
 
 use super::scores::ScoreBatch;
 use crate::models::Denoiser;
@@ -82,6 +83,15 @@ impl<N> LossGradients<N> {
         self.sums.accumulate::<B>(network, gradients);
     }
 
+    /// The sums, by the names of the parameters.
+    pub fn into_taken<B: TrainingBackend>(mut self, network: &N) -> StateDict
+    where
+        N: AutodiffModule<B>,
+    {
+        self.taken::<B>(network);
+        self.taken
+    }
+
     /// The sums so far, by the names of the parameters.
     pub fn taken<B: TrainingBackend>(&mut self, network: &N) -> &StateDict
     where
@@ -127,7 +137,7 @@ impl<N> LossGradients<N> {
 
 /// The way through the times of a process: it ends where the loss has fallen below a share of the
 /// largest before.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Descent {
     /// The share; 0 goes through all times.
     pub threshold: f64,

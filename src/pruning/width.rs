@@ -4,15 +4,14 @@
 use std::collections::BTreeMap;
 
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::models::{ChannelGroup, Left};
 use crate::random::{Stream, permutation};
 use crate::state::{Array, StateDict};
 
 /// What a channel's importance is computed from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Saliency {
     /// The first-order change of the loss: `|w dw|` of every weight of the channel, summed.
     Taylor,
@@ -23,11 +22,10 @@ pub enum Saliency {
 }
 
 /// What leaves of attention.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Leaves {
     /// The same dimensions of every head.
-    #[default]
     Dims,
     /// Whole heads.
     Heads,

@@ -41,6 +41,8 @@ pub fn diff_pruning<B: TrainingBackend>(slack: f64) {
     );
 
     let expected = json("expected.json");
+    // The score of `ddpm_exp_ours` adds squares of one kind of weight to absolute values of another, so
+    // that it depends on the scale of the loss; it is not offered.
     for name in ["diff_pruning", "taylor", "magnitude"] {
         let case = &expected[name];
         let saliency = match name {
@@ -56,7 +58,7 @@ pub fn diff_pruning<B: TrainingBackend>(slack: f64) {
                 } else {
                     f64_of(&group.case["thr"])
                 };
-                gradients::<B>(&config, &weights, &file, case, threshold)
+                gradients::<B>(&config, &weights, &file, case, (threshold, bound("losses")))
             }
         };
         for key in file.names() {
@@ -221,7 +223,7 @@ fn gradients<B: TrainingBackend>(
     weights: &StateDict,
     file: &File,
     case: &Value,
-    threshold: f64,
+    (threshold, bound): (f64, Largest),
 ) -> StateDict {
     let network = network::<B>(config, weights);
     let process = GaussianDiffusion {
@@ -244,14 +246,14 @@ fn gradients<B: TrainingBackend>(
         gradients.add_times(&network, &process, &batch, times, &mut descent);
     }
     assert_eq!(descent.counted, usize_of(&case["timesteps_included"]));
-    let expected = case["losses"].as_array().unwrap();
-    assert_eq!(descent.losses.len(), expected.len());
-    for (found, expected) in descent.losses.iter().zip(expected) {
-        // The tolerance of the fixture, of losses up to 1.
-        assert!(
-            (found - f64_of(expected)).abs() < 1e-4,
-            "{found}, {expected}"
-        );
-    }
-    gradients.taken::<B>(&network).clone()
+    let expected = case["losses"].as_array().unwrap().iter();
+    let expected = Values {
+        data: expected.map(f64_of).collect(),
+        shape: vec![descent.losses.len()],
+    };
+    let losses: Vec<f32> = descent.losses.iter().map(|loss| *loss as f32).collect();
+    let losses = Tensor::<B, 1>::from_floats(losses.as_slice(), &Default::default());
+    assert_eq!(expected.data.len(), descent.losses.len());
+    bound.tensor("losses", losses, &expected);
+    gradients.into_taken::<B>(&network)
 }

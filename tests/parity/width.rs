@@ -244,7 +244,7 @@ fn taylor<B: TrainingBackend>(
         }
         gradients.add(&network, &process, &batch);
     }
-    gradients.taken::<B>(&network).clone()
+    gradients.into_taken::<B>(&network)
 }
 
 /// Gradients summed over timesteps until the loss has fallen.
@@ -286,5 +286,5 @@ fn threshold<B: TrainingBackend>(
             "{found}, {expected}"
         );
     }
-    gradients.taken::<B>(&network).clone()
+    gradients.into_taken::<B>(&network)
 }

@@ -222,16 +222,19 @@ impl DitConfig {
         } = self.widths();
         let blocks = self.named_blocks().into_iter().map(|(_, kind, widths)| {
             let attention = widths.attention();
-            tokens * 4 * width * attention
+            let block = tokens * 4 * width * attention
                 + 2 * tokens * tokens * attention
                 + tokens * 2 * width * widths.hidden
-                + 3 * kind.branches() * condition * width
+                + 3 * kind.branches() * condition * width;
+            block as u128
         });
         let patch = self.patch_size.pow(2);
-        blocks.sum::<usize>()
-            + tokens * width * patch * (self.channels + self.out_channels())
+        let ends = tokens * width * patch * (self.channels + self.out_channels())
             + timestep * (TIMESTEP_FEATURES + condition)
-            + 2 * condition * width
+            + 2 * condition * width;
+        // A recipe can ask for more than can be counted; no machine can do it.
+        let all = blocks.sum::<u128>() + ends as u128;
+        usize::try_from(all).unwrap_or(usize::MAX)
     }
 
     /// Parameters of a low-rank update of every linear layer: all matrices but the labels' table,
@@ -250,11 +253,12 @@ impl DitConfig {
     /// MLP's and 5 of the attention weights. Kernels keep less: for the 12-layer digit model at
     /// batch 128 this gives 426 MiB, and its fine-tuning on ndarray takes 197 MiB in all
     /// (`benches/README.md`).
-    pub fn block_bytes(&self, batch: usize) -> usize {
+    pub fn block_bytes(&self, batch: usize) -> u128 {
         let tokens = self.tokens();
         let blocks = self.widths().blocks.into_iter();
         let block = blocks.map(|block| 9 * block.hidden + 5 * block.heads * tokens);
-        4 * batch * tokens * (30 * self.width + block.max().unwrap_or(0))
+        let values = tokens as u128 * (30 * self.width + block.max().unwrap_or(0)) as u128;
+        4 * batch as u128 * values
     }
 
     /// Reads the sizes from whoever gives them; those of the samples are `samples` where none are

@@ -190,6 +190,12 @@ impl DitConfig {
                     MOST_WIDTH,
                     attention,
                 ),
+                (
+                    format!("the attention of {name}"),
+                    heads.saturating_mul(head_dim),
+                    MOST_WIDTH,
+                    attention,
+                ),
                 (format!("hidden of {name}"), hidden, MOST_HIDDEN, mlp),
             ]
         });

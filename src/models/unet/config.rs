@@ -85,12 +85,12 @@ impl UnetConfig {
 
     /// Bytes of f32 activations that a batch leaves for its backward pass: of each convolution its
     /// input and output, and what lies between them.
-    pub fn kept_bytes(&self, batch: usize) -> usize {
-        4 * 6 * batch * Graph::new(self).values()
+    pub fn kept_bytes(&self, batch: usize) -> u128 {
+        4 * 6 * batch as u128 * Graph::new(self).values() as u128
     }
 
     /// Bytes that a batch's pass needs at once, at most what the widest level gives.
-    pub fn pass_bytes(&self, batch: usize) -> usize {
+    pub fn pass_bytes(&self, batch: usize) -> u128 {
         let graph = Graph::new(self);
         let widest = graph.layers.iter().map(|layer| match layer.kind {
             Kind::Convolution { side, .. } => {
@@ -98,7 +98,7 @@ impl UnetConfig {
             }
             _ => 0,
         });
-        4 * 4 * batch * widest.max().unwrap_or(0)
+        4 * 4 * batch as u128 * widest.max().unwrap_or(0) as u128
     }
 
     /// The groups of channels that can be taken out.

@@ -266,9 +266,8 @@ impl<B: FusedOps> Unet<B> {
     /// The same network with matrix products of type `compute`; convolutions are of f32.
     pub fn computing(mut self, compute: Compute) -> Self {
         for attention in self.attentions_mut() {
-            attention.set_compute(compute);
+            attention.compute = compute;
         }
-        // Those of attentions a second time, which changes nothing.
         for linear in self.linears_mut() {
             linear.compute = compute;
         }

@@ -1,7 +1,7 @@
 //! What a pruning in width will do.
 
 use super::cost::{TRAINING, flops, gradient_memory};
-use super::known::{Known, Problem};
+use super::known::{Known, Problem, keeps_weights};
 use super::{PlannedStage, Work};
 use crate::models::{Architecture, ChannelGroup, Left, Part};
 use crate::pruning::{Leaves, left_of, units, units_left, whole_heads};
@@ -49,7 +49,9 @@ pub(super) fn plan(
             "which branches are left of `{from}`, which is pruned by branch, is known once that has run; prune a file of it"
         )));
     }
-    known.same_classes(from)?;
+    if !keeps_weights(&stage.kind) {
+        known.same_classes(from)?;
+    }
     let groups = before
         .channel_groups()
         .ok_or_else(|| Problem::Said(format!("{before} has no channels that can be taken out")))?;
@@ -282,6 +284,17 @@ impl Narrowing<'_> {
     ) -> Result<Vec<usize>, String> {
         let whole = size(self.before) as f64;
         let left = |keep: &[usize]| size(&self.before.narrowed(&self.left(keep))) as f64 / whole;
+        let near = |found: f64| (found / share - 1.0).abs() <= NEAR;
+        let far = |found: f64| {
+            format!(
+                "`{what}` is {share}, and the nearest that can be left is {found:.3}; give a smaller `multiple`, or more that may leave"
+            )
+        };
+        let [most, least] = [0.0, 1.0].map(|ratio| left(&self.at(ratio)));
+        let end = if most < share { most } else { least };
+        if (most < share || least > share) && !near(end) {
+            return Err(far(end));
+        }
         let (mut low, mut high) = (0.0, 1.0);
         // Halved until one group's width is between them, or less.
         for _ in 0..40 {
@@ -292,22 +305,28 @@ impl Narrowing<'_> {
                 high = middle;
             }
         }
-        // From the wider of the two to the narrower, group by group.
-        let (mut keep, narrower) = (self.at(low), self.at(high));
-        let mut best = (keep.clone(), left(&keep));
-        let nearer = |found: f64, best: f64| (found - share).abs() < (best - share).abs();
-        for group in 0..keep.len() {
-            if keep[group] != narrower[group] {
-                keep[group] = narrower[group];
-                let found = left(&keep);
-                if nearer(found, best.1) {
-                    best = (keep.clone(), found);
-                }
+        // So many of the first groups as narrow as the one, the others as wide as the other.
+        let (wider, narrower) = (self.at(low), self.at(high));
+        let mixed = |count: usize| [&narrower[..count], &wider[count..]].concat();
+        let (mut few, mut many) = (0, wider.len());
+        while few + 1 < many {
+            let middle = usize::midpoint(few, many);
+            match left(&mixed(middle)) >= share {
+                true => few = middle,
+                false => many = middle,
             }
         }
+        let nearer = |found: f64, best: f64| (found - share).abs() < (best - share).abs();
+        let [fewer, more] = [few, many].map(|count| {
+            let keep = mixed(count);
+            let found = left(&keep);
+            (keep, found)
+        });
+        let mut best = if nearer(more.1, fewer.1) { more } else { fewer };
+        let mut keep = best.0.clone();
         // Then the step that comes nearest, a few times.
         for _ in 0..MOST_STEPS {
-            if (best.1 / share - 1.0).abs() <= NEAR {
+            if near(best.1) {
                 break;
             }
             keep.clone_from(&best.0);
@@ -335,12 +354,9 @@ impl Narrowing<'_> {
                 break;
             }
         }
-        match (best.1 / share - 1.0).abs() <= NEAR {
+        match near(best.1) {
             true => Ok(best.0),
-            false => Err(format!(
-                "`{what}` is {share}, and the nearest that can be left is {:.3}; give a smaller `multiple`, or more that may leave",
-                best.1
-            )),
+            false => Err(far(best.1)),
         }
     }
 }

@@ -40,10 +40,8 @@ const BETWEEN: Duration = Duration::from_secs(300);
 struct Measured {
     /// Passes done.
     passes: usize,
-    /// Losses by time, where one is gone through after the other.
-    losses: Vec<f64>,
-    counted: usize,
-    ended: bool,
+    /// The way through the times, where one is gone through after the other.
+    descent: Option<Descent>,
 }
 
 /// The key of [`Measured`] in the file's metadata.
@@ -68,6 +66,9 @@ impl<B: TrainingBackend> Context<'_, B> {
         let settings = &plan.width;
         let time = |model: &Architecture| self.pass_time(model);
         let narrowed = narrow(architecture, &groups, settings, Some(&time));
+        if self.stop.requested() {
+            return Err(RecipeError::Interrupted);
+        }
         let Narrowed { keep, after } = narrowed.map_err(problem)?;
         if let Amount::Latency(share) = settings.amount {
             let left = time(&after) / time(architecture);
@@ -133,7 +134,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(pruned.of_process(process).write()?)
     }
 
-    /// Seconds of a pass of a model with weights of 0: the median of some, after one.
+    /// Seconds of a pass of a model with weights of 0: the median of some, after one; no number once
+    /// the run is to stop.
     fn pass_time(&self, model: &Architecture) -> f64 {
         let Some(network) = Network::<B::InnerBackend>::zeros(model, self.device) else {
             return f64::NAN;
@@ -141,6 +143,9 @@ impl<B: TrainingBackend> Context<'_, B> {
         let network = network.computing(self.recipe.compute);
         let batch = ScoreBatch::<B::InnerBackend>::noise(model.shape(), TIMED.1, 0, self.device);
         let pass = || {
+            if self.stop.requested() {
+                return f64::NAN;
+            }
             let begun = Instant::now();
             let t = Tensor::zeros([TIMED.1], self.device);
             let output = network.forward(batch.x.clone(), t, batch.y.clone(), &mut Plain);
@@ -235,14 +240,19 @@ impl<B: TrainingBackend> Context<'_, B> {
 
         let all = total.div_ceil(together);
         let before = measured_before(path).filter(|(done, taken)| {
-            let through = match &descent {
-                Some(_) => {
-                    let counted = done.passes.checked_mul(together);
-                    counted == Some(done.losses.len()) && done.counted == done.losses.len()
+            let through = match (&done.descent, &descent) {
+                // Of an unfinished way every loss counts.
+                (Some(done_so_far), Some(descent)) => {
+                    let losses = done_so_far.losses.len();
+                    done_so_far.threshold == descent.threshold
+                        && !done_so_far.ended
+                        && done_so_far.counted == losses
+                        && done.passes.checked_mul(together) == Some(losses)
                 }
-                None => done.losses.is_empty(),
+                (None, None) => true,
+                _ => false,
             };
-            let sound = done.passes < all && !done.ended && through;
+            let sound = done.passes < all && through;
             // Sums of every weight that is scored, as large as it.
             let scored = groups.iter().flat_map(|group| &group.members);
             let mut scored = scored.filter(|member| member.scored);
@@ -253,21 +263,13 @@ impl<B: TrainingBackend> Context<'_, B> {
             sound && scored.all(|member| fits(&member.tensor))
         });
         let resumed = before.is_some();
-        let (done, taken) = before.unwrap_or_else(|| {
-            let none = Measured {
-                passes: 0,
-                losses: Vec::new(),
-                counted: 0,
-                ended: false,
-            };
-            (none, StateDict::new())
-        });
-        let mut passes = done.passes;
-        if let Some(descent) = &mut descent {
-            descent.losses = done.losses;
-            descent.counted = done.counted;
-            descent.ended = done.ended;
-        }
+        let (mut passes, taken) = match before {
+            Some((done, taken)) => {
+                descent = done.descent;
+                (done.passes, taken)
+            }
+            None => (0, StateDict::new()),
+        };
         let what = if descent.is_some() {
             "times"
         } else {
@@ -279,14 +281,18 @@ impl<B: TrainingBackend> Context<'_, B> {
             bar.skip(passes * together);
         }
         let mut gradients = LossGradients::new(taken);
+        // The same images and noise at all times.
+        let still = match &descent {
+            Some(_) => Some(score_batch::<B>(&source, 0, self.device)?),
+            None => None,
+        };
         let mut saved = Instant::now();
         while passes < all && descent.as_ref().is_none_or(|descent| !descent.ended) {
-            match &mut descent {
-                Some(descent) => {
-                    let batch = score_batch::<B>(&source, 0, self.device)?;
+            match (&mut descent, &still) {
+                (Some(descent), Some(batch)) => {
                     let first = passes * together;
                     let times = &times[first..total.min(first + together)];
-                    gradients.add_times(&network, &process, &batch, times, descent);
+                    gradients.add_times(&network, &process, batch, times, descent);
                     if let Some(loss) = descent.losses.iter().find(|loss| !loss.is_finite()) {
                         return Err(RecipeError::Stage {
                             stage: stage.to_owned(),
@@ -296,7 +302,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                         });
                     }
                 }
-                None => {
+                _ => {
                     let batch = score_batch::<B>(&source, passes, self.device)?;
                     gradients.add(&network, &process, &batch);
                 }
@@ -305,12 +311,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             bar.add(together);
             let stopped = self.stop.requested();
             if stopped || saved.elapsed() > BETWEEN {
-                let descent = descent.as_ref();
                 let done = Measured {
                     passes,
-                    losses: descent.map_or_else(Vec::new, |descent| descent.losses.clone()),
-                    counted: descent.map_or(0, |descent| descent.counted),
-                    ended: descent.is_some_and(|descent| descent.ended),
+                    descent: descent.clone(),
                 };
                 let metadata = BTreeMap::from([(MEASURED.to_owned(), json(&done)?)]);
                 let sums = gradients.taken::<B>(&network).clone();
@@ -335,7 +338,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 losses.last().copied().unwrap_or(0.0)
             );
         }
-        Ok(gradients.taken::<B>(&network).clone())
+        Ok(gradients.into_taken::<B>(&network))
     }
 }
 

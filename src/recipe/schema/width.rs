@@ -2,7 +2,7 @@
 
 use std::ops::Bound;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::prune::TIMES;
 use crate::models::Part;
@@ -73,7 +73,7 @@ pub enum Amount {
 }
 
 /// Shares of channels that leave parts, where they differ from the ratio.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Parts {
     /// Share of the channels that leaves attention; default: the ratio.
     #[serde(skip_serializing_if = "Option::is_none")]

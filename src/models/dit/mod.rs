@@ -2,6 +2,7 @@
 //! 2212.09748).
 
 mod block;
+mod channels;
 mod config;
 pub(super) mod diffusers;
 pub(super) mod infer;

@@ -2,6 +2,7 @@
 
 mod figures;
 mod page;
+mod verdicts;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,6 +17,7 @@ use crate::report::{Grid, brief};
 use crate::weights::{Checkpoint, Provenance};
 
 pub use page::{write_page, write_sweep};
+pub use verdicts::Verdicts;
 
 /// File of the page, in a run's folder.
 pub const PAGE: &str = "report.html";

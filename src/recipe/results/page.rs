@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::Verdicts;
 use super::figures::{self, Figure};
 use super::{PAGE, Results, Scored, StageResults, comparable, compared, models, run_name, spent};
 use crate::pruning::uniform;
 use crate::recipe::RecipeError;
 use crate::recipe::run::directory::write_text;
-use crate::recipe::run::sweep::Verdicts;
 use crate::recipe::schema::prune::MAX_DEPTH;
 use crate::report::{Grid, Page, protocol_lines, rounded, thousands, verdict_grid};
 use crate::sampling::PICTURE_FILE;

@@ -6,8 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::sweep::Verdicts;
 use crate::evaluation::{ClassifiedVerdict, classified_table};
+use crate::recipe::results::Verdicts;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

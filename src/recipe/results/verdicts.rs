@@ -1,0 +1,510 @@
+//! What the runs of a sweep found: its table, its file and its figures.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::evaluation::{RankCorrelation, Speed};
+use crate::recipe::RecipeError;
+use crate::recipe::run::directory::EVALUATION;
+use crate::recipe::schema::sweep::{Point, label};
+use crate::report::{Axis, Chart, Grid, Series, Style, csv_cell, short, thousands};
+
+/// Fewest runs of which a rank correlation is told.
+const FEWEST_PAIRS: usize = 10;
+
+/// Verdicts of a sweep's runs: `sweep.json`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Verdicts {
+    runs: Vec<RunVerdicts>,
+}
+
+/// What a run's evaluations found.
+#[derive(Debug, Serialize, Deserialize)]
+struct RunVerdicts {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    case: Option<String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    settings: BTreeMap<String, String>,
+    seed: u64,
+    /// Its folder in the sweep's.
+    run: PathBuf,
+    verdicts: Vec<Row>,
+}
+
+/// Verdict on one model, of either kind of evaluation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Row {
+    model: String,
+    parameters: Option<usize>,
+    depth: Option<usize>,
+    macs: Option<usize>,
+    images_per_second: Option<Speed>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    images: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kept: Option<Vec<usize>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    loss: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ssim: Option<f64>,
+    fid: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sfid: Option<f64>,
+    inception_score: f64,
+    precision: Option<f64>,
+    recall: Option<f64>,
+    #[serde(default)]
+    accuracy: Option<f64>,
+}
+
+/// What is read of `eval.json`.
+#[derive(Deserialize)]
+struct Evaluated {
+    verdicts: Vec<Row>,
+}
+
+impl Verdicts {
+    /// Adds what the evaluate stages of a run found.
+    pub(in crate::recipe) fn add(
+        &mut self,
+        point: &Point,
+        name: &str,
+        run: &Path,
+    ) -> Result<(), RecipeError> {
+        let mut verdicts = Vec::new();
+        let mut folders: Vec<PathBuf> = std::fs::read_dir(run)
+            .map_err(RecipeError::io(run))?
+            .flatten()
+            .map(|entry| entry.path())
+            .collect();
+        folders.sort();
+        for path in folders
+            .into_iter()
+            .map(|folder| folder.join(EVALUATION))
+            .filter(|path| path.exists())
+        {
+            let text = std::fs::read_to_string(&path).map_err(RecipeError::io(&path))?;
+            let evaluation: Evaluated = serde_json::from_str(&text)
+                .map_err(|error| RecipeError::io(&path)(error.into()))?;
+            verdicts.extend(evaluation.verdicts);
+        }
+        self.runs.push(RunVerdicts {
+            case: point.case.clone(),
+            settings: point.settings.clone(),
+            seed: point.recipe.seed,
+            run: name.into(),
+            verdicts,
+        });
+        Ok(())
+    }
+
+    /// All verdicts, a line each.
+    pub(in crate::recipe) fn csv(&self) -> String {
+        let keys: BTreeSet<&String> = (self.runs.iter())
+            .flat_map(|run| run.settings.keys())
+            .collect();
+        let mut text = String::from("case,");
+        for key in &keys {
+            text += &format!("{},", csv_cell(key));
+        }
+        text += "seed,model,depth,parameters,macs,images_per_second,images,kept,loss,ssim,fid,sfid,inception_score,precision,recall,accuracy\n";
+        for run in &self.runs {
+            for row in &run.verdicts {
+                let mut cells = vec![csv_cell(run.case.as_deref().unwrap_or_default())];
+                let setting = |key: &&String| {
+                    run.settings
+                        .get(*key)
+                        .map_or_else(String::new, |value| csv_cell(value))
+                };
+                cells.extend(keys.iter().map(setting));
+                let count = |value: Option<usize>| {
+                    value.map_or_else(String::new, |value| value.to_string())
+                };
+                let number =
+                    |value: Option<f64>| value.map_or_else(String::new, |value| value.to_string());
+                let kept = row.kept.iter().flatten().map(ToString::to_string);
+                cells.extend([
+                    run.seed.to_string(),
+                    csv_cell(&row.model),
+                    count(row.depth),
+                    count(row.parameters),
+                    count(row.macs),
+                    number(row.images_per_second.map(|speed| speed.median)),
+                    count(row.images),
+                    kept.collect::<Vec<_>>().join(" "),
+                    number(row.loss),
+                    number(row.ssim),
+                    number(Some(row.fid)),
+                    number(row.sfid),
+                    number(Some(row.inception_score)),
+                    number(row.precision),
+                    number(row.recall),
+                    number(row.accuracy),
+                ]);
+                text += &cells.join(",");
+                text.push('\n');
+            }
+        }
+        text
+    }
+
+    /// Whether the loss of a pruned model tells how good it will be: its rank correlation with the
+    /// FID of the model that is evaluated last in the same run. None of few runs.
+    pub fn loss_and_fid(&self) -> Option<String> {
+        let pairs: Vec<[f64; 2]> = (self.runs.iter())
+            .filter_map(RunVerdicts::loss_and_fid)
+            .collect();
+        let found = (pairs.len() >= FEWEST_PAIRS).then(|| RankCorrelation::of(&pairs))??;
+        let RankCorrelation {
+            value,
+            interval: [low, high],
+            pairs,
+        } = found;
+        Some(format!(
+            "loss of {pairs} pruned models against FID after training: rank correlation {value:.2} (95%: {low:.2} to {high:.2})"
+        ))
+    }
+
+    /// Whether no run evaluated anything.
+    pub fn is_empty(&self) -> bool {
+        self.runs.iter().all(|run| run.verdicts.is_empty())
+    }
+
+    /// Runs that differ by their seed alone, in order.
+    fn groups(&self) -> Vec<Vec<&RunVerdicts>> {
+        let mut groups: Vec<Vec<&RunVerdicts>> = Vec::new();
+        for run in &self.runs {
+            let same = |group: &&mut Vec<&RunVerdicts>| {
+                group[0].case == run.case && group[0].settings == run.settings
+            };
+            match groups.iter_mut().find(same) {
+                Some(group) => group.push(run),
+                None => groups.push(vec![run]),
+            }
+        }
+        groups
+    }
+}
+
+impl RunVerdicts {
+    /// The loss of a pruned model, and the FID of the last one, which was trained since.
+    fn loss_and_fid(&self) -> Option<[f64; 2]> {
+        let (last, before) = self.verdicts.split_last()?;
+        let pruned = before.iter().find(|row| row.kept.is_some())?;
+        last.images?;
+        Some([pruned.loss?, last.fid])
+    }
+}
+
+/// Most runs of a case that stand out in a figure; more are a crowd.
+const STANDING_OUT: usize = 5;
+
+impl Verdicts {
+    /// Figures of what there is so far, with the names of their files without an ending.
+    pub fn charts(&self) -> Vec<(&'static str, Chart)> {
+        let charts = [
+            ("loss-fid", self.loss_against_fid()),
+            ("images-fid", self.images_against_fid()),
+        ];
+        let drawn = charts.into_iter();
+        drawn
+            .filter_map(|(name, chart)| Some((name, chart?)))
+            .collect()
+    }
+
+    /// The cases in order, each with its runs.
+    fn cases(&self) -> Vec<(&str, Vec<&RunVerdicts>)> {
+        let mut cases: Vec<(&str, Vec<&RunVerdicts>)> = Vec::new();
+        for run in &self.runs {
+            let name = run.case.as_deref().unwrap_or("runs");
+            match cases.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, runs)) => runs.push(run),
+                None => cases.push((name, vec![run])),
+            }
+        }
+        cases
+    }
+
+    /// Each run's loss before training against its FID after it.
+    fn loss_against_fid(&self) -> Option<Chart> {
+        let mut series = Vec::new();
+        for (name, runs) in self.cases() {
+            let pairs = runs.iter().filter_map(|run| run.loss_and_fid());
+            let points: Vec<(f64, f64)> = pairs.map(|[loss, fid]| (loss, fid)).collect();
+            let style = match points.len() {
+                0 => continue,
+                few if few <= STANDING_OUT => Style::Dots,
+                _ => Style::Crowd,
+            };
+            series.push(Series {
+                name: name.to_owned(),
+                style,
+                points,
+            });
+        }
+        // The crowd is drawn first, so that the others stand on it.
+        series.sort_by_key(|series| series.style != Style::Crowd);
+        let all: usize = series.iter().map(|series| series.points.len()).sum();
+        let losses = (series.iter()).flat_map(|series| &series.points);
+        let positive = losses.clone().all(|(loss, _)| *loss > 0.0);
+        (all >= 2 && positive).then(|| Chart {
+            title: "Does the loss of a pruned model tell its FID after training?".into(),
+            x: Axis::log("loss before training"),
+            y: Axis::linear("FID after training"),
+            series,
+        })
+    }
+
+    /// FID against the images that a model was trained on, a line for each case: the mean over all
+    /// runs of as many images.
+    fn images_against_fid(&self) -> Option<Chart> {
+        let mut series = Vec::new();
+        for (name, runs) in self.cases() {
+            let mut fids: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+            for row in runs.iter().filter_map(|run| run.verdicts.last()) {
+                let trained = row.images.unwrap_or(0);
+                fids.entry(trained).or_default().push(row.fid);
+            }
+            let points = fids.iter();
+            series.push(Series {
+                name: name.to_owned(),
+                style: Style::Line,
+                points: points
+                    .map(|(images, fids)| (*images as f64, mean_deviation(fids).0))
+                    .collect(),
+            });
+        }
+        series.retain(|series| series.points.len() > 1);
+        (!series.is_empty()).then(|| Chart {
+            title: "FID against training".into(),
+            x: Axis::linear("images trained on"),
+            y: Axis::log("FID"),
+            series,
+        })
+    }
+}
+
+/// Titles of the table of a sweep.
+const TITLES: [&str; 15] = [
+    "case",
+    "model",
+    "depth",
+    "params",
+    "MACs",
+    "images/s",
+    "trained on",
+    "loss",
+    "SSIM",
+    "FID",
+    "sFID",
+    "IS",
+    "precision",
+    "recall",
+    "accuracy",
+];
+
+impl Verdicts {
+    /// The sweep's verdicts that are in a folder so far.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub fn read(folder: &Path) -> Result<Self, RecipeError> {
+        let path = folder.join("sweep.json");
+        let text = std::fs::read_to_string(&path).map_err(RecipeError::io(&path))?;
+        serde_json::from_str(&text).map_err(|error| RecipeError::io(&path)(error.into()))
+    }
+
+    /// The table that [`Display`](fmt::Display) prints.
+    pub fn grid(&self) -> Grid {
+        let grid = Grid {
+            titles: TITLES.map(str::to_owned).to_vec(),
+            rows: self.rows().into_iter().map(|row| row.to_vec()).collect(),
+            best: None,
+        };
+        grid.without_empty()
+    }
+
+    /// What each run is called, and its folder in the sweep's.
+    pub fn runs(&self) -> Vec<(String, PathBuf)> {
+        let named = self.runs.iter().map(|run| {
+            let name = label(run.case.as_deref(), &run.settings);
+            (format!("{name} seed {}", run.seed), run.run.clone())
+        });
+        named.collect()
+    }
+
+    /// A row for each model of each case and combination: mean and standard deviation over the
+    /// seeds. Rows that are the same everywhere, such as those of real pictures, stand there once.
+    fn rows(&self) -> Vec<[String; 15]> {
+        let groups = self.groups();
+        let mut rows: Vec<[String; 15]> = Vec::new();
+        for group in &groups {
+            for (index, first) in group[0].verdicts.iter().enumerate() {
+                let of_seeds: Vec<&Row> = group
+                    .iter()
+                    .filter_map(|run| run.verdicts.get(index))
+                    .collect();
+                let cell = |digits: usize, of: &dyn Fn(&Row) -> Option<f64>| {
+                    let values: Option<Vec<f64>> = of_seeds.iter().map(|row| of(row)).collect();
+                    let Some(values) = values else {
+                        return "-".to_owned();
+                    };
+                    let (mean, deviation) = mean_deviation(&values);
+                    match values.len() {
+                        1 => format!("{mean:.digits$}"),
+                        _ => format!("{mean:.digits$} ± {deviation:.digits$}"),
+                    }
+                };
+                let count = |value: Option<usize>, shown: fn(usize) -> String| {
+                    value.map_or_else(|| "-".to_owned(), shown)
+                };
+                rows.push([
+                    label(group[0].case.as_deref(), &group[0].settings),
+                    first.model.clone(),
+                    count(first.depth, |depth| depth.to_string()),
+                    count(first.parameters, short),
+                    count(first.macs, short),
+                    cell(0, &|row| row.images_per_second.map(|speed| speed.median)),
+                    count(first.images, thousands),
+                    cell(4, &|row| row.loss),
+                    cell(3, &|row| row.ssim),
+                    cell(2, &|row| Some(row.fid)),
+                    cell(2, &|row| row.sfid),
+                    cell(2, &|row| Some(row.inception_score)),
+                    cell(3, &|row| row.precision),
+                    cell(3, &|row| row.recall),
+                    cell(1, &|row| row.accuracy.map(|share| 100.0 * share)),
+                ]);
+            }
+        }
+        // One case, or none: the column would say nothing.
+        let cases = groups.len() > 1;
+        let mut known = HashSet::new();
+        rows.retain(|row| known.insert(row[1..].to_vec()));
+        if !cases {
+            rows.iter_mut().for_each(|row| row[0] = "-".into());
+        }
+        rows
+    }
+}
+
+impl fmt::Display for Verdicts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.grid().fmt(f)
+    }
+}
+
+/// Mean and sample standard deviation (0 for one value).
+fn mean_deviation(values: &[f64]) -> (f64, f64) {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (mean, (squares / (count - 1.0).max(1.0)).sqrt())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_spread_is_the_sample_deviation() {
+        let (mean, deviation) = mean_deviation(&[1.0, 2.0, 3.0]);
+        assert_eq!((mean, deviation), (2.0, 1.0));
+        assert_eq!(mean_deviation(&[5.0]), (5.0, 0.0));
+    }
+
+    fn verdicts() -> Verdicts {
+        let run = |case: &str, seed: u64, fid: f64| {
+            let verdict = |model: &str, fid: f64, depth: Option<usize>| serde_json::json!({ "model": model, "depth": depth, "fid": fid, "inception_score": 9.0, "precision": 0.5, "recall": 0.25, "accuracy": 0.125 });
+            serde_json::json!({
+                "case": case, "settings": { "stage.a.lr": "1, 2" }, "seed": seed, "run": "x",
+                "verdicts": [verdict("real", 1.0, None), verdict("student", fid, Some(14))],
+            })
+        };
+        let runs = [
+            run("a", 0, 10.0),
+            run("a", 1, 12.0),
+            run("b", 0, 20.0),
+            run("b", 1, 20.0),
+        ];
+        serde_json::from_value(serde_json::json!({ "runs": runs })).unwrap()
+    }
+
+    #[test]
+    fn seeds_are_averaged_and_equal_rows_stand_once() {
+        let table = verdicts().to_string();
+        let lines: Vec<&str> = table.lines().collect();
+        assert_eq!(
+            lines[0].split_whitespace().collect::<Vec<_>>(),
+            [
+                "case",
+                "model",
+                "depth",
+                "FID",
+                "IS",
+                "precision",
+                "recall",
+                "accuracy"
+            ]
+        );
+        assert_eq!(lines.len(), 2 + 3, "{table}");
+        assert!(lines[2].starts_with("a lr=1, 2  real"), "{table}");
+        assert!(lines[3].contains("11.00 ± 1.41"), "{table}");
+        assert!(lines[4].starts_with("b lr=1, 2  student"), "{table}");
+        assert!(lines[4].contains("20.00 ± 0.00"), "{table}");
+    }
+
+    #[test]
+    fn the_loss_is_held_against_the_fid_of_the_last_model() {
+        assert_eq!(verdicts().loss_and_fid(), None);
+        let pair = |case: &str, steps: u64, loss: f64| {
+            serde_json::json!({ "case": case, "seed": 0, "run": "x", "verdicts": [
+            { "model": "p", "kept": [0], "loss": loss, "fid": 50.0, "inception_score": 9.0 },
+            { "model": "s", "kept": [0], "images": steps, "fid": 9.0, "inception_score": 9.0 },
+        ] })
+        };
+        let runs = [pair("a", 8, 0.5), pair("a", 16, 0.5), pair("b", 8, 0.7)];
+        let drawn: Verdicts = serde_json::from_value(serde_json::json!({ "runs": runs })).unwrap();
+        let charts = drawn.charts();
+        assert_eq!(charts[0].1.series[0].points, [(0.5, 9.0), (0.5, 9.0)]);
+        assert_eq!(charts[0].1.series[1].name, "b");
+        // Of a single budget there is no line.
+        assert_eq!(charts[1].1.series.len(), 1);
+        assert_eq!(charts[1].1.series[0].points, [(8.0, 9.0), (16.0, 9.0)]);
+        let run = |index: u64| {
+            let row = |images: Option<u64>, loss: u64, fid: u64| serde_json::json!({ "model": "m", "images": images, "kept": [0], "loss": loss, "fid": fid, "inception_score": 9.0 });
+            serde_json::json!({ "seed": index, "run": "x", "verdicts": [row(None, index, 5), row(Some(8), 1, 100 - index)] })
+        };
+        let runs: Vec<_> = (0..12).map(run).collect();
+        let verdicts: Verdicts =
+            serde_json::from_value(serde_json::json!({ "runs": runs })).unwrap();
+        let charts: Vec<_> = verdicts
+            .charts()
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect();
+        // A loss of 0 has no place on its axis, and all are trained alike.
+        assert!(charts.is_empty(), "{charts:?}");
+        assert_eq!(
+            verdicts.loss_and_fid().unwrap(),
+            "loss of 12 pruned models against FID after training: rank correlation -1.00 (95%: -1.00 to -1.00)"
+        );
+    }
+
+    #[test]
+    fn lines_of_the_file_are_those_of_all_seeds() {
+        let text = verdicts().csv();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 1 + 8);
+        assert!(lines[0].starts_with("case,stage.a.lr,seed,model,depth,"));
+        assert!(
+            lines[2].starts_with("a,\"1, 2\",0,student,14,,,,,,,,10,,9,"),
+            "{text}"
+        );
+        let columns = |line: &str| line.split(',').count();
+        assert_eq!(columns(lines[0]) + 1, columns(lines[1]));
+    }
+}

@@ -6,9 +6,8 @@ use super::{PlannedStage, Work};
 use crate::models::Architecture;
 use crate::pruning::{Evolution, Groups, Pick, Score, Start, Update, oracle, uniform};
 use crate::recipe::schema::Stage;
-use crate::recipe::schema::prune::{
-    Calibrated, Evolved, Intervals, Learned, Prune, PruneMethod, Replacements, Scored,
-};
+use crate::recipe::schema::intervals::{Intervals, Replacements};
+use crate::recipe::schema::prune::{Calibrated, Evolved, Learned, Prune, PruneMethod, Scored};
 use crate::recipe::schema::source::Source;
 use crate::training::Optimisation;
 use crate::trunk::Granularity;

@@ -7,6 +7,7 @@
 pub mod analyse;
 pub mod data;
 pub mod extract;
+pub mod intervals;
 #[cfg(test)]
 mod keys;
 pub mod optimisation;
@@ -25,7 +26,8 @@ use serde::Serialize;
 use self::analyse::Analyse;
 use self::data::{Data, DataShape};
 use self::extract::Extract;
-use self::prune::{Prune, PruneMethod, Replacements};
+use self::intervals::Replacements;
+use self::prune::{Prune, PruneMethod};
 use self::recover::Recover;
 use self::sample::{Evaluate, Sample};
 use self::source::{HEADS, Lineage, Listing};

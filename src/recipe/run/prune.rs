@@ -21,7 +21,7 @@ use crate::recipe::RecipeError;
 use crate::recipe::plan::{PrunePlan, Search, Selection};
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::intervals::{Intervals, Replacements};
-use crate::recipe::schema::prune::Learned;
+use crate::recipe::schema::learned::Learned;
 use crate::report::{self, DecisionGroup, DecisionHistory, decision_svg};
 use crate::state::names;
 use crate::training::{JsonLines, OnStep, ParameterGroup, TrainingError};

@@ -166,7 +166,7 @@ fn sources(title: &str) -> &'static [&'static str] {
         "data" => &["recipe/schema/data.rs"],
         "architecture" => &["models/dit/config.rs", "models/unet/config.rs", "models/classifier.rs", "process/kind.rs"],
         "kind = \"train\"" => &["recipe/schema/train.rs", "recipe/schema/optimisation.rs", "training/optimisation.rs"],
-        "kind = \"prune\"" => &["recipe/schema/prune.rs", "recipe/schema/intervals.rs", "recipe/schema/width.rs", "pruning/learned.rs", "pruning/search.rs", "training/optimisation.rs"],
+        "kind = \"prune\"" => &["recipe/schema/prune.rs", "recipe/schema/learned.rs", "recipe/schema/intervals.rs", "recipe/schema/width.rs", "pruning/learned.rs", "pruning/search.rs", "training/optimisation.rs"],
         "kind = \"recover\"" => &["recipe/schema/recover.rs", "recipe/schema/optimisation.rs", "training/optimisation.rs"],
         "kind = \"analyse\"" => &["recipe/schema/analyse.rs"],
         "kind = \"extract\"" => &["recipe/schema/extract.rs"],

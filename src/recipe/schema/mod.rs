@@ -10,6 +10,7 @@ pub mod extract;
 pub mod intervals;
 #[cfg(test)]
 mod keys;
+pub mod learned;
 pub mod optimisation;
 pub mod prune;
 pub mod recover;

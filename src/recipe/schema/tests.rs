@@ -1,6 +1,7 @@
 //! Whole recipes, and helpers for the tests of single stages.
 
-use super::prune::{GroupsSpec, PruneMethod};
+use super::learned::GroupsSpec;
+use super::prune::PruneMethod;
 use super::sample::Against;
 use super::source::Source;
 use super::*;

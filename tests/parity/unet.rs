@@ -41,8 +41,8 @@ pub fn diff_pruning<B: TrainingBackend>(slack: f64) {
     );
 
     let expected = json("expected.json");
-    // The score of `ddpm_exp_ours` adds squares of one kind of weight to absolute values of another, so
-    // that it depends on the scale of the loss; it is not offered.
+    // The score of `ddpm_exp_ours` adds squares of one kind of weight to absolute values of
+    // another, so that it depends on the scale of the loss; it is not offered.
     for name in ["diff_pruning", "taylor", "magnitude"] {
         let case = &expected[name];
         let saliency = match name {

@@ -134,8 +134,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(pruned.of_process(process).write()?)
     }
 
-    /// Seconds of a pass of a model with weights of 0: the median of some, after one; no number once
-    /// the run is to stop.
+    /// Seconds of a pass of a model with weights of 0: the median of some, after one; no number
+    /// once the run is to stop.
     fn pass_time(&self, model: &Architecture) -> f64 {
         let Some(network) = Network::<B::InnerBackend>::zeros(model, self.device) else {
             return f64::NAN;

@@ -2,6 +2,8 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::ops;
+
 /// KL(N(mean1, exp log_variance1) || N(mean2, exp log_variance2)).
 pub fn normal_kl<B: Backend>(
     mean1: Tensor<B, 4>,
@@ -29,7 +31,7 @@ pub fn discretized_gaussian_log_likelihood<B: Backend>(
     let inverse = log_scale.neg().exp();
     let below = normal_cdf(inverse.clone() * (centred.clone() - HALF_BIN));
     let above = normal_cdf(inverse * (centred + HALF_BIN));
-    let log = |p: Tensor<B, 4>| p.clamp_min(SMALLEST).log();
+    let log = |p: Tensor<B, 4>| ops::log(p.clamp_min(SMALLEST));
     let inside = log(above.clone() - below.clone());
     let high = log(below.neg() + 1.0);
     let low = log(above);

@@ -4,7 +4,7 @@ use burn::tensor::{Tensor, TensorData, backend::Backend};
 use serde::{Deserialize, Serialize};
 
 use super::groups::{Group, Groups};
-use crate::ops::FusedOps;
+use crate::ops::{self, FusedOps};
 
 /// Temperature and scaling of the gate, linear over the run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -120,7 +120,7 @@ fn draw_layers<B: FusedOps>(
     for _ in 0..keep {
         let share = B::row_softmax(scores.clone().div_scalar(tau));
         let left = share.clone().neg().add_scalar(1.0);
-        scores = scores + left.clamp_min(LEAST_LEFT).log();
+        scores = scores + ops::log(left.clamp_min(LEAST_LEFT));
         soft = soft + share;
     }
     let straight_through = soft.clone() - soft.clone().detach();

@@ -25,7 +25,7 @@ use crate::pruning::{
 };
 use crate::random::{self, Stream};
 use crate::recovery::Student;
-use crate::state::{StateDict, collect};
+use crate::state::collect;
 use crate::training::{AdamW, Ema, StepReport};
 use crate::trunk::Plain;
 use crate::weights::{EmbeddedName, embedded};
@@ -215,11 +215,11 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
                 t: batch.t,
             };
             time::<B>(plan, device, || {
-                let mut gradients = LossGradients::new(StateDict::new());
+                let mut gradients = LossGradients::default();
                 gradients.add(&network, &process, &batch);
-                let sums = gradients.taken::<B>(&network);
+                let sums = gradients.sums::<B>(&network);
                 for group in &groups {
-                    importance(group, &weights, sums, Saliency::Taylor);
+                    importance(group, &weights, &sums, Saliency::Taylor);
                 }
             })
         }

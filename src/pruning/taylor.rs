@@ -3,7 +3,7 @@
 
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::scores::ScoreBatch;
@@ -15,16 +15,52 @@ use crate::trunk::Plain;
 
 /// Signed sums of the gradients of a network's loss.
 pub struct LossGradients<N> {
-    /// What was taken off the device.
-    taken: StateDict,
     sums: GradientsAccumulator<N>,
 }
 
-impl<N> LossGradients<N> {
-    /// Goes on from sums that were [`taken`](Self::taken) before; empty at first.
-    pub fn new(taken: StateDict) -> Self {
+impl<N> Default for LossGradients<N> {
+    fn default() -> Self {
         let sums = GradientsAccumulator::new();
-        Self { taken, sums }
+        Self { sums }
+    }
+}
+
+impl<N> LossGradients<N> {
+    /// Goes on from [`sums`](Self::sums) as if it had never been interrupted; a sum that the
+    /// network has no parameter for is ignored.
+    pub fn resumed<B: TrainingBackend>(network: &N, sums: &StateDict) -> Self
+    where
+        N: AutodiffModule<B>,
+    {
+        struct Put<'a> {
+            walk: Walk,
+            sums: &'a StateDict,
+            gradients: GradientsParams,
+        }
+        impl<B: TrainingBackend> ModuleVisitor<B> for Put<'_> {
+            fn enter_module(&mut self, name: &str, container: &str) {
+                self.walk.enter(name, container);
+            }
+            fn exit_module(&mut self, _: &str, _: &str) {
+                self.walk.leave();
+            }
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+                if let Some(sum) = self.sums.get(&self.walk.name()) {
+                    let data = TensorData::new(sum.data.clone(), sum.shape.clone());
+                    let sum = Tensor::<B::InnerBackend, D>::from_data(data, &param.device());
+                    self.gradients.register(param.id, sum);
+                }
+            }
+        }
+        let mut put = Put {
+            walk: Walk::default(),
+            sums,
+            gradients: GradientsParams::new(),
+        };
+        network.visit(&mut put);
+        let mut resumed = Self::default();
+        resumed.sums.accumulate::<B>(network, put.gradients);
+        resumed
     }
 
     /// Adds the gradients of the mean loss of a batch.
@@ -83,26 +119,17 @@ impl<N> LossGradients<N> {
         self.sums.accumulate::<B>(network, gradients);
     }
 
-    /// The sums, by the names of the parameters.
-    pub fn into_taken<B: TrainingBackend>(mut self, network: &N) -> StateDict
-    where
-        N: AutodiffModule<B>,
-    {
-        self.taken::<B>(network);
-        self.taken
-    }
-
     /// The sums so far, by the names of the parameters.
-    pub fn taken<B: TrainingBackend>(&mut self, network: &N) -> &StateDict
+    pub fn sums<B: TrainingBackend>(&mut self, network: &N) -> StateDict
     where
         N: AutodiffModule<B>,
     {
-        struct Take<'a> {
+        struct Take {
             walk: Walk,
             gradients: GradientsParams,
-            taken: &'a mut StateDict,
+            taken: StateDict,
         }
-        impl<B: TrainingBackend> ModuleVisitor<B> for Take<'_> {
+        impl<B: TrainingBackend> ModuleVisitor<B> for Take {
             fn enter_module(&mut self, name: &str, container: &str) {
                 self.walk.enter(name, container);
             }
@@ -110,28 +137,21 @@ impl<N> LossGradients<N> {
                 self.walk.leave();
             }
             fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-                let Some(sum) = self.gradients.remove::<B::InnerBackend, D>(param.id) else {
-                    return;
-                };
-                let shape = sum.dims().to_vec();
-                let values = floats(sum.into_data());
-                let name = self.walk.name();
-                match self.taken.get_mut(&name) {
-                    Some(before) => (before.data.iter_mut().zip(values))
-                        .for_each(|(before, value)| *before += value),
-                    None => {
-                        self.taken.insert(name, Array::new(shape, values));
-                    }
+                if let Some(sum) = self.gradients.get::<B::InnerBackend, D>(param.id) {
+                    let shape = sum.dims().to_vec();
+                    let array = Array::new(shape, floats(sum.into_data()));
+                    self.taken.insert(self.walk.name(), array);
                 }
             }
         }
         let mut take = Take {
             walk: Walk::default(),
             gradients: self.sums.grads(),
-            taken: &mut self.taken,
+            taken: StateDict::new(),
         };
         network.visit(&mut take);
-        &self.taken
+        self.sums.accumulate::<B>(network, take.gradients);
+        take.taken
     }
 }
 
@@ -183,7 +203,44 @@ impl Descent {
 
 #[cfg(test)]
 mod tests {
+    use burn::backend::Autodiff;
+    use burn_ndarray::NdArray;
+
     use super::*;
+    use crate::models::{Architecture, Network, Shape};
+    use crate::process::GaussianDiffusion;
+
+    #[test]
+    fn sums_go_on_with_the_same_bits() {
+        type B = Autodiff<NdArray>;
+        let device = Default::default();
+        let shape = Shape {
+            channels: 1,
+            side: 4,
+            classes: 2,
+        };
+        let architecture = Architecture::preset_of("DiT-S/2", shape).unwrap();
+        let network = Network::<B>::zeros(&architecture, &device).unwrap();
+        let process = GaussianDiffusion::new("").unwrap();
+        let batch = |seed| ScoreBatch::<B>::noise(architecture.shape(), 2, seed, &device);
+        let sums = |interrupted: bool| {
+            let mut gradients = LossGradients::default();
+            for seed in 0..4 {
+                gradients.add(&network, &process, &batch(seed));
+                if interrupted && seed == 1 {
+                    gradients = LossGradients::resumed(&network, &gradients.sums::<B>(&network));
+                }
+            }
+            gradients.sums::<B>(&network)
+        };
+        let (through, interrupted) = (sums(false), sums(true));
+        assert!(!through.is_empty() && through.keys().eq(interrupted.keys()));
+        for (name, sum) in &through {
+            assert!(sum.data.iter().all(|value| value.is_finite()), "{name}");
+            // Not `assert_eq`, which would print all values.
+            assert!(*sum == interrupted[name], "{name}");
+        }
+    }
 
     #[test]
     fn the_way_ends_below_a_share_of_the_largest_loss() {

@@ -240,7 +240,7 @@ fn gradients<B: TrainingBackend>(
     };
     let times: Vec<f32> = (0..process.steps()).map(|step| step as f32).collect();
     let mut descent = Descent::new(threshold, true);
-    let mut gradients = LossGradients::new(StateDict::new());
+    let mut gradients = LossGradients::default();
     // An odd number together, so that the threshold falls into a pass.
     for times in times.chunks(3) {
         gradients.add_times(&network, &process, &batch, times, &mut descent);
@@ -255,5 +255,5 @@ fn gradients<B: TrainingBackend>(
     let losses = Tensor::<B, 1>::from_floats(losses.as_slice(), &Default::default());
     assert_eq!(expected.data.len(), descent.losses.len());
     bound.tensor("losses", losses, &expected);
-    gradients.into_taken::<B>(&network)
+    gradients.sums::<B>(&network)
 }

@@ -218,7 +218,7 @@ fn taylor<B: TrainingBackend>(
     let losses = Largest {
         tolerance: f64_of(&group.case["tolerance"]["losses"]),
     };
-    let mut gradients = LossGradients::new(StateDict::new());
+    let mut gradients = LossGradients::default();
     for index in 0..usize_of(&group.case["batches"]) {
         let row = |key: &str| file.get(key).row(index);
         let batch = ScoreBatch::<B> {
@@ -244,7 +244,7 @@ fn taylor<B: TrainingBackend>(
         }
         gradients.add(&network, &process, &batch);
     }
-    gradients.into_taken::<B>(&network)
+    gradients.sums::<B>(&network)
 }
 
 /// Gradients summed over timesteps until the loss has fallen.
@@ -268,11 +268,10 @@ fn threshold<B: TrainingBackend>(
         t: vec![0.0; x.shape[0]],
     };
     let times: Vec<f32> = (0..process.steps()).map(|step| step as f32).collect();
-    let mut gradients = LossGradients::new(StateDict::new());
+    let mut gradients = LossGradients::default();
     for times in times.chunks(TOGETHER) {
         gradients.add_times(&network, &process, &batch, times, &mut descent);
-        // What was taken off the device is added to.
-        gradients.taken::<B>(&network);
+        gradients = LossGradients::resumed(&network, &gradients.sums::<B>(&network));
     }
     let expected = case["losses"].as_array().unwrap();
     assert_eq!(descent.losses.len(), expected.len());
@@ -286,5 +285,5 @@ fn threshold<B: TrainingBackend>(
             "{found}, {expected}"
         );
     }
-    gradients.into_taken::<B>(&network)
+    gradients.sums::<B>(&network)
 }

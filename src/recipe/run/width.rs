@@ -263,12 +263,12 @@ impl<B: TrainingBackend> Context<'_, B> {
             sound && scored.all(|member| fits(&member.tensor))
         });
         let resumed = before.is_some();
-        let (mut passes, taken) = match before {
-            Some((done, taken)) => {
+        let (mut passes, mut gradients) = match before {
+            Some((done, sums)) => {
                 descent = done.descent;
-                (done.passes, taken)
+                (done.passes, LossGradients::resumed(&network, &sums))
             }
-            None => (0, StateDict::new()),
+            None => (0, LossGradients::default()),
         };
         let what = if descent.is_some() {
             "times"
@@ -280,7 +280,6 @@ impl<B: TrainingBackend> Context<'_, B> {
             crate::say!("{stage}: goes on after {} {what}", passes * together);
             bar.skip(passes * together);
         }
-        let mut gradients = LossGradients::new(taken);
         // The same images and noise at all times.
         let still = match &descent {
             Some(_) => Some(score_batch::<B>(&source, 0, self.device)?),
@@ -316,7 +315,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                     descent: descent.clone(),
                 };
                 let metadata = BTreeMap::from([(MEASURED.to_owned(), json(&done)?)]);
-                let sums = gradients.taken::<B>(&network).clone();
+                let sums = gradients.sums::<B>(&network);
                 if let Some(folder) = path.parent() {
                     std::fs::create_dir_all(folder).map_err(RecipeError::io(folder))?;
                 }
@@ -338,7 +337,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 losses.last().copied().unwrap_or(0.0)
             );
         }
-        Ok(gradients.into_taken::<B>(&network))
+        Ok(gradients.sums::<B>(&network))
     }
 }
 

@@ -9,7 +9,8 @@
 
 Each round starts each program once, one after the other, in alternating order; what is printed is the median of the
 rounds' medians, and the ratio of the two (above 1: TinyFusion is faster). PyTorch gets what a careful user gives it:
-`scaled_dot_product_attention`, inference mode, the fused AdamW and foreach EMA and clipping.
+`scaled_dot_product_attention`, inference mode, the fused AdamW and foreach EMA and clipping. The UNet is diffusers' own
+(`pip install diffusers`), with the two workloads that it has in common.
 """
 
 import argparse
@@ -28,11 +29,43 @@ SIZES = {
     "digits": ("digits", 128, 8, 1, 2, 64, 12, 4, 10),
     "small": ("DiT-S/2", 4, 32, 4, 2, 384, 12, 6, 1000),
     "base": ("DiT-B/2", 1, 32, 4, 2, 768, 12, 12, 1000),
+    "unet": ("UNet-CIFAR10", 8, 32, 3, 1, 128, 4, 1, 1),
 }
 WORKLOADS = ["infer", "finetune", "prune", "masked-kd", "sample", "importance"]
 
 
+def workloads(size):
+    return WORKLOADS[:2] if size == "unet" else WORKLOADS
+
+
+def unet(torch):
+    """google/ddpm-cifar10-32, called as the transformers below."""
+    import diffusers
+
+    class Unet(torch.nn.Module):
+        def __init__(self, _):
+            super().__init__()
+            self.network = diffusers.UNet2DModel(
+                sample_size=32,
+                block_out_channels=(128, 256, 256, 256),
+                down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+                attention_head_dim=None,
+                downsample_padding=0,
+                flip_sin_to_cos=False,
+                freq_shift=1,
+                norm_eps=1e-6,
+            )
+
+        def forward(self, x, t, _):
+            return self.network(x, t).sample, []
+
+    return Unet
+
+
 def build(torch, size, lora):
+    if size == "unet":
+        return unet(torch)
     nn, F = torch.nn, torch.nn.functional
     _, batch, side, channels, patch, width, depth, heads, classes = SIZES[size]
     tokens = (side // patch) ** 2
@@ -156,6 +189,8 @@ def workload(torch, name, size):
 
     def plain_loss(out, x):
         mse = ((out[:, :channels] - noise) ** 2).flatten(1).mean(1)
+        if out.shape[1] == channels:
+            return mse
         return mse + bound(posterior(x0, x, t), at(log_variance, t), out, x)
 
     if name == "infer":
@@ -289,7 +324,7 @@ def compare(args):
     print("| size | workload | PyTorch, ms | TinyFusion, ms | times as fast | peak memory, MiB |")
     print("|---|---|---|---|---|---|")
     for size in [args.size] if args.size else SIZES:
-        for name in [args.workload] if args.workload else WORKLOADS:
+        for name in [args.workload] if args.workload else workloads(size):
             theirs, ours = [], []
             for round in range(args.rounds):
                 for ours_now in [round % 2 == 0, round % 2 == 1]:

@@ -13,7 +13,9 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, TensorPrimitive};
 
-use super::{Activation, FusedOps, LinearWants, LinearWeights, LoraWeights, Window};
+use super::{
+    Activation, FusedOps, GroupNormOptions, LinearWants, LinearWeights, LoraWeights, Window,
+};
 use crate::backend::Compute;
 
 /// A tensor of the graph.
@@ -267,6 +269,23 @@ impl<B: FusedOps> Backward<B, 3> for ConvolutionNode {
 }
 
 #[derive(Debug)]
+struct GroupNormNode;
+
+impl<B: FusedOps> Backward<B, 3> for GroupNormNode {
+    /// x, scale, shift, options
+    type State = (Tensor<B, 4>, Tensor<B, 1>, Tensor<B, 1>, GroupNormOptions);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = tensor(grads.consume::<B>(&ops.node));
+        let (x, scale, shift, norm) = ops.state;
+        let gradients = B::group_norm_backward(gradient, x, scale, shift, norm);
+        give!(grads, ops.parents[0], Some(gradients.x));
+        give!(grads, ops.parents[1], Some(gradients.scale));
+        give!(grads, ops.parents[2], Some(gradients.shift));
+    }
+}
+
+#[derive(Debug)]
 struct Blend;
 
 impl<B: FusedOps> Backward<B, 3> for Blend {
@@ -406,6 +425,18 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
             None => node!(ConvolutionNode, [x, weight], output, state),
             Some(bias) => node!(ConvolutionNode, [x, weight, bias], output, state),
         }
+    }
+
+    fn group_norm(
+        x: Tensor<Self, 4>,
+        scale: Tensor<Self, 1>,
+        shift: Tensor<Self, 1>,
+        norm: GroupNormOptions,
+    ) -> Tensor<Self, 4> {
+        let (x, scale, shift) = (tracked(x), tracked(scale), tracked(shift));
+        let state = (inner(&x), inner(&scale), inner(&shift), norm);
+        let output = B::group_norm(state.0.clone(), state.1.clone(), state.2.clone(), norm);
+        node!(GroupNormNode, [x, scale, shift], output, state)
     }
 
     fn blend(x: Tensor<Self, 3>, y: Tensor<Self, 3>, share: Tensor<Self, 1>) -> Tensor<Self, 3> {

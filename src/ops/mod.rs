@@ -124,6 +124,17 @@ pub struct GroupNormOptions {
     pub activation: Activation,
 }
 
+/// Gradients of [`FusedOps::group_norm`].
+#[derive(Debug, Clone)]
+pub struct GroupNormGradients<B: Backend> {
+    /// `[batch, channels, height, width]`
+    pub x: Tensor<B, 4>,
+    /// `[channels]`
+    pub scale: Tensor<B, 1>,
+    /// `[channels]`
+    pub shift: Tensor<B, 1>,
+}
+
 /// One step of AdamW for one parameter.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamWStep {
@@ -312,8 +323,7 @@ pub trait FusedOps: Backend {
 
     /// Group normalisation (arXiv 1803.08494) with an activation: `x` is
     /// `[batch, channels, height, width]`, normalised over each of `groups` equal runs of channels,
-    /// then scaled and shifted by channel; `scale` and `shift` are `[channels]`. Gradients are
-    /// Burn's own.
+    /// then scaled and shifted by channel; `scale` and `shift` are `[channels]`.
     fn group_norm(
         x: Tensor<Self, 4>,
         scale: Tensor<Self, 1>,
@@ -321,6 +331,17 @@ pub trait FusedOps: Backend {
         norm: GroupNormOptions,
     ) -> Tensor<Self, 4> {
         reference::group_norm(x, scale, shift, norm)
+    }
+
+    /// Gradients of [`group_norm`](Self::group_norm).
+    fn group_norm_backward(
+        gradient: Tensor<Self, 4>,
+        x: Tensor<Self, 4>,
+        scale: Tensor<Self, 1>,
+        shift: Tensor<Self, 1>,
+        norm: GroupNormOptions,
+    ) -> GroupNormGradients<Self> {
+        reference::group_norm_backward(gradient, x, scale, shift, norm)
     }
 
     /// The same values under another shape. Burn's own reshape copies them on some backends.

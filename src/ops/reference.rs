@@ -7,8 +7,8 @@ use burn::tensor::ops::{ConvOptions, PaddedConvOptions};
 use burn::tensor::{DType, Tensor, TensorPrimitive, activation, backend::Backend, module};
 
 use super::{
-    Activation, AdamWState, AdamWStep, ConvolutionGradients, GroupNormOptions, LinearGradients,
-    LinearWants, LinearWeights, NormGradients, Window,
+    Activation, AdamWState, AdamWStep, ConvolutionGradients, GroupNormGradients, GroupNormOptions,
+    LinearGradients, LinearWants, LinearWeights, NormGradients, Window,
 };
 use crate::backend::Compute;
 
@@ -229,6 +229,34 @@ pub fn group_norm<B: Backend>(
     activate(x * by_channel(scale) + by_channel(shift), norm.activation)
 }
 
+/// See [`FusedOps::group_norm_backward`](super::FusedOps::group_norm_backward).
+pub fn group_norm_backward<B: Backend>(
+    gradient: Tensor<B, 4>,
+    x: Tensor<B, 4>,
+    scale: Tensor<B, 1>,
+    shift: Tensor<B, 1>,
+    norm: GroupNormOptions,
+) -> GroupNormGradients<B> {
+    let shape @ [batch, channels, height, width] = x.dims();
+    let grouped = [batch, norm.groups, channels / norm.groups * height * width];
+    let by_channel = |values: Tensor<B, 1>| values.reshape([1, channels, 1, 1]);
+    let over_channels = |values: Tensor<B, 4>| {
+        let planes = values.reshape([batch, channels, height * width]);
+        planes.sum_dim(2).sum_dim(0).reshape([channels])
+    };
+    let (normal, deviation) = normalise(x.reshape(grouped), norm.epsilon);
+    let normal = normal.reshape(shape);
+    let scale = by_channel(scale);
+    let activated = normal.clone() * scale.clone() + by_channel(shift);
+    let gradient = gradient * activate_derivative(activated, norm.activation);
+    let inner = (gradient.clone() * scale).reshape(grouped);
+    GroupNormGradients {
+        x: normalise_backward(inner, normal.clone().reshape(grouped), deviation).reshape(shape),
+        scale: over_channels(gradient.clone() * normal),
+        shift: over_channels(gradient),
+    }
+}
+
 /// Centred values divided by their standard deviation, and that deviation (last dimension 1).
 fn normalise<B: Backend, const D: usize>(
     x: Tensor<B, D>,
@@ -238,6 +266,16 @@ fn normalise<B: Backend, const D: usize>(
     let variance = (centred.clone() * centred.clone()).mean_dim(D - 1);
     let deviation = (variance + epsilon).sqrt();
     (centred / deviation.clone(), deviation)
+}
+
+/// Gradient of [`normalise`]'s input, by its result and deviation.
+fn normalise_backward<B: Backend, const D: usize>(
+    gradient: Tensor<B, D>,
+    normal: Tensor<B, D>,
+    deviation: Tensor<B, D>,
+) -> Tensor<B, D> {
+    let projected = (gradient.clone() * normal.clone()).mean_dim(D - 1);
+    (gradient.clone() - gradient.mean_dim(D - 1) - normal * projected) / deviation
 }
 
 /// Layer normalisation over the last dimension, without affine parameters.
@@ -272,8 +310,7 @@ pub fn modulated_norm_backward<B: Backend>(
         .sum_dim(1)
         .squeeze_dim(1);
     let inner = gradient * (scale + 1.0).unsqueeze_dim::<3>(1);
-    let projected = (inner.clone() * normal.clone()).mean_dim(2);
-    let dx = (inner.clone() - inner.mean_dim(2) - normal * projected) / deviation;
+    let dx = normalise_backward(inner, normal, deviation);
     NormGradients {
         x: match sum {
             Some(sum) => sum + dx,

@@ -1,24 +1,26 @@
-//! Gradients of convolutions, as those of a linear layer on the unfolded image.
+//! Gradients of convolutions: that of the weight as a linear layer's on the unfolded image, that of
+//! the image at stride 1 as a convolution of its own, which unfolds nothing as a whole.
 //!
 //! For each place of the result, the values under its kernel are a row of `[places, depth]`, where
 //! depth runs over the kernel's taps and then the channels. Channels come last, so a kernel's row
-//! of taps is one contiguous run of the image. The gradient of the rows is added back at the same
-//! positions. A few images are unfolded at a time.
+//! of taps is one contiguous run of the image. At other strides the gradient of the rows is added back
+//! at the same positions. A few images are unfolded at a time.
 
 use std::ops::Range;
 
 use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
 
-use super::convolution::Sizes;
+use super::convolution::{self, Sizes};
 use super::memory::{Out, Values, tensor};
 use super::simd::copy;
 use super::threads;
+use super::transpose::{self, transposed};
 use crate::backend::Compute;
 use crate::ops::{Activation, ConvolutionGradients, FusedOps, LinearWants, LinearWeights, Window};
 
-/// Most values unfolded at once: 64 MiB.
-const UNFOLDED: usize = 1 << 24;
+/// Most values unfolded at once: 16 MiB, which stay in a cache and whose memory is used again.
+const UNFOLDED: usize = 1 << 22;
 
 /// See [`FusedOps::convolution_backward`]; all are f32.
 pub(super) fn backward(
@@ -32,26 +34,58 @@ pub(super) fn backward(
     let sizes = Sizes::of(shape, kernel, window);
     let (places, depth) = (sizes.places(), sizes.depth());
     let device = x.device();
-    let channels_last = [0, 2, 3, 1];
+    let of = |x: Tensor<NdArray, 4>| Values::of(x).expect("all are f32");
+    let [gradient, x, weight] = [gradient, x, weight].map(of);
+    let by_convolution = match mirrored(window, sizes.kernel) {
+        Some(window) if wants_x => {
+            let turned = transpose::mirrored(weight.read(), kernel);
+            let turned_shape = turned.dims();
+            let weight = (&of(turned), turned_shape);
+            let shape = [sizes.batch, sizes.output, sizes.result[0], sizes.result[1]];
+            Some(convolution::forward(
+                (&gradient, shape),
+                weight,
+                None,
+                window,
+            ))
+        }
+        _ => None,
+    };
+    let by_rows = wants_x && by_convolution.is_none();
+    let (taps, pixels) = (
+        sizes.kernel[0] * sizes.kernel[1],
+        sizes.image[0] * sizes.image[1],
+    );
+    let by_taps = [sizes.output, sizes.input, taps];
     let weights = LinearWeights {
-        weight: weight.permute(channels_last).reshape([sizes.output, depth]),
+        weight: match by_rows {
+            true => transposed(weight.read(), by_taps, [sizes.output, depth]),
+            // Its shape alone is asked for.
+            false => super::reshaped(weight.into_tensor::<4>(), [sizes.output, depth]),
+        },
         bias: Tensor::zeros([sizes.output], &device),
         lora: None,
         compute: Compute::F32,
     };
     let wants = LinearWants {
-        x: wants_x,
+        x: by_rows,
         weight: true,
         bias: true,
         lora: false,
     };
-    let rows: Tensor<NdArray, 2> = gradient
-        .permute(channels_last)
-        .reshape([sizes.batch * places, sizes.output]);
-    let image = sizes.input * sizes.image[0] * sizes.image[1];
-    let pixels = x.permute(channels_last);
-    let pixels = Values::of(pixels).expect("x is f32");
-    let mut dx = vec![0.0; if wants_x { sizes.batch * image } else { 0 }];
+    let rows: Tensor<NdArray, 2> = transposed(
+        gradient.read(),
+        [sizes.batch, sizes.output, places],
+        [sizes.batch * places, sizes.output],
+    );
+    let by_pixels = [sizes.batch, sizes.input, pixels];
+    let image = sizes.input * pixels;
+    let pixels = of(transposed(
+        x.read(),
+        by_pixels,
+        [sizes.batch, sizes.image[0], sizes.image[1], sizes.input],
+    ));
+    let mut dx = vec![0.0; if by_rows { sizes.batch * image } else { 0 }];
     let mut sums: Option<(Tensor<NdArray, 2>, Tensor<NdArray, 1>)> = None;
     let at_once = (UNFOLDED / (places * depth).max(1)).clamp(1, sizes.batch.max(1));
     for first in (0..sizes.batch).step_by(at_once) {
@@ -100,18 +134,32 @@ pub(super) fn backward(
         let weight = Tensor::zeros([sizes.output, depth], &device);
         (weight, Tensor::zeros([sizes.output], &device))
     });
-    let [batch, input, height, width] = shape;
-    let [output, _, down, along] = kernel;
+    // Channels before taps and places again.
+    let dweight = Values::of(dweight).expect("a product of f32");
+    let from_rows = || transposed(&dx, [sizes.batch, image / sizes.input, sizes.input], shape);
     ConvolutionGradients {
-        x: wants_x.then(|| {
-            let dx = super::memory::matrix(dx, [batch, height, width, input]);
-            dx.permute([0, 3, 1, 2])
-        }),
-        weight: dweight
-            .reshape([output, down, along, input])
-            .permute([0, 3, 1, 2]),
+        x: by_convolution.or_else(|| by_rows.then(from_rows)),
+        weight: transposed(dweight.read(), [sizes.output, taps, sizes.input], kernel),
         bias: dbias,
     }
+}
+
+/// The window of the convolution of the gradient by which that of the image is found, its kernel
+/// mirrored; None where there is none.
+fn mirrored(window: Window, kernel: [usize; 2]) -> Option<Window> {
+    let rest = |padding: [usize; 2]| -> Option<[usize; 2]> {
+        let [down, along] = kernel;
+        Some([
+            (down - 1).checked_sub(padding[0])?,
+            (along - 1).checked_sub(padding[1])?,
+        ])
+    };
+    (window.stride == [1; 2]).then_some(())?;
+    Some(Window {
+        stride: [1; 2],
+        before: rest(window.before)?,
+        after: rest(window.after)?,
+    })
 }
 
 /// For a place and a kernel row: which taps lie within the image, and where the first of them
@@ -231,6 +279,8 @@ mod tests {
             ([1, 1, 1, 1], 1, [1, 1], valid),
             ([2, 3, 5, 7], 4, [1, 1], valid),
             ([3, 2, 4, 5], 3, [3, 3], same([3, 3])),
+            ([2, 3, 6, 5], 4, [3, 3], valid),
+            ([2, 3, 4, 5], 4, [3, 2], lopsided.every(1)), // more padding than taps
             ([2, 5, 8, 8], 7, [3, 3], same([3, 3]).every(2)),
             ([2, 5, 7, 9], 7, [3, 3], same([3, 3]).every(2)), // fewer taps reach the last row
             ([3, 5, 11, 13], 7, [3, 3], valid.every(2)),

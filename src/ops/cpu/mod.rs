@@ -27,6 +27,7 @@ mod simd;
 #[cfg(test)]
 mod tests;
 mod threads;
+mod transpose;
 
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, Shape, Tensor, TensorPrimitive};
@@ -36,8 +37,9 @@ use self::memory::{Rows, Values};
 use crate::backend::Compute;
 
 use super::{
-    Activation, AdamWState, AdamWStep, ConvolutionGradients, FusedOps, GroupNormOptions,
-    LinearGradients, LinearWants, LinearWeights, NormGradients, Window, reference,
+    Activation, AdamWState, AdamWStep, ConvolutionGradients, FusedOps, GroupNormGradients,
+    GroupNormOptions, LinearGradients, LinearWants, LinearWeights, NormGradients, Window,
+    reference,
 };
 
 /// Views tensors as rows of f32, or returns the reference's result.
@@ -229,6 +231,24 @@ impl FusedOps for NdArray {
                 group_norm::forward(&x, [&scale, &shift], shape, norm)
             }
             _ => reference::group_norm(x, scale, shift, norm),
+        }
+    }
+
+    fn group_norm_backward(
+        gradient: Tensor<Self, 4>,
+        x: Tensor<Self, 4>,
+        scale: Tensor<Self, 1>,
+        shift: Tensor<Self, 1>,
+        norm: GroupNormOptions,
+    ) -> GroupNormGradients<Self> {
+        let shape = x.dims();
+        let wide = [&gradient, &x].map(|tensor| Values::of(tensor.clone()));
+        let values = [&scale, &shift].map(|tensor| Values::of(tensor.clone()));
+        match (wide, values) {
+            ([Some(gradient), Some(x)], [Some(scale), Some(shift)]) => {
+                group_norm::backward(&gradient, &x, [&scale, &shift], shape, norm)
+            }
+            _ => reference::group_norm_backward(gradient, x, scale, shift, norm),
         }
     }
 

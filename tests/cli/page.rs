@@ -232,3 +232,35 @@ fn look_at(path: &Path) {
         assert_eq!(dom.matches(element).count(), wanted, "{element}\n{said}");
     }
 }
+
+#[test]
+fn a_training_that_nothing_can_measure_is_refused_before_it_begins() {
+    let place = Place::new();
+    let train = "
+        [[stage]]
+        kind = 'recover'
+        name = 'student'
+        from = 'embedded:digits-teacher'
+        method = 'fine-tune'
+        steps = 3
+        batch = 4
+        evaluate_every = 2
+        evaluate_count = 4
+    ";
+    let evaluate = "
+        [[stage]]
+        kind = 'evaluate'
+        compare = ['student']
+        neighbours = 5
+    ";
+    for (recipe, expected) in [
+        (train.to_owned(), "none follows"),
+        (format!("{train}{evaluate}"), "5 neighbours can't be found"),
+    ] {
+        place.write("job.toml", &recipe);
+        let refused = place.run(&["recipe", "job.toml", "--runs", "runs"]);
+        assert_eq!(refused.status, Some(2));
+        assert!(refused.stderr.contains(expected), "{}", refused.stderr);
+    }
+    assert!(!place.path("runs").exists());
+}

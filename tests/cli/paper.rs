@@ -146,9 +146,15 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
     place.run(&["standin", STANDIN]).succeeded();
     let again = place.run(&["standin", STANDIN]);
     assert_eq!(again.status, Some(2), "{}", again.stderr);
-    let finished = place
-        .run(&["recipe", &recipe("standin.toml"), "--plain"])
-        .succeeded();
+    let standin = recipe("standin.toml");
+    let mut command = vec!["recipe", &standin, "--plain"];
+    for set in [
+        "stage.recover.evaluate_every=10",
+        "stage.recover.evaluate_count=8",
+    ] {
+        command.extend(["--set", set]);
+    }
+    let finished = place.run(&command).succeeded();
     for word in ["FID", "sFID", "precision", "recover", "standin-dit.pt"] {
         assert!(
             finished.stdout.contains(word),
@@ -168,6 +174,16 @@ fn the_stand_ins_go_all_the_way_from_images_to_scores() {
     assert_eq!(student.provenance.kept.as_ref().unwrap().len(), 2);
     assert_eq!(student.provenance.recipe_sha256.len(), 64);
     assert!(run.join("04-sample/samples.png").is_file());
+    let quality = std::fs::read_to_string(run.join("03-recover/quality.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = (quality.lines())
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let steps: Vec<_> = lines.iter().map(|line| line["step"].as_u64()).collect();
+    assert_eq!(steps, [Some(9), Some(19)]);
+    let measured = |line: &serde_json::Value| line["fid"].is_f64() && line["sfid"].is_f64();
+    assert!(lines.iter().all(measured), "{quality}");
+    let samples = run.join("03-recover/quality/step-000020/samples.png");
+    assert!(samples.is_file());
     assert!(!run.join("04-sample/parts").exists());
 
     let evaluation = json(&run.join("05-evaluate/eval.json"));

@@ -7,6 +7,7 @@ use std::path::Path;
 use burn_dataset::Dataset;
 
 use super::missing::{MissingFile, Role, note};
+use super::sample::{is_pixels, latents_need_a_vae};
 use crate::data::{Digits, IdxPictures, Latents, PictureSet, Split, fashion, with_cause};
 use crate::models::{Architecture, Shape};
 use crate::process::ProcessKind;
@@ -14,6 +15,7 @@ use crate::recipe::published::public_file;
 use crate::recipe::run::models::read_file;
 use crate::recipe::schema::data::{Data, DataShape, Idx, Pictures};
 use crate::recipe::schema::intervals::{Intervals, Replacements};
+use crate::recipe::schema::optimisation::Meanwhile;
 use crate::recipe::schema::prune::{Prune, PruneMethod};
 use crate::recipe::schema::sample::{Against, Evaluate};
 use crate::recipe::schema::source::Source;
@@ -38,21 +40,14 @@ impl<E: std::error::Error> From<E> for Problem {
     }
 }
 
-/// The next evaluation after a stage that is against held-out pictures, and the classifier it
-/// compares in.
-pub(in crate::recipe) fn following<'a>(
-    recipe: &'a Recipe,
-    stage: &Stage,
-) -> Option<(&'a Evaluate, &'a Source)> {
+/// The next evaluation after a stage.
+pub(in crate::recipe) fn following<'a>(recipe: &'a Recipe, stage: &Stage) -> Option<&'a Evaluate> {
     let mut later = recipe
         .stages
         .iter()
         .skip_while(|other| other.name != stage.name);
     later.find_map(|stage| match &stage.kind {
-        StageKind::Evaluate(evaluate) => match &evaluate.against {
-            Against::HeldOut { features } => Some((evaluate, features)),
-            Against::Reference { .. } => None,
-        },
+        StageKind::Evaluate(evaluate) => Some(evaluate),
         _ => None,
     })
 }
@@ -191,18 +186,40 @@ impl Known<'_> {
         }
     }
 
-    /// Refuses to measure a stage's model while it is trained where no evaluation says how.
-    pub(crate) fn measured_meanwhile(&self, stage: &Stage) -> Result<(), Problem> {
-        let Some((_, features)) = following(self.recipe, stage) else {
+    /// Refuses to measure a stage's model while it is trained where no evaluation says how, or the
+    /// one that follows can't measure it.
+    pub(crate) fn measured_meanwhile(
+        &mut self,
+        stage: &Stage,
+        model: Shape,
+        meanwhile: &Meanwhile,
+    ) -> Result<(), Problem> {
+        let Some(evaluate) = following(self.recipe, stage) else {
             return Err(Problem::Said(
-                "`evaluate_every` measures as the next `evaluate` stage does, and none against held-out pictures follows".into(),
+                "`evaluate_every` measures as the next `evaluate` stage does, and none follows"
+                    .into(),
             ));
         };
-        match features {
-            Source::Stage(name) if !self.made.contains_key(name) => Err(Problem::Said(format!(
-                "`evaluate_every` needs the classifier `{name}`, which is trained later"
-            ))),
-            _ => Ok(()),
+        let (count, neighbours) = (meanwhile.evaluate_count, evaluate.neighbours);
+        if neighbours >= count {
+            return Err(Problem::Said(format!(
+                "`evaluate_count` is {count}, and {neighbours} neighbours can't be found among so many samples"
+            )));
+        }
+        match &evaluate.against {
+            Against::HeldOut { features } => match features {
+                Source::Stage(name) if !self.made.contains_key(name) => {
+                    Err(Problem::Said(format!(
+                        "`evaluate_every` needs the classifier `{name}`, which is trained later"
+                    )))
+                }
+                _ => Ok(()),
+            },
+            Against::Reference { vae: Some(vae), .. } => self.vae(stage, vae, model),
+            Against::Reference { vae: None, .. } if !is_pixels(model) => {
+                Err(latents_need_a_vae(model))
+            }
+            Against::Reference { .. } => Ok(()),
         }
     }
 

@@ -71,8 +71,8 @@ pub(super) fn plan(
     let (student, process) = known.denoiser(stage, &recover.from)?;
     let process = process.unwrap_or(ProcessKind::ASSUMED);
     known.same_classes(&recover.from)?;
-    if recover.meanwhile.is_some() {
-        known.measured_meanwhile(stage)?;
+    if let Some(meanwhile) = &recover.meanwhile {
+        known.measured_meanwhile(stage, student.shape(), meanwhile)?;
     }
     if known.is_by_branch(&recover.from) {
         known.by_branch.insert(stage.name.clone());

@@ -28,13 +28,13 @@ pub(super) fn plan(
     if let Some(from) = &train.from {
         known.same_classes(from)?;
     }
-    if train.meanwhile.is_some() {
+    if let Some(meanwhile) = &train.meanwhile {
         if !after.is_denoiser() {
             return Err(Problem::Said(
                 "`evaluate_every` is of models that draw".into(),
             ));
         }
-        known.measured_meanwhile(stage)?;
+        known.measured_meanwhile(stage, after.shape(), meanwhile)?;
     }
     match after.is_denoiser() {
         true => known.fits_data(stage, after.shape())?,

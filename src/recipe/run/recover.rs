@@ -121,7 +121,12 @@ impl<B: TrainingBackend> Context<'_, B> {
         let curves = [loss, likeness, &["features"]].concat();
         let mut fit = self.over(training, (source, process), sees);
         if let Some(meanwhile) = &plan.meanwhile {
-            fit = fit.observe(self.measured_meanwhile(stage, meanwhile, kind, folder)?);
+            fit = fit.observe(self.measured_meanwhile(
+                stage,
+                meanwhile,
+                (&architecture, kind),
+                folder,
+            )?);
         }
         let fitted = finished(fit.curves(curves).run(student)?, steps)?;
         let healed = Checkpoint::of(&fitted.ema.network, provenance, &folder.join(MODEL));

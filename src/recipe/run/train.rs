@@ -104,7 +104,12 @@ impl<B: TrainingBackend> Context<'_, B> {
         let curves = process.names().0.to_vec();
         let mut fit = self.over(training, (source, process), None);
         if let Some(meanwhile) = &train.meanwhile {
-            fit = fit.observe(self.measured_meanwhile(stage, meanwhile, kind, folder)?);
+            fit = fit.observe(self.measured_meanwhile(
+                stage,
+                meanwhile,
+                (architecture, kind),
+                folder,
+            )?);
         }
         let fitted = finished(fit.curves(curves).run(student)?, steps)?;
         let model = Checkpoint::of(&fitted.ema.network, trained.provenance, at);

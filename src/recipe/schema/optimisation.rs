@@ -22,7 +22,7 @@ const MAX_STEPS: usize = 100_000_000;
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Meanwhile {
     /// Steps after each of which samples are drawn and measured, as the recipe's next evaluation
-    /// against held-out pictures measures them; default never.
+    /// measures them; default never.
     pub evaluate_every: usize,
     /// Number of those samples, at most as many as that evaluation draws; default 500.
     pub evaluate_count: usize,

@@ -24,7 +24,7 @@ const COLUMNS: usize = 8;
 pub(super) struct ReferenceFiles<'a> {
     reference: &'a Path,
     inception: &'a Path,
-    vae: Option<&'a Path>,
+    pub(super) vae: Option<&'a Path>,
     samples: &'a [PathBuf],
     /// Arithmetic of the distances of precision and recall.
     distances: Distances,
@@ -61,7 +61,7 @@ impl<'a> ReferenceFiles<'a> {
 }
 
 /// Reads Inception and measures the reference, with a bar.
-fn judge<B: FusedOps>(
+pub(super) fn judge<B: FusedOps>(
     files: &ReferenceFiles<'_>,
     neighbours: usize,
     cache: Option<&Path>,

@@ -5,15 +5,19 @@ use std::path::Path;
 use burn::module::AutodiffModule;
 use serde::Serialize;
 
-use crate::npz::read_samples;
-use crate::ops::TrainingBackend;
+use super::adm::{ReferenceFiles, judge};
+use crate::evaluation::{AdmJudge, ClassifierJudge, Scores};
+use crate::models::Architecture;
+use crate::npz::{SampleReader, read_samples};
+use crate::ops::{FusedOps, TrainingBackend};
 use crate::process::ProcessKind;
 use crate::recipe::RecipeError;
 use crate::recipe::run::context::Context;
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::optimisation::Meanwhile;
+use crate::recipe::schema::sample::{Against, Evaluate};
 use crate::recovery::Student;
-use crate::sampling::{Draw, SAMPLES, Sampling, SamplingError, Share};
+use crate::sampling::{Decoder, Draw, SAMPLES, Sampling, SamplingError, Share};
 use crate::training::{JsonLines, Observe, OnStep, TrainingError};
 
 /// One line of `quality.jsonl`.
@@ -22,11 +26,54 @@ struct Quality {
     step: usize,
     images: usize,
     samples: usize,
-    fid: f64,
-    inception_score: f64,
-    precision: f64,
-    recall: f64,
-    accuracy: f64,
+    #[serde(flatten)]
+    scores: Scores,
+    /// Share of the samples that a classifier reads as their class.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    accuracy: Option<f64>,
+}
+
+/// What measures the samples.
+enum Judge<B: FusedOps> {
+    HeldOut(Box<ClassifierJudge<B>>),
+    Reference(Box<AdmJudge<B>>),
+}
+
+/// How the evaluation that follows measures a model.
+struct Measuring<B: FusedOps> {
+    judge: Judge<B>,
+    /// That of the samples, if they are latents.
+    decoder: Option<Decoder<B>>,
+}
+
+impl<B: FusedOps> Judge<B> {
+    /// The scores of an archive of samples of these classes, and the share that is read as their
+    /// class.
+    fn scores(
+        &self,
+        name: &str,
+        archive: &Path,
+        labels: &[usize],
+    ) -> Result<(Scores, Option<f64>), RecipeError> {
+        match self {
+            Self::HeldOut(judge) => {
+                let samples = read_samples(archive)?;
+                let verdict = judge.verdict(name, &samples.images, labels)?;
+                let scores = Scores {
+                    fid: verdict.fid,
+                    sfid: None,
+                    inception_score: verdict.inception_score,
+                    precision: Some(verdict.precision),
+                    recall: Some(verdict.recall),
+                };
+                Ok((scores, Some(verdict.accuracy)))
+            }
+            Self::Reference(judge) => {
+                let verdict = judge.verdict(name, SampleReader::open(archive)?, |_, _| {})?;
+                Ok((verdict.scores, None))
+            }
+        }
+    }
 }
 
 /// File of the scores by step, in the stage's folder.
@@ -39,16 +86,16 @@ impl<B: TrainingBackend> Context<'_, B> {
         &self,
         stage: &Stage,
         meanwhile: &Meanwhile,
-        kind: ProcessKind,
+        (model, kind): (&Architecture, ProcessKind),
         folder: &Path,
     ) -> Result<Observe<B, Student<B>>, RecipeError> {
-        let wrong = || RecipeError::Stage {
+        let evaluate = crate::recipe::plan::following(self.recipe, stage);
+        let evaluate = evaluate.ok_or_else(|| RecipeError::Stage {
             stage: stage.name.clone(),
-            problem: "no evaluation of models of pixels follows".into(),
-        };
-        let (evaluate, features) =
-            crate::recipe::plan::following(self.recipe, stage).ok_or_else(wrong)?;
-        let judge = self.judge(&self.load(features)?, evaluate.neighbours)?;
+            problem: "no evaluation follows".into(),
+        })?;
+        let quality = folder.join("quality");
+        let Measuring { judge, decoder } = self.measuring_as(evaluate, model, &quality)?;
         let sampling = Sampling {
             count: meanwhile.evaluate_count.min(evaluate.sampling.count),
             ..evaluate.sampling.clone()
@@ -74,10 +121,10 @@ impl<B: TrainingBackend> Context<'_, B> {
                     name: &name,
                     network: &network,
                     process: kind,
-                    decoder: None,
+                    decoder: decoder.as_ref(),
                     sampling: &sampling,
                     seed,
-                    folder: &folder.join("quality").join(format!("step-{done:06}")),
+                    folder: &quality.join(format!("step-{done:06}")),
                     share: Share::WHOLE,
                     stop: &stop,
                 };
@@ -88,26 +135,57 @@ impl<B: TrainingBackend> Context<'_, B> {
                     Err(error) => return Err(TrainingError::Observed(Box::new(error))),
                 };
                 let archive = draw.folder.join(SAMPLES);
-                let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
-                    TrainingError::Observed(error)
+                let (scores, accuracy) = match judge.scores(&name, &archive, &drawn.labels) {
+                    Ok(scores) => scores,
+                    Err(_) if stop.requested() => return Ok(()),
+                    Err(error) => return Err(TrainingError::Observed(Box::new(error))),
                 };
-                let samples = read_samples(&archive).map_err(|error| failed(error.into()))?;
-                let verdict = judge.verdict(&name, &samples.images, &drawn.labels);
-                let verdict = verdict.map_err(|error| failed(error.into()))?;
                 // The picture of the first of them stays.
                 std::fs::remove_file(&archive).map_err(TrainingError::io(&archive))?;
                 log.write(&Quality {
                     step,
                     images: done * batch,
                     samples: sampling.count,
-                    fid: verdict.fid,
-                    inception_score: verdict.inception_score,
-                    precision: verdict.precision,
-                    recall: verdict.recall,
-                    accuracy: verdict.accuracy,
+                    scores,
+                    accuracy,
                 })
             }))
         };
         Ok(Box::new(observe))
+    }
+
+    /// How an evaluation would measure a model; what is measured of a reference is kept in the
+    /// folder `quality`.
+    fn measuring_as(
+        &self,
+        evaluate: &Evaluate,
+        model: &Architecture,
+        quality: &Path,
+    ) -> Result<Measuring<B::InnerBackend>, RecipeError> {
+        let (against, neighbours) = (&evaluate.against, evaluate.neighbours);
+        if let Against::HeldOut { features } = against {
+            let judge = self.judge(&self.load(features)?, neighbours)?;
+            return Ok(Measuring {
+                judge: Judge::HeldOut(Box::new(judge)),
+                decoder: None,
+            });
+        }
+        std::fs::create_dir_all(quality).map_err(RecipeError::io(quality))?;
+        let held_out = match against {
+            Against::Reference {
+                reference: None, ..
+            } => Some(self.held_out_archive(quality)?),
+            _ => None,
+        };
+        let files = ReferenceFiles::of(against, held_out.as_deref(), self.stop);
+        let files = files.unwrap_or_else(|| unreachable!("there is a reference"));
+        let judge = judge(&files, neighbours, Some(quality), self.device)?;
+        let (channels, compute) = (model.shape().channels, self.recipe.compute);
+        let read = |path| Decoder::read(path, channels, compute, self.device);
+        let decoder = files.vae.map(read).transpose()?;
+        Ok(Measuring {
+            judge: Judge::Reference(Box::new(judge)),
+            decoder,
+        })
     }
 }

@@ -109,6 +109,7 @@ pub fn vae() -> VaeConfig {
         layers_per_block: 1,
         latent_channels: 4,
         norm_num_groups: 4,
+        encoder_attention: false,
         scaling_factor: 0.18215,
     }
 }

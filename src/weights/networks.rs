@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use burn::tensor::backend::Backend;
 
 use super::checkpoint::CONFIG;
-use super::{WeightFile, open_weights};
+use super::open_weights;
 use crate::files::sha256;
 use crate::models::inception::Inception;
-use crate::models::vae::{Vae, VaeConfig, rename_attention};
-use crate::state::{WeightsError, assign};
+use crate::models::vae::{Vae, VaeConfig, rename_to_diffusers};
+use crate::state::{Array, StateDict, WeightsError, assign};
 
 /// A network with the file it was read from.
 #[derive(Debug)]
@@ -34,20 +34,8 @@ pub fn read_vae<B: Backend>(
 ) -> Result<(Digested<Vae<B>>, VaeConfig), WeightsError> {
     let (tensors, file) = open_weights(path)?;
     let mut state = tensors.read_all()?;
-    rename_attention(&mut state);
-    let config = match vae_config(&file)? {
-        Some(config) => config,
-        None => {
-            let model = |problem: String| WeightsError::Model {
-                path: file.clone(),
-                problem: format!("it is no autoencoder: {problem}"),
-            };
-            let config = VaeConfig::infer(&state).map_err(model)?;
-            config
-                .problem()
-                .map_or(Ok(config), |problem| Err(model(problem)))?
-        }
-    };
+    rename_to_diffusers(&mut state);
+    let config = config_of(&state, &file)?;
     // Checked before allocation: a small configuration may ask for any size.
     let (least, there) = (config.least_parameters(), tensors.parameters());
     if least > there {
@@ -73,22 +61,45 @@ pub fn read_vae<B: Backend>(
     Ok((known, config))
 }
 
-/// The configuration in an autoencoder's `config.json`; None if there is none beside its weights.
+/// The sizes of an autoencoder, without its values: those of the `config.json` beside its weights,
+/// or those that their shapes show.
 ///
 /// # Errors
-/// When there are no weights, or the configuration asks for an unsupported computation.
-pub fn vae_config(path: &Path) -> Result<Option<VaeConfig>, WeightsError> {
-    let (_, file) = WeightFile::locate(path)?;
+/// When there are no weights, they are no autoencoder's, or the configuration asks for an
+/// unsupported computation.
+pub fn vae_config(path: &Path) -> Result<VaeConfig, WeightsError> {
+    let (tensors, file) = open_weights(path)?;
+    let empty = |shape: &[usize]| Array {
+        shape: shape.to_vec(),
+        data: Vec::new(),
+    };
+    let mut shapes: StateDict = tensors
+        .iter()
+        .map(|(name, tensor)| (name.clone(), empty(tensor.shape())))
+        .collect();
+    rename_to_diffusers(&mut shapes);
+    config_of(&shapes, &file)
+}
+
+/// The sizes of the autoencoder whose tensors are called as diffusers'.
+fn config_of(state: &StateDict, file: &Path) -> Result<VaeConfig, WeightsError> {
     let path = file.with_file_name(CONFIG);
     match std::fs::read_to_string(&path) {
-        Ok(text) => VaeConfig::from_json(&text)
-            .map(Some)
-            .map_err(|found| WeightsError::Format {
-                path,
-                expected: "configuration of an autoencoder",
-                found,
-            }),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Ok(text) => VaeConfig::from_json(&text).map_err(|found| WeightsError::Format {
+            path,
+            expected: "configuration of an autoencoder",
+            found,
+        }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let model = |problem: String| WeightsError::Model {
+                path: file.to_owned(),
+                problem: format!("it is no autoencoder: {problem}"),
+            };
+            let config = VaeConfig::infer(state).map_err(model)?;
+            config
+                .problem()
+                .map_or(Ok(config), |problem| Err(model(problem)))
+        }
         Err(error) => Err(WeightsError::io(&path)(error)),
     }
 }

@@ -58,6 +58,7 @@ on!(
     transport::sit_paths,
     transport::sit_sde,
     unet::diff_pruning,
+    vae::vae_kl16_mar,
     vae::vae_kl_f8,
     width::dit_width,
 );
@@ -67,6 +68,7 @@ on!(
     inference,
     burn_ndarray::NdArray,
     inception::inception_fid,
+    vae::vae_kl16_mar,
     vae::vae_kl_f8,
     vae::vae_odd_slices,
     vae::vae_zoo,

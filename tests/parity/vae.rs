@@ -1,10 +1,11 @@
-//! The autoencoder against diffusers' `AutoencoderKL`: group `vae_kl_f8`.
+//! The autoencoder against diffusers' `AutoencoderKL`, group `vae_kl_f8`, and against MAR's KL-16,
+//! group `vae_kl16_mar`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{Tensor, backend::Backend};
-use tinyfusion::models::vae::{Posterior, Vae, VaeConfig, rename_attention};
+use tinyfusion::models::vae::{Posterior, Vae, VaeConfig, rename_to_diffusers};
 use tinyfusion::ops::FusedOps;
 use tinyfusion::state::{StateDict, assign, names};
 
@@ -45,10 +46,96 @@ pub fn vae_kl_f8<B: FusedOps>(slack: f64) {
     let state = group.state("vae/diffusion_pytorch_model.safetensors");
     let mut older = group.state("vae_deprecated_attn.safetensors");
     assert_ne!(older, state);
-    rename_attention(&mut older);
+    rename_to_diffusers(&mut older);
     assert_eq!(older, state, "the same weights under today's names");
 
     let model = autoencoder::<B>(&config, &state);
+    images(&group, &model, &config, &rule);
+    for size in group.case["sizes"].as_object().unwrap().keys() {
+        let key = |name: &str| format!("{size}.{name}");
+        let latents = file.get(&key("latent_scaled")).tensor::<B, 4>() / config.scaling_factor;
+        pixels(&file, size, model.decode(latents));
+    }
+    modules(&model, &file, &rule);
+
+    clamped::<B>(&file, &rule);
+}
+
+/// MAR's: the same under the original names, with attention on the encoder's last level.
+pub fn vae_kl16_mar<B: FusedOps>(slack: f64) {
+    let group = Group::open("vae_kl16_mar");
+    let rule = Largest {
+        tolerance: f64_of(&group.case["tolerance"]["all"]) * slack,
+    };
+    let mut files = group.case["files"].as_object().unwrap().keys();
+    let checkpoint = files.find(|name| name.ends_with(".ckpt")).unwrap();
+    let path = group.path.join(checkpoint);
+    let (tensors, _) = tinyfusion::weights::open_weights(&path).unwrap();
+    let mut state = tensors.read_all().unwrap();
+    rename_to_diffusers(&mut state);
+    let config = VaeConfig {
+        norm_num_groups: usize_of(&group.case["config"]["num_groups"]),
+        ..VaeConfig::infer(&state).unwrap()
+    };
+    assert_eq!(config, kl16(&group, "config"));
+    let model = autoencoder::<B>(&config, &state);
+    images(&group, &model, &config, &rule);
+    let file = group.file("io.safetensors");
+    for size in group.case["sizes"].as_object().unwrap().keys() {
+        // As for the cache of mirrored pictures.
+        let key = format!("{size}.moments_flip");
+        let x: Tensor<B, 4> = file.get(&format!("{size}.x")).tensor();
+        let moments = model.quant_conv.forward(model.encoder.forward(x.flip([3])));
+        rule.tensor(&key, moments, file.get(&key));
+    }
+    original_modules(&model, &file, &rule);
+    clamped::<B>(&file, &rule);
+
+    // Names and shapes of the real one.
+    let text = std::fs::read_to_string(group.path.join("kl16_zoo.json")).unwrap();
+    let zoo: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let empty = |shape| tinyfusion::state::Array {
+        shape: usizes_of(shape),
+        data: Vec::new(),
+    };
+    let keys = zoo["keys"].as_object().unwrap().iter();
+    let mut real: StateDict = keys
+        .map(|(key, shape)| (key.clone(), empty(shape)))
+        .collect();
+    rename_to_diffusers(&mut real);
+    let config = VaeConfig::infer(&real).unwrap();
+    assert_eq!(config, kl16(&group, "real_config"));
+    let parameters = names::<B, _>(&Vae::<B>::zeros(&config, &B::Device::default()));
+    let count = |shape: &Vec<usize>| shape.iter().product::<usize>();
+    let total: usize = parameters.iter().map(|found| count(&found.shape)).sum();
+    assert_eq!(total, usize_of(&zoo["parameters"]));
+    assert_eq!(parameters.len(), real.len());
+    for parameter in parameters {
+        let found = real.get(&parameter.name).map(|array| &array.shape);
+        assert_eq!(found, Some(&parameter.shape), "{}", parameter.name);
+    }
+}
+
+/// A configuration of MAR's, as this program says it.
+fn kl16(group: &Group, which: &str) -> VaeConfig {
+    let stated = &group.case[which];
+    let width = usize_of(&stated["ch"]);
+    let widths = usizes_of(&stated["ch_mult"]).into_iter();
+    VaeConfig {
+        in_channels: 3,
+        out_channels: 3,
+        block_out_channels: widths.map(|times| times * width).collect(),
+        layers_per_block: usize_of(&stated["num_res_blocks"]),
+        latent_channels: usize_of(&stated["embed_dim"]),
+        norm_num_groups: usize_of(&stated["num_groups"]),
+        encoder_attention: true,
+        scaling_factor: f64_of(&group.case["scaling_factor"]),
+    }
+}
+
+/// Images of every size, to latents and back.
+fn images<B: FusedOps>(group: &Group, model: &Vae<B>, config: &VaeConfig, rule: &Largest) {
+    let file = group.file("io.safetensors");
     for (size, sides) in group.case["sizes"].as_object().unwrap() {
         let key = |name: &str| format!("{size}.{name}");
         let check = |name: &str, actual: Tensor<B, 4>| {
@@ -76,16 +163,16 @@ pub fn vae_kl_f8<B: FusedOps>(slack: f64) {
         );
         let latents = file.get(&key("latent_scaled")).tensor::<B, 4>() / config.scaling_factor;
         let recon = model.decode(latents.clone());
-        check("recon", recon.clone());
-        pixels(&file, size, recon.clone());
+        check("recon", recon);
 
         // Each image alone gives the same values: no kernel changes its order of sums.
         let alone = model.encode_in_slices(x, 1);
         rule.tensor(&key("mean"), alone.mean, file.get(&key("mean")));
         check("recon", model.decode_in_slices(latents, 1));
     }
-    modules(&model, &file, &rule);
+}
 
+fn clamped<B: FusedOps>(file: &File, rule: &Largest) {
     let clamped = Posterior::<B>::of(file.get("clamp.moments").tensor());
     for (name, actual) in [
         ("clamp.mean", clamped.mean.clone()),
@@ -157,6 +244,55 @@ fn modules<B: FusedOps>(model: &Vae<B>, file: &File, rule: &Largest) {
     assert!(left.is_empty(), "not compared: {left:?}");
 }
 
+/// The modules' outputs of MAR's, which counts the decoder's levels from the image.
+fn original_modules<B: FusedOps>(model: &Vae<B>, file: &File, rule: &Largest) {
+    let mut left: Vec<&str> = file.names().filter(|name| name.contains(".spy.")).collect();
+    let mut check = |name: &str, actual: &Tensor<B, 4>| {
+        let key = format!("wide.spy.{name}");
+        // Not all of them were written down.
+        if left.contains(&key.as_str()) {
+            rule.tensor(&key, actual.clone(), file.get(&key));
+            left.retain(|name| *name != key);
+        }
+    };
+    let encoder = &model.encoder;
+    let mut x = encoder.conv_in.forward(file.get("wide.x").tensor());
+    check("encoder.conv_in", &x);
+    for (level, block) in encoder.down_blocks.iter().enumerate() {
+        let mut inside = x.clone();
+        for (index, (resnet, attention)) in block.resnets.iter().zip(&block.attentions).enumerate()
+        {
+            inside = attention.forward(resnet.forward(inside));
+            check(&format!("encoder.down.{level}.attn.{index}"), &inside);
+        }
+        x = block.forward(x);
+        check(&format!("encoder.down.{level}.downsample"), &x);
+    }
+    let middle = &encoder.mid_block;
+    let attended = middle.attentions[0].forward(middle.resnets[0].forward(x));
+    check("encoder.mid.attn_1", &attended);
+    check("encoder.mid.block_2", &middle.resnets[1].forward(attended));
+    let features = encoder.forward(file.get("wide.x").tensor());
+    check("encoder", &features);
+    check("quant_conv", &model.quant_conv.forward(features));
+    let z = model
+        .post_quant_conv
+        .forward(file.get("wide.sample").tensor());
+    check("post_quant_conv", &z);
+    let decoder = &model.decoder;
+    let mut x = decoder.conv_in.forward(z.clone());
+    check("decoder.conv_in", &x);
+    x = decoder.mid_block.forward(x);
+    check("decoder.mid.block_2", &x);
+    for (index, block) in decoder.up_blocks.iter().enumerate() {
+        x = block.forward(x);
+        let level = decoder.up_blocks.len() - 1 - index;
+        check(&format!("decoder.up.{level}.upsample"), &x);
+    }
+    check("decoder", &decoder.forward(z));
+    assert!(left.is_empty(), "not compared: {left:?}");
+}
+
 /// Names, shapes and number of the real model's weights, and the sizes inferred from them.
 pub fn vae_zoo<B: FusedOps>(_: f64) {
     let group = Group::open("vae_kl_f8");
@@ -201,7 +337,7 @@ pub fn vae_zoo<B: FusedOps>(_: f64) {
     let complete = state(&expected);
     assert_eq!(VaeConfig::infer(&complete), Ok(config));
     let mut older = state(&shapes(&zoo["keys_attention_only_old_naming"]));
-    rename_attention(&mut older);
+    rename_to_diffusers(&mut older);
     assert!(!older.is_empty());
     for (name, array) in older {
         assert_eq!(Some(&array), complete.get(&name), "{name}");

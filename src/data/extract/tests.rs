@@ -19,6 +19,7 @@ fn vae() -> (Vae<NdArray>, VaeConfig) {
         layers_per_block: 1,
         latent_channels: 4,
         norm_num_groups: 2,
+        encoder_attention: false,
         scaling_factor: 0.5,
     };
     let vae = Vae::<NdArray>::zeros(&config, &NdArrayDevice::default());

@@ -65,7 +65,7 @@ impl<B: FusedOps> ResnetBlock<B> {
     }
 }
 
-/// The middle of encoder and decoder: the smallest size, and the only block with attention.
+/// The middle of encoder and decoder: the smallest size, with attention.
 #[derive(Module, Debug)]
 pub struct MidBlock<B: Backend> {
     /// One before each attention, and one after the last.
@@ -105,26 +105,37 @@ impl<B: FusedOps> MidBlock<B> {
 /// A level of the encoder.
 #[derive(Module, Debug)]
 pub struct DownBlock<B: Backend> {
-    resnets: Vec<ResnetBlock<B>>,
+    /// Residual blocks.
+    pub resnets: Vec<ResnetBlock<B>>,
+    /// One after each residual block, or none.
+    pub attentions: Vec<AttentionBlock<B>>,
     /// One, except on the last level.
     downsamplers: Vec<Resampler<B>>,
 }
 
 impl<B: Backend> DownBlock<B> {
     pub(super) fn zeros(
-        input: usize,
-        output: usize,
-        layers: usize,
-        groups: usize,
+        [input, output, layers, groups]: [usize; 4],
         halves: bool,
+        attends: bool,
         device: &B::Device,
     ) -> Self {
         let downsampler = || Resampler {
             conv: Convolution::zeros(output, output, [3; 2], halving(), device),
         };
+        let attentions = if attends { layers } else { 0 };
         Self {
             resnets: ResnetBlock::several(input, output, layers, groups, device),
+            attentions: (0..attentions)
+                .map(|_| AttentionBlock::zeros(output, output, groups, device))
+                .collect(),
             downsamplers: halves.then(downsampler).into_iter().collect(),
+        }
+    }
+
+    pub(super) fn set_compute(&mut self, compute: Compute) {
+        for attention in &mut self.attentions {
+            attention.set_compute(compute);
         }
     }
 }
@@ -133,8 +144,11 @@ impl<B: FusedOps> DownBlock<B> {
     /// `[batch, in, height, width]` to `[batch, out, height / 2, width / 2]`; the last level keeps
     /// the sides.
     pub fn forward(&self, mut x: Tensor<B, 4>) -> Tensor<B, 4> {
-        for resnet in &self.resnets {
+        for (index, resnet) in self.resnets.iter().enumerate() {
             x = resnet.forward(x);
+            if let Some(attention) = self.attentions.get(index) {
+                x = attention.forward(x);
+            }
         }
         for downsampler in &self.downsamplers {
             x = downsampler.conv.forward(x);

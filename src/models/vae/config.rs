@@ -21,6 +21,10 @@ pub struct VaeConfig {
     pub latent_channels: usize,
     /// Groups of every normalisation.
     pub norm_num_groups: usize,
+    /// Whether each residual block of the encoder's last level has an attention after it, as in
+    /// KL-16.
+    #[serde(default)]
+    pub encoder_attention: bool,
     /// Factor from latents to the inputs of a diffusion model.
     #[serde(default = "stable_diffusion_scaling")]
     pub scaling_factor: f64,
@@ -30,6 +34,9 @@ pub struct VaeConfig {
 fn stable_diffusion_scaling() -> f64 {
     0.18215
 }
+
+/// The same of MAR's KL-16 (Li et al., arXiv 2406.11838).
+const KL16_SCALING: f64 = 0.2325;
 
 impl std::fmt::Display for VaeConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -106,13 +113,14 @@ impl VaeConfig {
             return Err("the configuration is not a table of names and values".to_owned());
         }
         let mut problems = Vec::new();
-        let config = Self {
+        let mut config = Self {
             in_channels: read(&file, "in_channels", 3, &mut problems),
             out_channels: read(&file, "out_channels", 3, &mut problems),
             block_out_channels: read(&file, "block_out_channels", vec![64], &mut problems),
             layers_per_block: read(&file, "layers_per_block", 1, &mut problems),
             latent_channels: read(&file, "latent_channels", 4, &mut problems),
             norm_num_groups: read(&file, "norm_num_groups", 32, &mut problems),
+            encoder_attention: false,
             scaling_factor: read(
                 &file,
                 "scaling_factor",
@@ -128,10 +136,15 @@ impl VaeConfig {
             }
         };
         let levels = config.block_out_channels.len();
-        only(
-            "down_block_types",
-            vec!["DownEncoderBlock2D"; levels].into(),
-        );
+        let mut kinds = vec!["DownEncoderBlock2D"; levels];
+        let without: Value = kinds.clone().into();
+        if let Some(last) = kinds.last_mut() {
+            *last = "AttnDownEncoderBlock2D";
+        }
+        match file["down_block_types"] == Value::from(kinds) {
+            true => config.encoder_attention = true,
+            false => only("down_block_types", without),
+        }
         only("up_block_types", vec!["UpDecoderBlock2D"; levels].into());
         only("act_fn", "silu".into());
         for name in [
@@ -151,8 +164,9 @@ impl VaeConfig {
         }
     }
 
-    /// Infers the sizes from the shapes of weights. Two values don't show in them and are Stable
-    /// Diffusion's: `norm_num_groups` 32 and `scaling_factor` 0.18215.
+    /// Infers the sizes from the shapes of weights. Two values don't show in them: the groups are
+    /// 32, and the factor is that of the published model of these channels, KL-16's 0.2325 with
+    /// attention on the encoder's last level and Stable Diffusion's 0.18215 without.
     ///
     /// # Errors
     /// The name of a weight that is missing or has an unexpected shape.
@@ -183,6 +197,9 @@ impl VaeConfig {
             return Err(format!("`{}` is missing", first(0, 0)));
         }
         let layers = (0..).take_while(|layer| state.contains_key(&first(0, *layer)));
+        let last = block_out_channels.len() - 1;
+        let attention = format!("encoder.down_blocks.{last}.attentions.0.to_q.weight");
+        let encoder_attention = state.contains_key(&attention);
         Ok(Self {
             in_channels,
             out_channels,
@@ -190,7 +207,11 @@ impl VaeConfig {
             layers_per_block: layers.count(),
             latent_channels,
             norm_num_groups: 32,
-            scaling_factor: stable_diffusion_scaling(),
+            encoder_attention,
+            scaling_factor: match encoder_attention {
+                true => KL16_SCALING,
+                false => stable_diffusion_scaling(),
+            },
         })
     }
 }
@@ -211,39 +232,81 @@ fn read<T: serde::de::DeserializeOwned>(
     }
 }
 
-/// Renames and reshapes the attention of an older file to diffusers' current form: `query`, `key`,
-/// `value` and `proj_attn` become `to_q`, `to_k`, `to_v` and `to_out.0`, and weights stored as 1 x
-/// 1 convolutions, `[C, C, 1, 1]`, become `[C, C]`.
+/// Renames and reshapes the tensors of other files to diffusers' current form: those of the original
+/// code of latent diffusion, which MAR's KL-16 has too, and the attention of older files of
+/// diffusers. Weights of attention that are stored as 1 x 1 convolutions, `[C, C, 1, 1]`, become
+/// `[C, C]`.
 ///
-/// An existing name is not overwritten; the older tensor then keeps its name, and
+/// An existing name is not overwritten; the other tensor then keeps its name, and
 /// [`assign`](crate::state::assign) refuses it.
-pub fn rename_attention(state: &mut StateDict) {
-    let attention = |name: &str| -> Option<String> {
-        let (block, rest) = name.split_once(".mid_block.attentions.0.")?;
-        let (layer, parameter) = rest.rsplit_once('.')?;
-        let layer = ATTENTION_NAMES
-            .iter()
-            .find(|(old, new)| [*old, *new].contains(&layer))?
-            .1;
-        Some(format!(
-            "{block}.mid_block.attentions.0.{layer}.{parameter}"
-        ))
+pub fn rename_to_diffusers(state: &mut StateDict) {
+    let level = |level: &usize| format!("decoder.up.{level}.block.0.conv1.weight");
+    let levels = (0..)
+        .take_while(|at| state.contains_key(&level(at)))
+        .count();
+    let renamed = |name: &str| -> Option<String> {
+        let (side, _) = name.split_once('.')?;
+        matches!(side, "encoder" | "decoder").then(|| in_diffusers(name, levels))
     };
     let names: Vec<(String, String)> = state
         .keys()
-        .filter_map(|name| Some((name.clone(), attention(name)?)))
+        .filter_map(|name| Some((name.clone(), renamed(name)?)))
         .collect();
     for (old, new) in names {
         if old != new && state.contains_key(&new) {
             continue;
         }
         if let Some(mut array) = state.remove(&old) {
-            if let [output, input, 1, 1] = array.shape[..] {
-                array.shape = vec![output, input];
+            if let ([output, input, 1, 1], true) = (&array.shape[..], new.contains(ATTENTIONS)) {
+                array.shape = vec![*output, *input];
             }
             state.insert(new, array);
         }
     }
+}
+
+/// The list of attentions in a name of diffusers.
+const ATTENTIONS: &str = ".attentions.";
+
+/// A tensor's name in diffusers, of an autoencoder with so many levels, which the original code
+/// counts from the image in the decoder too.
+fn in_diffusers(name: &str, levels: usize) -> String {
+    let mut words = Vec::new();
+    let (mut upwards, mut attends) = (false, false);
+    for word in name.split('.') {
+        let level = word.parse::<usize>().ok().filter(|_| upwards);
+        upwards = word == "up";
+        let word = match (word, level) {
+            (_, Some(level)) if level < levels => (levels - 1 - level).to_string(),
+            ("down", _) => "down_blocks".to_owned(),
+            ("up", _) => "up_blocks".to_owned(),
+            ("block", _) => "resnets".to_owned(),
+            ("attn", _) => "attentions".to_owned(),
+            ("mid", _) => "mid_block".to_owned(),
+            ("block_1", _) => "resnets.0".to_owned(),
+            ("block_2", _) => "resnets.1".to_owned(),
+            ("attn_1", _) => "attentions.0".to_owned(),
+            ("nin_shortcut", _) => "conv_shortcut".to_owned(),
+            ("downsample", _) => "downsamplers.0".to_owned(),
+            ("upsample", _) => "upsamplers.0".to_owned(),
+            ("norm_out", _) => "conv_norm_out".to_owned(),
+            ("norm", _) if attends => "group_norm".to_owned(),
+            ("q", _) if attends => "to_q".to_owned(),
+            ("k", _) if attends => "to_k".to_owned(),
+            ("v", _) if attends => "to_v".to_owned(),
+            ("proj_out", _) if attends => "to_out.0".to_owned(),
+            (word, _) => match ATTENTION_NAMES
+                .iter()
+                .find(|(old, _)| attends && word == *old)
+            {
+                Some((_, newer)) => (*newer).to_owned(),
+                None => word.to_owned(),
+            },
+        };
+        attends |= word.starts_with("attentions");
+        words.push(word);
+    }
+    words.join(".")
 }
 
 #[cfg(test)]
@@ -256,7 +319,7 @@ mod tests {
         let error = VaeConfig::from_json(
             r#"{"act_fn": "gelu", "use_quant_conv": false, "use_post_quant_conv": false,
                 "mid_block_add_attention": false, "shift_factor": 0.1159, "latents_mean": [0.1],
-                "latents_std": [1.0], "down_block_types": ["AttnDownEncoderBlock2D"], "up_block_types": [],
+                "latents_std": [1.0], "down_block_types": ["SkipDownBlock2D"], "up_block_types": [],
                 "latent_channels": 0, "layers_per_block": "two", "sample_size": 7, "anything": null}"#,
         )
         .unwrap_err();
@@ -344,7 +407,7 @@ mod tests {
         put("decoder.mid_block.attentions.0.query.bias", 6.0, &[4]);
         put("decoder.mid_block.attentions.0.to_q.bias", 7.0, &[4]);
         put("quant_conv.weight", 8.0, &[2, 2, 1, 1]);
-        rename_attention(&mut state);
+        rename_to_diffusers(&mut state);
         let found: Vec<(&str, f32, &[usize])> = state
             .iter()
             .map(|(name, array)| (name.as_str(), array.data[0], &array.shape[..]))
@@ -370,6 +433,23 @@ mod tests {
                 ("quant_conv.weight", 8.0, &[2, 2, 1, 1]),
             ]
         );
+    }
+
+    #[test]
+    fn attention_on_the_encoders_last_level_is_known() {
+        let read = |kinds: &str| {
+            VaeConfig::from_json(&format!(
+                r#"{{"block_out_channels": [32, 64], "down_block_types": {kinds},
+                    "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"]}}"#
+            ))
+        };
+        let attention = |kinds: &str| read(kinds).map(|config| config.encoder_attention);
+        let plain = r#"["DownEncoderBlock2D", "DownEncoderBlock2D"]"#;
+        assert_eq!(attention(plain), Ok(false));
+        let last = r#"["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]"#;
+        assert_eq!(attention(last), Ok(true));
+        let first = r#"["AttnDownEncoderBlock2D", "DownEncoderBlock2D"]"#;
+        assert!(attention(first).is_err());
     }
 
     #[test]

@@ -1,7 +1,8 @@
-//! The autoencoder of latent diffusion: images to latents an eighth of their side, and back.
+//! The autoencoder of latent diffusion: images to latents of a fraction of their side, and back.
 //!
-//! Stable Diffusion's "KL-f8" (Rombach et al., arXiv 2112.10752) under the parameter names of
-//! diffusers' `AutoencoderKL`. It is only used for inference.
+//! Stable Diffusion's "KL-f8" (Rombach et al., arXiv 2112.10752) and MAR's "KL-16" (Li et al., arXiv
+//! 2406.11838) under the parameter names of diffusers' `AutoencoderKL`. It is only used for
+//! inference.
 
 mod blocks;
 mod config;
@@ -14,7 +15,7 @@ use crate::ops::{Convolution, FusedOps, Window};
 
 use super::convolutional::{GroupNorm, convolution};
 pub use blocks::{DownBlock, MidBlock, ResnetBlock, UpBlock};
-pub use config::{VaeConfig, rename_attention};
+pub use config::{VaeConfig, rename_to_diffusers};
 
 /// A variational autoencoder.
 #[derive(Module, Debug)]
@@ -57,6 +58,9 @@ impl<B: Backend> Vae<B> {
     /// backend must [support](crate::ops::supports); a new network's are of f32.
     pub fn computing(mut self, compute: Compute) -> Self {
         self.compute = compute;
+        for block in &mut self.encoder.down_blocks {
+            block.set_compute(compute);
+        }
         self.encoder.mid_block.set_compute(compute);
         self.decoder.mid_block.set_compute(compute);
         self
@@ -168,8 +172,10 @@ impl<B: Backend> Encoder<B> {
         let down_blocks = (0..widths.len())
             .map(|level| {
                 let input = widths[level.saturating_sub(1)];
-                let halves = level + 1 < widths.len();
-                DownBlock::zeros(input, widths[level], layers, groups, halves, device)
+                let is_last = level + 1 == widths.len();
+                let attends = is_last && config.encoder_attention;
+                let sizes = [input, widths[level], layers, groups];
+                DownBlock::zeros(sizes, !is_last, attends, device)
             })
             .collect();
         Self {

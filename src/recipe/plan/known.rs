@@ -234,17 +234,15 @@ impl Known<'_> {
         if !self.need(stage, path, Role::Vae) {
             return Ok(());
         }
-        match vae_config(path)? {
-            Some(config) if config.latent_channels != model.channels => {
-                Err(Problem::Said(format!(
-                    "the latents of {} have {} channels, and the model draws {}",
-                    path.display(),
-                    config.latent_channels,
-                    model.channels
-                )))
-            }
-            _ => Ok(()),
+        let channels = vae_config(path)?.latent_channels;
+        if channels == model.channels {
+            return Ok(());
         }
+        Err(Problem::Said(format!(
+            "the latents of {} have {channels} channels, and the model draws {}",
+            path.display(),
+            model.channels
+        )))
     }
 
     /// What the pictures of the recipe's data are, in pixel space, and how many a part has; None
@@ -346,11 +344,10 @@ impl Known<'_> {
                     return Err(Problem::Unknown);
                 };
                 // How many classes and channels it makes is known once it has run.
-                let vae = match extract.vae.exists() {
-                    true => vae_config(&extract.vae)?,
-                    false => None,
+                let factor = match extract.vae.exists() {
+                    true => vae_config(&extract.vae)?.factor(),
+                    false => AUTOENCODER_REDUCTION,
                 };
-                let factor = vae.map_or(AUTOENCODER_REDUCTION, |vae| vae.factor());
                 let size = extract.size / factor;
                 (name.clone(), model.channels, size, model.classes)
             }

@@ -23,7 +23,7 @@ pub mod reference;
 
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{DType, Shape, Tensor, activation};
+use burn::tensor::{DType, Int, Shape, Tensor, TensorData, activation};
 
 use crate::backend::Compute;
 
@@ -35,6 +35,8 @@ pub use linear::{Linear, LinearLayout, Lora};
 pub enum Activation {
     /// `x`
     Identity,
+    /// GELU, `x/2 (1 + erf(x / sqrt(2)))`.
+    Gelu,
     /// GELU by its tanh approximation, `x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`.
     GeluTanh,
     /// `x / (1 + exp(-x))`
@@ -404,11 +406,17 @@ pub fn split<B: FusedOps, const N: usize>(x: Tensor<B, 2>) -> [Tensor<B, 2>; N] 
     std::array::from_fn(|part| B::columns(x.clone(), part * width, width))
 }
 
+/// Indices for [`Tensor::select`].
+pub fn indices<B: Backend>(values: &[usize], device: &B::Device) -> Tensor<B, 1, Int> {
+    let values: Vec<i64> = values.iter().map(|value| *value as i64).collect();
+    Tensor::from_data(TensorData::from(values.as_slice()), device)
+}
+
 /// The natural logarithm of positive values, whose gradient is a division.
 ///
-/// That of Burn's own is a product with the reciprocal, on ndarray the processor's estimate: of 8
-/// bits (NEON) to 14 (AVX-512), and others for the same values elsewhere in memory, so that two
-/// runs would not give the same bits.
+/// Burn's multiplies by the reciprocal, which on ndarray is the processor's estimate: of 8 bits
+/// (NEON) to 14 (AVX-512), and of other bits for the same value where it lies elsewhere in memory,
+/// so that two runs would not give the same bits.
 pub fn log<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     let value = x.clone().detach();
     let slope = value.ones_like() / value.clone();

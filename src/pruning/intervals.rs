@@ -256,7 +256,11 @@ impl<B: Backend> BlockHook<B> for OnTeacher<'_, B> {
                     .mean_dim(1)
                     .squeeze_dim::<1>(1)
             };
-            let error = mean(block(x) - target.clone()) / mean(target.clone());
+            let size = mean(target.clone()).detach();
+            // A true division: the gradient of Burn's takes the reciprocal, which on ndarray is an
+            // estimate.
+            let inverse = size.ones_like() / size;
+            let error = mean(block(x) - target.clone()) * inverse;
             self.errors.push(error);
         }
         target

@@ -26,8 +26,8 @@ impl<N> Default for LossGradients<N> {
 }
 
 impl<N> LossGradients<N> {
-    /// Goes on from [`sums`](Self::sums) as if it had never been interrupted; a sum that the
-    /// network has no parameter for is ignored.
+    /// Goes on from [`sums`](Self::sums) as if it had never been interrupted; a sum that is not of
+    /// a parameter's name and shape is ignored.
     pub fn resumed<B: TrainingBackend>(network: &N, sums: &StateDict) -> Self
     where
         N: AutodiffModule<B>,
@@ -45,7 +45,9 @@ impl<N> LossGradients<N> {
                 self.walk.leave();
             }
             fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-                if let Some(sum) = self.sums.get(&self.walk.name()) {
+                let sum = self.sums.get(&self.walk.name());
+                let fits = |sum: &&Array| *sum.shape == *param.lazy_shape().as_slice();
+                if let Some(sum) = sum.filter(fits) {
                     let data = TensorData::new(sum.data.clone(), sum.shape.clone());
                     let sum = Tensor::<B::InnerBackend, D>::from_data(data, &param.device());
                     self.gradients.register(param.id, sum);
@@ -209,6 +211,8 @@ mod tests {
     use super::*;
     use crate::models::{Architecture, Network, Shape};
     use crate::process::GaussianDiffusion;
+    use crate::random::{self, Stream};
+    use crate::state::assign;
 
     #[test]
     fn sums_go_on_with_the_same_bits() {
@@ -220,7 +224,18 @@ mod tests {
             classes: 2,
         };
         let architecture = Architecture::preset_of("DiT-S/2", shape).unwrap();
-        let network = Network::<B>::zeros(&architecture, &device).unwrap();
+        // Weights of which none is zero, so that every parameter has a gradient.
+        let weights = architecture.tensors().into_iter().zip(0..);
+        let weights: StateDict = weights
+            .map(|((name, shape), index)| {
+                let count = shape.iter().product();
+                let mut values = random::normal(0, Stream::Bench, 22, index, count);
+                values.iter_mut().for_each(|value| *value *= 0.1);
+                (name, Array::new(shape, values))
+            })
+            .collect();
+        let zeros = Network::<B>::zeros(&architecture, &device).unwrap();
+        let network = assign(zeros, &weights, "".as_ref(), "a network").unwrap();
         let process = GaussianDiffusion::new("").unwrap();
         let batch = |seed| ScoreBatch::<B>::noise(architecture.shape(), 2, seed, &device);
         let sums = |interrupted: bool| {
@@ -237,6 +252,7 @@ mod tests {
         assert!(!through.is_empty() && through.keys().eq(interrupted.keys()));
         for (name, sum) in &through {
             assert!(sum.data.iter().all(|value| value.is_finite()), "{name}");
+            assert!(sum.data.iter().any(|value| *value != 0.0), "{name}");
             // Not `assert_eq`, which would print all values.
             assert!(*sum == interrupted[name], "{name}");
         }

@@ -31,6 +31,11 @@ fn gelu_argument<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     (square.mul_scalar(CUBE * TWICE_ROOT_2_OVER_PI) + TWICE_ROOT_2_OVER_PI) * x
 }
 
+/// The normal distribution function, `(1 + erf(x / sqrt(2))) / 2`.
+fn normal_cdf<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
+    (x.mul_scalar(std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0).mul_scalar(0.5)
+}
+
 /// See [`FusedOps::activate`](super::FusedOps::activate).
 pub fn activate<B: Backend, const D: usize>(
     x: Tensor<B, D>,
@@ -38,6 +43,7 @@ pub fn activate<B: Backend, const D: usize>(
 ) -> Tensor<B, D> {
     match activation {
         Activation::Identity => x,
+        Activation::Gelu => x.clone() * normal_cdf(x),
         Activation::GeluTanh => x.clone() * sigmoid(gelu_argument(x)),
         Activation::Silu => x.clone() * sigmoid(x),
     }
@@ -55,6 +61,12 @@ pub fn activate_derivative<B: Backend, const D: usize>(
     };
     match activation {
         Activation::Identity => x.ones_like(),
+        Activation::Gelu => {
+            // d(x cdf(x)) = cdf(x) + x exp(-x^2 / 2) / sqrt(2 pi)
+            let density = (x.clone() * x.clone()).mul_scalar(-0.5).exp();
+            let root = 1.0 / (2.0 * std::f64::consts::PI).sqrt();
+            normal_cdf(x.clone()) + x * density.mul_scalar(root)
+        }
         Activation::GeluTanh => {
             let slope = (x.clone() * x.clone()).mul_scalar(3.0 * CUBE * TWICE_ROOT_2_OVER_PI)
                 + TWICE_ROOT_2_OVER_PI;

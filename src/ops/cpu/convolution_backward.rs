@@ -3,8 +3,8 @@
 //!
 //! For each place of the result, the values under its kernel are a row of `[places, depth]`, where
 //! depth runs over the kernel's taps and then the channels. Channels come last, so a kernel's row
-//! of taps is one contiguous run of the image. At other strides the gradient of the rows is added back
-//! at the same positions. A few images are unfolded at a time.
+//! of taps is one contiguous run of the image. At other strides the gradient of the rows is added
+//! back at the same positions. A few images are unfolded at a time.
 
 use std::ops::Range;
 
@@ -19,7 +19,7 @@ use super::transpose::{self, transposed};
 use crate::backend::Compute;
 use crate::ops::{Activation, ConvolutionGradients, FusedOps, LinearWants, LinearWeights, Window};
 
-/// Most values unfolded at once: 16 MiB, which stay in a cache and whose memory is used again.
+/// Most values unfolded at once: 16 MiB, memory that an allocator keeps and uses again.
 const UNFOLDED: usize = 1 << 22;
 
 /// See [`FusedOps::convolution_backward`]; all are f32.
@@ -91,14 +91,15 @@ pub(super) fn backward(
     for first in (0..sizes.batch).step_by(at_once) {
         let count = at_once.min(sizes.batch - first);
         let values = places * depth;
-        // SAFETY: each image's rows are all written, by one task.
+        // SAFETY: each row is written, by one task.
         let unfolded = unsafe {
             tensor([count * places, depth], |out| {
-                threads::over(count, 1, count * values, |samples| {
-                    for sample in samples {
+                threads::over(count * places, 1, count * values, |rows| {
+                    for row in rows {
+                        let (sample, place) = (row / places, row % places);
                         let image = &pixels.read()[(first + sample) * image..][..image];
-                        // SAFETY: only this task writes these rows.
-                        unfold(&sizes, image, out.part(sample * values, values));
+                        // SAFETY: only this task writes this row.
+                        unfold(&sizes, image, place, out.part(row * depth, depth));
                     }
                 });
             })
@@ -186,17 +187,15 @@ fn taps(sizes: &Sizes, place: usize, down: usize) -> (Range<usize>, usize) {
     )
 }
 
-/// `image` is `[height, width, in]`; `rows` is `[places, kernel height, kernel width, in]`.
-fn unfold(sizes: &Sizes, image: &[f32], rows: &mut [f32]) {
+/// `image` is `[height, width, in]`; `row`, of a place, `[kernel height, kernel width, in]`.
+fn unfold(sizes: &Sizes, image: &[f32], place: usize, row: &mut [f32]) {
     let along = sizes.kernel[1] * sizes.input;
-    for (place, row) in rows.chunks_exact_mut(sizes.depth()).enumerate() {
-        for (down, values) in row.chunks_exact_mut(along).enumerate() {
-            let (taps, source) = taps(sizes, place, down);
-            let (from, to) = (taps.start * sizes.input, taps.end * sizes.input);
-            values[..from].fill(0.0);
-            copy(&image[source..source + to - from], &mut values[from..to]);
-            values[to..].fill(0.0);
-        }
+    for (down, values) in row.chunks_exact_mut(along).enumerate() {
+        let (taps, source) = taps(sizes, place, down);
+        let (from, to) = (taps.start * sizes.input, taps.end * sizes.input);
+        values[..from].fill(0.0);
+        copy(&image[source..source + to - from], &mut values[from..to]);
+        values[to..].fill(0.0);
     }
 }
 

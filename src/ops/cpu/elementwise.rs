@@ -7,8 +7,8 @@ use burn_ndarray::NdArray;
 
 use super::memory::{Out, Rows, Scratch, Values, matrix, tensor};
 use super::simd::{
-    copy, dot, gelu_tanh, gelu_tanh_derivative, silu, silu_derivative, sum, update, vectorised,
-    write,
+    copy, dot, gelu, gelu_derivative, gelu_tanh, gelu_tanh_derivative, silu, silu_derivative, sum,
+    update, vectorised, write,
 };
 use super::threads;
 use crate::ops::{Activation, NormGradients};
@@ -19,6 +19,12 @@ pub(super) fn activate_row(values: &[f32], out: &mut [f32], activation: Activati
     let out = &mut out[..values.len()];
     match activation {
         Activation::Identity => copy(values, out),
+        Activation::Gelu => write(
+            out,
+            [values],
+            #[inline(always)]
+            |[x]| gelu(x),
+        ),
         Activation::GeluTanh => write(
             out,
             [values],
@@ -39,6 +45,12 @@ pub(super) fn activate_row(values: &[f32], out: &mut [f32], activation: Activati
 pub(super) fn times_derivative(gradient: &mut [f32], x: &[f32], activation: Activation) {
     match activation {
         Activation::Identity => {}
+        Activation::Gelu => update(
+            gradient,
+            [x],
+            #[inline(always)]
+            |gradient, [x]| gradient * gelu_derivative(x),
+        ),
         Activation::GeluTanh => update(
             gradient,
             [x],

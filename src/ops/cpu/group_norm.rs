@@ -5,7 +5,8 @@ use burn_ndarray::NdArray;
 
 use super::memory::{Out, Values, matrix, tensor};
 use super::simd::{
-    copy, gelu_tanh, gelu_tanh_derivative, silu, silu_derivative, sum2, update, vectorised, write,
+    copy, gelu, gelu_derivative, gelu_tanh, gelu_tanh_derivative, silu, silu_derivative, sum2,
+    update, vectorised, write,
 };
 use super::threads;
 use crate::ops::{Activation, GroupNormGradients, GroupNormOptions};
@@ -23,11 +24,17 @@ pub(super) fn forward(
     norm: GroupNormOptions,
 ) -> Tensor<NdArray, 4> {
     let [batch, channels, height, width] = shape;
+    let (x, scale, shift) = (x.read(), scale.read(), shift.read());
+    assert!(
+        channels.is_multiple_of(norm.groups),
+        "{channels} channels in {} groups",
+        norm.groups
+    );
+    assert_eq!([scale.len(), shift.len()], [channels; 2]);
     let (plane, channels) = (height * width, channels / norm.groups);
     let group = channels * plane;
-    let (x, scale, shift) = (x.read(), scale.read(), shift.read());
     let groups = batch * norm.groups;
-    // SAFETY: the groups cover the tensor.
+    // SAFETY: the groups, which divide the channels evenly, cover the tensor.
     unsafe {
         tensor(shape, |out| {
             threads::over(groups, 1, groups * group * 8, |range| {
@@ -70,15 +77,22 @@ pub(super) fn backward(
     norm: GroupNormOptions,
 ) -> GroupNormGradients<NdArray> {
     let [batch, all, height, width] = shape;
-    let (plane, channels) = (height * width, all / norm.groups);
-    let group = channels * plane;
     let (gradient, x) = (gradient.read(), x.read());
     let (scale, shift) = (scale.read(), shift.read());
+    assert!(
+        all.is_multiple_of(norm.groups),
+        "{all} channels in {} groups",
+        norm.groups
+    );
+    assert_eq!([scale.len(), shift.len()], [all; 2]);
+    assert_eq!(gradient.len(), x.len());
+    let (plane, channels) = (height * width, all / norm.groups);
+    let group = channels * plane;
     let groups = batch * norm.groups;
     // For each image and channel, the gradients of shift and scale.
     let mut sums = vec![0.0; 2 * batch * all];
     let of_groups = Out::of(&mut sums);
-    // SAFETY: the groups cover the tensor.
+    // SAFETY: the groups, which divide the channels evenly, cover the tensor.
     let dx = unsafe {
         tensor(shape, |out| {
             threads::over(groups, 1, groups * group * 24, |range| {
@@ -227,6 +241,7 @@ fn apply(x: &[f32], out: &mut [f32], [mean, factor, shift]: [f32; 3], activation
     }
     match activation {
         Activation::Identity => each!(std::convert::identity),
+        Activation::Gelu => each!(gelu),
         Activation::GeluTanh => each!(gelu_tanh),
         Activation::Silu => each!(silu),
     }
@@ -253,6 +268,7 @@ fn apply_derivative(
     }
     match activation {
         Activation::Identity => copy(gradient, out),
+        Activation::Gelu => each!(gelu_derivative),
         Activation::GeluTanh => each!(gelu_tanh_derivative),
         Activation::Silu => each!(silu_derivative),
     }

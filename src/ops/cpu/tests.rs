@@ -17,8 +17,12 @@ use crate::random::{self, Stream};
 
 type Graph = Autodiff<NdArray>;
 
-pub(super) const ACTIVATIONS: [Activation; 3] =
-    [Activation::Identity, Activation::GeluTanh, Activation::Silu];
+pub(super) const ACTIVATIONS: [Activation; 4] = [
+    Activation::Identity,
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::Silu,
+];
 
 pub(super) fn noise<B: burn::tensor::backend::Backend, const D: usize>(
     index: u64,

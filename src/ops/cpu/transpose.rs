@@ -6,7 +6,7 @@ use burn_ndarray::NdArray;
 use super::memory::tensor;
 use super::threads;
 
-/// Side of the tiles that are moved at once: of a line of a cache.
+/// Side of the tiles that are moved at once, in values: a line of a cache.
 const TILE: usize = 16;
 
 /// A tensor of `shape` from `batch` matrices `[rows, columns]`, each transposed. Burn's own

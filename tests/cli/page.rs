@@ -256,6 +256,10 @@ fn a_training_that_nothing_can_measure_is_refused_before_it_begins() {
     for (recipe, expected) in [
         (train.to_owned(), "none follows"),
         (format!("{train}{evaluate}"), "5 neighbours can't be found"),
+        (
+            format!("{train}{evaluate}").replace("neighbours = 5", "solver = 'ode'"),
+            "`student`: the model was trained by",
+        ),
     ] {
         place.write("job.toml", &recipe);
         let refused = place.run(&["recipe", "job.toml", "--runs", "runs"]);

@@ -7,7 +7,7 @@ use std::path::Path;
 use burn_dataset::Dataset;
 
 use super::missing::{MissingFile, Role, note};
-use super::sample::{is_pixels, latents_need_a_vae};
+use super::sample::{check_sampling, is_pixels, latents_need_a_vae};
 use crate::data::{Digits, IdxPictures, Latents, PictureSet, Split, fashion, with_cause};
 use crate::models::{Architecture, Shape};
 use crate::process::ProcessKind;
@@ -191,7 +191,7 @@ impl Known<'_> {
     pub(crate) fn measured_meanwhile(
         &mut self,
         stage: &Stage,
-        model: Shape,
+        (model, process): (&Architecture, Option<ProcessKind>),
         meanwhile: &Meanwhile,
     ) -> Result<(), Problem> {
         let Some(evaluate) = following(self.recipe, stage) else {
@@ -206,6 +206,9 @@ impl Known<'_> {
                 "`evaluate_count` is {count}, and {neighbours} neighbours can't be found among so many samples"
             )));
         }
+        let source = Source::Stage(stage.name.clone());
+        check_sampling(&evaluate.sampling, model, &source, process)?;
+        let model = model.shape();
         match &evaluate.against {
             Against::HeldOut { features } => match features {
                 Source::Stage(name) if !self.made.contains_key(name) => {

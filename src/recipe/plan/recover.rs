@@ -72,7 +72,7 @@ pub(super) fn plan(
     let process = process.unwrap_or(ProcessKind::ASSUMED);
     known.same_classes(&recover.from)?;
     if let Some(meanwhile) = &recover.meanwhile {
-        known.measured_meanwhile(stage, student.shape(), meanwhile)?;
+        known.measured_meanwhile(stage, (&student, Some(process)), meanwhile)?;
     }
     if known.is_by_branch(&recover.from) {
         known.by_branch.insert(stage.name.clone());

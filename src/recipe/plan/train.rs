@@ -34,7 +34,7 @@ pub(super) fn plan(
                 "`evaluate_every` is of models that draw".into(),
             ));
         }
-        known.measured_meanwhile(stage, after.shape(), meanwhile)?;
+        known.measured_meanwhile(stage, (&after, process), meanwhile)?;
     }
     match after.is_denoiser() {
         true => known.fits_data(stage, after.shape())?,

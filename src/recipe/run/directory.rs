@@ -219,6 +219,11 @@ impl RunDirectory {
         Ok(self.measured.join(name))
     }
 
+    /// The folder of what is measured once for a run or sweep.
+    pub fn measured_folder(&self) -> &Path {
+        &self.measured
+    }
+
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path

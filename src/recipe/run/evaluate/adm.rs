@@ -61,7 +61,7 @@ impl<'a> ReferenceFiles<'a> {
 }
 
 /// Reads Inception and measures the reference, with a bar.
-pub(super) fn judge<B: FusedOps>(
+fn judge<B: FusedOps>(
     files: &ReferenceFiles<'_>,
     neighbours: usize,
     cache: Option<&Path>,
@@ -105,6 +105,17 @@ fn finish(evaluation: &AdmEvaluation, stage: &str, path: Option<&Path>) -> Resul
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
+    /// A judge of a reference, which is measured once in a run or sweep.
+    pub(super) fn adm_judge(
+        &self,
+        files: &ReferenceFiles<'_>,
+        neighbours: usize,
+    ) -> Result<AdmJudge<B::InnerBackend>, RecipeError> {
+        let cache = self.directory.measured_folder();
+        std::fs::create_dir_all(cache).map_err(RecipeError::io(cache))?;
+        judge(files, neighbours, Some(cache), self.device)
+    }
+
     /// Draws samples of each model, and measures them and existing ones against a reference.
     pub(super) fn evaluate_adm(
         &self,
@@ -131,8 +142,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         archives.extend(
             (files.samples.iter()).map(|path| (path.display().to_string(), path.clone(), None)),
         );
-        let (neighbours, cache) = (evaluate.neighbours, Some(folder));
-        let mut judge = judge::<B::InnerBackend>(files, neighbours, cache, self.device)?;
+        let mut judge = self.adm_judge(files, evaluate.neighbours)?;
         for (name, archive, model) in &archives {
             let mut verdict = verdict(&judge, name, archive, count)?;
             if let Some(model) = model {

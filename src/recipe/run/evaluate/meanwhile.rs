@@ -5,7 +5,7 @@ use std::path::Path;
 use burn::module::AutodiffModule;
 use serde::Serialize;
 
-use super::adm::{ReferenceFiles, judge};
+use super::adm::ReferenceFiles;
 use crate::evaluation::{AdmJudge, ClassifierJudge, Scores};
 use crate::models::Architecture;
 use crate::npz::{SampleReader, read_samples};
@@ -137,7 +137,9 @@ impl<B: TrainingBackend> Context<'_, B> {
                 let archive = draw.folder.join(SAMPLES);
                 let (scores, accuracy) = match judge.scores(&name, &archive, &drawn.labels) {
                     Ok(scores) => scores,
-                    Err(_) if stop.requested() => return Ok(()),
+                    Err(RecipeError::Interrupted) => {
+                        return std::fs::remove_file(&archive).map_err(TrainingError::io(&archive));
+                    }
                     Err(error) => return Err(TrainingError::Observed(Box::new(error))),
                 };
                 // The picture of the first of them stays.
@@ -154,8 +156,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(Box::new(observe))
     }
 
-    /// How an evaluation would measure a model; what is measured of a reference is kept in the
-    /// folder `quality`.
+    /// How an evaluation would measure a model; held-out pictures that Inception is to see are
+    /// written into the folder `quality`.
     fn measuring_as(
         &self,
         evaluate: &Evaluate,
@@ -170,16 +172,10 @@ impl<B: TrainingBackend> Context<'_, B> {
                 decoder: None,
             });
         }
-        std::fs::create_dir_all(quality).map_err(RecipeError::io(quality))?;
-        let held_out = match against {
-            Against::Reference {
-                reference: None, ..
-            } => Some(self.held_out_archive(quality)?),
-            _ => None,
-        };
+        let held_out = self.held_out_reference(against, quality)?;
         let files = ReferenceFiles::of(against, held_out.as_deref(), self.stop);
         let files = files.unwrap_or_else(|| unreachable!("there is a reference"));
-        let judge = judge(&files, neighbours, Some(quality), self.device)?;
+        let judge = self.adm_judge(&files, neighbours)?;
         let (channels, compute) = (model.shape().channels, self.recipe.compute);
         let read = |path| Decoder::read(path, channels, compute, self.device);
         let decoder = files.vae.map(read).transpose()?;

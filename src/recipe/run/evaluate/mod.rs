@@ -28,15 +28,10 @@ impl<B: TrainingBackend> Context<'_, B> {
         evaluate: &Evaluate,
         folder: &Path,
     ) -> Result<(), RecipeError> {
-        let held_out = match &evaluate.against {
-            Against::HeldOut { features } => {
-                return self.evaluate_held_out(stage, evaluate, features, folder);
-            }
-            Against::Reference { reference, .. } => match reference {
-                Some(_) => None,
-                None => Some(self.held_out_archive(folder)?),
-            },
-        };
+        if let Against::HeldOut { features } = &evaluate.against {
+            return self.evaluate_held_out(stage, evaluate, features, folder);
+        }
+        let held_out = self.held_out_reference(&evaluate.against, folder)?;
         match ReferenceFiles::of(&evaluate.against, held_out.as_deref(), self.stop) {
             Some(files) => self.evaluate_adm(stage, evaluate, &files, folder),
             None => unreachable!("there is a reference"),
@@ -54,8 +49,22 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok(rates.iter().map(|rates| Speed::of(rates)).collect())
     }
 
-    /// The held-out pictures as an archive in a stage's folder.
+    /// The held-out pictures as an archive in a folder, where they are the reference.
+    fn held_out_reference(
+        &self,
+        against: &Against,
+        folder: &Path,
+    ) -> Result<Option<PathBuf>, RecipeError> {
+        match against {
+            Against::Reference {
+                reference: None, ..
+            } => self.held_out_archive(folder).map(Some),
+            Against::Reference { .. } | Against::HeldOut { .. } => Ok(None),
+        }
+    }
+
     fn held_out_archive(&self, folder: &Path) -> Result<PathBuf, RecipeError> {
+        std::fs::create_dir_all(folder).map_err(RecipeError::io(folder))?;
         let path = folder.join("held-out.npz");
         if path.exists() {
             return Ok(path);

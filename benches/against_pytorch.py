@@ -324,7 +324,7 @@ def compare(args):
     print("| size | workload | PyTorch, ms | TinyFusion, ms | times as fast | peak memory, MiB |")
     print("|---|---|---|---|---|---|")
     for size in [args.size] if args.size else SIZES:
-        for name in [args.workload] if args.workload else workloads(size):
+        for name in [name for name in workloads(size) if args.workload in (None, name)]:
             theirs, ours = [], []
             for round in range(args.rounds):
                 for ours_now in [round % 2 == 0, round % 2 == 1]:

@@ -6,7 +6,8 @@
 //! time: code behind it is compiled once per backend.
 //!
 //! Two networks implement neither, because they are not trained or pruned here: [`Vae`] converts
-//! between images and a model's latents, [`Inception`] measures images for FID.
+//! between images and a model's latents, [`Inception`] measures images for FID. [`Mar`](mar::Mar)
+//! does not implement them yet: what it predicts from is more than a noised image.
 
 mod architecture;
 mod channels;
@@ -18,6 +19,7 @@ mod family;
 pub mod inception;
 mod initial;
 mod keys;
+pub mod mar;
 mod unet;
 pub mod vae;
 

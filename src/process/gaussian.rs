@@ -44,20 +44,33 @@ impl GaussianDiffusion {
     /// # Errors
     /// When the respacing is invalid.
     pub fn new(spacing: &str) -> Result<Self, RespacingError> {
-        Ok(Self::over(respace(spacing)?))
+        Ok(Self::over(respace(spacing)?, DiffusionTables::linear))
+    }
+
+    /// The same over the cosine schedule.
+    ///
+    /// # Errors
+    /// When the respacing is invalid.
+    pub fn cosine(spacing: &str) -> Result<Self, RespacingError> {
+        Ok(Self::over(respace(spacing)?, DiffusionTables::cosine))
     }
 
     /// The full process of 1,000 steps.
     pub fn full() -> Self {
-        Self::over((0..1000).collect())
+        Self::over((0..1000).collect(), DiffusionTables::linear)
     }
 
-    fn over(timestep_map: Vec<usize>) -> Self {
+    fn over(timestep_map: Vec<usize>, tables: fn(&[usize]) -> DiffusionTables) -> Self {
         Self {
-            tables: DiffusionTables::linear(&timestep_map),
+            tables: tables(&timestep_map),
             timestep_map,
             variance: Variance::LearnedRange,
         }
+    }
+
+    /// The full process over the cosine schedule.
+    pub fn full_cosine() -> Self {
+        Self::over((0..1000).collect(), DiffusionTables::cosine)
     }
 
     /// The same process with another variance.

@@ -33,6 +33,7 @@ pub mod interpolant;
 mod kind;
 mod likelihood;
 mod losses;
+pub mod masked;
 mod objective;
 mod sampler;
 mod schedule;

@@ -1,6 +1,7 @@
 //! Noise schedule, respacing and the tables derived from them, in f64.
 
 use std::collections::BTreeSet;
+use std::f64::consts::PI;
 
 use thiserror::Error;
 
@@ -120,7 +121,23 @@ impl DiffusionTables {
                 }
             })
             .collect();
-        let full = cumulative_product(&full);
+        Self::respaced(&full, kept)
+    }
+
+    /// Tables of the cosine schedule of 1,000 steps (Nichol and Dhariwal, arXiv 2102.09672,
+    /// equation 17) restricted to the `kept` steps, ascending, as from [`respace`].
+    pub fn cosine(kept: &[usize]) -> Self {
+        let share = |time: f64| ((time + 0.008) / 1.008 * PI / 2.0).cos().powi(2);
+        let at = |step: usize| share(step as f64 / STEPS as f64);
+        let full: Vec<f64> = (0..STEPS)
+            .map(|step| (1.0 - at(step + 1) / at(step)).min(0.999))
+            .collect();
+        Self::respaced(&full, kept)
+    }
+
+    /// Tables of some steps of a schedule with these betas.
+    fn respaced(full: &[f64], kept: &[usize]) -> Self {
+        let full = cumulative_product(full);
         let mut previous = 1.0;
         let betas = kept
             .iter()

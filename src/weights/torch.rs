@@ -21,13 +21,13 @@ use crate::process::ProcessKind;
 use crate::state::{Bytes, Stored, Tensors, WeightsError, size_of_value};
 
 /// Keys of the weights in a training checkpoint, best first: published samples come from the EMA.
-const PRECEDENCE: [&str; 2] = ["ema", "model"];
+const PRECEDENCE: [&str; 3] = ["ema", "model_ema", "model"];
 
 /// The largest pickle that is read; a checkpoint's holds little more than names and sizes.
 pub(super) const MOST: u64 = 256 << 20;
 
-/// Opens a state dict, either bare or inside a training checkpoint (`ema`, else `model`; `key`
-/// overrides).
+/// Opens a state dict, either bare or inside a training checkpoint (`ema`, which MAR calls
+/// `model_ema`, else `model`; `key` overrides).
 ///
 /// The rest of a checkpoint (optimizer, schedules) is ignored, and nothing in it is run.
 ///

@@ -16,6 +16,7 @@ mod forward;
 mod image_preprocess;
 mod inception;
 mod losses;
+mod mar;
 mod masks;
 mod sampling;
 mod schedule;
@@ -47,6 +48,7 @@ on!(
     forward::prune_forward,
     forward::sit_forward,
     losses::distill_losses,
+    mar::mar_forward,
     masks::prune_gate,
     sampling::dit_sampling,
     scores::prune_scores,
@@ -68,6 +70,9 @@ on!(
     inference,
     burn_ndarray::NdArray,
     inception::inception_fid,
+    mar::mar_forward,
+    mar::mar_sampling,
+    mar::mar_zoo,
     vae::vae_kl16_mar,
     vae::vae_kl_f8,
     vae::vae_odd_slices,

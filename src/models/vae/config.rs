@@ -42,9 +42,13 @@ impl std::fmt::Display for VaeConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "autoencoder, widths {:?}, {} blocks a level, {} latent channels, a factor of {}",
+            "autoencoder, widths {:?}, {} blocks a level{}, {} latent channels, a factor of {}",
             self.block_out_channels,
             self.layers_per_block,
+            match self.encoder_attention {
+                true => " (with attention on the encoder's last)",
+                false => "",
+            },
             self.latent_channels,
             self.factor()
         )
@@ -165,7 +169,7 @@ impl VaeConfig {
     }
 
     /// Infers the sizes from the shapes of weights. Two values don't show in them: the groups are
-    /// 32, and the factor is that of the published model of these channels, KL-16's 0.2325 with
+    /// 32, and the factor is that of the published model of this form, KL-16's 0.2325 with
     /// attention on the encoder's last level and Stable Diffusion's 0.18215 without.
     ///
     /// # Errors
@@ -232,9 +236,9 @@ fn read<T: serde::de::DeserializeOwned>(
     }
 }
 
-/// Renames and reshapes the tensors of other files to diffusers' current form: those of the original
-/// code of latent diffusion, which MAR's KL-16 has too, and the attention of older files of
-/// diffusers. Weights of attention that are stored as 1 x 1 convolutions, `[C, C, 1, 1]`, become
+/// Renames and reshapes the tensors of other files to diffusers' current form: those of the
+/// original code of latent diffusion, which MAR's KL-16 has too, and the attention of older files
+/// of diffusers. Weights of attention that are stored as 1 x 1 convolutions, `[C, C, 1, 1]`, become
 /// `[C, C]`.
 ///
 /// An existing name is not overwritten; the other tensor then keeps its name, and

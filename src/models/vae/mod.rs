@@ -1,7 +1,7 @@
 //! The autoencoder of latent diffusion: images to latents of a fraction of their side, and back.
 //!
-//! Stable Diffusion's "KL-f8" (Rombach et al., arXiv 2112.10752) and MAR's "KL-16" (Li et al., arXiv
-//! 2406.11838) under the parameter names of diffusers' `AutoencoderKL`. It is only used for
+//! Stable Diffusion's "KL-f8" (Rombach et al., arXiv 2112.10752) and MAR's "KL-16" (Li et al.,
+//! arXiv 2406.11838) under the parameter names of diffusers' `AutoencoderKL`. It is only used for
 //! inference.
 
 mod blocks;

@@ -1,0 +1,161 @@
+//! The head: a small network that denoises one token, under the vector that the trunks found for
+//! its place.
+
+use burn::module::Module;
+use burn::tensor::{Tensor, backend::Backend};
+
+use super::block::LayerNorm;
+use super::config::{MarConfig, TIMESTEP_FEATURES};
+use crate::models::embeddings::timestep_features;
+use crate::ops::{Activation, FusedOps, Linear, split};
+
+/// Layer norm before the last layer, without parameters.
+const NORM_EPSILON: f64 = 1e-6;
+
+/// What the reference keeps the head in.
+#[derive(Module, Debug)]
+pub struct DiffLoss<B: Backend> {
+    /// The head.
+    pub net: Head<B>,
+}
+
+/// An MLP with adaptive layer norm. It predicts the noise of a token, and its variance.
+#[derive(Module, Debug)]
+pub struct Head<B: Backend> {
+    time_embed: HeadTimes<B>,
+    cond_embed: Linear<B>,
+    input_proj: Linear<B>,
+    res_blocks: Vec<HeadBlock<B>>,
+    final_layer: HeadLast<B>,
+}
+
+/// Times to conditions.
+#[derive(Module, Debug)]
+pub struct HeadTimes<B: Backend> {
+    hidden: Linear<B>,
+    out: Linear<B>,
+}
+
+/// A residual block.
+#[derive(Module, Debug)]
+pub struct HeadBlock<B: Backend> {
+    in_ln: LayerNorm<B>,
+    hidden: Linear<B>,
+    out: Linear<B>,
+    modulation: Linear<B>,
+}
+
+/// The last layer.
+#[derive(Module, Debug)]
+pub struct HeadLast<B: Backend> {
+    linear: Linear<B>,
+    modulation: Linear<B>,
+}
+
+/// Sizes of a head.
+pub(super) struct HeadSizes {
+    pub(super) token: usize,
+    pub(super) width: usize,
+    pub(super) depth: usize,
+}
+
+impl<B: Backend> Head<B> {
+    pub(super) fn zeros(config: &MarConfig, device: &B::Device) -> Self {
+        let (width, token) = (config.head_width, config.token_width());
+        let linear = |input, output| Linear::zeros(input, output, device);
+        Self {
+            time_embed: HeadTimes {
+                hidden: linear(TIMESTEP_FEATURES, width),
+                out: linear(width, width),
+            },
+            cond_embed: linear(config.decoder.width, width),
+            input_proj: linear(token, width),
+            res_blocks: (0..config.head_depth)
+                .map(|_| HeadBlock {
+                    in_ln: LayerNorm::ones(width, device),
+                    hidden: linear(width, width),
+                    out: linear(width, width),
+                    modulation: linear(width, 3 * width),
+                })
+                .collect(),
+            final_layer: HeadLast {
+                linear: linear(width, 2 * token),
+                modulation: linear(width, 2 * width),
+            },
+        }
+    }
+
+    pub(super) fn sizes(&self) -> HeadSizes {
+        let layout = self.input_proj.layout();
+        HeadSizes {
+            token: layout.input,
+            width: layout.output,
+            depth: self.res_blocks.len(),
+        }
+    }
+
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<B>> {
+        let Self {
+            time_embed: HeadTimes { hidden, out },
+            cond_embed,
+            input_proj,
+            res_blocks,
+            final_layer: HeadLast { linear, modulation },
+        } = self;
+        let blocks = res_blocks
+            .iter_mut()
+            .flat_map(|block| [&mut block.hidden, &mut block.out, &mut block.modulation]);
+        [hidden, out, cond_embed, input_proj]
+            .into_iter()
+            .chain(blocks)
+            .chain([linear, modulation])
+    }
+}
+
+impl<B: FusedOps> Head<B> {
+    /// Predicts noise and variance, `[rows, 2 token width]`, of noised tokens `x`
+    /// `[rows, token width]` at times `t` `[rows]` under vectors `z` `[rows, width]`.
+    pub fn forward(&self, x: Tensor<B, 2>, t: Tensor<B, 1>, z: Tensor<B, 2>) -> Tensor<B, 2> {
+        let HeadTimes { hidden, out } = &self.time_embed;
+        let time = hidden.forward(timestep_features(t, TIMESTEP_FEATURES));
+        let time = out.forward_activated(time, Activation::Silu);
+        let condition = time + self.cond_embed.forward(z);
+        // Every modulation uses the same SiLU of the condition.
+        let condition = B::activate(condition, Activation::Silu);
+        // A row is a sample of one token: each has a modulation of its own.
+        let mut x = self.input_proj.forward(x).unsqueeze_dim::<3>(1);
+        for block in &self.res_blocks {
+            let [shift, scale, gate] = split(block.modulation.forward(condition.clone()));
+            let seen = block.in_ln.modulated(x.clone(), shift, scale);
+            let said = block
+                .out
+                .forward_activated(block.hidden.forward(seen), Activation::Silu);
+            x = B::gated_residual(x, gate, said);
+        }
+        let HeadLast { linear, modulation } = &self.final_layer;
+        let [shift, scale] = split(modulation.forward(condition));
+        let seen = B::modulated_norm(x, shift, scale, NORM_EPSILON);
+        linear.forward(seen).squeeze_dim::<2>(1)
+    }
+
+    /// The same with classifier-free guidance of the noise (arXiv 2207.12598): `z` are the vectors
+    /// of all rows, and then those without a class. The variance is that with a class.
+    pub fn guided(
+        &self,
+        x: Tensor<B, 2>,
+        t: Tensor<B, 1>,
+        z: Tensor<B, 2>,
+        scale: f64,
+    ) -> Tensor<B, 2> {
+        let [rows, token] = x.dims();
+        let output = self.forward(x.repeat_dim(0, 2), t.repeat_dim(0, 2), z);
+        let (with, without) = (
+            output.clone().narrow(0, 0, rows),
+            output.narrow(0, rows, rows),
+        );
+        let without = without.narrow(1, 0, token);
+        let noise = with.clone().narrow(1, 0, token);
+        let noise = without.clone() + (noise - without).mul_scalar(scale);
+        Tensor::cat(vec![noise, with.narrow(1, token, token)], 1)
+    }
+}

@@ -1,0 +1,495 @@
+//! MAR: masked autoregression over continuous tokens (Li et al., arXiv 2406.11838).
+//!
+//! Some tokens of an image are known. The encoder sees the class and the known tokens, the decoder
+//! all places, and the [`Head`] denoises each unknown token under what the decoder says of its
+//! place.
+
+mod block;
+mod config;
+mod head;
+
+use burn::module::{Module, Param};
+use burn::tensor::{Int, Tensor, backend::Backend};
+
+pub use self::block::{LayerNorm, MarBlock};
+pub use self::config::{MarConfig, Stack};
+pub use self::head::{DiffLoss, Head};
+use crate::backend::Compute;
+use crate::ops::{FusedOps, Linear, indices};
+use crate::trunk::{BlockHook, Site, Trunk};
+
+/// A masked autoregressive network.
+#[derive(Module, Debug)]
+pub struct Mar<B: Backend> {
+    class_emb: Classes<B>,
+    /// In the place of a class whose label was dropped, `[1, width]`.
+    fake_latent: Param<Tensor<B, 2>>,
+    /// In the place of an unknown token, `[1, 1, width]`.
+    mask_token: Param<Tensor<B, 3>>,
+    z_proj: Linear<B>,
+    z_proj_ln: LayerNorm<B>,
+    encoder_pos_embed_learned: Param<Tensor<B, 3>>,
+    encoder_blocks: Vec<MarBlock<B>>,
+    encoder_norm: LayerNorm<B>,
+    decoder_embed: Linear<B>,
+    decoder_pos_embed_learned: Param<Tensor<B, 3>>,
+    decoder_blocks: Vec<MarBlock<B>>,
+    decoder_norm: LayerNorm<B>,
+    diffusion_pos_embed_learned: Param<Tensor<B, 3>>,
+    /// The head, under the reference's name.
+    pub diffloss: DiffLoss<B>,
+    patch_size: usize,
+    buffer: usize,
+    mlp_ratio: f64,
+    /// Of the encoder and of the decoder.
+    #[module(skip)]
+    heads: [usize; 2],
+}
+
+/// A vector for each class.
+#[derive(Module, Debug)]
+pub struct Classes<B: Backend> {
+    /// `[classes, width]`
+    weight: Param<Tensor<B, 2>>,
+}
+
+impl<B: Backend> Mar<B> {
+    /// A network of zeros, to be filled from a checkpoint or an initialisation.
+    pub fn zeros(config: &MarConfig, device: &B::Device) -> Self {
+        let (encoder, decoder) = (config.encoder, config.decoder);
+        let places = config.buffer + config.tokens();
+        let table = |places: usize, width: usize| {
+            Param::from_tensor(Tensor::zeros([1, places, width], device))
+        };
+        let vectors =
+            |count: usize, width: usize| Param::from_tensor(Tensor::zeros([count, width], device));
+        let blocks = |stack: Stack| {
+            let block = |_| MarBlock::zeros(stack, config.mlp_ratio, device);
+            (0..stack.depth).map(block).collect()
+        };
+        Self {
+            class_emb: Classes {
+                weight: vectors(config.classes, encoder.width),
+            },
+            fake_latent: vectors(1, encoder.width),
+            mask_token: table(1, decoder.width),
+            z_proj: Linear::zeros(config.token_width(), encoder.width, device),
+            z_proj_ln: LayerNorm::ones(encoder.width, device),
+            encoder_pos_embed_learned: table(places, encoder.width),
+            encoder_blocks: blocks(encoder),
+            encoder_norm: LayerNorm::ones(encoder.width, device),
+            decoder_embed: Linear::zeros(encoder.width, decoder.width, device),
+            decoder_pos_embed_learned: table(places, decoder.width),
+            decoder_blocks: blocks(decoder),
+            decoder_norm: LayerNorm::ones(decoder.width, device),
+            diffusion_pos_embed_learned: table(config.tokens(), decoder.width),
+            diffloss: DiffLoss {
+                net: Head::zeros(config, device),
+            },
+            patch_size: config.patch_size,
+            buffer: config.buffer,
+            mlp_ratio: config.mlp_ratio,
+            heads: [encoder.heads, decoder.heads],
+        }
+    }
+
+    /// What rebuilds this network, kept layers counted.
+    pub fn config(&self) -> MarConfig {
+        let stack = |blocks: &[MarBlock<B>], norm: &LayerNorm<B>, heads| Stack {
+            width: norm.width(),
+            depth: blocks.len(),
+            heads,
+        };
+        let (places, patch) = (
+            self.diffusion_pos_embed_learned.lazy_shape()[1],
+            self.patch_size,
+        );
+        let head = self.diffloss.net.sizes();
+        MarConfig {
+            input_size: places.isqrt() * patch,
+            patch_size: patch,
+            channels: head.token / (patch * patch),
+            classes: self.class_emb.weight.lazy_shape()[0],
+            buffer: self.buffer,
+            mlp_ratio: self.mlp_ratio,
+            encoder: stack(&self.encoder_blocks, &self.encoder_norm, self.heads[0]),
+            decoder: stack(&self.decoder_blocks, &self.decoder_norm, self.heads[1]),
+            head_width: head.width,
+            head_depth: head.depth,
+        }
+    }
+
+    /// The blocks of the encoder and then those of the decoder, which no group may be across.
+    pub fn trunk(&self) -> Trunk {
+        let (encoder, decoder) = (self.encoder_blocks.len(), self.decoder_blocks.len());
+        let border = (encoder > 0 && decoder > 0).then_some(encoder);
+        Trunk {
+            depth: encoder + decoder,
+            borders: border.into_iter().collect(),
+        }
+    }
+
+    /// The same network with only the given layers of its trunk.
+    ///
+    /// # Panics
+    /// When a layer is not below the depth of the trunk.
+    pub fn keep(mut self, kept: &[usize]) -> Self {
+        let trunk = self.trunk();
+        if let Some(layer) = kept.iter().find(|layer| **layer >= trunk.depth) {
+            panic!("layer {layer} of a trunk of {}", trunk.depth);
+        }
+        let mut layer = 0;
+        let mut stays = |_: &MarBlock<B>| {
+            layer += 1;
+            kept.contains(&(layer - 1))
+        };
+        self.encoder_blocks.retain(&mut stays);
+        self.decoder_blocks.retain(&mut stays);
+        self
+    }
+
+    /// Every linear layer.
+    pub fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
+        let blocks = self
+            .encoder_blocks
+            .iter_mut()
+            .chain(&mut self.decoder_blocks);
+        [&mut self.z_proj, &mut self.decoder_embed]
+            .into_iter()
+            .chain(blocks.flat_map(MarBlock::linears_mut))
+            .chain(self.diffloss.net.linears_mut())
+            .collect()
+    }
+
+    /// The same network with matrix products of type `compute`, which the backend must
+    /// [support](crate::ops::supports); a new network's are of f32.
+    pub fn computing(mut self, compute: Compute) -> Self {
+        for block in self
+            .encoder_blocks
+            .iter_mut()
+            .chain(&mut self.decoder_blocks)
+        {
+            block.set_compute(compute);
+        }
+        for linear in self.linears_mut() {
+            linear.compute = compute;
+        }
+        self
+    }
+
+    /// Images `[batch, channels, side, side]` as tokens `[batch, tokens, token width]`: patches row
+    /// by row, the numbers of a patch by channel, then row, then column.
+    pub fn patchify(&self, x: Tensor<B, 4>) -> Tensor<B, 3> {
+        let ([batch, channels, side, _], patch) = (x.dims(), self.patch_size);
+        let grid = side / patch;
+        x.reshape([batch, channels, grid, patch, grid, patch])
+            .permute([0, 2, 4, 1, 3, 5])
+            .reshape([batch, grid * grid, channels * patch * patch])
+    }
+
+    /// The inverse of [`patchify`](Self::patchify).
+    pub fn unpatchify(&self, tokens: Tensor<B, 3>) -> Tensor<B, 4> {
+        let ([batch, count, width], patch) = (tokens.dims(), self.patch_size);
+        let (grid, channels) = (count.isqrt(), width / (patch * patch));
+        tokens
+            .reshape([batch, grid, grid, channels, patch, patch])
+            .permute([0, 3, 1, 4, 2, 5])
+            .reshape([batch, channels, grid * patch, grid * patch])
+    }
+}
+
+/// Which tokens of each sample are known, as many of every sample.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    tokens: usize,
+    /// By sample, ascending.
+    known: Vec<Vec<usize>>,
+}
+
+impl Known {
+    /// The given ones of `tokens` tokens.
+    ///
+    /// # Panics
+    /// When not as many of every sample are known, or one is not below `tokens`, or is there twice.
+    pub fn new(tokens: usize, mut known: Vec<Vec<usize>>) -> Self {
+        known.iter_mut().for_each(|known| known.sort_unstable());
+        let alike = known.windows(2).all(|pair| pair[0].len() == pair[1].len());
+        assert!(alike, "as many tokens of every sample are known");
+        for known in &known {
+            let once = known.windows(2).all(|pair| pair[0] < pair[1]);
+            let below = known.last().is_none_or(|last| *last < tokens);
+            assert!(once && below, "tokens {known:?} of {tokens}");
+        }
+        Self { tokens, known }
+    }
+
+    /// All but the first `masked` tokens of each sample's order.
+    ///
+    /// # Panics
+    /// When an order is shorter, or as [`new`](Self::new).
+    pub fn of_orders(orders: &[Vec<usize>], masked: usize) -> Self {
+        let tokens = orders.first().map_or(0, Vec::len);
+        let known = orders.iter().map(|order| order[masked..].to_vec());
+        Self::new(tokens, known.collect())
+    }
+
+    /// The same of twice as many samples.
+    pub fn twice(mut self) -> Self {
+        self.known.extend_from_within(..);
+        self
+    }
+
+    /// Whether each token of each sample is unknown.
+    pub fn unknown(&self) -> Vec<bool> {
+        let samples = self.known.iter();
+        samples
+            .flat_map(|known| (0..self.tokens).map(|token| !known.contains(&token)))
+            .collect()
+    }
+
+    /// Known tokens of a sample.
+    pub fn count(&self) -> usize {
+        self.known.first().map_or(0, Vec::len)
+    }
+
+    /// Rows of the known tokens among those of all samples.
+    fn rows(&self) -> Vec<usize> {
+        let samples = self.known.iter().enumerate();
+        samples
+            .flat_map(|(sample, known)| known.iter().map(move |token| sample * self.tokens + token))
+            .collect()
+    }
+}
+
+impl<B: FusedOps> Mar<B> {
+    /// What the trunks say of each place, `[batch, tokens, width]`, by the `known` ones of the
+    /// tokens `[batch, tokens, token width]` and the labels `y` `[batch]`, of which the number of
+    /// classes is a dropped one. Blocks call `hook`, the encoder's first.
+    pub fn condition(
+        &self,
+        tokens: Tensor<B, 3>,
+        known: &Known,
+        y: Tensor<B, 1, Int>,
+        hook: &mut dyn BlockHook<B>,
+    ) -> Tensor<B, 3> {
+        let seen = self.encode(tokens, known, y, hook);
+        self.decode(seen, known, hook)
+    }
+
+    /// The encoder: `[batch, buffer + known, width]`.
+    pub fn encode(
+        &self,
+        tokens: Tensor<B, 3>,
+        known: &Known,
+        y: Tensor<B, 1, Int>,
+        hook: &mut dyn BlockHook<B>,
+    ) -> Tensor<B, 3> {
+        let [batch, count, token] = tokens.dims();
+        let device = tokens.device();
+        let classes = Tensor::cat(vec![self.class_emb.weight.val(), self.fake_latent.val()], 0);
+        let class = classes.select(0, y).unsqueeze_dim::<3>(1);
+        let mut x = class.repeat_dim(1, self.buffer);
+        let [.., width] = x.dims();
+        if known.count() > 0 {
+            // Only known tokens are projected.
+            let rows = tokens.reshape([batch * count, token]);
+            let rows = rows.select(0, indices(&known.rows(), &device));
+            let rows = self.z_proj.forward(rows);
+            x = Tensor::cat(vec![x, rows.reshape([batch, known.count(), width])], 1);
+        }
+        // The positions of the buffer, and of each sample's known tokens.
+        let positions = known.known.iter().flat_map(|known| {
+            let tokens = known.iter().map(|token| self.buffer + token);
+            (0..self.buffer).chain(tokens)
+        });
+        let positions: Vec<usize> = positions.collect();
+        let table = self.encoder_pos_embed_learned.val().squeeze_dim::<2>(0);
+        let positions = table.select(0, indices(&positions, &device));
+        let x = x + positions.reshape([batch, self.buffer + known.count(), width]);
+        let x = self.z_proj_ln.forward(x);
+        self.encoder_norm
+            .forward(self.run(0, &self.encoder_blocks, x, hook))
+    }
+
+    /// The decoder: `[batch, tokens, width]` from what the encoder says.
+    pub fn decode(
+        &self,
+        seen: Tensor<B, 3>,
+        known: &Known,
+        hook: &mut dyn BlockHook<B>,
+    ) -> Tensor<B, 3> {
+        let [batch, places, _] = seen.dims();
+        let device = seen.device();
+        let x = self.decoder_embed.forward(seen);
+        let [.., width] = x.dims();
+        // The rows of the encoder, and last the one that stands for an unknown token.
+        let mask = self.mask_token.val().reshape([1, width]);
+        let rows = Tensor::cat(vec![x.reshape([batch * places, width]), mask], 0);
+        let mut from = Vec::with_capacity(batch * (self.buffer + known.tokens));
+        for (sample, known_tokens) in known.known.iter().enumerate() {
+            let first = sample * places;
+            from.extend(first..first + self.buffer);
+            let mut next = known_tokens.iter().peekable();
+            let mut row = first + self.buffer;
+            for token in 0..known.tokens {
+                if next.next_if(|known| **known == token).is_some() {
+                    from.push(row);
+                    row += 1;
+                } else {
+                    from.push(batch * places);
+                }
+            }
+        }
+        let x = rows.select(0, indices(&from, &device));
+        let x = x.reshape([batch, self.buffer + known.tokens, width]);
+        let x = x + self.decoder_pos_embed_learned.val();
+        let x = self.run(self.encoder_blocks.len(), &self.decoder_blocks, x, hook);
+        let x = self.decoder_norm.forward(x);
+        x.narrow(1, self.buffer, known.tokens) + self.diffusion_pos_embed_learned.val()
+    }
+
+    /// Runs blocks, the first of which is the trunk's layer `first`.
+    fn run(
+        &self,
+        first: usize,
+        blocks: &[MarBlock<B>],
+        mut x: Tensor<B, 3>,
+        hook: &mut dyn BlockHook<B>,
+    ) -> Tensor<B, 3> {
+        let depth = self.encoder_blocks.len() + self.decoder_blocks.len();
+        for (index, block) in blocks.iter().enumerate() {
+            let layer = first + index;
+            x = hook.around(Site { layer, depth }, x, &|x| block.forward(x));
+        }
+        x
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Autodiff;
+    use burn_flex::Flex;
+    use burn_ndarray::NdArray;
+
+    use super::*;
+    use crate::process::masked::DiffusionLoss;
+    use crate::random::{self, Stream};
+    use crate::state::{Array, StateDict, Walk, assign, floats};
+    use crate::trunk::Plain;
+    use burn::module::ModuleVisitor;
+    use burn::tensor::TensorData;
+    use burn::tensor::backend::AutodiffBackend;
+
+    fn small() -> MarConfig {
+        let stack = |depth| Stack {
+            width: 12,
+            depth,
+            heads: 3,
+        };
+        MarConfig {
+            input_size: 4,
+            patch_size: 2,
+            channels: 2,
+            classes: 3,
+            buffer: 2,
+            mlp_ratio: 2.0,
+            encoder: stack(2),
+            decoder: stack(1),
+            head_width: 10,
+            head_depth: 2,
+        }
+    }
+
+    fn draw(index: u64, count: usize) -> Vec<f32> {
+        random::normal(0, Stream::Bench, 21, index, count)
+    }
+
+    /// The gradients of all parameters, by name.
+    fn gradients<B>() -> StateDict
+    where
+        B: FusedOps,
+        Autodiff<B>: AutodiffBackend<InnerBackend = B> + FusedOps,
+    {
+        let (config, device) = (small(), Default::default());
+        let weights = config.tensors().into_iter().zip(0..);
+        let weights = weights.map(|((name, shape), index)| {
+            let mut values = draw(index, shape.iter().product());
+            values.iter_mut().for_each(|value| *value *= 0.3);
+            (name, Array::new(shape, values))
+        });
+        let weights: StateDict = weights.collect();
+        let zeros = Mar::<Autodiff<B>>::zeros(&config, &device);
+        let network = assign(zeros, &weights, "".as_ref(), "a network").unwrap();
+        let images = TensorData::new(draw(100, 2 * 2 * 16), [2, 2, 4, 4]);
+        let tokens = network.patchify(Tensor::from_data(images, &device));
+        let known = Known::new(4, vec![vec![1], vec![3]]);
+        // The second label was dropped.
+        let y = Tensor::from_data(TensorData::from([2i64, 3].as_slice()), &device);
+        let loss = DiffusionLoss::new(2);
+        let noise = TensorData::new(draw(101, 16 * 8), [16, 8]);
+        let times = (0..16).map(|row| row as f32 * 60.0).collect();
+        let seen = loss.noised(tokens.clone(), Tensor::from_data(noise, &device), times);
+        let z = network.condition(tokens, &known, y, &mut Plain);
+        let terms = loss.terms(&network.diffloss.net, &seen, z);
+        let gradients = loss.over_unknown(terms.total, &known).backward();
+
+        struct Take<'a, B: AutodiffBackend> {
+            walk: Walk,
+            gradients: &'a B::Gradients,
+            taken: StateDict,
+        }
+        impl<B: AutodiffBackend> ModuleVisitor<B> for Take<'_, B> {
+            fn enter_module(&mut self, name: &str, container: &str) {
+                self.walk.enter(name, container);
+            }
+            fn exit_module(&mut self, _: &str, _: &str) {
+                self.walk.leave();
+            }
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+                if let Some(gradient) = param.val().grad(self.gradients) {
+                    let shape = gradient.dims().to_vec();
+                    let array = Array::new(shape, floats(gradient.into_data()));
+                    self.taken.insert(self.walk.name(), array);
+                }
+            }
+        }
+        let mut take = Take {
+            walk: Walk::default(),
+            gradients: &gradients,
+            taken: StateDict::new(),
+        };
+        network.visit(&mut take);
+        take.taken
+    }
+
+    #[test]
+    fn gradients_are_those_of_composed_operators() {
+        let (fast, exact) = (gradients::<NdArray>(), gradients::<Flex>());
+        // Every parameter learns.
+        assert_eq!(fast.len(), small().tensors().len());
+        assert!(fast.keys().eq(exact.keys()));
+        for (name, fast) in &fast {
+            let exact = &exact[name];
+            let size = exact
+                .data
+                .iter()
+                .fold(0.0f32, |size, value| size.max(value.abs()));
+            assert!(size > 0.0, "{name}");
+            for (fast, exact) in fast.data.iter().zip(&exact.data) {
+                // Rounding of f32 over some hundred operations.
+                assert!(
+                    (fast - exact).abs() <= 5e-5 * size,
+                    "{name}: {fast}, {exact}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn kept_layers_are_counted_over_both_trunks() {
+        let network = Mar::<NdArray>::zeros(&small(), &Default::default());
+        assert_eq!(network.trunk().borders, [2]);
+        let kept = network.keep(&[1, 2]).config();
+        assert_eq!((kept.encoder.depth, kept.decoder.depth), (1, 1));
+    }
+}

@@ -21,14 +21,12 @@ pub struct ParameterName {
 /// Fields whose part of a checkpoint's name is not the field's: a Rust field can't be called
 /// `mlp.0`, and a bare table has no `weight`. By the type that has the field, so that a field of
 /// another type keeps its name.
-const RENAMED: [(&str, &str, &str); 18] = [
+const RENAMED: [(&str, &str, &str); 16] = [
     ("Struct:TimestepEmbedder", "hidden", "mlp.0"),
     ("Struct:TimestepEmbedder", "out", "mlp.2"),
     ("Struct:LabelEmbedder", "table", "embedding_table.weight"),
     ("Struct:DitBlock", "modulation", "adaLN_modulation.1"),
     ("Struct:FinalLayer", "modulation", "adaLN_modulation.1"),
-    ("Struct:HeadTimes", "hidden", "mlp.0"),
-    ("Struct:HeadTimes", "out", "mlp.2"),
     ("Struct:HeadBlock", "hidden", "mlp.0"),
     ("Struct:HeadBlock", "out", "mlp.2"),
     ("Struct:HeadBlock", "modulation", "adaLN_modulation.1"),

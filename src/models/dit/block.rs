@@ -172,12 +172,8 @@ impl<B: Backend> DitBlock<B> {
         } = sizes;
         let (attention, hidden) = (within.attention(), within.hidden);
         Self {
-            attn: kind.attention().then(|| Attention {
-                qkv: Linear::zeros(width, 3 * attention, device),
-                proj: Linear::zeros(attention, width, device),
-                heads: within.heads,
-                compute: Compute::F32,
-            }),
+            attn: (kind.attention())
+                .then(|| Attention::zeros([width, attention], within.heads, device)),
             mlp: kind.mlp().then(|| Mlp {
                 fc1: Linear::zeros(width, hidden, device),
                 fc2: Linear::zeros(hidden, width, device),
@@ -308,11 +304,28 @@ pub struct Attention<B: Backend> {
     pub proj: Linear<B>,
     heads: usize,
     #[module(skip)]
-    pub(super) compute: Compute,
+    pub(in crate::models) compute: Compute,
+}
+
+impl<B: Backend> Attention<B> {
+    /// Of a width, with heads of a width in all.
+    pub(in crate::models) fn zeros(
+        [width, attention]: [usize; 2],
+        heads: usize,
+        device: &B::Device,
+    ) -> Self {
+        Self {
+            qkv: Linear::zeros(width, 3 * attention, device),
+            proj: Linear::zeros(attention, width, device),
+            heads,
+            compute: Compute::F32,
+        }
+    }
 }
 
 impl<B: FusedOps> Attention<B> {
-    fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+    /// `[batch, tokens, width]`
+    pub(in crate::models) fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let mixed = B::qkv_attention(self.qkv.forward(x), self.heads, self.compute);
         self.proj.forward(mixed)
     }

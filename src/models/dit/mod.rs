@@ -27,7 +27,7 @@ use crate::trunk::{self, BlockHook, Granularity, Site, Trunk};
 /// Layer norm of every block and of the head; the reference's value, not Burn's default.
 const NORM_EPSILON: f64 = 1e-6;
 /// Number of sinusoidal features, the timestep embedder's input.
-const TIMESTEP_FEATURES: usize = 256;
+pub(super) const TIMESTEP_FEATURES: usize = 256;
 
 /// A diffusion transformer.
 #[derive(Module, Debug)]
@@ -85,10 +85,7 @@ impl<B: Backend> Dit<B> {
             x_embedder: PatchEmbedder {
                 proj: Patches::zeros(config.channels, config.patch_size, width, device),
             },
-            t_embedder: TimestepEmbedder {
-                hidden: Linear::zeros(TIMESTEP_FEATURES, timestep, device),
-                out: Linear::zeros(timestep, condition, device),
-            },
+            t_embedder: TimestepEmbedder::zeros(timestep, condition, device),
             y_embedder: LabelEmbedder {
                 table: Param::from_tensor(Tensor::zeros([config.classes + 1, condition], device)),
             },
@@ -327,6 +324,19 @@ pub struct PatchEmbedder<B: Backend> {
 pub struct TimestepEmbedder<B: Backend> {
     hidden: Linear<B>,
     out: Linear<B>,
+}
+
+impl<B: Backend> TimestepEmbedder<B> {
+    pub(super) fn zeros(hidden: usize, width: usize, device: &B::Device) -> Self {
+        Self {
+            hidden: Linear::zeros(TIMESTEP_FEATURES, hidden, device),
+            out: Linear::zeros(hidden, width, device),
+        }
+    }
+
+    pub(super) fn linears_mut(&mut self) -> [&mut Linear<B>; 2] {
+        [&mut self.hidden, &mut self.out]
+    }
 }
 
 impl<B: FusedOps> TimestepEmbedder<B> {

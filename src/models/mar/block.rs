@@ -5,10 +5,11 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use super::config::Stack;
 use crate::backend::Compute;
+use crate::models::dit::Attention;
 use crate::ops::{Activation, FusedOps, Linear};
 
 /// Layer norm of the trunks and of the head; the reference's value, not Burn's default.
-const NORM_EPSILON: f64 = 1e-6;
+pub(super) const NORM_EPSILON: f64 = 1e-6;
 
 /// Layer normalisation with a scale and a shift for each column.
 #[derive(Module, Debug)]
@@ -63,16 +64,6 @@ pub struct MarBlock<B: Backend> {
     mlp: Mlp<B>,
 }
 
-/// Multi-head self-attention with one fused projection.
-#[derive(Module, Debug)]
-pub struct Attention<B: Backend> {
-    qkv: Linear<B>,
-    proj: Linear<B>,
-    heads: usize,
-    #[module(skip)]
-    compute: Compute,
-}
-
 /// Two linear layers with a GELU between.
 #[derive(Module, Debug)]
 pub struct Mlp<B: Backend> {
@@ -86,12 +77,7 @@ impl<B: Backend> MarBlock<B> {
         let hidden = (mlp_ratio * width as f64) as usize;
         Self {
             norm1: LayerNorm::ones(width, device),
-            attn: Attention {
-                qkv: Linear::zeros(width, 3 * width, device),
-                proj: Linear::zeros(width, width, device),
-                heads,
-                compute: Compute::F32,
-            },
+            attn: Attention::zeros([width; 2], heads, device),
             norm2: LayerNorm::ones(width, device),
             mlp: Mlp {
                 fc1: Linear::zeros(width, hidden, device),
@@ -114,10 +100,7 @@ impl<B: FusedOps> MarBlock<B> {
     /// `[batch, tokens, width]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let Self { attn, mlp, .. } = self;
-        let qkv = attn.qkv.forward(self.norm1.forward(x.clone()));
-        let x = x + attn
-            .proj
-            .forward(B::qkv_attention(qkv, attn.heads, attn.compute));
+        let x = x.clone() + attn.forward(self.norm1.forward(x));
         let hidden = mlp.fc1.forward(self.norm2.forward(x.clone()));
         x + mlp.fc2.forward_activated(hidden, Activation::Gelu)
     }

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::models::dit::TIMESTEP_FEATURES;
+
 /// Sizes of a [`Mar`](super::Mar).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MarConfig {
@@ -37,9 +39,6 @@ pub struct Stack {
     /// Attention heads.
     pub heads: usize,
 }
-
-/// Number of sinusoidal features of the head's times.
-pub(super) const TIMESTEP_FEATURES: usize = 256;
 
 impl MarConfig {
     /// Tokens of an image.

@@ -4,13 +4,10 @@
 use burn::module::Module;
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::block::LayerNorm;
-use super::config::{MarConfig, TIMESTEP_FEATURES};
-use crate::models::embeddings::timestep_features;
+use super::block::{LayerNorm, NORM_EPSILON};
+use super::config::MarConfig;
+use crate::models::dit::TimestepEmbedder;
 use crate::ops::{Activation, FusedOps, Linear, split};
-
-/// Layer norm before the last layer, without parameters.
-const NORM_EPSILON: f64 = 1e-6;
 
 /// What the reference keeps the head in.
 #[derive(Module, Debug)]
@@ -22,18 +19,11 @@ pub struct DiffLoss<B: Backend> {
 /// An MLP with adaptive layer norm. It predicts the noise of a token, and its variance.
 #[derive(Module, Debug)]
 pub struct Head<B: Backend> {
-    time_embed: HeadTimes<B>,
+    time_embed: TimestepEmbedder<B>,
     cond_embed: Linear<B>,
     input_proj: Linear<B>,
     res_blocks: Vec<HeadBlock<B>>,
     final_layer: HeadLast<B>,
-}
-
-/// Times to conditions.
-#[derive(Module, Debug)]
-pub struct HeadTimes<B: Backend> {
-    hidden: Linear<B>,
-    out: Linear<B>,
 }
 
 /// A residual block.
@@ -64,10 +54,7 @@ impl<B: Backend> Head<B> {
         let (width, token) = (config.head_width, config.token_width());
         let linear = |input, output| Linear::zeros(input, output, device);
         Self {
-            time_embed: HeadTimes {
-                hidden: linear(TIMESTEP_FEATURES, width),
-                out: linear(width, width),
-            },
+            time_embed: TimestepEmbedder::zeros(width, width, device),
             cond_embed: linear(config.decoder.width, width),
             input_proj: linear(token, width),
             res_blocks: (0..config.head_depth)
@@ -96,7 +83,7 @@ impl<B: Backend> Head<B> {
 
     pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<B>> {
         let Self {
-            time_embed: HeadTimes { hidden, out },
+            time_embed,
             cond_embed,
             input_proj,
             res_blocks,
@@ -105,8 +92,8 @@ impl<B: Backend> Head<B> {
         let blocks = res_blocks
             .iter_mut()
             .flat_map(|block| [&mut block.hidden, &mut block.out, &mut block.modulation]);
-        [hidden, out, cond_embed, input_proj]
-            .into_iter()
+        (time_embed.linears_mut().into_iter())
+            .chain([cond_embed, input_proj])
             .chain(blocks)
             .chain([linear, modulation])
     }
@@ -116,10 +103,7 @@ impl<B: FusedOps> Head<B> {
     /// Predicts noise and variance, `[rows, 2 token width]`, of noised tokens `x`
     /// `[rows, token width]` at times `t` `[rows]` under vectors `z` `[rows, width]`.
     pub fn forward(&self, x: Tensor<B, 2>, t: Tensor<B, 1>, z: Tensor<B, 2>) -> Tensor<B, 2> {
-        let HeadTimes { hidden, out } = &self.time_embed;
-        let time = hidden.forward(timestep_features(t, TIMESTEP_FEATURES));
-        let time = out.forward_activated(time, Activation::Silu);
-        let condition = time + self.cond_embed.forward(z);
+        let condition = self.time_embed.forward(t) + self.cond_embed.forward(z);
         // Every modulation uses the same SiLU of the condition.
         let condition = B::activate(condition, Activation::Silu);
         // A row is a sample of one token: each has a modulation of its own.

@@ -60,17 +60,17 @@ impl GaussianDiffusion {
         Self::over((0..1000).collect(), DiffusionTables::linear)
     }
 
+    /// The full process over the cosine schedule.
+    pub fn full_cosine() -> Self {
+        Self::over((0..1000).collect(), DiffusionTables::cosine)
+    }
+
     fn over(timestep_map: Vec<usize>, tables: fn(&[usize]) -> DiffusionTables) -> Self {
         Self {
             tables: tables(&timestep_map),
             timestep_map,
             variance: Variance::LearnedRange,
         }
-    }
-
-    /// The full process over the cosine schedule.
-    pub fn full_cosine() -> Self {
-        Self::over((0..1000).collect(), DiffusionTables::cosine)
     }
 
     /// The same process with another variance.

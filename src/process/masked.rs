@@ -48,10 +48,10 @@ impl DiffusionLoss {
         z: Tensor<B, 3>,
     ) -> Terms<B> {
         let [batch, count, width] = z.dims();
-        let z = z.reshape([batch * count, width]).repeat_dim(0, self.copies);
-        let device = z.device();
-        let t = self.diffusion.told(&seen.t, &device);
-        let output = head.forward(as_rows(seen.state.clone()), t, z);
+        let t = self.diffusion.told(&seen.t, &z.device());
+        let projected = head.project(z.reshape([batch * count, width]));
+        let projected = projected.repeat_dim(0, self.copies);
+        let output = head.forward(as_rows(seen.state.clone()), t, projected);
         seen.terms(&self.diffusion, as_images(output))
     }
 
@@ -217,14 +217,15 @@ impl MaskedSampler {
         noise: &mut dyn FnMut(Option<usize>) -> Tensor<B, 2>,
     ) -> Tensor<B, 2> {
         let device = z.device();
+        let projected = head.project(z);
         let mut x = noise(None);
         let count = x.dims()[0];
         for (k, step) in (0..self.diffusion.steps()).rev().enumerate() {
             let t = vec![step; count];
-            let told = self.diffusion.model_timesteps(&t, &device);
+            let told = self.diffusion.model_timesteps(&[step], &device);
             let output = match guidance {
-                Some(scale) => head.guided(x.clone(), told, z.clone(), scale),
-                None => head.forward(x.clone(), told, z.clone()),
+                Some(scale) => head.guided(x.clone(), told, projected.clone(), scale),
+                None => head.forward(x.clone(), told, projected.clone()),
             };
             let prediction =
                 (self.diffusion).predict(as_images(output), as_images(x.clone()), &t, false);

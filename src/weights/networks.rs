@@ -46,12 +46,13 @@ pub fn read_vae<B: Backend>(
             ),
         });
     }
-    let network = assign(
-        Vae::zeros(&config, device),
-        &state,
-        &file,
-        &config.to_string(),
-    )?;
+    // A tensor that does not fit is named as here.
+    let renamed = tensors.iter().any(|(name, _)| !state.contains_key(name));
+    let model = match renamed {
+        true => format!("{config}, under diffusers' names"),
+        false => config.to_string(),
+    };
+    let network = assign(Vae::zeros(&config, device), &state, &file, &model)?;
     let sha256 = sha256(&file).map_err(WeightsError::io(&file))?;
     let known = Digested {
         network,

@@ -1,9 +1,12 @@
 //! Reading whole weight files as models.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use burn_ndarray::NdArray;
+
 use super::*;
-use crate::models::{Architecture, DitConfig, position_table};
+use crate::models::{Architecture, DitConfig, Vae, VaeConfig, position_table};
 use crate::process::ProcessKind;
 use crate::random::{self, Stream};
 
@@ -420,4 +423,51 @@ fn a_training_is_opened_as_its_average_or_as_it_learns() {
     let ours = folder.path().join("ours.safetensors");
     write_safetensors(&ours, &state(&config(1)).into(), Default::default(), None).unwrap();
     assert!(error(&ours, &keyed("ema")).contains("holds one model"));
+}
+
+#[test]
+fn an_autoencoder_is_known_by_its_weights_alone() {
+    let config = VaeConfig {
+        in_channels: 3,
+        out_channels: 3,
+        block_out_channels: vec![32, 64],
+        layers_per_block: 1,
+        latent_channels: 16,
+        norm_num_groups: 32,
+        encoder_attention: true,
+        scaling_factor: 0.2325,
+    };
+    let device = Default::default();
+    let mut state = collect(&Vae::<NdArray>::zeros(&config, &device));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vae.safetensors");
+    let write = |state: &StateDict| {
+        write_safetensors(&path, &state.clone().into(), BTreeMap::new(), None).unwrap();
+    };
+    write(&state);
+    assert_eq!(vae_config(&path).unwrap(), config);
+    let (read, found) = read_vae::<NdArray>(&path, &device).unwrap();
+    assert_eq!(
+        (collect(&read.network), found),
+        (state.clone(), config.clone())
+    );
+
+    // A lost tensor is named, and under whose names it is missing.
+    let norm = state.remove("encoder.conv_norm_out.weight").unwrap();
+    state.remove("decoder.conv_norm_out.bias");
+    let error = |state: &StateDict| {
+        write(state);
+        let error = read_vae::<NdArray>(&path, &device).unwrap_err().to_string();
+        assert!(error.contains("decoder.conv_norm_out.bias"), "{error}");
+        error
+    };
+    assert!(!error(&state).contains("diffusers"));
+    state.insert("encoder.norm_out.weight".into(), norm);
+    let said = error(&state);
+    assert!(said.contains("under diffusers' names"), "{said}");
+    assert!(!said.contains("encoder.conv_norm_out.weight"), "{said}");
+    state.clear();
+    write(&state);
+    let none = vae_config(&path).unwrap_err().to_string();
+    assert!(none.contains("it is no autoencoder"), "{none}");
 }

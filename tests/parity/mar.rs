@@ -134,7 +134,7 @@ pub fn mar_forward<B: FusedOps>(slack: f64) {
     rule.tensor("diffloss.x_t", state.clone(), file.get("diffloss.x_t"));
     let head = &network.diffloss.net;
     let under = z.clone().reshape([rows / copies, config.decoder.width]);
-    let under = under.repeat_dim(0, copies);
+    let under = head.project(under.repeat_dim(0, copies));
     let told: Tensor<B, 1> = file.get("t").tensor();
     let output = head.forward(state.clone(), told.clone(), under.clone());
     rule.tensor("diffloss.net_out", output, file.get("diffloss.net_out"));

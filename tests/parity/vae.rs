@@ -7,7 +7,7 @@ use std::path::Path;
 use burn::tensor::{Tensor, backend::Backend};
 use tinyfusion::models::vae::{Posterior, Vae, VaeConfig, rename_to_diffusers};
 use tinyfusion::ops::FusedOps;
-use tinyfusion::state::{StateDict, assign, names};
+use tinyfusion::state::{ParameterName, StateDict, assign, names};
 
 use crate::compare::{Largest, values};
 use crate::fixture::{File, Group, Values, f64_of, usize_of, usizes_of};
@@ -105,10 +105,7 @@ pub fn vae_kl16_mar<B: FusedOps>(slack: f64) {
     rename_to_diffusers(&mut real);
     let config = VaeConfig::infer(&real).unwrap();
     assert_eq!(config, kl16(&group, "real_config"));
-    let parameters = names::<B, _>(&Vae::<B>::zeros(&config, &B::Device::default()));
-    let count = |shape: &Vec<usize>| shape.iter().product::<usize>();
-    let total: usize = parameters.iter().map(|found| count(&found.shape)).sum();
-    assert_eq!(total, usize_of(&zoo["parameters"]));
+    let parameters = parameters::<B>(&config, &zoo);
     assert_eq!(parameters.len(), real.len());
     for parameter in parameters {
         let found = real.get(&parameter.name).map(|array| &array.shape);
@@ -204,13 +201,51 @@ fn pixels<B: Backend>(file: &File, size: &str, recon: Tensor<B, 4>) {
     }
 }
 
+/// The real model's parameters, as many as its description says.
+fn parameters<B: FusedOps>(config: &VaeConfig, zoo: &serde_json::Value) -> Vec<ParameterName> {
+    let parameters = names::<B, _>(&Vae::<B>::zeros(config, &B::Device::default()));
+    let counts = parameters
+        .iter()
+        .map(|found| found.shape.iter().product::<usize>());
+    assert_eq!(counts.sum::<usize>(), usize_of(&zoo["parameters"]));
+    parameters
+}
+
+/// Outputs of modules on the wide image, each of which must be compared.
+struct Spies<'a> {
+    file: &'a File,
+    rule: &'a Largest,
+    left: Vec<&'a str>,
+}
+
+impl<'a> Spies<'a> {
+    fn of(file: &'a File, rule: &'a Largest) -> Self {
+        let left = file.names().filter(|name| name.contains(".spy."));
+        let left = left.collect();
+        Self { file, rule, left }
+    }
+
+    /// Compares a module's output, if it was written down.
+    fn check<B: Backend>(&mut self, name: &str, actual: &Tensor<B, 4>) -> bool {
+        let key = format!("wide.spy.{name}");
+        let known = self.left.contains(&key.as_str());
+        if known {
+            self.rule.tensor(&key, actual.clone(), self.file.get(&key));
+            self.left.retain(|name| *name != key);
+        }
+        known
+    }
+
+    fn all_seen(&self) {
+        assert!(self.left.is_empty(), "not compared: {:?}", self.left);
+    }
+}
+
 /// Every module's output on the wide image.
 fn modules<B: FusedOps>(model: &Vae<B>, file: &File, rule: &Largest) {
-    let mut left: Vec<&str> = file.names().filter(|name| name.contains(".spy.")).collect();
+    let mut spies = Spies::of(file, rule);
     let mut check = |name: &str, actual: &Tensor<B, 4>| {
-        let key = format!("wide.spy.{name}");
-        rule.tensor(&key, actual.clone(), file.get(&key));
-        left.retain(|name| *name != key);
+        assert!(spies.check(name, actual), "{name} was not written down");
     };
     let encoder = &model.encoder;
     let mut x = encoder.conv_in.forward(file.get("wide.x").tensor());
@@ -241,19 +276,15 @@ fn modules<B: FusedOps>(model: &Vae<B>, file: &File, rule: &Largest) {
         check(&format!("decoder.up_blocks.{level}"), &x);
     }
     check("decoder", &decoder.forward(z));
-    assert!(left.is_empty(), "not compared: {left:?}");
+    spies.all_seen();
 }
 
 /// The modules' outputs of MAR's, which counts the decoder's levels from the image.
 fn original_modules<B: FusedOps>(model: &Vae<B>, file: &File, rule: &Largest) {
-    let mut left: Vec<&str> = file.names().filter(|name| name.contains(".spy.")).collect();
+    let mut spies = Spies::of(file, rule);
+    // Not all of them were written down.
     let mut check = |name: &str, actual: &Tensor<B, 4>| {
-        let key = format!("wide.spy.{name}");
-        // Not all of them were written down.
-        if left.contains(&key.as_str()) {
-            rule.tensor(&key, actual.clone(), file.get(&key));
-            left.retain(|name| *name != key);
-        }
+        spies.check(name, actual);
     };
     let encoder = &model.encoder;
     let mut x = encoder.conv_in.forward(file.get("wide.x").tensor());
@@ -290,7 +321,7 @@ fn original_modules<B: FusedOps>(model: &Vae<B>, file: &File, rule: &Largest) {
         check(&format!("decoder.up.{level}.upsample"), &x);
     }
     check("decoder", &decoder.forward(z));
-    assert!(left.is_empty(), "not compared: {left:?}");
+    spies.all_seen();
 }
 
 /// Names, shapes and number of the real model's weights, and the sizes inferred from them.
@@ -301,10 +332,7 @@ pub fn vae_zoo<B: FusedOps>(_: f64) {
     let config = VaeConfig::from_json(&zoo["config"].to_string()).unwrap();
     assert_eq!(config.problem(), None);
     assert_eq!(config.scaling_factor, f64_of(&zoo["scaling_factor"]));
-    let parameters = names::<B, _>(&Vae::<B>::zeros(&config, &B::Device::default()));
-    let count = |shape: &Vec<usize>| shape.iter().product::<usize>();
-    let total: usize = parameters.iter().map(|found| count(&found.shape)).sum();
-    assert_eq!(total, usize_of(&zoo["parameters"]));
+    let parameters = parameters::<B>(&config, &zoo);
     let actual: BTreeMap<String, Vec<usize>> = parameters
         .into_iter()
         .map(|parameter| (parameter.name, parameter.shape))

@@ -308,7 +308,7 @@ pub struct Attention<B: Backend> {
 }
 
 impl<B: Backend> Attention<B> {
-    /// Of a width, with heads of a width in all.
+    /// For states of `width`, with heads that are `attention` wide together.
     pub(in crate::models) fn zeros(
         [width, attention]: [usize; 2],
         heads: usize,

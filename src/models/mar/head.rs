@@ -100,10 +100,22 @@ impl<B: Backend> Head<B> {
 }
 
 impl<B: FusedOps> Head<B> {
+    /// What [`forward`](Self::forward) takes of the trunks' vectors `z` `[rows, width]`, the same
+    /// at all times: `[rows, head width]`.
+    pub fn project(&self, z: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.cond_embed.forward(z)
+    }
+
     /// Predicts noise and variance, `[rows, 2 token width]`, of noised tokens `x`
-    /// `[rows, token width]` at times `t` `[rows]` under vectors `z` `[rows, width]`.
-    pub fn forward(&self, x: Tensor<B, 2>, t: Tensor<B, 1>, z: Tensor<B, 2>) -> Tensor<B, 2> {
-        let condition = self.time_embed.forward(t) + self.cond_embed.forward(z);
+    /// `[rows, token width]` at times `t`, `[rows]` or `[1]` for all, under
+    /// [projected](Self::project) vectors.
+    pub fn forward(
+        &self,
+        x: Tensor<B, 2>,
+        t: Tensor<B, 1>,
+        projected: Tensor<B, 2>,
+    ) -> Tensor<B, 2> {
+        let condition = projected + self.time_embed.forward(t);
         // Every modulation uses the same SiLU of the condition.
         let condition = B::activate(condition, Activation::Silu);
         // A row is a sample of one token: each has a modulation of its own.
@@ -122,17 +134,22 @@ impl<B: FusedOps> Head<B> {
         linear.forward(seen).squeeze_dim::<2>(1)
     }
 
-    /// The same with classifier-free guidance of the noise (arXiv 2207.12598): `z` are the vectors
-    /// of all rows, and then those without a class. The variance is that with a class.
+    /// The same with classifier-free guidance of the noise (arXiv 2207.12598): the vectors of all
+    /// rows, and then those without a class. The variance is that with a class.
     pub fn guided(
         &self,
         x: Tensor<B, 2>,
         t: Tensor<B, 1>,
-        z: Tensor<B, 2>,
+        projected: Tensor<B, 2>,
         scale: f64,
     ) -> Tensor<B, 2> {
         let [rows, token] = x.dims();
-        let output = self.forward(x.repeat_dim(0, 2), t.repeat_dim(0, 2), z);
+        let t = if t.dims() == [1] {
+            t
+        } else {
+            t.repeat_dim(0, 2)
+        };
+        let output = self.forward(x.repeat_dim(0, 2), t, projected);
         let (with, without) = (
             output.clone().narrow(0, 0, rows),
             output.narrow(0, rows, rows),

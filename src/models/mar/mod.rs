@@ -243,7 +243,7 @@ impl Known {
     pub fn unknown(&self) -> Vec<bool> {
         let samples = self.known.iter();
         samples
-            .flat_map(|known| (0..self.tokens).map(|token| !known.contains(&token)))
+            .flat_map(|known| (0..self.tokens).map(|token| known.binary_search(&token).is_err()))
             .collect()
     }
 
@@ -368,6 +368,9 @@ impl<B: FusedOps> Mar<B> {
 #[cfg(test)]
 mod tests {
     use burn::backend::Autodiff;
+    use burn::module::ModuleVisitor;
+    use burn::tensor::TensorData;
+    use burn::tensor::backend::AutodiffBackend;
     use burn_flex::Flex;
     use burn_ndarray::NdArray;
 
@@ -376,9 +379,6 @@ mod tests {
     use crate::random::{self, Stream};
     use crate::state::{Array, StateDict, Walk, assign, floats};
     use crate::trunk::Plain;
-    use burn::module::ModuleVisitor;
-    use burn::tensor::TensorData;
-    use burn::tensor::backend::AutodiffBackend;
 
     fn small() -> MarConfig {
         let stack = |depth| Stack {

@@ -74,6 +74,7 @@ fn source(folder: &Path) -> Result<BatchSource, DataError> {
         classes: CLASSES,
         label_drop: 0.1,
         times: Times::Steps(1000),
+        masking: None,
         candidates: Vec::new(),
     };
     Ok(BatchSource::new(plan, Arc::new(Latents::open(folder)?)))

@@ -165,6 +165,7 @@ where
         classes: DIGITS.classes,
         label_drop: 0.1,
         times: process.times(),
+        masking: None,
         candidates,
     };
     let source = BatchSource::new(batches, Arc::new(Digits::new(Split::Train)));

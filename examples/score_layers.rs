@@ -35,16 +35,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         classes,
         label_drop: 0.0,
         times: process.times(),
+        masking: None,
         candidates: Vec::new(),
     };
     let batch = BatchSource::new(batches, Arc::new(Digits::new(Split::Train)));
-    let batch = batch.draw::<NdArray>(0, &NdArrayDevice::Cpu)?;
-    let batch = ScoreBatch {
-        x: batch.x,
-        noise: batch.noise,
-        y: batch.y,
-        t: batch.t,
-    };
+    let batch = ScoreBatch::from(batch.draw::<NdArray>(0, &NdArrayDevice::Cpu)?);
 
     println!("{}", checkpoint.model());
     for (name, method) in [

@@ -17,8 +17,9 @@ use crate::data::{Batch, BatchPlan, BatchSource, DataError, Image, Samples, plai
 use crate::evaluation::median_and_spread;
 use crate::models::{Architecture, Denoiser, Network, Prunable, Shape};
 use crate::ops::{FusedOps, TrainingBackend};
+use crate::process::masked::Rounds;
 use crate::process::{
-    Distillation, Guidance, MaskedFeatures, Process, ProcessKind, Sampler, TeacherOutput, Times,
+    Distillation, Guidance, MaskedFeatures, Process, ProcessKind, Sampler, Solver, TeacherOutput,
 };
 use crate::pruning::{
     Annealing, Groups, LearnedPruner, LossGradients, Saliency, ScoreBatch, Update, importance,
@@ -43,11 +44,15 @@ pub enum Workload {
     Prune,
     /// One step of masked distillation of half the layers, the teacher's forward pass included.
     MaskedKd,
-    /// One guided sampling step of a batch.
+    /// One guided sampling step of a batch; of a network that fills in images, a whole guided
+    /// drawing in 4 rounds, of 25 steps of each token.
     Sample,
     /// A batch's gradients, and by them the importance of all channels.
     Importance,
 }
+
+/// Rounds of a drawing of a network that fills in images, and steps of each token.
+const DRAWING: (usize, usize) = (4, 25);
 
 /// Settings of a measurement.
 #[derive(Debug, Clone)]
@@ -158,6 +163,8 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             .collect(),
         _ => Vec::new(),
     };
+    let kind = ProcessKind::assumed_of(config);
+    let process = kind.process();
     let shape = BatchPlan {
         batch: plan.batch,
         seed: 0,
@@ -165,20 +172,19 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
         size: side,
         classes,
         label_drop: 0.1,
-        times: Times::Steps(1000),
+        times: process.times(),
+        masking: kind.masking(config),
         candidates,
     };
     let source = BatchSource::new(shape, Arc::new(data));
     let drawn = source.on_host(0).expect("random images are made, not read");
     let batch = drawn.clone().upload::<B>(device);
-    let process = ProcessKind::ASSUMED.process();
     let runs = match plan.workload {
         Workload::Infer => {
             let network = network::<B::InnerBackend>(plan, device);
-            let (x, y) = (batch.x.inner(), batch.y.inner());
-            let t = process.told::<B::InnerBackend>(&batch.t, device);
+            let seen = drawn.upload::<B::InnerBackend>(device).noised(&process);
             time::<B>(plan, device, || {
-                let _ = network.forward(x.clone(), t.clone(), y.clone(), &mut Plain);
+                let _ = seen.run(&process, &network, &mut Plain);
             })
         }
         Workload::Sample => {
@@ -187,10 +193,27 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
                 scale: 1.5,
                 channels: 3,
             };
-            let kind = ProcessKind::ASSUMED;
-            let sampler =
-                Sampler::new(kind, config.predicts_variance(), 1, kind.solver(), guidance)
-                    .expect("the process can be sampled in one step");
+            let sampler = |steps, solver| {
+                Sampler::new(kind, config.predicts_variance(), steps, solver, guidance)
+                    .expect("the process can be sampled in so many steps")
+            };
+            if network.fills_in().is_some() {
+                let rounds = Rounds {
+                    rounds: DRAWING.0,
+                    ..Rounds::PUBLISHED
+                };
+                let sampler = sampler(DRAWING.1, Solver::Masked(rounds));
+                let indices: Vec<usize> = (0..plan.batch).collect();
+                let labels = vec![0; plan.batch];
+                return measured::<B>(
+                    plan,
+                    device,
+                    time::<B>(plan, device, || {
+                        let _ = sampler.generate(&network, 0, &indices, &labels, device, || {});
+                    }),
+                );
+            }
+            let sampler = sampler(1, kind.solver());
             let (x, y): (_, Tensor<B::InnerBackend, 1, Int>) = (batch.x.inner(), batch.y.inner());
             let noise = batch.noise.inner();
             time::<B>(plan, device, || {
@@ -208,12 +231,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             let weights = collect::<B, _>(&network);
             // The caller has checked: it is a diffusion network.
             let groups = config.channel_groups().unwrap_or_default();
-            let batch = ScoreBatch {
-                x: batch.x,
-                noise: batch.noise,
-                y: batch.y,
-                t: batch.t,
-            };
+            let batch = ScoreBatch::from(batch);
             time::<B>(plan, device, || {
                 let mut gradients = LossGradients::default();
                 gradients.add(&network, &process, &batch);
@@ -284,6 +302,16 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             })
         }
     };
+    measured::<B>(plan, device, runs)
+}
+
+/// What was measured.
+fn measured<B: TrainingBackend>(
+    plan: &BenchPlan,
+    device: &B::Device,
+    runs: Vec<f64>,
+) -> Measurement {
+    let config = &plan.model;
     // Without runs there is no median; the command asks for at least one.
     let (median, spread) = median_and_spread(&runs).unwrap_or((f64::NAN, f64::NAN));
     Measurement {

@@ -48,6 +48,12 @@ pub enum Stream {
     Bootstrap = 17,
     /// Channels that random pruning keeps; `step` counts groups.
     Channels = 18,
+    /// Share of the tokens that are unknown in a training step.
+    MaskRatio = 19,
+    /// Order in which a training sample's tokens become known.
+    MaskOrder = 20,
+    /// Order in which a generated sample's tokens become known; `index` is the sample.
+    SampleOrder = 21,
 }
 
 /// The generator for one address.
@@ -103,8 +109,19 @@ pub fn below(seed: u64, stream: Stream, step: u64, index: u64, bound: usize) -> 
 
 /// 0..count in random order.
 pub fn permutation(seed: u64, stream: Stream, step: u64, count: usize) -> Vec<usize> {
+    permutation_of(seed, stream, step, 0, count)
+}
+
+/// 0..count in random order, one for each index.
+pub fn permutation_of(
+    seed: u64,
+    stream: Stream,
+    step: u64,
+    index: u64,
+    count: usize,
+) -> Vec<usize> {
     let mut order: Vec<usize> = (0..count).collect();
-    order.shuffle(&mut generator(seed, stream, step, 0));
+    order.shuffle(&mut generator(seed, stream, step, index));
     order
 }
 

@@ -217,6 +217,7 @@ where
             x: Tensor::from_inner(plain.x),
             noise: Tensor::from_inner(plain.noise),
             t: plain.t,
+            known: plain.known,
             y: Tensor::from_inner(plain.y),
             gumbel: plain.gumbel.into_iter().map(Tensor::from_inner).collect(),
             teacher,

@@ -8,6 +8,8 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 
 use super::{DataError, Samples, view};
+use crate::models::mar::Known;
+use crate::process::masked::Masking;
 use crate::process::{Noised, Process, TeacherOutput, Times};
 use crate::random::{self, Stream};
 
@@ -18,12 +20,14 @@ pub struct Batch<B: Backend> {
     pub step: usize,
     /// Clean samples, `[batch, channels, size, size]`.
     pub x: Tensor<B, 4>,
-    /// Noise, of the shape of `x`.
+    /// Noise, of the shape of `x`; of masked samples, as [`Noised::new`] takes it.
     pub noise: Tensor<B, 4>,
-    /// Diffusion time of each sample.
+    /// Diffusion time of each sample, or of each noised token.
     pub t: Vec<f32>,
     /// Labels `[batch]`, dropped ones replaced by the null class.
     pub y: Tensor<B, 1, Int>,
+    /// The known tokens of masked samples.
+    pub known: Option<Known>,
     /// Gumbel noise of each pruning group, `[batch, candidates]`.
     pub gumbel: Vec<Tensor<B, 2>>,
     /// The teacher's output on the noised samples.
@@ -31,10 +35,16 @@ pub struct Batch<B: Backend> {
 }
 
 impl<B: Backend> Batch<B> {
+    /// Number of samples.
+    pub fn samples(&self) -> usize {
+        self.x.dims()[0]
+    }
+
     /// The samples as input of a network.
     pub fn noised(&self, process: &impl Process) -> Noised<B> {
         let (clean, noise) = (self.x.clone(), self.noise.clone());
-        Noised::new(process, clean, noise, self.t.clone(), self.y.clone())
+        let (t, known) = (self.t.clone(), self.known.clone());
+        Noised::new(process, clean, noise, t, self.y.clone(), known)
     }
 }
 
@@ -55,6 +65,8 @@ pub struct BatchPlan {
     pub label_drop: f64,
     /// Distribution of the diffusion times.
     pub times: Times,
+    /// How samples are masked; None where whole samples are noised.
+    pub masking: Option<Masking>,
     /// Number of candidates of each pruning group; empty outside pruning.
     pub candidates: Vec<usize>,
 }
@@ -170,18 +182,33 @@ impl BatchSource {
             classes,
             label_drop,
             times,
+            masking,
             candidates,
         } = &self.plan;
         let (seed, classes, at) = (*seed, *classes, step as u64);
         let (x, labels) = self.samples(step)?;
         let per_sample = || 0..*batch as u64;
+        let known = masking.map(|masking| {
+            let tokens = (size / masking.patch).pow(2);
+            (masking, masking.known(seed, at, *batch, tokens))
+        });
+        let noised = match &known {
+            None => [*channels, *size, *size],
+            Some((Masking { patch, copies, .. }, known)) => {
+                let unknown = known.tokens() - known.count();
+                [*copies, unknown, channels * patch.pow(2)]
+            }
+        };
         let noise = per_sample()
             .flat_map(|sample| {
-                random::normal(seed, Stream::Noise, at, sample, channels * size * size)
+                random::normal(seed, Stream::Noise, at, sample, noised.iter().product())
             })
             .collect();
         let t = per_sample()
-            .map(|sample| times.draw(seed, at, sample))
+            .flat_map(|sample| match known {
+                None => vec![times.draw(seed, at, sample)],
+                Some(_) => times.draw_many(seed, at, sample, noised[0] * noised[1]),
+            })
             .collect();
         let y = labels
             .into_iter()
@@ -212,8 +239,10 @@ impl BatchSource {
             step,
             shape: [*batch, *channels, *size, *size],
             x,
+            noised,
             noise,
             t,
+            known: known.map(|(_, known)| known),
             y,
             gumbel,
         })
@@ -237,11 +266,14 @@ fn unit(seed: u64, stream: Stream, step: u64, sample: u64) -> f32 {
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostBatch {
     step: usize,
-    /// Shape of `x` and `noise`.
+    /// Shape of `x`.
     shape: [usize; 4],
     x: Vec<f32>,
+    /// Shape of a sample's noise.
+    noised: [usize; 3],
     noise: Vec<f32>,
     t: Vec<f32>,
+    known: Option<Known>,
     y: Vec<i64>,
     /// Values and number of candidates of each group.
     gumbel: Vec<(Vec<f32>, usize)>,
@@ -256,6 +288,7 @@ impl HostBatch {
             values[index * part * size..(index + 1) * part * size].to_vec()
         };
         let pixels = channels * height * width;
+        let (noise, times) = (self.noised.iter().product(), self.t.len() / batch);
         (0..parts)
             .map(|index| {
                 let range = index * part..(index + 1) * part;
@@ -264,8 +297,10 @@ impl HostBatch {
                     step: self.step,
                     shape: [part, channels, height, width],
                     x: rows(&self.x, pixels, index),
-                    noise: rows(&self.noise, pixels, index),
-                    t: self.t[range.clone()].to_vec(),
+                    noised: self.noised,
+                    noise: rows(&self.noise, noise, index),
+                    t: rows(&self.t, times, index),
+                    known: (self.known.as_ref()).map(|known| known.of_samples(range.clone())),
                     y: self.y[range].to_vec(),
                     gumbel: gumbel
                         .map(|(values, count)| (rows(values, *count, index), *count))
@@ -278,13 +313,15 @@ impl HostBatch {
     /// Uploads the batch to a device.
     pub fn upload<B: Backend>(self, device: &B::Device) -> Batch<B> {
         let batch = self.shape[0];
+        let [a, b, c] = self.noised;
         let floats =
-            |values: Vec<f32>| Tensor::from_data(TensorData::new(values, self.shape), device);
+            |values: Vec<f32>, shape| Tensor::from_data(TensorData::new(values, shape), device);
         Batch {
             step: self.step,
-            x: floats(self.x),
-            noise: floats(self.noise),
+            x: floats(self.x, self.shape),
+            noise: floats(self.noise, [batch, a, b, c]),
             t: self.t,
+            known: self.known,
             y: Tensor::from_data(TensorData::new(self.y, [batch]), device),
             gumbel: self
                 .gumbel
@@ -314,6 +351,7 @@ pub(super) mod tests {
             classes: 10,
             label_drop: 0.4,
             times: Times::Steps(1000),
+            masking: None,
             candidates: vec![2, 3],
         }
     }
@@ -385,6 +423,56 @@ pub(super) mod tests {
             out.extend([value; 64]);
             Ok(index)
         }
+    }
+
+    #[test]
+    fn masked_batches_have_a_time_and_noise_for_each_copy_of_an_unknown_token() {
+        let masked = |batch| {
+            let mut plan = plan(batch);
+            plan.masking = Some(Masking {
+                patch: 2,
+                copies: 3,
+                least: 0.7,
+            });
+            BatchSource::new(plan, Arc::new(Digits::new(Split::Train)))
+        };
+        let mut shares = Vec::new();
+        for step in 0..40 {
+            let batch = masked(6).on_host(step).unwrap();
+            let known = batch.known.clone().unwrap();
+            let unknown = known.tokens() - known.count();
+            assert_eq!(known.tokens(), 16);
+            assert_eq!(batch.noised, [3, unknown, 4]);
+            assert_eq!(batch.noise.len(), 6 * 3 * unknown * 4);
+            assert_eq!(batch.t.len(), 6 * 3 * unknown);
+            assert!(
+                batch
+                    .t
+                    .iter()
+                    .all(|t| t.fract() == 0.0 && (0.0..1000.0).contains(t))
+            );
+            shares.push(unknown);
+            // Parts of the batch hold its samples in order.
+            let parts = batch.clone().split(3);
+            let noise: Vec<f32> = parts.iter().flat_map(|part| part.noise.clone()).collect();
+            let t: Vec<f32> = parts.iter().flat_map(|part| part.t.clone()).collect();
+            assert!(noise == batch.noise && t == batch.t);
+            assert_eq!(parts[1].known, Some(known.of_samples(2..4)));
+        }
+        // 12 of 16 are the fewest above 0.7, and the mean share is 0.87.
+        assert!(
+            shares.iter().all(|unknown| (12..=16).contains(unknown)),
+            "{shares:?}"
+        );
+        assert!(
+            shares.iter().any(|unknown| *unknown != shares[0]),
+            "{shares:?}"
+        );
+        // What a sample is given does not depend on how many there are.
+        let (few, many) = (masked(2).on_host(0).unwrap(), masked(6).on_host(0).unwrap());
+        assert_eq!(few.t[..], many.t[..few.t.len()]);
+        assert_eq!(few.noise[..], many.noise[..few.noise.len()]);
+        assert_eq!(few.known, many.known.map(|known| known.of_samples(0..2)));
     }
 
     #[test]

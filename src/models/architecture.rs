@@ -8,8 +8,10 @@ use serde_json::Value;
 
 use super::dit::diffusers::DIFFUSERS_USE;
 use super::dit::{BLOCKS_IN_PYTORCH, WIDTHS_IN_PYTORCH, diffusers, infer, presets};
+use super::mar::{MarConfig, Stack};
 use super::unet::diffusers::UNET_USE;
-use super::{ChannelGroup, ClassifierConfig, DitConfig, Left, Shape, UnetConfig, unet};
+use super::{ChannelGroup, ClassifierConfig, DitConfig, Left, Shape, UnetConfig, mar, unet};
+use crate::process::masked::Masking;
 use crate::state::{Tensors, WeightsError};
 use crate::trunk::{Granularity, Trunk};
 
@@ -21,6 +23,8 @@ pub enum Architecture {
     Dit(DitConfig),
     /// A UNet.
     Unet(UnetConfig),
+    /// A masked autoregressive network.
+    Mar(MarConfig),
     /// The classifier whose features evaluation uses.
     #[serde(alias = "digits-classifier")]
     Classifier(ClassifierConfig),
@@ -32,16 +36,21 @@ macro_rules! ask {
         match $architecture {
             Architecture::Dit($config) => $answer,
             Architecture::Unet($config) => $answer,
+            Architecture::Mar($config) => $answer,
             Architecture::Classifier($config) => $answer,
         }
     };
 }
 
 impl Architecture {
-    /// A published model: a transformer of ImageNet at 256 x 256, in latents of an autoencoder that
-    /// reduces each side eight times, or a UNet of pictures.
+    /// A published model: a transformer of ImageNet at 256 x 256, in latents of the autoencoder it
+    /// was published with, or a UNet of pictures.
     pub fn preset(name: &str) -> Option<Self> {
-        let shape = unet::presets::preset(name).map_or(presets::IMAGENET_256, |unet| unet.shape);
+        let shape = match (unet::presets::preset(name), mar::presets::preset_of(name)) {
+            (Some(unet), _) => unet.shape,
+            (_, Some(_)) => mar::presets::IMAGENET_256,
+            _ => presets::IMAGENET_256,
+        };
         Self::preset_of(name, shape)
     }
 
@@ -49,6 +58,9 @@ impl Architecture {
     pub fn preset_of(name: &str, shape: Shape) -> Option<Self> {
         if let Some(unet) = unet::presets::preset(name) {
             return Some(Self::Unet(unet.config(shape)));
+        }
+        if let Some(mar) = mar::presets::preset_of(name) {
+            return Some(Self::Mar(mar.config(shape)));
         }
         let Shape {
             channels,
@@ -61,22 +73,24 @@ impl Architecture {
     /// The names of all published models.
     pub fn presets() -> impl Iterator<Item = &'static str> {
         let unets = unet::presets::PRESETS.iter().map(|preset| preset.name);
+        let mars = mar::presets::PRESETS.iter().map(|preset| preset.name);
         presets::PRESETS
             .iter()
             .map(|preset| preset.name)
             .chain(unets)
+            .chain(mars)
     }
 
     /// Whether it is a network that a process trains and samples.
     pub fn is_denoiser(&self) -> bool {
-        matches!(self, Self::Dit(_) | Self::Unet(_))
+        matches!(self, Self::Dit(_) | Self::Unet(_) | Self::Mar(_))
     }
 
     /// The sizes of a classifier, if it is one.
     pub fn classifier(&self) -> Option<&ClassifierConfig> {
         match self {
             Self::Classifier(config) => Some(config),
-            Self::Dit(_) | Self::Unet(_) => None,
+            Self::Dit(_) | Self::Unet(_) | Self::Mar(_) => None,
         }
     }
 
@@ -84,6 +98,7 @@ impl Architecture {
     pub fn trunk(&self, granularity: Granularity) -> Option<Trunk> {
         match self {
             Self::Dit(config) => config.trunk(granularity),
+            Self::Mar(config) => granularity.is_block().then(|| config.trunk()),
             Self::Unet(_) | Self::Classifier(_) => None,
         }
     }
@@ -107,7 +122,7 @@ impl Architecture {
     pub fn is_whole(&self) -> bool {
         match self {
             Self::Dit(config) => config.blocks.is_empty(),
-            Self::Unet(_) | Self::Classifier(_) => true,
+            Self::Unet(_) | Self::Mar(_) | Self::Classifier(_) => true,
         }
     }
 
@@ -118,7 +133,8 @@ impl Architecture {
                 let blocks = config.widths().blocks;
                 self.is_whole() && blocks.windows(2).all(|pair| pair[0] == pair[1])
             }
-            Self::Unet(_) | Self::Classifier(_) => true,
+            // Within each trunk; what is across their border is not put together.
+            Self::Unet(_) | Self::Mar(_) | Self::Classifier(_) => true,
         }
     }
 
@@ -126,7 +142,7 @@ impl Architecture {
     pub(crate) fn renamed(&self, tensors: Tensors) -> Tensors {
         match self {
             Self::Unet(_) => unet::diffusers::renamed(&tensors),
-            Self::Dit(_) | Self::Classifier(_) => tensors,
+            Self::Dit(_) | Self::Mar(_) | Self::Classifier(_) => tensors,
         }
     }
 
@@ -134,7 +150,7 @@ impl Architecture {
     pub(crate) fn is_shown_by_tensors(&self) -> bool {
         match self {
             Self::Dit(config) => config.widths.is_none(),
-            Self::Unet(_) | Self::Classifier(_) => false,
+            Self::Unet(_) | Self::Mar(_) | Self::Classifier(_) => false,
         }
     }
 
@@ -142,6 +158,9 @@ impl Architecture {
     pub(crate) fn is_shown_with_heads(&self) -> bool {
         match self {
             Self::Dit(config) => config.has_heads_alike(),
+            Self::Mar(config) => {
+                config.patch_size == 1 && config.encoder.heads == config.decoder.heads
+            }
             Self::Unet(_) | Self::Classifier(_) => true,
         }
     }
@@ -156,6 +175,7 @@ impl Architecture {
                 widths: None,
                 ..config.clone()
             }),
+            Self::Mar(config) => Self::Mar(config.with_depth(depth)),
             Self::Unet(_) | Self::Classifier(_) => self.clone(),
         }
     }
@@ -164,7 +184,7 @@ impl Architecture {
     pub fn in_pairs(&self) -> Option<Self> {
         match self {
             Self::Dit(config) => config.in_pairs().map(Self::Dit),
-            Self::Unet(_) | Self::Classifier(_) => None,
+            Self::Unet(_) | Self::Mar(_) | Self::Classifier(_) => None,
         }
     }
 
@@ -172,6 +192,7 @@ impl Architecture {
     pub fn keep(&self, kept: &[usize], granularity: Granularity) -> Self {
         match self {
             Self::Dit(config) => Self::Dit(config.keep(kept, granularity)),
+            Self::Mar(config) => Self::Mar(config.keep(kept)),
             Self::Unet(_) | Self::Classifier(_) => self.clone(),
         }
     }
@@ -181,7 +202,7 @@ impl Architecture {
         match self {
             Self::Dit(config) => Some(config.channel_groups()),
             Self::Unet(config) => Some(config.channel_groups()),
-            Self::Classifier(_) => None,
+            Self::Mar(_) | Self::Classifier(_) => None,
         }
     }
 
@@ -194,7 +215,7 @@ impl Architecture {
         match self {
             Self::Dit(config) => Self::Dit(config.narrowed(left)),
             Self::Unet(config) => Self::Unet(config.narrowed(left)),
-            Self::Classifier(_) => self.clone(),
+            Self::Mar(_) | Self::Classifier(_) => self.clone(),
         }
     }
 
@@ -207,6 +228,18 @@ impl Architecture {
                 widths: None,
                 ..config.clone()
             }),
+            Self::Mar(config) => {
+                let of = |stack: Stack| Stack {
+                    width: width.unwrap_or(stack.width),
+                    heads: heads.unwrap_or(stack.heads),
+                    ..stack
+                };
+                Self::Mar(MarConfig {
+                    encoder: of(config.encoder),
+                    decoder: of(config.decoder),
+                    ..config.clone()
+                })
+            }
             Self::Unet(_) => self.clone(),
             Self::Classifier(config) => Self::Classifier(ClassifierConfig {
                 width: width.unwrap_or(config.width),
@@ -226,6 +259,10 @@ impl Architecture {
                 input_size: side * config.patch_size,
                 ..config.clone()
             }),
+            Self::Mar(config) => Self::Mar(MarConfig {
+                input_size: side * config.patch_size,
+                ..config.clone()
+            }),
             Self::Unet(_) | Self::Classifier(_) => self.clone(),
         })
     }
@@ -239,6 +276,7 @@ impl Architecture {
     pub fn states(&self) -> Option<[usize; 2]> {
         match self {
             Self::Dit(config) => Some([config.tokens(), config.width]),
+            Self::Mar(config) => config.states(),
             Self::Unet(_) | Self::Classifier(_) => None,
         }
     }
@@ -247,7 +285,26 @@ impl Architecture {
     pub fn predicts_variance(&self) -> bool {
         match self {
             Self::Dit(config) => config.learn_sigma,
+            Self::Mar(_) => true,
             Self::Unet(_) | Self::Classifier(_) => false,
+        }
+    }
+
+    /// The side of the patch that a network fills in at a time, if it fills in images: it is shown
+    /// some of their tokens, and denoises others one by one.
+    pub fn patch_filled_in(&self) -> Option<usize> {
+        match self {
+            Self::Mar(config) => Some(config.patch_size),
+            Self::Dit(_) | Self::Unet(_) | Self::Classifier(_) => None,
+        }
+    }
+
+    /// Multiply-accumulates of drawing a sample in rounds, in each of which so many tokens are
+    /// known, and so many steps of each token; 0 of a network that does not fill in images.
+    pub fn drawing_macs(&self, known: &[usize], steps: usize) -> usize {
+        match self {
+            Self::Mar(config) => config.drawing_macs(known, steps),
+            Self::Dit(_) | Self::Unet(_) | Self::Classifier(_) => 0,
         }
     }
 
@@ -272,6 +329,7 @@ impl Architecture {
     pub fn lora_parameters(&self, rank: usize) -> usize {
         match self {
             Self::Dit(config) => config.lora_parameters(rank),
+            Self::Mar(config) => config.lora_parameters(rank),
             Self::Unet(_) | Self::Classifier(_) => 0,
         }
     }
@@ -284,6 +342,11 @@ impl Architecture {
                 config.block_bytes(batch).div_ceil(2) * branches.sum::<usize>() as u128
             }
             Self::Unet(config) => config.kept_bytes(batch),
+            Self::Mar(config) => {
+                let copies = Masking::published(config.patch_size).copies;
+                config.depth() as u128 * config.block_bytes(batch)
+                    + config.head_bytes(batch, copies)
+            }
             // Each activation with its gradient and what it was computed from.
             Self::Classifier(config) => 4 * 4 * batch as u128 * config.activations() as u128,
         })
@@ -294,6 +357,7 @@ impl Architecture {
         countable(match self {
             Self::Dit(config) => config.block_bytes(batch),
             Self::Unet(config) => config.pass_bytes(batch),
+            Self::Mar(config) => config.block_bytes(batch).max(config.head_bytes(batch, 1)),
             Self::Classifier(config) => 4 * batch as u128 * config.activations() as u128,
         })
     }
@@ -320,7 +384,10 @@ impl Architecture {
         heads: Heads,
         path: &Path,
     ) -> Result<Self, WeightsError> {
-        infer::dit(tensors, heads, path).map(Self::Dit)
+        match mar::infer::is_mar(tensors) {
+            true => mar::infer::mar(tensors, heads, path).map(Self::Mar),
+            false => infer::dit(tensors, heads, path).map(Self::Dit),
+        }
     }
 
     /// Refuses tensors that are not this network's, naming all that are missing, surplus or
@@ -333,6 +400,7 @@ impl Architecture {
     pub(crate) fn heads(&self) -> Option<usize> {
         match self {
             Self::Dit(config) => Some(config.heads),
+            Self::Mar(config) => Some(config.decoder.heads),
             Self::Unet(_) | Self::Classifier(_) => None,
         }
     }
@@ -359,7 +427,7 @@ impl Architecture {
             Self::Dit(config) => diffusers::from_diffusers(tensors, config, path),
             // It has diffusers' names.
             Self::Unet(_) => Ok(tensors),
-            Self::Classifier(_) => Err(self.unknown_to_diffusers(path)),
+            Self::Mar(_) | Self::Classifier(_) => Err(self.unknown_to_diffusers(path)),
         }
     }
 
@@ -384,7 +452,7 @@ impl Architecture {
                     problem,
                 }),
             },
-            Self::Classifier(_) => Err(self.unknown_to_diffusers(path)),
+            Self::Mar(_) | Self::Classifier(_) => Err(self.unknown_to_diffusers(path)),
         }
     }
 
@@ -404,7 +472,7 @@ impl Architecture {
     pub(crate) fn in_diffusers(&self) -> &'static str {
         match self {
             Self::Unet(_) => UNET_USE,
-            Self::Dit(_) | Self::Classifier(_) => DIFFUSERS_USE,
+            Self::Dit(_) | Self::Mar(_) | Self::Classifier(_) => DIFFUSERS_USE,
         }
     }
 
@@ -417,7 +485,7 @@ impl Architecture {
             Self::Unet(_) => {
                 "Names and shapes are those of diffusers' `UNet2DModel`, for which `convert --diffusers` writes a folder; a model\nof the same sizes takes them as"
             }
-            Self::Dit(_) | Self::Classifier(_) => {
+            Self::Dit(_) | Self::Mar(_) | Self::Classifier(_) => {
                 "Names and shapes are those of the original PyTorch code; a model of the sizes in `config.json` takes them as"
             }
         }
@@ -480,7 +548,7 @@ mod tests {
             1 << 62,
             u64::MAX,
         ];
-        let mut sound = [0, 0];
+        let mut sound = [0; 3];
         for step in 0..4000 {
             let draw =
                 |index: u64, below: usize| random::below(0, Stream::Bench, step, index, below);
@@ -508,6 +576,13 @@ mod tests {
                         "condition": value(9), "timestep": value(10),
                         "blocks": vec![block; draw(2, 5)],
                     },
+                }),
+                json!({
+                    "family": "mar", "input_size": value(1), "patch_size": value(2), "channels": value(3),
+                    "classes": value(4), "buffer": value(5), "mlp_ratio": value(6) as f64,
+                    "encoder": { "width": value(7), "depth": value(8), "heads": value(9) },
+                    "decoder": { "width": value(7), "depth": value(10), "heads": value(9) },
+                    "head_width": value(11), "head_depth": value(12),
                 }),
             ];
             for (file, sound) in files.into_iter().zip(&mut sound) {
@@ -541,6 +616,13 @@ mod tests {
                 "width": 65_536, "depth": 4096, "heads": 1024, "mlp_ratio": 64.0,
                 "classes": 1_000_000, "learn_sigma": true,
             }),
+            json!({
+                "family": "mar", "input_size": 4096, "patch_size": 16, "channels": 1024,
+                "classes": 1_000_000, "buffer": 4096, "mlp_ratio": 64.0,
+                "encoder": { "width": 65_536, "depth": 4096, "heads": 1024 },
+                "decoder": { "width": 65_536, "depth": 4096, "heads": 1024 },
+                "head_width": 65_536, "head_depth": 1024,
+            }),
         ];
         for file in largest {
             let architecture: Architecture = serde_json::from_value(file).unwrap();
@@ -551,7 +633,7 @@ mod tests {
                 architecture.pass_bytes(65_536),
             );
         }
-        // Both kinds were met.
+        // All kinds were met.
         assert!(sound.iter().all(|sound| *sound > 0), "{sound:?}");
     }
 }

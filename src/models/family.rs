@@ -3,6 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, backend::Backend};
 
+use super::mar::Known;
 use crate::ops::Linear;
 use crate::trunk::{BlockHook, Trunk};
 
@@ -37,6 +38,38 @@ pub trait Denoiser<B: Backend>: Module<B> {
         y: Tensor<B, 1, Int>,
         hook: &mut dyn BlockHook<B>,
     ) -> Tensor<B, 4>;
+
+    /// The network as one that fills in images, if it is; by default it is not.
+    fn fills_in(&self) -> Option<&dyn FillsIn<B>> {
+        None
+    }
+}
+
+/// A network that is shown some tokens of an image, and denoises the others one by one, under what
+/// it says of their places.
+pub trait FillsIn<B: Backend> {
+    /// Side of the patch of an image that is a token.
+    fn patch(&self) -> usize;
+
+    /// What the trunk says of each place, `[batch, tokens, width]`, by the `known` ones of the
+    /// tokens `[batch, tokens, token width]` and the labels `y` `[batch]`. Blocks call `hook`, as
+    /// of [`Denoiser::forward`].
+    fn condition(
+        &self,
+        tokens: Tensor<B, 3>,
+        known: &Known,
+        y: Tensor<B, 1, Int>,
+        hook: &mut dyn BlockHook<B>,
+    ) -> Tensor<B, 3>;
+
+    /// What [`denoise`](Self::denoise) takes of the trunk's vectors `z` `[rows, width]`, the same
+    /// at all times: `[rows, any width]`.
+    fn project(&self, z: Tensor<B, 2>) -> Tensor<B, 2>;
+
+    /// Predicts noise and variance, `[rows, 2 token width]`, of noised tokens `x`
+    /// `[rows, token width]` at times `t`, `[rows]` or `[1]` for all, under
+    /// [projected](Self::project) vectors.
+    fn denoise(&self, x: Tensor<B, 2>, t: Tensor<B, 1>, projected: Tensor<B, 2>) -> Tensor<B, 2>;
 }
 
 /// A denoiser whose blocks form a trunk, from which layers can be removed.

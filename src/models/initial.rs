@@ -33,13 +33,22 @@ pub fn initialise(state: &mut StateDict, seed: u64) {
         if array.shape.len() == 1
             || name == "pos_embed"
             || name.contains("adaLN_modulation")
-            || name == "final_layer.linear.weight"
+            || name.ends_with("final_layer.linear.weight")
             || name == "conv_out.weight"
         {
             continue;
         }
         let embeds = ["t_embedder", "y_embedder", "class_embedding"];
-        array.data = if embeds.iter().any(|embeds| name.starts_with(embeds)) {
+        // MAR's, of whose embedders only the labels' and the times' are called so.
+        let placed = [
+            "class_emb.",
+            "fake_latent",
+            "mask_token",
+            "diffloss.net.time_embed",
+        ];
+        let embeds = embeds.iter().chain(&placed);
+        let learned = name.ends_with("pos_embed_learned");
+        array.data = if learned || embeds.clone().any(|embeds| name.starts_with(embeds)) {
             normal(0.02)
         } else if name.starts_with("conv") || name.starts_with("features") {
             normal((2.0 / fan_in as f64).sqrt())

@@ -6,8 +6,7 @@
 //! time: code behind it is compiled once per backend.
 //!
 //! Two networks implement neither, because they are not trained or pruned here: [`Vae`] converts
-//! between images and a model's latents, [`Inception`] measures images for FID. [`Mar`](mar::Mar)
-//! does not implement them yet: what it predicts from is more than a noised image.
+//! between images and a model's latents, [`Inception`] measures images for FID.
 
 mod architecture;
 mod channels;
@@ -38,10 +37,11 @@ pub(crate) use dit::diffusers::{DIFFUSERS_ALONE, is_diffusers};
 pub use dit::presets;
 pub use dit::{BlockKind, BlockWidths, Dit, DitConfig, Widths};
 pub use embeddings::{position_table, timestep_features};
-pub use family::{Denoiser, Prunable, Shape};
+pub use family::{Denoiser, FillsIn, Prunable, Shape};
 pub use inception::Inception;
 pub use initial::{initialise, initialise_lora};
 pub use keys::{Demand, Key, Keys};
+pub use mar::{Mar, MarConfig};
 pub(crate) use unet::diffusers::{UNET_ALONE, is_unet};
 pub use unet::{Unet, UnetConfig};
 pub use vae::{Posterior, Vae, VaeConfig};
@@ -57,6 +57,19 @@ pub enum Network<B: Backend> {
     Dit(Dit<B>),
     /// UNet (Ho et al., arXiv 2006.11239), which has no trunk.
     Unet(Unet<B>),
+    /// MAR (Li et al., arXiv 2406.11838), which fills in images.
+    Mar(Mar<B>),
+}
+
+/// Asks whichever it is.
+macro_rules! ask {
+    ($network:expr, $model:ident => $answer:expr) => {
+        match $network {
+            Network::Dit($model) => $answer,
+            Network::Unet($model) => $answer,
+            Network::Mar($model) => $answer,
+        }
+    };
 }
 
 impl<B: Backend> Network<B> {
@@ -66,6 +79,7 @@ impl<B: Backend> Network<B> {
         match architecture {
             Architecture::Dit(config) => Some(Self::Dit(Dit::zeros(config, device))),
             Architecture::Unet(config) => Some(Self::Unet(Unet::zeros(config, device))),
+            Architecture::Mar(config) => Some(Self::Mar(Mar::zeros(config, device))),
             Architecture::Classifier(_) => None,
         }
     }
@@ -75,6 +89,7 @@ impl<B: Backend> Network<B> {
         match self {
             Self::Dit(model) => Architecture::Dit(model.config()),
             Self::Unet(model) => Architecture::Unet(model.config()),
+            Self::Mar(model) => Architecture::Mar(model.config()),
         }
     }
 }
@@ -86,16 +101,14 @@ impl<B: FusedOps> Network<B> {
         match self {
             Self::Dit(model) => Self::Dit(model.computing(compute)),
             Self::Unet(model) => Self::Unet(model.computing(compute)),
+            Self::Mar(model) => Self::Mar(model.computing(compute)),
         }
     }
 }
 
 impl<B: FusedOps> Denoiser<B> for Network<B> {
     fn shape(&self) -> Shape {
-        match self {
-            Self::Dit(model) => model.shape(),
-            Self::Unet(model) => model.shape(),
-        }
+        ask!(self, model => model.shape())
     }
 
     fn forward(
@@ -105,10 +118,11 @@ impl<B: FusedOps> Denoiser<B> for Network<B> {
         y: Tensor<B, 1, Int>,
         hook: &mut dyn BlockHook<B>,
     ) -> Tensor<B, 4> {
-        match self {
-            Self::Dit(model) => model.forward(x, t, y, hook),
-            Self::Unet(model) => model.forward(x, t, y, hook),
-        }
+        ask!(self, model => model.forward(x, t, y, hook))
+    }
+
+    fn fills_in(&self) -> Option<&dyn FillsIn<B>> {
+        ask!(self, model => model.fills_in())
     }
 }
 
@@ -116,6 +130,7 @@ impl<B: FusedOps> Prunable<B> for Network<B> {
     fn trunk(&self) -> Trunk {
         match self {
             Self::Dit(model) => model.trunk(),
+            Self::Mar(model) => model.trunk(),
             // Plans refuse what needs one.
             Self::Unet(_) => Trunk::plain(0),
         }
@@ -124,20 +139,21 @@ impl<B: FusedOps> Prunable<B> for Network<B> {
     fn by_branch(self) -> Option<Self> {
         match self {
             Self::Dit(model) => model.by_branch().map(Self::Dit),
-            Self::Unet(_) => None,
+            Self::Unet(_) | Self::Mar(_) => None,
         }
     }
 
     fn in_pairs(self) -> Option<Self> {
         match self {
             Self::Dit(model) => model.in_pairs().map(Self::Dit),
-            Self::Unet(_) => None,
+            Self::Unet(_) | Self::Mar(_) => None,
         }
     }
 
     fn keep(self, kept: &[usize]) -> Self {
         match self {
             Self::Dit(model) => Self::Dit(model.keep(kept)),
+            Self::Mar(model) => Self::Mar(model.keep(kept)),
             Self::Unet(model) => {
                 assert!(kept.is_empty(), "a UNet has no layers to keep");
                 Self::Unet(model)
@@ -146,9 +162,6 @@ impl<B: FusedOps> Prunable<B> for Network<B> {
     }
 
     fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
-        match self {
-            Self::Dit(model) => model.linears_mut(),
-            Self::Unet(model) => model.linears_mut(),
-        }
+        ask!(self, model => model.linears_mut())
     }
 }

@@ -6,7 +6,9 @@ use serde::{Serialize, Serializer};
 
 use super::interpolant::{Path, Predicts, Weighting};
 use super::kind::{Along, ProcessKind};
-use crate::models::{Architecture, ClassifierConfig, DitConfig, Keys, Shape, UnetConfig};
+use crate::models::{
+    Architecture, ClassifierConfig, DitConfig, Keys, MarConfig, Shape, UnetConfig,
+};
 
 /// A family of models.
 pub struct Family {
@@ -24,10 +26,11 @@ pub struct Family {
 
 /// All of them.
 #[rustfmt::skip]
-pub const FAMILIES: [Family; 4] = [
+pub const FAMILIES: [Family; 5] = [
     Family { name: "dit", title: "DiT", process: Some(ProcessKind::Gaussian), trained: as_published, read: dit },
     Family { name: "sit", title: "SiT", process: Some(ProcessKind::SIT), trained: interpolant, read: dit },
     Family { name: "unet", title: "UNet", process: Some(ProcessKind::Gaussian), trained: as_published, read: unet },
+    Family { name: "mar", title: "MAR", process: Some(ProcessKind::Masked), trained: as_published, read: mar },
     Family { name: "classifier", title: "classifier", process: None, trained: as_published, read: classifier },
 ];
 
@@ -53,6 +56,10 @@ fn dit(keys: &mut dyn Keys, samples: Shape) -> Architecture {
 
 fn unet(keys: &mut dyn Keys, samples: Shape) -> Architecture {
     Architecture::Unet(UnetConfig::read(keys, samples))
+}
+
+fn mar(keys: &mut dyn Keys, samples: Shape) -> Architecture {
+    Architecture::Mar(MarConfig::read(keys, samples))
 }
 
 fn classifier(keys: &mut dyn Keys, samples: Shape) -> Architecture {

@@ -7,8 +7,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::family::{FAMILIES, Family};
 use super::interpolant::{Path, Predicts, Weighting};
+use super::masked::{Masking, Rounds};
 use super::transport::Ode;
 use super::{AnyProcess, GaussianDiffusion, Interpolant, Solver};
+use crate::models::Architecture;
 
 /// The process that a network was trained to reverse. No tensor tells: a SiT has the names and
 /// shapes of a DiT.
@@ -21,6 +23,9 @@ pub enum ProcessKind {
     Gaussian,
     /// A stochastic interpolant over continuous time, as of SiT.
     Interpolant(Along),
+    /// Gaussian diffusion of single tokens over the cosine schedule, under a network that is shown
+    /// other tokens of their image, as of MAR.
+    Masked,
 }
 
 /// Which interpolant.
@@ -108,8 +113,14 @@ impl ProcessKind {
 
     /// Those of the published families, by their names in recipes, on the command line and in
     /// files.
-    pub const NAMES: [(&'static str, Self); 2] =
-        [("gaussian", Self::Gaussian), ("interpolant", Self::SIT)];
+    pub const NAMES: [(&'static str, Self); 3] = [
+        ("gaussian", Self::Gaussian),
+        ("interpolant", Self::SIT),
+        ("masked", Self::Masked),
+    ];
+
+    /// Those whose networks have alike tensors, so that a person may have to state which it is.
+    pub const ALIKE: [(&'static str, Self); 2] = [Self::NAMES[0], Self::NAMES[1]];
 
     /// What a diffusion network is taken for of which nothing says how it was trained.
     pub const ASSUMED: Self = Self::Gaussian;
@@ -119,6 +130,7 @@ impl ProcessKind {
         match self {
             Self::Gaussian => "gaussian".to_owned(),
             Self::SIT => "interpolant".to_owned(),
+            Self::Masked => "masked".to_owned(),
             Self::Interpolant(along) => format!(
                 "interpolant:{}:{}:{}",
                 word(&Path::NAMES, &along.path),
@@ -140,6 +152,7 @@ impl ProcessKind {
     pub fn process(self) -> AnyProcess {
         match self {
             Self::Gaussian => GaussianDiffusion::full().into(),
+            Self::Masked => GaussianDiffusion::full_cosine().into(),
             Self::Interpolant(Along {
                 path,
                 predicts,
@@ -153,7 +166,24 @@ impl ProcessKind {
         match self {
             Self::Gaussian => Solver::Ddpm,
             Self::Interpolant(_) => Solver::Ode(Ode::DOPRI5),
+            Self::Masked => Solver::Masked(Rounds::PUBLISHED),
         }
+    }
+
+    /// The process that a network must have been trained under, where its tensors tell.
+    pub fn of_network(network: &Architecture) -> Option<Self> {
+        network.patch_filled_in().map(|_| Self::Masked)
+    }
+
+    /// What a network is taken for of which nothing says how it was trained.
+    pub fn assumed_of(network: &Architecture) -> Self {
+        Self::of_network(network).unwrap_or(Self::ASSUMED)
+    }
+
+    /// How samples of a network are masked in training; None where whole samples are noised.
+    pub fn masking(self, network: &Architecture) -> Option<Masking> {
+        let patch = network.patch_filled_in()?;
+        (self == Self::Masked).then_some(Masking::published(patch))
     }
 
     /// The solvers that sample it, as a recipe names them.
@@ -161,13 +191,14 @@ impl ProcessKind {
         match self {
             Self::Gaussian => "\"ddpm\" or \"ddim\"",
             Self::Interpolant(_) => "\"ode\" or \"sde\"",
+            Self::Masked => "\"masked\"",
         }
     }
 
     /// The fewest steps that sampling can take.
     pub fn least_steps(self) -> usize {
         match self {
-            Self::Gaussian => 1,
+            Self::Gaussian | Self::Masked => 1,
             // The start and the end of an equation.
             Self::Interpolant(_) => 2,
         }
@@ -176,7 +207,7 @@ impl ProcessKind {
     /// Whether a weight file of another program says nothing of this process, and is not taken for
     /// it.
     pub fn must_be_stated(self) -> bool {
-        self != Self::ASSUMED
+        matches!(self, Self::Interpolant(_))
     }
 
     /// The family whose models are trained under it.
@@ -214,7 +245,7 @@ impl ProcessKind {
     /// How a person states one, for messages: `--process gaussian` or ... with these pieces around
     /// each name.
     pub fn stated(before: &str, after: &str) -> String {
-        let each = Self::NAMES.map(|(name, _)| format!("`{before}{name}{after}`"));
+        let each = Self::ALIKE.map(|(name, _)| format!("`{before}{name}{after}`"));
         each.join(" or ")
     }
 
@@ -229,6 +260,7 @@ impl fmt::Display for ProcessKind {
         match *self {
             Self::Gaussian => f.write_str("gaussian diffusion (a DiT)"),
             Self::SIT => f.write_str("an interpolant (a SiT)"),
+            Self::Masked => f.write_str("masked autoregression (a MAR)"),
             Self::Interpolant(Along {
                 path,
                 predicts,

@@ -2,73 +2,77 @@
 //! in rounds, and those of a round are denoised each on its own, under what the network says of
 //! their places.
 
-use burn::tensor::{Int, Tensor, backend::Backend};
+use std::sync::Arc;
 
-use super::losses::Terms;
-use super::{GaussianDiffusion, Noised, Process};
-use crate::models::mar::{Head, Known, Mar};
-use crate::ops::{FusedOps, indices};
+use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use serde::Serialize;
+
+use super::GaussianDiffusion;
+use super::objective::{as_images, as_rows};
+use crate::models::mar::{Known, of_tokens};
+use crate::models::{FillsIn, Shape};
+use crate::ops::indices;
+use crate::random::{self, Stream};
 use crate::trunk::Plain;
 
-/// The loss that a network is trained by.
-#[derive(Debug, Clone)]
-pub struct DiffusionLoss {
-    diffusion: GaussianDiffusion,
-    /// Noised copies of each token, which share the network's pass.
+/// Which tokens of a training batch are unknown, and how often each is noised.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Masking {
+    /// Side of the patch that is a token.
+    pub patch: usize,
+    /// Noised copies of each unknown token, which share the trunk's pass.
     pub copies: usize,
+    /// Least share of unknown tokens.
+    pub least: f64,
 }
 
-impl DiffusionLoss {
-    /// The published loss, over the cosine schedule of 1,000 steps.
-    pub fn new(copies: usize) -> Self {
-        let diffusion = GaussianDiffusion::full_cosine();
-        Self { diffusion, copies }
+impl Masking {
+    /// That of the published models.
+    pub fn published(patch: usize) -> Self {
+        Self {
+            patch,
+            copies: 4,
+            least: 0.7,
+        }
     }
 
-    /// Tokens `[batch, tokens, token width]` noised to times `t`, one for each row of `noise`
-    /// `[copies batch tokens, token width]`: all tokens of the first copy, then those of the next.
-    pub fn noised<B: Backend>(
-        &self,
-        tokens: Tensor<B, 3>,
-        noise: Tensor<B, 2>,
-        t: Vec<f32>,
-    ) -> Noised<B> {
-        let [batch, count, width] = tokens.dims();
-        let rows = tokens.reshape([batch * count, width]);
-        let clean = as_images(rows.repeat_dim(0, self.copies));
-        let y = Tensor::zeros([t.len()], &noise.device());
-        Noised::new(&self.diffusion, clean, as_images(noise), t, y)
+    /// Standard deviation of the normal distribution that shares are drawn from; its mean is 1.
+    const DEVIATION: f64 = 0.25;
+
+    /// The share of unknown tokens at a quantile: that of the normal distribution around 1, cut to
+    /// what lies between the least share and 1.
+    pub fn share(&self, quantile: f64) -> f64 {
+        let cdf = |z: f64| 0.5 * libm::erfc(-z / std::f64::consts::SQRT_2);
+        let least = (self.least - 1.0) / Self::DEVIATION;
+        let target = cdf(least) + quantile * (0.5 - cdf(least));
+        // A bisection down to the last bits: it is drawn once a step.
+        let (mut low, mut high) = (least, 0.0);
+        for _ in 0..60 {
+            let middle = 0.5 * (low + high);
+            *(if cdf(middle) < target {
+                &mut low
+            } else {
+                &mut high
+            }) = middle;
+        }
+        1.0 + Self::DEVIATION * 0.5 * (low + high)
     }
 
-    /// The head's terms for each row of noised tokens, under vectors `z` `[batch, tokens, width]`.
-    pub fn terms<B: FusedOps>(
-        &self,
-        head: &Head<B>,
-        seen: &Noised<B>,
-        z: Tensor<B, 3>,
-    ) -> Terms<B> {
-        let [batch, count, width] = z.dims();
-        let t = self.diffusion.told(&seen.t, &z.device());
-        let projected = head.project(z.reshape([batch * count, width]));
-        let projected = projected.repeat_dim(0, self.copies);
-        let output = head.forward(as_rows(seen.state.clone()), t, projected);
-        seen.terms(&self.diffusion, as_images(output))
-    }
-
-    /// The mean of the rows' losses over unknown tokens, `[1]`; 0 where all are known.
-    pub fn over_unknown<B: Backend>(&self, losses: Tensor<B, 1>, known: &Known) -> Tensor<B, 1> {
-        let unknown = known.unknown();
-        let mask: Vec<f32> = (0..self.copies)
-            .flat_map(|_| unknown.iter().map(|unknown| f32::from(u8::from(*unknown))))
-            .collect();
-        let count = mask.iter().sum::<f32>().max(1.0);
-        let mask = Tensor::from_floats(mask.as_slice(), &losses.device());
-        (losses * mask).sum() / count
+    /// The known ones of `tokens` tokens of each sample of a training step's batch: as many of
+    /// each, the last ones of an order of its own.
+    pub fn known(&self, seed: u64, step: u64, batch: usize, tokens: usize) -> Known {
+        let quantile = random::uniform(seed, Stream::MaskRatio, step, 0, 1, (0.0, 1.0))[0];
+        let share = self.share(f64::from(quantile));
+        let unknown = ((tokens as f64 * share).ceil() as usize).clamp(1, tokens);
+        let order = |sample| random::permutation_of(seed, Stream::MaskOrder, step, sample, tokens);
+        let orders: Vec<Vec<usize>> = (0..batch as u64).map(order).collect();
+        Known::of_orders(&orders, unknown)
     }
 }
 
 /// How guidance grows over the rounds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum GuidanceSchedule {
     /// It is the same in all rounds.
     Constant,
@@ -76,19 +80,70 @@ pub enum GuidanceSchedule {
     Linear,
 }
 
+impl GuidanceSchedule {
+    /// Both, by their names.
+    pub const NAMES: [(&'static str, Self); 2] =
+        [("linear", Self::Linear), ("constant", Self::Constant)];
+}
+
+/// The rounds in which tokens become known.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Rounds {
+    /// Rounds in which the tokens of an image become known.
+    pub rounds: usize,
+    /// Guidance over the rounds: growing with the share of known tokens, or the same in all.
+    pub guidance_schedule: GuidanceSchedule,
+    /// Factor of the noise in the steps of each token.
+    pub temperature: f64,
+}
+
+impl Rounds {
+    /// The reference's own.
+    pub const PUBLISHED: Self = Self {
+        rounds: 64,
+        guidance_schedule: GuidanceSchedule::Linear,
+        temperature: 1.0,
+    };
+
+    /// The head's steps of the published results.
+    pub const STEPS: usize = 100;
+
+    /// The count of tokens that are unknown after a round, of `unknown` before it: at least 1. The
+    /// last round draws every token that is left, and its guidance still counts one.
+    pub fn unknown_after(&self, round: usize, tokens: usize, unknown: usize) -> usize {
+        // In the reference's order: a product may be whole, so that the last bit counts.
+        let angle = std::f64::consts::FRAC_PI_2 * (round + 1) as f64 / self.rounds as f64;
+        let left = (tokens as f64 * angle.cos()).floor() as usize;
+        left.min(unknown.saturating_sub(1)).max(1)
+    }
+
+    /// The tokens that are known in each round in which any are drawn.
+    pub fn known(&self, tokens: usize) -> Vec<usize> {
+        let mut unknown = tokens;
+        let mut known = Vec::new();
+        for round in 0..self.rounds {
+            let left = match round + 1 == self.rounds {
+                true => 0,
+                false => self.unknown_after(round, tokens, unknown),
+            };
+            if left < unknown {
+                known.push(tokens - unknown);
+                unknown = left;
+            }
+        }
+        known
+    }
+}
+
 /// How images are drawn.
 #[derive(Debug, Clone)]
 pub struct MaskedSampler {
     /// The head's diffusion, respaced to the steps to take.
-    pub diffusion: GaussianDiffusion,
-    /// Rounds in which tokens become known.
-    pub rounds: usize,
+    pub diffusion: Arc<GaussianDiffusion>,
+    /// The rounds.
+    pub rounds: Rounds,
     /// Classifier-free guidance of the predicted noise; 1 is none.
     pub scale: f64,
-    /// Guidance over the rounds.
-    pub schedule: GuidanceSchedule,
-    /// Factor of the noise of the head's steps.
-    pub temperature: f64,
 }
 
 /// Which noise is asked for: that of one token of each row, `[rows, token width]`.
@@ -106,18 +161,9 @@ pub struct NoiseOf<'a> {
 pub type RoundNoise<'a, B> = &'a mut dyn FnMut(NoiseOf<'_>) -> Tensor<B, 2>;
 
 impl MaskedSampler {
-    /// The reference's count of tokens that are unknown after a round, of `unknown` before it: at
-    /// least 1. The last round draws every token that is left, and its guidance still counts one.
-    pub fn unknown_after(&self, round: usize, tokens: usize, unknown: usize) -> usize {
-        // In the reference's order: a product may be whole, so that the last bit counts.
-        let angle = std::f64::consts::FRAC_PI_2 * (round + 1) as f64 / self.rounds as f64;
-        let left = (tokens as f64 * angle.cos()).floor() as usize;
-        left.min(unknown.saturating_sub(1)).max(1)
-    }
-
     /// The guidance of a round, after which so many tokens are unknown.
     pub fn guidance(&self, tokens: usize, unknown: usize) -> f64 {
-        match self.schedule {
+        match self.rounds.guidance_schedule {
             GuidanceSchedule::Constant => self.scale,
             GuidanceSchedule::Linear => {
                 1.0 + (self.scale - 1.0) * (tokens - unknown) as f64 / tokens as f64
@@ -130,18 +176,21 @@ impl MaskedSampler {
     /// last, under guidance) and tokens.
     ///
     /// # Panics
-    /// When there are no rounds, or an order is not as long as a sample of the network has tokens.
-    pub fn generate<B: FusedOps>(
+    /// When there are no rounds, or an order is not as long as a sample has tokens.
+    pub fn generate<B: Backend>(
         &self,
-        network: &Mar<B>,
+        (network, shape): (&dyn FillsIn<B>, Shape),
         orders: &[Vec<usize>],
         y: Tensor<B, 1, Int>,
         noise: RoundNoise<'_, B>,
         mut watch: impl FnMut(usize, &Tensor<B, 2>, &Tensor<B, 2>),
     ) -> Tensor<B, 4> {
-        let config = network.config();
-        let (batch, count) = (orders.len(), config.tokens());
-        assert!(self.rounds > 0, "no rounds in which tokens become known");
+        let patch = network.patch();
+        let (batch, count) = (orders.len(), (shape.side / patch).pow(2));
+        assert!(
+            self.rounds.rounds > 0,
+            "no rounds in which tokens become known"
+        );
         assert!(
             orders.iter().all(|order| order.len() == count),
             "orders are of {count} tokens"
@@ -150,16 +199,16 @@ impl MaskedSampler {
         let guided = self.scale != 1.0;
         let y = match guided {
             true => {
-                let null = y.zeros_like().add_scalar(config.classes as i64);
+                let null = y.zeros_like().add_scalar(shape.classes as i64);
                 Tensor::cat(vec![y, null], 0)
             }
             false => y,
         };
-        let mut tokens = Tensor::zeros([batch, count, config.token_width()], &device);
+        let mut tokens = Tensor::zeros([batch, count, shape.channels * patch.pow(2)], &device);
         let mut unknown = count;
-        for round in 0..self.rounds {
-            let left = self.unknown_after(round, count, unknown);
-            let is_last = round + 1 == self.rounds;
+        for round in 0..self.rounds.rounds {
+            let left = self.rounds.unknown_after(round, count, unknown);
+            let is_last = round + 1 == self.rounds.rounds;
             let chosen: Vec<Vec<usize>> = orders
                 .iter()
                 .map(|order| {
@@ -175,7 +224,7 @@ impl MaskedSampler {
             let mut known = Known::of_orders(orders, unknown);
             let mut seen = tokens.clone();
             if guided {
-                known = known.twice();
+                known = known.repeated(2);
                 seen = seen.repeat_dim(0, 2);
             }
             let said = network.condition(seen, &known, y.clone(), &mut Plain);
@@ -198,53 +247,109 @@ impl MaskedSampler {
                     tokens,
                 })
             };
-            let head = &network.diffloss.net;
-            let drawn = self.denoise(head, z.clone(), guided.then_some(scale), &mut of_step);
+            let guidance = guided.then_some(scale);
+            let drawn = self.denoise(network, z.clone(), guidance, &mut of_step);
             watch(round, &z, &drawn);
             tokens = with_rows(tokens, &rows[..drawn.dims()[0]], drawn);
             unknown = left;
         }
-        network.unpatchify(tokens)
+        of_tokens(tokens, patch)
+    }
+
+    /// Draws samples `indices` with `labels`. Orders and noise are keyed by (seed, sample index), so
+    /// that a sample does not depend on its batch. `progress` is called after every round.
+    ///
+    /// # Panics
+    /// As [`generate`](Self::generate).
+    pub fn draw<B: Backend>(
+        &self,
+        (network, shape): (&dyn FillsIn<B>, Shape),
+        seed: u64,
+        (indices, labels): (&[usize], &[usize]),
+        device: &B::Device,
+        mut progress: impl FnMut(),
+    ) -> Tensor<B, 4> {
+        let patch = network.patch();
+        let (count, width) = ((shape.side / patch).pow(2), shape.channels * patch.pow(2));
+        let order = |index: &usize| {
+            random::permutation_of(seed, Stream::SampleOrder, 0, *index as u64, count)
+        };
+        let orders: Vec<Vec<usize>> = indices.iter().map(order).collect();
+        let steps = self.diffusion.steps();
+        let mut noise = |of: NoiseOf<'_>| -> Tensor<B, 2> {
+            let (stream, step) = match of.step {
+                None => (Stream::SampleStart, of.round),
+                Some(step) => (Stream::SampleStep, of.round * steps + step),
+            };
+            let drawn = (indices.iter().zip(of.tokens)).flat_map(|(index, tokens)| {
+                let count = tokens.len() * width;
+                random::normal(seed, stream, step as u64, *index as u64, count)
+            });
+            let drawn: Vec<f32> = drawn.collect();
+            let rows = drawn.len() / width;
+            Tensor::<B, 1>::from_floats(drawn.as_slice(), device).reshape([rows, width])
+        };
+        let y: Vec<i64> = labels.iter().map(|label| *label as i64).collect();
+        let y = Tensor::from_data(TensorData::from(y.as_slice()), device);
+        self.generate((network, shape), &orders, y, &mut noise, |_, _, _| {
+            progress()
+        })
     }
 
     /// Denoises a token for each of the vectors `z` `[rows, width]`; with guidance the second half
     /// of them are those without a class.
-    pub fn denoise<B: FusedOps>(
+    pub fn denoise<B: Backend>(
         &self,
-        head: &Head<B>,
+        network: &dyn FillsIn<B>,
         z: Tensor<B, 2>,
         guidance: Option<f64>,
         noise: &mut dyn FnMut(Option<usize>) -> Tensor<B, 2>,
     ) -> Tensor<B, 2> {
         let device = z.device();
-        let projected = head.project(z);
+        let projected = network.project(z);
         let mut x = noise(None);
         let count = x.dims()[0];
         for (k, step) in (0..self.diffusion.steps()).rev().enumerate() {
             let t = vec![step; count];
             let told = self.diffusion.model_timesteps(&[step], &device);
             let output = match guidance {
-                Some(scale) => head.guided(x.clone(), told, projected.clone(), scale),
-                None => head.forward(x.clone(), told, projected.clone()),
+                Some(scale) => guided(network, x.clone(), told, projected.clone(), scale),
+                None => network.denoise(x.clone(), told, projected.clone()),
             };
             let prediction =
                 (self.diffusion).predict(as_images(output), as_images(x.clone()), &t, false);
-            let noise = as_images(noise(Some(k))) * self.temperature;
+            let noise = as_images(noise(Some(k))) * self.rounds.temperature;
             x = as_rows(self.diffusion.ddpm_step(prediction, &t, noise));
         }
         x
     }
 }
 
-/// Rows as images of one pixel, which the diffusion is written for.
-fn as_images<B: Backend>(rows: Tensor<B, 2>) -> Tensor<B, 4> {
-    let [count, width] = rows.dims();
-    rows.reshape([count, width, 1, 1])
-}
-
-fn as_rows<B: Backend>(images: Tensor<B, 4>) -> Tensor<B, 2> {
-    let [count, width, ..] = images.dims();
-    images.reshape([count, width])
+/// What a network predicts of noised tokens, with classifier-free guidance of the noise (arXiv
+/// 2207.12598): under the projected vectors of all rows, and then those without a class. The
+/// variance is that with a class.
+pub fn guided<B: Backend>(
+    network: &dyn FillsIn<B>,
+    x: Tensor<B, 2>,
+    t: Tensor<B, 1>,
+    projected: Tensor<B, 2>,
+    scale: f64,
+) -> Tensor<B, 2> {
+    let [rows, token] = x.dims();
+    let t = if t.dims() == [1] {
+        t
+    } else {
+        t.repeat_dim(0, 2)
+    };
+    let output = network.denoise(x.repeat_dim(0, 2), t, projected);
+    let (with, without) = (
+        output.clone().narrow(0, 0, rows),
+        output.narrow(0, rows, rows),
+    );
+    let without = without.narrow(1, 0, token);
+    let noise = with.clone().narrow(1, 0, token);
+    let noise = without.clone() + (noise - without).mul_scalar(scale);
+    Tensor::cat(vec![noise, with.narrow(1, token, token)], 1)
 }
 
 /// Tokens `[batch, tokens, token width]` with some rows replaced.

@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use super::gaussian::{GaussianDiffusion, Prediction, Variance};
 use super::interpolant::own;
+use super::masked::{MaskedSampler, Rounds};
 use super::transport::{LastStep, Ode, Sde, SdeMethod};
 use super::{AnyProcess, ProcessKind};
 use crate::models::{Denoiser, Shape};
@@ -26,6 +27,8 @@ pub enum Solver {
     Ode(Ode),
     /// Stochastic differential equation of an interpolant.
     Sde(Sde),
+    /// Rounds in which the tokens of an image become known.
+    Masked(Rounds),
 }
 
 impl Solver {
@@ -44,7 +47,21 @@ impl Solver {
                 };
                 step * between + usize::from(sde.last_step != LastStep::None)
             }
+            Self::Masked(rounds) => rounds.rounds,
         }
+    }
+
+    /// How often a drawing in so many steps tells of its progress.
+    pub fn tells(self, steps: usize) -> usize {
+        match self {
+            Self::Masked(rounds) => rounds.rounds,
+            _ => steps,
+        }
+    }
+
+    /// Whether its steps are the same work, so that a few of them tell the time of all.
+    pub fn has_equal_steps(self) -> bool {
+        !matches!(self, Self::Ode(Ode::Dopri5 { .. }) | Self::Masked(_))
     }
 
     /// Why it can't sample a model of a process, if so.
@@ -68,6 +85,7 @@ impl Solver {
         match self {
             Self::Ddpm | Self::Ddim { .. } => process == ProcessKind::Gaussian,
             Self::Ode(_) | Self::Sde(_) => matches!(process, ProcessKind::Interpolant(_)),
+            Self::Masked(_) => process == ProcessKind::Masked,
         }
     }
 }
@@ -164,6 +182,10 @@ impl Sampler {
             return Err(problem);
         }
         let process = match process.process() {
+            AnyProcess::Gaussian(_) if process == ProcessKind::Masked => {
+                let diffusion = GaussianDiffusion::cosine(&steps.to_string());
+                diffusion.map_err(|error| error.to_string())?.into()
+            }
             AnyProcess::Gaussian(full) => {
                 let spacing = match steps == full.steps() {
                     true => String::new(),
@@ -218,7 +240,7 @@ impl Sampler {
         match self.solver {
             Solver::Ode(ode) => ode.solve(interpolant, &mut model, x, self.steps, false, watch),
             Solver::Sde(sde) => sde.solve(interpolant, &mut model, x, self.steps, noise, watch),
-            Solver::Ddpm | Solver::Ddim { .. } => {
+            Solver::Ddpm | Solver::Ddim { .. } | Solver::Masked(_) => {
                 panic!("an interpolant has no step of diffusion to take")
             }
         }
@@ -249,7 +271,7 @@ impl Sampler {
             x = match self.solver {
                 Solver::Ddpm => diffusion.ddpm_step(prediction, &t, noise(k)),
                 Solver::Ddim { eta } => diffusion.ddim_step(prediction, x, &t, eta, noise(k)),
-                Solver::Ode(_) | Solver::Sde(_) => {
+                Solver::Ode(_) | Solver::Sde(_) | Solver::Masked(_) => {
                     panic!("Gaussian diffusion is sampled by its own steps")
                 }
             };
@@ -260,6 +282,9 @@ impl Sampler {
 
     /// Generates samples `indices` with `labels`. All noise is keyed by (seed, sample index), so
     /// that a sample does not depend on its batch. `progress` is called after every step.
+    ///
+    /// # Panics
+    /// When the solver does not belong to the process or to the network.
     pub fn generate<B: Backend>(
         &self,
         network: &impl Denoiser<B>,
@@ -269,6 +294,20 @@ impl Sampler {
         device: &B::Device,
         mut progress: impl FnMut(),
     ) -> Tensor<B, 4> {
+        if let (Solver::Masked(rounds), AnyProcess::Gaussian(diffusion)) =
+            (self.solver, &self.process)
+        {
+            let fills_in = network
+                .fills_in()
+                .expect("rounds are for a network that fills in");
+            let sampler = MaskedSampler {
+                diffusion: diffusion.clone(),
+                rounds,
+                scale: self.guidance.scale,
+            };
+            let (of, what) = ((fills_in, network.shape()), (indices, labels));
+            return sampler.draw(of, seed, what, device, progress);
+        }
         let Shape {
             channels,
             side: size,
@@ -296,7 +335,7 @@ impl Sampler {
         let quiet = match self.solver {
             Solver::Ddim { eta } => eta == 0.0,
             Solver::Ode(_) => true,
-            Solver::Ddpm | Solver::Sde(_) => false,
+            Solver::Ddpm | Solver::Sde(_) | Solver::Masked(_) => false,
         };
         let start = draw(Stream::SampleStart, 0);
         let zeros = start.zeros_like();

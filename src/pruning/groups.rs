@@ -204,13 +204,14 @@ impl fmt::Display for Groups {
 ///
 /// Each student layer stands for everything up to the next kept layer: it is matched with the
 /// teacher's layer just before that one, and the last student layer with the teacher's last, so
-/// that both sides of a tap feed the same next layer. Where each group keeps its first layer, this
-/// agrees with [`Groups::taps`].
+/// that both sides of a tap feed the same next layer; none stands for layers beyond a border. Where
+/// each group keeps its first layer, this agrees with [`Groups::taps`].
 ///
 /// # Errors
 ///
-/// If `kept` is empty, not strictly increasing, or names a layer at or beyond `depth`.
-pub fn taps_from_kept(kept: &[usize], depth: usize) -> Result<Vec<(usize, usize)>, GroupError> {
+/// If `kept` is empty, not strictly increasing, or names a layer at or beyond the depth.
+pub fn taps_from_kept(kept: &[usize], trunk: &Trunk) -> Result<Vec<(usize, usize)>, GroupError> {
+    let depth = trunk.depth;
     let increasing = kept.windows(2).all(|pair| pair[0] < pair[1]);
     if !increasing || kept.last().is_none_or(|&last| last >= depth) {
         return Err(GroupError::Kept {
@@ -218,10 +219,13 @@ pub fn taps_from_kept(kept: &[usize], depth: usize) -> Result<Vec<(usize, usize)
             depth,
         });
     }
-    let ends = kept[1..].iter().copied().chain([depth]);
-    Ok(ends
-        .enumerate()
-        .map(|(student, end)| (student, end - 1))
+    let next = kept[1..].iter().copied().chain([depth]);
+    let taps = kept.iter().zip(next).enumerate();
+    Ok(taps
+        .map(|(student, (layer, next))| {
+            let end = trunk.borders.iter().find(|border| *border > layer);
+            (student, end.map_or(next, |border| next.min(*border)) - 1)
+        })
         .collect())
 }
 
@@ -327,13 +331,24 @@ mod tests {
     #[test]
     fn taps_without_groups_end_before_the_next_kept_layer() {
         assert_eq!(
-            taps_from_kept(&[0, 2, 5], 8),
+            taps_from_kept(&[0, 2, 5], &Trunk::plain(8)),
             Ok(vec![(0, 1), (1, 4), (2, 7)])
         );
-        assert_eq!(taps_from_kept(&[3], 4), Ok(vec![(0, 3)]));
+        let plain = Trunk::plain(4);
+        assert_eq!(taps_from_kept(&[3], &plain), Ok(vec![(0, 3)]));
+        // None stands for layers beyond a border, whether or not any is kept there.
+        let bordered = Trunk {
+            depth: 8,
+            borders: vec![4],
+        };
+        assert_eq!(
+            taps_from_kept(&[0, 2, 5], &bordered),
+            Ok(vec![(0, 1), (1, 3), (2, 7)])
+        );
+        assert_eq!(taps_from_kept(&[1], &bordered), Ok(vec![(0, 3)]));
         for kept in [&[][..], &[0, 0], &[2, 1], &[4]] {
             assert!(matches!(
-                taps_from_kept(kept, 4),
+                taps_from_kept(kept, &plain),
                 Err(GroupError::Kept { .. })
             ));
         }

@@ -293,7 +293,7 @@ where
             grads: gradients,
             item: StepReport {
                 scalars: scalars(&terms),
-                images: batch.t.len(),
+                images: batch.samples(),
             },
         }
     }

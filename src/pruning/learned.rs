@@ -189,7 +189,7 @@ where
             grads: gradients,
             item: StepReport {
                 scalars,
-                images: batch.t.len(),
+                images: batch.samples(),
             },
         }
     }

@@ -4,6 +4,8 @@
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use serde::{Deserialize, Serialize};
 
+use crate::data::Batch;
+use crate::models::mar::Known;
 use crate::models::{Prunable, Shape};
 use crate::process::{Noised, Process};
 use crate::random::{self, Stream};
@@ -35,12 +37,32 @@ pub struct ScoreBatch<B: Backend> {
     pub y: Tensor<B, 1, Int>,
     /// Times of the process.
     pub t: Vec<f32>,
+    /// The known tokens of masked samples.
+    pub known: Option<Known>,
+}
+
+impl<B: Backend> From<Batch<B>> for ScoreBatch<B> {
+    fn from(batch: Batch<B>) -> Self {
+        Self {
+            x: batch.x,
+            noise: batch.noise,
+            y: batch.y,
+            t: batch.t,
+            known: batch.known,
+        }
+    }
 }
 
 impl<B: Backend> ScoreBatch<B> {
+    /// Number of samples.
+    pub fn samples(&self) -> usize {
+        self.x.dims()[0]
+    }
+
     /// Batches of at most `most` of its samples.
     pub fn parts(self, most: usize) -> Vec<Self> {
-        let count = self.t.len();
+        let count = self.samples();
+        let times = self.t.len() / count;
         let starts = (0..count).step_by(most.max(1));
         let part = |start: usize| {
             let range = start..(start + most.max(1)).min(count);
@@ -48,7 +70,8 @@ impl<B: Backend> ScoreBatch<B> {
                 x: self.x.clone().slice([range.clone()]),
                 noise: self.noise.clone().slice([range.clone()]),
                 y: self.y.clone().slice([range.clone()]),
-                t: self.t[range].to_vec(),
+                t: self.t[range.start * times..range.end * times].to_vec(),
+                known: (self.known.as_ref()).map(|known| known.of_samples(range)),
             }
         };
         starts.map(part).collect()
@@ -57,7 +80,8 @@ impl<B: Backend> ScoreBatch<B> {
     /// What a network is shown of it.
     pub(crate) fn noised(&self, process: &impl Process) -> Noised<B> {
         let (clean, noise) = (self.x.clone(), self.noise.clone());
-        Noised::new(process, clean, noise, self.t.clone(), self.y.clone())
+        let (t, known) = (self.t.clone(), self.known.clone());
+        Noised::new(process, clean, noise, t, self.y.clone(), known)
     }
 
     /// So many samples of nothing but noise, of the first class and at time 0: enough to try a
@@ -74,6 +98,7 @@ impl<B: Backend> ScoreBatch<B> {
             noise: draw(Stream::Noise),
             y: Tensor::zeros([count], device),
             t: vec![0.0; count],
+            known: None,
         }
     }
 }
@@ -87,7 +112,7 @@ pub fn prediction_loss<B: Backend>(
 ) -> f64 {
     let seen = batch.noised(process);
     let output = seen.run(process, network, &mut Plain);
-    scalar(process.error(&seen, output).mean())
+    scalar(seen.error(process, output).mean())
 }
 
 /// Scores of one batch.
@@ -109,12 +134,12 @@ pub fn score<B: Backend>(
     if method == Score::Sensitivity {
         return sensitivity(network, process, batch);
     }
-    let t = process.told(&batch.t, &batch.x.device());
+    let seen = batch.noised(process).without_noise();
     let mut hook = Change {
         method,
         scores: Vec::new(),
     };
-    network.forward(batch.x.clone(), t, batch.y.clone(), &mut hook);
+    seen.run(process, network, &mut hook);
     Calibration {
         scores: hook.scores,
         base: None,
@@ -152,7 +177,7 @@ fn sensitivity<B: Backend>(
     let seen = batch.noised(process);
     let loss = |hook: &mut dyn BlockHook<B>| {
         let output = seen.run(process, network, hook);
-        scalar(process.error(&seen, output).mean())
+        scalar(seen.error(process, output).mean())
     };
     let base = loss(&mut Plain);
     let scores = (0..network.trunk().depth)

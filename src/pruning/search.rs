@@ -94,7 +94,7 @@ pub fn mask_losses<B: Backend>(
         }
         hook.turn_to(&masks[index]);
         let output = seen.run(process, network, &mut hook);
-        losses[index] = scalar(process.error(&seen, output).mean());
+        losses[index] = scalar(seen.error(process, output).mean());
         progress(done + 1);
     }
     Some(losses)

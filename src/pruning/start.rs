@@ -19,8 +19,8 @@ pub enum Start {
     Original,
     /// Those that were trained along with the masks.
     Update,
-    /// The mean of each kept layer and the removed ones that follow it; the first stands for those
-    /// before it too.
+    /// The mean of each kept layer and the removed ones that follow it, up to a border of the trunk;
+    /// the first, or the first after a border, stands for those before it too.
     Average,
 }
 
@@ -45,12 +45,16 @@ impl Start {
 /// When `kept` is empty, not strictly increasing or beyond the trunk; when layers that belong
 /// together differ in shape.
 pub fn averaged<B: Backend, N: Prunable<B>>(network: N, kept: &[usize]) -> Result<N, String> {
-    let depth = network.trunk().depth;
-    let spans = taps_from_kept(kept, depth).map_err(|error: GroupError| error.to_string())?;
+    let trunk = network.trunk();
+    let spans = taps_from_kept(kept, &trunk).map_err(|error: GroupError| error.to_string())?;
     let state = collect::<B, N>(&network);
     let mut means = StateDict::new();
     for (index, (_, last)) in spans.into_iter().enumerate() {
-        let first = if index == 0 { 0 } else { kept[index] };
+        let begins = trunk.borders.iter().rev();
+        let begin = begins.copied().find(|border| *border <= kept[index]);
+        let begin = begin.unwrap_or(0);
+        let is_first = index == 0 || kept[index - 1] < begin;
+        let first = if is_first { begin } else { kept[index] };
         let span: Vec<HashMap<String, String>> = (first..=last)
             .map(|layer| own_names(&network, layer))
             .collect();

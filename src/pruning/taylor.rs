@@ -91,13 +91,14 @@ impl<N> LossGradients<N> {
     ) where
         N: Denoiser<B> + AutodiffModule<B>,
     {
-        let count = batch.t.len();
-        let at_all = times.iter().flat_map(|t| std::iter::repeat_n(*t, count));
+        let (count, rows) = (batch.samples(), batch.t.len());
+        let at_all = times.iter().flat_map(|t| std::iter::repeat_n(*t, rows));
         let all = ScoreBatch {
             x: batch.x.clone().repeat_dim(0, times.len()),
             noise: batch.noise.clone().repeat_dim(0, times.len()),
             y: batch.y.clone().repeat_dim(0, times.len()),
             t: at_all.collect(),
+            known: (batch.known.as_ref()).map(|known| known.repeated(times.len())),
         };
         let seen = all.noised(process);
         let output = seen.run(process, network, &mut Plain);

@@ -1,7 +1,7 @@
 //! The repository's recipes, embedded in the program, so that the binary alone runs them by name.
 
 /// Name and text of each recipe.
-pub const RECIPES: [(&str, &str); 30] = [
+pub const RECIPES: [(&str, &str); 32] = [
     ("d14_1_2", include_str!("../../recipes/d14_1_2.toml")),
     ("d14_2_4", include_str!("../../recipes/d14_2_4.toml")),
     ("d14_7_14", include_str!("../../recipes/d14_7_14.toml")),
@@ -42,6 +42,7 @@ pub const RECIPES: [(&str, &str); 30] = [
         "digits_features",
         include_str!("../../recipes/digits_features.toml"),
     ),
+    ("digits_mar", include_str!("../../recipes/digits_mar.toml")),
     ("digits_sit", include_str!("../../recipes/digits_sit.toml")),
     (
         "digits_teacher",
@@ -75,6 +76,7 @@ pub const RECIPES: [(&str, &str); 30] = [
         "fashion_ways",
         include_str!("../../recipes/fashion_ways.toml"),
     ),
+    ("mar_d16", include_str!("../../recipes/mar_d16.toml")),
     ("quickstart", include_str!("../../recipes/quickstart.toml")),
     ("sit_d14", include_str!("../../recipes/sit_d14.toml")),
     ("standin", include_str!("../../recipes/standin.toml")),

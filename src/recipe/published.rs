@@ -42,7 +42,7 @@ const STANDIN_NETWORK: &str = "standin-dit.pt";
 /// Source of the stand-ins in `recipes/standin.toml`.
 const STANDIN: &str = "`tinyfusion standin FOLDER`, which makes all stand-ins";
 
-const FILES: [PublicFile; 16] = [
+const FILES: [PublicFile; 18] = [
     PublicFile {
         name: "DiT-XL-2-256x256.pt",
         what: "DiT-XL/2 of ImageNet, 256 x 256, CC BY-NC 4.0",
@@ -63,6 +63,20 @@ const FILES: [PublicFile; 16] = [
         size: "1.4 GB",
         from: "https://github.com/VainF/TinyFusion/releases/download/v1.0.0/TinyDiT-D14-MaskedKD-500K.pt",
         model: Some("DiT-D14/2"),
+    },
+    PublicFile {
+        name: "mar_large.pth",
+        what: "MAR-L of ImageNet, 256 x 256, there called checkpoint-last.pth, MIT",
+        size: "3.7 GB",
+        from: "https://www.dropbox.com/scl/fi/pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=0",
+        model: Some("MAR-L"),
+    },
+    PublicFile {
+        name: "kl16.ckpt",
+        what: "MAR's autoencoder, which reduces a picture's sides sixteen times",
+        size: "0.3 GB",
+        from: "https://www.dropbox.com/scl/fi/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=0",
+        model: None,
     },
     PublicFile {
         name: "ddpm-cifar10-32",
@@ -191,9 +205,10 @@ mod tests {
                 "{file:?}"
             );
             let is_dit = file.model.is_some() || file.name == "standin-dit.pt";
-            let process = is_dit.then_some(match file.name.starts_with("SiT") {
-                true => ProcessKind::SIT,
-                false => ProcessKind::Gaussian,
+            let process = is_dit.then_some(match file.name {
+                name if name.starts_with("SiT") => ProcessKind::SIT,
+                name if name.starts_with("mar_") => ProcessKind::Masked,
+                _ => ProcessKind::Gaussian,
             });
             assert_eq!(file.process(), process, "{file:?}");
         }

@@ -44,6 +44,7 @@ use crate::trunk::{Plain, Tap};
 ///     classes: shape.classes,
 ///     label_drop: 0.1,
 ///     times: process.times(),
+///     masking: None,
 ///     candidates: Vec::new(),
 /// };
 /// let batch = BatchSource::new(plan, Arc::new(Digits::new(Split::Train))).draw(0, &device)?;
@@ -151,7 +152,7 @@ where
             grads: gradients,
             item: StepReport {
                 scalars: scalars(&terms),
-                images: batch.t.len(),
+                images: batch.samples(),
             },
         }
     }

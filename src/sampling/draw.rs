@@ -97,12 +97,13 @@ impl<B: FusedOps> Draw<'_, B> {
         }
         let ours = (0..parts.count()).filter(|part| part % self.share.of == self.share.index);
         let missing: Vec<usize> = ours.filter(|part| !parts.has(*part)).collect();
-        let steps = missing.len() * sampling.steps;
+        let tells = sampling.solver.tells(sampling.steps);
+        let steps = missing.len() * tells;
         for (before, &part) in missing.iter().enumerate() {
             if self.stop.requested() {
                 return Err(SamplingError::Interrupted);
             }
-            let (mut done, whole) = (before * sampling.steps, (before + 1) * sampling.steps);
+            let (mut done, whole) = (before * tells, (before + 1) * tells);
             let indices: Vec<usize> = parts.range(part).collect();
             let samples = sampler.generate(
                 self.network,

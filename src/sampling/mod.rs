@@ -102,7 +102,8 @@ pub struct Sampling {
     /// Rule of a sampling step.
     #[serde(flatten)]
     pub solver: Solver,
-    /// Number of steps, respaced over the 1000 of training; of times for an interpolant.
+    /// Number of steps, respaced over the 1000 of training, of a MAR of each token; of times for an
+    /// interpolant.
     pub steps: usize,
 }
 

@@ -5,8 +5,6 @@ use std::time::Instant;
 use super::{Sampling, SamplingError, sampler};
 use crate::backend::Compute;
 use crate::ops::FusedOps;
-use crate::process::Solver;
-use crate::process::transport::Ode;
 use crate::stop::Stop;
 use crate::weights::Checkpoint;
 
@@ -28,10 +26,9 @@ pub fn speeds<B: FusedOps>(
     stop: &Stop,
     device: &B::Device,
 ) -> Result<Vec<Vec<f64>>, SamplingError> {
-    let steps = match sampling.solver {
-        // It chooses its own steps.
-        Solver::Ode(Ode::Dopri5 { .. }) => sampling.steps,
-        _ => sampling.steps.min(STEPS),
+    let steps = match sampling.solver.has_equal_steps() {
+        true => sampling.steps.min(STEPS),
+        false => sampling.steps,
     };
     let batch = sampling.batch.min(sampling.count);
     let indices: Vec<usize> = (0..batch).collect();

@@ -174,14 +174,14 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// A checkpoint of weights in memory, to be written to `path`; a diffusion network's process is
-    /// Gaussian.
+    /// Gaussian, unless its tensors tell another.
     pub fn new(
         architecture: Architecture,
         tensors: Tensors,
         provenance: Provenance,
         path: &Path,
     ) -> Self {
-        let process = architecture.is_denoiser().then_some(ProcessKind::ASSUMED);
+        let process = (architecture.is_denoiser()).then(|| ProcessKind::assumed_of(&architecture));
         Self {
             architecture,
             process,
@@ -248,7 +248,7 @@ impl Checkpoint {
         let provenance = said(&metadata, PROVENANCE).map_err(problem)?;
         let mut process = match (metadata.get(PROCESS), &known) {
             (Some(mark), _) => marked(mark).map_err(problem)?,
-            (None, Some(known)) if known.is_denoiser() => Some(ProcessKind::ASSUMED),
+            (None, Some(known)) if known.is_denoiser() => Some(ProcessKind::assumed_of(known)),
             (None, _) => arguments,
         };
         let mut known = match known {
@@ -311,8 +311,18 @@ impl Checkpoint {
             }
             check(&architecture, path)?;
             architecture.check(&tensors, path)?;
-            known = Some(architecture);
             process = agreed(process, stated).map_err(problem)?;
+            let told = ProcessKind::of_network(&architecture);
+            if let Some(process) = process
+                && (told.is_some() || process == ProcessKind::Masked)
+                && told != Some(process)
+            {
+                return Err(problem(format!(
+                    "it is said to be trained by {process}, which its network is not made for: {architecture}"
+                )));
+            }
+            process = process.or(told);
+            known = Some(architecture);
         }
         let architecture = known.ok_or_else(|| problem("it holds no model".into()))?;
         let provenance = provenance.unwrap_or_default();
@@ -328,7 +338,8 @@ impl Checkpoint {
 
     /// The process it was trained under; Gaussian diffusion if unknown.
     pub fn trained_by(&self) -> ProcessKind {
-        self.process.unwrap_or(ProcessKind::ASSUMED)
+        self.process
+            .unwrap_or_else(|| ProcessKind::assumed_of(&self.architecture))
     }
 
     /// Whether this is a diffusion network whose process is unknown.
@@ -511,8 +522,11 @@ fn beside(path: &Path) -> Result<Option<(Architecture, Option<ProcessKind>)>, We
     let process = match json.get("process") {
         Some(serde_json::Value::String(mark)) => marked(mark).map_err(broken)?,
         Some(other) => return Err(broken(format!("`process` is {other}, expected a string"))),
-        None => Some(ProcessKind::ASSUMED),
+        None => None,
     };
-    let architecture = serde_json::from_value(json).map_err(|error| broken(error.to_string()))?;
-    Ok(Some((architecture, process)))
+    let stated = json.get("process").is_some();
+    let architecture: Architecture =
+        serde_json::from_value(json).map_err(|error| broken(error.to_string()))?;
+    let assumed = (!stated).then(|| ProcessKind::assumed_of(&architecture));
+    Ok(Some((architecture, process.or(assumed))))
 }

@@ -10,6 +10,7 @@ mod commands;
 mod failing;
 mod hostile;
 mod kills;
+mod mar;
 mod own_pictures;
 mod page;
 mod paper;

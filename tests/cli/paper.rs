@@ -39,6 +39,20 @@ fn every_recipe_can_be_planned_without_its_files() {
         let dit = name.starts_with("width_")
             || (name.strip_prefix('d'))
                 .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+        if name.starts_with("mar_") {
+            for words in [
+                "mar_large.pth",
+                "https://www.dropbox.com/",
+                "kl16.ckpt",
+                "imagenet256-kl16",
+                "5 files are missing",
+                "encoder of 8 layers of width 1024",
+                "276,786,720 parameters",
+            ] {
+                assert!(dry.stdout.contains(words), "{words}: {}", dry.stdout);
+            }
+            states_its_cost(&path, &dry.stdout);
+        }
         if name.starts_with("ddpm_") {
             assert!(
                 dry.stdout.contains("huggingface.co/google/ddpm-"),

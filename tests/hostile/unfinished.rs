@@ -72,6 +72,7 @@ fn train(
         classes: 10,
         label_drop: 0.0,
         times: Times::Steps(1000),
+        masking: None,
         candidates: Vec::new(),
     };
     let source = BatchSource::new(batches, Arc::new(Digits::new(Split::Train)));

@@ -178,6 +178,20 @@ impl Values {
         }
     }
 
+    /// Some entries of the first dimension.
+    pub fn rows(&self, rows: &[usize]) -> Values {
+        let size = self.data.len() / self.shape[0];
+        let mut shape = self.shape.clone();
+        shape[0] = rows.len();
+        let data = rows
+            .iter()
+            .flat_map(|row| &self.data[row * size..(row + 1) * size]);
+        Values {
+            shape,
+            data: data.copied().collect(),
+        }
+    }
+
     /// The first `count` entries of the first dimension.
     pub fn first(&self, count: usize) -> Values {
         let size: usize = self.shape[1..].iter().product();

@@ -424,6 +424,7 @@ fn batch<B: Backend>(file: &File, groups: usize, classes: usize) -> Batch<B> {
         x: file.get("x").tensor(),
         noise: file.get("noise").tensor(),
         t: file.get("t").times(),
+        known: None,
         y: dropped(file.get("y"), file.get("drop_ids"), classes).labels(),
         gumbel: (0..groups)
             .map(|group| file.get(&format!("gumbel.{group}")).tensor())

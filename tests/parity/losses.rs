@@ -70,6 +70,7 @@ pub fn distill_losses<B: TrainingBackend>(slack: f64) {
             file.get("noise").tensor(),
             t.clone(),
             y_teacher.labels(),
+            None,
         )
         .teach(&diffusion, &teacher, &teacher_layers);
         let said = TeacherOutput {
@@ -83,6 +84,7 @@ pub fn distill_losses<B: TrainingBackend>(slack: f64) {
             file.get("noise").tensor(),
             t.clone(),
             y.labels(),
+            None,
         );
         let mut tap = Tap::new(taps.iter().map(|tap| tap.0));
         let output = seen.run(&diffusion, &student, &mut tap);

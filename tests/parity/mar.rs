@@ -1,10 +1,13 @@
 //! MAR against the reference: group `mar_forward`.
 
+use std::sync::Arc;
+
 use burn::tensor::Tensor;
-use tinyfusion::models::mar::{Known, Mar, MarConfig, Stack};
-use tinyfusion::ops::FusedOps;
-use tinyfusion::process::masked::{DiffusionLoss, GuidanceSchedule, MaskedSampler};
-use tinyfusion::process::{DiffusionTables, GaussianDiffusion, respace};
+use tinyfusion::models::mar::{Known, Mar, MarConfig, Stack, of_tokens, tokens};
+use tinyfusion::models::{Architecture, Denoiser, FillsIn, Prunable};
+use tinyfusion::ops::{FusedOps, indices};
+use tinyfusion::process::masked::{GuidanceSchedule, MaskedSampler, Masking, Rounds, guided};
+use tinyfusion::process::{DiffusionTables, GaussianDiffusion, Noised, Process, respace};
 use tinyfusion::state::{StateDict, assign, names};
 use tinyfusion::trunk::{Block, BlockHook, Plain, Site};
 use tinyfusion::weights::open_weights;
@@ -57,6 +60,21 @@ fn orders(file: &File) -> Vec<Vec<usize>> {
     (0..orders.shape[0]).map(of).collect()
 }
 
+/// The rows of the reference's noise in the order of the samples, of the unknown tokens alone.
+fn by_sample(known: &Known, copies: usize) -> Vec<usize> {
+    let (all, tokens) = (known.unknown(), known.tokens());
+    let batch = all.len() / tokens;
+    let mut order = Vec::new();
+    for sample in 0..batch {
+        for copy in 0..copies {
+            let unknown = (0..tokens).map(|token| sample * tokens + token);
+            let unknown = unknown.filter(|row| all[*row]);
+            order.extend(unknown.map(|row| copy * all.len() + row));
+        }
+    }
+    order
+}
+
 /// What goes into a trunk's layer and what comes out of each.
 struct Hidden<B: burn::tensor::backend::Backend>(Vec<Tensor<B, 3>>);
 
@@ -93,9 +111,9 @@ pub fn mar_forward<B: FusedOps>(slack: f64) {
     let network = network::<B>(&group);
     let config = network.config();
 
-    let tokens = network.patchify(file.get("imgs").tensor());
-    rule.tensor("tokens", tokens.clone(), file.get("tokens"));
-    let back = network.unpatchify(tokens.clone());
+    let patched = tokens(file.get("imgs").tensor(), config.patch_size);
+    rule.tensor("tokens", patched.clone(), file.get("tokens"));
+    let back = of_tokens(patched.clone(), config.patch_size);
     rule.tensor("unpatchify", back, file.get("unpatchify"));
     let known = Known::of_orders(&orders(&file), usize_of(&group.case["num_masked"]));
     let unknown: Vec<f64> = known
@@ -107,7 +125,7 @@ pub fn mar_forward<B: FusedOps>(slack: f64) {
 
     let y = file.get("labels").labels();
     let mut hidden = Hidden(Vec::new());
-    let seen = network.encode(tokens.clone(), &known, y.clone(), &mut hidden);
+    let seen = network.encode(patched.clone(), &known, y.clone(), &mut hidden);
     rule.tensor(
         "encoder_hidden",
         stacked(hidden),
@@ -123,47 +141,67 @@ pub fn mar_forward<B: FusedOps>(slack: f64) {
     );
     rule.tensor("decoder_out", z.clone(), file.get("decoder_out"));
 
-    // The head, and its loss.
+    // The head under the reference's rows: all tokens of the first copy, then those of the next.
     let copies = usize_of(&group.case["config"]["diffusion_batch_mul"]);
-    let loss = DiffusionLoss::new(copies);
-    let (noise, t) = (file.get("noise"), file.get("t").times());
-    let noised = loss.noised(tokens.clone(), noise.tensor(), t);
-    let rows = noised.t.len();
-    let width = config.token_width();
-    let state = noised.state.clone().reshape([rows, width]);
-    rule.tensor("diffloss.x_t", state.clone(), file.get("diffloss.x_t"));
-    let head = &network.diffloss.net;
-    let under = z.clone().reshape([rows / copies, config.decoder.width]);
-    let under = head.project(under.repeat_dim(0, copies));
-    let told: Tensor<B, 1> = file.get("t").tensor();
-    let output = head.forward(state.clone(), told.clone(), under.clone());
+    let (batch, count) = (orders(&file).len(), config.tokens());
+    let (noise, t, state) = (file.get("noise"), file.get("t"), file.get("diffloss.x_t"));
+    let rows = copies * batch * count;
+    let under = z.clone().flatten(0, 1).repeat_dim(0, copies);
+    let under = network.project(under);
+    let output = network.denoise(state.tensor(), t.tensor(), under.clone());
     rule.tensor("diffloss.net_out", output, file.get("diffloss.net_out"));
     // The first half of the rows under both halves of the vectors.
     let half = rows / 2;
-    let first = |x: Tensor<B, 2>| x.narrow(0, 0, half);
-    let guided = head.guided(first(state), told.narrow(0, 0, half), under, 2.9);
+    let (x, told) = (state.first(half).tensor(), t.first(half).tensor());
+    let said = guided(&network, x, told, under, 2.9);
     let expected = file.get("diffloss.net_out_cfg").first(half);
-    rule.tensor("diffloss.net_out_cfg", guided, &expected);
+    rule.tensor("diffloss.net_out_cfg", said, &expected);
 
-    let terms = loss.terms(head, &noised, z);
-    for name in ["mse", "vb"] {
+    // The loss of every token, sample by sample.
+    let process = GaussianDiffusion::full_cosine();
+    let noised = |known: &Known, y: &Values| -> Noised<B> {
+        let order = by_sample(known, copies);
+        let unknown = count - known.count();
+        let noise = noise.rows(&order).tensor::<B, 2>();
+        let noise = noise.reshape([batch, copies, unknown, config.token_width()]);
+        let (images, t) = (file.get("imgs").tensor(), t.rows(&order).times());
+        Noised::new(&process, images, noise, t, y.labels(), Some(known.clone()))
+    };
+    let nothing = Known::none(count, batch);
+    let order = by_sample(&nothing, copies);
+    let all = noised(&nothing, file.get("labels"));
+    let all_rows = all.state.clone().reshape([rows, config.token_width()]);
+    let expected = |name: &str| file.get(name).rows(&order);
+    rule.tensor("x_t", all_rows.clone(), &expected("diffloss.x_t"));
+    let of_sample: Vec<usize> = order.iter().map(|row| row % (batch * count)).collect();
+    let device = z.device();
+    let under = network.project(z.flatten(0, 1).select(0, indices(&of_sample, &device)));
+    let output = network.denoise(all_rows, process.told(&all.t, &device), under);
+    let output = output.reshape([rows, 2 * config.token_width(), 1, 1]);
+    let terms = process.loss(&all, output);
+    let mut total = Tensor::zeros([rows], &device);
+    for (name, term) in terms {
         let key = format!("diffloss.{name}");
-        losses.tensor(&key, terms.get(name).unwrap().clone(), file.get(&key));
+        total = total + term.clone();
+        losses.tensor(&key, term, &expected(&key));
     }
+    losses.tensor("diffloss.loss", total.clone(), &expected("diffloss.loss"));
     losses.tensor(
-        "diffloss.loss",
-        terms.total.clone(),
-        file.get("diffloss.loss"),
+        "unmasked",
+        total.mean(),
+        &alone(file.get("diffloss.unmasked_loss")),
     );
-    let mean = terms.total.clone().mean();
-    losses.tensor("unmasked", mean, &alone(file.get("diffloss.unmasked_loss")));
-    let found = loss.over_unknown(terms.total, &known);
-    losses.tensor(
-        "masked",
-        found.clone(),
-        &alone(file.get("diffloss.masked_loss")),
-    );
-    losses.tensor("loss", found, &alone(file.get("loss")));
+
+    // That of the unknown ones, as it is trained.
+    let whole = |network: &Mar<B>, y: &Values| {
+        let seen = noised(&known, y);
+        let output = seen.run(&process, network, &mut Plain);
+        seen.terms(&process, output).total.mean()
+    };
+    let found = whole(&network, file.get("labels"));
+    for name in ["diffloss.masked_loss", "loss"] {
+        losses.tensor(name, found.clone(), &alone(file.get(name)));
+    }
 
     // Labels that were dropped.
     let drop = f64_of(&group.case["config"]["label_drop_prob"]);
@@ -177,14 +215,9 @@ pub fn mar_forward<B: FusedOps>(slack: f64) {
         data: below.collect(),
     };
     let y = dropped(file.get("labels"), &below, config.classes);
-    let whole = |network: &Mar<B>, y: &Values| {
-        let z = network.condition(tokens.clone(), &known, y.labels(), &mut Plain);
-        let terms = loss.terms(&network.diffloss.net, &noised, z.clone());
-        (z, loss.over_unknown(terms.total, &known))
-    };
     losses.tensor(
         "train_mode.loss",
-        whole(&network, &y).1,
+        whole(&network, &y),
         &alone(file.get("train_mode.loss")),
     );
 
@@ -201,8 +234,10 @@ pub fn mar_forward<B: FusedOps>(slack: f64) {
         })
         .collect();
     let shallow = network.keep(&kept);
-    let (z, found) = whole(&shallow, file.get("labels"));
+    let y = file.get("labels").labels();
+    let z = shallow.condition(patched, &known, y, &mut Plain);
     rule.tensor("pruned.decoder_out", z, file.get("pruned.decoder_out"));
+    let found = whole(&shallow, file.get("labels"));
     losses.tensor("pruned.loss", found, &alone(file.get("pruned.loss")));
 }
 
@@ -233,6 +268,16 @@ fn mar_schedule() {
     };
     let spacing = group.case["config"]["num_sampling_steps"].as_str().unwrap();
     let kept = respace(spacing).unwrap();
+    let masking = Masking {
+        least: f64_of(&group.case["config"]["mask_ratio_min"]),
+        ..Masking::published(1)
+    };
+    let stated_shares = &group.case["mask_rate_distribution"];
+    let shares = stated_shares["ppf"].as_array().unwrap();
+    for (quantile, share) in (stated_shares["u"].as_array().unwrap().iter()).zip(shares) {
+        let off = masking.share(f64_of(quantile)) - f64_of(share);
+        assert!(off.abs() < 1e-12, "{quantile}: {off}");
+    }
     assert_eq!(kept, usizes_of(&stated["gen_timestep_map"]));
     let tables = DiffusionTables::cosine(&kept);
     near("gen_betas", &tables.betas);
@@ -262,19 +307,23 @@ pub fn mar_sampling<B: FusedOps>(slack: f64) {
     for case in group.case["sample_cases"].as_array().unwrap() {
         let key = case["key"].as_str().unwrap();
         let sampler = MaskedSampler {
-            diffusion: GaussianDiffusion::cosine(spacing).unwrap(),
-            rounds,
-            scale: f64_of(&case["cfg"]),
-            schedule: match case["cfg_schedule"].as_str().unwrap() {
-                "linear" => GuidanceSchedule::Linear,
-                _ => GuidanceSchedule::Constant,
+            diffusion: Arc::new(GaussianDiffusion::cosine(spacing).unwrap()),
+            rounds: Rounds {
+                rounds,
+                guidance_schedule: match case["cfg_schedule"].as_str().unwrap() {
+                    "linear" => GuidanceSchedule::Linear,
+                    _ => GuidanceSchedule::Constant,
+                },
+                temperature: f64_of(&case["temperature"]),
             },
-            temperature: f64_of(&case["temperature"]),
+            scale: f64_of(&case["cfg"]),
         };
         let steps = case["steps"].as_array().unwrap();
         let mut unknown = orders[0].len();
         for (round, step) in steps.iter().enumerate() {
-            let left = sampler.unknown_after(round, orders[0].len(), unknown);
+            let left = sampler
+                .rounds
+                .unknown_after(round, orders[0].len(), unknown);
             let guidance = sampler.guidance(orders[0].len(), left);
             // The reference computes it in f32.
             assert!((guidance - f64_of(&step["cfg_iter"])).abs() < 1e-6);
@@ -304,7 +353,8 @@ pub fn mar_sampling<B: FusedOps>(slack: f64) {
             let expected = of_round(round, "sampled");
             rule.tensor(&format!("{key} {round} sampled"), drawn.clone(), expected);
         };
-        let images = sampler.generate(&network, &orders, labels.labels(), &mut noise, watch);
+        let of = (&network as &dyn FillsIn<B>, network.shape());
+        let images = sampler.generate(of, &orders, labels.labels(), &mut noise, watch);
         rule.tensor(key, images, file.get(&format!("{key}.tokens")));
         let expected: Vec<usize> = steps
             .iter()
@@ -320,16 +370,9 @@ pub fn mar_zoo<B: FusedOps>(_: f64) {
     let exact = Largest { tolerance: 0.0 };
     let file = group.file("patchify2.safetensors");
     let latent = file.get("latent");
-    let patched = MarConfig {
-        input_size: latent.shape[2],
-        patch_size: 2,
-        channels: latent.shape[1],
-        ..config(&group)
-    };
-    let network = Mar::<B>::zeros(&patched, &B::Device::default());
-    let tokens = network.patchify(latent.tensor());
-    exact.tensor("tokens", tokens.clone(), file.get("tokens"));
-    exact.tensor("latent", network.unpatchify(tokens), latent);
+    let found = tokens::<B>(latent.tensor(), 2);
+    exact.tensor("tokens", found.clone(), file.get("tokens"));
+    exact.tensor("latent", of_tokens(found, 2), latent);
 
     let text = std::fs::read_to_string(group.path.join("mar_zoo.json")).unwrap();
     let zoo: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -353,7 +396,12 @@ pub fn mar_zoo<B: FusedOps>(_: f64) {
             head_width: number("diffloss_w"),
             head_depth: number("diffloss_d"),
         };
-        assert_eq!(config.parameters(), number("parameters"), "{name}");
+        let architecture = Architecture::Mar(config.clone());
+        assert_eq!(architecture.parameters(), number("parameters"), "{name}");
+        // The embedded table of published models.
+        let called = name.replace("mar_", "MAR-").replace("base", "B");
+        let called = called.replace("large", "L").replace("huge", "H");
+        assert_eq!(Architecture::preset(&called), Some(architecture), "{name}");
         if name == "mar_base" {
             let known = zoo["keys_mar_base"].as_object().unwrap();
             let mut met = std::collections::BTreeSet::new();

@@ -30,6 +30,7 @@ pub fn prune_scores<B: TrainingBackend>(slack: f64) {
                 noise: row("noise").tensor(),
                 y: row("y").labels(),
                 t: row(t).times(),
+                known: None,
             };
             let calibration = score(&network, &process, method, &batch);
             let by_batch = match calibration.base {

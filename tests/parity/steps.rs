@@ -108,6 +108,7 @@ pub fn diffusion_steps<B: TrainingBackend>(slack: f64) {
                 t: t.iter().map(|step| *step as f32).collect(),
                 y,
                 state: x_t.clone(),
+                masked: None,
             }
             .terms(diffusion, output.clone())
         };

@@ -23,6 +23,7 @@ fn batch<B: Backend>(file: &File, config: &DitConfig, groups: usize, step: usize
         x: row("x").tensor(),
         noise: row("noise").tensor(),
         t: row("t").times(),
+        known: None,
         y: dropped(&row("y"), &row("drop_ids"), config.classes).labels(),
         gumbel: (0..groups)
             .map(|group| row(&format!("gumbel.{group}")).tensor())

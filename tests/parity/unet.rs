@@ -237,6 +237,7 @@ fn gradients<B: TrainingBackend>(
         noise: file.get("noise").tensor(),
         y: Tensor::zeros([clean.shape[0]], &Default::default()),
         t: vec![0.0; clean.shape[0]],
+        known: None,
     };
     let times: Vec<f32> = (0..process.steps()).map(|step| step as f32).collect();
     let mut descent = Descent::new(threshold, true);

@@ -226,6 +226,7 @@ fn taylor<B: TrainingBackend>(
             noise: row("noise").tensor(),
             y: row("y").labels(),
             t: row("t").times(),
+            known: None,
         };
         let seen = Noised::new(
             &process,
@@ -233,6 +234,7 @@ fn taylor<B: TrainingBackend>(
             batch.noise.clone(),
             batch.t.clone(),
             batch.y.clone(),
+            None,
         );
         let told = process.told::<B>(&batch.t, &Default::default());
         assert_eq!(values(told), row("model_t").data);
@@ -266,6 +268,7 @@ fn threshold<B: TrainingBackend>(
         noise: file.get("thr_noise").tensor(),
         y: file.get("thr_y").labels(),
         t: vec![0.0; x.shape[0]],
+        known: None,
     };
     let times: Vec<f32> = (0..process.steps()).map(|step| step as f32).collect();
     let mut gradients = LossGradients::default();

@@ -1,8 +1,18 @@
 //! Sizes of a [`Mar`](super::Mar), and what follows from them.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
+use crate::models::Shape;
 use crate::models::dit::TIMESTEP_FEATURES;
+use crate::models::keys::{Check, Demand, Key, Keys};
+use crate::trunk::Trunk;
+
+/// Most tokens of an image: a side of 4096 pixels in patches of 16.
+const MOST_TOKENS: usize = 1 << 16;
+/// Greatest width of a trunk.
+const MOST_WIDTH: usize = 1 << 16;
 
 /// Sizes of a [`Mar`](super::Mar).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,6 +50,39 @@ pub struct Stack {
     pub heads: usize,
 }
 
+impl std::fmt::Display for MarConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            input_size,
+            patch_size,
+            channels,
+            classes,
+            encoder,
+            decoder,
+            ..
+        } = self;
+        let [encoder, decoder] = [encoder, decoder].map(|stack| {
+            let Stack {
+                width,
+                depth,
+                heads,
+            } = stack;
+            format!("{depth} layers of width {width} with {heads} heads")
+        });
+        write!(
+            f,
+            "MAR, encoder of {encoder}, decoder of {decoder}, head of {} blocks of width {}, patch {patch_size}, \
+             {channels}x{input_size}x{input_size}, {classes} classes",
+            self.head_depth, self.head_width
+        )
+    }
+}
+
+/// Counts beyond what a number can hold are of models that no machine can run.
+fn countable(count: u128) -> usize {
+    usize::try_from(count).unwrap_or(usize::MAX)
+}
+
 impl MarConfig {
     /// Tokens of an image.
     pub fn tokens(&self) -> usize {
@@ -51,9 +94,229 @@ impl MarConfig {
         self.channels * self.patch_size.pow(2)
     }
 
+    /// Sizes of its samples.
+    pub fn shape(&self) -> Shape {
+        Shape {
+            channels: self.channels,
+            side: self.input_size,
+            classes: self.classes,
+        }
+    }
+
     /// Blocks of both trunks.
     pub fn depth(&self) -> usize {
         self.encoder.depth + self.decoder.depth
+    }
+
+    /// The blocks of the encoder and then those of the decoder, which no group may be across.
+    pub fn trunk(&self) -> Trunk {
+        let (encoder, depth) = (self.encoder.depth, self.depth());
+        let border = (0 < encoder && encoder < depth).then_some(encoder);
+        Trunk {
+            depth,
+            borders: border.into_iter().collect(),
+        }
+    }
+
+    /// Sizes `[places, width]` of the states between blocks where all tokens are known; None where
+    /// the trunks differ in width.
+    pub fn states(&self) -> Option<[usize; 2]> {
+        let width = self.decoder.width;
+        (self.encoder.width == width).then_some([self.places(), width])
+    }
+
+    /// Places of a trunk: those of the class, and the tokens.
+    fn places(&self) -> usize {
+        self.buffer + self.tokens()
+    }
+
+    /// Hidden width of a trunk's MLPs.
+    pub fn hidden(&self, stack: Stack) -> usize {
+        // A ratio inferred from sizes may be a rounding error below the whole number it stands for.
+        (self.mlp_ratio * stack.width as f64 + 1e-6) as usize
+    }
+
+    /// The same with only the given layers of its trunk.
+    pub fn keep(&self, kept: &[usize]) -> Self {
+        let depth = |layers: Range<usize>| layers.filter(|layer| kept.contains(layer)).count();
+        let border = self.encoder.depth;
+        let with = |stack: Stack, depth| Stack { depth, ..stack };
+        Self {
+            encoder: with(self.encoder, depth(0..border)),
+            decoder: with(self.decoder, depth(border..self.depth())),
+            ..self.clone()
+        }
+    }
+
+    /// The same with so many blocks, divided as now, the encoder's share rounded up.
+    pub fn with_depth(&self, depth: usize) -> Self {
+        let share = (depth * self.encoder.depth).div_ceil(self.depth().max(1));
+        let with = |stack: Stack, depth| Stack { depth, ..stack };
+        Self {
+            encoder: with(self.encoder, share),
+            decoder: with(self.decoder, depth - share),
+            ..self.clone()
+        }
+    }
+
+    /// Multiply-accumulates of a trunk over so many places.
+    fn stack_macs(&self, stack: Stack, places: usize) -> u128 {
+        let (width, hidden) = (stack.width as u128, self.hidden(stack) as u128);
+        let places = places as u128;
+        stack.depth as u128
+            * (places * width * (4 * width + 2 * hidden) + 2 * places * places * width)
+    }
+
+    /// Multiply-accumulates of the trunks with so many known tokens.
+    fn trunk_macs(&self, known: usize) -> u128 {
+        let (encoder, decoder) = (self.encoder.width as u128, self.decoder.width as u128);
+        let seen = (self.buffer + known) as u128;
+        known as u128 * self.token_width() as u128 * encoder
+            + self.stack_macs(self.encoder, self.buffer + known)
+            + seen * encoder * decoder
+            + self.stack_macs(self.decoder, self.places())
+    }
+
+    /// Multiply-accumulates of the head's part that is the same at all times, of one token.
+    fn projection_macs(&self) -> u128 {
+        self.decoder.width as u128 * self.head_width as u128
+    }
+
+    /// Multiply-accumulates of a pass of one token through the head.
+    fn head_macs(&self) -> u128 {
+        let (width, token) = (self.head_width as u128, self.token_width() as u128);
+        token * width
+            + width * (TIMESTEP_FEATURES as u128 + width)
+            + self.head_depth as u128 * 5 * width * width
+            + width * (2 * width + 2 * token)
+    }
+
+    /// Multiply-accumulates of one pass of one image of which every token is known and every token
+    /// is denoised once: the most that a pass can take.
+    pub fn macs(&self) -> usize {
+        let tokens = self.tokens() as u128;
+        countable(
+            self.trunk_macs(self.tokens()) + tokens * (self.projection_macs() + self.head_macs()),
+        )
+    }
+
+    /// Multiply-accumulates of drawing an image in rounds, in each of which so many tokens are
+    /// `known`, and so many steps of the head.
+    pub fn drawing_macs(&self, known: &[usize], steps: usize) -> usize {
+        let rounds: u128 = known.iter().map(|known| self.trunk_macs(*known)).sum();
+        let token = self.projection_macs() + steps as u128 * self.head_macs();
+        countable(rounds + self.tokens() as u128 * token)
+    }
+
+    /// Parameters of a low-rank update of every linear layer: all matrices but the classes' table
+    /// and the vector of a dropped one.
+    pub fn lora_parameters(&self, rank: usize) -> usize {
+        let matrices = self.tensors().into_iter().filter(|(name, shape)| {
+            shape.len() == 2 && !["class_emb.weight", "fake_latent"].contains(&name.as_str())
+        });
+        matrices
+            .map(|(_, shape)| rank * (shape[0] + shape[1]))
+            .sum()
+    }
+
+    /// Bytes of f32 activations that a block leaves for its backward pass, all tokens known: as of
+    /// [`DitConfig`](crate::models::DitConfig), without its modulations.
+    pub fn block_bytes(&self, batch: usize) -> u128 {
+        let places = self.places() as u128;
+        let values = |stack: Stack| {
+            let values = 24 * stack.width + 9 * self.hidden(stack);
+            places * (values as u128 + 5 * stack.heads as u128 * places)
+        };
+        4 * batch as u128 * values(self.encoder).max(values(self.decoder))
+    }
+
+    /// Bytes of f32 activations that the head leaves for its backward pass, of so many copies of
+    /// every token.
+    pub fn head_bytes(&self, batch: usize, copies: usize) -> u128 {
+        let rows = (batch * copies) as u128 * self.tokens() as u128;
+        4 * rows * (10 * self.head_depth as u128 + 6) * self.head_width as u128
+    }
+
+    /// Reads the sizes from whoever gives them; those of the samples are `samples` where none are
+    /// given. Both trunks are of one width.
+    #[rustfmt::skip]
+    pub fn read(keys: &mut dyn Keys, samples: Shape) -> Self {
+        let Shape { channels, side: input_size, classes } = Shape::read(keys, samples);
+        let patch_size = keys.integer(
+            Key { name: "patch_size", least: 1, most: 4096, default: 1 },
+            Some(Demand {
+                holds: &|patch| input_size.is_multiple_of(patch),
+                must: format!("divide `input_size`, which is {input_size}"),
+            }),
+        );
+        let heads = keys.integer(Key { name: "heads", least: 1, most: 1024, default: 4 }, None);
+        let width = keys.integer(
+            Key { name: "width", least: 1, most: 65_536, default: 64 },
+            Some(Demand {
+                holds: &|width| width.is_multiple_of(heads) && width.is_multiple_of(4),
+                must: format!("be a multiple of 4 and of `heads`, which is {heads}"),
+            }),
+        );
+        let mut count = |name, least, most, default| {
+            keys.integer(Key { name, least, most, default }, None)
+        };
+        let encoder = Stack { width, heads, depth: count("encoder_depth", 0, 4096, 6) };
+        let decoder = Stack { width, heads, depth: count("decoder_depth", 0, 4096, 6) };
+        let buffer = count("buffer", 1, 4096, 8);
+        let head_width = count("head_width", 1, 65_536, 64);
+        let head_depth = count("head_depth", 1, 1024, 3);
+        let mlp_ratio = keys.float(Key { name: "mlp_ratio", least: 0.0, most: 64.0, default: 4.0 });
+        Self { input_size, patch_size, channels, classes, buffer, mlp_ratio, encoder, decoder, head_width, head_depth }
+    }
+
+    /// Why no model can have these sizes, if so.
+    pub fn problem(&self) -> Option<String> {
+        for stack in [self.encoder, self.decoder] {
+            let mut check = Check::new(|name| match name {
+                "input_size" => self.input_size as f64,
+                "patch_size" => self.patch_size as f64,
+                "channels" => self.channels as f64,
+                "classes" => self.classes as f64,
+                // Positions are stored, so that any multiple of the heads will do.
+                "width" if stack.width.is_multiple_of(stack.heads.max(1)) => {
+                    stack.heads as f64 * 4.0
+                }
+                "width" => stack.width as f64,
+                "heads" => stack.heads as f64,
+                "encoder_depth" => self.encoder.depth as f64,
+                "decoder_depth" => self.decoder.depth as f64,
+                "buffer" => self.buffer as f64,
+                "head_width" => self.head_width as f64,
+                "head_depth" => self.head_depth as f64,
+                _ => self.mlp_ratio,
+            });
+            Self::read(&mut check, self.shape());
+            if check.problem.is_some() {
+                return check.problem;
+            }
+            if !(1..=MOST_WIDTH).contains(&stack.width) {
+                return Some(format!(
+                    "width is {}, which must lie in 1..={MOST_WIDTH}",
+                    stack.width
+                ));
+            }
+            if self.hidden(stack) == 0 {
+                return Some(format!(
+                    "mlp_ratio {} leaves no hidden width",
+                    self.mlp_ratio
+                ));
+            }
+        }
+        let Self {
+            input_size,
+            patch_size,
+            ..
+        } = self;
+        (self.tokens() > MOST_TOKENS).then(|| {
+            format!(
+                "input_size {input_size} in patches of {patch_size} makes more than {MOST_TOKENS} tokens"
+            )
+        })
     }
 
     /// Names and shapes of all parameters in a checkpoint, as in the reference.
@@ -73,7 +336,7 @@ impl MarConfig {
         norm(&mut put, "z_proj_ln", encoder);
         for (name, stack) in [("encoder", self.encoder), ("decoder", self.decoder)] {
             let width = stack.width;
-            let hidden = (self.mlp_ratio * width as f64) as usize;
+            let hidden = self.hidden(stack);
             for block in 0..stack.depth {
                 let name = format!("{name}_blocks.{block}");
                 norm(&mut put, &format!("{name}.norm1"), width);
@@ -117,12 +380,6 @@ impl MarConfig {
             2 * width,
         );
         tensors
-    }
-
-    /// Parameters.
-    pub fn parameters(&self) -> usize {
-        let count = |(_, shape): &(String, Vec<usize>)| shape.iter().product::<usize>();
-        self.tensors().iter().map(count).sum()
     }
 }
 

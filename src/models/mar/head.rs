@@ -133,30 +133,4 @@ impl<B: FusedOps> Head<B> {
         let seen = B::modulated_norm(x, shift, scale, NORM_EPSILON);
         linear.forward(seen).squeeze_dim::<2>(1)
     }
-
-    /// The same with classifier-free guidance of the noise (arXiv 2207.12598): the vectors of all
-    /// rows, and then those without a class. The variance is that with a class.
-    pub fn guided(
-        &self,
-        x: Tensor<B, 2>,
-        t: Tensor<B, 1>,
-        projected: Tensor<B, 2>,
-        scale: f64,
-    ) -> Tensor<B, 2> {
-        let [rows, token] = x.dims();
-        let t = if t.dims() == [1] {
-            t
-        } else {
-            t.repeat_dim(0, 2)
-        };
-        let output = self.forward(x.repeat_dim(0, 2), t, projected);
-        let (with, without) = (
-            output.clone().narrow(0, 0, rows),
-            output.narrow(0, rows, rows),
-        );
-        let without = without.narrow(1, 0, token);
-        let noise = with.clone().narrow(1, 0, token);
-        let noise = without.clone() + (noise - without).mul_scalar(scale);
-        Tensor::cat(vec![noise, with.narrow(1, token, token)], 1)
-    }
 }

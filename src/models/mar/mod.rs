@@ -7,6 +7,9 @@
 mod block;
 mod config;
 mod head;
+pub(super) mod infer;
+pub(super) mod presets;
+mod tokens;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor, backend::Backend};
@@ -14,6 +17,8 @@ use burn::tensor::{Int, Tensor, backend::Backend};
 pub use self::block::{LayerNorm, MarBlock};
 pub use self::config::{MarConfig, Stack};
 pub use self::head::{DiffLoss, Head};
+pub use self::tokens::{Known, of_tokens, tokens};
+use super::{Denoiser, FillsIn, Prunable, Shape};
 use crate::backend::Compute;
 use crate::ops::{FusedOps, Linear, indices};
 use crate::trunk::{BlockHook, Site, Trunk};
@@ -118,49 +123,9 @@ impl<B: Backend> Mar<B> {
             head_depth: head.depth,
         }
     }
+}
 
-    /// The blocks of the encoder and then those of the decoder, which no group may be across.
-    pub fn trunk(&self) -> Trunk {
-        let (encoder, decoder) = (self.encoder_blocks.len(), self.decoder_blocks.len());
-        let border = (encoder > 0 && decoder > 0).then_some(encoder);
-        Trunk {
-            depth: encoder + decoder,
-            borders: border.into_iter().collect(),
-        }
-    }
-
-    /// The same network with only the given layers of its trunk.
-    ///
-    /// # Panics
-    /// When a layer is not below the depth of the trunk.
-    pub fn keep(mut self, kept: &[usize]) -> Self {
-        let trunk = self.trunk();
-        if let Some(layer) = kept.iter().find(|layer| **layer >= trunk.depth) {
-            panic!("layer {layer} of a trunk of {}", trunk.depth);
-        }
-        let mut layer = 0;
-        let mut stays = |_: &MarBlock<B>| {
-            layer += 1;
-            kept.contains(&(layer - 1))
-        };
-        self.encoder_blocks.retain(&mut stays);
-        self.decoder_blocks.retain(&mut stays);
-        self
-    }
-
-    /// Every linear layer.
-    pub fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
-        let blocks = self
-            .encoder_blocks
-            .iter_mut()
-            .chain(&mut self.decoder_blocks);
-        [&mut self.z_proj, &mut self.decoder_embed]
-            .into_iter()
-            .chain(blocks.flat_map(MarBlock::linears_mut))
-            .chain(self.diffloss.net.linears_mut())
-            .collect()
-    }
-
+impl<B: FusedOps> Mar<B> {
     /// The same network with matrix products of type `compute`, which the backend must
     /// [support](crate::ops::supports); a new network's are of f32.
     pub fn computing(mut self, compute: Compute) -> Self {
@@ -175,105 +140,6 @@ impl<B: Backend> Mar<B> {
             linear.compute = compute;
         }
         self
-    }
-
-    /// Images `[batch, channels, side, side]` as tokens `[batch, tokens, token width]`: patches row
-    /// by row, the numbers of a patch by channel, then row, then column.
-    pub fn patchify(&self, x: Tensor<B, 4>) -> Tensor<B, 3> {
-        let ([batch, channels, side, _], patch) = (x.dims(), self.patch_size);
-        let grid = side / patch;
-        x.reshape([batch, channels, grid, patch, grid, patch])
-            .permute([0, 2, 4, 1, 3, 5])
-            .reshape([batch, grid * grid, channels * patch * patch])
-    }
-
-    /// The inverse of [`patchify`](Self::patchify).
-    pub fn unpatchify(&self, tokens: Tensor<B, 3>) -> Tensor<B, 4> {
-        let ([batch, count, width], patch) = (tokens.dims(), self.patch_size);
-        let (grid, channels) = (count.isqrt(), width / (patch * patch));
-        tokens
-            .reshape([batch, grid, grid, channels, patch, patch])
-            .permute([0, 3, 1, 4, 2, 5])
-            .reshape([batch, channels, grid * patch, grid * patch])
-    }
-}
-
-/// Which tokens of each sample are known, as many of every sample.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Known {
-    tokens: usize,
-    /// By sample, ascending.
-    known: Vec<Vec<usize>>,
-}
-
-impl Known {
-    /// The given ones of `tokens` tokens.
-    ///
-    /// # Panics
-    /// When not as many of every sample are known, or one is not below `tokens`, or is there twice.
-    pub fn new(tokens: usize, mut known: Vec<Vec<usize>>) -> Self {
-        known.iter_mut().for_each(|known| known.sort_unstable());
-        let alike = known.windows(2).all(|pair| pair[0].len() == pair[1].len());
-        assert!(alike, "as many tokens of every sample are known");
-        for known in &known {
-            let once = known.windows(2).all(|pair| pair[0] < pair[1]);
-            let below = known.last().is_none_or(|last| *last < tokens);
-            assert!(once && below, "tokens {known:?} of {tokens}");
-        }
-        Self { tokens, known }
-    }
-
-    /// All but the first `masked` tokens of each sample's order.
-    ///
-    /// # Panics
-    /// When an order is shorter, or as [`new`](Self::new).
-    pub fn of_orders(orders: &[Vec<usize>], masked: usize) -> Self {
-        let tokens = orders.first().map_or(0, Vec::len);
-        let known = orders.iter().map(|order| order[masked..].to_vec());
-        Self::new(tokens, known.collect())
-    }
-
-    /// The same of twice as many samples.
-    pub fn twice(mut self) -> Self {
-        self.known.extend_from_within(..);
-        self
-    }
-
-    /// Whether each token of each sample is unknown.
-    pub fn unknown(&self) -> Vec<bool> {
-        let samples = self.known.iter();
-        samples
-            .flat_map(|known| (0..self.tokens).map(|token| known.binary_search(&token).is_err()))
-            .collect()
-    }
-
-    /// Known tokens of a sample.
-    pub fn count(&self) -> usize {
-        self.known.first().map_or(0, Vec::len)
-    }
-
-    /// Rows of the known tokens among those of all samples.
-    fn rows(&self) -> Vec<usize> {
-        let samples = self.known.iter().enumerate();
-        samples
-            .flat_map(|(sample, known)| known.iter().map(move |token| sample * self.tokens + token))
-            .collect()
-    }
-}
-
-impl<B: FusedOps> Mar<B> {
-    /// What the trunks say of each place, `[batch, tokens, width]`, by the `known` ones of the
-    /// tokens `[batch, tokens, token width]` and the labels `y` `[batch]`, of which the number of
-    /// classes is a dropped one. Blocks call `hook`, the encoder's first.
-    pub fn condition(
-        &self,
-        tokens: Tensor<B, 3>,
-        known: &Known,
-        y: Tensor<B, 1, Int>,
-        hook: &mut dyn BlockHook<B>,
-    ) -> Tensor<B, 3> {
-        let seen = self.encode(tokens, known, y, hook);
-        self.decode(seen, known, hook)
     }
 
     /// The encoder: `[batch, buffer + known, width]`.
@@ -298,7 +164,7 @@ impl<B: FusedOps> Mar<B> {
             x = Tensor::cat(vec![x, rows.reshape([batch, known.count(), width])], 1);
         }
         // The positions of the buffer, and of each sample's known tokens.
-        let positions = known.known.iter().flat_map(|known| {
+        let positions = known.by_sample().flat_map(|known| {
             let tokens = known.iter().map(|token| self.buffer + token);
             (0..self.buffer).chain(tokens)
         });
@@ -325,13 +191,13 @@ impl<B: FusedOps> Mar<B> {
         // The rows of the encoder, and last the one that stands for an unknown token.
         let mask = self.mask_token.val().reshape([1, width]);
         let rows = Tensor::cat(vec![x.reshape([batch * places, width]), mask], 0);
-        let mut from = Vec::with_capacity(batch * (self.buffer + known.tokens));
-        for (sample, known_tokens) in known.known.iter().enumerate() {
+        let mut from = Vec::with_capacity(batch * (self.buffer + known.tokens()));
+        for (sample, known_tokens) in known.by_sample().enumerate() {
             let first = sample * places;
             from.extend(first..first + self.buffer);
             let mut next = known_tokens.iter().peekable();
             let mut row = first + self.buffer;
-            for token in 0..known.tokens {
+            for token in 0..known.tokens() {
                 if next.next_if(|known| **known == token).is_some() {
                     from.push(row);
                     row += 1;
@@ -341,11 +207,11 @@ impl<B: FusedOps> Mar<B> {
             }
         }
         let x = rows.select(0, indices(&from, &device));
-        let x = x.reshape([batch, self.buffer + known.tokens, width]);
+        let x = x.reshape([batch, self.buffer + known.tokens(), width]);
         let x = x + self.decoder_pos_embed_learned.val();
         let x = self.run(self.encoder_blocks.len(), &self.decoder_blocks, x, hook);
         let x = self.decoder_norm.forward(x);
-        x.narrow(1, self.buffer, known.tokens) + self.diffusion_pos_embed_learned.val()
+        x.narrow(1, self.buffer, known.tokens()) + self.diffusion_pos_embed_learned.val()
     }
 
     /// Runs blocks, the first of which is the trunk's layer `first`.
@@ -365,6 +231,100 @@ impl<B: FusedOps> Mar<B> {
     }
 }
 
+impl<B: FusedOps> FillsIn<B> for Mar<B> {
+    fn patch(&self) -> usize {
+        self.patch_size
+    }
+
+    fn condition(
+        &self,
+        tokens: Tensor<B, 3>,
+        known: &Known,
+        y: Tensor<B, 1, Int>,
+        hook: &mut dyn BlockHook<B>,
+    ) -> Tensor<B, 3> {
+        let seen = self.encode(tokens, known, y, hook);
+        self.decode(seen, known, hook)
+    }
+
+    fn project(&self, z: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.diffloss.net.project(z)
+    }
+
+    fn denoise(&self, x: Tensor<B, 2>, t: Tensor<B, 1>, projected: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.diffloss.net.forward(x, t, projected)
+    }
+}
+
+impl<B: FusedOps> Denoiser<B> for Mar<B> {
+    fn shape(&self) -> Shape {
+        self.config().shape()
+    }
+
+    /// Predicts the noise of all tokens, none of which is known.
+    fn forward(
+        &self,
+        x: Tensor<B, 4>,
+        t: Tensor<B, 1>,
+        y: Tensor<B, 1, Int>,
+        hook: &mut dyn BlockHook<B>,
+    ) -> Tensor<B, 4> {
+        let x = tokens(x, self.patch_size);
+        let [batch, count, width] = x.dims();
+        let z = self.condition(x.zeros_like(), &Known::none(count, batch), y, hook);
+        let t = t.unsqueeze_dim::<2>(1).repeat_dim(1, count).flatten(0, 1);
+        let output = self.denoise(x.flatten(0, 1), t, self.project(z.flatten(0, 1)));
+        let half = |first| {
+            let half = output.clone().narrow(1, first, width);
+            of_tokens(half.reshape([batch, count, width]), self.patch_size)
+        };
+        Tensor::cat(vec![half(0), half(width)], 1)
+    }
+
+    fn fills_in(&self) -> Option<&dyn FillsIn<B>> {
+        Some(self)
+    }
+}
+
+impl<B: FusedOps> Prunable<B> for Mar<B> {
+    /// The blocks of the encoder and then those of the decoder, which no group may be across.
+    fn trunk(&self) -> Trunk {
+        self.config().trunk()
+    }
+
+    fn keep(mut self, kept: &[usize]) -> Self {
+        let depth = self.trunk().depth;
+        if let Some(layer) = kept.iter().find(|layer| **layer >= depth) {
+            panic!("layer {layer} of a trunk of {depth}");
+        }
+        let mut layer = 0;
+        let mut stays = |_: &MarBlock<B>| {
+            layer += 1;
+            kept.contains(&(layer - 1))
+        };
+        self.encoder_blocks.retain(&mut stays);
+        self.decoder_blocks.retain(&mut stays);
+        self
+    }
+
+    fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
+        let Self {
+            z_proj,
+            decoder_embed,
+            encoder_blocks,
+            decoder_blocks,
+            diffloss,
+            ..
+        } = self;
+        let blocks = encoder_blocks.iter_mut().chain(decoder_blocks);
+        [z_proj, decoder_embed]
+            .into_iter()
+            .chain(blocks.flat_map(MarBlock::linears_mut))
+            .chain(diffloss.net.linears_mut())
+            .collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use burn::backend::Autodiff;
@@ -375,7 +335,7 @@ mod tests {
     use burn_ndarray::NdArray;
 
     use super::*;
-    use crate::process::masked::DiffusionLoss;
+    use crate::process::{GaussianDiffusion, Noised};
     use crate::random::{self, Stream};
     use crate::state::{Array, StateDict, Walk, assign, floats};
     use crate::trunk::Plain;
@@ -421,17 +381,23 @@ mod tests {
         let zeros = Mar::<Autodiff<B>>::zeros(&config, &device);
         let network = assign(zeros, &weights, "".as_ref(), "a network").unwrap();
         let images = TensorData::new(draw(100, 2 * 2 * 16), [2, 2, 4, 4]);
-        let tokens = network.patchify(Tensor::from_data(images, &device));
         let known = Known::new(4, vec![vec![1], vec![3]]);
         // The second label was dropped.
         let y = Tensor::from_data(TensorData::from([2i64, 3].as_slice()), &device);
-        let loss = DiffusionLoss::new(2);
-        let noise = TensorData::new(draw(101, 16 * 8), [16, 8]);
-        let times = (0..16).map(|row| row as f32 * 60.0).collect();
-        let seen = loss.noised(tokens.clone(), Tensor::from_data(noise, &device), times);
-        let z = network.condition(tokens, &known, y, &mut Plain);
-        let terms = loss.terms(&network.diffloss.net, &seen, z);
-        let gradients = loss.over_unknown(terms.total, &known).backward();
+        // Two copies of each of the three unknown tokens.
+        let noise = TensorData::new(draw(101, 12 * 8), [2, 2, 3, 8]);
+        let times = (0..12).map(|row| row as f32 * 80.0).collect();
+        let process = GaussianDiffusion::full_cosine();
+        let seen = Noised::new(
+            &process,
+            Tensor::from_data(images, &device),
+            Tensor::from_data(noise, &device),
+            times,
+            y,
+            Some(known),
+        );
+        let output = seen.run(&process, &network, &mut Plain);
+        let gradients = seen.terms(&process, output).total.mean().backward();
 
         struct Take<'a, B: AutodiffBackend> {
             walk: Walk,

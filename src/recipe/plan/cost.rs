@@ -1,6 +1,7 @@
 //! What stages cost: images, floating-point operations, memory.
 
 use crate::models::Architecture;
+use crate::process::Solver;
 use crate::sampling::Sampling;
 use crate::training::Optimisation;
 
@@ -20,6 +21,11 @@ pub(crate) fn flops(model: &Architecture, images: usize) -> f64 {
 
 pub(crate) fn sampling_flops(sampling: &Sampling, model: &Architecture) -> f64 {
     let passes = if sampling.guidance > 1.0 { 2 } else { 1 };
+    if let (Solver::Masked(rounds), Some(patch)) = (sampling.solver, model.patch_filled_in()) {
+        let known = rounds.known((model.shape().side / patch).pow(2));
+        let macs = model.drawing_macs(&known, sampling.steps) as f64;
+        return 2.0 * macs * passes as f64 * sampling.count as f64;
+    }
     flops(model, passes * sampling.count) * sampling.solver.calls(sampling.steps) as f64
 }
 

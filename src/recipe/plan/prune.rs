@@ -136,7 +136,9 @@ impl Selection {
                     )));
                 }
                 // It keeps one layer of each pair, so its taps are those of 1:2 groups.
-                let groups = Some(Groups::parse_ratio("1:2", depth)?);
+                let groups = Groups::parse_ratio("1:2", depth)?;
+                groups.fit(&trunk)?;
+                let groups = Some(groups);
                 Ok(Self::Fixed { kept, groups })
             }
             PruneMethod::Uniform { keep } => {
@@ -173,6 +175,11 @@ impl Selection {
             }
             PruneMethod::Intervals(intervals) => {
                 within(intervals.keep)?;
+                if !trunk.borders.is_empty() {
+                    return Err(Problem::Said(format!(
+                        "intervals are of one trunk whose states are alike in shape, and {model} has two"
+                    )));
+                }
                 Ok(Self::Intervals(intervals.clone()))
             }
             PruneMethod::Parallel {
@@ -212,7 +219,8 @@ impl Selection {
         }
     }
 
-    /// What is left of a model; where it isn't known which layers stay, as many of the first.
+    /// What is left of a model; where it isn't known which layers stay, as many of the first, or
+    /// evenly spaced ones where they are of several trunks.
     fn of(&self, model: &Architecture, granularity: Granularity) -> Architecture {
         let count = match self {
             Self::Learned { groups, .. } => groups.kept_depth(),
@@ -221,7 +229,13 @@ impl Selection {
             Self::Fixed { kept, .. } => return model.keep(kept, granularity),
             Self::Parallel { .. } => return model.in_pairs().unwrap_or_else(|| model.clone()),
         };
-        model.keep(&(0..count).collect::<Vec<_>>(), granularity)
+        let trunk = model.trunk(granularity);
+        let bordered = trunk.is_some_and(|trunk| !trunk.borders.is_empty());
+        let kept = match bordered && count <= model.layers(granularity) {
+            true => uniform(model.layers(granularity), count),
+            false => (0..count).collect(),
+        };
+        model.keep(&kept, granularity)
     }
 
     /// Whether the model is run to choose: then it matters how it was trained.

@@ -11,9 +11,9 @@ use sha2::{Digest, Sha256};
 use super::directory::RunDirectory;
 use super::models::checkpoint;
 use crate::data::{Batch, BatchPlan, BatchSource, Batches, Feed, Split, Teacher};
-use crate::models::{Network, Shape};
+use crate::models::{Architecture, Network};
 use crate::ops::TrainingBackend;
-use crate::process::{AnyProcess, Times};
+use crate::process::{AnyProcess, Process as _, ProcessKind};
 use crate::recipe::RecipeError;
 use crate::recipe::schema::{Recipe, Stage};
 use crate::stop::Stop;
@@ -74,12 +74,12 @@ impl<B: TrainingBackend> Context<'_, B> {
 
     pub(crate) fn source(
         &self,
-        shape: Shape,
-        times: Times,
+        (model, process): (&Architecture, ProcessKind),
         optimisation: &Optimisation,
         label_drop: f64,
         candidates: Vec<usize>,
     ) -> Result<BatchSource, RecipeError> {
+        let shape = model.shape();
         let plan = BatchPlan {
             batch: optimisation.batch,
             seed: self.recipe.seed,
@@ -87,7 +87,8 @@ impl<B: TrainingBackend> Context<'_, B> {
             size: shape.side,
             classes: shape.classes,
             label_drop,
-            times,
+            times: process.process().times(),
+            masking: process.masking(model),
             candidates,
         };
         Ok(BatchSource::new(plan, self.part(Split::Train)?))

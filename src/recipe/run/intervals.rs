@@ -13,7 +13,6 @@ use crate::analysis::similarity;
 use crate::data::{Split, teacher};
 use crate::models::{Network, Prunable};
 use crate::ops::TrainingBackend;
-use crate::process::Process as _;
 use crate::pruning::{Interval, Regression, Replaced, intervals, left, plug, plugged};
 use crate::recipe::RecipeError;
 use crate::recipe::schema::Stage;
@@ -116,8 +115,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         let process = measuring.process.clone();
         let sees = teacher(measuring.network.clone(), process.clone(), ends.clone());
         let training = self.training(stage, optimisation, folder, &[Some(parent)])?;
-        let (shape, times) = (architecture.shape(), process.times());
-        let source = self.source(shape, times, optimisation, label_drop, Vec::new())?;
+        let of = (architecture, parent.trained_by());
+        let source = self.source(of, optimisation, label_drop, Vec::new())?;
         let fit = self.over(training, (source, process), Some(sees));
         let fitted = finished(
             fit.curves(vec!["error"]).run(regression)?,

@@ -80,8 +80,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         batch: usize,
         timesteps: Option<usize>,
     ) -> Result<BatchSource, RecipeError> {
-        let shape = model.denoiser()?.shape();
-        let times = model.trained_by().process().times();
+        let (shape, process) = (model.denoiser()?.shape(), model.trained_by());
+        let times = process.process().times();
         let plan = BatchPlan {
             batch,
             seed,
@@ -93,6 +93,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 Some(timesteps) => times.within(timesteps),
                 None => times,
             },
+            masking: process.masking(&model.architecture),
             candidates: Vec::new(),
         };
         Ok(BatchSource::new(plan, self.part(part)?))
@@ -310,12 +311,7 @@ pub(super) fn score_batch<B: Backend>(
     let batch = source
         .draw::<B>(step, device)
         .map_err(TrainingError::from)?;
-    Ok(ScoreBatch {
-        x: batch.x,
-        noise: batch.noise,
-        y: batch.y,
-        t: batch.t,
-    })
+    Ok(batch.into())
 }
 
 /// The layers and the loss of a line such as `0 1 3,0.25`.

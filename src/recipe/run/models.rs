@@ -76,7 +76,7 @@ fn tell_unmarked(path: &std::path::Path) {
         crate::say!(
             "note: {}: nothing in it says whether it is {}, whose tensors are alike; taken for a {}. To state it: {} on the command line, {} beside `path` in a recipe",
             path.display(),
-            ProcessKind::NAMES
+            ProcessKind::ALIKE
                 .map(|(_, kind)| format!("a {}", kind.family()))
                 .join(" or "),
             ProcessKind::ASSUMED.family(),

@@ -192,8 +192,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         let logits = groups.iter().map(|group| group.num_logits()).collect();
         let source = self.source(
-            architecture.shape(),
-            process.times(),
+            (architecture, parent.trained_by()),
             optimisation,
             learned.label_drop,
             logits,

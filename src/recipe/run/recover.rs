@@ -16,6 +16,7 @@ use crate::recipe::plan::recover::check_taps;
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::recover::Representation;
 use crate::recovery::Student;
+use crate::trunk::Trunk;
 use crate::weights::{Checkpoint, Provenance};
 
 impl<B: TrainingBackend> Context<'_, B> {
@@ -37,16 +38,16 @@ impl<B: TrainingBackend> Context<'_, B> {
             (Some(taught), Some(teacher)) => {
                 let features = taught.features.as_ref().map(|(representation, k)| {
                     let teacher = teacher.denoiser()?;
-                    let depths = (
-                        architecture.layers(granularity),
-                        teacher.layers(granularity),
-                    );
-                    let taps = taps(representation, &parent, depths).map_err(|problem| {
-                        RecipeError::Stage {
-                            stage: stage.name.clone(),
-                            problem,
-                        }
-                    })?;
+                    let depth = architecture.layers(granularity);
+                    // Plans refuse features of a network without a trunk.
+                    let trunk = teacher.trunk(granularity).unwrap_or(Trunk::plain(0));
+                    let taps =
+                        taps(representation, &parent, (depth, &trunk)).map_err(|problem| {
+                            RecipeError::Stage {
+                                stage: stage.name.clone(),
+                                problem,
+                            }
+                        })?;
                     Ok::<_, RecipeError>(MaskedFeatures {
                         taps,
                         k: *k,
@@ -111,8 +112,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             student = student.mapped(narrow, wide, self.recipe.seed, self.device);
         }
         let source = self.source(
-            architecture.shape(),
-            process.times(),
+            (&architecture, kind),
             &plan.optimisation,
             plan.label_drop,
             Vec::new(),
@@ -139,7 +139,7 @@ impl<B: TrainingBackend> Context<'_, B> {
 fn taps(
     representation: &Representation,
     student: &Checkpoint,
-    (depth, teacher_depth): (usize, usize),
+    (depth, teacher): (usize, &Trunk),
 ) -> Result<Vec<(usize, usize)>, String> {
     let Provenance {
         kept,
@@ -148,6 +148,7 @@ fn taps(
         groups,
         ..
     } = &student.provenance;
+    let teacher_depth = teacher.depth;
     let taps: Vec<(usize, usize)> = if let Some(taps) = &representation.taps {
         taps.iter()
             .map(|[student, teacher]| (*student, *teacher))
@@ -171,9 +172,7 @@ fn taps(
             Some(groups) => Groups::from_pairs(groups, teacher_depth)
                 .map(|groups| groups.taps(kept))
                 .map_err(|error| error.to_string())?,
-            None => {
-                pruning::taps_from_kept(kept, teacher_depth).map_err(|error| error.to_string())?
-            }
+            None => pruning::taps_from_kept(kept, teacher).map_err(|error| error.to_string())?,
         }
     };
     check_taps(&taps, depth, teacher_depth).map(|()| taps)

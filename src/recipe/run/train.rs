@@ -93,10 +93,8 @@ impl<B: TrainingBackend> Context<'_, B> {
         let kind = trained.process.unwrap_or(ProcessKind::ASSUMED);
         let process = kind.process();
         let student = Student::new(network, None, process.clone(), steps);
-        let (shape, times) = (architecture.shape(), process.times());
         let source = self.source(
-            shape,
-            times,
+            (architecture, kind),
             &train.optimisation,
             train.label_drop,
             Vec::new(),
@@ -131,13 +129,13 @@ impl<B: TrainingBackend> Context<'_, B> {
             None => self.fresh(Classifier::<B>::zeros(config, self.device), at)?,
         };
         // A classifier learns from clean pictures; its loss uses neither times nor noise.
-        let process = ProcessKind::ASSUMED.process();
-        let (shape, times) = (config.shape(), process.times());
-        let source = self.source(shape, times, &train.optimisation, 0.0, Vec::new())?;
+        let kind = ProcessKind::ASSUMED;
+        let of = (architecture, kind);
+        let source = self.source(of, &train.optimisation, 0.0, Vec::new())?;
         // Before the training, so that a mistake in it shows before.
         let test = self.held_out()?;
         let name = training.name.clone();
-        let fit = self.over(training, (source, process), None);
+        let fit = self.over(training, (source, kind.process()), None);
         let fit = fit.curves(vec!["accuracy"]);
         let fitted = fit.run(ClassifierTrainee { classifier })?;
         let model = finished(fitted, train.optimisation.steps)?.ema.classifier;

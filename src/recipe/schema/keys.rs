@@ -51,6 +51,7 @@ const TOPICS: [Topic; 12] = [
             ("dit", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'dit' }"),
             ("sit", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'sit' }"),
             ("unet", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'unet' }"),
+            ("mar", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'mar' }"),
             ("classifier", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'classifier' }"),
             ("a preset", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'dit', preset = 'DiT-XL/2' }"),
         ],
@@ -92,6 +93,7 @@ const TOPICS: [Topic; 12] = [
             ("ddim", "kind = 'sample'\nfrom = 'base'\nsolver = 'ddim'"),
             ("ode", "kind = 'sample'\nfrom = 'base'\nsolver = 'ode'"),
             ("sde", "kind = 'sample'\nfrom = 'base'\nsolver = 'sde'"),
+            ("masked", "kind = 'sample'\nfrom = 'base'\nsolver = 'masked'"),
         ],
     },
     Topic {
@@ -102,6 +104,7 @@ const TOPICS: [Topic; 12] = [
             ("ddim", "kind = 'evaluate'\ncompare = ['base']\nsolver = 'ddim'"),
             ("ode", "kind = 'evaluate'\ncompare = ['base']\nsolver = 'ode'"),
             ("sde", "kind = 'evaluate'\ncompare = ['base']\nsolver = 'sde'"),
+            ("masked", "kind = 'evaluate'\ncompare = ['base']\nsolver = 'masked'"),
         ],
     },
     Topic {
@@ -126,14 +129,14 @@ const TOPICS: [Topic; 12] = [
 
 /// Meanings of keys that choose among variants, which no field keeps.
 #[rustfmt::skip]
-const MEANINGS: [(&str, &str); 29] = [
+const MEANINGS: [(&str, &str); 31] = [
     ("sweep", "Settings that the recipe is run with, one after the other."),
     ("case", "Settings with a name; the section below."),
     ("[[sweep.case]] name", "The name, in tables and in the names of folders."),
     ("stage", "The stages, in order."),
     ("kind", "What the stage does."),
     ("method", "How."),
-    ("solver", "How a sample is drawn; a model of Gaussian diffusion takes `ddpm` or `ddim`, one of an interpolant `ode` or `sde`."),
+    ("solver", "How a sample is drawn; a model of Gaussian diffusion takes `ddpm` or `ddim`, one of an interpolant `ode` or `sde`, a MAR `masked`."),
     ("update", "Weights trained along with the masks."),
     ("importance", "By what channels are chosen: by their share in the first-order change of the loss, over times from the least noise on (`diff-pruning`) or at random times (`taylor`); by the squares of their weights; or at random."),
     ("ratio", "Share of the channels that leaves attention, MLPs and condition, and a UNet's convolutions."),
@@ -143,6 +146,8 @@ const MEANINGS: [(&str, &str); 29] = [
     ("family", "The family of the model."),
     ("architecture width", "Width of the trunk, or of a classifier's features; of a UNet, channels of the first level, half as many as of the others."),
     ("levels", "Number of levels, each of half the side of the one before."),
+    ("encoder_depth", "Blocks of a MAR over the class and the known tokens."),
+    ("decoder_depth", "Blocks of a MAR over the class and all tokens."),
     ("attention_level", "The level with attention, counted from 1; none where there is no such level."),
     ("eta", "Share of the ancestral noise in a step of `ddim`; 0 is deterministic."),
     ("fill", "Grey value, 0 to 255, of what `pad` adds."),
@@ -164,24 +169,26 @@ fn sources(title: &str) -> &'static [&'static str] {
     match title {
         "The recipe" => &["recipe/schema/mod.rs"],
         "data" => &["recipe/schema/data.rs"],
-        "architecture" => &["models/dit/config.rs", "models/unet/config.rs", "models/classifier.rs", "process/kind.rs"],
+        "architecture" => &["models/dit/config.rs", "models/unet/config.rs", "models/mar/config.rs", "models/classifier.rs", "process/kind.rs"],
         "kind = \"train\"" => &["recipe/schema/train.rs", "recipe/schema/optimisation.rs", "training/optimisation.rs"],
         "kind = \"prune\"" => &["recipe/schema/prune.rs", "recipe/schema/learned.rs", "recipe/schema/intervals.rs", "recipe/schema/width.rs", "pruning/learned.rs", "pruning/search.rs", "training/optimisation.rs"],
         "kind = \"recover\"" => &["recipe/schema/recover.rs", "recipe/schema/optimisation.rs", "training/optimisation.rs"],
         "kind = \"analyse\"" => &["recipe/schema/analyse.rs"],
         "kind = \"extract\"" => &["recipe/schema/extract.rs"],
         "sweep" | "[[sweep.case]]" => &["recipe/schema/sweep.rs"],
-        _ => &["recipe/schema/sample.rs", "sampling/mod.rs", "process/transport.rs"],
+        _ => &["recipe/schema/sample.rs", "sampling/mod.rs", "process/transport.rs", "process/masked.rs"],
     }
 }
 
 /// Defaults that follow from other keys or are left out of a resolved recipe; empty of keys whose
 /// default is said with their meaning.
-const DEFAULTS: [(&str, &str); 13] = [
+const DEFAULTS: [(&str, &str); 15] = [
     ("seeds", "1"),
     ("width", "`64`; of a UNet `32`"),
     ("levels", "`3`"),
     ("attention_level", "`2`"),
+    ("encoder_depth", "`6`"),
+    ("decoder_depth", "`6`"),
     ("path", "`\"linear\"`"),
     ("predicts", "`\"velocity\"`"),
     ("weighting", "`\"none\"`"),

@@ -9,6 +9,7 @@ use super::optimisation::positive;
 use super::source::{Lineage, Source};
 use crate::evaluation::Distances;
 use crate::process::Solver;
+use crate::process::masked::{GuidanceSchedule, Rounds};
 use crate::process::transport::{DiffusionForm, LastStep, Ode, Sde, SdeMethod};
 use crate::recipe::document::reader::Section;
 use crate::sampling::{DEMO, DEMO_GUIDANCE, Labels, Sampling};
@@ -183,7 +184,11 @@ impl Sampling {
         let guidance = section.float("guidance", 1.0..).or(guidance);
         let guidance_channels = section.integer("guidance_channels", 1..=1024).or(3);
         let solver = read_solver(section);
-        let steps = section.integer("steps", 1..=1000).or(250);
+        let usual = match solver {
+            Solver::Masked(_) => Rounds::STEPS,
+            _ => 250,
+        };
+        let steps = section.integer("steps", 1..=1000).or(usual);
         Self {
             count,
             batch,
@@ -208,9 +213,36 @@ const EQUATION: [&str; 7] = [
     "last_step_size",
 ];
 
+/// Keys of masked autoregression besides `solver`.
+const ROUNDS: [&str; 3] = ["rounds", "guidance_schedule", "temperature"];
+
 fn read_solver(section: &Section<'_>) -> Solver {
-    let solvers = [("ddpm", 0), ("ddim", 1), ("ode", 2), ("sde", 3)];
-    match section.choice("solver", &solvers).or(0) {
+    let solvers = [
+        ("ddpm", 0),
+        ("ddim", 1),
+        ("ode", 2),
+        ("sde", 3),
+        ("masked", 4),
+    ];
+    let solver = section.choice("solver", &solvers).or(0);
+    if solver != 4 {
+        let named = solvers.map(|(name, _)| format!("solver \"{name}\""));
+        section.refuse(&ROUNDS, &named[solver]);
+    }
+    match solver {
+        4 => {
+            let usual = Rounds::PUBLISHED;
+            section.refuse(&["eta", "guidance_channels"], "solver \"masked\"");
+            section.refuse(&EQUATION, "solver \"masked\"");
+            let schedule = section.choice("guidance_schedule", &GuidanceSchedule::NAMES);
+            Solver::Masked(Rounds {
+                rounds: section.integer("rounds", 1..=65_536).or(usual.rounds),
+                guidance_schedule: schedule.or(usual.guidance_schedule),
+                temperature: section
+                    .float("temperature", 0.0..=10.0)
+                    .or(usual.temperature),
+            })
+        }
         1 => {
             section.refuse(&EQUATION, "solver \"ddim\"");
             Solver::Ddim {

@@ -257,7 +257,7 @@ mod tests {
             ),
             (
                 "{ path = 'x.pt', process = 'gauss' }",
-                "`from`: expected one of \"gaussian\", \"interpolant\", found \"gauss\"; other interpolants are \
+                "`from`: expected one of \"gaussian\", \"interpolant\", \"masked\", found \"gauss\"; other interpolants are \
                  interpolant:PATH:PREDICTS:WEIGHTING, of linear, gvp, vp; velocity, noise, score; none, velocity, likelihood",
             ),
             (

@@ -10,7 +10,8 @@
 Each round starts each program once, one after the other, in alternating order; what is printed is the median of the
 rounds' medians, and the ratio of the two (above 1: TinyFusion is faster). PyTorch gets what a careful user gives it:
 `scaled_dot_product_attention`, inference mode, the fused AdamW and foreach EMA and clipping. The UNet is diffusers' own
-(`pip install diffusers`), with the two workloads that it has in common.
+(`pip install diffusers`), with the two workloads that it has in common; of MAR a drawing is timed alone
+(`--size mar --rounds 3 --warmup 1 --repeats 3`).
 """
 
 import argparse
@@ -30,12 +31,13 @@ SIZES = {
     "small": ("DiT-S/2", 4, 32, 4, 2, 384, 12, 6, 1000),
     "base": ("DiT-B/2", 1, 32, 4, 2, 768, 12, 12, 1000),
     "unet": ("UNet-CIFAR10", 8, 32, 3, 1, 128, 4, 1, 1),
+    "mar": ("MAR-L", 1, 16, 16, 1, 1024, 32, 16, 1000),
 }
 WORKLOADS = ["infer", "finetune", "prune", "masked-kd", "sample", "importance"]
 
 
 def workloads(size):
-    return WORKLOADS[:2] if size == "unet" else WORKLOADS
+    return {"unet": ["infer", "finetune"], "mar": ["sample"]}.get(size, WORKLOADS)
 
 
 def unet(torch):
@@ -61,6 +63,122 @@ def unet(torch):
             return self.network(x, t).sample, []
 
     return Unet
+
+
+def mar_drawing(torch):
+    """A guided drawing of MAR-L in 4 rounds, of 25 steps of each token, as its published code goes about it."""
+    nn, F = torch.nn, torch.nn.functional
+    _, batch, side, channels, _, width, depth, heads, classes = SIZES["mar"]
+    tokens, buffer, rounds, steps, scale = side * side, 64, 4, 25, 1.5
+    head_width, head_depth = 1280, 8
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+        def forward(self, x):
+            b, n, _ = x.shape
+            q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, width))
+            return x + self.mlp(self.norm2(x))
+
+    class HeadBlock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(head_width, eps=1e-6)
+            self.mlp = nn.Sequential(nn.Linear(head_width, head_width), nn.SiLU(), nn.Linear(head_width, head_width))
+            self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(head_width, 3 * head_width))
+
+        def forward(self, x, c):
+            shift, factor, gate = self.modulation(c).chunk(3, 1)
+            return x + gate * self.mlp(self.norm(x) * (1 + factor) + shift)
+
+    class Mar(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classes, self.null = nn.Embedding(classes, width), nn.Parameter(torch.zeros(1, width))
+            self.mask = nn.Parameter(torch.zeros(1, 1, width))
+            self.z_proj, self.z_norm = nn.Linear(channels, width), nn.LayerNorm(width, eps=1e-6)
+            table = lambda places: nn.Parameter(0.02 * torch.randn(1, places, width))
+            self.seen_at, self.said_at, self.drawn_at = table(buffer + tokens), table(buffer + tokens), table(tokens)
+            self.encoder = nn.ModuleList(Block() for _ in range(depth // 2))
+            self.decoder = nn.ModuleList(Block() for _ in range(depth // 2))
+            self.encoder_norm, self.decoder_norm = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+            self.embed = nn.Linear(width, width)
+            self.time = nn.Sequential(nn.Linear(256, head_width), nn.SiLU(), nn.Linear(head_width, head_width))
+            self.condition, self.token = nn.Linear(width, head_width), nn.Linear(channels, head_width)
+            self.head = nn.ModuleList(HeadBlock() for _ in range(head_depth))
+            self.last_modulation = nn.Sequential(nn.SiLU(), nn.Linear(head_width, 2 * head_width))
+            self.last = nn.Linear(head_width, 2 * channels)
+
+        def trunks(self, x, known, y):
+            b = x.shape[0]
+            x = torch.cat([torch.zeros(b, buffer, width), self.z_proj(x)], 1)
+            x[:, :buffer] = y.unsqueeze(1)
+            x = self.z_norm(x + self.seen_at)
+            everywhere = torch.cat([torch.ones(b, buffer, dtype=torch.bool), known], 1)
+            x = x[everywhere].view(b, -1, width)
+            for block in self.encoder:
+                x = block(x)
+            x = self.embed(self.encoder_norm(x))
+            all = self.mask.repeat(b, buffer + tokens, 1)
+            all[everywhere] = x.reshape(-1, width)
+            x = all + self.said_at
+            for block in self.decoder:
+                x = block(x)
+            return self.decoder_norm(x)[:, buffer:] + self.drawn_at
+
+        def noise(self, x, t, z):
+            frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+            angles = t[:, None].float() * frequencies
+            c = self.time(torch.cat([angles.cos(), angles.sin()], 1)) + self.condition(z)
+            x = self.token(x)
+            for block in self.head:
+                x = block(x, c)
+            shift, factor = self.last_modulation(c).chunk(2, 1)
+            return self.last(F.layer_norm(x, (head_width,), eps=1e-6) * (1 + factor) + shift)
+
+    torch.manual_seed(0)
+    model = Mar().eval()
+    share = torch.cos(torch.linspace(0, 1, 1001, dtype=torch.float64) * math.pi / 2 * 0.992 + 0.0125) ** 2
+    kept = share[1 + torch.linspace(0, 999, steps).round().long()] / share[0]
+    before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+    betas = (1 - kept / before).clamp(max=0.999)
+    low = (betas * (1 - before) / (1 - kept)).clamp(min=1e-20).log()
+
+    @torch.inference_mode()
+    def run():
+        x = torch.zeros(batch, tokens, channels)
+        order = torch.stack([torch.randperm(tokens) for _ in range(batch)])
+        unknown = tokens
+        y = torch.cat([model.classes(torch.zeros(batch, dtype=torch.long)), model.null.repeat(batch, 1)])
+        for round in range(rounds):
+            left = max(1, min(unknown - 1, math.floor(tokens * math.cos(math.pi / 2 * (round + 1) / rounds))))
+            chosen = order[:, (0 if round + 1 == rounds else left):unknown]
+            known = torch.ones(batch, tokens, dtype=torch.bool).scatter(1, order[:, :unknown], False)
+            z = model.trunks(torch.cat([x, x]), torch.cat([known, known]), y)
+            z = torch.cat([half.gather(1, chosen[..., None].expand(-1, -1, width)) for half in z.chunk(2)])
+            z = z.reshape(-1, width)
+            guidance = 1 + (scale - 1) * (tokens - left) / tokens
+            drawn = torch.randn(z.shape[0] // 2, channels)
+            for step in reversed(range(steps)):
+                t = torch.full((z.shape[0],), step * 999 // (steps - 1))
+                out = model.noise(torch.cat([drawn, drawn]), t, z)
+                with_class, without = out[:, :channels].chunk(2)
+                noise = without + guidance * (with_class - without)
+                share = (out[: len(drawn), channels:] + 1) / 2
+                log = share * betas[step].log() + (1 - share) * low[step]
+                clean = drawn * kept[step].rsqrt() - noise * (1 / kept[step] - 1).sqrt()
+                mean = clean * betas[step] * before[step].sqrt() / (1 - kept[step])
+                mean = mean + drawn * (1 - before[step]) * (1 - betas[step]).sqrt() / (1 - kept[step])
+                drawn = (mean + (step > 0) * (log / 2).exp() * torch.randn_like(drawn)).float()
+            x = x.scatter(1, chosen[..., None].expand(-1, -1, channels), drawn.view(batch, -1, channels))
+            unknown = left
+
+    return run
 
 
 def build(torch, size, lora):
@@ -146,6 +264,8 @@ def build(torch, size, lora):
 
 def workload(torch, name, size):
     """A function that does the work once."""
+    if size == "mar":
+        return mar_drawing(torch)
     F = torch.nn.functional
     _, batch, side, channels, _, _, depth, _, classes = SIZES[size]
     torch.manual_seed(0)

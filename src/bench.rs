@@ -23,12 +23,13 @@ use crate::process::{
 };
 use crate::pruning::{
     Annealing, Groups, LearnedPruner, LossGradients, Saliency, ScoreBatch, Update, importance,
+    taps_from_kept,
 };
 use crate::random::{self, Stream};
 use crate::recovery::Student;
 use crate::state::collect;
 use crate::training::{AdamW, Ema, StepReport};
-use crate::trunk::Plain;
+use crate::trunk::{Granularity, Plain, Trunk};
 use crate::weights::{EmbeddedName, embedded};
 
 /// What is timed.
@@ -274,10 +275,10 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             let teacher = network::<B::InnerBackend>(plan, device);
             let kept: Vec<usize> = (0..config.depth()).step_by(2).collect();
             let student = network::<B>(plan, device).keep(&kept);
-            let taps: Vec<(usize, usize)> = (0..kept.len())
-                .map(|layer| (layer, 2 * layer + 1))
-                .filter(|(_, layer)| *layer < config.depth())
-                .collect();
+            let trunk = config.trunk(Granularity::Block);
+            let taps = taps_from_kept(&kept, &trunk.unwrap_or(Trunk::plain(0)));
+            // The caller has checked: of at least two layers the first stays.
+            let taps = taps.expect("the kept layers are of the trunk");
             let layers: Vec<usize> = taps.iter().map(|tap| tap.1).collect();
             let distillation = Distillation {
                 alpha: 0.9,

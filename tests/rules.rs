@@ -34,9 +34,18 @@ const FLOORS: [&str; 25] = [
 ];
 
 /// Words that name a family or a process, as identifiers begin.
-const NAMES: [&str; 4] = ["Dit", "Sit", "Gaussian", "Interpolant"];
+const NAMES: [&str; 5] = ["Dit", "Sit", "Mar", "Gaussian", "Interpolant"];
 /// The same as whole words in texts.
-const WORDS: [&str; 6] = ["dit", "sit", "gaussian", "interpolant", "DiT", "SiT"];
+const WORDS: [&str; 8] = [
+    "dit",
+    "sit",
+    "mar",
+    "gaussian",
+    "interpolant",
+    "DiT",
+    "SiT",
+    "MAR",
+];
 /// Published files are called by their models' names, in examples of the help too.
 const PUBLISHED: [&str; 3] = ["cli/mod.rs", "recipe/published.rs", "standin.rs"];
 

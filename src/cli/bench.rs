@@ -4,6 +4,8 @@ use super::error::CliError;
 use crate::backend::{BackendKind, Compute};
 use crate::bench::{self, BenchPlan, Workload};
 use crate::models::Architecture;
+use crate::pruning::Groups;
+use crate::trunk::Granularity;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct BenchArguments {
@@ -97,6 +99,16 @@ pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), CliError> {
         return Err(usage(format!(
             "the prune workload has groups 1:2, and {} layers are no pairs",
             model.depth()
+        )));
+    }
+    if let (Workload::Prune, Some(trunk)) = (arguments.workload, model.trunk(Granularity::Block)) {
+        Groups::parse_ratio("1:2", model.depth())
+            .and_then(|groups| groups.fit(&trunk))
+            .map_err(|error| usage(error.to_string()))?;
+    }
+    if arguments.workload == Workload::Importance && model.channel_groups().is_none() {
+        return Err(usage(format!(
+            "the importance workload weighs channels that can be taken out, and {model} has none"
         )));
     }
     if arguments.workload == Workload::MaskedKd && model.depth() < 2 {

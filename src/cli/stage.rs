@@ -174,8 +174,8 @@ pub(super) struct SamplingArguments {
     /// Sampling steps; of a MAR, those of each token [default: 250, or 100 of a MAR]
     #[arg(long)]
     steps: Option<i64>,
-    /// Rule of a step: ddpm or ddim of a DiT, ode (Dormand-Prince) or sde (Euler-Maruyama) of a SiT,
-    /// masked of a MAR [default: ddpm, ode or masked]
+    /// Rule of a step: ddpm or ddim of a DiT, ode (Dormand-Prince) or sde (Euler-Maruyama) of a
+    /// SiT, masked of a MAR [default: ddpm, ode or masked]
     #[arg(long)]
     solver: Option<String>,
     /// Share of noise in a DDIM step [default: 0]

@@ -8,10 +8,9 @@ use serde_json::Value;
 
 use super::dit::diffusers::DIFFUSERS_USE;
 use super::dit::{BLOCKS_IN_PYTORCH, WIDTHS_IN_PYTORCH, diffusers, infer, presets};
-use super::mar::{MarConfig, Stack};
+use super::mar::{COPIES, MarConfig, Stack};
 use super::unet::diffusers::UNET_USE;
 use super::{ChannelGroup, ClassifierConfig, DitConfig, Left, Shape, UnetConfig, mar, unet};
-use crate::process::masked::Masking;
 use crate::state::{Tensors, WeightsError};
 use crate::trunk::{Granularity, Trunk};
 
@@ -299,6 +298,22 @@ impl Architecture {
         }
     }
 
+    /// Which of its trunks a layer is of: 1 of a MAR's decoder, else 0.
+    pub fn stack_of_layer(&self, layer: usize) -> usize {
+        match self {
+            Self::Mar(config) => usize::from(layer >= config.encoder.depth),
+            Self::Dit(_) | Self::Unet(_) | Self::Classifier(_) => 0,
+        }
+    }
+
+    /// Multiply-accumulates of a pass of one sample in training or scoring.
+    pub fn pass_macs(&self) -> usize {
+        match self {
+            Self::Mar(config) => config.training_macs(),
+            Self::Dit(_) | Self::Unet(_) | Self::Classifier(_) => self.macs(),
+        }
+    }
+
     /// Multiply-accumulates of drawing a sample in rounds, in each of which so many tokens are
     /// known, and so many steps of each token; 0 of a network that does not fill in images.
     pub fn drawing_macs(&self, known: &[usize], steps: usize) -> usize {
@@ -343,9 +358,8 @@ impl Architecture {
             }
             Self::Unet(config) => config.kept_bytes(batch),
             Self::Mar(config) => {
-                let copies = Masking::published(config.patch_size).copies;
                 config.depth() as u128 * config.block_bytes(batch)
-                    + config.head_bytes(batch, copies)
+                    + config.head_bytes(batch, COPIES)
             }
             // Each activation with its gradient and what it was computed from.
             Self::Classifier(config) => 4 * 4 * batch as u128 * config.activations() as u128,
@@ -357,7 +371,9 @@ impl Architecture {
         countable(match self {
             Self::Dit(config) => config.block_bytes(batch),
             Self::Unet(config) => config.pass_bytes(batch),
-            Self::Mar(config) => config.block_bytes(batch).max(config.head_bytes(batch, 1)),
+            Self::Mar(config) => config
+                .block_bytes(batch)
+                .max(config.head_bytes(batch, COPIES)),
             Self::Classifier(config) => 4 * batch as u128 * config.activations() as u128,
         })
     }
@@ -372,7 +388,11 @@ impl Architecture {
     /// # Errors
     /// Those of the serializer.
     pub fn sizes_alone<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        ask!(self, config => config.serialize(serializer))
+        match self {
+            // Under the names that a recipe has for them.
+            Self::Mar(config) => config.keys().serialize(serializer),
+            other => ask!(other, config => config.serialize(serializer)),
+        }
     }
 
     /// The diffusion network whose tensors these are, by their names and shapes.

@@ -12,8 +12,8 @@ use super::transport::Ode;
 use super::{AnyProcess, GaussianDiffusion, Interpolant, Solver};
 use crate::models::Architecture;
 
-/// The process that a network was trained to reverse. No tensor tells: a SiT has the names and
-/// shapes of a DiT.
+/// The process that a network was trained to reverse. Only a MAR's tensors tell: a SiT has the
+/// names and shapes of a DiT.
 ///
 /// Files and people write it as a word, an interpolant other than SiT's published one with what it
 /// is: `gaussian`, `interpolant`, `interpolant:gvp:noise:velocity`.

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::GaussianDiffusion;
 use super::objective::{as_images, as_rows};
-use crate::models::mar::{Known, of_tokens};
+use crate::models::mar::{COPIES, Known, of_tokens};
 use crate::models::{FillsIn, Shape};
 use crate::ops::indices;
 use crate::random::{self, Stream};
@@ -31,7 +31,7 @@ impl Masking {
     pub fn published(patch: usize) -> Self {
         Self {
             patch,
-            copies: 4,
+            copies: COPIES,
             least: 0.7,
         }
     }
@@ -256,8 +256,8 @@ impl MaskedSampler {
         of_tokens(tokens, patch)
     }
 
-    /// Draws samples `indices` with `labels`. Orders and noise are keyed by (seed, sample index), so
-    /// that a sample does not depend on its batch. `progress` is called after every round.
+    /// Draws samples `indices` with `labels`. Orders and noise are keyed by (seed, sample index),
+    /// so that a sample does not depend on its batch. `progress` is called after every round.
     ///
     /// # Panics
     /// As [`generate`](Self::generate).

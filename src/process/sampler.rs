@@ -51,6 +51,14 @@ impl Solver {
         }
     }
 
+    /// Steps of a drawing: of masked autoregression those of all rounds.
+    pub fn steps_in_all(self, steps: usize) -> usize {
+        match self {
+            Self::Masked(rounds) => rounds.rounds * steps,
+            _ => steps,
+        }
+    }
+
     /// How often a drawing in so many steps tells of its progress.
     pub fn tells(self, steps: usize) -> usize {
         match self {
@@ -281,7 +289,8 @@ impl Sampler {
     }
 
     /// Generates samples `indices` with `labels`. All noise is keyed by (seed, sample index), so
-    /// that a sample does not depend on its batch. `progress` is called after every step.
+    /// that a sample does not depend on its batch. `progress` is called after every step,
+    /// of masked autoregression after every round in which tokens are drawn.
     ///
     /// # Panics
     /// When the solver does not belong to the process or to the network.

@@ -19,8 +19,8 @@ pub enum Start {
     Original,
     /// Those that were trained along with the masks.
     Update,
-    /// The mean of each kept layer and the removed ones that follow it, up to a border of the trunk;
-    /// the first, or the first after a border, stands for those before it too.
+    /// The mean of each kept layer and the removed ones that follow it, up to a border of the
+    /// trunk; the first, or the first after a border, stands for those before it too.
     Average,
 }
 

@@ -97,7 +97,8 @@ pub struct Sampling {
     pub labels: Labels,
     /// Scale of classifier-free guidance; 1 is none.
     pub guidance: f64,
-    /// Number of guided channels, from the first; 3 of 4 in the published numbers.
+    /// Number of guided channels, from the first; 3 of 4 in the published numbers. Of a MAR all
+    /// are.
     pub guidance_channels: usize,
     /// Rule of a sampling step.
     #[serde(flatten)]

@@ -336,7 +336,7 @@ impl Checkpoint {
         Self { process, ..self }
     }
 
-    /// The process it was trained under; Gaussian diffusion if unknown.
+    /// The process it was trained under; if unknown, what its tensors tell or Gaussian diffusion.
     pub fn trained_by(&self) -> ProcessKind {
         self.process
             .unwrap_or_else(|| ProcessKind::assumed_of(&self.architecture))

@@ -85,7 +85,7 @@ pub fn convert(
         && !checkpoint.architecture.is_shown_with_heads()
     {
         return Err(problem(
-            "its blocks have unlike numbers of heads, which this form can't say; write .safetensors, or a folder",
+            "its sizes can't be told from tensors and one number of heads, which is all that this form says; write .safetensors, or a folder",
         ));
     }
     if conversion.diffusers && kind.is_some() {

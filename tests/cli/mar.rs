@@ -209,6 +209,56 @@ fn what_a_mar_can_not_do_is_said() {
     ] {
         refused(&format!("{model}{stage}"), words);
     }
+    // Under another teacher: of other tokens, of states of other places, or of layers that lie
+    // elsewhere.
+    let teacher = |keys: &str| {
+        format!(
+            "[[stage]]\nkind = 'train'\nname = 'other'\nsteps = 1\narchitecture = {{ family = 'mar', {keys} }}\n"
+        )
+    };
+    let kd = |how: &str| {
+        format!(
+            "[[stage]]\nkind = 'recover'\nfrom = 'train'\nteacher = 'other'\nsteps = 1\n{how}\n"
+        )
+    };
+    let masked_kd = |taps: &str| kd(&format!("method = 'masked-kd'\n{taps}"));
+    for (keys, stage, words) in [
+        (
+            "patch_size = 1",
+            kd("method = 'kd'"),
+            "predict different things",
+        ),
+        (
+            "patch_size = 2, buffer = 3",
+            masked_kd("taps = [[0, 0]]"),
+            "places can't be compared",
+        ),
+        (
+            "patch_size = 2, encoder_depth = 6, decoder_depth = 2",
+            masked_kd("taps = [[5, 5]]"),
+            "between an encoder and a decoder",
+        ),
+    ] {
+        refused(&format!("{even}{}{stage}", teacher(keys)), words);
+    }
+    refused(
+        &train("encoder_depth = 0, decoder_depth = 0"),
+        "can't be built",
+    );
+    for (workload, words) in [("prune", "border"), ("importance", "has none")] {
+        let arguments = [
+            "bench",
+            "--model",
+            "MAR-B",
+            "--depth",
+            "6",
+            "--workload",
+            workload,
+        ];
+        let finished = place.run(&arguments);
+        assert_eq!(finished.status, Some(2), "{}", finished.stdout);
+        assert!(finished.stderr.contains(words), "{}", finished.stderr);
+    }
     let dit = "[[stage]]\nkind = 'sample'\nfrom = 'embedded:digits-teacher'\ncount = 1\nsolver = 'masked'\n";
     refused(dit, "gaussian diffusion (a DiT)");
     let rounds =

@@ -11,6 +11,11 @@ use crate::trunk::Trunk;
 
 /// Most tokens of an image: a side of 4096 pixels in patches of 16.
 const MOST_TOKENS: usize = 1 << 16;
+/// Noised copies of each token in the training of the published models.
+pub const COPIES: usize = 4;
+/// Mean of the share of unknown tokens in that training: of a normal distribution of deviation 0.25
+/// around 1, cut to 0.7 to 1.
+const MEAN_UNKNOWN: f64 = 0.867;
 /// Greatest width of a trunk.
 const MOST_WIDTH: usize = 1 << 16;
 
@@ -191,8 +196,18 @@ impl MarConfig {
             + width * (2 * width + 2 * token)
     }
 
-    /// Multiply-accumulates of one pass of one image of which every token is known and every token
-    /// is denoised once: the most that a pass can take.
+    /// Multiply-accumulates of a pass of one image in training, at the published mean share of
+    /// unknown tokens and their number of noised copies.
+    pub fn training_macs(&self) -> usize {
+        let tokens = self.tokens();
+        let unknown = (tokens as f64 * MEAN_UNKNOWN).ceil() as usize;
+        let rows = unknown as u128;
+        let head = self.projection_macs() + COPIES as u128 * self.head_macs();
+        countable(self.trunk_macs(tokens - unknown) + rows * head)
+    }
+
+    /// Multiply-accumulates of one pass of one image of which every token is known, and every token
+    /// is denoised once.
     pub fn macs(&self) -> usize {
         let tokens = self.tokens() as u128;
         countable(
@@ -269,8 +284,44 @@ impl MarConfig {
         Self { input_size, patch_size, channels, classes, buffer, mlp_ratio, encoder, decoder, head_width, head_depth }
     }
 
+    /// The sizes under the names of [`read`](Self::read)'s keys, for trunks of one width.
+    pub(in crate::models) fn keys(&self) -> impl Serialize {
+        #[derive(Serialize)]
+        struct AsKeys {
+            input_size: usize,
+            patch_size: usize,
+            channels: usize,
+            classes: usize,
+            width: usize,
+            heads: usize,
+            encoder_depth: usize,
+            decoder_depth: usize,
+            buffer: usize,
+            head_width: usize,
+            head_depth: usize,
+            mlp_ratio: f64,
+        }
+        AsKeys {
+            input_size: self.input_size,
+            patch_size: self.patch_size,
+            channels: self.channels,
+            classes: self.classes,
+            width: self.decoder.width,
+            heads: self.decoder.heads,
+            encoder_depth: self.encoder.depth,
+            decoder_depth: self.decoder.depth,
+            buffer: self.buffer,
+            head_width: self.head_width,
+            head_depth: self.head_depth,
+            mlp_ratio: self.mlp_ratio,
+        }
+    }
+
     /// Why no model can have these sizes, if so.
     pub fn problem(&self) -> Option<String> {
+        if self.encoder.depth == 0 && self.decoder.depth == 0 {
+            return Some("encoder_depth and decoder_depth are 0, and one must be above".into());
+        }
         for stack in [self.encoder, self.decoder] {
             let mut check = Check::new(|name| match name {
                 "input_size" => self.input_size as f64,

@@ -8,7 +8,9 @@ use crate::state::{Tensors, WeightsError};
 
 /// Whether the tensors are called as a MAR's.
 pub(in crate::models) fn is_mar(tensors: &Tensors) -> bool {
-    tensors.get("encoder_pos_embed_learned").is_some() || tensors.get("mask_token").is_some()
+    // Other networks have a `mask_token` too.
+    tensors.get("encoder_pos_embed_learned").is_some()
+        || (tensors.iter()).any(|(name, _)| name.starts_with("diffloss.net."))
 }
 
 /// The MAR whose state dict this is, with a patch of one pixel, as the published ones have it.

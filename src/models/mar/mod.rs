@@ -15,7 +15,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor, backend::Backend};
 
 pub use self::block::{LayerNorm, MarBlock};
-pub use self::config::{MarConfig, Stack};
+pub use self::config::{COPIES, MarConfig, Stack};
 pub use self::head::{DiffLoss, Head};
 pub use self::tokens::{Known, of_tokens, tokens};
 use super::{Denoiser, FillsIn, Prunable, Shape};
@@ -162,6 +162,11 @@ impl<B: FusedOps> Mar<B> {
             let rows = rows.select(0, indices(&known.rows(), &device));
             let rows = self.z_proj.forward(rows);
             x = Tensor::cat(vec![x, rows.reshape([batch, known.count(), width])], 1);
+        } else {
+            // Its gradient is zero then, not missing: an optimiser's moments fade.
+            let row = tokens.narrow(0, 0, 1).narrow(1, 0, 1).reshape([1, token]);
+            let nothing = self.z_proj.forward(row).mul_scalar(0.0);
+            x = x + nothing.unsqueeze_dim::<3>(0);
         }
         // The positions of the buffer, and of each sample's known tokens.
         let positions = known.by_sample().flat_map(|known| {

@@ -44,7 +44,7 @@ pub(super) fn plan(
         .is_some_and(|trunk| !trunk.borders.is_empty());
     if borders && analyse.show.contains(&View::Similarity) {
         return Err(Problem::Said(format!(
-            "\"similarity\" compares states of one shape, and {model} has two trunks"
+            "\"similarity\" compares states of one shape, and {model} has two trunks; leave it out: show = [\"states\", \"scores\", \"losses\", \"speed\"]"
         )));
     }
     known.fits_data(stage, model.shape())?;

@@ -16,7 +16,7 @@ pub(crate) const FROZEN: f64 = 2.0;
 
 /// Operations of one forward pass over a number of images.
 pub(crate) fn flops(model: &Architecture, images: usize) -> f64 {
-    2.0 * model.macs() as f64 * images as f64
+    2.0 * model.pass_macs() as f64 * images as f64
 }
 
 pub(crate) fn sampling_flops(sampling: &Sampling, model: &Architecture) -> f64 {

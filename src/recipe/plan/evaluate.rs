@@ -29,7 +29,10 @@ pub(super) fn plan(
         (models, archives) => format!("evaluate {models} models and {archives} archives"),
     };
     Ok(PlannedStage {
-        steps: evaluate.sampling.steps,
+        steps: evaluate
+            .sampling
+            .solver
+            .steps_in_all(evaluate.sampling.steps),
         images: models * evaluate.sampling.count,
         memory,
         flops,

@@ -108,7 +108,7 @@ impl Selection {
             true => Ok(()),
             false => Err(Problem::Said(format!(
                 "`keep` is {keep}, which must lie between 1 and {} for {depth} {layers}",
-                depth - 1
+                depth.saturating_sub(1)
             ))),
         };
         let scored = |score, scored: &Scored| {
@@ -223,7 +223,12 @@ impl Selection {
     /// evenly spaced ones where they are of several trunks.
     fn of(&self, model: &Architecture, granularity: Granularity) -> Architecture {
         let count = match self {
-            Self::Learned { groups, .. } => groups.kept_depth(),
+            // As many of the first of each group.
+            Self::Learned { groups, .. } => {
+                let firsts = groups.iter().zip(groups.offsets());
+                let kept = firsts.flat_map(|(group, first)| first..first + group.keep());
+                return model.keep(&kept.collect::<Vec<_>>(), granularity);
+            }
             Self::Scored { scored, .. } | Self::Searched { scored, .. } => scored.keep,
             Self::Intervals(Intervals { keep, .. }) | Self::Random { keep, .. } => *keep,
             Self::Fixed { kept, .. } => return model.keep(kept, granularity),
@@ -349,7 +354,10 @@ pub(super) fn plan(
         Selection::Random { .. } | Selection::Fixed { .. } => (0, 0, before.parameters() * 4, 0.0),
     };
     let method = prune_method(&prune.method);
-    let guessed = !granularity.is_block() && !matches!(choice, Selection::Fixed { .. });
+    let known_before = matches!(choice, Selection::Fixed { .. });
+    let guessed = !granularity.is_block() && !known_before;
+    let bordered = (before.trunk(granularity)).is_some_and(|trunk| !trunk.borders.is_empty());
+    let divided = bordered && !known_before && !matches!(choice, Selection::Learned { .. });
     let work = Work::Prune(PrunePlan {
         from: prune.from.clone(),
         method,
@@ -374,6 +382,12 @@ pub(super) fn plan(
     if guessed {
         planned.notes.push(
             "which branches stay is known once it has run; the model after it is one of as many"
+                .into(),
+        );
+    }
+    if divided {
+        planned.notes.push(
+            "how many layers of each trunk stay is known once it has run; the model after it is one of as many in all"
                 .into(),
         );
     }

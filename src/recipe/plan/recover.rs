@@ -92,7 +92,10 @@ pub(super) fn plan(
                 "the student was trained by {process}, the teacher by {other}"
             )));
         }
-        let says = |model: &Architecture| (model.shape(), model.predicts_variance());
+        let says = |model: &Architecture| {
+            let patch = model.patch_filled_in();
+            (model.shape(), model.predicts_variance(), patch)
+        };
         if says(&teacher) != says(&student) {
             return Err(Problem::Said(format!(
                 "student and teacher predict different things: {student}; {teacher}"
@@ -101,7 +104,7 @@ pub(super) fn plan(
         let states = (student.states(), teacher.states());
         if taught.features.is_some() && (states.0.is_none() || states.1.is_none()) {
             return Err(Problem::Said(format!(
-                "hidden states are compared along a trunk, which one of these has not: {student}; {teacher}"
+                "hidden states are compared along trunks of one width, which one of these has not: {student}; {teacher}"
             )));
         }
         if let (Some(_), (Some([tokens, width]), Some([others, wider]))) =
@@ -109,7 +112,7 @@ pub(super) fn plan(
         {
             if tokens != others {
                 return Err(Problem::Said(format!(
-                    "hidden states of different tokens can't be compared: {student}; {teacher}"
+                    "hidden states of {tokens} and of {others} places can't be compared: {student}; {teacher}"
                 )));
             }
             if width != wider {
@@ -131,7 +134,9 @@ pub(super) fn plan(
                 false => Granularity::Block,
             };
             let depths = (student.layers(granularity), teacher.layers(granularity));
-            check_taps(&taps, depths.0, depths.1).map_err(Problem::Said)?;
+            check_taps(&taps, depths.0, depths.1)
+                .and_then(|()| check_stacks(&taps, &student, &teacher))
+                .map_err(Problem::Said)?;
         }
         memory += inference_memory(&teacher, optimisation.batch / optimisation.accumulate);
         arithmetic += flops(&teacher, seen);
@@ -181,6 +186,23 @@ pub(in crate::recipe) fn check_taps(
         return Err("there must be at least one tap, and taps must rise on both sides".into());
     }
     Ok(())
+}
+
+/// Refuses taps between a layer of a MAR's encoder and one of a decoder, whose states are of other
+/// places.
+pub(in crate::recipe) fn check_stacks(
+    taps: &[(usize, usize)],
+    student: &Architecture,
+    teacher: &Architecture,
+) -> Result<(), String> {
+    let across = (taps.iter())
+        .find(|(layer, of)| student.stack_of_layer(*layer) != teacher.stack_of_layer(*of));
+    match across {
+        Some((layer, of)) => Err(format!(
+            "tap [{layer}, {of}] is between an encoder and a decoder, whose hidden states can't be compared: {student}; {teacher}"
+        )),
+        None => Ok(()),
+    }
 }
 
 fn recover_method(method: &RecoverMethod) -> &'static str {

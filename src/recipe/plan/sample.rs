@@ -24,7 +24,7 @@ pub(super) fn plan(
     }
     Ok(PlannedStage {
         process,
-        steps: sample.sampling.steps,
+        steps: sample.sampling.solver.steps_in_all(sample.sampling.steps),
         images: sample.sampling.count,
         memory,
         flops: sampling_flops(&sample.sampling, &model),

@@ -93,7 +93,17 @@ impl<B: TrainingBackend> Context<'_, B> {
                 kept.sort_unstable();
                 (kept, None, None)
             }
-            Selection::Fixed { kept, groups } => (kept.clone(), groups.as_ref(), None),
+            Selection::Fixed { kept, groups } => {
+                // The plan may have guessed how its layers are divided among trunks.
+                let trunk = parent.architecture.trunk(granularity);
+                if let (Some(groups), Some(trunk)) = (groups, trunk) {
+                    groups.fit(&trunk).map_err(|error| RecipeError::Stage {
+                        stage: stage.name.clone(),
+                        problem: error.to_string(),
+                    })?;
+                }
+                (kept.clone(), groups.as_ref(), None)
+            }
         };
         let joined = replaced.is_some();
         let whole = || in_layers(parent.network(self.device)?, granularity);

@@ -12,7 +12,7 @@ use crate::process::{Distillation, MaskedFeatures, Process};
 use crate::pruning::{self, Groups};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::RecoverPlan;
-use crate::recipe::plan::recover::check_taps;
+use crate::recipe::plan::recover::{check_stacks, check_taps};
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::recover::Representation;
 use crate::recovery::Student;
@@ -41,12 +41,11 @@ impl<B: TrainingBackend> Context<'_, B> {
                     let depth = architecture.layers(granularity);
                     // Plans refuse features of a network without a trunk.
                     let trunk = teacher.trunk(granularity).unwrap_or(Trunk::plain(0));
-                    let taps =
-                        taps(representation, &parent, (depth, &trunk)).map_err(|problem| {
-                            RecipeError::Stage {
-                                stage: stage.name.clone(),
-                                problem,
-                            }
+                    let taps = taps(representation, &parent, (depth, &trunk))
+                        .and_then(|taps| check_stacks(&taps, &architecture, teacher).map(|()| taps))
+                        .map_err(|problem| RecipeError::Stage {
+                            stage: stage.name.clone(),
+                            problem,
                         })?;
                     Ok::<_, RecipeError>(MaskedFeatures {
                         taps,

@@ -182,13 +182,11 @@ fn sources(title: &str) -> &'static [&'static str] {
 
 /// Defaults that follow from other keys or are left out of a resolved recipe; empty of keys whose
 /// default is said with their meaning.
-const DEFAULTS: [(&str, &str); 15] = [
+const DEFAULTS: [(&str, &str); 13] = [
     ("seeds", "1"),
     ("width", "`64`; of a UNet `32`"),
     ("levels", "`3`"),
     ("attention_level", "`2`"),
-    ("encoder_depth", "`6`"),
-    ("decoder_depth", "`6`"),
     ("path", "`\"linear\"`"),
     ("predicts", "`\"velocity\"`"),
     ("weighting", "`\"none\"`"),

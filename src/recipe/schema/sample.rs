@@ -232,7 +232,7 @@ fn read_solver(section: &Section<'_>) -> Solver {
     match solver {
         4 => {
             let usual = Rounds::PUBLISHED;
-            section.refuse(&["eta", "guidance_channels"], "solver \"masked\"");
+            section.refuse(&["eta"], "solver \"masked\"");
             section.refuse(&EQUATION, "solver \"masked\"");
             let schedule = section.choice("guidance_schedule", &GuidanceSchedule::NAMES);
             Solver::Masked(Rounds {

@@ -140,6 +140,8 @@ fn a_resolved_recipe_is_a_recipe_that_says_the_same() {
            architecture = { family = 'classifier' }\n\
            [[stage]]\nkind = 'train'\nname = 'xl'\nsteps = 9\n\
            architecture = { preset = 'DiT-XL/2' }\n\
+           [[stage]]\nkind = 'train'\nname = 'mar'\nsteps = 9\n\
+           architecture = { family = 'mar', patch_size = 2, decoder_depth = 3 }\n\
            [[stage]]\nkind = 'train'\nname = 'more'\nfrom = 'train'\nsteps = 9\n\
            [[stage]]\nkind = 'prune'\nname = 'pairs'\ngroups = [[2, 4], [1, 2]]\nsteps = 9\n\
            update = 'frozen'\n\

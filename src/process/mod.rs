@@ -1,9 +1,9 @@
 //! The process that a network learns, which turns data into noise; its losses and its samplers.
 //!
 //! [`Process`] is the interface: data draws times from it, training and scores use its noised
-//! samples and terms, and none of them names a process. [`GaussianDiffusion`] is DiT's,
-//! [`Interpolant`] SiT's, [`AnyProcess`] the one that a checkpoint names. [`Sampler`] goes from
-//! noise to data:
+//! samples and terms, and none of them names a process. [`GaussianDiffusion`] is DiT's, and that of
+//! MAR's single tokens ([`masked`]); [`Interpolant`] is SiT's, [`AnyProcess`] the one that a
+//! checkpoint names. [`Sampler`] goes from noise to data:
 //!
 //! ```
 //! # #[cfg(feature = "ndarray")] fn main() -> Result<(), Box<dyn std::error::Error>> {

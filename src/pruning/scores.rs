@@ -62,7 +62,7 @@ impl<B: Backend> ScoreBatch<B> {
     /// Batches of at most `most` of its samples.
     pub fn parts(self, most: usize) -> Vec<Self> {
         let count = self.samples();
-        let times = self.t.len() / count;
+        let times = self.t.len() / count.max(1);
         let starts = (0..count).step_by(most.max(1));
         let part = |start: usize| {
             let range = start..(start + most.max(1)).min(count);

@@ -95,7 +95,7 @@ pub struct Stated {
     /// width.
     #[serde(skip)]
     pub heads_otherwise: Option<usize>,
-    /// The process it was trained under, which no tensor shows.
+    /// The process it was trained under, which only a MAR's tensors show.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process: Option<ProcessKind>,
     /// The published model that the file must hold, up to image size and number of classes.
@@ -520,13 +520,13 @@ fn beside(path: &Path) -> Result<Option<(Architecture, Option<ProcessKind>)>, We
         return Ok(None);
     }
     let process = match json.get("process") {
-        Some(serde_json::Value::String(mark)) => marked(mark).map_err(broken)?,
+        Some(serde_json::Value::String(mark)) => Some(marked(mark).map_err(broken)?),
         Some(other) => return Err(broken(format!("`process` is {other}, expected a string"))),
         None => None,
     };
-    let stated = json.get("process").is_some();
     let architecture: Architecture =
         serde_json::from_value(json).map_err(|error| broken(error.to_string()))?;
-    let assumed = (!stated).then(|| ProcessKind::assumed_of(&architecture));
-    Ok(Some((architecture, process.or(assumed))))
+    // A mark may say that it is unstated.
+    let process = process.unwrap_or_else(|| Some(ProcessKind::assumed_of(&architecture)));
+    Ok(Some((architecture, process)))
 }

@@ -190,7 +190,11 @@ fn what_a_mar_can_not_do_is_said() {
             prune("method = 'random'\nkeep = 4\ngranularity = 'branch'"),
             "can't be taken apart by branch",
         ),
-        (&even, prune("method = 'width'\nratio = 0.5"), "width"),
+        (
+            &even,
+            prune("method = 'width'\nratio = 0.5"),
+            "has no channels that can be taken out",
+        ),
         (
             &even,
             "[[stage]]\nkind = 'sample'\ncount = 1\n".to_owned(),

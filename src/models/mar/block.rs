@@ -72,9 +72,8 @@ pub struct Mlp<B: Backend> {
 }
 
 impl<B: Backend> MarBlock<B> {
-    pub(super) fn zeros(stack: Stack, mlp_ratio: f64, device: &B::Device) -> Self {
+    pub(super) fn zeros(stack: Stack, hidden: usize, device: &B::Device) -> Self {
         let Stack { width, heads, .. } = stack;
-        let hidden = (mlp_ratio * width as f64 + 1e-6) as usize;
         Self {
             norm1: LayerNorm::ones(width, device),
             attn: Attention::zeros([width; 2], heads, device),

@@ -69,7 +69,7 @@ impl<B: Backend> Mar<B> {
         let vectors =
             |count: usize, width: usize| Param::from_tensor(Tensor::zeros([count, width], device));
         let blocks = |stack: Stack| {
-            let block = |_| MarBlock::zeros(stack, config.mlp_ratio, device);
+            let block = |_| MarBlock::zeros(stack, config.hidden(stack), device);
             (0..stack.depth).map(block).collect()
         };
         Self {

@@ -104,7 +104,7 @@ pub(super) fn plan(
         let states = (student.states(), teacher.states());
         if taught.features.is_some() && (states.0.is_none() || states.1.is_none()) {
             return Err(Problem::Said(format!(
-                "hidden states are compared along trunks of one width, which one of these has not: {student}; {teacher}"
+                "hidden states are compared along a trunk, or two of one width, which one of these has not: {student}; {teacher}"
             )));
         }
         if let (Some(_), (Some([tokens, width]), Some([others, wider]))) =

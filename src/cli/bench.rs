@@ -36,9 +36,6 @@ pub(super) struct BenchArguments {
     /// Type of matrix products
     #[arg(long, default_value = "f32")]
     compute: Compute,
-    /// Threads of the CPU backend [default: one a core]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    threads: Option<u32>,
     /// Runs before timing
     #[arg(long, default_value_t = 2)]
     warmup: usize,
@@ -48,13 +45,6 @@ pub(super) struct BenchArguments {
     /// As one JSON object
     #[arg(long)]
     json: bool,
-}
-
-impl BenchArguments {
-    /// Number of threads to compute on, if stated.
-    pub(super) fn threads(&self) -> Option<usize> {
-        self.threads.map(|threads| threads as usize)
-    }
 }
 
 /// Times a workload and prints the measurement.

@@ -37,6 +37,9 @@ use weights::{ConvertArguments, InspectArguments, convert, inspect};
     after_help = "Exit status: 0 done, 2 an error, 130 interrupted (a training saves a checkpoint first)."
 )]
 struct Cli {
+    /// Threads to compute on; they change no result [default: one for each core]
+    #[arg(long, global = true, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
     #[command(subcommand)]
     command: Command,
 }
@@ -142,7 +145,7 @@ Examples:
 pub fn main() -> ExitCode {
     watch_panics();
     let cli = Cli::parse();
-    let result = start_threads(&cli.command).and_then(|()| obey(cli.command));
+    let result = start_threads(&cli).and_then(|()| obey(cli.command));
     match result {
         Ok(()) if crate::terminal::all_told() => ExitCode::SUCCESS,
         Ok(()) => {
@@ -188,19 +191,21 @@ const MOST_THREADS: usize = 1024;
 
 /// Starts the worker threads, with an upper limit. Without this, rayon would panic at first use
 /// when threads can't be started.
-fn start_threads(command: &Command) -> Result<(), CliError> {
-    let stated = match command {
-        // Commands that compute nothing.
-        Command::Completions { .. }
-        | Command::Inspect(_)
-        | Command::Report(_)
-        | Command::Runs(_) => return Ok(()),
-        Command::Bench(arguments) => arguments.threads(),
-        _ => None,
-    };
+fn start_threads(cli: &Cli) -> Result<(), CliError> {
+    // Commands that compute nothing.
+    if let Command::Completions { .. }
+    | Command::Inspect(_)
+    | Command::Report(_)
+    | Command::Runs(_) = &cli.command
+    {
+        return Ok(());
+    }
     let asked = || std::env::var("RAYON_NUM_THREADS").ok()?.parse().ok();
     // 0 means one thread per core for rayon.
-    let count = stated.or_else(asked).unwrap_or(0).min(MOST_THREADS);
+    let count = (cli.threads.map(|threads| threads as usize))
+        .or_else(asked)
+        .unwrap_or(0)
+        .min(MOST_THREADS);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(count);
     pool.build_global().map_err(|error| {
         let count = match count {
@@ -208,7 +213,7 @@ fn start_threads(command: &Command) -> Result<(), CliError> {
             count => format!("{count} threads"),
         };
         CliError::Usage(format!(
-            "{count} can't be had ({error}); ask for fewer by RAYON_NUM_THREADS or `bench --threads`, or free some of this \
+            "{count} can't be had ({error}); ask for fewer by `--threads` or RAYON_NUM_THREADS, or free some of this \
              user's processes"
         ))
     })

@@ -391,6 +391,7 @@ impl Architecture {
         match self {
             // Under the names that a recipe has for them.
             Self::Mar(config) => config.keys().serialize(serializer),
+            Self::Unet(config) => config.keys().serialize(serializer),
             other => ask!(other, config => config.serialize(serializer)),
         }
     }

@@ -55,6 +55,46 @@ impl Shape {
     }
 }
 
+/// Sizes that transformers of an image's patches have in common.
+pub(super) struct Tokens {
+    /// Side of a patch.
+    pub(super) patch_size: usize,
+    /// Heads of an attention.
+    pub(super) heads: usize,
+    /// Width of a token.
+    pub(super) width: usize,
+}
+
+impl Tokens {
+    /// Reads the sizes; patches of images of side `input_size` are `patch_size` where none is
+    /// given.
+    pub(super) fn read(keys: &mut dyn Keys, input_size: usize, patch_size: usize) -> Self {
+        let key = |name, most, default| Key {
+            name,
+            least: 1,
+            most,
+            default,
+        };
+        let divides = Demand {
+            holds: &|patch| input_size.is_multiple_of(patch),
+            must: format!("divide `input_size`, which is {input_size}"),
+        };
+        let patch_size = keys.integer(key("patch_size", 4096, patch_size), Some(divides));
+        let heads = keys.integer(key("heads", 1024, 4), None);
+        let divided = Demand {
+            // The position table needs a multiple of 4.
+            holds: &|width| width.is_multiple_of(heads) && width.is_multiple_of(4),
+            must: format!("be a multiple of 4 and of `heads`, which is {heads}"),
+        };
+        let width = keys.integer(key("width", 65_536, 64), Some(divided));
+        Self {
+            patch_size,
+            heads,
+            width,
+        }
+    }
+}
+
 /// Asks of a configuration whether its own values lie where they must.
 pub(super) struct Check<F: Fn(&str) -> f64> {
     /// The value of a key.

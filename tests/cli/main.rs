@@ -19,5 +19,6 @@ mod resume;
 mod sit;
 mod sweep;
 mod terminal;
+mod threads;
 mod unet;
 mod width;

@@ -52,6 +52,9 @@ fn a_unet_is_trained_pruned_in_width_and_measured() {
     place
         .run(&["recipe", "unet.toml", "--runs", "runs"])
         .succeeded();
+    place
+        .run(&["recipe", "runs/unet/001/resolved.toml", "--dry-run"])
+        .succeeded();
     let inspect = |path: &str| -> Value {
         let told = place.run(&["inspect", path, "--json"]).succeeded().stdout;
         serde_json::from_str(&told).unwrap()

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{BlockKind, TIMESTEP_FEATURES, Widths};
 use crate::models::Shape;
-use crate::models::keys::{Check, Demand, Key, Keys};
+use crate::models::keys::{Check, Key, Keys, Tokens};
 use crate::trunk::{Granularity, Trunk};
 
 /// Most tokens of an image: a side of 4096 pixels in patches of 16.
@@ -266,22 +266,7 @@ impl DitConfig {
     #[rustfmt::skip]
     pub fn read(keys: &mut dyn Keys, samples: Shape) -> Self {
         let Shape { channels, side: input_size, classes } = Shape::read(keys, samples);
-        let patch_size = keys.integer(
-            Key { name: "patch_size", least: 1, most: 4096, default: 2 },
-            Some(Demand {
-                holds: &|patch| input_size.is_multiple_of(patch),
-                must: format!("divide `input_size`, which is {input_size}"),
-            }),
-        );
-        let heads = keys.integer(Key { name: "heads", least: 1, most: 1024, default: 4 }, None);
-        let width = keys.integer(
-            Key { name: "width", least: 1, most: 65_536, default: 64 },
-            Some(Demand {
-                // The position table needs a multiple of 4.
-                holds: &|width| width.is_multiple_of(heads) && width.is_multiple_of(4),
-                must: format!("be a multiple of 4 and of `heads`, which is {heads}"),
-            }),
-        );
+        let Tokens { patch_size, heads, width } = Tokens::read(keys, input_size, 2);
         let depth = keys.integer(Key { name: "depth", least: 1, most: 4096, default: 12 }, None);
         let mlp_ratio = keys.float(Key { name: "mlp_ratio", least: 0.0, most: 64.0, default: 4.0 });
         let learn_sigma = keys.boolean("learn_sigma", true);

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::models::Shape;
 use crate::models::dit::TIMESTEP_FEATURES;
-use crate::models::keys::{Check, Demand, Key, Keys};
+use crate::models::keys::{Check, Key, Keys, Tokens};
 use crate::trunk::Trunk;
 
 /// Most tokens of an image: a side of 4096 pixels in patches of 16.
@@ -257,21 +257,7 @@ impl MarConfig {
     #[rustfmt::skip]
     pub fn read(keys: &mut dyn Keys, samples: Shape) -> Self {
         let Shape { channels, side: input_size, classes } = Shape::read(keys, samples);
-        let patch_size = keys.integer(
-            Key { name: "patch_size", least: 1, most: 4096, default: 1 },
-            Some(Demand {
-                holds: &|patch| input_size.is_multiple_of(patch),
-                must: format!("divide `input_size`, which is {input_size}"),
-            }),
-        );
-        let heads = keys.integer(Key { name: "heads", least: 1, most: 1024, default: 4 }, None);
-        let width = keys.integer(
-            Key { name: "width", least: 1, most: 65_536, default: 64 },
-            Some(Demand {
-                holds: &|width| width.is_multiple_of(heads) && width.is_multiple_of(4),
-                must: format!("be a multiple of 4 and of `heads`, which is {heads}"),
-            }),
-        );
+        let Tokens { patch_size, heads, width } = Tokens::read(keys, input_size, 1);
         let mut count = |name, least, most, default| {
             keys.integer(Key { name, least, most, default }, None)
         };

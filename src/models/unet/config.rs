@@ -153,6 +153,33 @@ impl UnetConfig {
         }
     }
 
+    /// The sizes under the names of [`read`](Self::read)'s keys, for a network of its form.
+    pub(in crate::models) fn keys(&self) -> impl Serialize {
+        #[derive(Serialize)]
+        struct AsKeys {
+            input_size: usize,
+            channels: usize,
+            classes: usize,
+            levels: usize,
+            width: usize,
+            layers: usize,
+            attention_level: usize,
+            norm_groups: usize,
+        }
+        let levels = self.levels.len();
+        let attention = self.attention.iter().position(|attention| *attention);
+        AsKeys {
+            input_size: self.input_size,
+            channels: self.channels,
+            classes: self.classes,
+            levels,
+            width: self.levels[0],
+            layers: self.layers,
+            attention_level: attention.unwrap_or(levels) + 1,
+            norm_groups: self.norm_groups,
+        }
+    }
+
     /// Why no model can have these sizes, if so.
     pub fn problem(&self) -> Option<String> {
         let Self {

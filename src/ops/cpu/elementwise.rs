@@ -158,17 +158,17 @@ pub(super) fn modulated_norm(
 /// Runs `work(rows, sums)` over rows `[batch tokens]` and returns the sums over each sample's
 /// tokens, `[batch, width]`.
 ///
-/// With fewer samples than threads, a sample's tokens are summed in parts.
+/// Of few samples, a sample's tokens are summed in parts, so that all threads have work. How many
+/// depends on the shape alone: any number of threads gives the same bits.
 fn over_tokens(
     [batch, tokens]: [usize; 2],
     width: usize,
     cost: usize,
     work: impl Fn(Range<usize>, &mut [f32]) + Sync,
 ) -> Vec<f32> {
-    let parts = (threads::PARTS * threads::count())
-        .div_ceil(batch.max(1))
-        .min(tokens.div_ceil(16))
-        .max(1);
+    /// Tasks that there should be.
+    const TASKS: usize = 32;
+    let parts = TASKS.div_ceil(batch.max(1)).min(tokens.div_ceil(16)).max(1);
     let mut sums = vec![0.0; batch * parts * width];
     let out = Out::of(&mut sums);
     threads::over(batch * parts, 1, cost, |range| {

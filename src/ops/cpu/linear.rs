@@ -19,8 +19,12 @@ use crate::ops::{Activation, LinearGradients, LinearWants, LinearWeights};
 /// Up to this many rows, packing a weight costs more than the product.
 const FEW: usize = 8;
 
-/// Largest weight of which each core accumulates a gradient of its own.
+/// Largest weight whose gradient is summed in [`PARTS`], each a matrix of its own.
 const SMALL: usize = 1 << 16;
+
+/// Parts of such a sum. Not the number of threads, on which no bit may depend; more threads than
+/// these idle here.
+const PARTS: usize = 8;
 
 /// The parameters as rows.
 pub(super) struct Weights {
@@ -403,15 +407,15 @@ impl WithSimd for PartOfWeight<'_> {
     }
 }
 
-/// [`of_weight`] for many rows and a small weight: cores share the rows, and their products are
-/// added.
+/// [`of_weight`] for many rows and a small weight: the rows are divided into parts, whose products
+/// are added in their order.
 fn of_small_weight(
     gradient: &Rows,
     x: &Rows,
     activation: Activation,
 ) -> (Tensor<NdArray, 2>, Tensor<NdArray, 1>) {
     let (rows, inputs, outputs) = (x.count, x.width, gradient.width);
-    let parts = threads::count().min(rows.div_ceil(DEPTH));
+    let parts = PARTS.min(rows.div_ceil(DEPTH));
     let size = outputs * inputs + outputs;
     let mut places = Scratch::new(parts * size);
     let places = places.values();

@@ -83,7 +83,7 @@ fn source(folder: &Path) -> Result<BatchSource, DataError> {
 /// Time of a batch.
 fn time(source: &BatchSource, step: usize) -> Result<Duration, DataError> {
     let start = Instant::now();
-    black_box(source.samples(step)?);
+    black_box(source.samples(step, 0..BATCH)?);
     Ok(start.elapsed())
 }
 
@@ -110,7 +110,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         group.bench_function(*form, |bencher| {
             bencher.iter(|| {
                 step += 1;
-                source.samples(step).map(black_box)
+                source.samples(step, 0..BATCH).map(black_box)
             })
         });
     }

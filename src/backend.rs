@@ -60,8 +60,8 @@ impl BackendKind {
 }
 
 /// Runs `$body` with the type `$B` bound to the training backend of a [`BackendKind`] and `$device`
-/// to its default device. For a [`missing`](BackendKind::missing) kind, evaluates `$absent`
-/// instead.
+/// to its default device; of several workers on a machine with CUDA, each has one of its own. For a
+/// [`missing`](BackendKind::missing) kind, evaluates `$absent` instead.
 #[macro_export]
 macro_rules! with_backend {
     ($kind:expr, $B:ident, $device:ident => $body:expr, else $absent:expr) => {
@@ -81,7 +81,9 @@ macro_rules! with_backend {
             #[cfg(feature = "cuda")]
             $crate::backend::BackendKind::Cuda => {
                 type $B = burn::backend::Autodiff<burn_cuda::Cuda>;
-                let $device = &burn_cuda::CudaDevice::default();
+                let $device = &burn_cuda::CudaDevice {
+                    index: $crate::workers::device(),
+                };
                 $body
             }
             #[allow(unreachable_patterns)]

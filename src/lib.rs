@@ -23,6 +23,7 @@
 //! | [`recipe`] | TOML → plan → run directory → page |
 //! | [`report`] | pictures, charts, tables and pages |
 //! | [`random`] | randomness keyed by (seed, stream, step, index) |
+//! | [`workers`] | several processes at one recipe: alone, over MPI; the tree that sums their gradients |
 //! | [`backend`], [`stop`], [`files`], [`images`], [`terminal`] | shared parts |
 //! | [`cli`], [`mod@bench`], `standin` | the program's commands |
 //!
@@ -91,3 +92,4 @@ pub mod terminal;
 pub mod training;
 pub mod trunk;
 pub mod weights;
+pub mod workers;

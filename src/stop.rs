@@ -29,9 +29,8 @@ impl Stop {
     }
 }
 
-/// Ends the program without waiting for the current step.
-#[allow(clippy::exit)]
+/// Ends the program, and all that work on the same job, without waiting for the current step.
 #[cfg(any(feature = "cli", feature = "tui"))]
 pub(crate) fn leave() -> ! {
-    std::process::exit(130)
+    crate::workers::end(130)
 }

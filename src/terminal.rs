@@ -3,13 +3,28 @@
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// Whether this process says nothing: of several workers one speaks.
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// Whether lines are written.
+pub fn speaks() -> bool {
+    !SILENT.load(Ordering::Relaxed)
+}
+
+/// Writes lines, or swallows them, from now on.
+pub fn speak(speaks: bool) {
+    SILENT.store(!speaks, Ordering::Relaxed);
+}
+
 /// Writes a line to standard error.
 #[macro_export]
 macro_rules! say {
     ($($part:tt)*) => {{
         use std::io::Write as _;
-        let text = $crate::terminal::harmless(format!($($part)*));
-        let _ = writeln!(std::io::stderr(), "{text}");
+        if $crate::terminal::speaks() {
+            let text = $crate::terminal::harmless(format!($($part)*));
+            let _ = writeln!(std::io::stderr(), "{text}");
+        }
     }};
 }
 
@@ -53,8 +68,10 @@ pub fn all_told() -> bool {
 macro_rules! tell {
     ($($part:tt)*) => {{
         use std::io::Write as _;
-        let text = $crate::terminal::harmless(format!($($part)*));
-        $crate::terminal::told(writeln!(std::io::stdout(), "{text}"));
+        if $crate::terminal::speaks() {
+            let text = $crate::terminal::harmless(format!($($part)*));
+            $crate::terminal::told(writeln!(std::io::stdout(), "{text}"));
+        }
     }};
 }
 

@@ -5,8 +5,9 @@
 use std::path::{Path, PathBuf};
 
 /// The rooms from the ground up. A room uses those that stand before it.
-const FLOORS: [&str; 25] = [
+const FLOORS: [&str; 26] = [
     "terminal",
+    "workers",
     "backend",
     "files",
     "random",

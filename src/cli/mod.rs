@@ -13,11 +13,13 @@ mod weights;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::stop::{Stop, leave};
 use crate::training::watch_panics;
+use crate::workers::{Group, Workers};
 use bench::{BenchArguments, benchmark};
 use error::CliError;
 use evaluate::{EvaluateArguments, evaluate};
@@ -145,7 +147,18 @@ Examples:
 pub fn main() -> ExitCode {
     watch_panics();
     let cli = Cli::parse();
-    let result = start_threads(&cli).and_then(|()| obey(cli.command));
+    let (workers, here) = match crate::workers::start() {
+        Ok(started) => started,
+        Err(problem) => {
+            crate::say!("error: {problem}");
+            return ExitCode::from(2);
+        }
+    };
+    crate::terminal::speak(workers.leads());
+    let result = start_threads(&cli, here).and_then(|()| obey(cli.command, &workers));
+    if let (Err(error), true) = (&result, workers.size() > 1) {
+        give_up(&*workers, error);
+    }
     match result {
         Ok(()) if crate::terminal::all_told() => ExitCode::SUCCESS,
         Ok(()) => {
@@ -163,9 +176,36 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn obey(command: Command) -> Result<(), CliError> {
+/// How long a worker waits for others: to tell an error that all met, or to tidy up.
+const A_MOMENT: Duration = Duration::from_secs(1);
+/// Ends all workers: those that did not meet the error wait for this one.
+fn give_up(workers: &dyn Workers, error: &CliError) -> ! {
+    if error.is_interrupted() && !workers.leads() {
+        // All stopped at one step; the first one ends the job once it has saved.
+        workers.broadcast(Vec::new());
+    }
+    std::thread::sleep(A_MOMENT);
+    crate::terminal::speak(true);
+    if !workers.leads() {
+        crate::say!("worker {} of {}:", workers.rank(), workers.size());
+    }
+    if error.is_interrupted() {
+        crate::say!("{error}");
+        workers.abort(130);
+    }
+    tell_causes(error);
+    workers.abort(2)
+}
+
+fn obey(command: Command, workers: &Group) -> Result<(), CliError> {
+    if workers.size() > 1 && !matches!(command, Command::Recipe(_)) {
+        return Err(CliError::Usage(format!(
+            "{} processes were started, and only `recipe` shares its work; start this command once",
+            workers.size()
+        )));
+    }
     match command {
-        Command::Recipe(arguments) => recipe(&arguments),
+        Command::Recipe(arguments) => recipe(&arguments, workers),
         Command::Sample(arguments) => sample(&arguments),
         Command::Evaluate(arguments) => evaluate(&arguments),
         Command::Extract(arguments) => extract(&arguments),
@@ -189,9 +229,10 @@ fn obey(command: Command) -> Result<(), CliError> {
 /// Most threads that can be requested: more take minutes to start.
 const MOST_THREADS: usize = 1024;
 
-/// Starts the worker threads, with an upper limit. Without this, rayon would panic at first use
+/// Starts the threads that compute, with an upper limit; `here` processes share the machine's
+/// cores. Without this, rayon would panic at first use
 /// when threads can't be started.
-fn start_threads(cli: &Cli) -> Result<(), CliError> {
+fn start_threads(cli: &Cli, here: usize) -> Result<(), CliError> {
     // Commands that compute nothing.
     if let Command::Completions { .. }
     | Command::Inspect(_)
@@ -201,10 +242,12 @@ fn start_threads(cli: &Cli) -> Result<(), CliError> {
         return Ok(());
     }
     let asked = || std::env::var("RAYON_NUM_THREADS").ok()?.parse().ok();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     // 0 means one thread per core for rayon.
+    let usual = if here > 1 { (cores / here).max(1) } else { 0 };
     let count = (cli.threads.map(|threads| threads as usize))
         .or_else(asked)
-        .unwrap_or(0)
+        .unwrap_or(usual)
         .min(MOST_THREADS);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(count);
     pool.build_global().map_err(|error| {
@@ -243,16 +286,37 @@ fn how_to_go_on<T>(result: Result<T, impl Into<CliError>>, command: &str) -> Res
     })
 }
 
-/// The stop that Ctrl-C and SIGTERM request; a second signal ends the program at once.
+/// The stop that Ctrl-C, SIGTERM and SIGUSR1 request; a second one of the first two ends the
+/// program at once.
 fn listen() -> Result<Stop, CliError> {
     let stop = Stop::default();
     let requested = stop.clone();
+    let refused = |error: &dyn std::fmt::Display| {
+        CliError::Usage(format!("can't listen for signals: {error}"))
+    };
     ctrlc::set_handler(move || {
+        // Of several workers the first one stops, and with it all.
+        if !crate::terminal::speaks() {
+            return;
+        }
         if requested.request() {
             leave();
         }
         crate::say!("stopping after this step; once more to stop at once");
     })
-    .map_err(|error| CliError::Usage(format!("can't listen for signals: {error}")))?;
+    .map_err(|error| refused(&error))?;
+    #[cfg(unix)]
+    {
+        use signal_hook::{consts::SIGUSR1, iterator::Signals};
+        let mut signals = Signals::new([SIGUSR1]).map_err(|error| refused(&error))?;
+        let requested = stop.clone();
+        std::thread::spawn(move || {
+            for _ in signals.forever() {
+                if crate::terminal::speaks() && !requested.request() {
+                    crate::say!("stopping after this step");
+                }
+            }
+        });
+    }
     Ok(stop)
 }

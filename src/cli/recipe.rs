@@ -2,6 +2,7 @@
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::error::CliError;
 use super::{how_to_go_on, listen};
@@ -9,11 +10,13 @@ use crate::backend::BackendKind;
 use crate::recipe::document::{Document, MOST_BYTES};
 use crate::recipe::plan::Plan;
 use crate::recipe::run::sweep::run_sweep;
-use crate::recipe::run::{Options, run};
+use crate::recipe::run::{Options, can_share, run};
 use crate::recipe::schema::sweep::{Point, Sweep};
 use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::recipe::{RecipeError, embedded_recipes};
-use crate::report::scientific;
+use crate::report::{brief, scientific};
+use crate::stop::Stop;
+use crate::workers::Group;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct RecipeArguments {
@@ -34,6 +37,9 @@ pub(super) struct RecipeArguments {
     /// Run with this many seeds in a row, and print mean and spread of the verdicts
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..=1000))]
     seeds: Option<u64>,
+    /// Save and stop after this time, such as 3h50m, before a queue's own limit; `--resume` goes on
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    max_time: Option<Duration>,
     /// Go on with the newest unfinished run of this recipe
     #[arg(long)]
     resume: bool,
@@ -62,7 +68,7 @@ fn read_recipe(path: &Path) -> io::Result<String> {
 }
 
 /// Runs the recipe.
-pub(super) fn recipe(arguments: &RecipeArguments) -> Result<(), CliError> {
+pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(), CliError> {
     let path = &arguments.recipe;
     let text = match read_recipe(path) {
         Ok(text) => text,
@@ -103,14 +109,19 @@ pub(super) fn recipe(arguments: &RecipeArguments) -> Result<(), CliError> {
         plain: arguments.plain,
         stop,
         watch: arguments.watch,
+        workers: workers.clone(),
     };
     let Some(sweep) = &recipe.sweep else {
         let plan = Plan::new(&recipe)?;
         if arguments.dry_run {
+            can_share(&plan, workers)?;
             crate::tell!("{plan}");
             return Ok(());
         }
-        let directory = how_to_go_on(run(&plan, &options(listen()?)), AGAIN)?;
+        let directory = how_to_go_on(
+            run(&plan, &options(listen_within(arguments.max_time)?)),
+            AGAIN,
+        )?;
         crate::tell!("{}", directory.display());
         return Ok(());
     };
@@ -123,7 +134,10 @@ pub(super) fn recipe(arguments: &RecipeArguments) -> Result<(), CliError> {
     if arguments.dry_run {
         return outline(&points);
     }
-    let (directory, verdicts) = how_to_go_on(run_sweep(&points, &options(listen()?)), AGAIN)?;
+    let (directory, verdicts) = how_to_go_on(
+        run_sweep(&points, &options(listen_within(arguments.max_time)?)),
+        AGAIN,
+    )?;
     let seeds = match sweep.seeds {
         1 => String::new(),
         seeds => format!("{seeds} seeds, mean ± standard deviation\n\n"),
@@ -136,6 +150,51 @@ pub(super) fn recipe(arguments: &RecipeArguments) -> Result<(), CliError> {
     }
     crate::tell!("{}", directory.display());
     Ok(())
+}
+
+/// The stop that signals request, and the clock, if the run has a limit.
+fn listen_within(limit: Option<Duration>) -> Result<Stop, CliError> {
+    let stop = listen()?;
+    // Of several workers the first one looks at the clock.
+    if let Some(limit) = limit.filter(|_| crate::terminal::speaks()) {
+        let requested = stop.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(limit);
+            if !requested.request() {
+                crate::say!("{} are over: stopping after this step", brief(limit));
+            }
+        });
+    }
+    Ok(stop)
+}
+
+/// A time as `1d12h`, `3h50m` or `90s`: whole numbers of days, hours, minutes and seconds, in this
+/// order.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || "expected a time such as 3h50m, 90m or 45s".to_owned();
+    let (mut rest, mut seconds, mut last) = (text, 0_u64, u64::MAX);
+    while !rest.is_empty() {
+        let end = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+        let number: u64 = rest[..end].parse().map_err(|_| wrong())?;
+        let unit = match rest.as_bytes()[end] {
+            b'd' => 86_400,
+            b'h' => 3_600,
+            b'm' => 60,
+            b's' => 1,
+            _ => return Err(wrong()),
+        };
+        if unit >= last {
+            return Err(wrong());
+        }
+        let more = number
+            .checked_mul(unit)
+            .and_then(|more| seconds.checked_add(more));
+        (seconds, last, rest) = (more.ok_or_else(wrong)?, unit, &rest[end + 1..]);
+    }
+    match seconds {
+        0 => Err(wrong()),
+        seconds => Ok(Duration::from_secs(seconds)),
+    }
 }
 
 /// How a person goes on with a run that was interrupted.
@@ -164,4 +223,37 @@ fn outline(points: &[Point]) -> Result<(), CliError> {
         crate::tell!("\n{point}:\n{}", Plan::new(&point.recipe)?);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_those_a_queue_takes() {
+        let seconds = |text| duration(text).map(|found| found.as_secs());
+        for (text, expected) in [
+            ("3h50m", 13_800),
+            ("90m", 5400),
+            ("1d12h", 129_600),
+            ("1d2h3m4s", 93_784),
+        ] {
+            assert_eq!(seconds(text), Ok(expected), "{text}");
+        }
+        for wrong in [
+            "",
+            "3",
+            "h",
+            "0s",
+            "3m2h",
+            "1h1h",
+            "-1h",
+            "1.5h",
+            "3 h",
+            "9999999999999999999d",
+            "1\u{b5}",
+        ] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
 }

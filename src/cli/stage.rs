@@ -17,6 +17,7 @@ use crate::recipe::schema::Recipe;
 use crate::recipe::schema::source::Source;
 use crate::sampling::Labels;
 use crate::stop::Stop;
+use crate::workers::alone;
 
 /// A recipe of one stage that is being written by flags.
 pub(super) struct OneStage {
@@ -151,6 +152,7 @@ impl RunArguments {
             plain: false,
             watch: false,
             stop,
+            workers: alone(),
         };
         let to_go_on = format!(
             "`tinyfusion recipe RUN/resolved.toml --resume --runs {}`, where RUN is the run directory",

@@ -16,6 +16,7 @@ use super::loader::{Batch, BatchSource, HostBatch};
 use crate::models::Denoiser;
 use crate::ops::TrainingBackend;
 use crate::process::{AnyProcess, Noised, TeacherOutput};
+use crate::workers::Share;
 
 /// A loader that can fail.
 pub trait Feed<B: Backend, I>: DataLoader<B, I> {
@@ -44,6 +45,8 @@ pub struct Batches<B: AutodiffBackend> {
     steps: usize,
     /// Number of batches that a step's samples are divided into.
     parts: usize,
+    /// Which of them are given here.
+    share: Share,
     teacher: Option<Teacher<B::InnerBackend>>,
     process: AnyProcess,
     device: B::Device,
@@ -58,6 +61,7 @@ impl<B: AutodiffBackend> Clone for Batches<B> {
             start: self.start,
             steps: self.steps,
             parts: self.parts,
+            share: self.share,
             teacher: self.teacher.clone(),
             process: self.process.clone(),
             device: self.device.clone(),
@@ -81,6 +85,7 @@ impl<B: AutodiffBackend> Batches<B> {
             start,
             steps,
             parts: 1,
+            share: Share::WHOLE,
             teacher: None,
             process,
             device: device.clone(),
@@ -102,6 +107,20 @@ impl<B: AutodiffBackend> Batches<B> {
         Self { parts, ..self }
     }
 
+    /// Gives only one worker's part of each step's batches, and reads no others.
+    ///
+    /// # Panics
+    /// When the workers are not as many as divide the batches of a step evenly.
+    pub fn shared(self, share: Share) -> Self {
+        assert!(
+            self.parts.is_multiple_of(share.size),
+            "{} batches of a step for {} workers",
+            self.parts,
+            share.size
+        );
+        Self { share, ..self }
+    }
+
     /// Runs a teacher on every batch.
     pub fn with_teacher(self, teacher: Teacher<B::InnerBackend>) -> Self {
         Self {
@@ -117,11 +136,13 @@ where
 {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Batch<B>> + 'a> {
         let (sender, ahead) = sync_channel(1);
-        let (source, steps, parts) = (self.source.clone(), self.start..self.steps, self.parts);
+        let (source, steps) = (self.source.clone(), self.start..self.steps);
+        let samples = self.share.range(self.source.plan.batch);
+        let parts = self.share.range(self.parts).len();
         let failed = sender.clone();
         let load = move || {
             for step in steps {
-                let batches = match source.on_host(step) {
+                let batches = match source.some_on_host(step, samples.clone()) {
                     Ok(batch) if parts == 1 => vec![Ok(batch)],
                     Ok(batch) => batch.split(parts).into_iter().map(Ok).collect(),
                     Err(error) => vec![Err(error)],
@@ -319,5 +340,11 @@ mod tests {
         }
         let t: Vec<f32> = parts[..3].iter().flat_map(|part| part.t.clone()).collect();
         assert_eq!(t, whole.t);
+        // Each of three workers gets one of them.
+        let second = batches.shared(Share { rank: 1, size: 3 });
+        let theirs: Vec<Batch<B>> = second.iter().collect();
+        assert_eq!(theirs.len(), 2);
+        assert_eq!(theirs[0].noise.to_data(), parts[1].noise.to_data());
+        assert_eq!(theirs[1].x.to_data(), parts[4].x.to_data());
     }
 }

@@ -1,5 +1,6 @@
 //! Batches by step number: deterministic, resumable, the same on every backend.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -95,10 +96,11 @@ impl BatchSource {
         }
     }
 
-    /// Indices of a step's samples. Epochs are permutations, and batches may span two epochs.
-    pub fn indices(&self, step: usize) -> Vec<usize> {
-        let (count, batch) = (self.data.len(), self.plan.batch);
-        (step * batch..(step + 1) * batch)
+    /// Indices in the data of some of a step's samples. Epochs are permutations, and batches may
+    /// span two epochs.
+    pub fn indices(&self, step: usize, samples: Range<usize>) -> Vec<usize> {
+        let (count, first) = (self.data.len(), step * self.plan.batch);
+        (first + samples.start..first + samples.end)
             .map(|position| self.order(position / count)[position % count])
             .collect()
     }
@@ -121,12 +123,16 @@ impl BatchSource {
         }
     }
 
-    /// Clean samples of a step's batch, `[batch, channels, size, size]`, and their labels. If the
-    /// data has two views of each sample, a draw of its own chooses one.
+    /// Some clean samples of a step's batch, `[samples, channels, size, size]`, and their labels.
+    /// If the data has two views of each sample, a draw of its own chooses one.
     ///
     /// # Errors
     /// When a sample can't be read, or is not of the plan's shape and classes.
-    pub fn samples(&self, step: usize) -> Result<(Vec<f32>, Vec<usize>), DataError> {
+    pub fn samples(
+        &self,
+        step: usize,
+        samples: Range<usize>,
+    ) -> Result<(Vec<f32>, Vec<usize>), DataError> {
         let BatchPlan {
             seed,
             channels,
@@ -143,10 +149,10 @@ impl BatchSource {
             return Err(wrong(0, "at least one".to_owned(), "none".to_owned()));
         }
         let (views, pixels) = (self.data.views(), channels * size * size);
-        let indices = self.indices(step);
+        let indices = self.indices(step, samples.clone());
         let mut x = Vec::with_capacity(indices.len() * pixels);
         let mut labels = Vec::with_capacity(indices.len());
-        for (sample, index) in indices.into_iter().enumerate() {
+        for (sample, index) in samples.zip(indices) {
             let view = match views {
                 2 => view(
                     views,
@@ -155,9 +161,10 @@ impl BatchSource {
                 _ => 0,
             };
             let label = self.data.read(index, view, &mut x)?;
-            if x.len() != (sample + 1) * pixels {
+            let read = x.len() - labels.len() * pixels;
+            if read != pixels {
                 let expected = format!("[{channels}, {size}, {size}], as the model reads");
-                let found = format!("{} numbers", x.len() - sample * pixels);
+                let found = format!("{read} numbers");
                 return Err(wrong(index, expected, found));
             }
             if label >= classes {
@@ -174,8 +181,15 @@ impl BatchSource {
     /// # Errors
     /// As [`samples`](Self::samples).
     pub fn on_host(&self, step: usize) -> Result<HostBatch, DataError> {
+        self.some_on_host(step, 0..self.plan.batch)
+    }
+
+    /// Some samples of a step's batch, as they are in the whole one.
+    ///
+    /// # Errors
+    /// As [`samples`](Self::samples).
+    pub fn some_on_host(&self, step: usize, samples: Range<usize>) -> Result<HostBatch, DataError> {
         let BatchPlan {
-            batch,
             seed,
             channels,
             size,
@@ -184,13 +198,14 @@ impl BatchSource {
             times,
             masking,
             candidates,
+            ..
         } = &self.plan;
         let (seed, classes, at) = (*seed, *classes, step as u64);
-        let (x, labels) = self.samples(step)?;
-        let per_sample = || 0..*batch as u64;
+        let (x, labels) = self.samples(step, samples.clone())?;
+        let per_sample = || samples.start as u64..samples.end as u64;
         let known = masking.map(|masking| {
             let tokens = (size / masking.patch).pow(2);
-            (masking, masking.known(seed, at, *batch, tokens))
+            (masking, masking.known(seed, at, samples.clone(), tokens))
         });
         let noised = match &known {
             None => [*channels, *size, *size],
@@ -237,7 +252,7 @@ impl BatchSource {
             .collect();
         Ok(HostBatch {
             step,
-            shape: [*batch, *channels, *size, *size],
+            shape: [samples.len(), *channels, *size, *size],
             x,
             noised,
             noise,
@@ -387,7 +402,7 @@ pub(super) mod tests {
             let batch = source.on_host(step).unwrap();
             let bytes: Vec<u8> = batch.x.iter().flat_map(|v| v.to_le_bytes()).collect();
             assert_eq!(crc32fast::hash(&bytes), pixels, "{step}");
-            assert_eq!(source.indices(step), indices);
+            assert_eq!(source.indices(step, 0..6), indices);
             assert_eq!(
                 (batch.t, batch.y),
                 (t.map(|t| t as f32).to_vec(), y.to_vec())
@@ -468,6 +483,9 @@ pub(super) mod tests {
             shares.iter().any(|unknown| *unknown != shares[0]),
             "{shares:?}"
         );
+        // Some of a batch are as they are in the whole one.
+        let (whole, some) = (masked(6).on_host(3), masked(6).some_on_host(3, 2..4));
+        assert_eq!(some.unwrap(), whole.unwrap().split(3)[1]);
         // What a sample is given does not depend on how many there are.
         let (few, many) = (masked(2).on_host(0).unwrap(), masked(6).on_host(0).unwrap());
         assert_eq!(few.t[..], many.t[..few.t.len()]);
@@ -478,7 +496,7 @@ pub(super) mod tests {
     #[test]
     fn mirrored_views_are_drawn_by_step_and_sample() {
         let source = BatchSource::new(plan(1000), Arc::new(Signed(2)));
-        let (x, labels) = source.samples(7).unwrap();
+        let (x, labels) = source.samples(7, 0..1000).unwrap();
         let mut mirrored = 0;
         for (sample, (latent, label)) in x.chunks(64).zip(labels).enumerate() {
             let u = unit(5, Stream::Mirror, 7, sample as u64);
@@ -491,7 +509,7 @@ pub(super) mod tests {
         let plain = BatchSource::new(plan(1000), Arc::new(Signed(1)));
         assert!(
             plain
-                .samples(7)
+                .samples(7, 0..1000)
                 .unwrap()
                 .0
                 .iter()

@@ -2,6 +2,7 @@
 //! in rounds, and those of a round are denoised each on its own, under what the network says of
 //! their places.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
@@ -60,12 +61,14 @@ impl Masking {
 
     /// The known ones of `tokens` tokens of each sample of a training step's batch: as many of
     /// each, the last ones of an order of its own.
-    pub fn known(&self, seed: u64, step: u64, batch: usize, tokens: usize) -> Known {
+    pub fn known(&self, seed: u64, step: u64, samples: Range<usize>, tokens: usize) -> Known {
         let quantile = random::uniform(seed, Stream::MaskRatio, step, 0, 1, (0.0, 1.0))[0];
         let share = self.share(f64::from(quantile));
         let unknown = ((tokens as f64 * share).ceil() as usize).clamp(1, tokens);
         let order = |sample| random::permutation_of(seed, Stream::MaskOrder, step, sample, tokens);
-        let orders: Vec<Vec<usize>> = (0..batch as u64).map(order).collect();
+        let orders: Vec<Vec<usize>> = (samples.start as u64..samples.end as u64)
+            .map(order)
+            .collect();
         Known::of_orders(&orders, unknown)
     }
 }
@@ -95,6 +98,10 @@ pub struct Rounds {
     pub guidance_schedule: GuidanceSchedule,
     /// Factor of the noise in the steps of each token.
     pub temperature: f64,
+    /// Whether each prediction of a clean token is bounded to -1 to 1, where pixels lie; latents
+    /// are not bounded. The first steps multiply an error of the head by some hundred, the more the
+    /// fewer steps there are: a small model of pixels drifts away without it.
+    pub clip: bool,
 }
 
 impl Rounds {
@@ -103,6 +110,7 @@ impl Rounds {
         rounds: 64,
         guidance_schedule: GuidanceSchedule::Linear,
         temperature: 1.0,
+        clip: false,
     };
 
     /// The head's steps of the published results.
@@ -316,8 +324,8 @@ impl MaskedSampler {
                 Some(scale) => guided(network, x.clone(), told, projected.clone(), scale),
                 None => network.denoise(x.clone(), told, projected.clone()),
             };
-            let prediction =
-                (self.diffusion).predict(as_images(output), as_images(x.clone()), &t, false);
+            let (output, before) = (as_images(output), as_images(x.clone()));
+            let prediction = (self.diffusion).predict(output, before, &t, self.rounds.clip);
             let noise = as_images(noise(Some(k))) * self.rounds.temperature;
             x = as_rows(self.diffusion.ddpm_step(prediction, &t, noise));
         }
@@ -366,4 +374,70 @@ fn with_rows<B: Backend>(
     let all = Tensor::cat(vec![tokens.reshape([batch * count, width]), values], 0);
     let device = all.device();
     all.select(0, indices(&from, &device)).reshape(shape)
+}
+
+#[cfg(all(test, feature = "ndarray"))]
+mod tests {
+    use burn_ndarray::NdArray;
+
+    use super::*;
+    use crate::trunk::BlockHook;
+
+    /// A head that predicts nothing but noise of 9, and what it says of a place.
+    struct Loud;
+
+    impl FillsIn<NdArray> for Loud {
+        fn patch(&self) -> usize {
+            1
+        }
+
+        fn condition(
+            &self,
+            tokens: Tensor<NdArray, 3>,
+            _: &Known,
+            _: Tensor<NdArray, 1, Int>,
+            _: &mut dyn BlockHook<NdArray>,
+        ) -> Tensor<NdArray, 3> {
+            tokens
+        }
+
+        fn project(&self, z: Tensor<NdArray, 2>) -> Tensor<NdArray, 2> {
+            z
+        }
+
+        fn denoise(
+            &self,
+            x: Tensor<NdArray, 2>,
+            _: Tensor<NdArray, 1>,
+            _: Tensor<NdArray, 2>,
+        ) -> Tensor<NdArray, 2> {
+            Tensor::cat(vec![x.ones_like() * 9.0, x.zeros_like()], 1)
+        }
+    }
+
+    #[test]
+    fn predictions_of_pixels_are_bounded_where_it_is_asked() {
+        let furthest = |clip| {
+            let sampler = MaskedSampler {
+                diffusion: Arc::new(GaussianDiffusion::cosine("5").unwrap()),
+                rounds: Rounds {
+                    rounds: 2,
+                    clip,
+                    ..Rounds::PUBLISHED
+                },
+                scale: 1.0,
+            };
+            let shape = Shape {
+                channels: 1,
+                side: 2,
+                classes: 3,
+            };
+            let (indices, labels) = (&[0, 1][..], &[0, 1][..]);
+            let device = Default::default();
+            let drawn = sampler.draw((&Loud, shape), 0, (indices, labels), &device, || ());
+            drawn.abs().max().into_scalar()
+        };
+        assert!(furthest(true) <= 1.0, "{}", furthest(true));
+        assert!(furthest(false) > 100.0, "{}", furthest(false));
+    }
 }

@@ -30,7 +30,9 @@ impl Progress {
             done: 0,
             started: now,
             told: now,
-            bar: Bar::start(name, what, total),
+            bar: crate::terminal::speaks()
+                .then(|| Bar::start(name, what, total))
+                .flatten(),
         }
     }
 

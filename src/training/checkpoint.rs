@@ -339,7 +339,7 @@ fn array<B: burn::tensor::backend::Backend, const D: usize>(tensor: Tensor<B, D>
     }
 }
 
-fn learning<B: TrainingBackend, M: AutodiffModule<B>>(model: &M) -> StateDict {
+pub(super) fn learning<B: TrainingBackend, M: AutodiffModule<B>>(model: &M) -> StateDict {
     struct Collect(StateDict);
     impl<B: TrainingBackend> Each<B> for Collect {
         fn each<const D: usize>(&mut self, name: String, param: &Param<Tensor<B, D>>) {

@@ -23,6 +23,7 @@ use super::renderer::Quiet;
 use super::strategy::{Ended, Steps};
 use super::{Ema, Training, TrainingError};
 use crate::stop::Stop;
+use crate::workers::{Group, alone};
 
 /// Called after every step with its number, the model and the moving average.
 pub type OnStep<B, M> = Box<
@@ -48,6 +49,7 @@ pub struct Fit<B: TrainingBackend, M: TrainStep> {
     observe: Option<Observe<B, M>>,
     plain: bool,
     stop: Stop,
+    workers: Group,
 }
 
 impl<B: TrainingBackend, M: TrainStep> Fit<B, M> {
@@ -65,6 +67,7 @@ impl<B: TrainingBackend, M: TrainStep> Fit<B, M> {
             observe: None,
             plain: false,
             stop: Stop::default(),
+            workers: alone(),
         }
     }
 
@@ -101,6 +104,13 @@ impl<B: TrainingBackend, M: TrainStep> Fit<B, M> {
     pub fn stop(self, stop: Stop) -> Self {
         Self { stop, ..self }
     }
+
+    /// Shares out the groups of each step, `accumulate` of them, among these workers; each must be
+    /// given its own part of the batches ([`Batches::shared`](crate::data::Batches::shared)). The
+    /// first one alone writes checkpoints.
+    pub fn workers(self, workers: Group) -> Self {
+        Self { workers, ..self }
+    }
 }
 
 /// A finished training.
@@ -136,6 +146,7 @@ where
             observe,
             plain,
             stop,
+            workers,
         } = self;
         let optimisation = &training.optimisation;
         let optimizer = AdamW::new(optimisation.weight_decay, groups);
@@ -176,6 +187,7 @@ where
             observer: Mutex::new(step),
             plain: dashboard.is_none(),
             stop,
+            workers,
             ended: ended.clone(),
         };
         let mut learning = SupervisedTraining::new(&directory, loader, Arc::new(Nothing))

@@ -72,6 +72,29 @@ impl StepReport {
     }
 }
 
+impl StepReport {
+    /// The numbers, for other workers.
+    pub(super) fn bytes(&self) -> Vec<u8> {
+        let numbers = self.scalars.0.iter().map(|(_, value)| *value);
+        std::iter::once(self.images as f64)
+            .chain(numbers)
+            .flat_map(f64::to_le_bytes)
+            .collect()
+    }
+
+    /// Reports of other workers, which name the same numbers as this one.
+    pub(super) fn others(&self, bytes: &[u8]) -> Vec<Self> {
+        let names = self.scalars.0.iter().map(|(name, _)| *name);
+        bytemuck::pod_collect_to_vec::<u8, f64>(bytes)
+            .chunks_exact(1 + self.scalars.0.len())
+            .map(|numbers| Self {
+                images: numbers[0] as usize,
+                scalars: Scalars(names.clone().zip(numbers[1..].iter().copied()).collect()),
+            })
+            .collect()
+    }
+}
+
 impl ItemLazy for StepReport {
     type ItemSync = Self;
 

@@ -17,6 +17,7 @@ mod panics;
 pub(crate) mod renderer;
 mod schedule;
 mod strategy;
+mod together;
 mod trackers;
 #[expect(
     clippy::module_inception,
@@ -78,6 +79,9 @@ pub enum TrainingError {
         "a computing thread failed (its message stands above); nothing computed since is kept. Continue from the last checkpoint with `--resume`"
     )]
     Device,
+    /// Several workers can't share this training, or have come apart.
+    #[error("{0}")]
+    Workers(String),
     /// A sample can't be read, or does not match the plan.
     #[error(transparent)]
     Data(#[from] DataError),

@@ -23,9 +23,11 @@ use super::optimizer::AdamW;
 use super::panics::panicked;
 use super::renderer::Lines;
 use super::schedule::Schedule;
+use super::together::{Gathered, same_weights, share};
 use super::trackers::Trackers;
 use super::{Training, TrainingError};
 use crate::stop::Stop;
+use crate::workers::{Group, Share, Tree, fits};
 
 /// Result of the loop; shared with [`fit`](super::fit).
 pub(super) struct Ended<B: TrainingBackend> {
@@ -43,6 +45,7 @@ pub(super) struct Steps<B: TrainingBackend, M> {
     pub(super) observer: Mutex<OnStep<B, M>>,
     pub(super) plain: bool,
     pub(super) stop: Stop,
+    pub(super) workers: Group,
     pub(super) ended: Arc<Mutex<Option<Ended<B>>>>,
 }
 
@@ -103,6 +106,9 @@ where
     ) -> Result<(), TrainingError> {
         let training = &self.training;
         let optimisation = &training.optimisation;
+        let workers = &*self.workers;
+        fits(workers.size(), optimisation.accumulate).map_err(TrainingError::Workers)?;
+        same_weights::<B, M>(workers, &learner.model(), position.step)?;
         let store = Store::new(&training.directory);
         let path = training.directory.join("metrics.jsonl");
         let mut log = JsonLines::open(&path, position.step)?;
@@ -113,11 +119,17 @@ where
         let (mut bad, mut losses, mut since) = (0, Vec::new(), Instant::now());
         let mut logged = position.step;
         while position.step < optimisation.steps {
-            let Some((mut report, gradients)) =
-                gather(learner, &mut *batches, optimisation.accumulate)?
-            else {
+            let groups = Share::of(workers).range(optimisation.accumulate).len();
+            let Some((reports, gradients)) = gather(learner, &mut *batches, groups)? else {
                 break;
             };
+            let model = learner.model();
+            let Gathered {
+                mut report,
+                gradients,
+                stopping: agreed,
+            } = share::<B, M>(workers, &model, reports, gradients, stop())?;
+            drop(model);
             if gradients.is_empty() {
                 return Err(TrainingError::Frozen);
             }
@@ -197,8 +209,16 @@ where
                     directory: training.directory.join(CHECKPOINTS),
                 });
             }
-            let stopping = stop();
-            if !done && (stopping || position.step.is_multiple_of(optimisation.checkpoint_every)) {
+            // Several stop together, at what they agreed on in this step.
+            let stopping = match workers.size() {
+                1 => stop(),
+                _ => agreed,
+            };
+            let saves = stopping || position.step.is_multiple_of(optimisation.checkpoint_every);
+            if saves {
+                same_weights::<B, M>(workers, &learner.model(), position.step)?;
+            }
+            if !done && saves {
                 position.mean_loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
                 if !losses.is_empty()
                     && position
@@ -208,7 +228,9 @@ where
                     position.best = Some((position.step, position.mean_loss));
                 }
                 losses.clear();
-                store.save(position, &learner.model(), ema, &self.optimizer, training)?;
+                if workers.leads() {
+                    store.save(position, &learner.model(), ema, &self.optimizer, training)?;
+                }
             }
             if stopping {
                 break;
@@ -218,38 +240,41 @@ where
     }
 }
 
-/// The gradients of one step, summed over its batches, and the mean of their reports; None at the
+/// The reports of this worker's batches of one step, and the sum of their gradients; None at the
 /// end of the data.
 fn gather<B, M>(
     learner: &Learner<Components<B, M>>,
     batches: &mut dyn DataLoaderIterator<M::Input>,
-    parts: usize,
-) -> Result<Option<(StepReport, GradientsParams)>, TrainingError>
+    groups: usize,
+) -> Result<Option<(Vec<StepReport>, GradientsParams)>, TrainingError>
 where
     B: TrainingBackend,
     M: TrainStep<Output = StepReport> + AutodiffModule<B> + core::fmt::Display + 'static,
     M::InnerModule: InferenceStep,
 {
-    let mut sum = GradientsAccumulator::new();
-    let mut reports = Vec::with_capacity(parts);
-    for part in 1..=parts {
+    let model = learner.model();
+    let mut tree = Tree::new(|earlier, later| {
+        let mut sum = GradientsAccumulator::new();
+        sum.accumulate::<B>(&model, earlier);
+        sum.accumulate::<B>(&model, later);
+        sum.grads()
+    });
+    let mut reports = Vec::with_capacity(groups);
+    for _ in 0..groups {
         let Some(batch) = batches.next() else {
-            return Ok(None);
+            return match panicked() {
+                true => Err(TrainingError::Device),
+                false => Ok(None),
+            };
         };
         let output = learner.train_step(batch);
         if panicked() {
             return Err(TrainingError::Device);
         }
         reports.push(output.item);
-        if parts == 1 {
-            return Ok(reports.pop().map(|report| (report, output.grads)));
-        }
-        sum.accumulate::<B>(&learner.model(), output.grads);
-        if part == parts {
-            return Ok(Some((StepReport::mean(&reports), sum.grads())));
-        }
+        tree.push(output.grads);
     }
-    Ok(None)
+    Ok(tree.finish().map(|gradients| (reports, gradients)))
 }
 
 /// Seconds since 1970, to the millisecond, for matching lines with the logs of other programs.

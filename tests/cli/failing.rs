@@ -19,7 +19,11 @@ fn limited(place: &Place, limits: &str, arguments: &str) -> Finished {
 }
 
 /// Interrupts a process as Ctrl-C does, once `ready`; returns its result.
-fn interrupted(mut child: Child, ready: impl Fn() -> bool) -> Finished {
+fn interrupted(child: Child, ready: impl Fn() -> bool) -> Finished {
+    signalled("-INT", child, ready)
+}
+
+fn signalled(signal: &str, mut child: Child, ready: impl Fn() -> bool) -> Finished {
     let begun = Instant::now();
     while !ready() {
         assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
@@ -27,7 +31,7 @@ fn interrupted(mut child: Child, ready: impl Fn() -> bool) -> Finished {
         std::thread::sleep(Duration::from_millis(20));
     }
     let id = child.id().to_string();
-    let asked = Command::new("kill").args(["-INT", &id]).status();
+    let asked = Command::new("kill").args([signal, &id]).status();
     assert!(asked.unwrap().success());
     Finished::of(child.wait_with_output().unwrap())
 }
@@ -72,6 +76,40 @@ fn an_interrupted_command_says_what_goes_on_with_it() {
     assert_eq!(finished.status, Some(130), "{finished:?}");
     let says = "to go on: the same command";
     assert!(finished.stderr.contains(says), "{}", finished.stderr);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_queues_limit_saves_a_training() {
+    let place = Place::new();
+    place.write(
+        "long.toml",
+        "
+        [[stage]]
+        kind = 'train'
+        steps = 1000000
+        batch = 2
+        architecture = { family = 'dit', width = 8, heads = 2, depth = 2 }
+        ",
+    );
+    let saved = |finished: Finished, says: &str| {
+        assert_eq!(finished.status, Some(130), "{finished:?}");
+        assert!(finished.stderr.contains(says), "{}", finished.stderr);
+        let kept = std::fs::read_dir(place.path("runs/long/001/01-train/checkpoints"));
+        kept.unwrap().count()
+    };
+    let command = ["recipe", "long.toml", "--runs", "runs", "--plain"];
+    let clock = place.run(&[&command[..], &["--max-time", "2s"]].concat());
+    assert!(saved(clock, "2s are over") > 0);
+    // Some schedulers announce it by a signal.
+    let log = place.path("runs/long/001/01-train/metrics.jsonl");
+    let lines = || std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
+    let before = lines();
+    let again = place.start(&[&command[..], &["--resume"]].concat());
+    let told = signalled("-USR1", again, || lines() > before);
+    assert!(saved(told, "stopping after this step") > 0);
+    let wrong = place.run(&[&command[..], &["--max-time", "soon"]].concat());
+    assert!(wrong.stderr.contains("such as 3h50m"), "{}", wrong.stderr);
 }
 
 #[cfg(target_os = "linux")]

@@ -82,6 +82,7 @@ rounds = 2
 steps = 2
 guidance_schedule = 'constant'
 temperature = 0.9
+clip = true
 ";
 
 #[test]

@@ -315,6 +315,7 @@ pub fn mar_sampling<B: FusedOps>(slack: f64) {
                     _ => GuidanceSchedule::Constant,
                 },
                 temperature: f64_of(&case["temperature"]),
+                clip: false,
             },
             scale: f64_of(&case["cfg"]),
         };

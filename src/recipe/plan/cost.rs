@@ -37,7 +37,9 @@ pub(crate) fn training_memory(
     optimisation: &Optimisation,
 ) -> usize {
     let batch = optimisation.batch / optimisation.accumulate;
-    4 * model.parameters() + 16 * learning + model.kept_bytes(batch)
+    // The gradients of the branches of the tree that sums those of the groups.
+    let gradients = 1 + optimisation.accumulate.max(1).ilog2() as usize;
+    4 * model.parameters() + (12 + 4 * gradients) * learning + model.kept_bytes(batch)
 }
 
 /// Weights, their gradients, and what a pass of so many images leaves for its backward pass.

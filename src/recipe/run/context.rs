@@ -19,6 +19,7 @@ use crate::recipe::schema::{Recipe, Stage};
 use crate::stop::Stop;
 use crate::training::{About, Fit, Fitted, Optimisation, StepReport, Training};
 use crate::weights::{Checkpoint, Provenance};
+use crate::workers::{Group, Share};
 
 /// What every stage needs.
 pub(crate) struct Context<'a, B: AutodiffBackend> {
@@ -28,6 +29,7 @@ pub(crate) struct Context<'a, B: AutodiffBackend> {
     pub(crate) resume: bool,
     pub(crate) plain: bool,
     pub(crate) stop: &'a Stop,
+    pub(crate) workers: &'a Group,
 }
 
 impl<B: TrainingBackend> Context<'_, B> {
@@ -58,9 +60,11 @@ impl<B: TrainingBackend> Context<'_, B> {
             steps, accumulate, ..
         } = training.optimisation;
         let device = self.device.clone();
+        let share = Share::of(&**self.workers);
         let batches = move |start: usize| -> Arc<dyn Feed<B, Batch<B>>> {
-            let batches =
-                Batches::<B>::new(source, start, steps, process, &device).in_parts(accumulate);
+            let batches = Batches::<B>::new(source, start, steps, process, &device)
+                .in_parts(accumulate)
+                .shared(share);
             match teacher {
                 Some(teacher) => Arc::new(batches.with_teacher(teacher)),
                 None => Arc::new(batches),
@@ -70,6 +74,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             .resume(self.resume)
             .plain(self.plain)
             .stop(self.stop.clone())
+            .workers(self.workers.clone())
     }
 
     pub(crate) fn source(

@@ -177,9 +177,10 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 
     fn records_root(&self, pictures: &Pictures) -> PathBuf {
+        // One worker alone writes outside its run.
         match &pictures.cache {
-            Some(cache) => cache.clone(),
-            None => self.directory.path().join(RECORDS),
+            Some(cache) if self.workers.leads() => cache.clone(),
+            _ => self.directory.path().join(RECORDS),
         }
     }
 

@@ -15,6 +15,7 @@ mod prune;
 mod recover;
 mod sample;
 pub mod sweep;
+mod together;
 mod train;
 mod width;
 
@@ -27,6 +28,8 @@ use serde::Serialize;
 
 use self::context::Context;
 use self::directory::{RunDirectory, Status, json, write_text};
+pub(crate) use self::together::can_share;
+use self::together::take;
 use super::RecipeError;
 use super::plan::{Plan, Work};
 use super::results::{PAGE, Results, write_page};
@@ -35,6 +38,7 @@ use crate::backend::BackendKind;
 use crate::ops::TrainingBackend;
 use crate::stop::Stop;
 use crate::training::CHECKPOINTS;
+use crate::workers::Group;
 
 /// How to run.
 #[derive(Debug, Clone)]
@@ -51,6 +55,8 @@ pub struct Options {
     pub stop: Stop,
     /// Write the run's page while it goes on, too.
     pub watch: bool,
+    /// Who shares the work.
+    pub workers: Group,
 }
 
 /// File that says a stage is finished.
@@ -68,6 +74,9 @@ struct Environment {
     architecture: &'static str,
     processor: String,
     threads: usize,
+    /// Processes that share the work, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    workers: Option<usize>,
     /// UTC.
     started: String,
     arguments: Vec<String>,
@@ -117,12 +126,12 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
         return Err(RecipeError::Run(problem));
     }
     plan.complete()?;
+    can_share(plan, &options.workers)?;
     let resolved = plan
         .recipe
         .to_toml()
         .map_err(|error| RecipeError::Run(error.to_string()))?;
-    let directory =
-        RunDirectory::take(&options.runs, &plan.recipe.name, &resolved, options.resume)?;
+    let (directory, _scratch) = take(options, &plan.recipe.name, &resolved)?;
     run_in(directory, plan, options)
 }
 
@@ -136,7 +145,8 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
     }
     let started = Instant::now();
     let _panic = Panicking(&directory, started);
-    let watching = options.watch.then(|| Watching::new(directory.path()));
+    let leads = options.workers.leads();
+    let watching = (options.watch && leads).then(|| Watching::new(directory.path()));
     let result = crate::with_backend!(options.backend, B, device => {
         crate::ops::supports::<B>(plan.recipe.compute, device).map_err(RecipeError::Run)?;
         let environment = Environment {
@@ -149,6 +159,7 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
             processor: processor(),
             started: utc(SystemTime::now()),
             threads: std::thread::available_parallelism().map_or(1, usize::from),
+            workers: Some(options.workers.size()).filter(|&size| size > 1),
             arguments: (std::env::args_os().skip(1))
                 .map(|argument| argument.to_string_lossy().into_owned())
                 .collect(),
@@ -157,7 +168,7 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
         // record of its own.
         let name = if directory.resumed() { format!("environment-{}.json", std::process::id()) } else { "environment.json".to_owned() };
         directory.write(&name, &json(&environment)?)?;
-        let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: directory.resumed(), plain: options.plain, stop: &options.stop };
+        let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: directory.resumed(), plain: options.plain || !leads, stop: &options.stop, workers: &options.workers };
         stages(plan, &context, started)
     }, else Ok(()));
     let stage = directory
@@ -178,7 +189,8 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
     });
     drop(watching);
     let evaluates = |stage: &Stage| matches!(stage.kind, StageKind::Evaluate(_));
-    if options.watch || result.is_ok() && plan.recipe.stages.iter().any(evaluates) {
+    let shown = options.watch || result.is_ok() && plan.recipe.stages.iter().any(evaluates);
+    if leads && shown {
         // Results that can't be drawn are there all the same.
         match show(directory.path(), None) {
             Ok(page) => crate::say!("{}", page.display()),
@@ -274,6 +286,14 @@ fn stages<B: TrainingBackend>(
         }
         if context.stop.requested() {
             return Err(RecipeError::Interrupted);
+        }
+        // What leaves no model is the first worker's alone.
+        let shows = matches!(
+            planned.work,
+            Work::Sample(_) | Work::Evaluate(_) | Work::Analyse(_)
+        );
+        if shows && !context.workers.leads() {
+            continue;
         }
         std::fs::create_dir_all(&folder).map_err(RecipeError::io(&folder))?;
         context.directory.set_status(&Status {

@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 
-use super::directory::{RunDirectory, Status, json, read_status};
+use super::directory::{Status, json, read_status};
+use super::together::{can_share, take};
 use super::{Options, run_in};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::Plan;
@@ -32,6 +33,7 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         }
         let plan = Plan::new(&point.recipe)
             .and_then(|plan| plan.complete().map(|()| plan))
+            .and_then(|plan| can_share(&plan, &options.workers).map(|()| plan))
             .map_err(|error| RecipeError::Run(format!("{point}: {error}")))?;
         plans.push(plan);
     }
@@ -40,12 +42,7 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| RecipeError::Run(error.to_string()))?;
     let name = &points[0].recipe.name;
-    let directory = RunDirectory::take(
-        &options.runs,
-        name,
-        &resolved(points, &recipes),
-        options.resume,
-    )?;
+    let (directory, _scratch) = take(options, name, &resolved(points, &recipes))?;
     crate::say!(
         "sweep of {} runs in {}",
         points.len(),
@@ -85,6 +82,9 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
                 let _ = status(state, at, said);
                 return Err(error);
             }
+        }
+        if !options.workers.leads() {
+            continue;
         }
         verdicts.add(point, &at, &folder)?;
         directory.write("sweep.json", &json(&verdicts)?)?;

@@ -155,7 +155,14 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         pass();
         let times: Vec<f64> = (0..TIMED.0).map(|_| pass()).collect();
-        median_and_spread(&times).map_or(f64::NAN, |(median, _)| median)
+        let median = median_and_spread(&times).map_or(f64::NAN, |(median, _)| median);
+        // Several workers go by the first one's clock, and stop with it.
+        let first = self.workers.broadcast(median.to_le_bytes().to_vec());
+        let first = first.try_into().map_or(f64::NAN, f64::from_le_bytes);
+        if first.is_nan() && !self.workers.leads() {
+            self.stop.request();
+        }
+        first
     }
 
     /// The importance of each group's channels by gradients, from the run's folder if it was

@@ -214,7 +214,7 @@ const EQUATION: [&str; 7] = [
 ];
 
 /// Keys of masked autoregression besides `solver`.
-const ROUNDS: [&str; 3] = ["rounds", "guidance_schedule", "temperature"];
+const ROUNDS: [&str; 4] = ["rounds", "guidance_schedule", "temperature", "clip"];
 
 fn read_solver(section: &Section<'_>) -> Solver {
     let solvers = [
@@ -241,6 +241,7 @@ fn read_solver(section: &Section<'_>) -> Solver {
                 temperature: section
                     .float("temperature", 0.0..=10.0)
                     .or(usual.temperature),
+                clip: section.boolean("clip").or(usual.clip),
             })
         }
         1 => {

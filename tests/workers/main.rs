@@ -1,0 +1,251 @@
+//! One recipe on several workers, started by an MPI launcher: the same files as by one.
+
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const RECIPE: &str = "
+data = 'digits'
+[[stage]]
+kind = 'train'
+name = 'teacher'
+steps = 6
+batch = 24
+accumulate = 4
+checkpoint_every = 2
+architecture = { family = 'dit', width = 32, heads = 2, depth = 4 }
+[[stage]]
+kind = 'prune'
+groups = '1:2'
+steps = 4
+batch = 16
+accumulate = 4
+[[stage]]
+kind = 'recover'
+name = 'student'
+method = 'masked-kd'
+teacher = 'teacher'
+steps = STEPS
+batch = 16
+accumulate = 4
+checkpoint_every = 5
+log_every = 1
+[[stage]]
+kind = 'sample'
+from = 'student'
+count = 8
+steps = 3
+[[stage]]
+kind = 'evaluate'
+compare = ['teacher', 'student']
+count = 20
+batch = 10
+steps = 2
+solver = 'ddim'
+";
+
+/// Files that two runs have in common, to the last byte.
+const SAME: [&str; 6] = [
+    "01-teacher/model.safetensors",
+    "02-prune/model.safetensors",
+    "02-prune/decisions.jsonl",
+    "03-student/model.safetensors",
+    "04-sample/samples.npz",
+    "resolved.toml",
+];
+
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new(steps: usize) -> Self {
+        let place = Self(tempfile::tempdir().unwrap());
+        let recipe = RECIPE.replace("STEPS", &steps.to_string());
+        std::fs::write(place.0.path().join("job.toml"), recipe).unwrap();
+        std::fs::create_dir(place.0.path().join("tmp")).unwrap();
+        place
+    }
+
+    fn command(&self, workers: usize, arguments: &[&str]) -> Command {
+        let program = env!("CARGO_BIN_EXE_tinyfusion");
+        let mut command = match workers {
+            1 => Command::new(program),
+            _ => {
+                let mut command = Command::new("mpiexec");
+                command.args(["-n", &workers.to_string(), program]);
+                command
+            }
+        };
+        command
+            .args(["recipe", "job.toml", "--threads", "1"])
+            .args(arguments)
+            .current_dir(self.0.path())
+            .env("TMPDIR", self.0.path().join("tmp"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, workers: usize, arguments: &[&str]) -> Output {
+        self.command(workers, arguments).output().unwrap()
+    }
+
+    fn path(&self, runs: &str) -> PathBuf {
+        self.0.path().join(runs).join("job/001")
+    }
+}
+
+fn text(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+fn succeeded(output: &Output) {
+    assert!(output.status.success(), "{}", text(output));
+}
+
+/// Lines of a log without what a clock says.
+fn log(run: &Path) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(run.join("03-student/metrics.jsonl")).unwrap();
+    let line = |line: &str| {
+        let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+        for timed in ["time", "images_per_second"] {
+            line.as_object_mut().unwrap().remove(timed);
+        }
+        line
+    };
+    text.lines().map(line).collect()
+}
+
+fn same(one: &Path, other: &Path, what: &str) {
+    for file in SAME {
+        let read = |run: &Path| std::fs::read(run.join(file));
+        assert!(
+            read(one).unwrap() == read(other).unwrap(),
+            "{what}: {file} differs"
+        );
+    }
+    assert_eq!(log(one), log(other), "{what}");
+}
+
+#[test]
+fn any_number_of_workers_leaves_the_same_files() {
+    let place = Place::new(6);
+    succeeded(&place.run(1, &["--runs", "1"]));
+    for workers in ["2", "4"] {
+        let ran = place.run(workers.parse().unwrap(), &["--runs", workers, "--plain"]);
+        succeeded(&ran);
+        // One speaks.
+        let told = text(&ran);
+        assert_eq!(told.matches("teacher: done in").count(), 1, "{told}");
+        same(&place.path("1"), &place.path(workers), workers);
+    }
+    // What the others worked in is gone.
+    let left = std::fs::read_dir(place.0.path().join("tmp")).unwrap();
+    assert_eq!(left.count(), 0);
+}
+
+#[test]
+fn a_worker_that_is_killed_ends_all_and_any_number_goes_on() {
+    let place = Place::new(60);
+    succeeded(&place.run(1, &["--runs", "whole"]));
+    let mut running = place
+        .command(2, &["--runs", "killed", "--plain"])
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let run = place.path("killed");
+    let checkpoint = run.join("03-student/checkpoints/step-00000010.safetensors");
+    let since = Instant::now();
+    while !checkpoint.exists() {
+        assert!(since.elapsed() < Duration::from_secs(120), "no checkpoint");
+        assert!(running.try_wait().unwrap().is_none(), "ended before");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // The last of them: the one that does not write.
+    let program = env!("CARGO_BIN_EXE_tinyfusion");
+    let found = Command::new("pgrep")
+        .args(["-f", &format!("^{program} recipe job.toml.*--runs killed")])
+        .output()
+        .unwrap();
+    let found = String::from_utf8(found.stdout).unwrap();
+    let last = found.lines().max_by_key(|pid| pid.parse::<u32>().unwrap());
+    let killed = Command::new("kill").args(["-9", last.unwrap()]).status();
+    assert!(killed.unwrap().success());
+    let since = Instant::now();
+    while running.try_wait().unwrap().is_none() {
+        assert!(
+            since.elapsed() < Duration::from_secs(20),
+            "the others go on"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    succeeded(&place.run(4, &["--runs", "killed", "--resume"]));
+    same(&place.path("whole"), &run, "killed and resumed");
+}
+
+#[test]
+fn a_signal_saves_and_stops_all() {
+    let place = Place::new(100_000);
+    let run = place.path("stopped");
+    let log = run.join("03-student/metrics.jsonl");
+    let lines = || std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
+    for (signal, more) in [
+        ("-INT", &[][..]),
+        ("-USR1", &["--resume"]),
+        ("", &["--resume", "--max-time", "4s"]),
+    ] {
+        let before = lines();
+        let arguments = [&["--runs", "stopped", "--plain"], more].concat();
+        let running = place
+            .command(2, &arguments)
+            .stderr(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let since = Instant::now();
+        while !signal.is_empty() && lines() <= before {
+            assert!(since.elapsed() < Duration::from_secs(120), "no step");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if !signal.is_empty() {
+            let launcher = running.id().to_string();
+            let told = Command::new("kill").args([signal, &launcher]).status();
+            assert!(told.unwrap().success());
+        }
+        let ended = running.wait_with_output().unwrap();
+        assert_eq!(ended.status.code(), Some(130), "{signal}: {}", text(&ended));
+        let status = std::fs::read_to_string(run.join("status.json")).unwrap();
+        assert!(status.contains("interrupted"), "{signal}: {status}");
+        let kept = std::fs::read_dir(run.join("03-student/checkpoints")).unwrap();
+        assert!(kept.count() > 0, "{signal}");
+        let left = std::fs::read_dir(place.0.path().join("tmp")).unwrap();
+        assert_eq!(left.count(), 0, "{signal}");
+    }
+}
+
+#[test]
+fn workers_that_do_not_fit_are_refused() {
+    let place = Place::new(6);
+    let refused = place.run(3, &["--runs", "3"]);
+    let told = text(&refused);
+    assert!(!refused.status.success());
+    assert!(
+        told.contains("3 workers can't share out a step of 4 groups (`accumulate`); 1, 2, 4 can"),
+        "{told}"
+    );
+    assert!(!place.path("3").exists());
+    // Nor are other commands shared.
+    let program = env!("CARGO_BIN_EXE_tinyfusion");
+    let refused = Command::new("mpiexec")
+        .args(["-n", "2", program, "sample", "embedded:digits-teacher"])
+        .output()
+        .unwrap();
+    assert!(!refused.status.success());
+    let told = text(&refused);
+    assert!(told.contains("only `recipe` shares its work"), "{told}");
+}

@@ -178,7 +178,8 @@ pub fn main() -> ExitCode {
 
 /// How long a worker waits for others: to tell an error that all met, or to tidy up.
 const A_MOMENT: Duration = Duration::from_secs(1);
-/// Ends all workers: those that did not meet the error wait for this one.
+
+/// Ends all workers after an error that one of them met.
 fn give_up(workers: &dyn Workers, error: &CliError) -> ! {
     if error.is_interrupted() && !workers.leads() {
         // All stopped at one step; the first one ends the job once it has saved.
@@ -230,8 +231,7 @@ fn obey(command: Command, workers: &Group) -> Result<(), CliError> {
 const MOST_THREADS: usize = 1024;
 
 /// Starts the threads that compute, with an upper limit; `here` processes share the machine's
-/// cores. Without this, rayon would panic at first use
-/// when threads can't be started.
+/// cores. Without this, rayon would panic at first use when threads can't be started.
 fn start_threads(cli: &Cli, here: usize) -> Result<(), CliError> {
     // Commands that compute nothing.
     if let Command::Completions { .. }

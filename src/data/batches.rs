@@ -113,10 +113,10 @@ impl<B: AutodiffBackend> Batches<B> {
     /// When the workers are not as many as divide the batches of a step evenly.
     pub fn shared(self, share: Share) -> Self {
         assert!(
-            self.parts.is_multiple_of(share.size),
+            self.parts.is_multiple_of(share.of),
             "{} batches of a step for {} workers",
             self.parts,
-            share.size
+            share.of
         );
         Self { share, ..self }
     }
@@ -341,7 +341,7 @@ mod tests {
         let t: Vec<f32> = parts[..3].iter().flat_map(|part| part.t.clone()).collect();
         assert_eq!(t, whole.t);
         // Each of three workers gets one of them.
-        let second = batches.shared(Share { rank: 1, size: 3 });
+        let second = batches.shared(Share { index: 1, of: 3 });
         let theirs: Vec<Batch<B>> = second.iter().collect();
         assert_eq!(theirs.len(), 2);
         assert_eq!(theirs[0].noise.to_data(), parts[1].noise.to_data());

@@ -44,7 +44,7 @@ pub struct Draw<'a, B: Backend> {
     pub seed: u64,
     /// Folder of archive, picture and parts.
     pub folder: &'a Path,
-    /// This process's share of the work.
+    /// This process's share of the work: every `of`-th part, from the `index`-th on.
     pub share: Share,
     /// Ends the drawing between two parts.
     pub stop: &'a Stop,
@@ -230,7 +230,7 @@ pub struct DrawInto<'a> {
     pub compute: Compute,
     /// The folder.
     pub folder: &'a Path,
-    /// This process's share of the work.
+    /// This process's share of the work: every `of`-th part, from the `index`-th on.
     pub share: Share,
     /// Ends the drawing between two parts.
     pub stop: &'a Stop,

@@ -12,9 +12,9 @@ use std::path::PathBuf;
 use serde::Serialize;
 use thiserror::Error;
 
+pub use crate::workers::Share;
 pub use decoder::Decoder;
 pub use draw::{Draw, DrawInto, Drawn, PICTURE_FILE, SAMPLES, SAMPLING, sampler};
-pub use parts::Share;
 pub use pictures::{refuse_existing, write_pictures};
 pub use speed::speeds;
 

@@ -10,20 +10,6 @@ use crate::files::write_atomic;
 use crate::images::Images;
 use crate::npz::SampleWriter;
 
-/// A share of the work: every `of`-th part, starting at the `index`-th.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Share {
-    /// Index of the share, from 0.
-    pub index: usize,
-    /// Number of shares.
-    pub of: usize,
-}
-
-impl Share {
-    /// All of the work.
-    pub const WHOLE: Self = Self { index: 0, of: 1 };
-}
-
 /// Samples on disk, one file per batch.
 pub(super) struct Parts<'a> {
     pub(super) folder: PathBuf,

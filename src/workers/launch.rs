@@ -66,8 +66,8 @@ fn join(name: &str, size: usize) -> Result<(Group, usize), String> {
              than the one this program was built with; start it with that one's mpirun or mpiexec"
         ));
     }
-    let _ = JOINED.set((local.rank, std::sync::Arc::downgrade(&group)));
-    Ok((group, local.size))
+    let _ = JOINED.set((local.index, std::sync::Arc::downgrade(&group)));
+    Ok((group, local.of))
 }
 
 #[cfg(not(feature = "mpi"))]

@@ -88,31 +88,32 @@ pub fn agree(workers: &dyn Workers, what: &str, bytes: &[u8]) -> Result<(), Stri
     }
 }
 
-/// A worker's part of the groups that a training step is divided into.
+/// A share of the work, one of several of equal size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Share {
-    /// Number of the worker.
-    pub rank: usize,
-    /// How many there are.
-    pub size: usize,
+    /// Index of the share, from 0.
+    pub index: usize,
+    /// Number of shares.
+    pub of: usize,
 }
 
 impl Share {
-    /// All of it.
-    pub const WHOLE: Self = Self { rank: 0, size: 1 };
+    /// All of the work.
+    pub const WHOLE: Self = Self { index: 0, of: 1 };
 
-    /// This worker's part.
-    pub fn of(workers: &dyn Workers) -> Self {
+    /// A worker's.
+    pub fn worker(workers: &dyn Workers) -> Self {
         Self {
-            rank: workers.rank(),
-            size: workers.size(),
+            index: workers.rank(),
+            of: workers.size(),
         }
     }
 
-    /// Which of `count` things are this worker's, a multiple of the number of workers.
+    /// Which of `count` things are this share's, consecutive ones; `count` is a multiple of the
+    /// number of shares.
     pub fn range(self, count: usize) -> Range<usize> {
-        let each = count / self.size;
-        self.rank * each..(self.rank + 1) * each
+        let each = count / self.of;
+        self.index * each..(self.index + 1) * each
     }
 }
 

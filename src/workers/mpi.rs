@@ -39,8 +39,8 @@ impl Mpi {
         let communicator = universe.world();
         let here = communicator.split_shared(communicator.rank());
         let of = |communicator: &SimpleCommunicator| Share {
-            rank: communicator.rank() as usize,
-            size: communicator.size() as usize,
+            index: communicator.rank() as usize,
+            of: communicator.size() as usize,
         };
         let (share, local) = (of(&communicator), of(&here));
         let world = Mutex::new(World {
@@ -59,11 +59,11 @@ impl std::fmt::Debug for Mpi {
 
 impl Workers for Mpi {
     fn rank(&self) -> usize {
-        self.share.rank
+        self.share.index
     }
 
     fn size(&self) -> usize {
-        self.share.size
+        self.share.of
     }
 
     fn broadcast(&self, bytes: Vec<u8>) -> Vec<u8> {
@@ -81,7 +81,7 @@ impl Workers for Mpi {
 
     fn all_gather(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
         let world = self.world.lock();
-        let mut lengths = vec![0_u64; self.share.size];
+        let mut lengths = vec![0_u64; self.share.of];
         world
             .communicator
             .all_gather_into(&(bytes.len() as u64), &mut lengths[..]);
@@ -89,7 +89,7 @@ impl Workers for Mpi {
         let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
         let mut own = bytes.to_vec();
         own.resize(longest, 0);
-        let mut all = vec![0_u8; longest * self.share.size];
+        let mut all = vec![0_u8; longest * self.share.of];
         if longest > 0 {
             world.communicator.all_gather_into(&own[..], &mut all[..]);
         }
@@ -108,7 +108,7 @@ impl Workers for Mpi {
     }
 
     fn collect(&self, part: &[f32]) -> Vec<f32> {
-        let mut all = vec![0.0; part.len() * self.share.size];
+        let mut all = vec![0.0; part.len() * self.share.of];
         let world = self.world.lock();
         world.communicator.all_gather_into(part, &mut all[..]);
         all

@@ -60,7 +60,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             steps, accumulate, ..
         } = training.optimisation;
         let device = self.device.clone();
-        let share = Share::of(&**self.workers);
+        let share = Share::worker(&**self.workers);
         let batches = move |start: usize| -> Arc<dyn Feed<B, Batch<B>>> {
             let batches = Batches::<B>::new(source, start, steps, process, &device)
                 .in_parts(accumulate)

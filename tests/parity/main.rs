@@ -2,11 +2,14 @@
 //!
 //! Vectors are read from the folder in `TINYFUSION_FIXTURES`, by default `tests/fixtures`; all
 //! sizes, cases and tolerances come from the group's `case.json`. Each check is generic over the
-//! backend: all run on ndarray. With the feature `wgpu`, the model, its gradients and optimisation
-//! steps also run on wgpu, which needs an adapter (Mesa's software Vulkan works).
+//! backend: with the feature `ndarray` all run on it. With the feature `wgpu` the model, its
+//! gradients and optimisation steps run on wgpu, which needs an adapter (Mesa's software Vulkan
+//! works).
 
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]
+// On wgpu alone fewer checks run.
+#![cfg_attr(not(feature = "ndarray"), allow(dead_code))]
 
 mod compare;
 mod evaluator;
@@ -40,6 +43,7 @@ macro_rules! on {
     };
 }
 
+#[cfg(feature = "ndarray")]
 on!(
     ndarray,
     burn::backend::Autodiff<burn_ndarray::NdArray>,
@@ -66,6 +70,7 @@ on!(
 );
 
 // Networks for inference only: without a graph, other kernels compute them.
+#[cfg(feature = "ndarray")]
 on!(
     inference,
     burn_ndarray::NdArray,

@@ -121,6 +121,9 @@ fn utc(time: SystemTime) -> String {
 ///
 /// # Errors
 /// When a stage fails, or a person interrupts; the status file says which.
+// Inline, here and in what follows: compiled with a program that runs recipes, for its backends,
+// and not whenever the library is.
+#[inline]
 pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
     if let Some(problem) = options.backend.missing() {
         return Err(RecipeError::Run(problem));
@@ -136,6 +139,7 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
 }
 
 /// Runs a plan in a directory of its own.
+#[inline]
 fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
     crate::say!("run directory {}", directory.path().display());
     for stage in &plan.stages {
@@ -286,14 +290,6 @@ fn stages<B: TrainingBackend>(
         }
         if context.stop.requested() {
             return Err(RecipeError::Interrupted);
-        }
-        // What leaves no model is the first worker's alone.
-        let shows = matches!(
-            planned.work,
-            Work::Sample(_) | Work::Evaluate(_) | Work::Analyse(_)
-        );
-        if shows && !context.workers.leads() {
-            continue;
         }
         std::fs::create_dir_all(&folder).map_err(RecipeError::io(&folder))?;
         context.directory.set_status(&Status {

@@ -23,6 +23,7 @@ use crate::recipe::schema::sweep::Point;
 ///
 /// # Panics
 /// When there is no point.
+#[inline]
 pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdicts), RecipeError> {
     let mut plans = Vec::new();
     // A case may name a backend of its own.

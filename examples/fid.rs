@@ -9,10 +9,11 @@
 use std::path::PathBuf;
 
 use burn_ndarray::{NdArray, NdArrayDevice};
-use tinyfusion::evaluation::{DEFAULT_NEIGHBOURS, Distances, Reference, compare, measure};
+use tinyfusion::evaluation::{DEFAULT_NEIGHBOURS, Distances, Reading, Reference, compare, measure};
 use tinyfusion::npz::SampleReader;
 use tinyfusion::stop::Stop;
 use tinyfusion::weights::read_inception;
+use tinyfusion::workers::Alone;
 
 /// Pictures that go through Inception at once.
 const BATCH: usize = 16;
@@ -25,14 +26,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let inception = read_inception::<NdArray>(weights, &NdArrayDevice::Cpu)?.network;
     // Nobody asks it to stop; a longer program would hand the same one to all that works.
     let stop = Stop::default();
-    let samples = measure(
-        &inception,
-        SampleReader::open(samples)?,
-        BATCH,
-        &stop,
-        |_| (),
-    )?;
-    let reference = Reference::open(reference)?.measure(&inception, BATCH, &stop, |_| ())?;
+    let reading = Reading {
+        inception: &inception,
+        batch: BATCH,
+        workers: &Alone,
+        stop: &stop,
+    };
+    let samples = measure(&reading, SampleReader::open(samples)?, |_| ())?;
+    let reference = Reference::open(reference)?.measure(&reading, |_| ())?;
     let neighbours = DEFAULT_NEIGHBOURS.min(samples.features.rows() - 1);
     println!(
         "{:#?}",

@@ -14,6 +14,7 @@ use crate::recipe::plan::Work;
 use crate::recipe::run::evaluate::archives;
 use crate::recipe::schema::data::Data;
 use crate::weights::WeightFile;
+use crate::workers::Group;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct EvaluateArguments {
@@ -54,14 +55,14 @@ pub(super) struct EvaluateArguments {
 }
 
 /// Measures archives and folders of pictures, or models.
-pub(super) fn evaluate(arguments: &EvaluateArguments) -> Result<(), CliError> {
+pub(super) fn evaluate(arguments: &EvaluateArguments, workers: &Group) -> Result<(), CliError> {
     let inputs = arguments.inputs.iter();
     let (pictures, others): (Vec<_>, Vec<_>) =
         inputs.partition(|input| is_pictures(Path::new(input)));
     let (Some(pictures), Some(other)) = (pictures.first(), others.first()) else {
         return match others.is_empty() {
-            true => measure_archives(arguments),
-            false => models(arguments),
+            true => measure_archives(arguments, workers),
+            false => models(arguments, workers),
         };
     };
     // An input that does not exist is reported as missing.
@@ -89,7 +90,7 @@ fn is_pictures(path: &Path) -> bool {
     })
 }
 
-fn measure_archives(arguments: &EvaluateArguments) -> Result<(), CliError> {
+fn measure_archives(arguments: &EvaluateArguments, workers: &Group) -> Result<(), CliError> {
     arguments.stated.refuse(&arguments.inputs.join(" "))?;
     if arguments.data.is_some() || arguments.features.is_some() {
         return Err(CliError::Usage(
@@ -138,11 +139,11 @@ fn measure_archives(arguments: &EvaluateArguments) -> Result<(), CliError> {
     crate::with_backend!(arguments.run.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         let (cache, out) = (arguments.cache.as_deref(), arguments.out.as_deref());
-        Ok(archives::<Inner>(evaluate, cache, out, &stop, device)?)
+        Ok(archives::<Inner>(evaluate, (cache, out), (workers, &stop), device)?)
     }, else Ok(()))
 }
 
-fn models(arguments: &EvaluateArguments) -> Result<(), CliError> {
+fn models(arguments: &EvaluateArguments, workers: &Group) -> Result<(), CliError> {
     if arguments.distances.is_some() {
         return Err(CliError::Usage(
             "--distances is for archives and folders; models are measured in f64".into(),
@@ -165,7 +166,7 @@ fn models(arguments: &EvaluateArguments) -> Result<(), CliError> {
     }
     arguments.run.put(&mut stage)?;
     arguments.sampling.put(&mut stage, compare.first())?;
-    arguments.run.run(&stage, listen()?).map(|_| ())
+    arguments.run.run(&stage, listen()?, workers).map(|_| ())
 }
 
 /// The data that a model's provenance names, to compare with; digits if it names none.

@@ -199,16 +199,20 @@ fn give_up(workers: &dyn Workers, error: &CliError) -> ! {
 }
 
 fn obey(command: Command, workers: &Group) -> Result<(), CliError> {
-    if workers.size() > 1 && !matches!(command, Command::Recipe(_)) {
+    let shared = matches!(
+        command,
+        Command::Recipe(_) | Command::Sample(_) | Command::Evaluate(_)
+    );
+    if workers.size() > 1 && !shared {
         return Err(CliError::Usage(format!(
-            "{} processes were started, and only `recipe` shares its work; start this command once",
+            "{} processes were started, and only `recipe`, `sample` and `evaluate` share their work; start this command once",
             workers.size()
         )));
     }
     match command {
         Command::Recipe(arguments) => recipe(&arguments, workers),
-        Command::Sample(arguments) => sample(&arguments),
-        Command::Evaluate(arguments) => evaluate(&arguments),
+        Command::Sample(arguments) => sample(&arguments, workers),
+        Command::Evaluate(arguments) => evaluate(&arguments, workers),
         Command::Extract(arguments) => extract(&arguments),
         Command::Inspect(arguments) => inspect(&arguments),
         Command::Convert(arguments) => convert(&arguments),

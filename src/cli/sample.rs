@@ -10,6 +10,7 @@ use crate::recipe::plan::Work;
 use crate::report::watch;
 use crate::sampling::{DrawInto, SAMPLES, Share, refuse_existing, write_pictures};
 use crate::stop::Stop;
+use crate::workers::Group;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct SampleArguments {
@@ -55,7 +56,7 @@ fn share(text: &str) -> Result<Share, String> {
 }
 
 /// Draws the samples.
-pub(super) fn sample(arguments: &SampleArguments) -> Result<(), CliError> {
+pub(super) fn sample(arguments: &SampleArguments, workers: &Group) -> Result<(), CliError> {
     let from = stated_source(&arguments.checkpoint, &arguments.stated)?;
     if let Some(folder) = &arguments.images {
         refuse_existing(folder)?;
@@ -73,7 +74,10 @@ pub(super) fn sample(arguments: &SampleArguments) -> Result<(), CliError> {
     let images = arguments.images.as_deref();
     let Some(folder) = &arguments.into else {
         let stop = listen()?;
-        let directory = arguments.run.run(&stage, stop.clone())?;
+        let directory = arguments.run.run(&stage, stop.clone(), workers)?;
+        if !workers.leads() {
+            return Ok(());
+        }
         return pictures(&directory.join("01-sample").join(SAMPLES), images, &stop);
     };
     let run = &arguments.run;
@@ -97,6 +101,7 @@ pub(super) fn sample(arguments: &SampleArguments) -> Result<(), CliError> {
             compute: run.compute,
             folder,
             share: arguments.share.unwrap_or(Share::WHOLE),
+            workers,
             stop: &stop,
         };
         draw.run::<Inner>(&checkpoint, device, watch("sample", "steps"))
@@ -107,6 +112,7 @@ pub(super) fn sample(arguments: &SampleArguments) -> Result<(), CliError> {
             crate::tell!("{}", archive.display());
             pictures(&archive, images, &stop)?;
         }
+        None if !workers.leads() => {}
         None => crate::say!("sample: this share is drawn; others have still to draw theirs"),
     }
     Ok(())

@@ -17,7 +17,7 @@ use crate::recipe::schema::Recipe;
 use crate::recipe::schema::source::Source;
 use crate::sampling::Labels;
 use crate::stop::Stop;
-use crate::workers::alone;
+use crate::workers::Group;
 
 /// A recipe of one stage that is being written by flags.
 pub(super) struct OneStage {
@@ -144,7 +144,12 @@ impl RunArguments {
     }
 
     /// Runs a stage; returns its run directory, which is printed.
-    pub(super) fn run(&self, stage: &OneStage, stop: Stop) -> Result<PathBuf, CliError> {
+    pub(super) fn run(
+        &self,
+        stage: &OneStage,
+        stop: Stop,
+        workers: &Group,
+    ) -> Result<PathBuf, CliError> {
         let options = Options {
             runs: self.runs.clone(),
             resume: false,
@@ -152,7 +157,7 @@ impl RunArguments {
             plain: false,
             watch: false,
             stop,
-            workers: alone(),
+            workers: workers.clone(),
         };
         let to_go_on = format!(
             "`tinyfusion recipe RUN/resolved.toml --resume --runs {}`, where RUN is the run directory",

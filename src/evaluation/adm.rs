@@ -4,18 +4,16 @@
 //! [`compare`] gives FID, sFID, the Inception Score, precision and recall, as `evaluator.py` prints
 //! them.
 
-use burn::tensor::Tensor;
-use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
+use super::reading::{Reading, WIDTHS};
 use super::{
     DEFAULT_SPLIT_SIZE, Distances, EvaluationError, Features, InceptionScore, ReferenceMeasured,
     Statistics, StatisticsAccumulator, frechet_distance, precision_recall_with,
 };
-use crate::models::inception::{Inception, POOLED, SPATIAL};
+use crate::models::inception::{POOLED, SPATIAL};
 use crate::npz::SampleReader;
 use crate::ops::FusedOps;
-use crate::stop::Stop;
 
 /// Inception's results for a set of pictures.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,10 +31,10 @@ pub struct Measured {
     pub features: Features,
 }
 
-/// Runs the network on the pictures left in `reader`, `batch` at a time (some 20 MiB each).
+/// Runs the network on the pictures left in `reader`.
 ///
-/// Only one batch of pictures is in memory. `progress` is called after each with the number read so
-/// far.
+/// Only one batch of pictures for each worker is in memory. `progress` is called after each with
+/// the number read so far.
 ///
 /// # Errors
 ///
@@ -44,10 +42,8 @@ pub struct Measured {
 /// [`EvaluationError::Value`] when its activations aren't finite, [`EvaluationError::TooFew`] for
 /// fewer than two pictures, and [`EvaluationError::Interrupted`] when a stop is requested.
 pub fn measure<B: FusedOps>(
-    inception: &Inception<B>,
+    reading: &Reading<'_, B>,
     mut reader: SampleReader,
-    batch: usize,
-    stop: &Stop,
     mut progress: impl FnMut(usize),
 ) -> Result<Measured, EvaluationError> {
     let path = reader.path().to_owned();
@@ -55,29 +51,36 @@ pub fn measure<B: FusedOps>(
     let mut spatial = StatisticsAccumulator::new(SPATIAL);
     let mut score = InceptionScore::new(DEFAULT_SPLIT_SIZE);
     let (mut features, mut count) = (Vec::new(), 0);
-    while let Some(images) = reader.next_block(batch)? {
-        if stop.requested() {
+    loop {
+        let batches = reading.next(&mut reader)?;
+        if batches.is_empty() {
+            break;
+        }
+        if reading.stop.requested() {
             return Err(EvaluationError::Interrupted);
         }
-        let read = inception
-            .read(&images)
-            .map_err(|source| EvaluationError::Pictures {
-                path: path.clone(),
-                source,
-            })?;
-        let rows = |values| {
-            rows::<B>(values).map_err(|error| EvaluationError::Value {
-                what: "activations",
-                problem: format!("{}: pictures from {count} on: {error}", path.display()),
-            })
+        let unreadable = |source| EvaluationError::Pictures {
+            path: path.clone(),
+            source,
         };
-        let pool = rows(read.pool)?;
-        pooled.push(&pool)?;
-        spatial.push(&rows(read.spatial)?)?;
-        score.push(&rows(read.probabilities)?)?;
-        features.extend_from_slice(pool.data());
-        count += images.shape()[0];
-        progress(count);
+        let read = reading.read(&batches).map_err(unreadable)?;
+        for (images, values) in batches.iter().zip(read) {
+            let mut widths = WIDTHS.into_iter();
+            let [pool, spaces, probabilities] = values.map(|values| {
+                let width = widths.next().unwrap_or_default();
+                Features::new(width, values).map_err(|error| EvaluationError::Value {
+                    what: "activations",
+                    problem: format!("{}: pictures from {count} on: {error}", path.display()),
+                })
+            });
+            let pool = pool?;
+            pooled.push(&pool)?;
+            spatial.push(&spaces?)?;
+            score.push(&probabilities?)?;
+            features.extend_from_slice(pool.data());
+            count += images.shape()[0];
+            progress(count);
+        }
     }
     Ok(Measured {
         count,
@@ -86,11 +89,6 @@ pub fn measure<B: FusedOps>(
         inception_score: score.finish()?,
         features: Features::new(POOLED, features)?,
     })
-}
-
-fn rows<B: Backend>(values: Tensor<B, 2>) -> Result<Features, EvaluationError> {
-    let [_, dim] = values.dims();
-    Features::new(dim, values.into_data().iter::<f32>().collect())
 }
 
 /// The scores of the suite.
@@ -152,10 +150,13 @@ mod tests {
         FileDigest, MomentsFrom, Reference, cache_file, read_reference_statistics,
     };
     use crate::images::Images;
+    use crate::models::Inception;
     use crate::models::inception::formula_weights;
     use crate::npz::write_samples;
     use crate::state::{Tensors, WeightsError};
+    use crate::stop::Stop;
     use crate::weights::{read_inception, write_torch};
+    use crate::workers::{Alone, fake};
 
     /// The network with the formula's weights, read from a file.
     static INCEPTION: LazyLock<Inception<NdArray>> = LazyLock::new(|| {
@@ -178,10 +179,19 @@ mod tests {
         path
     }
 
+    fn reading(batch: usize, stop: &Stop) -> Reading<'_, NdArray> {
+        Reading {
+            inception: &INCEPTION,
+            batch,
+            workers: &Alone,
+            stop,
+        }
+    }
+
     fn measured(path: &Path, batch: usize) -> (Measured, Vec<usize>) {
         let steps = RefCell::new(Vec::new());
         let reader = SampleReader::open(path).unwrap();
-        let measured = measure(&INCEPTION, reader, batch, &Stop::default(), |done| {
+        let measured = measure(&reading(batch, &Stop::default()), reader, |done| {
             steps.borrow_mut().push(done);
         });
         (measured.unwrap(), steps.into_inner())
@@ -204,9 +214,9 @@ mod tests {
         let open = || Reference::open(&path).unwrap();
         assert_eq!(open().pictures(), Some(4));
         let reference = open()
-            .measure_cached(&INCEPTION, &cache, 1, &Stop::default(), |_| ())
+            .measure_cached(&reading(1, &Stop::default()), &cache, |_| ())
             .unwrap();
-        let kept = open().measure_cached(&INCEPTION, &cache, 1, &Stop::default(), |_| {
+        let kept = open().measure_cached(&reading(1, &Stop::default()), &cache, |_| {
             panic!("it is kept")
         });
         assert_eq!(kept.unwrap(), reference);
@@ -258,7 +268,7 @@ mod tests {
         let alone = Reference::open(&path).unwrap();
         assert_eq!(alone.pictures(), None);
         let nothing = folder.path().join("no-cache.npz");
-        let alone = alone.measure_cached(&INCEPTION, &nothing, 1, &Stop::default(), |_| {
+        let alone = alone.measure_cached(&reading(1, &Stop::default()), &nothing, |_| {
             panic!("no pictures")
         });
         let alone = alone.unwrap();
@@ -277,7 +287,7 @@ mod tests {
         pooled.write(&path).unwrap();
         let pooled = Reference::open(&path).unwrap();
         assert_eq!(pooled.pictures(), None);
-        let pooled = pooled.measure(&INCEPTION, 1, &Stop::default(), |_| panic!("no pictures"));
+        let pooled = pooled.measure(&reading(1, &Stop::default()), |_| panic!("no pictures"));
         let scores = compare(&pooled.unwrap(), &other, 3, Distances::F64).unwrap();
         assert_eq!(
             (scores.fid, scores.sfid, scores.precision),
@@ -302,15 +312,43 @@ mod tests {
         let reference = Reference::open(&pictures).unwrap();
         assert_eq!((reference.pictures(), reference.ignored()), (Some(3), 0));
         let reference = reference
-            .measure(&INCEPTION, 2, &Stop::default(), |_| ())
+            .measure(&reading(2, &Stop::default()), |_| ())
             .unwrap();
         let of_archive = Reference::open(&path).unwrap();
         assert_eq!(
             reference,
             of_archive
-                .measure(&INCEPTION, 2, &Stop::default(), |_| ())
+                .measure(&reading(2, &Stop::default()), |_| ())
                 .unwrap()
         );
+    }
+
+    #[test]
+    fn several_workers_measure_what_one_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = [(5, "five.npz"), (2, "two.npz")]
+            .map(|(count, name)| archive(folder.path(), name, count, 3, count));
+        let alone = paths.each_ref().map(|path| measured(path, 1).0);
+        for size in [2, 4] {
+            let found = fake::group(size, |workers| {
+                let stop = Stop::default();
+                let reading = Reading {
+                    workers,
+                    ..reading(1, &stop)
+                };
+                if workers.rank() > 0 {
+                    reading.assist().unwrap();
+                    return None;
+                }
+                let measured = paths.each_ref().map(|path| {
+                    let reader = SampleReader::open(path).unwrap();
+                    measure(&reading, reader, |_| ()).unwrap()
+                });
+                reading.end();
+                Some(measured)
+            });
+            assert!(found[0].as_ref() == Some(&alone), "{size}");
+        }
     }
 
     #[test]
@@ -322,7 +360,7 @@ mod tests {
             if stopped {
                 stop.request();
             }
-            measure(&INCEPTION, reader, 2, &stop, |_| ()).unwrap_err()
+            measure(&reading(2, &stop), reader, |_| ()).unwrap_err()
         };
         let path = archive(folder.path(), "grey.npz", 2, 1, 0);
         assert!(matches!(measure(&path, true), EvaluationError::Interrupted));
@@ -356,7 +394,7 @@ mod tests {
         let cache = archive(folder.path(), "cache.npz", 2, 3, 0);
         let reference = Reference::open(&cache).unwrap();
         let error = reference
-            .measure_cached(&INCEPTION, &cache, 2, &Stop::default(), |_| ())
+            .measure_cached(&reading(2, &Stop::default()), &cache, |_| ())
             .unwrap_err();
         assert!(error.to_string().contains("a member pool.npy"), "{error}");
     }

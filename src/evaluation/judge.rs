@@ -6,13 +6,14 @@ use burn::tensor::backend::Backend;
 
 use super::{
     AdmEvaluation, AdmProtocol, AdmVerdict, DEFAULT_SPLIT_SIZE, Distances, EvaluationError,
-    FileDigest, Reference, ReferenceMeasured, cache_file, compare, measure,
+    FileDigest, Reading, Reference, ReferenceMeasured, cache_file, compare, measure,
 };
 use crate::models::Inception;
 use crate::npz::SampleReader;
 use crate::ops::FusedOps;
 use crate::stop::Stop;
 use crate::weights::{Digested, read_inception};
+use crate::workers::{Group, Workers};
 
 /// Images Inception reads at once.
 const READ_BATCH: usize = 16;
@@ -30,6 +31,8 @@ pub struct AdmSettings<'a> {
     pub distances: Distances,
     /// Folder that keeps what is measured of the reference, if any.
     pub cache: Option<&'a Path>,
+    /// Who reads pictures. The first one judges, and the others [assist](super::assist_judge).
+    pub workers: &'a Group,
     /// Ends the measuring between two batches of pictures.
     pub stop: &'a Stop,
 }
@@ -38,6 +41,7 @@ pub struct AdmSettings<'a> {
 pub struct AdmJudge<B: Backend> {
     inception: Digested<Inception<B>>,
     reference: ReferenceMeasured,
+    workers: Group,
     stop: Stop,
     /// What the numbers can only be compared under.
     pub protocol: AdmProtocol,
@@ -75,14 +79,14 @@ impl<B: FusedOps> AdmJudge<B> {
                 ),
             });
         }
-        let network = &inception.network;
+        let reading = reading(&inception, &**against.workers, against.stop);
         let mut reached = |done| progress(done, pictures.unwrap_or(0));
         let reference = match against.cache {
             Some(folder) => {
                 let cache = cache_file(folder, &digest, &inception_digest);
-                reference.measure_cached(network, &cache, READ_BATCH, against.stop, &mut reached)?
+                reference.measure_cached(&reading, &cache, &mut reached)?
             }
-            None => reference.measure(network, READ_BATCH, against.stop, &mut reached)?,
+            None => reference.measure(&reading, &mut reached)?,
         };
         let protocol = AdmProtocol {
             samples: 0,
@@ -100,6 +104,7 @@ impl<B: FusedOps> AdmJudge<B> {
         Ok(Self {
             inception,
             reference,
+            workers: against.workers.clone(),
             stop: against.stop.clone(),
             protocol,
             ignored,
@@ -117,9 +122,8 @@ impl<B: FusedOps> AdmJudge<B> {
         mut progress: impl FnMut(usize, usize),
     ) -> Result<AdmVerdict, EvaluationError> {
         let [count, ..] = pictures.shape();
-        let network = &self.inception.network;
-        let reached = |done| progress(done, count);
-        let measured = measure(network, pictures, READ_BATCH, &self.stop, reached)?;
+        let reading = reading(&self.inception, &*self.workers, &self.stop);
+        let measured = measure(&reading, pictures, |done| progress(done, count))?;
         let AdmProtocol {
             neighbours,
             distances,
@@ -129,13 +133,46 @@ impl<B: FusedOps> AdmJudge<B> {
         Ok(AdmVerdict::new(name, &measured, scores))
     }
 
-    /// The verdicts with the protocol they were reached under.
+    /// The verdicts with the protocol they were reached under; lets those go who assist.
     pub fn finish(self, verdicts: Vec<AdmVerdict>) -> AdmEvaluation {
+        reading(&self.inception, &*self.workers, &self.stop).end();
         let mut protocol = self.protocol;
         let counts = verdicts.iter().map(|verdict| verdict.count);
         protocol.samples = counts.min().unwrap_or(0);
         AdmEvaluation { protocol, verdicts }
     }
+}
+
+fn reading<'a, B: Backend>(
+    inception: &'a Digested<Inception<B>>,
+    workers: &'a dyn Workers,
+    stop: &'a Stop,
+) -> Reading<'a, B> {
+    Reading {
+        inception: &inception.network,
+        batch: READ_BATCH,
+        workers,
+        stop,
+    }
+}
+
+/// Reads pictures for the first worker's [`AdmJudge`], with the same weights, until its verdicts
+/// are reached.
+///
+/// # Errors
+/// When the weights can't be read, or the pictures are neither grey nor RGB.
+pub fn assist_judge<B: FusedOps>(
+    weights: &Path,
+    workers: &dyn Workers,
+    device: &B::Device,
+) -> Result<(), EvaluationError> {
+    let inception = read_inception::<B>(weights, device)?;
+    let stop = Stop::default();
+    let assisted = reading(&inception, workers, &stop).assist();
+    assisted.map_err(|source| EvaluationError::Pictures {
+        path: "the first worker's pictures".into(),
+        source,
+    })
 }
 
 /// How many pictures of each are measured: the first `count`, or all, of which there must be as

@@ -46,6 +46,7 @@ mod judge;
 mod moments;
 mod precision_recall;
 mod rank;
+mod reading;
 mod reference;
 mod speed;
 mod ssim;
@@ -57,13 +58,14 @@ pub use classified::{ClassifiedVerdict, ClassifierJudge, Pictured, accuracy, cla
 pub use features::Features;
 pub use frechet::frechet_distance;
 pub use inception_score::{DEFAULT_SPLIT_SIZE, InceptionScore, inception_score};
-pub use judge::{AdmJudge, AdmSettings, common_count};
+pub use judge::{AdmJudge, AdmSettings, assist_judge, common_count};
 pub use moments::{ReferenceStatistics, read_reference_statistics};
 pub use precision_recall::{
     DEFAULT_NEIGHBOURS, Distances, PrecisionRecall, neighbour_radii, precision_recall,
     precision_recall_with,
 };
 pub use rank::RankCorrelation;
+pub use reading::Reading;
 pub use reference::{MomentsFrom, Reference, ReferenceMeasured, cache_file};
 pub use speed::Speed;
 pub(crate) use speed::median_and_spread;

@@ -7,15 +7,14 @@ use serde::{Deserialize, Serialize};
 use zip::ZipWriter;
 
 use super::{
-    EvaluationError, Features, FileDigest, ReferenceStatistics, Statistics, measure,
+    EvaluationError, Features, FileDigest, Reading, ReferenceStatistics, Statistics, measure,
     read_reference_statistics,
 };
 use crate::files::AtomicFile;
-use crate::models::inception::{Inception, POOLED, SPATIAL};
+use crate::models::inception::{POOLED, SPATIAL};
 use crate::npz::archive::{Archive, write_array};
 use crate::npz::{NpzError, SampleReader};
 use crate::ops::FusedOps;
-use crate::stop::Stop;
 
 /// An open reference batch of the ADM suite, such as `VIRTUAL_imagenet256_labeled.npz`.
 ///
@@ -123,14 +122,12 @@ impl Reference {
     /// As [`measure`].
     pub fn measure<B: FusedOps>(
         self,
-        inception: &Inception<B>,
-        batch: usize,
-        stop: &Stop,
+        reading: &Reading<'_, B>,
         progress: impl FnMut(usize),
     ) -> Result<ReferenceMeasured, EvaluationError> {
         let measured = self
             .pictures
-            .map(|pictures| measure(inception, pictures, batch, stop, progress))
+            .map(|pictures| measure(reading, pictures, progress))
             .transpose()?;
         let (features, measured) = match measured {
             Some(measured) => {
@@ -170,14 +167,12 @@ impl Reference {
     /// then.
     pub fn measure_cached<B: FusedOps>(
         self,
-        inception: &Inception<B>,
+        reading: &Reading<'_, B>,
         cache: &Path,
-        batch: usize,
-        stop: &Stop,
         progress: impl FnMut(usize),
     ) -> Result<ReferenceMeasured, EvaluationError> {
         let Some(pictures) = self.pictures() else {
-            return self.measure(inception, batch, stop, progress);
+            return self.measure(reading, progress);
         };
         if cache.is_file() {
             let moments = match self.moments {
@@ -186,7 +181,7 @@ impl Reference {
             };
             return ReferenceMeasured::read(cache, pictures, moments);
         }
-        let measured = self.measure(inception, batch, stop, progress)?;
+        let measured = self.measure(reading, progress)?;
         measured.write(cache)?;
         Ok(measured)
     }

@@ -72,6 +72,11 @@ impl Images {
         self.shape
     }
 
+    /// All pixels, `[count, height, width, channels]`.
+    pub fn into_pixels(self) -> Vec<u8> {
+        self.pixels
+    }
+
     /// All bytes, `[count, height, width, channels]`.
     pub fn pixels(&self) -> &[u8] {
         &self.pixels

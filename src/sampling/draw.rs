@@ -18,6 +18,7 @@ use crate::process::{Guidance, ProcessKind, Sampler};
 use crate::report::{grid_layout, grid_png};
 use crate::stop::Stop;
 use crate::weights::Checkpoint;
+use crate::workers::{Group, share_out, values_of};
 
 /// File name of the picture of the first samples.
 pub const PICTURE_FILE: &str = "samples.png";
@@ -44,8 +45,10 @@ pub struct Draw<'a, B: Backend> {
     pub seed: u64,
     /// Folder of archive, picture and parts.
     pub folder: &'a Path,
-    /// This process's share of the work: every `of`-th part, from the `index`-th on.
+    /// This job's share of the work: every `of`-th part, from the `index`-th on.
     pub share: Share,
+    /// Who draws the share's parts. The first one alone has the folder.
+    pub workers: &'a Group,
     /// Ends the drawing between two parts.
     pub stop: &'a Stop,
 }
@@ -54,7 +57,7 @@ pub struct Draw<'a, B: Backend> {
 pub struct Drawn {
     /// The class of each sample.
     pub labels: Vec<usize>,
-    /// The archive; None while other shares are unfinished.
+    /// The archive; None while other shares are unfinished, and for all workers but the first.
     pub archive: Option<PathBuf>,
 }
 
@@ -84,7 +87,9 @@ impl<B: FusedOps> Draw<'_, B> {
             sampling,
             shape: self.shape(),
         };
-        if archive.exists() {
+        let workers = &**self.workers;
+        let leads = workers.leads();
+        if leads && archive.exists() {
             self.check(&archive)?;
             // Another process may have been stopped before it wrote the picture and deleted the
             // parts.
@@ -92,18 +97,24 @@ impl<B: FusedOps> Draw<'_, B> {
                 self.picture(&archive)?;
             }
             parts.delete();
+            workers.broadcast(Vec::new());
             let archive = Some(archive);
             return Ok(Drawn { labels, archive });
         }
+        // The first worker's folder says what is missing.
         let ours = (0..parts.count()).filter(|part| part % self.share.of == self.share.index);
-        let missing: Vec<usize> = ours.filter(|part| !parts.has(*part)).collect();
+        let missing: Vec<usize> = ours.filter(|part| !leads || !parts.has(*part)).collect();
+        let missing: Vec<usize> =
+            values_of(&workers.broadcast(bytemuck::cast_slice(&missing).to_vec()));
         let tells = sampling.solver.tells(sampling.steps);
         let steps = missing.len() * tells;
-        for (before, &part) in missing.iter().enumerate() {
+        let draw = |piece: usize| -> Result<Vec<u8>, SamplingError> {
             if self.stop.requested() {
                 return Err(SamplingError::Interrupted);
             }
-            let (mut done, whole) = (before * tells, (before + 1) * tells);
+            // The others are as far with their parts, as far as there are any.
+            let at = |done: usize| steps.min(piece * tells + done * workers.size());
+            let (mut done, part) = (0, missing[piece]);
             let indices: Vec<usize> = parts.range(part).collect();
             let samples = sampler.generate(
                 self.network,
@@ -113,11 +124,11 @@ impl<B: FusedOps> Draw<'_, B> {
                 device,
                 || {
                     done += 1;
-                    progress(done, steps);
+                    progress(at(done), steps);
                 },
             );
             // An interpolant's equation has one step fewer than times.
-            progress(whole, steps);
+            progress(at(tells), steps);
             let values = samples.to_data();
             if let Some(at) = values.iter::<f32>().position(|value| !value.is_finite()) {
                 let values_a_sample = values.num_elements() / indices.len();
@@ -133,7 +144,15 @@ impl<B: FusedOps> Draw<'_, B> {
                 Some(decoder) => decoder.decode(samples),
                 None => images::rounded(samples),
             };
-            parts.write(part, &images)?;
+            Ok(images.into_pixels())
+        };
+        share_out(workers, missing.len(), draw, |piece, pixels| match leads {
+            true => parts.write(missing[piece], &pixels),
+            false => Ok(()),
+        })?;
+        if !leads {
+            let archive = None;
+            return Ok(Drawn { labels, archive });
         }
         let whole = (0..parts.count()).all(|part| parts.has(part));
         // Of several processes that find all parts, one assembles them.
@@ -230,8 +249,10 @@ pub struct DrawInto<'a> {
     pub compute: Compute,
     /// The folder.
     pub folder: &'a Path,
-    /// This process's share of the work: every `of`-th part, from the `index`-th on.
+    /// This job's share of the work: every `of`-th part, from the `index`-th on.
     pub share: Share,
+    /// Who draws the share's parts. The first one alone has the folder.
+    pub workers: &'a Group,
     /// Ends the drawing between two parts.
     pub stop: &'a Stop,
 }
@@ -253,14 +274,16 @@ impl DrawInto<'_> {
         let channels = network.shape().channels;
         let read = |path| Decoder::<B>::read(path, channels, self.compute, device);
         let decoder = self.vae.map(read).transpose()?;
-        self.claim(&serde_json::json!({
-            "model": checkpoint.fingerprint()?,
-            "vae": decoder.as_ref().map(Decoder::sha256),
-            "seed": self.seed,
-            "backend": B::name(device),
-            "compute": self.compute,
-            "how": self.sampling,
-        }))?;
+        if self.workers.leads() {
+            self.claim(&serde_json::json!({
+                "model": checkpoint.fingerprint()?,
+                "vae": decoder.as_ref().map(Decoder::sha256),
+                "seed": self.seed,
+                "backend": B::name(device),
+                "compute": self.compute,
+                "how": self.sampling,
+            }))?;
+        }
         let drawn = Draw {
             name: "sample",
             network: &network,
@@ -270,6 +293,7 @@ impl DrawInto<'_> {
             seed: self.seed,
             folder: self.folder,
             share: self.share,
+            workers: self.workers,
             stop: self.stop,
         }
         .run(device, progress)?;

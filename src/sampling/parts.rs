@@ -39,10 +39,9 @@ impl Parts<'_> {
         std::fs::metadata(self.path(part)).is_ok_and(|found| found.len() == bytes as u64)
     }
 
-    pub(super) fn write(&self, part: usize, images: &Images) -> Result<(), SamplingError> {
+    pub(super) fn write(&self, part: usize, pixels: &[u8]) -> Result<(), SamplingError> {
         let path = self.path(part);
-        write_atomic(&path, |file| file.write_all(images.pixels()))
-            .map_err(SamplingError::io(&path))
+        write_atomic(&path, |file| file.write_all(pixels)).map_err(SamplingError::io(&path))
     }
 
     pub(super) fn assemble(&self, archive: &Path, labels: &[usize]) -> Result<(), SamplingError> {

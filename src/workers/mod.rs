@@ -1,9 +1,10 @@
 //! The processes that work on one recipe: one alone, or several that an MPI launcher started.
 //!
 //! All of them run the same program on the same recipe. What they share out is the groups of a
-//! training step ([`Share`]); gradients are summed in one fixed tree ([`Tree`]), so that the result
-//! is the same to the last bit however many there are. The first one alone writes the run's
-//! directory; the others work in a folder of their own that is removed at the end.
+//! training step ([`Share`]), whose gradients are summed in one fixed tree ([`Tree`]), and the
+//! pieces of what is measured and drawn ([`share_out`]); so the result is the same to the last bit
+//! however many there are. The first one alone writes the run's directory; the others work in a
+//! folder of their own that is removed at the end.
 
 mod alone;
 #[cfg(test)]
@@ -11,6 +12,7 @@ pub(crate) mod fake;
 mod launch;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod pieces;
 mod tree;
 
 use std::fmt::Debug;
@@ -21,6 +23,8 @@ pub use alone::Alone;
 #[cfg(any(feature = "cli", feature = "tui"))]
 pub(crate) use launch::end;
 pub use launch::{device, start};
+pub use pieces::share_out;
+pub(crate) use pieces::values_of;
 pub use tree::{Tree, sum};
 
 /// A group of processes. Every call but [`abort`](Self::abort) is made by all of them, in the same

@@ -18,6 +18,24 @@ checkpoint_every = 2
 architecture = { family = 'dit', width = 32, heads = 2, depth = 4 }
 [[stage]]
 kind = 'prune'
+name = 'scored'
+from = 'teacher'
+method = 'sensitivity'
+batches = 3
+batch = 8
+keep = 2
+[[stage]]
+kind = 'prune'
+name = 'searched'
+from = 'teacher'
+method = 'calibration'
+batches = 2
+batch = 8
+keep = 2
+masks = 5
+[[stage]]
+kind = 'prune'
+from = 'teacher'
 groups = '1:2'
 steps = 4
 batch = 16
@@ -47,12 +65,14 @@ solver = 'ddim'
 ";
 
 /// Files that two runs have in common, to the last byte.
-const SAME: [&str; 6] = [
+const SAME: [&str; 8] = [
     "01-teacher/model.safetensors",
-    "02-prune/model.safetensors",
-    "02-prune/decisions.jsonl",
-    "03-student/model.safetensors",
-    "04-sample/samples.npz",
+    "02-scored/model.safetensors",
+    "03-searched/model.safetensors",
+    "04-prune/model.safetensors",
+    "04-prune/decisions.jsonl",
+    "05-student/model.safetensors",
+    "06-sample/samples.npz",
     "resolved.toml",
 ];
 
@@ -109,7 +129,7 @@ fn succeeded(output: &Output) {
 
 /// Lines of a log without what a clock says.
 fn log(run: &Path) -> Vec<serde_json::Value> {
-    let text = std::fs::read_to_string(run.join("03-student/metrics.jsonl")).unwrap();
+    let text = std::fs::read_to_string(run.join("05-student/metrics.jsonl")).unwrap();
     let line = |line: &str| {
         let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
         for timed in ["time", "images_per_second"] {
@@ -128,7 +148,35 @@ fn same(one: &Path, other: &Path, what: &str) {
             "{what}: {file} differs"
         );
     }
+    // Scores of layers, and losses of masks.
+    let measured = |run: &Path| {
+        let files = std::fs::read_dir(run.join("measured")).unwrap();
+        let mut files: Vec<(PathBuf, String)> = files
+            .map(|file| file.unwrap().path())
+            .map(|path| {
+                (
+                    path.file_name().unwrap().into(),
+                    std::fs::read_to_string(&path).unwrap(),
+                )
+            })
+            .collect();
+        files.sort();
+        files
+    };
+    assert_eq!(measured(one).len(), 2);
+    assert_eq!(measured(one), measured(other), "{what}");
     assert_eq!(log(one), log(other), "{what}");
+    assert_eq!(verdicts(one), verdicts(other), "{what}");
+}
+
+/// An evaluation's verdicts without the speeds.
+fn verdicts(run: &Path) -> serde_json::Value {
+    let text = std::fs::read_to_string(run.join("07-evaluate/eval.json")).unwrap();
+    let mut read: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for verdict in read["verdicts"].as_array_mut().unwrap() {
+        verdict.as_object_mut().unwrap().remove("images_per_second");
+    }
+    read
 }
 
 #[test]
@@ -159,7 +207,7 @@ fn a_worker_that_is_killed_ends_all_and_any_number_goes_on() {
         .spawn()
         .unwrap();
     let run = place.path("killed");
-    let checkpoint = run.join("03-student/checkpoints/step-00000010.safetensors");
+    let checkpoint = run.join("05-student/checkpoints/step-00000010.safetensors");
     let since = Instant::now();
     while !checkpoint.exists() {
         assert!(since.elapsed() < Duration::from_secs(120), "no checkpoint");
@@ -192,7 +240,7 @@ fn a_worker_that_is_killed_ends_all_and_any_number_goes_on() {
 fn a_signal_saves_and_stops_all() {
     let place = Place::new(100_000);
     let run = place.path("stopped");
-    let log = run.join("03-student/metrics.jsonl");
+    let log = run.join("05-student/metrics.jsonl");
     let lines = || std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
     for (signal, more) in [
         ("-INT", &[][..]),
@@ -221,7 +269,7 @@ fn a_signal_saves_and_stops_all() {
         assert_eq!(ended.status.code(), Some(130), "{signal}: {}", text(&ended));
         let status = std::fs::read_to_string(run.join("status.json")).unwrap();
         assert!(status.contains("interrupted"), "{signal}: {status}");
-        let kept = std::fs::read_dir(run.join("03-student/checkpoints")).unwrap();
+        let kept = std::fs::read_dir(run.join("05-student/checkpoints")).unwrap();
         assert!(kept.count() > 0, "{signal}");
         let left = std::fs::read_dir(place.0.path().join("tmp")).unwrap();
         assert_eq!(left.count(), 0, "{signal}");
@@ -242,10 +290,66 @@ fn workers_that_do_not_fit_are_refused() {
     // Nor are other commands shared.
     let program = env!("CARGO_BIN_EXE_tinyfusion");
     let refused = Command::new("mpiexec")
-        .args(["-n", "2", program, "sample", "embedded:digits-teacher"])
+        .args(["-n", "2", program, "inspect", "embedded:digits-teacher"])
         .output()
         .unwrap();
     assert!(!refused.status.success());
     let told = text(&refused);
-    assert!(told.contains("only `recipe` shares its work"), "{told}");
+    assert!(
+        told.contains("only `recipe`, `sample` and `evaluate` share their work"),
+        "{told}"
+    );
+}
+
+#[test]
+fn samples_and_inceptions_reading_are_shared_by_their_commands() {
+    let place = Place::new(6);
+    let at = |name: &str| place.0.path().join(name);
+    let program = env!("CARGO_BIN_EXE_tinyfusion");
+    let run = |workers: &str, arguments: &[&str]| {
+        let ran = Command::new("mpiexec")
+            .args(["-n", workers, program])
+            .args(arguments)
+            .args(["--threads", "1"])
+            .current_dir(place.0.path())
+            .env("TMPDIR", at("tmp"))
+            .output()
+            .unwrap();
+        succeeded(&ran);
+        ran
+    };
+    run("1", &["standin", "files"]);
+    // Three parts, and a part that a killed process left half written.
+    std::fs::create_dir_all(at("two/parts")).unwrap();
+    for (workers, into) in [("1", "one"), ("2", "two")] {
+        let sample = ["sample", "embedded:digits-teacher", "--into", into];
+        let how = ["--count", "18", "--batch", "8", "--steps", "2"];
+        if into == "two" {
+            std::fs::copy(at("one/sampling.json"), at("two/sampling.json")).unwrap();
+            std::fs::write(at("two/parts/part-000001.u8"), [0; 7]).unwrap();
+        }
+        run(workers, &[&sample[..], &how].concat());
+        let inception = "files/standin-inception.pth";
+        let out = format!("{into}.json");
+        let samples = format!("{into}/samples.npz");
+        let evaluate = [
+            "evaluate",
+            &samples,
+            "one/samples.npz",
+            "--inception",
+            inception,
+        ];
+        run(workers, &[&evaluate[..], &["--out", &out]].concat());
+    }
+    let read = |name: &str| std::fs::read(at(name)).unwrap();
+    assert!(read("one/samples.npz") == read("two/samples.npz"));
+    let scores = |name: &str| -> serde_json::Value {
+        let read: serde_json::Value = serde_json::from_slice(&read(name)).unwrap();
+        let mut verdict = read["verdicts"][0].clone();
+        // That of the archive.
+        verdict.as_object_mut().unwrap().remove("model");
+        verdict
+    };
+    assert!(scores("one.json")["fid"].is_number());
+    assert_eq!(scores("one.json"), scores("two.json"));
 }

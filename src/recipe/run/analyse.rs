@@ -36,7 +36,9 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<(), RecipeError> {
         let parent = self.load(&plan.from)?;
         let shows = |view: View| plan.show.contains(&view);
-        if shows(View::States) || shows(View::Similarity) {
+        // Scores and losses are shared; the first worker alone does the rest.
+        let leads = self.workers.leads();
+        if leads && (shows(View::States) || shows(View::Similarity)) {
             self.show_states(stage, plan, &parent, folder)?;
         }
         if shows(View::Scores) {
@@ -45,7 +47,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         if shows(View::Losses) {
             self.show_losses(stage, plan, &parent, folder)?;
         }
-        if shows(View::Speed) {
+        if leads && shows(View::Speed) {
             self.show_speed(plan, &parent, folder)?;
         }
         crate::say!("{stage}: figures and tables in {}", folder.display());

@@ -12,6 +12,7 @@ use crate::files::{lock_file, write_atomic};
 use crate::recipe::RecipeError;
 #[cfg(feature = "cli")]
 use crate::weights::Evaluated;
+use crate::workers::Workers;
 
 /// How a run stands, in `status.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -177,19 +178,24 @@ impl RunDirectory {
 
     /// What is measured for a key, as `read` has it from the text that `measure` gives: from a
     /// file, if it has been before, else measured and kept. What `read` can't read is measured
-    /// anew.
+    /// anew. Of several workers the first one's file counts.
     ///
     /// # Errors
     /// When it can't be measured, written, or read.
     pub fn measured<T>(
         &self,
+        workers: &dyn Workers,
         what: &str,
         key: &impl Serialize,
         read: impl Fn(String) -> Option<T>,
         measure: impl FnOnce() -> Result<String, RecipeError>,
     ) -> Result<T, RecipeError> {
         let path = self.measured_path(what, key, "csv")?;
-        if let Some(kept) = std::fs::read_to_string(&path).ok().and_then(&read) {
+        let readable = |text: &String| read(text.clone()).is_some();
+        let kept = std::fs::read_to_string(&path).ok().filter(readable);
+        let kept = workers.broadcast(kept.unwrap_or_default().into_bytes());
+        let kept = String::from_utf8(kept).ok().filter(|kept| !kept.is_empty());
+        if let Some(kept) = kept.and_then(&read) {
             crate::say!("{what} from {}", path.display());
             return Ok(kept);
         }
@@ -343,6 +349,7 @@ pub(crate) fn evaluation_of(checkpoint: &Path) -> Option<Evaluated> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workers::Alone;
 
     #[test]
     fn runs_are_numbered_and_only_unfinished_ones_resume() {
@@ -385,20 +392,20 @@ mod tests {
         let first = sweep.inner("001", "x = 1").unwrap();
         let second = sweep.inner("002", "x = 2").unwrap();
         let read = |text: String| text.parse::<u32>().ok();
-        let found = first.measured("scores", &("a", 1), read, || Ok("1".into()));
+        let found = first.measured(&Alone, "scores", &("a", 1), read, || Ok("1".into()));
         assert_eq!(found.unwrap(), 1);
         let again = || -> Result<String, RecipeError> { panic!("measured again") };
-        let found = second.measured("scores", &("a", 1), read, again);
+        let found = second.measured(&Alone, "scores", &("a", 1), read, again);
         assert_eq!(found.unwrap(), 1);
-        let other = second.measured("scores", &("a", 2), read, || Ok("2".into()));
+        let other = second.measured(&Alone, "scores", &("a", 2), read, || Ok("2".into()));
         assert_eq!(other.unwrap(), 2);
         // A damaged file is as good as none.
         for entry in std::fs::read_dir(sweep.path().join("measured")).unwrap() {
             std::fs::write(entry.unwrap().path(), "1;").unwrap();
         }
-        let other = second.measured("scores", &("a", 2), read, || Ok("3".into()));
+        let other = second.measured(&Alone, "scores", &("a", 2), read, || Ok("3".into()));
         assert_eq!(other.unwrap(), 3);
-        let wrong = second.measured("scores", &("a", 4), read, || Ok("x".into()));
+        let wrong = second.measured(&Alone, "scores", &("a", 4), read, || Ok("x".into()));
         assert!(wrong.unwrap_err().to_string().contains("expected scores"));
         assert!(!first.path().join("measured").exists());
         drop(first);

@@ -20,6 +20,7 @@ use crate::report::Progress;
 use crate::training::TrainingError;
 use crate::trunk::Granularity;
 use crate::weights::Checkpoint;
+use crate::workers::share_out;
 
 /// A network, its process, and batches of pictures.
 pub(super) struct Measuring<'a, B: TrainingBackend> {
@@ -135,7 +136,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             masks.map(|masks| MeasuredMasks { text, masks })
         };
         let measure = || self.mask_losses(stage, search, measured);
-        let measured = self.directory.measured("masks", &key, read, measure)?;
+        let measured = (self.directory).measured(&**self.workers, "masks", &key, read, measure)?;
         let mut masks = measured.masks.iter();
         if let Some((kept, loss)) = masks.find(|(_, loss)| !loss.is_finite()) {
             return Err(RecipeError::Stage {
@@ -163,26 +164,45 @@ impl<B: TrainingBackend> Context<'_, B> {
             Search::Random { masks, .. } => masks,
             Search::Evolution(evolution) => evolution.masks,
         };
-        let mut bar = Progress::new(stage, "masks", all * scored.batches);
+        let (total, mut reached) = (all * scored.batches, 0);
+        let mut bar = Progress::new(stage, "masks", total);
+        let workers = &**self.workers;
         // Why the measuring ended early, if nobody stopped it.
         let mut failed = None;
         let mut measure = |masks: &[Mask]| -> Option<Vec<f64>> {
             let mut sums = vec![0.0; masks.len()];
-            for step in 0..scored.batches {
-                let batch = match measuring.batch(step) {
-                    Ok(batch) => batch,
-                    Err(error) => {
-                        failed = Some(error);
-                        return None;
-                    }
+            // A piece is a worker's masks on a batch: neighbours, which have their first layers in
+            // common.
+            let mut order: Vec<usize> = (0..masks.len()).collect();
+            order.sort_by(|a, b| masks[*a].cmp(&masks[*b]));
+            let runs: Vec<&[usize]> = order
+                .chunks(order.len().div_ceil(workers.size()).max(1))
+                .collect();
+            let of_run = |piece: usize| {
+                let (step, run) = (piece / runs.len(), runs[piece % runs.len()]);
+                let masks: Vec<Mask> = run.iter().map(|&index| masks[index].clone()).collect();
+                let batch = measuring.batch(step)?;
+                // The others are as far, as far as there are any.
+                let done = |_| {
+                    reached += workers.size();
+                    bar.reach(reached.min(total));
                 };
-                let losses =
-                    mask_losses(network, process, &batch, masks, self.stop, |_| bar.add(1))?;
-                sums.iter_mut()
-                    .zip(losses)
-                    .for_each(|(sum, loss)| *sum += loss / scored.batches as f64);
+                mask_losses(network, process, &batch, &masks, self.stop, done)
+                    .ok_or(RecipeError::Interrupted)
+            };
+            let add = |piece: usize, losses: Vec<f64>| {
+                for (&index, loss) in runs[piece % runs.len()].iter().zip(losses) {
+                    sums[index] += loss / scored.batches as f64;
+                }
+                Ok(())
+            };
+            match share_out(workers, scored.batches * runs.len(), of_run, add) {
+                Ok(()) => Some(sums),
+                Err(error) => {
+                    failed = Some(error);
+                    None
+                }
             }
-            Some(sums)
         };
         let measured = match search {
             Search::Random { masks, .. } => {
@@ -241,21 +261,23 @@ impl<B: TrainingBackend> Context<'_, B> {
             let scores: Option<Vec<f64>> = text.lines().map(|line| line.parse().ok()).collect();
             scores.filter(|scores| scores.len() == depth)
         };
-        let scores = self.directory.measured("scores", &key, read, || {
+        let workers = &**self.workers;
+        let scores = self.directory.measured(workers, "scores", &key, read, || {
             let measuring = self.calibration(measured)?;
             let (network, process) = (&measuring.network, &measuring.process);
             let mut scores = vec![0.0; depth];
-            for step in 0..scored.batches {
+            let of_batch = |step| {
                 if self.stop.requested() {
                     return Err(RecipeError::Interrupted);
                 }
                 let batch = measuring.batch(step)?;
-                let measured = score(network, process, method, &batch).scores;
-                scores
-                    .iter_mut()
-                    .zip(measured)
-                    .for_each(|(sum, score)| *sum += score / scored.batches as f64);
-            }
+                Ok(score(network, process, method, &batch).scores)
+            };
+            share_out(workers, scored.batches, of_batch, |_, measured| {
+                let sums = scores.iter_mut().zip(measured);
+                sums.for_each(|(sum, score)| *sum += score / scored.batches as f64);
+                Ok(())
+            })?;
             Ok(scores.iter().map(|score| format!("{score}\n")).collect())
         })?;
         if let Some(layer) = scores.iter().position(|score| !score.is_finite()) {

@@ -37,6 +37,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             &sample.sampling,
             folder,
         )?;
+        let Some(drawn) = drawn else { return Ok(()) };
         crate::say!(
             "{stage}: {} samples in {}, the first of them to look at in {}",
             thousands(sample.sampling.count),
@@ -47,14 +48,15 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 
     /// Draws samples for a stage of a model, called `name` in messages, through an autoencoder if
-    /// it draws latents; or goes on with those in the folder.
+    /// it draws latents; or goes on with those in the folder. All workers draw; the first one has
+    /// the samples.
     pub(super) fn draw(
         &self,
         (stage, name): (&str, &str),
         (source, vae): (&Source, Option<&Path>),
         sampling: &Sampling,
         folder: &Path,
-    ) -> Result<Sampled, RecipeError> {
+    ) -> Result<Option<Sampled>, RecipeError> {
         let checkpoint = self.load(source)?;
         let network = checkpoint.network::<B::InnerBackend>(self.device)?;
         let (channels, compute) = (
@@ -72,19 +74,23 @@ impl<B: TrainingBackend> Context<'_, B> {
             seed: self.recipe.seed,
             folder,
             share: Share::WHOLE,
+            workers: self.workers,
             stop: self.stop,
         }
         .run(self.device, watch(name, "steps"))?;
+        if !self.workers.leads() {
+            return Ok(None);
+        }
         // The whole share leaves an archive, unless another process works in this folder.
         let archive = drawn.archive.ok_or_else(|| RecipeError::Stage {
             stage: stage.to_owned(),
             problem: "its samples are not all drawn".into(),
         })?;
-        Ok(Sampled {
+        Ok(Some(Sampled {
             checkpoint,
             labels: drawn.labels,
             archive,
             vae_sha256: decoder.map(|decoder| decoder.sha256().to_owned()),
-        })
+        }))
     }
 }

@@ -197,19 +197,22 @@ impl<B: TrainingBackend> Context<'_, B> {
             };
             all.filter(fits)
         };
-        self.directory.measured("importance", &key, read, || {
-            let path = (self.directory).measured_path("importance", &key, "safetensors")?;
-            let gradients = self.loss_gradients(stage, plan, (parent, weights), groups, &path)?;
-            let line = |group: &ChannelGroup| {
-                let found = importance(group, weights, &gradients, Saliency::Taylor);
-                let found: Vec<String> = found.iter().map(ToString::to_string).collect();
-                found.join(" ") + "\n"
-            };
-            let text = groups.iter().map(line).collect();
-            // Only an interrupted measuring needs them.
-            let _ = std::fs::remove_file(&path);
-            Ok(text)
-        })
+        let workers = &**self.workers;
+        self.directory
+            .measured(workers, "importance", &key, read, || {
+                let path = (self.directory).measured_path("importance", &key, "safetensors")?;
+                let gradients =
+                    self.loss_gradients(stage, plan, (parent, weights), groups, &path)?;
+                let line = |group: &ChannelGroup| {
+                    let found = importance(group, weights, &gradients, Saliency::Taylor);
+                    let found: Vec<String> = found.iter().map(ToString::to_string).collect();
+                    found.join(" ") + "\n"
+                };
+                let text = groups.iter().map(line).collect();
+                // Only an interrupted measuring needs them.
+                let _ = std::fs::remove_file(&path);
+                Ok(text)
+            })
     }
 
     /// The gradients of the loss, summed; those so far are in `path` when it is interrupted.

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::model_folder;
-use crate::evaluation::{AdmEvaluation, AdmJudge, AdmSettings, AdmVerdict, Distances};
+use crate::evaluation::{
+    AdmEvaluation, AdmJudge, AdmSettings, AdmVerdict, Distances, assist_judge,
+};
 use crate::images::Images;
 use crate::models::Architecture;
 use crate::npz::{SampleReader, first_images};
@@ -16,6 +18,7 @@ use crate::report::{comparison_png, grid_layout, watch};
 #[cfg(feature = "cli")]
 use crate::sampling::SAMPLING;
 use crate::stop::Stop;
+use crate::workers::Group;
 
 /// Columns of the comparison.
 const COLUMNS: usize = 8;
@@ -26,6 +29,8 @@ pub(super) struct ReferenceFiles<'a> {
     inception: &'a Path,
     pub(super) vae: Option<&'a Path>,
     samples: &'a [PathBuf],
+    /// Who reads pictures.
+    workers: &'a Group,
     /// Arithmetic of the distances of precision and recall.
     distances: Distances,
     /// Ends the measuring.
@@ -38,6 +43,7 @@ impl<'a> ReferenceFiles<'a> {
     pub(super) fn of(
         against: &'a Against,
         held_out: Option<&'a Path>,
+        workers: &'a Group,
         stop: &'a Stop,
     ) -> Option<Self> {
         match against {
@@ -53,6 +59,7 @@ impl<'a> ReferenceFiles<'a> {
                 inception,
                 vae: vae.as_deref(),
                 samples,
+                workers,
                 distances: *distances,
                 stop,
             }),
@@ -72,8 +79,9 @@ fn judge<B: FusedOps>(
         inception: files.inception,
         neighbours,
         distances: files.distances,
-        stop: files.stop,
         cache,
+        workers: files.workers,
+        stop: files.stop,
     };
     let judge = AdmJudge::<B>::new(against, device, watch("reference", "images"))?;
     passed_over(files.reference, judge.ignored);
@@ -134,10 +142,19 @@ impl<B: TrainingBackend> Context<'_, B> {
             let folder = folder.join(model_folder(index, &name));
             let (model, sampling) = ((source, files.vae), &evaluate.sampling);
             let drawn = self.draw((stage, &name), model, sampling, &folder)?;
+            let Some(drawn) = drawn else { continue };
             vae_sha256 = drawn.vae_sha256;
             let model = drawn.checkpoint.architecture.clone();
             archives.push((name, drawn.archive, Some(model)));
             checkpoints.push(drawn.checkpoint);
+        }
+        if !self.workers.leads() {
+            let (workers, device) = (&**self.workers, self.device);
+            return Ok(assist_judge::<B::InnerBackend>(
+                files.inception,
+                workers,
+                device,
+            )?);
         }
         archives.extend(
             (files.samples.iter()).map(|path| (path.display().to_string(), path.clone(), None)),
@@ -218,13 +235,15 @@ fn picture(path: &Path, archives: &[Measurable]) -> Result<(), RecipeError> {
 #[cfg(feature = "cli")]
 pub(crate) fn archives<B: FusedOps>(
     evaluate: &Evaluate,
-    cache: Option<&Path>,
-    to: Option<&Path>,
-    stop: &Stop,
+    (cache, to): (Option<&Path>, Option<&Path>),
+    (workers, stop): (&Group, &Stop),
     device: &B::Device,
 ) -> Result<(), RecipeError> {
-    let files = ReferenceFiles::of(&evaluate.against, None, stop)
+    let files = ReferenceFiles::of(&evaluate.against, None, workers, stop)
         .ok_or_else(|| RecipeError::Run("archives are measured against a reference".into()))?;
+    if !workers.leads() {
+        return Ok(assist_judge::<B>(files.inception, &**workers, device)?);
+    }
     let count = evaluate.sampling.count;
     let mut judge = judge::<B>(&files, evaluate.neighbours, cache, device)?;
     judge.protocol.sampling = said_of(files.samples);

@@ -106,6 +106,13 @@ impl<B: TrainingBackend> Context<'_, B> {
         features: &Source,
         folder: &Path,
     ) -> Result<(), RecipeError> {
+        if !self.workers.leads() {
+            for source in &evaluate.compare {
+                let name = source.to_string();
+                self.draw((stage, &name), (source, None), &evaluate.sampling, folder)?;
+            }
+            return Ok(());
+        }
         let classifier_checkpoint = self.load(features)?;
         let config = classifier_checkpoint.classifier_config()?;
         let shape = self.shape()?.sizes();
@@ -123,12 +130,16 @@ impl<B: TrainingBackend> Context<'_, B> {
         for (index, source) in evaluate.compare.iter().enumerate() {
             let name = source.to_string();
             let folder = folder.join(model_folder(index, &name));
-            let Sampled {
+            let drawn = self.draw((stage, &name), (source, None), &evaluate.sampling, &folder)?;
+            let Some(Sampled {
                 checkpoint,
                 labels,
                 archive,
                 ..
-            } = self.draw((stage, &name), (source, None), &evaluate.sampling, &folder)?;
+            }) = drawn
+            else {
+                continue;
+            };
             let samples = read_samples(&archive)?.images;
             let mut verdict = judge.verdict(&name, &samples, &labels)?;
             verdict.parameters = Some(checkpoint.architecture.parameters());

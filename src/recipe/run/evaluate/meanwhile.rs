@@ -19,6 +19,7 @@ use crate::recipe::schema::sample::{Against, Evaluate};
 use crate::recovery::Student;
 use crate::sampling::{Decoder, Draw, SAMPLES, Sampling, SamplingError, Share};
 use crate::training::{JsonLines, Observe, OnStep, TrainingError};
+use crate::workers::alone;
 
 /// One line of `quality.jsonl`.
 #[derive(Serialize)]
@@ -126,6 +127,8 @@ impl<B: TrainingBackend> Context<'_, B> {
                     seed,
                     folder: &quality.join(format!("step-{done:06}")),
                     share: Share::WHOLE,
+                    // The first worker measures, and the others wait.
+                    workers: &alone(),
                     stop: &stop,
                 };
                 let drawn = match draw.run(&device, |_, _| {}) {
@@ -173,7 +176,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             });
         }
         let held_out = self.held_out_reference(against, quality)?;
-        let files = ReferenceFiles::of(against, held_out.as_deref(), self.stop);
+        // The first worker measures, and the others wait.
+        let alone = alone();
+        let files = ReferenceFiles::of(against, held_out.as_deref(), &alone, self.stop);
         let files = files.unwrap_or_else(|| unreachable!("there is a reference"));
         let judge = self.adm_judge(&files, neighbours)?;
         let (channels, compute) = (model.shape().channels, self.recipe.compute);

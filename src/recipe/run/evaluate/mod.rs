@@ -32,7 +32,12 @@ impl<B: TrainingBackend> Context<'_, B> {
             return self.evaluate_held_out(stage, evaluate, features, folder);
         }
         let held_out = self.held_out_reference(&evaluate.against, folder)?;
-        match ReferenceFiles::of(&evaluate.against, held_out.as_deref(), self.stop) {
+        match ReferenceFiles::of(
+            &evaluate.against,
+            held_out.as_deref(),
+            self.workers,
+            self.stop,
+        ) {
             Some(files) => self.evaluate_adm(stage, evaluate, &files, folder),
             None => unreachable!("there is a reference"),
         }
@@ -66,7 +71,8 @@ impl<B: TrainingBackend> Context<'_, B> {
     fn held_out_archive(&self, folder: &Path) -> Result<PathBuf, RecipeError> {
         std::fs::create_dir_all(folder).map_err(RecipeError::io(folder))?;
         let path = folder.join("held-out.npz");
-        if path.exists() {
+        // The first worker alone reads it.
+        if path.exists() || !self.workers.leads() {
             return Ok(path);
         }
         let test = self.part(Split::Test)?;

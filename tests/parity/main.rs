@@ -9,7 +9,7 @@
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]
 // On wgpu alone fewer checks run.
-#![cfg_attr(not(feature = "ndarray"), allow(dead_code))]
+#![cfg_attr(not(feature = "ndarray"), allow(dead_code, unused_macros))]
 
 mod compare;
 mod evaluator;

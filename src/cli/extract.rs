@@ -8,6 +8,7 @@ use super::{how_to_go_on, listen};
 use crate::backend::{BackendKind, Compute};
 use crate::recipe::plan::Work;
 use crate::recipe::run::extract;
+use crate::workers::Group;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ExtractArguments {
@@ -45,7 +46,7 @@ pub(super) struct ExtractArguments {
 }
 
 /// Runs an extraction, or continues one.
-pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), CliError> {
+pub(super) fn extract(arguments: &ExtractArguments, workers: &Group) -> Result<(), CliError> {
     let mut stage = OneStage::new("extract")?;
     stage.set_path("", "images", &arguments.images)?;
     stage.set_path("--vae", "vae", &arguments.vae)?;
@@ -79,8 +80,9 @@ pub(super) fn extract(arguments: &ExtractArguments) -> Result<(), CliError> {
     let to = crate::with_backend!(arguments.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
         crate::ops::supports::<Inner>(arguments.compute, device).map_err(CliError::Usage)?;
-        let settings = (plan.recipe.seed, arguments.compute, &stop);
-        extract::run::<Inner>("extract", job, settings, &arguments.to, device).map_err(CliError::from)
+        let settings = (plan.recipe.seed, arguments.compute);
+        let who = (&**workers, &stop);
+        extract::run::<Inner>("extract", job, settings, who, &arguments.to, device).map_err(CliError::from)
     }, else Err(CliError::Usage("no backend".into())));
     let to = how_to_go_on(to, "the same command")?;
     crate::tell!("{}", to.display());

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod bench;
+mod duration;
 mod error;
 mod evaluate;
 mod extract;
@@ -10,6 +11,7 @@ mod sample;
 mod stage;
 mod weights;
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,8 +21,9 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::stop::{Stop, leave};
 use crate::training::watch_panics;
-use crate::workers::{Group, Workers};
+use crate::workers::{Group, Workers, agree};
 use bench::{BenchArguments, benchmark};
+use duration::duration;
 use error::CliError;
 use evaluate::{EvaluateArguments, evaluate};
 use extract::{ExtractArguments, extract};
@@ -42,6 +45,11 @@ struct Cli {
     /// Threads to compute on; they change no result [default: one for each core]
     #[arg(long, global = true, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
+    /// How long one of several workers waits for the others, such as 30m, before it ends them all
+    /// and says what it waited for [default: 2h]
+    #[arg(long, global = true, value_name = "TIME", value_parser = duration)]
+    #[cfg_attr(not(feature = "mpi"), arg(hide = true))]
+    patience: Option<Duration>,
     #[command(subcommand)]
     command: Command,
 }
@@ -146,8 +154,10 @@ Examples:
 /// Runs the program.
 pub fn main() -> ExitCode {
     watch_panics();
-    let cli = Cli::parse();
-    let (workers, here) = match crate::workers::start() {
+    let cli = Cli::try_parse();
+    let asked = cli.as_ref().ok().and_then(|cli| cli.patience);
+    let patience = asked.unwrap_or(duration::PATIENCE);
+    let (workers, here) = match crate::workers::start(patience) {
         Ok(started) => started,
         Err(problem) => {
             crate::say!("error: {problem}");
@@ -155,6 +165,21 @@ pub fn main() -> ExitCode {
         }
     };
     crate::terminal::speak(workers.leads());
+    let arguments = std::env::args_os().skip(1);
+    let arguments: Vec<Vec<u8>> = arguments.map(OsString::into_encoded_bytes).collect();
+    if let Err(unlike) = agree(&*workers, "their arguments", &arguments.join(&0)) {
+        give_up(&*workers, &CliError::Usage(unlike));
+    }
+    let cli = match cli {
+        Ok(cli) => cli,
+        Err(told) => {
+            if workers.leads() {
+                // Nobody is left to be told that it can't be printed.
+                let _ = told.print();
+            }
+            return ExitCode::from(u8::try_from(told.exit_code()).unwrap_or(2));
+        }
+    };
     let result = start_threads(&cli, here).and_then(|()| obey(cli.command, &workers));
     if let (Err(error), true) = (&result, workers.size() > 1) {
         give_up(&*workers, error);
@@ -176,7 +201,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// How long a worker waits for others: to tell an error that all met, or to tidy up.
+/// How long the first worker waits for the others to tidy up. They wait twice as long: an error
+/// that all met is told by the first one alone.
 const A_MOMENT: Duration = Duration::from_secs(1);
 
 /// Ends all workers after an error that one of them met.
@@ -185,7 +211,10 @@ fn give_up(workers: &dyn Workers, error: &CliError) -> ! {
         // All stopped at one step; the first one ends the job once it has saved.
         workers.broadcast(Vec::new());
     }
-    std::thread::sleep(A_MOMENT);
+    std::thread::sleep(match workers.leads() {
+        true => A_MOMENT,
+        false => 2 * A_MOMENT,
+    });
     crate::terminal::speak(true);
     if !workers.leads() {
         crate::say!("worker {} of {}:", workers.rank(), workers.size());
@@ -201,11 +230,11 @@ fn give_up(workers: &dyn Workers, error: &CliError) -> ! {
 fn obey(command: Command, workers: &Group) -> Result<(), CliError> {
     let shared = matches!(
         command,
-        Command::Recipe(_) | Command::Sample(_) | Command::Evaluate(_)
+        Command::Recipe(_) | Command::Sample(_) | Command::Evaluate(_) | Command::Extract(_)
     );
     if workers.size() > 1 && !shared {
         return Err(CliError::Usage(format!(
-            "{} processes were started, and only `recipe`, `sample` and `evaluate` share their work; start this command once",
+            "{} processes were started, and only `recipe`, `sample`, `evaluate` and `extract` share their work; start this command once",
             workers.size()
         )));
     }
@@ -213,7 +242,7 @@ fn obey(command: Command, workers: &Group) -> Result<(), CliError> {
         Command::Recipe(arguments) => recipe(&arguments, workers),
         Command::Sample(arguments) => sample(&arguments, workers),
         Command::Evaluate(arguments) => evaluate(&arguments, workers),
-        Command::Extract(arguments) => extract(&arguments),
+        Command::Extract(arguments) => extract(&arguments, workers),
         Command::Inspect(arguments) => inspect(&arguments),
         Command::Convert(arguments) => convert(&arguments),
         #[cfg(feature = "ndarray")]

@@ -4,13 +4,14 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::duration::duration;
 use super::error::CliError;
 use super::{how_to_go_on, listen};
 use crate::backend::BackendKind;
 use crate::recipe::document::{Document, MOST_BYTES};
 use crate::recipe::plan::Plan;
 use crate::recipe::run::sweep::run_sweep;
-use crate::recipe::run::{Options, can_share, run};
+use crate::recipe::run::{Options, Resume, can_share, run};
 use crate::recipe::schema::sweep::{Point, Sweep};
 use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::recipe::{RecipeError, embedded_recipes};
@@ -43,6 +44,10 @@ pub(super) struct RecipeArguments {
     /// Go on with the newest unfinished run of this recipe
     #[arg(long)]
     resume: bool,
+    /// Go on with the newest unfinished run of this recipe, or begin one where there is none: for
+    /// a job that a queue starts again
+    #[arg(long, conflicts_with = "resume")]
+    resume_if_any: bool,
     /// Folder of all runs
     #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
     runs: PathBuf,
@@ -104,7 +109,11 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
     }
     let options = |stop| Options {
         runs: arguments.runs.clone(),
-        resume: arguments.resume,
+        resume: match (arguments.resume, arguments.resume_if_any) {
+            (true, _) => Resume::Yes,
+            (false, true) => Resume::IfAny,
+            (false, false) => Resume::No,
+        },
         backend,
         plain: arguments.plain,
         stop,
@@ -168,35 +177,6 @@ fn listen_within(limit: Option<Duration>) -> Result<Stop, CliError> {
     Ok(stop)
 }
 
-/// A time as `1d12h`, `3h50m` or `90s`: whole numbers of days, hours, minutes and seconds, in this
-/// order.
-fn duration(text: &str) -> Result<Duration, String> {
-    let wrong = || "expected a time such as 3h50m, 90m or 45s".to_owned();
-    let (mut rest, mut seconds, mut last) = (text, 0_u64, u64::MAX);
-    while !rest.is_empty() {
-        let end = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
-        let number: u64 = rest[..end].parse().map_err(|_| wrong())?;
-        let unit = match rest.as_bytes()[end] {
-            b'd' => 86_400,
-            b'h' => 3_600,
-            b'm' => 60,
-            b's' => 1,
-            _ => return Err(wrong()),
-        };
-        if unit >= last {
-            return Err(wrong());
-        }
-        let more = number
-            .checked_mul(unit)
-            .and_then(|more| seconds.checked_add(more));
-        (seconds, last, rest) = (more.ok_or_else(wrong)?, unit, &rest[end + 1..]);
-    }
-    match seconds {
-        0 => Err(wrong()),
-        seconds => Ok(Duration::from_secs(seconds)),
-    }
-}
-
 /// How a person goes on with a run that was interrupted.
 const AGAIN: &str = "the same command with `--resume`";
 
@@ -223,37 +203,4 @@ fn outline(points: &[Point]) -> Result<(), CliError> {
         crate::tell!("\n{point}:\n{}", Plan::new(&point.recipe)?);
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_those_a_queue_takes() {
-        let seconds = |text| duration(text).map(|found| found.as_secs());
-        for (text, expected) in [
-            ("3h50m", 13_800),
-            ("90m", 5400),
-            ("1d12h", 129_600),
-            ("1d2h3m4s", 93_784),
-        ] {
-            assert_eq!(seconds(text), Ok(expected), "{text}");
-        }
-        for wrong in [
-            "",
-            "3",
-            "h",
-            "0s",
-            "3m2h",
-            "1h1h",
-            "-1h",
-            "1.5h",
-            "3 h",
-            "9999999999999999999d",
-            "1\u{b5}",
-        ] {
-            assert!(seconds(wrong).is_err(), "{wrong}");
-        }
-    }
 }

@@ -12,7 +12,7 @@ use super::weights::open;
 use crate::backend::{BackendKind, Compute};
 use crate::recipe::document::Document;
 use crate::recipe::plan::Plan;
-use crate::recipe::run::{Options, run};
+use crate::recipe::run::{Options, Resume, run};
 use crate::recipe::schema::Recipe;
 use crate::recipe::schema::source::Source;
 use crate::sampling::Labels;
@@ -152,7 +152,7 @@ impl RunArguments {
     ) -> Result<PathBuf, CliError> {
         let options = Options {
             runs: self.runs.clone(),
-            resume: false,
+            resume: Resume::No,
             backend: self.backend,
             plain: false,
             watch: false,

@@ -19,6 +19,7 @@ use crate::ops::FusedOps;
 use crate::random::{self, Stream};
 use crate::state::floats;
 use crate::stop::Stop;
+use crate::workers::{Workers, agree, share_out, values_of};
 
 /// File with the settings of a folder of latents, so that it is continued only with the same ones.
 const JOB: &str = "extraction.json";
@@ -39,7 +40,7 @@ pub enum Form {
 
 /// Settings of an extraction.
 #[derive(Debug, Clone)]
-pub struct Extraction {
+pub struct Extraction<'a> {
     /// Side of the centre crop, in pixels.
     pub size: usize,
     /// Whether each image's mirror image is encoded too.
@@ -53,11 +54,13 @@ pub struct Extraction {
     /// Pictures in the autoencoder at once: fewer need less memory and give the same latents.
     pub slice: usize,
     /// Number of threads that read pictures; at least 1.
-    pub workers: usize,
+    pub readers: usize,
     /// Seed of the draws from the posterior, which are keyed by image.
     pub seed: u64,
     /// SHA-256 of the autoencoder's weights.
     pub vae_sha256: String,
+    /// Who encodes, a batch each. The first one alone has the folder of latents.
+    pub workers: &'a dyn Workers,
     /// Ends the extraction between two batches.
     pub stop: Stop,
 }
@@ -96,7 +99,7 @@ impl Job {
     fn new(
         folder: &ImageFolder,
         config: &VaeConfig,
-        how: &Extraction,
+        how: &Extraction<'_>,
         (backend, compute): (String, Compute),
     ) -> Self {
         let mut hash = Sha256::new();
@@ -156,131 +159,261 @@ impl Sink {
 /// A picture for the autoencoder, `[views, 3, size, size]`, or why it can't be read.
 type Picture = Result<Vec<f32>, PictureError>;
 
+/// What images have come to.
+#[derive(Debug, Default, PartialEq)]
+struct Encoded {
+    /// Those that have latents, by their index in the folder.
+    good: Vec<u64>,
+    /// Those that can't be read, with the reason.
+    skipped: BTreeMap<usize, String>,
+    /// `[good, views, channels, side, side]`
+    latents: Vec<f32>,
+}
+
+impl Encoded {
+    /// As bytes that another worker can [read](Self::received).
+    fn sent(&self) -> Vec<u8> {
+        let skipped = lines(&self.skipped);
+        let counts = [self.good.len() as u64, skipped.len() as u64];
+        let mut bytes = bytemuck::cast_slice(&counts).to_vec();
+        bytes.extend(bytemuck::cast_slice(&self.good));
+        bytes.extend(skipped.as_bytes());
+        bytes.extend(bytemuck::cast_slice(&self.latents));
+        bytes
+    }
+
+    fn received(mut bytes: &[u8]) -> Option<Self> {
+        let counts = values_of::<u64>(bytes.split_off(..16)?);
+        let good = values_of(bytes.split_off(..8 * counts[0] as usize)?);
+        let skipped = std::str::from_utf8(bytes.split_off(..counts[1] as usize)?).ok()?;
+        Some(Self {
+            good,
+            skipped: read_lines(skipped, usize::MAX).ok()?,
+            latents: values_of(bytes),
+        })
+    }
+}
+
+/// Why an extraction ends before its last batch.
+enum Ended {
+    Stopped,
+    Failed(DataError),
+}
+
+impl From<DataError> for Ended {
+    fn from(error: DataError) -> Self {
+        Self::Failed(error)
+    }
+}
+
 /// Encodes all images of a folder, in order, into `to`, or continues an interrupted extraction: the
-/// result is the same bytes. Each latent is a draw from the posterior times the autoencoder's
-/// scaling factor, with noise that depends only on the seed, the image's index and the view.
-/// Damaged files and other files are left out and listed in `skipped.txt`. `progress` is called
-/// with the number of images done since the last call, and whether an earlier process did them,
-/// which is so in the first call. Stops early, between batches, when a stop is requested.
+/// result is the same bytes, whatever the number of workers. Each latent is a draw from the
+/// posterior times the autoencoder's scaling factor, with noise that depends only on the seed, the
+/// image's index and the view. Damaged files and other files are left out and listed in
+/// `skipped.txt`. `progress` is called with the number of images done since the last call, and
+/// whether an earlier process did them, which is so in the first call. Stops early, between
+/// batches, when a stop is requested.
 ///
 /// # Errors
 /// When the folder can't be written, or holds latents made with other settings; when an image can't
-/// be read because of the system; when a latent is not finite.
+/// be read because of the system; when a latent is not finite; when workers have other images or
+/// another autoencoder than the first.
 pub fn extract<B: FusedOps>(
     folder: &ImageFolder,
     vae: &Vae<B>,
     config: &VaeConfig,
-    how: &Extraction,
+    how: &Extraction<'_>,
     to: &Path,
     device: &B::Device,
     mut progress: impl FnMut(usize, bool),
 ) -> Result<Extracted, DataError> {
-    let images = folder.images();
+    let (images, workers) = (folder.images(), how.workers);
     let job = Job::new(folder, config, how, (B::name(device), vae.compute()));
-    let _lock = begin(&job, to)?;
-    let side = how.size / config.factor();
-    let views = if how.mirror { 2 } else { 1 };
-    let shape = [views, config.latent_channels, side];
-    let mut sink = open(folder, config, how, shape, to)?;
-    let mut skipped = read_skipped(to, images.len())?;
-    let start = resume_at(sink.next(), images.len(), &skipped);
-    if sink.finished() && sink.next() + skipped.len() != images.len() {
-        return Err(DataError::unexpected(
-            &to.join(SKIPPED),
-            format!(
-                "{} images that were left out ({} images, {} latents)",
-                images.len().saturating_sub(sink.next()),
-                images.len(),
-                sink.next()
-            ),
-            format!("{}; extract into a new folder", skipped.len()),
-        ));
+    agree(workers, "what they extract", format!("{job:?}").as_bytes())
+        .map_err(DataError::Workers)?;
+    let shape = [
+        if how.mirror { 2 } else { 1 },
+        config.latent_channels,
+        how.size / config.factor(),
+    ];
+    // The others have no folder, and are told what is in it.
+    let mut written = match workers.leads() {
+        true => Some(Written::open(folder, config, how, (&job, shape), to)?),
+        false => None,
+    };
+    let mut begun = Encoded::default();
+    if let Some(written) = &written {
+        begun.good.push(written.start as u64);
+        begun.skipped = written.skipped.clone();
     }
+    let begun = Encoded::received(&workers.broadcast(begun.sent())).unwrap_or_default();
+    let start = begun.good.first().map_or(0, |start| *start as usize);
     progress(start, true);
     // Batches begin at the same images, however often the extraction was interrupted.
-    let first_batch = start / how.batch;
-    let finished = std::thread::scope(|scope| -> Result<bool, DataError> {
-        let workers = how.workers.max(1);
-        let first = first_batch * how.batch;
-        let mut queues: Vec<Receiver<Picture>> = Vec::with_capacity(workers);
-        for worker in 0..workers {
+    let first = start / how.batch * how.batch;
+    let batches = (first..images.len()).step_by(how.batch);
+    let range = |batch: usize| {
+        let from = first + batch * how.batch;
+        from..images.len().min(from + how.batch)
+    };
+    let own = |batch: &usize| batch % workers.size() == workers.rank();
+    let ended = std::thread::scope(|scope| -> Result<(), Ended> {
+        let readers = how.readers.max(1);
+        let mut queues: Vec<Receiver<Picture>> = Vec::with_capacity(readers);
+        for reader in 0..readers {
             let (sender, receiver) = sync_channel(AHEAD);
+            let indices = (0..batches.len()).filter(own).flat_map(range);
             let read = move || {
-                for (path, _) in images.iter().skip(first + worker).step_by(workers) {
+                for index in indices.skip(reader).step_by(readers) {
                     // Sending fails after an interrupt, when the receiver is gone.
-                    if sender.send(picture(path, how)).is_err() {
+                    if sender.send(picture(&images[index].0, how)).is_err() {
                         return;
                     }
                 }
             };
             std::thread::Builder::new()
-                .name(format!("pictures-{worker}"))
+                .name(format!("pictures-{reader}"))
                 .spawn_scoped(scope, read)
                 .map_err(|source| DataError::Threads {
-                    count: workers,
+                    count: readers,
                     source,
                 })?;
             queues.push(receiver);
         }
-        for batch in (first..images.len()).step_by(how.batch) {
-            if how.stop.requested() {
-                return Ok(false);
+        // Each thread sends one result per image, in order.
+        let mut queues = queues.iter().cycle();
+        let of_batch = |batch: usize| {
+            if workers.leads() && how.stop.requested() {
+                return Err(Ended::Stopped);
             }
-            let last = images.len().min(batch + how.batch);
-            let (mut good, known) = (Vec::with_capacity(last - batch), skipped.len());
-            let mut pixels = Vec::new();
-            for index in batch..last {
-                // Each thread sends one result per image, in order.
-                let picture = queues[(index - first) % workers].recv().map_err(|_| {
+            let (mut encoded, mut pixels) = (Encoded::default(), Vec::new());
+            for index in range(batch) {
+                let picture = queues.next().and_then(|queue| queue.recv().ok());
+                let picture = picture.ok_or_else(|| {
                     let found = "that the thread which reads it ended";
                     DataError::unexpected(&images[index].0, "a picture, or why it is none", found)
                 })?;
                 // Skipped images stay skipped, and images with latents keep them, even if the file
                 // has changed since: the numbering of later records depends on it.
-                if skipped.contains_key(&index) {
+                if begun.skipped.contains_key(&index) {
                     continue;
                 }
                 match picture {
                     Ok(picture) => {
-                        good.push(index);
+                        encoded.good.push(index as u64);
                         pixels.extend(picture);
                     }
                     Err(_) if index < start => {}
                     // A system error, not a damaged picture: the next run may read it.
                     Err(PictureError::Io { path, source }) => {
-                        return Err(DataError::Io { path, source });
+                        return Err(DataError::Io { path, source }.into());
                     }
                     Err(why) => {
-                        skipped.insert(index, with_cause(&why));
+                        encoded.skipped.insert(index, with_cause(&why));
                     }
                 }
             }
-            // Written before the batch's latents, because the numbering of later records depends on
-            // it.
-            if skipped.len() > known {
-                write_skipped(to, folder, &skipped)?;
+            encoded.latents = encode(vae, config, how, shape, &encoded.good, pixels, device);
+            Ok(encoded.sent())
+        };
+        share_out(workers, batches.len(), of_batch, |batch, bytes| {
+            if let Some(written) = &mut written {
+                let encoded = Encoded::received(&bytes).unwrap_or_default();
+                written.push(encoded)?;
             }
-            let latents = encode(vae, config, how, shape, &good, pixels, device);
-            let record = shape.iter().product::<usize>() * side;
-            for (index, latent) in good.iter().zip(latents.chunks_exact(record.max(1))) {
-                // An interrupted batch is encoded again, but its existing records stay.
-                if *index >= start {
-                    sink.push(to, latent, images[*index].1)?;
-                }
-            }
-            progress(last - batch.max(start), false);
-        }
-        Ok(true)
-    })?;
-    let count = sink.next();
-    if finished && let Sink::Packed(writer) = sink {
-        writer.finish()?;
+            progress(range(batch).end - range(batch).start.max(start), false);
+            Ok(())
+        })
+    });
+    let finished = match ended {
+        Ok(()) => true,
+        Err(Ended::Stopped) => false,
+        Err(Ended::Failed(error)) => return Err(error),
+    };
+    match written {
+        Some(written) => written.finish(finished),
+        None => Ok(Extracted {
+            images: 0,
+            skipped: BTreeMap::new(),
+            finished,
+        }),
     }
-    Ok(Extracted {
-        images: count,
-        skipped,
-        finished,
-    })
+}
+
+/// A folder of latents that is being written, from image `start` on.
+struct Written<'a> {
+    folder: &'a ImageFolder,
+    to: &'a Path,
+    sink: Sink,
+    skipped: BTreeMap<usize, String>,
+    start: usize,
+    /// Locked for this process.
+    _lock: File,
+}
+
+impl<'a> Written<'a> {
+    fn open(
+        folder: &'a ImageFolder,
+        config: &VaeConfig,
+        how: &Extraction<'_>,
+        (job, shape): (&Job, [usize; 3]),
+        to: &'a Path,
+    ) -> Result<Self, DataError> {
+        let lock = begin(job, to)?;
+        let images = folder.images().len();
+        let sink = open(folder, config, how, shape, to)?;
+        let skipped = read_skipped(to, images)?;
+        if sink.finished() && sink.next() + skipped.len() != images {
+            return Err(DataError::unexpected(
+                &to.join(SKIPPED),
+                format!(
+                    "{} images that were left out ({images} images, {} latents)",
+                    images.saturating_sub(sink.next()),
+                    sink.next()
+                ),
+                format!("{}; extract into a new folder", skipped.len()),
+            ));
+        }
+        Ok(Self {
+            start: resume_at(sink.next(), images, &skipped),
+            folder,
+            to,
+            sink,
+            skipped,
+            _lock: lock,
+        })
+    }
+
+    fn push(&mut self, encoded: Encoded) -> Result<(), DataError> {
+        // Written before the batch's latents, because the numbering of later records depends on it.
+        if !encoded.skipped.is_empty() {
+            self.skipped.extend(encoded.skipped);
+            write_skipped(self.to, self.folder, &self.skipped)?;
+        }
+        let record = encoded.latents.len() / encoded.good.len().max(1);
+        let latents = encoded.latents.chunks_exact(record.max(1));
+        for (index, latent) in encoded.good.iter().zip(latents) {
+            let index = *index as usize;
+            // An interrupted batch is encoded again, but its existing records stay.
+            if index >= self.start {
+                self.sink
+                    .push(self.to, latent, self.folder.images()[index].1)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(self, finished: bool) -> Result<Extracted, DataError> {
+        let images = self.sink.next();
+        if finished && let Sink::Packed(writer) = self.sink {
+            writer.finish()?;
+        }
+        Ok(Extracted {
+            images,
+            skipped: self.skipped,
+            finished,
+        })
+    }
 }
 
 /// Writes the settings, or refuses to continue with others. While the returned file is open, the
@@ -345,7 +478,7 @@ fn differences(job: &Job, there: &Job) -> String {
 fn open(
     folder: &ImageFolder,
     config: &VaeConfig,
-    how: &Extraction,
+    how: &Extraction<'_>,
     shape: [usize; 3],
     to: &Path,
 ) -> Result<Sink, DataError> {
@@ -381,7 +514,7 @@ fn resume_at(records: usize, images: usize, skipped: &BTreeMap<usize, String>) -
 }
 
 /// Reads, crops and scales a picture.
-fn picture(path: &Path, how: &Extraction) -> Picture {
+fn picture(path: &Path, how: &Extraction<'_>) -> Picture {
     let pixels = read_then(path, |picture| center_crop(&picture, how.size))?;
     let mut views = to_chw(&pixels, how.size, false);
     if how.mirror {
@@ -394,9 +527,9 @@ fn picture(path: &Path, how: &Extraction) -> Picture {
 fn encode<B: FusedOps>(
     vae: &Vae<B>,
     config: &VaeConfig,
-    how: &Extraction,
+    how: &Extraction<'_>,
     [views, channels, side]: [usize; 3],
-    images: &[usize],
+    images: &[u64],
     pixels: Vec<f32>,
     device: &B::Device,
 ) -> Vec<f32> {
@@ -408,7 +541,7 @@ fn encode<B: FusedOps>(
     let posterior = vae.encode_in_slices(Tensor::from_data(pixels, device), how.slice);
     let noise: Vec<f32> = images
         .iter()
-        .flat_map(|&index| (0..views).map(move |view| (index as u64, view as u64)))
+        .flat_map(|&index| (0..views).map(move |view| (index, view as u64)))
         .flat_map(|(index, view)| {
             random::normal(
                 how.seed,
@@ -426,28 +559,39 @@ fn encode<B: FusedOps>(
     floats((posterior.sample(noise) * config.scaling_factor).into_data())
 }
 
-/// Each line has an index below `images`, a tab and the reason.
 fn read_skipped(to: &Path, images: usize) -> Result<BTreeMap<usize, String>, DataError> {
     let path = to.join(SKIPPED);
-    let text = match std::fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
-        Err(error) => return Err(DataError::io(&path)(error)),
-    };
+    match std::fs::read_to_string(&path) {
+        Ok(text) => read_lines(&text, images).map_err(|number| {
+            let expected = format!("a number below {images}, a tab and a reason in each line");
+            DataError::unexpected(&path, expected, format!("line {number} otherwise"))
+        }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Err(error) => Err(DataError::io(&path)(error)),
+    }
+}
+
+/// Each line has an index below `images`, a tab and the reason.
+///
+/// # Errors
+/// The number of the first line that has not.
+fn read_lines(text: &str, images: usize) -> Result<BTreeMap<usize, String>, usize> {
     let read = |line: &str| {
         let (index, why) = line.split_once('\t')?;
         let index = index.parse().ok().filter(|index| *index < images)?;
         Some((index, why.to_owned()))
     };
-    let mut skipped = BTreeMap::new();
-    for (number, line) in (1..).zip(text.lines()) {
-        let (index, why) = read(line).ok_or_else(|| {
-            let expected = format!("a number below {images}, a tab and a reason in each line");
-            DataError::unexpected(&path, expected, format!("line {number} otherwise"))
-        })?;
-        skipped.insert(index, why);
-    }
-    Ok(skipped)
+    (1..)
+        .zip(text.lines())
+        .map(|(number, line)| read(line).ok_or(number))
+        .collect()
+}
+
+/// What [`read_lines`] reads.
+fn lines(skipped: &BTreeMap<usize, String>) -> String {
+    let line =
+        |(index, why): (&usize, &String)| format!("{index}\t{}\n", why.replace(['\n', '\t'], " "));
+    skipped.iter().map(line).collect()
 }
 
 fn write_skipped(
@@ -458,11 +602,7 @@ fn write_skipped(
     debug_assert!(skipped.keys().all(|index| *index < folder.images().len()));
     let path = to.join(SKIPPED);
     write_atomic(&path, |file| {
-        for (index, why) in skipped {
-            let why = why.replace(['\n', '\t'], " ");
-            std::io::Write::write_all(file, format!("{index}\t{why}\n").as_bytes())?;
-        }
-        Ok(())
+        std::io::Write::write_all(file, lines(skipped).as_bytes())
     })
     .map_err(DataError::io(&path))
 }

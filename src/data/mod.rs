@@ -65,6 +65,9 @@ pub enum DataError {
         /// Path and reason of each.
         pictures: Vec<String>,
     },
+    /// The workers differ in what they should have in common.
+    #[error("{0}")]
+    Workers(String),
     /// A sample is unsuitable for its use.
     #[error("sample {index}: expected {expected}, found {found}")]
     Sample {

@@ -13,7 +13,7 @@ use crate::npz::SampleReader;
 use crate::ops::FusedOps;
 use crate::stop::Stop;
 use crate::weights::{Digested, read_inception};
-use crate::workers::{Group, Workers};
+use crate::workers::{Group, Workers, agree};
 
 /// Images Inception reads at once.
 const READ_BATCH: usize = 16;
@@ -65,7 +65,7 @@ impl<B: FusedOps> AdmJudge<B> {
             neighbours,
             ..
         } = against;
-        let inception = read_inception::<B>(against.inception, device)?;
+        let inception = agreed::<B>(against.inception, &**against.workers, device)?;
         let digest = FileDigest::of(path)?;
         let inception_digest = FileDigest::known(&inception.path, &inception.sha256);
         let reference = Reference::open(path)?;
@@ -143,6 +143,18 @@ impl<B: FusedOps> AdmJudge<B> {
     }
 }
 
+/// The network, of which all workers have the same weights.
+fn agreed<B: FusedOps>(
+    weights: &Path,
+    workers: &dyn Workers,
+    device: &B::Device,
+) -> Result<Digested<Inception<B>>, EvaluationError> {
+    let inception = read_inception::<B>(weights, device)?;
+    let what = format!("the weights in {}", weights.display());
+    agree(workers, &what, inception.sha256.as_bytes()).map_err(EvaluationError::Workers)?;
+    Ok(inception)
+}
+
 fn reading<'a, B: Backend>(
     inception: &'a Digested<Inception<B>>,
     workers: &'a dyn Workers,
@@ -166,7 +178,7 @@ pub fn assist_judge<B: FusedOps>(
     workers: &dyn Workers,
     device: &B::Device,
 ) -> Result<(), EvaluationError> {
-    let inception = read_inception::<B>(weights, device)?;
+    let inception = agreed::<B>(weights, workers, device)?;
     let stop = Stop::default();
     let assisted = reading(&inception, workers, &stop).assist();
     assisted.map_err(|source| EvaluationError::Pictures {

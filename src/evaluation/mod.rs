@@ -133,6 +133,9 @@ pub enum EvaluationError {
     /// Sets of pictures that can't be compared with each other.
     #[error("{0}")]
     Unlike(String),
+    /// The workers differ in what they should have in common.
+    #[error("{0}")]
+    Workers(String),
     /// An archive or folder that can't be measured as asked.
     #[error("{}: {problem}", .path.display())]
     Unfit {

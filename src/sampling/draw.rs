@@ -18,7 +18,7 @@ use crate::process::{Guidance, ProcessKind, Sampler};
 use crate::report::{grid_layout, grid_png};
 use crate::stop::Stop;
 use crate::weights::Checkpoint;
-use crate::workers::{Group, share_out, values_of};
+use crate::workers::{Group, agree, share_out, values_of};
 
 /// File name of the picture of the first samples.
 pub const PICTURE_FILE: &str = "samples.png";
@@ -274,15 +274,19 @@ impl DrawInto<'_> {
         let channels = network.shape().channels;
         let read = |path| Decoder::<B>::read(path, channels, self.compute, device);
         let decoder = self.vae.map(read).transpose()?;
-        if self.workers.leads() {
-            self.claim(&serde_json::json!({
-                "model": checkpoint.fingerprint()?,
-                "vae": decoder.as_ref().map(Decoder::sha256),
-                "seed": self.seed,
-                "backend": B::name(device),
-                "compute": self.compute,
-                "how": self.sampling,
-            }))?;
+        let settings = serde_json::json!({
+            "model": checkpoint.fingerprint()?,
+            "vae": decoder.as_ref().map(Decoder::sha256),
+            "seed": self.seed,
+            "backend": B::name(device),
+            "compute": self.compute,
+            "how": self.sampling,
+        });
+        let workers = &**self.workers;
+        agree(workers, "what they draw", settings.to_string().as_bytes())
+            .map_err(SamplingError::Workers)?;
+        if workers.leads() {
+            self.claim(&settings)?;
         }
         let drawn = Draw {
             name: "sample",

@@ -44,6 +44,9 @@ pub enum SamplingError {
         /// What is wrong with it, and what to do.
         problem: String,
     },
+    /// The workers differ in what they should have in common.
+    #[error("{0}")]
+    Workers(String),
     /// The model can't be sampled in this way.
     #[error("`{model}`: {problem}")]
     Model {

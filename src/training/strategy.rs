@@ -119,6 +119,7 @@ where
         let (mut bad, mut losses, mut since) = (0, Vec::new(), Instant::now());
         let mut logged = position.step;
         while position.step < optimisation.steps {
+            workers.at(format!("{}, step {}", training.name, position.step + 1));
             let groups = Share::worker(workers).range(optimisation.accumulate).len();
             let Some((reports, gradients)) = gather(learner, &mut *batches, groups)? else {
                 break;

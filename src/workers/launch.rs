@@ -1,6 +1,7 @@
 //! Whether an MPI launcher started this process, and what follows from it.
 
 use std::sync::{OnceLock, Weak};
+use std::time::Duration;
 
 use super::{Group, Workers, alone};
 
@@ -27,7 +28,7 @@ pub fn device() -> usize {
 
 /// Ends this process, and with it all others of its group.
 #[allow(clippy::exit)]
-#[cfg(any(feature = "cli", feature = "tui"))]
+#[cfg(any(feature = "cli", feature = "tui", feature = "mpi"))]
 pub(crate) fn end(status: i32) -> ! {
     match JOINED.get().and_then(|(_, group)| group.upgrade()) {
         Some(group) => group.abort(status),
@@ -44,20 +45,21 @@ fn launched(variable: impl Fn(&str) -> Option<String>) -> Option<(&'static str, 
     said.next().filter(|(_, size)| *size > 1)
 }
 
-/// The group that this process was started in, and how many of it share this machine.
+/// The group that this process was started in, and how many of it share this machine. A worker
+/// whose patience ends while it waits for the others ends them all.
 ///
 /// # Errors
 /// When a launcher started several processes, and this program can't speak to the others.
-pub fn start() -> Result<(Group, usize), String> {
+pub fn start(patience: Duration) -> Result<(Group, usize), String> {
     match launched(|name| std::env::var(name).ok()) {
-        Some((name, size)) => join(name, size),
+        Some((name, size)) => join(name, size, patience),
         None => Ok((alone(), 1)),
     }
 }
 
 #[cfg(feature = "mpi")]
-fn join(name: &str, size: usize) -> Result<(Group, usize), String> {
-    let (group, local) = super::mpi::Mpi::join()?;
+fn join(name: &str, size: usize, patience: Duration) -> Result<(Group, usize), String> {
+    let (group, local) = super::mpi::Mpi::join(patience)?;
     let group: Group = std::sync::Arc::new(group);
     let found = group.size();
     if found != size {
@@ -71,7 +73,7 @@ fn join(name: &str, size: usize) -> Result<(Group, usize), String> {
 }
 
 #[cfg(not(feature = "mpi"))]
-fn join(name: &str, size: usize) -> Result<(Group, usize), String> {
+fn join(name: &str, size: usize, _: Duration) -> Result<(Group, usize), String> {
     Err(format!(
         "a launcher started {size} processes ({name}), and this program was built without MPI, so that each would do all of the \
          work; build it with `cargo build --release --features mpi`, or start it once. Processes that have work of their own \

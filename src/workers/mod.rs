@@ -20,15 +20,15 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use alone::Alone;
-#[cfg(any(feature = "cli", feature = "tui"))]
+#[cfg(any(feature = "cli", feature = "tui", feature = "mpi"))]
 pub(crate) use launch::end;
 pub use launch::{device, start};
 pub use pieces::share_out;
 pub(crate) use pieces::values_of;
 pub use tree::{Tree, sum};
 
-/// A group of processes. Every call but [`abort`](Self::abort) is made by all of them, in the same
-/// order.
+/// A group of processes. Every call but [`at`](Self::at) and [`abort`](Self::abort) is made by all
+/// of them, in the same order.
 pub trait Workers: Debug + Send + Sync {
     /// The number of this one, from 0.
     fn rank(&self) -> usize;
@@ -48,6 +48,10 @@ pub trait Workers: Debug + Send + Sync {
 
     /// Everyone's values, equally many of each, in the order of their numbers.
     fn collect(&self, part: &[f32]) -> Vec<f32>;
+
+    /// Says what this one works on from here: a stage, and which step of it. For those who want to
+    /// know why it waits.
+    fn at(&self, _place: String) {}
 
     /// Ends all of them with this exit status, whatever they do.
     fn abort(&self, status: i32) -> !;

@@ -1,5 +1,8 @@
 //! Workers over MPI. The only user of the crate `mpi`, so that another binding can take its place.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use mpi::Threading;
 use mpi::environment::Universe;
 use mpi::topology::SimpleCommunicator;
@@ -11,10 +14,27 @@ use super::{Share, Workers};
 /// Most bytes of one call: counts are 32-bit in MPI 3.
 const MOST: usize = 1 << 30;
 
+/// How long a launcher has to pass on what was said before the end: MPICH's does not read what it
+/// has not read by then.
+const SAID: Duration = Duration::from_millis(500);
+
+/// How often a worker looks whether it waits too long.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// The processes of a job.
 pub(super) struct Mpi {
     world: Mutex<World>,
     share: Share,
+    watched: Arc<Mutex<Watched>>,
+}
+
+/// What a worker does.
+#[derive(Default)]
+struct Watched {
+    /// What it said last of its work.
+    place: String,
+    /// The call in which it waits for the others, and since when.
+    call: Option<(&'static str, Instant)>,
 }
 
 struct World {
@@ -27,8 +47,9 @@ struct World {
 unsafe impl Send for World {}
 
 impl Mpi {
-    /// Joins the job, and says which of the processes on this machine this one is.
-    pub(super) fn join() -> Result<(Self, Share), String> {
+    /// Joins the job, and says which of the processes on this machine this one is. Where it waits
+    /// for others longer than its patience, it ends all.
+    pub(super) fn join(patience: Duration) -> Result<(Self, Share), String> {
         let (universe, threads) = mpi::initialize_with_threading(Threading::Serialized)
             .ok_or("MPI was already started in this process")?;
         if threads < Threading::Serialized {
@@ -47,7 +68,48 @@ impl Mpi {
             communicator,
             _universe: universe,
         });
-        Ok((Self { world, share }, local))
+        let watched = Arc::<Mutex<Watched>>::default();
+        let seen = watched.clone();
+        std::thread::Builder::new()
+            .name("patience".into())
+            .spawn(move || watch(&seen, share, patience))
+            .map_err(|error| format!("a thread can't be had: {error}"))?;
+        let joined = Self {
+            world,
+            share,
+            watched,
+        };
+        Ok((joined, local))
+    }
+
+    /// A call that waits for the others.
+    fn call<T>(&self, what: &'static str, call: impl FnOnce(&SimpleCommunicator) -> T) -> T {
+        let world = self.world.lock();
+        self.watched.lock().call = Some((what, Instant::now()));
+        let result = call(&world.communicator);
+        self.watched.lock().call = None;
+        result
+    }
+}
+
+/// Ends all workers once this one waits too long, and says so. The others that wait have the same
+/// patience and a moment to say it too: the one that is not heard of is the one that hangs.
+fn watch(watched: &Mutex<Watched>, share: Share, patience: Duration) {
+    loop {
+        std::thread::sleep(LOOK);
+        let Watched { place, call } = &*watched.lock();
+        let Some((what, since)) = call else { continue };
+        if since.elapsed() < patience {
+            continue;
+        }
+        crate::terminal::speak(true);
+        crate::say!(
+            "worker {} of {} has waited {patience:?} for the others, in {what} of {place}; those that don't say so are to be looked at",
+            share.index,
+            share.of
+        );
+        std::thread::sleep(2 * LOOK);
+        super::end(2);
     }
 }
 
@@ -66,55 +128,65 @@ impl Workers for Mpi {
         self.share.of
     }
 
+    fn at(&self, place: String) {
+        self.watched.lock().place = place;
+    }
+
     fn broadcast(&self, bytes: Vec<u8>) -> Vec<u8> {
-        let world = self.world.lock();
-        let first = world.communicator.process_at_rank(0);
-        let mut length = bytes.len() as u64;
-        first.broadcast_into(&mut length);
-        let mut bytes = bytes;
-        bytes.resize(length as usize, 0);
-        for part in bytes.chunks_mut(MOST) {
-            first.broadcast_into(part);
-        }
-        bytes
+        self.call("a broadcast", |communicator| {
+            let first = communicator.process_at_rank(0);
+            let mut length = bytes.len() as u64;
+            first.broadcast_into(&mut length);
+            let mut bytes = bytes;
+            bytes.resize(length as usize, 0);
+            for part in bytes.chunks_mut(MOST) {
+                first.broadcast_into(part);
+            }
+            bytes
+        })
     }
 
     fn all_gather(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
-        let world = self.world.lock();
-        let mut lengths = vec![0_u64; self.share.of];
-        world
-            .communicator
-            .all_gather_into(&(bytes.len() as u64), &mut lengths[..]);
-        // Padded to the longest: these are short, and one call does.
-        let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
-        let mut own = bytes.to_vec();
-        own.resize(longest, 0);
-        let mut all = vec![0_u8; longest * self.share.of];
-        if longest > 0 {
-            world.communicator.all_gather_into(&own[..], &mut all[..]);
-        }
-        lengths
-            .iter()
-            .enumerate()
-            .map(|(rank, length)| all[rank * longest..][..*length as usize].to_vec())
-            .collect()
+        self.call("a gathering", |communicator| {
+            let mut lengths = vec![0_u64; self.share.of];
+            communicator.all_gather_into(&(bytes.len() as u64), &mut lengths[..]);
+            // Padded to the longest, and in parts of which all together fit one call.
+            let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
+            let mut own = bytes.to_vec();
+            own.resize(longest, 0);
+            let mut all: Vec<Vec<u8>> = vec![Vec::new(); self.share.of];
+            for part in own.chunks((MOST / self.share.of).max(1)) {
+                let mut of_all = vec![0_u8; part.len() * self.share.of];
+                communicator.all_gather_into(part, &mut of_all[..]);
+                for (bytes, more) in all.iter_mut().zip(of_all.chunks(part.len())) {
+                    bytes.extend(more);
+                }
+            }
+            for (bytes, length) in all.iter_mut().zip(lengths) {
+                bytes.truncate(length as usize);
+            }
+            all
+        })
     }
 
     fn exchange(&self, parts: &[f32]) -> Vec<f32> {
-        let mut received = vec![0.0; parts.len()];
-        let world = self.world.lock();
-        world.communicator.all_to_all_into(parts, &mut received[..]);
-        received
+        self.call("an exchange", |communicator| {
+            let mut received = vec![0.0; parts.len()];
+            communicator.all_to_all_into(parts, &mut received[..]);
+            received
+        })
     }
 
     fn collect(&self, part: &[f32]) -> Vec<f32> {
-        let mut all = vec![0.0; part.len() * self.share.of];
-        let world = self.world.lock();
-        world.communicator.all_gather_into(part, &mut all[..]);
-        all
+        self.call("a collection", |communicator| {
+            let mut all = vec![0.0; part.len() * self.share.of];
+            communicator.all_gather_into(part, &mut all[..]);
+            all
+        })
     }
 
     fn abort(&self, status: i32) -> ! {
+        std::thread::sleep(SAID);
         // Without the lock: another thread may wait in a call that never ends.
         // SAFETY: MPI_Abort ends the process.
         unsafe { (*self.world.data_ptr()).communicator.abort(status) }

@@ -19,6 +19,7 @@ use tinyfusion::state::collect;
 use tinyfusion::stop::Stop;
 use tinyfusion::training::{self, ClassifierTrainee, Fit, Fitted, Optimisation, TrainingError};
 use tinyfusion::weights::read_vae;
+use tinyfusion::workers::Alone;
 
 use super::mutation::Form;
 use super::targets::{Seen, Target, bits, fixtures, hashed, latents, put, target, told};
@@ -180,7 +181,8 @@ fn extraction(root: &Path) -> Target {
         records_per_shard: 2,
         batch: 2,
         slice: 2,
-        workers: 1,
+        readers: 1,
+        workers: &Alone,
         seed: 5,
         vae_sha256: "v".into(),
         stop: Stop::default(),

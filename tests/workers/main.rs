@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
+mod hosts;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -196,44 +198,79 @@ fn any_number_of_workers_leaves_the_same_files() {
     assert_eq!(left.count(), 0);
 }
 
-#[test]
-fn a_worker_that_is_killed_ends_all_and_any_number_goes_on() {
-    let place = Place::new(60);
-    succeeded(&place.run(1, &["--runs", "whole"]));
-    let mut running = place
-        .command(2, &["--runs", "killed", "--plain"])
-        .stderr(Stdio::null())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    let run = place.path("killed");
-    let checkpoint = run.join("05-student/checkpoints/step-00000010.safetensors");
-    let since = Instant::now();
-    while !checkpoint.exists() {
-        assert!(since.elapsed() < Duration::from_secs(120), "no checkpoint");
-        assert!(running.try_wait().unwrap().is_none(), "ended before");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    // The last of them: the one that does not write.
+/// The workers of the run in a folder of runs, in the order in which they were started.
+fn processes(runs: &str) -> Vec<String> {
     let program = env!("CARGO_BIN_EXE_tinyfusion");
-    let found = Command::new("pgrep")
-        .args(["-f", &format!("^{program} recipe job.toml.*--runs killed")])
-        .output()
-        .unwrap();
+    let ours = format!("^{program} recipe job.toml.*--runs {runs}");
+    let found = Command::new("pgrep").args(["-f", &ours]).output().unwrap();
     let found = String::from_utf8(found.stdout).unwrap();
-    let last = found.lines().max_by_key(|pid| pid.parse::<u32>().unwrap());
-    let killed = Command::new("kill").args(["-9", last.unwrap()]).status();
-    assert!(killed.unwrap().success());
+    let mut found: Vec<String> = found.lines().map(str::to_owned).collect();
+    found.sort_by_key(|process| process.parse::<u32>().unwrap());
+    found
+}
+
+/// The newest run of the recipe in a folder of runs.
+fn newest(runs: &Path) -> PathBuf {
+    let runs = std::fs::read_dir(runs.join("job")).unwrap();
+    runs.map(|run| run.unwrap().path()).max().unwrap()
+}
+
+#[test]
+fn workers_that_are_killed_end_all_and_any_number_goes_on() {
+    const KILLED: usize = 20;
+    let place = Place::new(60);
+    let runs = place.0.path().join("killed");
     let since = Instant::now();
-    while running.try_wait().unwrap().is_none() {
-        assert!(
-            since.elapsed() < Duration::from_secs(20),
-            "the others go on"
-        );
-        std::thread::sleep(Duration::from_millis(20));
+    succeeded(&place.run(1, &["--runs", "whole"]));
+    let whole = since.elapsed();
+    let mut state = 7_u64;
+    let mut random = |below: u64| {
+        // The constants of Knuth's MMIX.
+        state = state.wrapping_mul(6_364_136_223_846_793_005);
+        state = state.wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    let (mut killed, mut ended) = (0, 0);
+    for workers in [1, 2, 4].into_iter().cycle() {
+        let mut running = place
+            .command(workers, &["--runs", "killed", "--plain", "--resume-if-any"])
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        // To the end, once enough were killed.
+        if killed < KILLED {
+            let limit = (whole / 2).as_millis() as u64;
+            std::thread::sleep(Duration::from_millis(200 + random(limit)));
+            while running.try_wait().unwrap().is_none() {
+                let processes = processes("killed");
+                if processes.is_empty() {
+                    continue; // not started yet
+                }
+                let process = &processes[random(processes.len() as u64) as usize];
+                let told = Command::new("kill").args(["-9", process]).status();
+                killed += usize::from(told.unwrap().success());
+                break;
+            }
+        }
+        let since = Instant::now();
+        let status = loop {
+            match running.try_wait().unwrap() {
+                Some(status) => break status,
+                None => std::thread::sleep(Duration::from_millis(20)),
+            }
+            let limit = if killed < KILLED { 20 } else { 300 };
+            assert!(since.elapsed() < Duration::from_secs(limit), "goes on");
+        };
+        if status.success() {
+            ended += 1;
+            let of = format!("run {ended}, {killed} killed");
+            same(&place.path("whole"), &newest(&runs), &of);
+            if killed == KILLED {
+                break;
+            }
+        }
     }
-    succeeded(&place.run(4, &["--runs", "killed", "--resume"]));
-    same(&place.path("whole"), &run, "killed and resumed");
 }
 
 #[test]
@@ -277,32 +314,68 @@ fn a_signal_saves_and_stops_all() {
 }
 
 #[test]
-fn workers_that_do_not_fit_are_refused() {
-    let place = Place::new(6);
-    let refused = place.run(3, &["--runs", "3"]);
-    let told = text(&refused);
-    assert!(!refused.status.success());
-    assert!(
-        told.contains("3 workers can't share out a step of 4 groups (`accumulate`); 1, 2, 4 can"),
-        "{told}"
-    );
-    assert!(!place.path("3").exists());
-    // Nor are other commands shared.
-    let program = env!("CARGO_BIN_EXE_tinyfusion");
-    let refused = Command::new("mpiexec")
-        .args(["-n", "2", program, "inspect", "embedded:digits-teacher"])
-        .output()
+fn a_worker_that_hangs_is_told_of() {
+    let place = Place::new(100_000);
+    let log = place.path("hung").join("05-student/metrics.jsonl");
+    let running = place
+        .command(2, &["--runs", "hung", "--plain", "--patience", "3s"])
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
         .unwrap();
-    assert!(!refused.status.success());
-    let told = text(&refused);
+    let since = Instant::now();
+    while std::fs::read_to_string(&log).map_or(0, |text| text.lines().count()) < 2 {
+        assert!(since.elapsed() < Duration::from_secs(120), "no step");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let last = processes("hung").pop().unwrap();
+    let told = Command::new("kill").args(["-STOP", &last]).status();
+    assert!(told.unwrap().success());
+    let ended = running.wait_with_output().unwrap();
+    let told = text(&ended);
+    assert_eq!(ended.status.code(), Some(2), "{told}");
     assert!(
-        told.contains("only `recipe`, `sample` and `evaluate` share their work"),
+        told.contains(" of 2 has waited 3s for the others, in "),
         "{told}"
     );
+    assert!(told.contains(" of student, step "), "{told}");
 }
 
 #[test]
-fn samples_and_inceptions_reading_are_shared_by_their_commands() {
+fn workers_that_do_not_fit_are_refused() {
+    let place = Place::new(6);
+    // The first one tells what all of them met.
+    let refused = |refused: Output, why: &str| {
+        assert_eq!(refused.status.code(), Some(2));
+        let told = text(&refused);
+        assert_eq!(told.matches(why).count(), 1, "{told:?}");
+    };
+    let why = "3 workers can't share out a step of 4 groups (`accumulate`); 1, 2, 4 can";
+    refused(place.run(3, &["--runs", "3"]), why);
+    assert!(!place.path("3").exists());
+    // Nor are other commands shared.
+    let program = env!("CARGO_BIN_EXE_tinyfusion");
+    let launch = |arguments: &[&str]| {
+        let mut launcher = Command::new("mpiexec");
+        launcher.args(arguments).current_dir(place.0.path());
+        launcher.stdin(Stdio::null()).output().unwrap()
+    };
+    let inspect = ["-n", "2", program, "inspect", "embedded:digits-teacher"];
+    let why = "only `recipe`, `sample`, `evaluate` and `extract` share their work";
+    refused(launch(&inspect), why);
+    // What can't be understood is told once, too.
+    let why = "unexpected argument '--stpes' found";
+    refused(launch(&["-n", "2", program, "sample", "--stpes", "3"]), why);
+    // Nor those of processes that were told different things, such as shares of their own.
+    let sample = ["sample", "embedded:digits-teacher", "--into", "x"];
+    let one = |share| [&["-n", "1", program][..], &sample, &["--share", share]].concat();
+    let both = [one("0/2"), vec![":"], one("1/2")].concat();
+    refused(launch(&both), "don't agree on their arguments");
+    assert!(!place.0.path().join("x").exists());
+}
+
+#[test]
+fn samples_latents_and_inceptions_reading_are_shared_by_their_commands() {
     let place = Place::new(6);
     let at = |name: &str| place.0.path().join(name);
     let program = env!("CARGO_BIN_EXE_tinyfusion");
@@ -316,7 +389,6 @@ fn samples_and_inceptions_reading_are_shared_by_their_commands() {
             .output()
             .unwrap();
         succeeded(&ran);
-        ran
     };
     run("1", &["standin", "files"]);
     // Three parts, and a part that a killed process left half written.
@@ -329,6 +401,10 @@ fn samples_and_inceptions_reading_are_shared_by_their_commands() {
             std::fs::write(at("two/parts/part-000001.u8"), [0; 7]).unwrap();
         }
         run(workers, &[&sample[..], &how].concat());
+        let latents = format!("{into}-latents");
+        let extract = ["extract", "files/images", &latents];
+        let how = ["--vae", "files/standin-vae", "--size", "64", "--batch", "6"];
+        run(workers, &[&extract[..], &how].concat());
         let inception = "files/standin-inception.pth";
         let out = format!("{into}.json");
         let samples = format!("{into}/samples.npz");
@@ -346,6 +422,10 @@ fn samples_and_inceptions_reading_are_shared_by_their_commands() {
     }
     let read = |name: &str| std::fs::read(at(name)).unwrap();
     assert!(read("one/samples.npz") == read("two/samples.npz"));
+    for file in ["extraction.json", "latents.json", "shard-00000.bin"] {
+        let of = |into: &str| read(&format!("{into}-latents/{file}"));
+        assert!(of("one") == of("two"), "{file}");
+    }
     let scores = |name: &str| -> serde_json::Value {
         let read: serde_json::Value = serde_json::from_slice(&read(name)).unwrap();
         let mut verdict = read["verdicts"][0].clone();

@@ -9,6 +9,7 @@ use super::*;
 use crate::data::Latents;
 use crate::images::read_rgb;
 use crate::state::{assign, collect};
+use crate::workers::{Alone, fake};
 
 /// An autoencoder of two levels with random weights.
 fn vae() -> (Vae<NdArray>, VaeConfig) {
@@ -58,7 +59,7 @@ fn pictures(root: &Path) -> ImageFolder {
     ImageFolder::open(root).unwrap()
 }
 
-fn how(form: Form) -> Extraction {
+fn how(form: Form) -> Extraction<'static> {
     Extraction {
         size: 16,
         mirror: true,
@@ -66,9 +67,10 @@ fn how(form: Form) -> Extraction {
         records_per_shard: 2,
         batch: 4,
         slice: 3,
-        workers: 3,
+        readers: 3,
         seed: 5,
         vae_sha256: "v".into(),
+        workers: &Alone,
         stop: Stop::default(),
     }
 }
@@ -122,9 +124,9 @@ fn interrupted_work_goes_on_to_the_same_bytes() {
             "{listed}"
         );
         // Killed after increasing numbers of batches, with another number of threads each time.
-        for (killed, workers) in [(1, 1), (2, 2), (1, 5)] {
+        for (killed, readers) in [(1, 1), (2, 2), (1, 5)] {
             let how = Extraction {
-                workers,
+                readers,
                 ..how(form)
             };
             let mut batches = 0;
@@ -305,4 +307,54 @@ fn a_latent_is_a_scaled_draw_from_the_posterior_of_the_crop() {
             );
         }
     }
+}
+
+#[test]
+fn any_number_of_workers_leaves_the_same_latents() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = pictures(&root.path().join("images"));
+    let (vae, config) = vae();
+    let device = NdArrayDevice::default();
+    let at = |name: &str| root.path().join(name).join("latents");
+    let how = how(Form::Packed(Dtype::F16));
+    let run = |workers: &dyn Workers, seed, to: &str, stop_after: usize| {
+        let stop = Stop::default();
+        let how = Extraction {
+            workers,
+            seed,
+            stop: stop.clone(),
+            ..how.clone()
+        };
+        let mut batches = 0;
+        extract(
+            &folder,
+            &vae,
+            &config,
+            &how,
+            &at(to),
+            &device,
+            |_, before| {
+                batches += usize::from(!before);
+                if batches == stop_after {
+                    stop.request();
+                }
+            },
+        )
+    };
+    run(&Alone, 5, "one", 9).unwrap();
+    // Alone at first, it goes on with two.
+    assert!(!run(&Alone, 5, "two", 1).unwrap().finished);
+    for (size, to) in [(2, "two"), (4, "four")] {
+        let all = fake::group(size, |workers| run(workers, 5, to, 9).unwrap());
+        assert_eq!((all[0].images, all[1].images), (9, 0));
+        assert!(all.iter().all(|done| done.finished));
+        assert_eq!(files(&at(to)), files(&at("one")), "{size}");
+    }
+    let unlike = fake::group(2, |workers| {
+        let seed = 5 + workers.rank() as u64;
+        run(workers, seed, "unlike", 9).unwrap_err().to_string()
+    });
+    let told = "the workers don't agree on what they extract: 1 differs from worker 0";
+    assert!(unlike.iter().all(|error| error == told), "{unlike:?}");
+    assert!(!at("unlike").exists());
 }

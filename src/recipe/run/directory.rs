@@ -47,20 +47,40 @@ pub struct RunDirectory {
     _lock: File,
 }
 
+/// Whether to go on with the newest unfinished run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resume {
+    /// Begin a new one.
+    No,
+    /// There must be one.
+    Yes,
+    /// Begin a new one where there is none.
+    IfAny,
+}
+
 impl RunDirectory {
     /// The directory of a new run with this resolved recipe, or of the newest unfinished one.
     ///
     /// # Errors
-    /// When it can't be made, or there is none to resume.
+    /// When it can't be made, or there is none to resume; when an unfinished run is another
+    /// process's, or of another recipe.
     pub fn take(
         runs: &Path,
         recipe: &str,
         resolved: &str,
-        resume: bool,
+        resume: Resume,
     ) -> Result<Self, RecipeError> {
-        match resume {
-            true => Self::unfinished(runs, recipe, resolved)?.resume(),
-            false => {
+        let unfinished = match resume {
+            Resume::No => None,
+            Resume::Yes | Resume::IfAny => Self::unfinished(runs, recipe, resolved)?,
+        };
+        match unfinished {
+            Some(directory) => directory.resume(),
+            None if resume == Resume::Yes => Err(RecipeError::Run(format!(
+                "{}: no unfinished run to resume; leave out `--resume` to start one",
+                runs.join(recipe).display()
+            ))),
+            None => {
                 let directory = Self::create(runs, recipe)?;
                 directory.write(RESOLVED, resolved)?;
                 Ok(directory)
@@ -125,8 +145,12 @@ impl RunDirectory {
     /// over.
     ///
     /// # Errors
-    /// When there is none.
-    pub fn unfinished(runs: &Path, recipe: &str, resolved: &str) -> Result<Self, RecipeError> {
+    /// When all that have not finished were started with other recipes, or another process runs it.
+    pub fn unfinished(
+        runs: &Path,
+        recipe: &str,
+        resolved: &str,
+    ) -> Result<Option<Self>, RecipeError> {
         let folder = runs.join(recipe);
         let unfinished =
             |path: &PathBuf| read_status(path).is_none_or(|status| status.state != "finished");
@@ -140,21 +164,18 @@ impl RunDirectory {
                 continue;
             };
             if noted == resolved {
-                return Self::open(path);
+                return Self::open(path).map(Some);
             }
             other = other.or(Some(path));
         }
-        Err(RecipeError::Run(match other {
-            Some(path) => format!(
+        match other {
+            Some(path) => Err(RecipeError::Run(format!(
                 "{}: the recipe has changed since this run was started, so it can't be resumed; its own recipe is in \
                  {RESOLVED} there",
                 path.display()
-            ),
-            None => format!(
-                "{}: no unfinished run to resume; leave out `--resume` to start one",
-                folder.display()
-            ),
-        }))
+            ))),
+            None => Ok(None),
+        }
     }
 
     /// Takes a run's folder for this process.
@@ -366,23 +387,33 @@ mod tests {
         second.set_status(&finished).unwrap();
         // One that has noted nothing is passed over.
         let unfinished = |resolved: &str| RunDirectory::unfinished(folder.path(), "a", resolved);
-        let none = unfinished("x = 1").unwrap_err().to_string();
+        assert!(unfinished("x = 1").unwrap().is_none());
+        let take = |resume| RunDirectory::take(folder.path(), "b", "x = 1", resume);
+        let none = take(Resume::Yes).unwrap_err().to_string();
         assert!(none.contains("no unfinished run"), "{none}");
+        for begun in [false, true] {
+            let taken = take(Resume::IfAny).unwrap();
+            assert!(taken.path().ends_with("b/001"));
+            assert_eq!(taken.resumed(), begun);
+        }
+        assert!(take(Resume::No).unwrap().path().ends_with("b/002"));
         first.write(RESOLVED, "x = 1").unwrap();
         let third = RunDirectory::create(folder.path(), "a").unwrap();
         third.write(RESOLVED, "x = 3").unwrap();
         let changed = unfinished("x = 2").unwrap_err().to_string();
         assert!(changed.contains("003: the recipe has changed"), "{changed}");
         drop(third);
-        assert!(unfinished("x = 3").unwrap().path().ends_with("003"));
+        let third = unfinished("x = 3").unwrap().unwrap();
+        assert!(third.path().ends_with("003"));
         let taken = unfinished("x = 1").unwrap_err();
         assert!(taken.to_string().contains("another process"), "{taken}");
         let path = first.path().to_owned();
         drop(first);
-        let first = unfinished("x = 1").unwrap();
+        let first = unfinished("x = 1").unwrap().unwrap();
         assert_eq!(first.path(), path);
         first.set_status(&finished).unwrap();
-        assert!(unfinished("x = 1").is_err());
+        third.set_status(&finished).unwrap();
+        assert!(unfinished("x = 1").unwrap().is_none());
     }
 
     #[test]

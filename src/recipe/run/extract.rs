@@ -12,6 +12,7 @@ use crate::recipe::schema::extract::{Extract, LatentForm};
 use crate::report::Progress;
 use crate::stop::Stop;
 use crate::weights::read_vae;
+use crate::workers::Workers;
 
 /// Folder of the latents, in the stage's folder.
 pub(crate) const LATENTS: &str = "latents";
@@ -39,8 +40,9 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<(), RecipeError> {
         let to = folder.join(LATENTS);
-        let settings = (self.recipe.seed, self.recipe.compute, self.stop);
-        run::<B::InnerBackend>(stage, job, settings, &to, self.device)?;
+        let settings = (self.recipe.seed, self.recipe.compute);
+        let who = (&**self.workers, self.stop);
+        run::<B::InnerBackend>(stage, job, settings, who, &to, self.device)?;
         Ok(())
     }
 }
@@ -49,7 +51,8 @@ impl<B: TrainingBackend> Context<'_, B> {
 pub(crate) fn run<B: FusedOps>(
     name: &str,
     job: &Extract,
-    (seed, compute, stop): (u64, Compute, &Stop),
+    (seed, compute): (u64, Compute),
+    (workers, stop): (&dyn Workers, &Stop),
     to: &Path,
     device: &B::Device,
 ) -> Result<PathBuf, RecipeError> {
@@ -88,10 +91,11 @@ pub(crate) fn run<B: FusedOps>(
         records_per_shard: records_per_shard(side),
         batch: job.batch,
         slice: ENCODED_AT_ONCE,
-        workers: match job.workers {
+        readers: match job.workers {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
-            workers => workers,
+            readers => readers,
         },
+        workers,
         seed,
         vae_sha256: vae.sha256,
         stop: stop.clone(),

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use self::context::Context;
+pub use self::directory::Resume;
 use self::directory::{RunDirectory, Status, json, write_text};
 pub(crate) use self::together::can_share;
 use self::together::take;
@@ -45,8 +46,8 @@ use crate::workers::Group;
 pub struct Options {
     /// Folder of all runs.
     pub runs: PathBuf,
-    /// Go on with the newest unfinished run.
-    pub resume: bool,
+    /// Whether to go on with the newest unfinished run.
+    pub resume: Resume,
     /// Where to compute.
     pub backend: BackendKind,
     /// Plain lines even on a terminal.
@@ -299,6 +300,7 @@ fn stages<B: TrainingBackend>(
             error: None,
         })?;
         let begun = Instant::now();
+        context.workers.at(stage.name.clone());
         match &planned.work {
             Work::Extract(extract) => context.extract(&stage.name, extract, &folder)?,
             Work::Train(train) => context.train(stage, train, &folder)?,

@@ -8,8 +8,9 @@ use crate::recipe::RecipeError;
 use crate::recipe::schema::sample::Sample;
 use crate::recipe::schema::source::Source;
 use crate::report::{thousands, watch};
-use crate::sampling::{Decoder, Draw, PICTURE_FILE, Sampling, Share};
+use crate::sampling::{Decoder, Draw, Drawn, PICTURE_FILE, Sampling, SamplingError, Share};
 use crate::weights::Checkpoint;
+use crate::workers::agree;
 
 /// Samples of a model.
 pub(super) struct Sampled {
@@ -30,14 +31,11 @@ impl<B: TrainingBackend> Context<'_, B> {
         sample: &Sample,
         folder: &Path,
     ) -> Result<(), RecipeError> {
-        let vae = sample.vae.as_deref();
-        let drawn = self.draw(
-            (stage, stage),
-            (&sample.from, vae),
-            &sample.sampling,
-            folder,
-        )?;
-        let Some(drawn) = drawn else { return Ok(()) };
+        let (model, sampling) = ((&sample.from, sample.vae.as_deref()), &sample.sampling);
+        if !self.workers.leads() {
+            return self.drawn(stage, model, sampling, folder).map(|_| ());
+        }
+        let drawn = self.draw((stage, stage), model, sampling, folder)?;
         crate::say!(
             "{stage}: {} samples in {}, the first of them to look at in {}",
             thousands(sample.sampling.count),
@@ -48,15 +46,38 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 
     /// Draws samples for a stage of a model, called `name` in messages, through an autoencoder if
-    /// it draws latents; or goes on with those in the folder. All workers draw; the first one has
-    /// the samples.
+    /// it draws latents; or goes on with those in the folder. For the first worker, while the
+    /// others call [`drawn`](Self::drawn).
     pub(super) fn draw(
         &self,
         (stage, name): (&str, &str),
+        model: (&Source, Option<&Path>),
+        sampling: &Sampling,
+        folder: &Path,
+    ) -> Result<Sampled, RecipeError> {
+        let (checkpoint, drawn, vae_sha256) = self.drawn(name, model, sampling, folder)?;
+        // The whole share leaves an archive, unless another process works in this folder.
+        let archive = drawn.archive.ok_or_else(|| RecipeError::Stage {
+            stage: stage.to_owned(),
+            problem: "its samples are not all drawn".into(),
+        })?;
+        Ok(Sampled {
+            checkpoint,
+            labels: drawn.labels,
+            archive,
+            vae_sha256,
+        })
+    }
+
+    /// Draws with the other workers. Returns the model, what this one has of the samples, and the
+    /// SHA-256 of the autoencoder.
+    pub(super) fn drawn(
+        &self,
+        name: &str,
         (source, vae): (&Source, Option<&Path>),
         sampling: &Sampling,
         folder: &Path,
-    ) -> Result<Option<Sampled>, RecipeError> {
+    ) -> Result<(Checkpoint, Drawn, Option<String>), RecipeError> {
         let checkpoint = self.load(source)?;
         let network = checkpoint.network::<B::InnerBackend>(self.device)?;
         let (channels, compute) = (
@@ -65,6 +86,13 @@ impl<B: TrainingBackend> Context<'_, B> {
         );
         let read = |path| Decoder::<B::InnerBackend>::read(path, channels, compute, self.device);
         let decoder = vae.map(read).transpose()?;
+        let vae_sha256 = decoder.as_ref().map(|decoder| decoder.sha256().to_owned());
+        if self.workers.size() > 1 {
+            let weights = [Some(checkpoint.fingerprint()?), vae_sha256.clone()];
+            let weights = format!("{weights:?}");
+            agree(&**self.workers, "what they draw", weights.as_bytes())
+                .map_err(SamplingError::Workers)?;
+        }
         let drawn = Draw {
             name,
             network: &network.computing(compute),
@@ -78,19 +106,6 @@ impl<B: TrainingBackend> Context<'_, B> {
             stop: self.stop,
         }
         .run(self.device, watch(name, "steps"))?;
-        if !self.workers.leads() {
-            return Ok(None);
-        }
-        // The whole share leaves an archive, unless another process works in this folder.
-        let archive = drawn.archive.ok_or_else(|| RecipeError::Stage {
-            stage: stage.to_owned(),
-            problem: "its samples are not all drawn".into(),
-        })?;
-        Ok(Some(Sampled {
-            checkpoint,
-            labels: drawn.labels,
-            archive,
-            vae_sha256: decoder.map(|decoder| decoder.sha256().to_owned()),
-        }))
+        Ok((checkpoint, drawn, vae_sha256))
     }
 }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::DONE;
 use super::Options;
-use super::directory::RunDirectory;
+use super::directory::{Resume, RunDirectory};
 use crate::files::{lock_file, write_atomic};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::Plan;
@@ -76,16 +76,21 @@ pub(super) fn take(
     ] {
         agree(workers, what, text.as_bytes()).map_err(RecipeError::Run)?;
     }
-    let resume = options.resume;
     if workers.leads() {
-        let directory = RunDirectory::take(&options.runs, recipe, resolved, resume)?;
-        if resume && workers.size() > 1 {
+        let directory = RunDirectory::take(&options.runs, recipe, resolved, options.resume)?;
+        let resumed = directory.resumed();
+        workers.broadcast(vec![u8::from(resumed)]);
+        if resumed && workers.size() > 1 {
             send(workers, directory.path())?;
         }
         return Ok((directory, None));
     }
     let scratch = Scratch::new(&std::env::temp_dir())?;
-    if resume {
+    let resume = match workers.broadcast(Vec::new())[..] {
+        [1] => Resume::Yes,
+        _ => Resume::No,
+    };
+    if resume == Resume::Yes {
         receive(workers, &scratch.path.join(recipe).join("001"))?;
     }
     let directory = RunDirectory::take(&scratch.path, recipe, resolved, resume)?;

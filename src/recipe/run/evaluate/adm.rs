@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::model_folder;
-use crate::evaluation::{
-    AdmEvaluation, AdmJudge, AdmSettings, AdmVerdict, Distances, assist_judge,
-};
+#[cfg(feature = "cli")]
+use crate::evaluation::assist_judge;
+use crate::evaluation::{AdmEvaluation, AdmJudge, AdmSettings, AdmVerdict, Distances};
 use crate::images::Images;
 use crate::models::Architecture;
 use crate::npz::{SampleReader, first_images};
@@ -142,19 +142,10 @@ impl<B: TrainingBackend> Context<'_, B> {
             let folder = folder.join(model_folder(index, &name));
             let (model, sampling) = ((source, files.vae), &evaluate.sampling);
             let drawn = self.draw((stage, &name), model, sampling, &folder)?;
-            let Some(drawn) = drawn else { continue };
             vae_sha256 = drawn.vae_sha256;
             let model = drawn.checkpoint.architecture.clone();
             archives.push((name, drawn.archive, Some(model)));
             checkpoints.push(drawn.checkpoint);
-        }
-        if !self.workers.leads() {
-            let (workers, device) = (&**self.workers, self.device);
-            return Ok(assist_judge::<B::InnerBackend>(
-                files.inception,
-                workers,
-                device,
-            )?);
         }
         archives.extend(
             (files.samples.iter()).map(|path| (path.display().to_string(), path.clone(), None)),

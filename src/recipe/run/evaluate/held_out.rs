@@ -106,13 +106,6 @@ impl<B: TrainingBackend> Context<'_, B> {
         features: &Source,
         folder: &Path,
     ) -> Result<(), RecipeError> {
-        if !self.workers.leads() {
-            for source in &evaluate.compare {
-                let name = source.to_string();
-                self.draw((stage, &name), (source, None), &evaluate.sampling, folder)?;
-            }
-            return Ok(());
-        }
         let classifier_checkpoint = self.load(features)?;
         let config = classifier_checkpoint.classifier_config()?;
         let shape = self.shape()?.sizes();
@@ -130,16 +123,12 @@ impl<B: TrainingBackend> Context<'_, B> {
         for (index, source) in evaluate.compare.iter().enumerate() {
             let name = source.to_string();
             let folder = folder.join(model_folder(index, &name));
-            let drawn = self.draw((stage, &name), (source, None), &evaluate.sampling, &folder)?;
-            let Some(Sampled {
+            let Sampled {
                 checkpoint,
                 labels,
                 archive,
                 ..
-            }) = drawn
-            else {
-                continue;
-            };
+            } = self.draw((stage, &name), (source, None), &evaluate.sampling, &folder)?;
             let samples = read_samples(&archive)?.images;
             let mut verdict = judge.verdict(&name, &samples, &labels)?;
             verdict.parameters = Some(checkpoint.architecture.parameters());

@@ -13,7 +13,7 @@ use self::adm::ReferenceFiles;
 pub(crate) use self::meanwhile::QUALITY;
 use super::context::Context;
 use crate::data::Split;
-use crate::evaluation::{Pictured, Speed};
+use crate::evaluation::{Pictured, Speed, assist_judge};
 use crate::npz::write_samples;
 use crate::ops::TrainingBackend;
 use crate::recipe::RecipeError;
@@ -28,6 +28,9 @@ impl<B: TrainingBackend> Context<'_, B> {
         evaluate: &Evaluate,
         folder: &Path,
     ) -> Result<(), RecipeError> {
+        if !self.workers.leads() {
+            return self.assist(evaluate, folder);
+        }
         if let Against::HeldOut { features } = &evaluate.against {
             return self.evaluate_held_out(stage, evaluate, features, folder);
         }
@@ -41,6 +44,22 @@ impl<B: TrainingBackend> Context<'_, B> {
             Some(files) => self.evaluate_adm(stage, evaluate, &files, folder),
             None => unreachable!("there is a reference"),
         }
+    }
+
+    /// What the others do of the first worker's evaluation: they draw samples, and read pictures.
+    fn assist(&self, evaluate: &Evaluate, folder: &Path) -> Result<(), RecipeError> {
+        let (vae, inception) = match &evaluate.against {
+            Against::HeldOut { .. } => (None, None),
+            Against::Reference { vae, inception, .. } => (vae.as_deref(), Some(inception)),
+        };
+        for source in &evaluate.compare {
+            let (name, sampling) = (source.to_string(), &evaluate.sampling);
+            self.drawn(&name, (source, vae), sampling, folder)?;
+        }
+        if let Some(inception) = inception {
+            assist_judge::<B::InnerBackend>(inception, &**self.workers, self.device)?;
+        }
+        Ok(())
     }
 
     /// The sampling speed of each model.
@@ -71,8 +90,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     fn held_out_archive(&self, folder: &Path) -> Result<PathBuf, RecipeError> {
         std::fs::create_dir_all(folder).map_err(RecipeError::io(folder))?;
         let path = folder.join("held-out.npz");
-        // The first worker alone reads it.
-        if path.exists() || !self.workers.leads() {
+        if path.exists() {
             return Ok(path);
         }
         let test = self.part(Split::Test)?;

@@ -2,9 +2,6 @@
 
 use std::time::Duration;
 
-/// How long one of several workers waits where nobody says otherwise.
-pub(super) const PATIENCE: Duration = Duration::from_secs(2 * 3600);
-
 /// A time as `1d12h`, `3h50m` or `90s`: whole numbers of days, hours, minutes and seconds, in this
 /// order.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {

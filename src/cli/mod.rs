@@ -11,7 +11,6 @@ mod sample;
 mod stage;
 mod weights;
 
-use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -46,7 +45,7 @@ struct Cli {
     #[arg(long, global = true, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
     /// How long one of several workers waits for the others, such as 30m, before it ends them all
-    /// and says what it waited for [default: 2h]
+    /// and says what it waited for [default: for ever]
     #[arg(long, global = true, value_name = "TIME", value_parser = duration)]
     #[cfg_attr(not(feature = "mpi"), arg(hide = true))]
     patience: Option<Duration>,
@@ -155,30 +154,29 @@ Examples:
 pub fn main() -> ExitCode {
     watch_panics();
     let cli = Cli::try_parse();
-    let asked = cli.as_ref().ok().and_then(|cli| cli.patience);
-    let patience = asked.unwrap_or(duration::PATIENCE);
+    let patience = cli.as_ref().ok().and_then(|cli| cli.patience);
     let (workers, here) = match crate::workers::start(patience) {
         Ok(started) => started,
         Err(problem) => {
+            if let Err(told) = &cli {
+                return print(told);
+            }
             crate::say!("error: {problem}");
             return ExitCode::from(2);
         }
     };
     crate::terminal::speak(workers.leads());
-    let arguments = std::env::args_os().skip(1);
-    let arguments: Vec<Vec<u8>> = arguments.map(OsString::into_encoded_bytes).collect();
-    if let Err(unlike) = agree(&*workers, "their arguments", &arguments.join(&0)) {
+    let asked = match &cli {
+        Ok(cli) => format!("{:?}", cli.command),
+        Err(told) => told.to_string(),
+    };
+    if let Err(unlike) = agree(&*workers, "what is asked", asked.as_bytes()) {
         give_up(&*workers, &CliError::Usage(unlike));
     }
     let cli = match cli {
         Ok(cli) => cli,
-        Err(told) => {
-            if workers.leads() {
-                // Nobody is left to be told that it can't be printed.
-                let _ = told.print();
-            }
-            return ExitCode::from(u8::try_from(told.exit_code()).unwrap_or(2));
-        }
+        Err(told) if workers.leads() => return print(&told),
+        Err(told) => return status(&told),
     };
     let result = start_threads(&cli, here).and_then(|()| obey(cli.command, &workers));
     if let (Err(error), true) = (&result, workers.size() > 1) {
@@ -201,8 +199,19 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// How long the first worker waits for the others to tidy up. They wait twice as long: an error
-/// that all met is told by the first one alone.
+/// Prints what is wrong with the arguments, or the help that they ask for.
+fn print(told: &clap::Error) -> ExitCode {
+    // Nobody is left to be told that it can't be printed.
+    let _ = told.print();
+    status(told)
+}
+
+fn status(told: &clap::Error) -> ExitCode {
+    ExitCode::from(u8::try_from(told.exit_code()).unwrap_or(2))
+}
+
+/// How long the first worker waits for the others to tidy up. They wait longer: an error that all
+/// met is told by the first one alone.
 const A_MOMENT: Duration = Duration::from_secs(1);
 
 /// Ends all workers after an error that one of them met.
@@ -213,7 +222,7 @@ fn give_up(workers: &dyn Workers, error: &CliError) -> ! {
     }
     std::thread::sleep(match workers.leads() {
         true => A_MOMENT,
-        false => 2 * A_MOMENT,
+        false => 4 * A_MOMENT,
     });
     crate::terminal::speak(true);
     if !workers.leads() {
@@ -228,16 +237,21 @@ fn give_up(workers: &dyn Workers, error: &CliError) -> ! {
 }
 
 fn obey(command: Command, workers: &Group) -> Result<(), CliError> {
-    let shared = matches!(
-        command,
-        Command::Recipe(_) | Command::Sample(_) | Command::Evaluate(_) | Command::Extract(_)
-    );
-    if workers.size() > 1 && !shared {
-        return Err(CliError::Usage(format!(
-            "{} processes were started, and only `recipe`, `sample`, `evaluate` and `extract` share their work; start this command once",
-            workers.size()
-        )));
-    }
+    let shared = match command {
+        Command::Recipe(_) => "recipe",
+        Command::Sample(_) => "sample",
+        Command::Evaluate(_) => "evaluate",
+        Command::Extract(_) => "extract",
+        _ if workers.size() == 1 => "",
+        _ => {
+            return Err(CliError::Usage(format!(
+                "{} processes were started, and only `recipe`, `sample`, `evaluate` and `extract` share their work; start this \
+                 command once",
+                workers.size()
+            )));
+        }
+    };
+    workers.at(shared.to_owned());
     match command {
         Command::Recipe(arguments) => recipe(&arguments, workers),
         Command::Sample(arguments) => sample(&arguments, workers),

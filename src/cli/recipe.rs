@@ -44,8 +44,8 @@ pub(super) struct RecipeArguments {
     /// Go on with the newest unfinished run of this recipe
     #[arg(long)]
     resume: bool,
-    /// Go on with the newest unfinished run of this recipe, or begin one where there is none: for
-    /// a job that a queue starts again
+    /// Go on with the newest unfinished run of this very recipe, or begin one where there is
+    /// none: for a job that a queue starts again
     #[arg(long, conflicts_with = "resume")]
     resume_if_any: bool,
     /// Folder of all runs
@@ -120,6 +120,10 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
         watch: arguments.watch,
         workers: workers.clone(),
     };
+    let again = match arguments.resume_if_any {
+        true => "the same command",
+        false => "the same command with `--resume`",
+    };
     let Some(sweep) = &recipe.sweep else {
         let plan = Plan::new(&recipe)?;
         if arguments.dry_run {
@@ -129,7 +133,7 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
         }
         let directory = how_to_go_on(
             run(&plan, &options(listen_within(arguments.max_time)?)),
-            AGAIN,
+            again,
         )?;
         crate::tell!("{}", directory.display());
         return Ok(());
@@ -145,7 +149,7 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
     }
     let (directory, verdicts) = how_to_go_on(
         run_sweep(&points, &options(listen_within(arguments.max_time)?)),
-        AGAIN,
+        again,
     )?;
     let seeds = match sweep.seeds {
         1 => String::new(),
@@ -176,9 +180,6 @@ fn listen_within(limit: Option<Duration>) -> Result<Stop, CliError> {
     }
     Ok(stop)
 }
-
-/// How a person goes on with a run that was interrupted.
-const AGAIN: &str = "the same command with `--resume`";
 
 /// What a sweep would do.
 fn outline(points: &[Point]) -> Result<(), CliError> {

@@ -182,7 +182,12 @@ impl Encoded {
         bytes
     }
 
-    fn received(mut bytes: &[u8]) -> Option<Self> {
+    fn received(bytes: &[u8]) -> Result<Self, DataError> {
+        let unread = || DataError::Workers("what a worker sent is not understood".into());
+        Self::parsed(bytes).ok_or_else(unread)
+    }
+
+    fn parsed(mut bytes: &[u8]) -> Option<Self> {
         let counts = values_of::<u64>(bytes.split_off(..16)?);
         let good = values_of(bytes.split_off(..8 * counts[0] as usize)?);
         let skipped = std::str::from_utf8(bytes.split_off(..counts[1] as usize)?).ok()?;
@@ -246,7 +251,7 @@ pub fn extract<B: FusedOps>(
         begun.good.push(written.start as u64);
         begun.skipped = written.skipped.clone();
     }
-    let begun = Encoded::received(&workers.broadcast(begun.sent())).unwrap_or_default();
+    let begun = Encoded::received(&workers.broadcast(begun.sent()))?;
     let start = begun.good.first().map_or(0, |start| *start as usize);
     progress(start, true);
     // Batches begin at the same images, however often the extraction was interrupted.
@@ -318,8 +323,7 @@ pub fn extract<B: FusedOps>(
         };
         share_out(workers, batches.len(), of_batch, |batch, bytes| {
             if let Some(written) = &mut written {
-                let encoded = Encoded::received(&bytes).unwrap_or_default();
-                written.push(encoded)?;
+                written.push(Encoded::received(&bytes)?)?;
             }
             progress(range(batch).end - range(batch).start.max(start), false);
             Ok(())

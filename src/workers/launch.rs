@@ -46,11 +46,11 @@ fn launched(variable: impl Fn(&str) -> Option<String>) -> Option<(&'static str, 
 }
 
 /// The group that this process was started in, and how many of it share this machine. A worker
-/// whose patience ends while it waits for the others ends them all.
+/// that waits for the others longer than its patience, if that has an end, ends them all.
 ///
 /// # Errors
 /// When a launcher started several processes, and this program can't speak to the others.
-pub fn start(patience: Duration) -> Result<(Group, usize), String> {
+pub fn start(patience: Option<Duration>) -> Result<(Group, usize), String> {
     match launched(|name| std::env::var(name).ok()) {
         Some((name, size)) => join(name, size, patience),
         None => Ok((alone(), 1)),
@@ -58,7 +58,7 @@ pub fn start(patience: Duration) -> Result<(Group, usize), String> {
 }
 
 #[cfg(feature = "mpi")]
-fn join(name: &str, size: usize, patience: Duration) -> Result<(Group, usize), String> {
+fn join(name: &str, size: usize, patience: Option<Duration>) -> Result<(Group, usize), String> {
     let (group, local) = super::mpi::Mpi::join(patience)?;
     let group: Group = std::sync::Arc::new(group);
     let found = group.size();
@@ -73,7 +73,7 @@ fn join(name: &str, size: usize, patience: Duration) -> Result<(Group, usize), S
 }
 
 #[cfg(not(feature = "mpi"))]
-fn join(name: &str, size: usize, _: Duration) -> Result<(Group, usize), String> {
+fn join(name: &str, size: usize, _: Option<Duration>) -> Result<(Group, usize), String> {
     Err(format!(
         "a launcher started {size} processes ({name}), and this program was built without MPI, so that each would do all of the \
          work; build it with `cargo build --release --features mpi`, or start it once. Processes that have work of their own \

@@ -1,7 +1,7 @@
 //! Workers over MPI. The only user of the crate `mpi`, so that another binding can take its place.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mpi::Threading;
 use mpi::environment::Universe;
@@ -21,6 +21,10 @@ const SAID: Duration = Duration::from_millis(500);
 /// How often a worker looks whether it waits too long.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// Looks after which the job ends, from when a worker has said that it waited too long: so long
+/// have the others to say it too.
+const MORE: u64 = 10;
+
 /// The processes of a job.
 pub(super) struct Mpi {
     world: Mutex<World>,
@@ -33,8 +37,9 @@ pub(super) struct Mpi {
 struct Watched {
     /// What it said last of its work.
     place: String,
-    /// The call in which it waits for the others, and since when.
-    call: Option<(&'static str, Instant)>,
+    /// The call in which it waits for the others, and for how many looks. (A clock would go on
+    /// while the job is suspended.)
+    call: Option<(&'static str, u64)>,
 }
 
 struct World {
@@ -48,8 +53,8 @@ unsafe impl Send for World {}
 
 impl Mpi {
     /// Joins the job, and says which of the processes on this machine this one is. Where it waits
-    /// for others longer than its patience, it ends all.
-    pub(super) fn join(patience: Duration) -> Result<(Self, Share), String> {
+    /// for others longer than its patience, if that has an end, it ends all.
+    pub(super) fn join(patience: Option<Duration>) -> Result<(Self, Share), String> {
         let (universe, threads) = mpi::initialize_with_threading(Threading::Serialized)
             .ok_or("MPI was already started in this process")?;
         if threads < Threading::Serialized {
@@ -69,11 +74,13 @@ impl Mpi {
             _universe: universe,
         });
         let watched = Arc::<Mutex<Watched>>::default();
-        let seen = watched.clone();
-        std::thread::Builder::new()
-            .name("patience".into())
-            .spawn(move || watch(&seen, share, patience))
-            .map_err(|error| format!("a thread can't be had: {error}"))?;
+        if let Some(patience) = patience {
+            let seen = watched.clone();
+            std::thread::Builder::new()
+                .name("patience".into())
+                .spawn(move || watch(&seen, share, patience))
+                .map_err(|error| format!("a thread can't be had: {error}"))?;
+        }
         let joined = Self {
             world,
             share,
@@ -85,31 +92,32 @@ impl Mpi {
     /// A call that waits for the others.
     fn call<T>(&self, what: &'static str, call: impl FnOnce(&SimpleCommunicator) -> T) -> T {
         let world = self.world.lock();
-        self.watched.lock().call = Some((what, Instant::now()));
+        self.watched.lock().call = Some((what, 0));
         let result = call(&world.communicator);
         self.watched.lock().call = None;
         result
     }
 }
 
-/// Ends all workers once this one waits too long, and says so. The others that wait have the same
-/// patience and a moment to say it too: the one that is not heard of is the one that hangs.
+/// Says so when this worker waits too long, and ends all a little later.
 fn watch(watched: &Mutex<Watched>, share: Share, patience: Duration) {
+    let most = patience.as_secs().max(1);
     loop {
         std::thread::sleep(LOOK);
-        let Watched { place, call } = &*watched.lock();
-        let Some((what, since)) = call else { continue };
-        if since.elapsed() < patience {
-            continue;
+        let Watched { place, call } = &mut *watched.lock();
+        let Some((what, looks)) = call else { continue };
+        *looks += 1;
+        if *looks == most {
+            crate::terminal::speak(true);
+            crate::say!(
+                "worker {} of {} has waited {patience:?} for the others, in {what} of {place}; one that does not say so now may hang",
+                share.index,
+                share.of
+            );
         }
-        crate::terminal::speak(true);
-        crate::say!(
-            "worker {} of {} has waited {patience:?} for the others, in {what} of {place}; those that don't say so are to be looked at",
-            share.index,
-            share.of
-        );
-        std::thread::sleep(2 * LOOK);
-        super::end(2);
+        if *looks == most + MORE {
+            super::end(2);
+        }
     }
 }
 

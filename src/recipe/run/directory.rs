@@ -62,8 +62,7 @@ impl RunDirectory {
     /// The directory of a new run with this resolved recipe, or of the newest unfinished one.
     ///
     /// # Errors
-    /// When it can't be made, or there is none to resume; when an unfinished run is another
-    /// process's, or of another recipe.
+    /// When it can't be made, or there is none to resume.
     pub fn take(
         runs: &Path,
         recipe: &str,
@@ -72,20 +71,15 @@ impl RunDirectory {
     ) -> Result<Self, RecipeError> {
         let unfinished = match resume {
             Resume::No => None,
-            Resume::Yes | Resume::IfAny => Self::unfinished(runs, recipe, resolved)?,
+            Resume::Yes => Some(Self::unfinished(runs, recipe, resolved)?),
+            Resume::IfAny => Self::newest(runs, recipe, resolved)?.0,
         };
-        match unfinished {
-            Some(directory) => directory.resume(),
-            None if resume == Resume::Yes => Err(RecipeError::Run(format!(
-                "{}: no unfinished run to resume; leave out `--resume` to start one",
-                runs.join(recipe).display()
-            ))),
-            None => {
-                let directory = Self::create(runs, recipe)?;
-                directory.write(RESOLVED, resolved)?;
-                Ok(directory)
-            }
+        if let Some(directory) = unfinished {
+            return directory.resume();
         }
+        let directory = Self::create(runs, recipe)?;
+        directory.write(RESOLVED, resolved)?;
+        Ok(directory)
     }
 
     /// The directory of a run in this one's, begun or not. Both share what they measure.
@@ -145,12 +139,29 @@ impl RunDirectory {
     /// over.
     ///
     /// # Errors
-    /// When all that have not finished were started with other recipes, or another process runs it.
-    pub fn unfinished(
+    /// When there is none.
+    pub fn unfinished(runs: &Path, recipe: &str, resolved: &str) -> Result<Self, RecipeError> {
+        match Self::newest(runs, recipe, resolved)? {
+            (Some(directory), _) => Ok(directory),
+            (None, Some(other)) => Err(RecipeError::Run(format!(
+                "{}: the recipe has changed since this run was started, so it can't be resumed; its own recipe is in \
+                 {RESOLVED} there",
+                other.display()
+            ))),
+            (None, None) => Err(RecipeError::Run(format!(
+                "{}: no unfinished run to resume; leave out `--resume` to start one",
+                runs.join(recipe).display()
+            ))),
+        }
+    }
+
+    /// The newest unfinished run with this resolved recipe; where there is none, the folder of the
+    /// newest with another.
+    fn newest(
         runs: &Path,
         recipe: &str,
         resolved: &str,
-    ) -> Result<Option<Self>, RecipeError> {
+    ) -> Result<(Option<Self>, Option<PathBuf>), RecipeError> {
         let folder = runs.join(recipe);
         let unfinished =
             |path: &PathBuf| read_status(path).is_none_or(|status| status.state != "finished");
@@ -164,18 +175,11 @@ impl RunDirectory {
                 continue;
             };
             if noted == resolved {
-                return Self::open(path).map(Some);
+                return Ok((Some(Self::open(path)?), None));
             }
             other = other.or(Some(path));
         }
-        match other {
-            Some(path) => Err(RecipeError::Run(format!(
-                "{}: the recipe has changed since this run was started, so it can't be resumed; its own recipe is in \
-                 {RESOLVED} there",
-                path.display()
-            ))),
-            None => Ok(None),
-        }
+        Ok((None, other))
     }
 
     /// Takes a run's folder for this process.
@@ -387,33 +391,43 @@ mod tests {
         second.set_status(&finished).unwrap();
         // One that has noted nothing is passed over.
         let unfinished = |resolved: &str| RunDirectory::unfinished(folder.path(), "a", resolved);
-        assert!(unfinished("x = 1").unwrap().is_none());
-        let take = |resume| RunDirectory::take(folder.path(), "b", "x = 1", resume);
-        let none = take(Resume::Yes).unwrap_err().to_string();
+        let none = unfinished("x = 1").unwrap_err().to_string();
         assert!(none.contains("no unfinished run"), "{none}");
-        for begun in [false, true] {
-            let taken = take(Resume::IfAny).unwrap();
-            assert!(taken.path().ends_with("b/001"));
-            assert_eq!(taken.resumed(), begun);
-        }
-        assert!(take(Resume::No).unwrap().path().ends_with("b/002"));
         first.write(RESOLVED, "x = 1").unwrap();
         let third = RunDirectory::create(folder.path(), "a").unwrap();
         third.write(RESOLVED, "x = 3").unwrap();
         let changed = unfinished("x = 2").unwrap_err().to_string();
         assert!(changed.contains("003: the recipe has changed"), "{changed}");
         drop(third);
-        let third = unfinished("x = 3").unwrap().unwrap();
-        assert!(third.path().ends_with("003"));
+        assert!(unfinished("x = 3").unwrap().path().ends_with("003"));
         let taken = unfinished("x = 1").unwrap_err();
         assert!(taken.to_string().contains("another process"), "{taken}");
         let path = first.path().to_owned();
         drop(first);
-        let first = unfinished("x = 1").unwrap().unwrap();
+        let first = unfinished("x = 1").unwrap();
         assert_eq!(first.path(), path);
         first.set_status(&finished).unwrap();
-        third.set_status(&finished).unwrap();
-        assert!(unfinished("x = 1").unwrap().is_none());
+        assert!(unfinished("x = 1").is_err());
+    }
+
+    #[test]
+    fn a_run_is_begun_where_none_of_its_recipe_is_unfinished() {
+        let folder = tempfile::tempdir().unwrap();
+        let take = |resolved, resume| {
+            let taken = RunDirectory::take(folder.path(), "a", resolved, resume).unwrap();
+            let name = taken.path().file_name().unwrap().to_str().unwrap();
+            (name.to_owned(), taken.resumed())
+        };
+        for (resolved, resume, number, resumed) in [
+            ("x = 1", Resume::IfAny, "001", false),
+            ("x = 1", Resume::IfAny, "001", true),
+            ("x = 2", Resume::IfAny, "002", false),
+            ("x = 1", Resume::Yes, "001", true),
+            ("x = 1", Resume::No, "003", false),
+            ("x = 1", Resume::IfAny, "003", true),
+        ] {
+            assert_eq!(take(resolved, resume), (number.to_owned(), resumed));
+        }
     }
 
     #[test]

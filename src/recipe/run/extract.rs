@@ -92,7 +92,7 @@ pub(crate) fn run<B: FusedOps>(
         batch: job.batch,
         slice: ENCODED_AT_ONCE,
         readers: match job.workers {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            0 => rayon::current_num_threads(),
             readers => readers,
         },
         workers,

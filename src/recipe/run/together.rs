@@ -39,7 +39,7 @@ pub(crate) fn can_share(plan: &Plan, workers: &Group) -> Result<(), RecipeError>
     for stage in &plan.recipe.stages {
         let problem = match &stage.kind {
             StageKind::Extract(_) => Err(
-                "only one worker can extract latents; run `tinyfusion extract` first, and give its folder as `data`"
+                "its latents would be on one worker's disk; run `tinyfusion extract` first, and give its folder as `data`"
                     .to_owned(),
             ),
             kind => match kind.optimisation() {

@@ -17,7 +17,7 @@ use crate::workers::Workers;
 /// How a run stands, in `status.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// `running`, `finished`, `interrupted` or `failed`.
+    /// `running`, `finished`, `interrupted` or `failed`; read back, also `killed`.
     pub state: String,
     /// The stage it is or was at.
     pub stage: String,
@@ -33,6 +33,9 @@ pub(crate) const RESOLVED: &str = "resolved.toml";
 
 /// File of the verdicts, in the stage's folder.
 pub(crate) const EVALUATION: &str = "eval.json";
+
+/// File that is locked while a process works on the run.
+const LOCK: &str = "run.lock";
 
 /// A run's folder.
 #[derive(Debug)]
@@ -184,7 +187,7 @@ impl RunDirectory {
 
     /// Takes a run's folder for this process.
     fn open(path: PathBuf) -> Result<Self, RecipeError> {
-        let lock_path = path.join("run.lock");
+        let lock_path = path.join(LOCK);
         let lock = lock_file(&lock_path).map_err(RecipeError::io(&lock_path))?;
         match lock.try_lock() {
             Ok(()) => Ok(Self {
@@ -318,9 +321,17 @@ impl RunDirectory {
     }
 }
 
+/// A run's status. One that says it is running, while no process holds it, was killed: by the
+/// system, or together with another worker.
 pub(crate) fn read_status(run: &Path) -> Option<Status> {
     let text = std::fs::read_to_string(run.join("status.json")).ok()?;
-    serde_json::from_str(&text).ok()
+    let mut status: Status = serde_json::from_str(&text).ok()?;
+    // Copies of a run may come without this file, and some file systems have no locks.
+    let free = || File::open(run.join(LOCK)).is_ok_and(|lock| lock.try_lock_shared().is_ok());
+    if status.state == "running" && free() {
+        status.state = "killed".into();
+    }
+    Some(status)
 }
 
 /// Numbers of a recipe's runs, ascending.
@@ -428,6 +439,26 @@ mod tests {
         ] {
             assert_eq!(take(resolved, resume), (number.to_owned(), resumed));
         }
+    }
+
+    #[test]
+    fn a_run_that_nobody_runs_was_killed() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDirectory::create(folder.path(), "a").unwrap();
+        let path = run.path().to_owned();
+        let state = || read_status(&path).unwrap().state;
+        let running = Status {
+            state: "running".into(),
+            stage: "teacher".into(),
+            seconds: 1.0,
+            error: None,
+        };
+        run.set_status(&running).unwrap();
+        assert_eq!(state(), "running");
+        drop(run);
+        assert_eq!(state(), "killed");
+        std::fs::remove_file(path.join(LOCK)).unwrap();
+        assert_eq!(state(), "running");
     }
 
     #[test]

@@ -1,18 +1,17 @@
 //! Encodes images to latents, on which training on ImageNet runs.
 
+mod written;
+
 use std::collections::BTreeMap;
-use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use super::latents::{Dtype, Layout, ShardWriter, npy_written, write_npy};
+use self::written::{Job, Written, lines, read_lines};
+use super::latents::Dtype;
 use super::{DataError, ImageFolder, with_cause};
-use crate::backend::Compute;
-use crate::files::write_atomic;
 use crate::images::{PictureError, center_crop, read_then, to_chw};
 use crate::models::vae::{Vae, VaeConfig};
 use crate::ops::FusedOps;
@@ -21,10 +20,6 @@ use crate::state::floats;
 use crate::stop::Stop;
 use crate::workers::{Workers, agree, share_out, values_of};
 
-/// File with the settings of a folder of latents, so that it is continued only with the same ones.
-const JOB: &str = "extraction.json";
-/// List of the images that could not be read, one line each with the reason.
-const SKIPPED: &str = "skipped.txt";
 /// Most pictures that a thread reads ahead of the autoencoder.
 const AHEAD: usize = 4;
 
@@ -74,86 +69,6 @@ pub struct Extracted {
     pub skipped: BTreeMap<usize, String>,
     /// Whether the whole folder is done; false after an interrupt.
     pub finished: bool,
-}
-
-/// Everything that determines a folder of latents.
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct Job {
-    images: usize,
-    /// SHA-256 of the images' names and labels.
-    list_sha256: String,
-    size: usize,
-    mirror: bool,
-    form: Form,
-    /// In batches of another size, sums may be rounded differently.
-    batch: usize,
-    seed: u64,
-    vae_sha256: String,
-    vae: VaeConfig,
-    /// Another backend may round differently.
-    backend: String,
-    compute: Compute,
-}
-
-impl Job {
-    fn new(
-        folder: &ImageFolder,
-        config: &VaeConfig,
-        how: &Extraction<'_>,
-        (backend, compute): (String, Compute),
-    ) -> Self {
-        let mut hash = Sha256::new();
-        for (path, label) in folder.images() {
-            let name = path.file_name().unwrap_or_default();
-            hash.update(name.as_encoded_bytes());
-            hash.update([0]);
-            hash.update(label.to_le_bytes());
-        }
-        Self {
-            images: folder.images().len(),
-            list_sha256: format!("{:x}", hash.finalize()),
-            size: how.size,
-            mirror: how.mirror,
-            form: how.form,
-            batch: how.batch,
-            seed: how.seed,
-            vae_sha256: how.vae_sha256.clone(),
-            vae: config.clone(),
-            backend,
-            compute,
-        }
-    }
-}
-
-/// Destination of the latents.
-enum Sink {
-    Packed(ShardWriter),
-    Npy { shape: [usize; 3], next: usize },
-}
-
-impl Sink {
-    fn next(&self) -> usize {
-        match self {
-            Self::Packed(writer) => writer.next(),
-            Self::Npy { next, .. } => *next,
-        }
-    }
-
-    /// Whether the set is marked as finished, which `.npy` folders can't be.
-    fn finished(&self) -> bool {
-        matches!(self, Self::Packed(writer) if writer.finished())
-    }
-
-    fn push(&mut self, to: &Path, latents: &[f32], label: usize) -> Result<(), DataError> {
-        match self {
-            Self::Packed(writer) => writer.push(latents, label),
-            Self::Npy { shape, next } => {
-                write_npy(to, *next, *shape, latents, label)?;
-                *next += 1;
-                Ok(())
-            }
-        }
-    }
 }
 
 /// A picture for the autoencoder, `[views, 3, size, size]`, or why it can't be read.
@@ -344,179 +259,6 @@ pub fn extract<B: FusedOps>(
     }
 }
 
-/// A folder of latents that is being written, from image `start` on.
-struct Written<'a> {
-    folder: &'a ImageFolder,
-    to: &'a Path,
-    sink: Sink,
-    skipped: BTreeMap<usize, String>,
-    start: usize,
-    /// Locked for this process.
-    _lock: File,
-}
-
-impl<'a> Written<'a> {
-    fn open(
-        folder: &'a ImageFolder,
-        config: &VaeConfig,
-        how: &Extraction<'_>,
-        (job, shape): (&Job, [usize; 3]),
-        to: &'a Path,
-    ) -> Result<Self, DataError> {
-        let lock = begin(job, to)?;
-        let images = folder.images().len();
-        let sink = open(folder, config, how, shape, to)?;
-        let skipped = read_skipped(to, images)?;
-        if sink.finished() && sink.next() + skipped.len() != images {
-            return Err(DataError::unexpected(
-                &to.join(SKIPPED),
-                format!(
-                    "{} images that were left out ({images} images, {} latents)",
-                    images.saturating_sub(sink.next()),
-                    sink.next()
-                ),
-                format!("{}; extract into a new folder", skipped.len()),
-            ));
-        }
-        Ok(Self {
-            start: resume_at(sink.next(), images, &skipped),
-            folder,
-            to,
-            sink,
-            skipped,
-            _lock: lock,
-        })
-    }
-
-    fn push(&mut self, encoded: Encoded) -> Result<(), DataError> {
-        // Written before the batch's latents, because the numbering of later records depends on it.
-        if !encoded.skipped.is_empty() {
-            self.skipped.extend(encoded.skipped);
-            write_skipped(self.to, self.folder, &self.skipped)?;
-        }
-        let record = encoded.latents.len() / encoded.good.len().max(1);
-        let latents = encoded.latents.chunks_exact(record.max(1));
-        for (index, latent) in encoded.good.iter().zip(latents) {
-            let index = *index as usize;
-            // An interrupted batch is encoded again, but its existing records stay.
-            if index >= self.start {
-                self.sink
-                    .push(self.to, latent, self.folder.images()[index].1)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn finish(self, finished: bool) -> Result<Extracted, DataError> {
-        let images = self.sink.next();
-        if finished && let Sink::Packed(writer) = self.sink {
-            writer.finish()?;
-        }
-        Ok(Extracted {
-            images,
-            skipped: self.skipped,
-            finished,
-        })
-    }
-}
-
-/// Writes the settings, or refuses to continue with others. While the returned file is open, the
-/// folder is locked for this process.
-fn begin(job: &Job, to: &Path) -> Result<File, DataError> {
-    let path = to.join(JOB);
-    match std::fs::read(&path) {
-        Ok(bytes) => {
-            let there: Job = serde_json::from_slice(&bytes).map_err(|error| {
-                DataError::unexpected(&path, "the description of an extraction", error.to_string())
-            })?;
-            if there != *job {
-                return Err(DataError::unexpected(
-                    &path,
-                    "latents of the same images, made in the same way",
-                    format!("others ({}); name another folder", differences(job, &there)),
-                ));
-            }
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let taken = std::fs::read_dir(to).is_ok_and(|mut entries| entries.next().is_some());
-            if taken {
-                let found = "one with other files in it";
-                return Err(DataError::unexpected(to, "a new or empty folder", found));
-            }
-            write_atomic(&path, |file| Ok(serde_json::to_writer_pretty(file, job)?))
-                .map_err(DataError::io(&path))?;
-        }
-        Err(error) => return Err(DataError::io(&path)(error)),
-    }
-    let file = File::open(&path).map_err(DataError::io(&path))?;
-    // File systems without locks are accepted.
-    if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
-        let found = "one that another process extracts into";
-        return Err(DataError::unexpected(to, "a folder of its own", found));
-    }
-    Ok(file)
-}
-
-/// Settings in which another extraction differs, as `key there, not here`.
-fn differences(job: &Job, there: &Job) -> String {
-    let entries = |job: &Job| match serde_json::to_value(job) {
-        Ok(serde_json::Value::Object(entries)) => entries,
-        _ => serde_json::Map::new(),
-    };
-    let (ours, theirs) = (entries(job), entries(there));
-    let unlike = ours
-        .iter()
-        .filter(|(key, value)| theirs.get(*key) != Some(*value));
-    let told = unlike.map(|(key, value)| {
-        let there = theirs
-            .get(key)
-            .map_or_else(|| "nothing".to_owned(), ToString::to_string);
-        match key.ends_with("sha256") {
-            true => key.replace("_sha256", ""),
-            false => format!("{key} {there}, not {value}"),
-        }
-    });
-    told.collect::<Vec<_>>().join("; ")
-}
-
-fn open(
-    folder: &ImageFolder,
-    config: &VaeConfig,
-    how: &Extraction<'_>,
-    shape: [usize; 3],
-    to: &Path,
-) -> Result<Sink, DataError> {
-    let [views, channels, side] = shape;
-    Ok(match how.form {
-        Form::Packed(dtype) => {
-            let layout = Layout {
-                views,
-                channels,
-                side,
-                dtype,
-                classes: folder.classes().len(),
-                records_per_shard: how.records_per_shard,
-                scaling_factor: config.scaling_factor,
-            };
-            Sink::Packed(ShardWriter::open(to, layout, folder.classes().to_vec())?)
-        }
-        Form::Npy => {
-            let next = npy_written(to, shape)?;
-            Sink::Npy { shape, next }
-        }
-    })
-}
-
-/// The first image to process, given the number of records on disk and the images known as
-/// unreadable.
-fn resume_at(records: usize, images: usize, skipped: &BTreeMap<usize, String>) -> usize {
-    let mut readable = (0..images).filter(|index| !skipped.contains_key(index));
-    match records.checked_sub(1) {
-        None => 0,
-        Some(last) => readable.nth(last).map_or(images, |index| index + 1),
-    }
-}
-
 /// Reads, crops and scales a picture.
 fn picture(path: &Path, how: &Extraction<'_>) -> Picture {
     let pixels = read_then(path, |picture| center_crop(&picture, how.size))?;
@@ -561,54 +303,6 @@ fn encode<B: FusedOps>(
         device,
     );
     floats((posterior.sample(noise) * config.scaling_factor).into_data())
-}
-
-fn read_skipped(to: &Path, images: usize) -> Result<BTreeMap<usize, String>, DataError> {
-    let path = to.join(SKIPPED);
-    match std::fs::read_to_string(&path) {
-        Ok(text) => read_lines(&text, images).map_err(|number| {
-            let expected = format!("a number below {images}, a tab and a reason in each line");
-            DataError::unexpected(&path, expected, format!("line {number} otherwise"))
-        }),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
-        Err(error) => Err(DataError::io(&path)(error)),
-    }
-}
-
-/// Each line has an index below `images`, a tab and the reason.
-///
-/// # Errors
-/// The number of the first line that has not.
-fn read_lines(text: &str, images: usize) -> Result<BTreeMap<usize, String>, usize> {
-    let read = |line: &str| {
-        let (index, why) = line.split_once('\t')?;
-        let index = index.parse().ok().filter(|index| *index < images)?;
-        Some((index, why.to_owned()))
-    };
-    (1..)
-        .zip(text.lines())
-        .map(|(number, line)| read(line).ok_or(number))
-        .collect()
-}
-
-/// What [`read_lines`] reads.
-fn lines(skipped: &BTreeMap<usize, String>) -> String {
-    let line =
-        |(index, why): (&usize, &String)| format!("{index}\t{}\n", why.replace(['\n', '\t'], " "));
-    skipped.iter().map(line).collect()
-}
-
-fn write_skipped(
-    to: &Path,
-    folder: &ImageFolder,
-    skipped: &BTreeMap<usize, String>,
-) -> Result<(), DataError> {
-    debug_assert!(skipped.keys().all(|index| *index < folder.images().len()));
-    let path = to.join(SKIPPED);
-    write_atomic(&path, |file| {
-        std::io::Write::write_all(file, lines(skipped).as_bytes())
-    })
-    .map_err(DataError::io(&path))
 }
 
 #[cfg(test)]

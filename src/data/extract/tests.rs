@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use burn_ndarray::{NdArray, NdArrayDevice};
 use image::{Rgb, RgbImage};
 
+use super::written::SKIPPED;
 use super::*;
 use crate::data::Latents;
 use crate::images::read_rgb;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 mod chart;
+mod choices;
 mod decision_history;
 mod decisions;
 mod glyphs;
@@ -19,6 +20,7 @@ mod verdicts;
 
 pub(crate) use chart::csv_cell;
 pub use chart::{Axis, Chart, Scale, Series, Style};
+pub use choices::{Choice, Choices};
 pub use decision_history::{DecisionGroup, DecisionHistory, KeptLayers};
 pub use decisions::decision_svg;
 pub(crate) use grid::{COLUMNS, grid_layout};

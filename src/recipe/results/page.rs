@@ -112,6 +112,10 @@ pub fn write_sweep(sweep: &Path, into: &Path) -> Result<PathBuf, RecipeError> {
         "Mean and standard deviation over the seeds, where there are several",
     );
     page.begin_figures();
+    if let Some(choices) = verdicts.choices() {
+        let drawn = (choices.svg(), choices.csv());
+        beside.drawing(&mut page, "choices", &choices.title, drawn);
+    }
     for (name, chart) in verdicts.charts() {
         beside.show(&mut page, (name.to_owned(), chart), "");
     }
@@ -175,8 +179,12 @@ impl Beside {
             return;
         };
         let name = format!("{prefix}{name}");
-        let csv = chart.csv();
-        page.drawing(&svg, &chart.title, Some((&format!("{name}.csv"), &csv)));
+        self.drawing(page, &name, &chart.title, (svg, chart.csv()));
+    }
+
+    /// Puts a drawing on the page, with its data.
+    fn drawing(&mut self, page: &mut Page, name: &str, title: &str, (svg, csv): (String, String)) {
+        page.drawing(&svg, title, Some((&format!("{name}.csv"), &csv)));
         self.0.push((format!("{name}.svg"), svg));
         self.0.push((format!("{name}.csv"), csv));
     }

@@ -10,7 +10,9 @@ use crate::evaluation::{RankCorrelation, Speed};
 use crate::recipe::RecipeError;
 use crate::recipe::run::directory::EVALUATION;
 use crate::recipe::schema::sweep::{Point, label};
-use crate::report::{Axis, Chart, Grid, Series, Style, csv_cell, short, thousands};
+use crate::report::{
+    Axis, Chart, Choice, Choices, Grid, Series, Style, csv_cell, short, thousands,
+};
 
 /// Fewest runs of which a rank correlation is told.
 const FEWEST_PAIRS: usize = 10;
@@ -213,6 +215,42 @@ impl Verdicts {
         drawn
             .filter_map(|(name, chart)| Some((name, chart?)))
             .collect()
+    }
+
+    /// Which layers the models kept that the runs ended with, and their FID; where there are
+    /// several ways of choosing them.
+    pub fn choices(&self) -> Option<Choices> {
+        let kept = |row: &Row| Some((row.kept.clone()?, row.fid));
+        let depth = (self.runs.iter().flat_map(|run| &run.verdicts))
+            .flat_map(|row| {
+                row.depth
+                    .into_iter()
+                    .chain(row.kept.iter().flatten().map(|layer| layer + 1))
+            })
+            .max()?;
+        let mut rows = Vec::new();
+        for group in self.groups() {
+            let last = group.iter().filter_map(|run| run.verdicts.last());
+            let (layers, fids): (Vec<_>, Vec<_>) = last.filter_map(kept).unzip();
+            if fids.is_empty() {
+                continue;
+            }
+            let share = |layer: usize| {
+                let keep = layers.iter().filter(|kept| kept.contains(&layer)).count();
+                keep as f64 / layers.len() as f64
+            };
+            rows.push(Choice {
+                name: label(group[0].case.as_deref(), &group[0].settings),
+                kept: (0..depth).map(share).collect(),
+                score: mean_deviation(&fids),
+            });
+        }
+        let several = rows.iter().any(|row| row.kept != rows[0].kept);
+        several.then(|| Choices {
+            title: "Which layers stay; the best choice first".into(),
+            measure: "FID".into(),
+            rows,
+        })
     }
 
     /// The cases in order, each with its runs.
@@ -491,6 +529,39 @@ mod tests {
         assert_eq!(
             verdicts.loss_and_fid().unwrap(),
             "loss of 12 pruned models against FID after training: rank correlation -1.00 (95%: -1.00 to -1.00)"
+        );
+    }
+
+    #[test]
+    fn choices_are_those_of_the_models_that_runs_end_with() {
+        let run = |case: &str, seed: u64, kept: &[usize], fid: f64| {
+            serde_json::json!({ "case": case, "seed": seed, "run": "x", "verdicts": [
+                { "model": "teacher", "depth": 4, "fid": 5.0, "inception_score": 9.0 },
+                { "model": "student", "kept": kept, "depth": 2, "fid": fid, "inception_score": 9.0 },
+            ] })
+        };
+        let of = |runs: &[serde_json::Value]| -> Option<Choices> {
+            let verdicts = serde_json::json!({ "runs": runs });
+            serde_json::from_value::<Verdicts>(verdicts)
+                .unwrap()
+                .choices()
+        };
+        let a = [run("a", 0, &[0, 1], 10.0), run("a", 1, &[0, 2], 14.0)];
+        // One way alone is none of several.
+        assert!(of(&a).is_none());
+        let [first, second] = a;
+        let choices = of(&[first, second, run("b", 0, &[1, 2], 9.0)]).unwrap();
+        let [a, b] = &choices.rows[..] else {
+            panic!("{choices:?}")
+        };
+        assert_eq!(
+            (a.name.as_str(), &a.kept[..]),
+            ("a", &[1.0, 0.5, 0.5, 0.0][..])
+        );
+        assert_eq!(a.score, (12.0, 8.0_f64.sqrt()));
+        assert_eq!(
+            (&b.kept[..], b.score),
+            (&[0.0, 1.0, 1.0, 0.0][..], (9.0, 0.0))
         );
     }
 

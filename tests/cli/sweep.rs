@@ -99,6 +99,16 @@ fn a_sweep_is_killed_and_goes_on_to_the_same_table() {
     // Both depths are chosen by the same scores, of each seed's pictures.
     let measured = std::fs::read_dir(place.path("whole/many/001/measured")).unwrap();
     assert_eq!(measured.count(), 2);
+    let page = std::fs::read_to_string(place.path("whole/many/001/report.html")).unwrap();
+    for part in [
+        "Next best: ",
+        "Which layers stay; the best choice first",
+        "Protocol",
+        "Environment of the first run",
+        "001-first-seed0/report.html",
+    ] {
+        assert!(page.contains(part), "{part}: {page}");
+    }
 
     let mut child = place.start(&["recipe", "many.toml", "--runs", "killed"]);
     for kill in 0..40 {

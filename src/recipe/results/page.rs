@@ -9,7 +9,7 @@ use super::figures::{self, Figure};
 use super::{PAGE, Results, Scored, StageResults, comparable, compared, models, run_name, spent};
 use crate::pruning::uniform;
 use crate::recipe::RecipeError;
-use crate::recipe::run::directory::write_text;
+use crate::recipe::run::directory::{RESOLVED, write_text};
 use crate::recipe::schema::prune::MAX_DEPTH;
 use crate::report::{Grid, Page, protocol_lines, rounded, thousands, verdict_grid};
 use crate::sampling::PICTURE_FILE;
@@ -103,12 +103,15 @@ pub fn write_sweep(sweep: &Path, into: &Path) -> Result<PathBuf, RecipeError> {
     let name = run_name(sweep);
     let mut page = Page::new(&format!("TinyFusion: sweep {name}"));
     page.section("Results");
-    if let Some(remark) = verdicts.loss_and_fid() {
-        page.paragraph("verdict", &format!("{remark}."));
+    let remark = verdicts.loss_and_fid().map(|remark| format!("{remark}."));
+    for said in verdict(&verdicts.models()).into_iter().chain(remark) {
+        page.paragraph("verdict", &said);
     }
+    let mut grid = verdicts.grid();
+    grid.best = best_row(&grid);
     beside.table(
         &mut page,
-        &verdicts.grid(),
+        &grid,
         "Mean and standard deviation over the seeds, where there are several",
     );
     page.begin_figures();
@@ -128,6 +131,14 @@ pub fn write_sweep(sweep: &Path, into: &Path) -> Result<PathBuf, RecipeError> {
             true => page.link(&target.to_string_lossy(), label),
             false => page.paragraph("", &format!("{label}: {}", folder.display())),
         }
+    }
+    // What is left of a sweep may be its verdicts alone.
+    let folders = runs.iter().map(|(_, folder)| sweep.join(folder));
+    if let Some(first) = folders.clone().find(|run| run.join(RESOLVED).exists()) {
+        let first = Results::read(&first)?;
+        protocol(&mut page, std::slice::from_ref(&first));
+        page.section("Environment of the first run");
+        page.table(&pairs(&first.environment), "");
     }
     let lead = format!("{} runs have been evaluated", runs.len());
     beside.finish(page, into, &lead, None)
@@ -256,7 +267,9 @@ fn best_row(grid: &Grid) -> Option<usize> {
         .iter()
         .enumerate()
         .filter(|(_, row)| row[depth] != "-");
-    let scored = of_models.filter_map(|(index, row)| Some((index, row[fid].parse::<f64>().ok()?)));
+    // Of a mean and its deviation, the mean.
+    let value = |cell: &str| cell.split(' ').next()?.parse::<f64>().ok();
+    let scored = of_models.filter_map(|(index, row)| Some((index, value(&row[fid])?)));
     scored
         .min_by(|a, b| a.1.total_cmp(&b.1))
         .map(|(index, _)| index)
@@ -515,25 +528,32 @@ fn meanwhile(stage: &StageResults) -> Result<Vec<(usize, Vec<u8>)>, RecipeError>
         .collect()
 }
 
-/// How it was measured, on what, by which recipe, and how to do it again.
-fn conditions(page: &mut Page, runs: &[Results]) {
-    let rows = |lines: Vec<(String, String)>| Grid {
+/// Keys and values, in two columns without titles.
+fn pairs(values: &Value) -> Grid {
+    let lines = protocol_lines(values).into_iter();
+    Grid {
         titles: vec!["".into(), "".into()],
-        rows: lines
-            .into_iter()
-            .map(|(key, value)| vec![key, value])
-            .collect(),
+        rows: lines.map(|(key, value)| vec![key, value]).collect(),
         best: None,
-    };
+    }
+}
+
+/// How it was measured.
+fn protocol(page: &mut Page, runs: &[Results]) {
     if let Some(evaluation) = runs.iter().find_map(Results::evaluation) {
         page.section("Protocol");
         let caption = "What the numbers can only be compared under";
-        page.table(&rows(protocol_lines(&evaluation["protocol"])), caption);
+        page.table(&pairs(&evaluation["protocol"]), caption);
     }
+}
+
+/// How it was measured, on what, by which recipe, and how to do it again.
+fn conditions(page: &mut Page, runs: &[Results]) {
+    protocol(page, runs);
     let named = runs.len() > 1;
     for run in runs {
         page.section(&heading("Environment and recipe", run, named));
-        page.table(&rows(protocol_lines(&run.environment)), "");
+        page.table(&pairs(&run.environment), "");
         let steps = run.stages.iter().map(|stage| {
             let spent = stage.seconds.and_then(spent);
             vec![

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::evaluation::{RankCorrelation, Speed};
 use crate::recipe::RecipeError;
+use crate::recipe::results::Scored;
 use crate::recipe::run::directory::EVALUATION;
 use crate::recipe::schema::sweep::{Point, label};
 use crate::report::{
@@ -365,6 +366,37 @@ impl Verdicts {
         grid.without_empty()
     }
 
+    /// The models, each with its mean over the seeds. Their speeds are left out: those of unlike
+    /// runs were not measured in turn.
+    pub(super) fn models(&self) -> Vec<Scored> {
+        let mut models = Vec::new();
+        for group in self.groups() {
+            let label = label(group[0].case.as_deref(), &group[0].settings);
+            let alone = (group[0].verdicts.iter()).filter(|row| row.depth.is_some());
+            let alone = alone.count() == 1;
+            for (index, first) in group[0].verdicts.iter().enumerate() {
+                let (Some(depth), Some(macs)) = (first.depth, first.macs) else {
+                    continue;
+                };
+                let rows = group.iter().filter_map(|run| run.verdicts.get(index));
+                let fids: Vec<f64> = rows.map(|row| row.fid).collect();
+                models.push(Scored {
+                    name: match (alone, label.as_str()) {
+                        (true, label) if !label.is_empty() => label.to_owned(),
+                        (_, "") => first.model.clone(),
+                        (_, label) => format!("{} of {label}", first.model),
+                    },
+                    depth,
+                    macs: macs as f64,
+                    fid: mean_deviation(&fids).0,
+                    speed: None,
+                    images: first.images.unwrap_or(0),
+                });
+            }
+        }
+        models
+    }
+
     /// What each run is called, and its folder in the sweep's.
     pub fn runs(&self) -> Vec<(String, PathBuf)> {
         let named = self.runs.iter().map(|run| {
@@ -530,6 +562,35 @@ mod tests {
             verdicts.loss_and_fid().unwrap(),
             "loss of 12 pruned models against FID after training: rank correlation -1.00 (95%: -1.00 to -1.00)"
         );
+    }
+
+    #[test]
+    fn a_model_is_called_by_its_case() {
+        let row = |model: &str, depth: Option<usize>, fid: f64| serde_json::json!({ "model": model, "depth": depth, "macs": depth, "fid": fid, "inception_score": 9.0 });
+        let run = |case: Option<&str>, seed: u64, verdicts: &[serde_json::Value]| serde_json::json!({ "case": case, "seed": seed, "run": "x", "verdicts": verdicts });
+        let real = row("real", None, 1.0);
+        let runs = [
+            run(Some("a"), 0, &[real.clone(), row("student", Some(2), 8.0)]),
+            run(Some("a"), 1, &[real.clone(), row("student", Some(2), 12.0)]),
+            run(
+                Some("b"),
+                0,
+                &[row("teacher", Some(4), 5.0), row("student", Some(2), 9.0)],
+            ),
+            run(None, 0, &[real, row("student", Some(2), 7.0)]),
+        ];
+        let verdicts: Verdicts =
+            serde_json::from_value(serde_json::json!({ "runs": runs })).unwrap();
+        let named: Vec<(String, f64)> = (verdicts.models().into_iter())
+            .map(|model| (model.name, model.fid))
+            .collect();
+        let expected = [
+            ("a", 10.0),
+            ("teacher of b", 5.0),
+            ("student of b", 9.0),
+            ("student", 7.0),
+        ];
+        assert_eq!(named, expected.map(|(name, fid)| (name.to_owned(), fid)));
     }
 
     #[test]

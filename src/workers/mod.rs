@@ -73,27 +73,60 @@ pub fn alone() -> Group {
 /// Whether all workers give the same bytes for `what`.
 ///
 /// # Errors
-/// Names those that differ from the first.
+/// Names those that differ from the first, and of text the first difference.
 pub fn agree(workers: &dyn Workers, what: &str, bytes: &[u8]) -> Result<(), String> {
     if workers.size() == 1 {
         return Ok(());
     }
     let all = workers.all_gather(bytes);
-    let others: Vec<String> = (1..all.len())
-        .filter(|&rank| all[rank] != all[0])
-        .map(|rank| rank.to_string())
-        .collect();
-    match others.is_empty() {
-        true => Ok(()),
-        false => Err(format!(
-            "the workers don't agree on {what}: {} {} from worker 0",
-            others.join(", "),
-            match others.len() {
-                1 => "differs",
-                _ => "differ",
-            }
-        )),
+    let others: Vec<usize> = (1..all.len()).filter(|&rank| all[rank] != all[0]).collect();
+    let Some(&other) = others.first() else {
+        return Ok(());
+    };
+    let named: Vec<String> = others.iter().map(usize::to_string).collect();
+    let differs = match others.len() {
+        1 => "differs",
+        _ => "differ",
+    };
+    let said = difference(&all[0], &all[other]).map_or_else(String::new, |[first, there]| {
+        format!(": `{first}` there, `{there}` on {other}")
+    });
+    Err(format!(
+        "the workers don't agree on {what}: {} {differs} from worker 0{said}",
+        named.join(", ")
+    ))
+}
+
+/// What two texts first differ in: the whole line or listed item, if it is no longer than a line.
+fn difference(one: &[u8], other: &[u8]) -> Option<[String; 2]> {
+    let texts = [
+        std::str::from_utf8(one).ok()?,
+        std::str::from_utf8(other).ok()?,
+    ];
+    // Bytes that no one could read may be text by chance.
+    if texts
+        .iter()
+        .any(|text| text.contains(|c: char| c.is_control() && c != '\n'))
+    {
+        return None;
     }
+    let ends = |c: char| matches!(c, '\n' | ',' | '{' | '}');
+    let same = texts[0]
+        .chars()
+        .zip(texts[1].chars())
+        .take_while(|(a, b)| a == b);
+    let same: String = same.map(|(a, _)| a).collect();
+    let begin = same.rfind(ends).map_or(0, |at| at + 1);
+    let part = |text: &str| {
+        let end = text[same.len()..]
+            .find(ends)
+            .map_or(text.len(), |at| same.len() + at);
+        text[begin..end].trim().to_owned()
+    };
+    let parts = texts.map(part);
+    // Of a text that goes on where the other ends there is no part to show.
+    let shown = parts[0] != parts[1] && parts.iter().all(|part| part.len() <= 100);
+    shown.then_some(parts)
 }
 
 /// A share of the work, one of several of equal size.
@@ -177,19 +210,40 @@ mod tests {
     }
 
     #[test]
+    fn a_difference_is_a_line_or_an_item() {
+        for (one, other, expected) in [
+            ("a = 1\nb = 2", "a = 1\nb = 3", ["b = 2", "b = 3"]),
+            ("Job { a: 1, b: é }", "Job { a: 1, b: è }", ["b: é", "b: è"]),
+            ("", "x", ["", "x"]),
+        ] {
+            let found = difference(one.as_bytes(), other.as_bytes());
+            assert_eq!(found.unwrap(), expected.map(str::to_owned), "{one} {other}");
+        }
+        assert_eq!(difference(&[0xff], b"a"), None);
+        assert_eq!(difference(b"a = 1", b"a = 1\nb = 3"), None);
+        assert_eq!(difference("a".repeat(200).as_bytes(), b"b"), None);
+    }
+
+    #[test]
     fn who_differs_is_named() {
         let found = fake::group(3, |workers| {
-            let own = [u8::from(workers.rank() == 2)];
+            let last = workers.rank() == 2;
+            let steps = format!("batch = 4\nsteps = 1{}\n", u8::from(last));
             (
                 agree(workers, "it", b"x"),
-                agree(workers, "the recipe", &own),
+                agree(workers, "the sum", &[u8::from(last)]),
+                agree(workers, "the recipe", steps.as_bytes()),
             )
         });
-        for (same, other) in found {
+        for (same, bytes, text) in found {
             same.unwrap();
             assert_eq!(
-                other.unwrap_err(),
-                "the workers don't agree on the recipe: 2 differs from worker 0"
+                bytes.unwrap_err(),
+                "the workers don't agree on the sum: 2 differs from worker 0"
+            );
+            assert_eq!(
+                text.unwrap_err(),
+                "the workers don't agree on the recipe: 2 differs from worker 0: `steps = 10` there, `steps = 11` on 2"
             );
         }
     }

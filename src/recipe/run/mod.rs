@@ -74,6 +74,7 @@ struct Environment {
     os: &'static str,
     architecture: &'static str,
     processor: String,
+    /// Threads that compute, in each process.
     threads: usize,
     /// Processes that share the work, where there are several.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -163,7 +164,7 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
             architecture: std::env::consts::ARCH,
             processor: processor(),
             started: utc(SystemTime::now()),
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: rayon::current_num_threads(),
             workers: Some(options.workers.size()).filter(|&size| size > 1),
             arguments: (std::env::args_os().skip(1))
                 .map(|argument| argument.to_string_lossy().into_owned())

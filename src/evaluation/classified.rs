@@ -148,6 +148,9 @@ pub struct ClassifiedVerdict {
     /// Layers of the unpruned model that it has, of one that was pruned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept: Option<Vec<usize>>,
+    /// How many layers the unpruned model has; branches of layers, if it was pruned in those.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_of: Option<usize>,
     /// Mean squared error of its predictions on held-out pictures; of a model that was just pruned,
     /// the calibration loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -224,6 +227,7 @@ impl<B: FusedOps> ClassifierJudge<B> {
             macs: None,
             images: None,
             kept: None,
+            kept_of: None,
             loss: None,
             ssim: None,
             fid: frechet_distance(&self.statistics, &statistics(&read.features)?)?,

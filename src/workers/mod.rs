@@ -89,7 +89,7 @@ pub fn agree(workers: &dyn Workers, what: &str, bytes: &[u8]) -> Result<(), Stri
         _ => "differ",
     };
     let said = difference(&all[0], &all[other]).map_or_else(String::new, |[first, there]| {
-        format!(": `{first}` there, `{there}` on {other}")
+        format!(": worker 0 has `{first}`, worker {other} `{there}`")
     });
     Err(format!(
         "the workers don't agree on {what}: {} {differs} from worker 0{said}",
@@ -97,36 +97,36 @@ pub fn agree(workers: &dyn Workers, what: &str, bytes: &[u8]) -> Result<(), Stri
     ))
 }
 
-/// What two texts first differ in: the whole line or listed item, if it is no longer than a line.
+/// Longest part of a text that a message shows, in bytes.
+const SHOWN: usize = 100;
+
+/// Where two texts first differ: the lines, or what stands between two commas or braces if a line
+/// is too long to show. None of bytes that are no text, or of parts that are too long too.
 fn difference(one: &[u8], other: &[u8]) -> Option<[String; 2]> {
     let texts = [
         std::str::from_utf8(one).ok()?,
         std::str::from_utf8(other).ok()?,
     ];
     // Bytes that no one could read may be text by chance.
-    if texts
-        .iter()
-        .any(|text| text.contains(|c: char| c.is_control() && c != '\n'))
-    {
+    let unreadable = |c: char| c.is_control() && !c.is_whitespace();
+    if texts.iter().any(|text| text.contains(unreadable)) {
         return None;
     }
-    let ends = |c: char| matches!(c, '\n' | ',' | '{' | '}');
-    let same = texts[0]
-        .chars()
-        .zip(texts[1].chars())
-        .take_while(|(a, b)| a == b);
-    let same: String = same.map(|(a, _)| a).collect();
-    let begin = same.rfind(ends).map_or(0, |at| at + 1);
-    let part = |text: &str| {
-        let end = text[same.len()..]
-            .find(ends)
-            .map_or(text.len(), |at| same.len() + at);
-        text[begin..end].trim().to_owned()
+    let pairs = texts[0].chars().zip(texts[1].chars());
+    let same: String = pairs.take_while(|(a, b)| a == b).map(|(a, _)| a).collect();
+    let parts = |ends: fn(char) -> bool| {
+        let begin = same.rfind(ends).map_or(0, |at| at + 1);
+        let part = |text: &str| {
+            let end = text[same.len()..].find(ends);
+            let end = end.map_or(text.len(), |at| same.len() + at);
+            text[begin..end].trim().to_owned()
+        };
+        let parts = texts.map(part);
+        // Of a text that goes on where the other ends there is no part to show.
+        let shown = parts[0] != parts[1] && parts.iter().all(|part| part.len() <= SHOWN);
+        shown.then_some(parts)
     };
-    let parts = texts.map(part);
-    // Of a text that goes on where the other ends there is no part to show.
-    let shown = parts[0] != parts[1] && parts.iter().all(|part| part.len() <= 100);
-    shown.then_some(parts)
+    parts(|c| c == '\n').or_else(|| parts(|c| matches!(c, '\n' | ',' | '{' | '}')))
 }
 
 /// A share of the work, one of several of equal size.
@@ -211,9 +211,15 @@ mod tests {
 
     #[test]
     fn a_difference_is_a_line_or_an_item() {
+        let long = |item: &str| format!("Job {{ a: 1, {item}, c: {} }}", "c".repeat(SHOWN));
         for (one, other, expected) in [
             ("a = 1\nb = 2", "a = 1\nb = 3", ["b = 2", "b = 3"]),
-            ("Job { a: 1, b: é }", "Job { a: 1, b: è }", ["b: é", "b: è"]),
+            (
+                "a\nkept = [0, 1]\n",
+                "a\nkept = [0, 2]\n",
+                ["kept = [0, 1]", "kept = [0, 2]"],
+            ),
+            (&long("b: é"), &long("b: è"), ["b: é", "b: è"]),
             ("", "x", ["", "x"]),
         ] {
             let found = difference(one.as_bytes(), other.as_bytes());
@@ -243,7 +249,7 @@ mod tests {
             );
             assert_eq!(
                 text.unwrap_err(),
-                "the workers don't agree on the recipe: 2 differs from worker 0: `steps = 10` there, `steps = 11` on 2"
+                "the workers don't agree on the recipe: 2 differs from worker 0: worker 0 has `steps = 10`, worker 2 `steps = 11`"
             );
         }
     }

@@ -355,7 +355,7 @@ fn any_number_of_workers_leaves_the_same_latents() {
         let seed = 5 + workers.rank() as u64;
         run(workers, seed, "unlike", 9).unwrap_err().to_string()
     });
-    let told = "the workers don't agree on what they extract: 1 differs from worker 0: `seed: 5` there, `seed: 6` on 1";
+    let told = "the workers don't agree on what they extract: 1 differs from worker 0: worker 0 has `seed: 5`, worker 1 `seed: 6`";
     assert!(unlike.iter().all(|error| error == told), "{unlike:?}");
     assert!(!at("unlike").exists());
 }

@@ -194,7 +194,8 @@ fn json(path: &Path) -> Result<Option<Value>, RecipeError> {
 #[derive(Debug, Clone, PartialEq)]
 struct Scored {
     name: String,
-    depth: usize,
+    /// None of a network without a trunk.
+    depth: Option<usize>,
     macs: f64,
     fid: f64,
     /// Images a second.
@@ -211,7 +212,7 @@ fn models(evaluation: &Value) -> Vec<Scored> {
     let model = |verdict: &Value| -> Option<Scored> {
         Some(Scored {
             name: verdict["model"].as_str()?.to_owned(),
-            depth: usize::try_from(verdict["depth"].as_u64()?).ok()?,
+            depth: (verdict["depth"].as_u64()).and_then(|depth| usize::try_from(depth).ok()),
             macs: verdict["macs"].as_f64()?,
             fid: verdict["fid"].as_f64()?,
             speed: verdict["images_per_second"]["median"].as_f64(),

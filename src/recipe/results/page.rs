@@ -1,17 +1,21 @@
 //! The page of one run or of several.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use super::Verdicts;
 use super::figures::{self, Figure};
-use super::{PAGE, Results, Scored, StageResults, comparable, compared, models, run_name, spent};
+use super::{
+    PAGE, Results, Scored, StageResults, comparable, compared, json, models, run_name, spent,
+    unlike,
+};
 use crate::pruning::uniform;
 use crate::recipe::RecipeError;
-use crate::recipe::run::directory::{RESOLVED, write_text};
+use crate::recipe::run::directory::{EVALUATION, write_text};
 use crate::recipe::schema::prune::MAX_DEPTH;
-use crate::report::{Grid, Page, protocol_lines, rounded, thousands, verdict_grid};
+use crate::report::{Choices, Grid, Page, protocol_lines, rounded, thousands, verdict_grid};
 use crate::sampling::PICTURE_FILE;
 
 /// Figures that stages draw themselves, with the table beside each.
@@ -103,12 +107,31 @@ pub fn write_sweep(sweep: &Path, into: &Path) -> Result<PathBuf, RecipeError> {
     let name = run_name(sweep);
     let mut page = Page::new(&format!("TinyFusion: sweep {name}"));
     page.section("Results");
-    let remark = verdicts.loss_and_fid().map(|remark| format!("{remark}."));
-    for said in verdict(&verdicts.models()).into_iter().chain(remark) {
+    let runs = verdicts.runs();
+    let protocols: Vec<Value> = (runs.iter())
+        .filter_map(|(_, folder)| protocol_of(&sweep.join(folder)))
+        .collect();
+    let differ: BTreeSet<String> = (protocols.iter())
+        .flat_map(|protocol| unlike(&protocols[0], protocol))
+        .collect();
+    let mut grid = verdicts.grid();
+    let alike = differ.is_empty();
+    if alike {
+        if let Some(said) = verdict(&verdicts.models()) {
+            page.paragraph("verdict", &said);
+        }
+        if let Some(remark) = verdicts.loss_and_fid() {
+            page.paragraph("verdict", &format!("{remark}."));
+        }
+        grid.best = best_row(&grid);
+    } else {
+        let differ: Vec<String> = differ.into_iter().collect();
+        let said = format!(
+            "The runs were measured by unlike protocols ({}), so that not all numbers of a column compare.",
+            differ.join(", ")
+        );
         page.paragraph("verdict", &said);
     }
-    let mut grid = verdicts.grid();
-    grid.best = best_row(&grid);
     beside.table(
         &mut page,
         &grid,
@@ -117,14 +140,13 @@ pub fn write_sweep(sweep: &Path, into: &Path) -> Result<PathBuf, RecipeError> {
     page.begin_figures();
     if let Some(choices) = verdicts.choices() {
         let drawn = (choices.svg(), choices.csv());
-        beside.drawing(&mut page, "choices", &choices.title, drawn);
+        beside.drawing(&mut page, "choices", Choices::TITLE, drawn);
     }
     for (name, chart) in verdicts.charts() {
         beside.show(&mut page, (name.to_owned(), chart), "");
     }
     page.end_figures();
     page.section("Runs");
-    let runs = verdicts.runs();
     for (label, folder) in &runs {
         let target = folder.join(PAGE);
         match into == sweep && sweep.join(&target).exists() {
@@ -132,13 +154,14 @@ pub fn write_sweep(sweep: &Path, into: &Path) -> Result<PathBuf, RecipeError> {
             false => page.paragraph("", &format!("{label}: {}", folder.display())),
         }
     }
-    // What is left of a sweep may be its verdicts alone.
-    let folders = runs.iter().map(|(_, folder)| sweep.join(folder));
-    if let Some(first) = folders.clone().find(|run| run.join(RESOLVED).exists()) {
-        let first = Results::read(&first)?;
-        protocol(&mut page, std::slice::from_ref(&first));
+    if let (Some(shared), true) = (protocols.first(), alike) {
+        protocol(&mut page, shared);
+    }
+    let environments = (runs.iter())
+        .filter_map(|(_, folder)| json(&sweep.join(folder).join("environment.json")).ok()?);
+    if let Some(environment) = environments.into_iter().next() {
         page.section("Environment of the first run");
-        page.table(&pairs(&first.environment), "");
+        page.table(&pairs(&environment), "");
     }
     let lead = format!("{} runs have been evaluated", runs.len());
     beside.finish(page, into, &lead, None)
@@ -261,12 +284,13 @@ fn results(page: &mut Page, runs: &[Results], beside: &mut Beside) -> Result<(),
 /// The row of the lowest FID among those of models.
 fn best_row(grid: &Grid) -> Option<usize> {
     let column = |title: &str| grid.titles.iter().position(|known| known == title);
-    let (fid, depth) = (column("FID")?, column("depth")?);
+    // Real pictures have no parameters.
+    let (fid, parameters) = (column("FID")?, column("params")?);
     let of_models = grid
         .rows
         .iter()
         .enumerate()
-        .filter(|(_, row)| row[depth] != "-");
+        .filter(|(_, row)| row[parameters] != "-");
     // Of a mean and its deviation, the mean.
     let value = |cell: &str| cell.split(' ').next()?.parse::<f64>().ok();
     let scored = of_models.filter_map(|(index, row)| Some((index, value(&row[fid])?)));
@@ -275,35 +299,40 @@ fn best_row(grid: &Grid) -> Option<usize> {
         .map(|(index, _)| index)
 }
 
-/// The best of the shallower models beside the next best and the deepest.
+/// The best of the models that compute less, or of all where none does, beside the largest and the
+/// next best.
 fn verdict(models: &[Scored]) -> Option<String> {
-    let deepest = models.iter().max_by_key(|model| model.depth)?;
-    let mut students: Vec<&Scored> = (models.iter())
-        .filter(|model| model.macs < deepest.macs)
+    let largest = models
+        .iter()
+        .reduce(|a, b| if b.macs > a.macs { b } else { a })?;
+    let mut ranked: Vec<&Scored> = (models.iter())
+        .filter(|model| model.macs < largest.macs)
         .collect();
-    students.sort_by(|a, b| a.fid.total_cmp(&b.fid));
-    let Some(best) = students.first() else {
-        let best = models.iter().min_by(|a, b| a.fid.total_cmp(&b.fid))?;
-        return Some(format!("{}: FID {}.", best.name, rounded(best.fid)));
-    };
-    let pace = best
-        .speed
-        .zip(deepest.speed)
-        .map(|(fast, slow)| fast / slow);
-    let pace = pace.map_or_else(
-        || "beside".to_owned(),
-        |pace| format!("{} times as fast as", rounded(pace)),
-    );
-    let mut text = format!(
-        "{}: FID {} with {} layers, {pace} {}, which has {} with {}.",
-        best.name,
-        rounded(best.fid),
-        best.depth,
-        deepest.name,
-        rounded(deepest.fid),
-        deepest.depth
-    );
-    if let Some(next) = students.iter().find(|model| model.name != best.name) {
+    let smaller = !ranked.is_empty();
+    if !smaller {
+        ranked = models.iter().collect();
+    }
+    ranked.sort_by(|a, b| a.fid.total_cmp(&b.fid));
+    let best = ranked.first()?;
+    let mut text = format!("{}: FID {}", best.name, rounded(best.fid));
+    let depths = best.depth.zip(largest.depth).filter(|(a, b)| a != b);
+    if let Some((depth, _)) = depths {
+        text += &format!(" with {depth} layers");
+    }
+    if smaller {
+        let pace = best.speed.zip(largest.speed);
+        let pace = pace.map_or_else(
+            || "beside".to_owned(),
+            |(fast, slow)| format!("{} times as fast as", rounded(fast / slow)),
+        );
+        let fid = rounded(largest.fid);
+        text += &format!(", {pace} {}, which has {fid}", largest.name);
+        if let Some((_, depth)) = depths {
+            text += &format!(" with {depth}");
+        }
+    }
+    text += ".";
+    if let Some(next) = ranked.iter().find(|model| model.name != best.name) {
         text += &format!(" Next best: {}, {}.", next.name, rounded(next.fid));
     }
     Some(text)
@@ -539,17 +568,26 @@ fn pairs(values: &Value) -> Grid {
 }
 
 /// How it was measured.
-fn protocol(page: &mut Page, runs: &[Results]) {
-    if let Some(evaluation) = runs.iter().find_map(Results::evaluation) {
-        page.section("Protocol");
-        let caption = "What the numbers can only be compared under";
-        page.table(&pairs(&evaluation["protocol"]), caption);
-    }
+fn protocol(page: &mut Page, protocol: &Value) {
+    page.section("Protocol");
+    let caption = "What the numbers can only be compared under";
+    page.table(&pairs(protocol), caption);
+}
+
+/// The protocol of a run's last evaluation; none where it can't be read.
+fn protocol_of(run: &Path) -> Option<Value> {
+    let stages = std::fs::read_dir(run).ok()?.flatten();
+    let files = stages.map(|stage| stage.path().join(EVALUATION));
+    let last = files.filter(|file| file.exists()).max()?;
+    let evaluation = json(&last).ok()??;
+    Some(evaluation["protocol"].clone())
 }
 
 /// How it was measured, on what, by which recipe, and how to do it again.
 fn conditions(page: &mut Page, runs: &[Results]) {
-    protocol(page, runs);
+    if let Some(evaluation) = runs.iter().find_map(Results::evaluation) {
+        protocol(page, &evaluation["protocol"]);
+    }
     let named = runs.len() > 1;
     for run in runs {
         page.section(&heading("Environment and recipe", run, named));
@@ -589,5 +627,65 @@ fn prefix(run: &Results, named: bool) -> String {
     match named {
         true => format!("{}-", run.name.replace('/', "-")),
         false => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_of_the_smaller_models_comes_first() {
+        let scored = |name: &str, depth: Option<usize>, macs: f64, fid: f64| Scored {
+            name: name.into(),
+            depth,
+            macs,
+            fid,
+            speed: Some(600.0 / macs),
+            images: 0,
+        };
+        let teacher = scored("teacher", Some(28), 60.0, 20.0);
+        let said = |models: &[&Scored]| {
+            let models: Vec<Scored> = models.iter().map(|model| (*model).clone()).collect();
+            verdict(&models).unwrap()
+        };
+        let (a, b) = (
+            scored("a", Some(14), 30.0, 40.0),
+            scored("b", Some(14), 30.0, 30.0),
+        );
+        assert_eq!(
+            said(&[&teacher, &a, &b]),
+            "b: FID 30.0 with 14 layers, 2.00 times as fast as teacher, which has 20.0 with 28. Next best: a, 40.0."
+        );
+        // As deep, but narrower; and a network without layers.
+        let narrow = scored("narrow", Some(28), 30.0, 40.0);
+        assert_eq!(
+            said(&[&teacher, &narrow]),
+            "narrow: FID 40.0, 2.00 times as fast as teacher, which has 20.0."
+        );
+        let unet = scored("unet", None, 30.0, 40.0);
+        assert_eq!(
+            said(&[&teacher, &unet]),
+            "unet: FID 40.0, 2.00 times as fast as teacher, which has 20.0."
+        );
+        assert_eq!(said(&[&a, &b]), "b: FID 30.0. Next best: a, 40.0.");
+        assert!(verdict(&[]).is_none());
+    }
+
+    #[test]
+    fn the_best_row_is_that_of_a_model() {
+        let row = |cells: [&str; 3]| cells.map(str::to_owned).to_vec();
+        let mut grid = Grid {
+            titles: row(["model", "params", "FID"]),
+            rows: vec![
+                row(["real", "-", "1.00 ± 0.00"]),
+                row(["a", "2M", "30.00 ± 4.00"]),
+                row(["b", "1M", "9.00 ± 1.00"]),
+            ],
+            best: None,
+        };
+        assert_eq!(best_row(&grid), Some(2));
+        grid.rows.truncate(1);
+        assert_eq!(best_row(&grid), None);
     }
 }

@@ -10,6 +10,7 @@ use crate::evaluation::{RankCorrelation, Speed};
 use crate::recipe::RecipeError;
 use crate::recipe::results::Scored;
 use crate::recipe::run::directory::EVALUATION;
+use crate::recipe::schema::prune::MAX_DEPTH;
 use crate::recipe::schema::sweep::{Point, label};
 use crate::report::{
     Axis, Chart, Choice, Choices, Grid, Series, Style, csv_cell, short, thousands,
@@ -49,6 +50,9 @@ struct Row {
     images: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     kept: Option<Vec<usize>>,
+    /// Of how many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kept_of: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     loss: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -192,6 +196,15 @@ impl Verdicts {
     }
 }
 
+impl Row {
+    /// The layers it kept of so many.
+    fn kept_among(&self, layers: usize) -> Option<&[usize]> {
+        let kept = self.kept.as_deref()?;
+        let among = self.kept_of.is_none_or(|of| of == layers);
+        (among && kept.iter().all(|layer| *layer < layers)).then_some(kept)
+    }
+}
+
 impl RunVerdicts {
     /// The loss of a pruned model, and the FID of the last one, which was trained since.
     fn loss_and_fid(&self) -> Option<[f64; 2]> {
@@ -201,6 +214,9 @@ impl RunVerdicts {
         Some([pruned.loss?, last.fid])
     }
 }
+
+/// Most choices of layers in a figure.
+const MOST_CHOICES: usize = 100;
 
 /// Most runs of a case that stand out in a figure; more are a crowd.
 const STANDING_OUT: usize = 5;
@@ -218,40 +234,60 @@ impl Verdicts {
             .collect()
     }
 
-    /// Which layers the models kept that the runs ended with, and their FID; where there are
-    /// several ways of choosing them.
+    /// Which layers the last models of the runs kept, and their FID, if there are several choices.
+    /// Of a case that keeps the same layers under many settings, the best are taken.
     pub fn choices(&self) -> Option<Choices> {
-        let kept = |row: &Row| Some((row.kept.clone()?, row.fid));
-        let depth = (self.runs.iter().flat_map(|run| &run.verdicts))
-            .flat_map(|row| {
-                row.depth
-                    .into_iter()
-                    .chain(row.kept.iter().flatten().map(|layer| layer + 1))
-            })
-            .max()?;
-        let mut rows = Vec::new();
+        let mut found: Vec<(Option<&str>, Choice)> = Vec::new();
+        let layers = self.layers()?;
         for group in self.groups() {
             let last = group.iter().filter_map(|run| run.verdicts.last());
-            let (layers, fids): (Vec<_>, Vec<_>) = last.filter_map(kept).unzip();
+            let chosen = last.filter_map(|row| Some((row.kept_among(layers)?, row.fid)));
+            let (kept, fids): (Vec<&[usize]>, Vec<f64>) = chosen.unzip();
             if fids.is_empty() {
                 continue;
             }
             let share = |layer: usize| {
-                let keep = layers.iter().filter(|kept| kept.contains(&layer)).count();
-                keep as f64 / layers.len() as f64
+                let keep = kept.iter().filter(|kept| kept.contains(&layer)).count();
+                keep as f64 / kept.len() as f64
             };
-            rows.push(Choice {
+            let choice = Choice {
                 name: label(group[0].case.as_deref(), &group[0].settings),
-                kept: (0..depth).map(share).collect(),
-                score: mean_deviation(&fids),
-            });
+                kept: (0..layers).map(share).collect(),
+                fid: mean_deviation(&fids),
+            };
+            let case = group[0].case.as_deref();
+            let same = |(of, known): &&mut (Option<&str>, Choice)| {
+                *of == case && known.kept == choice.kept
+            };
+            match found.iter_mut().find(same) {
+                Some((_, known)) if known.fid.0 <= choice.fid.0 => {}
+                Some((_, known)) => *known = choice,
+                None => found.push((case, choice)),
+            }
         }
-        let several = rows.iter().any(|row| row.kept != rows[0].kept);
-        several.then(|| Choices {
-            title: "Which layers stay; the best choice first".into(),
-            measure: "FID".into(),
-            rows,
-        })
+        let several = found
+            .iter()
+            .any(|(_, choice)| choice.kept != found[0].1.kept);
+        let mut choices = Choices::new(found.into_iter().map(|(_, choice)| choice).collect());
+        choices.truncate(MOST_CHOICES);
+        several.then_some(choices)
+    }
+
+    /// How many layers the first model that was pruned had before.
+    fn layers(&self) -> Option<usize> {
+        let rows = self.runs.iter().filter_map(|run| run.verdicts.last());
+        let pruned = rows.clone().find(|row| row.kept.is_some())?;
+        let layers = pruned.kept_of.or_else(|| {
+            // Older files don't say it: the deepest model, or the last layer that is kept.
+            let all = self.runs.iter().flat_map(|run| &run.verdicts);
+            let depths = all.filter_map(|row| row.depth);
+            let kept = rows.flat_map(|row| row.kept.iter().flatten());
+            depths
+                .chain(kept.map(|layer| layer.saturating_add(1)))
+                .max()
+        });
+        // A file may say any depth; a recipe knows none beyond this.
+        layers.filter(|layers| *layers <= 2 * MAX_DEPTH)
     }
 
     /// The cases in order, each with its runs.
@@ -326,8 +362,8 @@ impl Verdicts {
     }
 }
 
-/// Column of the depth, which real pictures have none of.
-const DEPTH: usize = 2;
+/// Column of the parameters, which real pictures have none of.
+const PARAMETERS: usize = 3;
 
 /// Titles of the table of a sweep.
 const TITLES: [&str; 15] = [
@@ -375,12 +411,11 @@ impl Verdicts {
         let mut models = Vec::new();
         for group in self.groups() {
             let label = label(group[0].case.as_deref(), &group[0].settings);
-            let alone = (group[0].verdicts.iter()).filter(|row| row.depth.is_some());
-            let alone = alone.count() == 1;
-            for (index, first) in group[0].verdicts.iter().enumerate() {
-                let (Some(depth), Some(macs)) = (first.depth, first.macs) else {
-                    continue;
-                };
+            let models_of: Vec<(usize, &Row, usize)> = (group[0].verdicts.iter().enumerate())
+                .filter_map(|(index, row)| Some((index, row, row.macs?)))
+                .collect();
+            let alone = models_of.len() == 1;
+            for (index, first, macs) in models_of {
                 let rows = group.iter().filter_map(|run| run.verdicts.get(index));
                 let fids: Vec<f64> = rows.map(|row| row.fid).collect();
                 models.push(Scored {
@@ -389,7 +424,7 @@ impl Verdicts {
                         (_, "") => first.model.clone(),
                         (_, label) => format!("{} of {label}", first.model),
                     },
-                    depth,
+                    depth: first.depth,
                     macs: macs as f64,
                     fid: mean_deviation(&fids).0,
                     speed: None,
@@ -456,7 +491,7 @@ impl Verdicts {
         // One case, or none: the column would say nothing.
         let cases = groups.len() > 1;
         let mut known = HashSet::new();
-        rows.retain(|row| row[DEPTH] != "-" || known.insert(row[1..].to_vec()));
+        rows.retain(|row| row[PARAMETERS] != "-" || known.insert(row[1..].to_vec()));
         if !cases {
             rows.iter_mut().for_each(|row| row[0] = "-".into());
         }
@@ -491,7 +526,7 @@ mod tests {
 
     fn verdicts() -> Verdicts {
         let run = |case: &str, seed: u64, fid: f64| {
-            let verdict = |model: &str, fid: f64, depth: Option<usize>| serde_json::json!({ "model": model, "depth": depth, "fid": fid, "inception_score": 9.0, "precision": 0.5, "recall": 0.25, "accuracy": 0.125 });
+            let verdict = |model: &str, fid: f64, depth: Option<usize>| serde_json::json!({ "model": model, "depth": depth, "parameters": depth, "fid": fid, "inception_score": 9.0, "precision": 0.5, "recall": 0.25, "accuracy": 0.125 });
             serde_json::json!({
                 "case": case, "settings": { "stage.a.lr": "1, 2" }, "seed": seed, "run": "x",
                 "verdicts": [verdict("real", 1.0, None), verdict("student", fid, Some(14))],
@@ -516,6 +551,7 @@ mod tests {
                 "case",
                 "model",
                 "depth",
+                "params",
                 "FID",
                 "IS",
                 "precision",
@@ -612,32 +648,46 @@ mod tests {
         let run = |case: &str, seed: u64, kept: &[usize], fid: f64| {
             serde_json::json!({ "case": case, "seed": seed, "run": "x", "verdicts": [
                 { "model": "teacher", "depth": 4, "fid": 5.0, "inception_score": 9.0 },
+                { "model": "prune", "kept": [3], "fid": 90.0, "inception_score": 9.0 },
                 { "model": "student", "kept": kept, "depth": 2, "fid": fid, "inception_score": 9.0 },
             ] })
         };
         let of = |runs: &[serde_json::Value]| -> Option<Choices> {
             let verdicts = serde_json::json!({ "runs": runs });
-            serde_json::from_value::<Verdicts>(verdicts)
-                .unwrap()
-                .choices()
+            let verdicts: Verdicts = serde_json::from_value(verdicts).unwrap();
+            verdicts.choices()
         };
         let a = [run("a", 0, &[0, 1], 10.0), run("a", 1, &[0, 2], 14.0)];
-        // One way alone is none of several.
-        assert!(of(&a).is_none());
+        assert!(of(&a).is_none(), "a single choice is nothing to compare");
         let [first, second] = a;
-        let choices = of(&[first, second, run("b", 0, &[1, 2], 9.0)]).unwrap();
-        let [a, b] = &choices.rows[..] else {
-            panic!("{choices:?}")
+        let b = run("b", 0, &[1, 2], 9.0);
+        let choices = of(&[first.clone(), second.clone(), b.clone()]).unwrap();
+        let choice = |name: &str, kept: [f64; 4], fid: (f64, f64)| Choice {
+            name: name.into(),
+            kept: kept.to_vec(),
+            fid,
         };
-        assert_eq!(
-            (a.name.as_str(), &a.kept[..]),
-            ("a", &[1.0, 0.5, 0.5, 0.0][..])
-        );
-        assert_eq!(a.score, (12.0, 8.0_f64.sqrt()));
-        assert_eq!(
-            (&b.kept[..], b.score),
-            (&[0.0, 1.0, 1.0, 0.0][..], (9.0, 0.0))
-        );
+        let expected = [
+            choice("b", [0.0, 1.0, 1.0, 0.0], (9.0, 0.0)),
+            choice("a", [1.0, 0.5, 0.5, 0.0], (12.0, 8.0_f64.sqrt())),
+        ];
+        assert_eq!(choices.rows(), expected);
+
+        // The same layers under another setting, and worse.
+        let mut longer = b.clone();
+        longer["settings"] = serde_json::json!({ "stage.student.steps": "9" });
+        longer["verdicts"][2]["fid"] = 11.0.into();
+        let choices = of(&[longer, first.clone(), second.clone(), b.clone()]).unwrap();
+        assert_eq!(choices.rows(), expected);
+
+        // What is counted otherwise, and what no recipe says.
+        let mut branches = b;
+        branches["verdicts"][2]["kept_of"] = 8.into();
+        let choices = of(&[first.clone(), second.clone(), branches.clone()]);
+        assert!(choices.is_none(), "{choices:?}");
+        branches["verdicts"][2]["kept_of"] = u64::MAX.into();
+        assert!(of(&[branches, first, second]).is_none());
+        assert!(of(&[run("c", 0, &[usize::MAX], 1.0)]).is_none());
     }
 
     #[test]
@@ -647,7 +697,7 @@ mod tests {
         assert_eq!(lines.len(), 1 + 8);
         assert!(lines[0].starts_with("case,stage.a.lr,seed,model,depth,"));
         assert!(
-            lines[2].starts_with("a,\"1, 2\",0,student,14,,,,,,,,10,,9,"),
+            lines[2].starts_with("a,\"1, 2\",0,student,14,14,,,,,,,10,,9,"),
             "{text}"
         );
         let columns = |line: &str| line.split(',').count();

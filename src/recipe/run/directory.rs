@@ -189,7 +189,15 @@ impl RunDirectory {
     fn open(path: PathBuf) -> Result<Self, RecipeError> {
         let lock_path = path.join(LOCK);
         let lock = lock_file(&lock_path).map_err(RecipeError::io(&lock_path))?;
-        match lock.try_lock() {
+        let mut taken = lock.try_lock();
+        for _ in 0..5 {
+            // Who only looks whether a run is held lets go of it at once.
+            if matches!(taken, Err(TryLockError::WouldBlock)) {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+                taken = lock.try_lock();
+            }
+        }
+        match taken {
             Ok(()) => Ok(Self {
                 measured: path.join("measured"),
                 path,
@@ -321,8 +329,7 @@ impl RunDirectory {
     }
 }
 
-/// A run's status. One that says it is running, while no process holds it, was killed: by the
-/// system, or together with another worker.
+/// A run's status. A run that says it is running, while no process holds its lock, was killed.
 pub(crate) fn read_status(run: &Path) -> Option<Status> {
     let text = std::fs::read_to_string(run.join("status.json")).ok()?;
     let mut status: Status = serde_json::from_str(&text).ok()?;
@@ -457,6 +464,15 @@ mod tests {
         assert_eq!(state(), "running");
         drop(run);
         assert_eq!(state(), "killed");
+        // Who looks does not keep others out.
+        let looks = File::open(path.join(LOCK)).unwrap();
+        looks.lock_shared().unwrap();
+        let gone = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            drop(looks);
+        });
+        drop(RunDirectory::open(path.clone()).unwrap());
+        gone.join().unwrap();
         std::fs::remove_file(path.join(LOCK)).unwrap();
         assert_eq!(state(), "running");
     }

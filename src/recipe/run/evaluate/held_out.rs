@@ -137,6 +137,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             let Provenance { images, chose, .. } = checkpoint.provenance;
             verdict.images = Some(images).filter(|images| *images > 0 && !chose);
             verdict.kept.clone_from(&checkpoint.provenance.kept);
+            verdict.kept_of = checkpoint.provenance.parent_depth;
             // Sample by sample all begin with the same noise and class.
             verdict.ssim = first.as_ref().and_then(|first| ssim(first, &samples));
             first.get_or_insert(samples);

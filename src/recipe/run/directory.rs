@@ -190,8 +190,8 @@ impl RunDirectory {
         let lock_path = path.join(LOCK);
         let lock = lock_file(&lock_path).map_err(RecipeError::io(&lock_path))?;
         let mut taken = lock.try_lock();
-        for _ in 0..5 {
-            // Who only looks whether a run is held lets go of it at once.
+        for _ in 0..25 {
+            // Who only looks whether a run is held lets go of it at once, on a busy machine too.
             if matches!(taken, Err(TryLockError::WouldBlock)) {
                 std::thread::sleep(std::time::Duration::from_millis(20));
                 taken = lock.try_lock();

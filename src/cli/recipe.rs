@@ -41,7 +41,8 @@ pub(super) struct RecipeArguments {
     /// Save and stop after this time, such as 3h50m, before a queue's own limit; `--resume` goes on
     #[arg(long, value_name = "TIME", value_parser = duration)]
     max_time: Option<Duration>,
-    /// Go on with the newest unfinished run of this recipe
+    /// Go on with the newest unfinished run of this recipe; of a sweep that has more runs now than
+    /// it had, run those
     #[arg(long)]
     resume: bool,
     /// Go on with the newest unfinished run of this very recipe, or begin one where there is

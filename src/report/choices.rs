@@ -7,6 +7,8 @@ const CELL: f64 = 15.0;
 const ROW: f64 = 20.0;
 const TOP: f64 = 58.0;
 const MARGIN: f64 = 14.0;
+/// Most choices that are drawn.
+const MOST: usize = 100;
 
 /// A way of choosing layers.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,28 +44,24 @@ impl Choices {
         &self.rows
     }
 
-    /// Leaves the best ones.
-    pub fn truncate(&mut self, most: usize) {
-        self.rows.truncate(most);
-    }
-
-    /// The drawing.
+    /// The drawing, of at most the hundred best; it says how many it leaves out.
     pub fn svg(&self) -> String {
-        let names = self.rows.iter().map(|row| text_width(&row.name));
+        let rows = &self.rows[..self.rows.len().min(MOST)];
+        let names = rows.iter().map(|row| text_width(&row.name));
         let left = 2.0 * MARGIN + names.fold(0.0, f64::max);
         let right = left + CELL * self.layers as f64;
-        let fids: Vec<String> = (self.rows.iter())
+        let fids: Vec<String> = (rows.iter())
             .map(|row| format!("{:.1} ± {:.1}", row.fid.0, row.fid.1))
             .collect();
         let widest = fids.iter().map(|fid| text_width(fid)).fold(0.0, f64::max);
         let title = 2.0 * MARGIN + 8.0 * Self::TITLE.len() as f64;
         let width = title.max(right + 2.0 * MARGIN + widest);
-        let bottom = TOP + ROW * self.rows.len() as f64;
+        let bottom = TOP + ROW * rows.len() as f64;
         let mut svg = Svg::new(width, bottom + 40.0);
         svg.text("title", (MARGIN, 26.0), Anchor::Start, Self::TITLE);
         let heading = (right + MARGIN, TOP - 8.0);
         svg.text("label", heading, Anchor::Start, "FID");
-        for (index, (row, fid)) in self.rows.iter().zip(&fids).enumerate() {
+        for (index, (row, fid)) in rows.iter().zip(&fids).enumerate() {
             let top = TOP + index as f64 * ROW;
             let middle = top + 0.5 * ROW + 4.0;
             svg.text("label", (left - MARGIN, middle), Anchor::End, &row.name);
@@ -83,7 +81,11 @@ impl Choices {
             svg.text("tick", (middle, bottom + 14.0), Anchor::Middle, &name);
         }
         let centre = ((left + right) / 2.0, bottom + 32.0);
-        svg.text("label", centre, Anchor::Middle, "layer");
+        let unseen = match self.rows.len() - rows.len() {
+            0 => "layer".to_owned(),
+            unseen => format!("layer (the table has {unseen} choices more)"),
+        };
+        svg.text("label", centre, Anchor::Middle, &unseen);
         svg.finish(Self::TITLE, "a row for each way of choosing")
     }
 
@@ -130,5 +132,22 @@ mod tests {
             let drawn = svg.matches(&format!("opacity=\"{shade}\"")).count();
             assert_eq!(drawn, count, "{shade}: {svg}");
         }
+    }
+
+    #[test]
+    fn a_drawing_says_what_it_leaves_out() {
+        let rows = |count: usize| {
+            let row = |index: usize| Choice {
+                name: format!("choice{index}."),
+                kept: vec![1.0],
+                fid: (index as f64, 0.0),
+            };
+            Choices::new((0..count).rev().map(row).collect())
+        };
+        let svg = rows(103).svg();
+        assert!(svg.contains("the table has 3 choices more"), "{svg}");
+        assert!(svg.contains("choice99.") && !svg.contains("choice100."));
+        assert_eq!(rows(103).csv().lines().count(), 1 + 103);
+        assert!(!rows(100).svg().contains("more"));
     }
 }

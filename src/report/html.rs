@@ -37,6 +37,7 @@ figcaption { font-size: .88rem }
 pre { overflow-x: auto; background: var(--tint); padding: .8rem; font-size: .85rem; line-height: 1.4 }
 details summary { cursor: pointer; color: var(--link) }
 nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .92rem }
+ul.runs { list-style: none; padding: 0; columns: 18rem; font-size: .92rem }
 .strip { display: flex; flex-wrap: wrap; gap: 2px }
 .strip span { min-width: 1.9em; text-align: center; font-size: .75rem; border: 1px solid var(--line); padding: 1px 2px; color: var(--pale) }
 .strip span.kept { background: var(--link); color: var(--paper); border-color: var(--link) }
@@ -162,10 +163,18 @@ impl Page {
         self.put(format_args!("<p class=\"pale\">{}</p>", links.join(" · ")));
     }
 
-    /// A line that leads to another page beside this one.
-    pub fn link(&mut self, target: &str, text: &str) {
-        let (target, text) = (escaped(target), escaped(text));
-        self.put(format_args!("<p><a href=\"{target}\">{text}</a></p>"));
+    /// Short lines, in columns where there is room; those with a target lead to another page
+    /// beside this one.
+    pub fn list(&mut self, items: &[(String, Option<String>)]) {
+        let items = items.iter().map(|(text, target)| {
+            let text = escaped(text);
+            match target {
+                Some(target) => format!("<li><a href=\"{}\">{text}</a></li>", escaped(target)),
+                None => format!("<li>{text}</li>"),
+            }
+        });
+        let items: String = items.collect();
+        self.put(format_args!("<ul class=\"runs\">{items}</ul>"));
     }
 
     /// Begins a row of figures, side by side where there is room.
@@ -381,6 +390,8 @@ mod tests {
         );
         page.picture(&[1, 2, 3], "samples");
         page.strip(&[0, 2], 3);
+        let target = "a&b/report.html".to_owned();
+        page.list(&[("1 < 2".into(), Some(target)), ("no page".into(), None)]);
         let text = page.finish("a lead", Some(30));
         for part in [
             "<title>Run &lt;1&gt;</title>",
@@ -390,6 +401,7 @@ mod tests {
             "content=\"30\"",
             "src=\"data:image/png;base64,AQID\"",
             "aria-label=\"kept layers: 0, 2 of 3\"",
+            "<li><a href=\"a&amp;b/report.html\">1 &lt; 2</a></li><li>no page</li></ul>",
         ] {
             assert!(text.contains(part), "`{part}` is missing:\n{text}");
         }
@@ -397,7 +409,7 @@ mod tests {
             assert!(!text.contains(outside), "{outside}");
         }
         for name in [
-            "div", "table", "figure", "details", "main", "header", "p", "h2",
+            "div", "table", "figure", "details", "main", "header", "p", "h2", "ul", "li",
         ] {
             let opened = text.matches(&format!("<{name}>")).count()
                 + text.matches(&format!("<{name} ")).count();

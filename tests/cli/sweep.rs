@@ -128,4 +128,31 @@ fn a_sweep_is_killed_and_goes_on_to_the_same_table() {
     assert_eq!(again.status, Some(2));
     let none = "no unfinished run to resume";
     assert!(again.stderr.contains(none), "{}", again.stderr);
+
+    // A case less, and a depth more: only what is new is run, and the table has what is asked for.
+    let (cases, untrained) = RECIPE
+        .split_once("[[sweep.case]]\n    name = 'teacher'")
+        .unwrap();
+    let untrained = &untrained[untrained.find("[[sweep.case]]").unwrap()..];
+    let grown = format!("{cases}{untrained}").replace("[6, 4]", "[6, 4, 2]");
+    place.write("many.toml", grown);
+    let grown = place.run(&["recipe", "many.toml", "--runs", "killed", "--resume"]);
+    let grown = grown.succeeded().stdout;
+    assert_eq!(grown.matches("seed=0: already done").count(), 4, "{grown}");
+    assert!(grown.contains("bi keep=2 seed=1 (8 of 10)"), "{grown}");
+    assert!(place.path("killed/many/001/011-bi-seed0").is_dir());
+    let (mut new, old): (Vec<_>, Vec<_>) =
+        (lines(&place, "killed").into_iter()).partition(|line| line.starts_with("bi,2,"));
+    assert_eq!(new.len(), 2 * 3);
+    new.retain(|line| line.contains(",student,2,"));
+    assert_eq!(new.len(), 2, "{new:?}");
+    let mut kept = expected.clone();
+    kept.retain(|line| !line.starts_with("teacher,"));
+    assert_eq!(old, kept);
+    let changed = RECIPE.replace("'first'\n    keep = 6", "'first'\n    keep = 5");
+    place.write("many.toml", changed.replace("batch = 8", "batch = 9"));
+    let changed = place.run(&["recipe", "many.toml", "--runs", "killed", "--resume"]);
+    assert_eq!(changed.status, Some(2));
+    let none = "no unfinished run to resume";
+    assert!(changed.stderr.contains(none), "{}", changed.stderr);
 }

@@ -1,8 +1,11 @@
 //! What runs have left, read from their folders, and the page that shows it.
 
+mod beside;
 mod figures;
 mod page;
+mod sweep_page;
 mod verdicts;
+mod words;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,7 +19,8 @@ use super::run::models::MODEL;
 use crate::report::{Grid, brief};
 use crate::weights::{Checkpoint, Provenance};
 
-pub use page::{write_page, write_sweep};
+pub use page::write_page;
+pub use sweep_page::write_sweep;
 pub use verdicts::Verdicts;
 
 /// File of the page, in a run's folder.

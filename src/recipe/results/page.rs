@@ -1,21 +1,18 @@
 //! The page of one run or of several.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::Verdicts;
+use super::beside::Beside;
 use super::figures::{self, Figure};
-use super::{
-    PAGE, Results, Scored, StageResults, comparable, compared, json, models, run_name, spent,
-    unlike,
-};
+use super::words::{best_row, verdict};
+use super::{Results, Scored, StageResults, comparable, compared, json, models, spent};
 use crate::pruning::uniform;
 use crate::recipe::RecipeError;
-use crate::recipe::run::directory::{EVALUATION, write_text};
+use crate::recipe::run::directory::EVALUATION;
 use crate::recipe::schema::prune::MAX_DEPTH;
-use crate::report::{Choices, Grid, Page, protocol_lines, rounded, thousands, verdict_grid};
+use crate::report::{Grid, Page, protocol_lines, thousands, verdict_grid};
 use crate::sampling::PICTURE_FILE;
 
 /// Figures that stages draw themselves, with the table beside each.
@@ -97,133 +94,6 @@ pub fn write_page(
     beside.finish(page, into, &lead(runs), renewed)
 }
 
-/// Writes the page of a sweep, as far as it has got.
-///
-/// # Errors
-/// When its verdicts can't be read, or a file can't be written.
-pub fn write_sweep(sweep: &Path, into: &Path) -> Result<PathBuf, RecipeError> {
-    let verdicts = Verdicts::read(sweep)?;
-    let mut beside = Beside::default();
-    let name = run_name(sweep);
-    let mut page = Page::new(&format!("TinyFusion: sweep {name}"));
-    page.section("Results");
-    let runs = verdicts.runs();
-    let protocols: Vec<Value> = (runs.iter())
-        .filter_map(|(_, folder)| protocol_of(&sweep.join(folder)))
-        .collect();
-    let differ: BTreeSet<String> = (protocols.iter())
-        .flat_map(|protocol| unlike(&protocols[0], protocol))
-        .collect();
-    let mut grid = verdicts.grid();
-    let alike = differ.is_empty();
-    if alike {
-        if let Some(said) = verdict(&verdicts.models()) {
-            page.paragraph("verdict", &said);
-        }
-        if let Some(remark) = verdicts.loss_and_fid() {
-            page.paragraph("verdict", &format!("{remark}."));
-        }
-        grid.best = best_row(&grid);
-    } else {
-        let differ: Vec<String> = differ.into_iter().collect();
-        let said = format!(
-            "The runs were measured by unlike protocols ({}), so that not all numbers of a column compare.",
-            differ.join(", ")
-        );
-        page.paragraph("verdict", &said);
-    }
-    beside.table(
-        &mut page,
-        &grid,
-        "Mean and standard deviation over the seeds, where there are several",
-    );
-    page.begin_figures();
-    if let Some(choices) = verdicts.choices() {
-        let drawn = (choices.svg(), choices.csv());
-        beside.drawing(&mut page, "choices", Choices::TITLE, drawn);
-    }
-    for (name, chart) in verdicts.charts() {
-        beside.show(&mut page, (name.to_owned(), chart), "");
-    }
-    page.end_figures();
-    page.section("Runs");
-    for (label, folder) in &runs {
-        let target = folder.join(PAGE);
-        match into == sweep && sweep.join(&target).exists() {
-            true => page.link(&target.to_string_lossy(), label),
-            false => page.paragraph("", &format!("{label}: {}", folder.display())),
-        }
-    }
-    if let (Some(shared), true) = (protocols.first(), alike) {
-        protocol(&mut page, shared);
-    }
-    let environments = (runs.iter())
-        .filter_map(|(_, folder)| json(&sweep.join(folder).join("environment.json")).ok()?);
-    if let Some(environment) = environments.into_iter().next() {
-        page.section("Environment of the first run");
-        page.table(&pairs(&environment), "");
-    }
-    let lead = format!("{} runs have been evaluated", runs.len());
-    beside.finish(page, into, &lead, None)
-}
-
-/// Files beside the page, by their names.
-#[derive(Default)]
-struct Beside(Vec<(String, String)>);
-
-impl Beside {
-    /// Puts a table on the page, with its other forms one click away and beside it.
-    fn table(&mut self, page: &mut Page, grid: &Grid, caption: &str) {
-        page.table(grid, caption);
-        let (csv, markdown, latex) = (grid.csv(), grid.markdown(), grid.latex());
-        page.downloads(&[
-            ("CSV", "models.csv", &csv),
-            ("Markdown", "models.md", &markdown),
-            ("LaTeX", "models.tex", &latex),
-        ]);
-        self.0.extend([
-            ("models.csv".into(), csv),
-            ("models.md".into(), markdown),
-            ("models.tex".into(), latex),
-        ]);
-    }
-
-    /// Writes the page, and its files beside it.
-    fn finish(
-        self,
-        page: Page,
-        into: &Path,
-        lead: &str,
-        renewed: Option<u32>,
-    ) -> Result<PathBuf, RecipeError> {
-        let folder = into.join("report");
-        std::fs::create_dir_all(&folder).map_err(RecipeError::io(&folder))?;
-        for (name, text) in &self.0 {
-            write_text(&folder.join(name), text)?;
-        }
-        let path = into.join(PAGE);
-        write_text(&path, &page.finish(lead, renewed))?;
-        Ok(path)
-    }
-
-    /// Puts a figure on the page, and its files beside it.
-    fn show(&mut self, page: &mut Page, (name, chart): Figure, prefix: &str) {
-        // What can't be drawn, such as a curve of one value that is not finite, is left out.
-        let Ok(svg) = chart.svg() else {
-            return;
-        };
-        let name = format!("{prefix}{name}");
-        self.drawing(page, &name, &chart.title, (svg, chart.csv()));
-    }
-
-    /// Puts a drawing on the page, with its data.
-    fn drawing(&mut self, page: &mut Page, name: &str, title: &str, (svg, csv): (String, String)) {
-        page.drawing(&svg, title, Some((&format!("{name}.csv"), &csv)));
-        self.0.push((format!("{name}.svg"), svg));
-        self.0.push((format!("{name}.csv"), csv));
-    }
-}
-
 /// What stands below the title.
 fn lead(runs: &[Results]) -> String {
     let [run] = runs else {
@@ -279,63 +149,6 @@ fn results(page: &mut Page, runs: &[Results], beside: &mut Beside) -> Result<(),
     }
     page.end_figures();
     Ok(())
-}
-
-/// The row of the lowest FID among those of models.
-fn best_row(grid: &Grid) -> Option<usize> {
-    let column = |title: &str| grid.titles.iter().position(|known| known == title);
-    // Real pictures have no parameters.
-    let (fid, parameters) = (column("FID")?, column("params")?);
-    let of_models = grid
-        .rows
-        .iter()
-        .enumerate()
-        .filter(|(_, row)| row[parameters] != "-");
-    // Of a mean and its deviation, the mean.
-    let value = |cell: &str| cell.split(' ').next()?.parse::<f64>().ok();
-    let scored = of_models.filter_map(|(index, row)| Some((index, value(&row[fid])?)));
-    scored
-        .min_by(|a, b| a.1.total_cmp(&b.1))
-        .map(|(index, _)| index)
-}
-
-/// The best of the models that compute less, or of all where none does, beside the largest and the
-/// next best.
-fn verdict(models: &[Scored]) -> Option<String> {
-    let largest = models
-        .iter()
-        .reduce(|a, b| if b.macs > a.macs { b } else { a })?;
-    let mut ranked: Vec<&Scored> = (models.iter())
-        .filter(|model| model.macs < largest.macs)
-        .collect();
-    let smaller = !ranked.is_empty();
-    if !smaller {
-        ranked = models.iter().collect();
-    }
-    ranked.sort_by(|a, b| a.fid.total_cmp(&b.fid));
-    let best = ranked.first()?;
-    let mut text = format!("{}: FID {}", best.name, rounded(best.fid));
-    let depths = best.depth.zip(largest.depth).filter(|(a, b)| a != b);
-    if let Some((depth, _)) = depths {
-        text += &format!(" with {depth} layers");
-    }
-    if smaller {
-        let pace = best.speed.zip(largest.speed);
-        let pace = pace.map_or_else(
-            || "beside".to_owned(),
-            |(fast, slow)| format!("{} times as fast as", rounded(fast / slow)),
-        );
-        let fid = rounded(largest.fid);
-        text += &format!(", {pace} {}, which has {fid}", largest.name);
-        if let Some((_, depth)) = depths {
-            text += &format!(" with {depth}");
-        }
-    }
-    text += ".";
-    if let Some(next) = ranked.iter().find(|model| model.name != best.name) {
-        text += &format!(" Next best: {}, {}.", next.name, rounded(next.fid));
-    }
-    Some(text)
 }
 
 /// Sample grids, with the same noise side by side.
@@ -558,7 +371,7 @@ fn meanwhile(stage: &StageResults) -> Result<Vec<(usize, Vec<u8>)>, RecipeError>
 }
 
 /// Keys and values, in two columns without titles.
-fn pairs(values: &Value) -> Grid {
+pub(super) fn pairs(values: &Value) -> Grid {
     let lines = protocol_lines(values).into_iter();
     Grid {
         titles: vec!["".into(), "".into()],
@@ -568,14 +381,14 @@ fn pairs(values: &Value) -> Grid {
 }
 
 /// How it was measured.
-fn protocol(page: &mut Page, protocol: &Value) {
+pub(super) fn protocol(page: &mut Page, protocol: &Value) {
     page.section("Protocol");
     let caption = "What the numbers can only be compared under";
     page.table(&pairs(protocol), caption);
 }
 
 /// The protocol of a run's last evaluation; none where it can't be read.
-fn protocol_of(run: &Path) -> Option<Value> {
+pub(super) fn protocol_of(run: &Path) -> Option<Value> {
     let stages = std::fs::read_dir(run).ok()?.flatten();
     let files = stages.map(|stage| stage.path().join(EVALUATION));
     let last = files.filter(|file| file.exists()).max()?;
@@ -627,65 +440,5 @@ fn prefix(run: &Results, named: bool) -> String {
     match named {
         true => format!("{}-", run.name.replace('/', "-")),
         false => String::new(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_best_of_the_smaller_models_comes_first() {
-        let scored = |name: &str, depth: Option<usize>, macs: f64, fid: f64| Scored {
-            name: name.into(),
-            depth,
-            macs,
-            fid,
-            speed: Some(600.0 / macs),
-            images: 0,
-        };
-        let teacher = scored("teacher", Some(28), 60.0, 20.0);
-        let said = |models: &[&Scored]| {
-            let models: Vec<Scored> = models.iter().map(|model| (*model).clone()).collect();
-            verdict(&models).unwrap()
-        };
-        let (a, b) = (
-            scored("a", Some(14), 30.0, 40.0),
-            scored("b", Some(14), 30.0, 30.0),
-        );
-        assert_eq!(
-            said(&[&teacher, &a, &b]),
-            "b: FID 30.0 with 14 layers, 2.00 times as fast as teacher, which has 20.0 with 28. Next best: a, 40.0."
-        );
-        // As deep, but narrower; and a network without layers.
-        let narrow = scored("narrow", Some(28), 30.0, 40.0);
-        assert_eq!(
-            said(&[&teacher, &narrow]),
-            "narrow: FID 40.0, 2.00 times as fast as teacher, which has 20.0."
-        );
-        let unet = scored("unet", None, 30.0, 40.0);
-        assert_eq!(
-            said(&[&teacher, &unet]),
-            "unet: FID 40.0, 2.00 times as fast as teacher, which has 20.0."
-        );
-        assert_eq!(said(&[&a, &b]), "b: FID 30.0. Next best: a, 40.0.");
-        assert!(verdict(&[]).is_none());
-    }
-
-    #[test]
-    fn the_best_row_is_that_of_a_model() {
-        let row = |cells: [&str; 3]| cells.map(str::to_owned).to_vec();
-        let mut grid = Grid {
-            titles: row(["model", "params", "FID"]),
-            rows: vec![
-                row(["real", "-", "1.00 ± 0.00"]),
-                row(["a", "2M", "30.00 ± 4.00"]),
-                row(["b", "1M", "9.00 ± 1.00"]),
-            ],
-            best: None,
-        };
-        assert_eq!(best_row(&grid), Some(2));
-        grid.rows.truncate(1);
-        assert_eq!(best_row(&grid), None);
     }
 }

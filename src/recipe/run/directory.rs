@@ -50,6 +50,10 @@ pub struct RunDirectory {
     _lock: File,
 }
 
+/// The resolved recipe of a run that goes on, from the one it was started with: the same, or one
+/// with more to do; none where they are unlike.
+pub type Continued<'a> = &'a dyn Fn(&str) -> Option<String>;
+
 /// Whether to go on with the newest unfinished run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
@@ -62,7 +66,8 @@ pub enum Resume {
 }
 
 impl RunDirectory {
-    /// The directory of a new run with this resolved recipe, or of the newest unfinished one.
+    /// The directory of a new run with this resolved recipe, or of one to resume: the newest
+    /// unfinished one, or, where a person asks for it, the newest that this recipe adds to.
     ///
     /// # Errors
     /// When it can't be made, or there is none to resume.
@@ -70,14 +75,15 @@ impl RunDirectory {
         runs: &Path,
         recipe: &str,
         resolved: &str,
+        continued: Continued<'_>,
         resume: Resume,
     ) -> Result<Self, RecipeError> {
-        let unfinished = match resume {
+        let known = match resume {
             Resume::No => None,
-            Resume::Yes => Some(Self::unfinished(runs, recipe, resolved)?),
-            Resume::IfAny => Self::newest(runs, recipe, resolved)?.0,
+            Resume::Yes => Some(Self::unfinished(runs, recipe, continued)?),
+            Resume::IfAny => Self::newest(runs, recipe, continued)?.0,
         };
-        if let Some(directory) = unfinished {
+        if let Some(directory) = known {
             return directory.resume();
         }
         let directory = Self::create(runs, recipe)?;
@@ -137,14 +143,23 @@ impl RunDirectory {
         }
     }
 
-    /// The newest run of a recipe that has not finished and was started with this resolved recipe.
-    /// One that was stopped before it had noted its recipe has nothing to go on with, and is passed
-    /// over.
+    /// The newest run of a recipe that has not finished and was started with this recipe, or the
+    /// newest of all if this recipe adds to it. One that was stopped before it had noted its recipe
+    /// has nothing to go on with, and is passed over.
     ///
     /// # Errors
     /// When there is none.
-    pub fn unfinished(runs: &Path, recipe: &str, resolved: &str) -> Result<Self, RecipeError> {
-        match Self::newest(runs, recipe, resolved)? {
+    pub fn unfinished(
+        runs: &Path,
+        recipe: &str,
+        continued: Continued<'_>,
+    ) -> Result<Self, RecipeError> {
+        let (unfinished, other) = Self::newest(runs, recipe, continued)?;
+        let known = match unfinished {
+            Some(directory) => Some(directory),
+            None => Self::grown(runs, recipe, continued)?,
+        };
+        match (known, other) {
             (Some(directory), _) => Ok(directory),
             (None, Some(other)) => Err(RecipeError::Run(format!(
                 "{}: the recipe has changed since this run was started, so it can't be resumed; its own recipe is in \
@@ -158,12 +173,40 @@ impl RunDirectory {
         }
     }
 
-    /// The newest unfinished run with this resolved recipe; where there is none, the folder of the
-    /// newest with another.
+    /// The newest run, if this recipe adds to it, with what it adds noted; finished or not.
+    fn grown(
+        runs: &Path,
+        recipe: &str,
+        continued: Continued<'_>,
+    ) -> Result<Option<Self>, RecipeError> {
+        let folder = runs.join(recipe);
+        let Some(number) = numbers(&folder).pop() else {
+            return Ok(None);
+        };
+        let path = folder.join(format!("{number:03}"));
+        let noted = std::fs::read_to_string(path.join(RESOLVED)).ok();
+        let grown = noted.and_then(|noted| continued(&noted).filter(|grown| *grown != noted));
+        let Some(grown) = grown else {
+            return Ok(None);
+        };
+        let directory = Self::open(path)?;
+        // In this order: a run that has ended is not gone on with.
+        directory.set_status(&Status {
+            state: "interrupted".into(),
+            stage: String::new(),
+            seconds: 0.0,
+            error: None,
+        })?;
+        directory.write(RESOLVED, &grown)?;
+        Ok(Some(directory))
+    }
+
+    /// The newest unfinished run with this recipe; where there is none, the folder of the newest
+    /// with another.
     fn newest(
         runs: &Path,
         recipe: &str,
-        resolved: &str,
+        continued: Continued<'_>,
     ) -> Result<(Option<Self>, Option<PathBuf>), RecipeError> {
         let folder = runs.join(recipe);
         let unfinished =
@@ -177,7 +220,7 @@ impl RunDirectory {
             let Ok(noted) = std::fs::read_to_string(path.join(RESOLVED)) else {
                 continue;
             };
-            if noted == resolved {
+            if continued(&noted).is_some_and(|whole| whole == noted) {
                 return Ok((Some(Self::open(path)?), None));
             }
             other = other.or(Some(path));
@@ -408,7 +451,10 @@ mod tests {
         };
         second.set_status(&finished).unwrap();
         // One that has noted nothing is passed over.
-        let unfinished = |resolved: &str| RunDirectory::unfinished(folder.path(), "a", resolved);
+        let unfinished = |resolved: &str| {
+            let same = |noted: &str| (noted == resolved).then(|| resolved.to_owned());
+            RunDirectory::unfinished(folder.path(), "a", &same)
+        };
         let none = unfinished("x = 1").unwrap_err().to_string();
         assert!(none.contains("no unfinished run"), "{none}");
         first.write(RESOLVED, "x = 1").unwrap();
@@ -431,8 +477,9 @@ mod tests {
     #[test]
     fn a_run_is_begun_where_none_of_its_recipe_is_unfinished() {
         let folder = tempfile::tempdir().unwrap();
-        let take = |resolved, resume| {
-            let taken = RunDirectory::take(folder.path(), "a", resolved, resume).unwrap();
+        let take = |resolved: &str, resume| {
+            let same = |noted: &str| (noted == resolved).then(|| resolved.to_owned());
+            let taken = RunDirectory::take(folder.path(), "a", resolved, &same, resume).unwrap();
             let name = taken.path().file_name().unwrap().to_str().unwrap();
             (name.to_owned(), taken.resumed())
         };

@@ -136,7 +136,9 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
         .recipe
         .to_toml()
         .map_err(|error| RecipeError::Run(error.to_string()))?;
-    let (directory, _scratch) = take(options, &plan.recipe.name, &resolved)?;
+    let (directory, _scratch) = take(options, &plan.recipe.name, &resolved, &|noted| {
+        (noted == resolved).then(|| resolved.clone())
+    })?;
     run_in(directory, plan, options)
 }
 

@@ -1,12 +1,13 @@
 //! Running a sweep: each of its recipes in a folder of its own, and one table of all verdicts.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::directory::{Status, json, read_status};
+use super::directory::{RESOLVED, Status, json, read_status};
 use super::together::{can_share, take};
 use super::{Options, run_in};
 use crate::recipe::RecipeError;
@@ -16,7 +17,8 @@ use crate::recipe::schema::sweep::Point;
 
 /// Runs every point of a sweep, and returns the sweep's directory with all verdicts, which are
 /// written there after each run: `sweep.json` and `sweep.csv`. An interrupted sweep is resumed at
-/// the run that it was at.
+/// the run that it was at, one that has grown with the runs that are new; what it asks for no more
+/// stays in its folder, and is in no table.
 ///
 /// # Errors
 /// When a run fails, or a person interrupts.
@@ -43,7 +45,15 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| RecipeError::Run(error.to_string()))?;
     let name = &points[0].recipe.name;
-    let (directory, _scratch) = take(options, name, &resolved(points, &recipes))?;
+    let fresh = Folders::default().with(points, &recipes).to_toml();
+    let (directory, _scratch) = take(options, name, &fresh, &|noted| {
+        Folders::continued(noted, points, &recipes).map(|folders| folders.to_toml())
+    })?;
+    let unreadable = |error: toml::de::Error| {
+        let path = directory.path().join(RESOLVED);
+        RecipeError::Run(format!("{}: {error}", path.display()))
+    };
+    let folders: Folders = toml::from_str(&directory.read(RESOLVED)?).map_err(unreadable)?;
     crate::say!(
         "sweep of {} runs in {}",
         points.len(),
@@ -59,8 +69,9 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         })
     };
     let mut verdicts = Verdicts::default();
-    for (index, ((point, plan), resolved)) in points.iter().zip(&plans).zip(&recipes).enumerate() {
-        let at = folder_name(index, point);
+    let runs = points.iter().zip(&plans).zip(&recipes).zip(&folders.runs);
+    for (index, (((point, plan), resolved), folder)) in runs.enumerate() {
+        let at = folder.name.clone();
         let folder = directory.path().join(&at);
         if read_status(&folder).is_some_and(|status| status.state == "finished") {
             crate::say!("{point}: already done");
@@ -99,23 +110,135 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
     Ok((directory.path().to_owned(), verdicts))
 }
 
-/// `007-learned-seed1`: the case's folder is found by its name.
-fn folder_name(index: usize, point: &Point) -> String {
-    let case = point.case.as_ref().map(|case| format!("{case}-"));
-    let case = case.unwrap_or_default();
-    format!("{:03}-{case}seed{}", index + 1, point.recipe.seed)
+/// The folders of a sweep's runs: of those that it asks for in its order, then of those that it
+/// asked for before.
+#[derive(Serialize, Deserialize, Default)]
+struct Folders {
+    #[serde(rename = "run")]
+    runs: Vec<Folder>,
 }
 
-/// What a sweep is resumed by: each run's recipe, by its SHA-256.
-fn resolved(points: &[Point], recipes: &[String]) -> String {
-    let mut text = String::from("# Each run's recipe is in its folder.\n");
-    for (index, (point, recipe)) in points.iter().zip(recipes).enumerate() {
-        let _ = write!(
-            text,
-            "\n[[run]]\nfolder = {:?}\nrecipe_sha256 = \"{:x}\"\n",
-            folder_name(index, point),
-            Sha256::digest(recipe)
-        );
+/// A run's folder, such as `007-learned-seed1`, and what its recipe is known by.
+#[derive(Serialize, Deserialize)]
+struct Folder {
+    #[serde(rename = "folder")]
+    name: String,
+    recipe_sha256: String,
+}
+
+impl Folder {
+    /// Its number; none of what is no folder within the sweep's.
+    fn number(&self) -> Option<u64> {
+        let name = Path::new(&self.name);
+        let inner = name.file_name() == Some(name.as_os_str());
+        let number = self.name.split('-').next()?.parse::<u32>().ok()?;
+        inner.then_some(number.into())
     }
-    text
+}
+
+impl Folders {
+    /// Gives every recipe the folder that it has already, or one with the next free number.
+    fn with(self, points: &[Point], recipes: &[String]) -> Self {
+        let mut before = self.runs;
+        let mut last = before.iter().filter_map(Folder::number).max().unwrap_or(0);
+        let mut runs = Vec::new();
+        for (point, recipe) in points.iter().zip(recipes) {
+            let recipe_sha256 = format!("{:x}", Sha256::digest(recipe));
+            let known = |folder: &Folder| folder.recipe_sha256 == recipe_sha256;
+            if let Some(index) = before.iter().position(known) {
+                runs.push(before.remove(index));
+                continue;
+            }
+            last += 1;
+            let case = point.case.as_ref().map(|case| format!("{case}-"));
+            let case = case.unwrap_or_default();
+            let name = format!("{last:03}-{case}seed{}", point.recipe.seed);
+            runs.push(Folder {
+                name,
+                recipe_sha256,
+            });
+        }
+        runs.extend(before);
+        Self { runs }
+    }
+
+    /// The folders of these points among those that are noted; none where no run was asked for
+    /// before, or the note is no sweep's.
+    fn continued(noted: &str, points: &[Point], recipes: &[String]) -> Option<Self> {
+        let before: Self = toml::from_str(noted).ok()?;
+        if !before.runs.iter().all(|run| run.number().is_some()) {
+            return None;
+        }
+        let runs = before.runs.len();
+        let now = before.with(points, recipes);
+        (now.runs.len() < runs + points.len()).then_some(now)
+    }
+
+    fn to_toml(&self) -> String {
+        let mut text = String::from("# Each run's recipe is in its folder.\n");
+        for run in &self.runs {
+            let _ = write!(
+                text,
+                "\n[[run]]\nfolder = {:?}\nrecipe_sha256 = {:?}\n",
+                run.name, run.recipe_sha256
+            );
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::ops::Range;
+
+    use super::*;
+    use crate::recipe::document::Document;
+    use crate::recipe::schema::Recipe;
+
+    #[test]
+    fn a_sweep_that_grows_keeps_the_folders_it_has() {
+        let text = "[[stage]]\nkind = 'prune'\nfrom = 'embedded:digits-teacher'\nmethod = 'first'\nkeep = 6";
+        let document = Document::parse("a.toml".as_ref(), text).unwrap();
+        let recipe = Recipe::from_document(&document).unwrap();
+        let points: Vec<Point> = (0..4)
+            .map(|seed| Point {
+                case: (seed > 1).then(|| "late".to_owned()),
+                settings: BTreeMap::new(),
+                recipe: Recipe {
+                    seed,
+                    ..recipe.clone()
+                },
+            })
+            .collect();
+        let recipes: Vec<String> = (0..4).map(|seed| format!("seed = {seed}")).collect();
+        let of = |range: Range<usize>| (&points[range.clone()], &recipes[range]);
+        let names = |folders: &Folders| -> Vec<String> {
+            folders.runs.iter().map(|run| run.name.clone()).collect()
+        };
+        let (some, texts) = of(1..3);
+        let begun = Folders::default().with(some, texts);
+        assert_eq!(names(&begun), ["001-seed1", "002-late-seed2"]);
+        let noted = begun.to_toml();
+        let same = Folders::continued(&noted, some, texts).unwrap();
+        assert_eq!(same.to_toml(), noted);
+        let grown = Folders::continued(&noted, &points, &recipes).unwrap();
+        let all = ["003-seed0", "001-seed1", "002-late-seed2", "004-late-seed3"];
+        assert_eq!(names(&grown), all);
+        // What is asked for no more comes last, and is known when it is asked for again.
+        let (some, texts) = of(0..1);
+        let fewer = Folders::continued(&grown.to_toml(), some, texts).unwrap();
+        let last = ["003-seed0", "001-seed1", "002-late-seed2", "004-late-seed3"];
+        assert_eq!(names(&fewer), last);
+        let again = Folders::continued(&fewer.to_toml(), &points, &recipes).unwrap();
+        assert_eq!(names(&again), all);
+        let (other, texts) = of(3..4);
+        assert!(Folders::continued(&noted, other, texts).is_none());
+        assert!(Folders::continued("seed = 0", other, texts).is_none());
+        for outside in ["../001", "/001", "001/..", "001/", "x"] {
+            let noted = noted.replace("001-seed1", outside);
+            let known = Folders::continued(&noted, &points, &recipes);
+            assert!(known.is_none(), "{outside}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::DONE;
 use super::Options;
-use super::directory::{Resume, RunDirectory};
+use super::directory::{Continued, Resume, RunDirectory};
 use crate::files::{lock_file, write_atomic};
 use crate::recipe::RecipeError;
 use crate::recipe::plan::Plan;
@@ -63,6 +63,7 @@ pub(super) fn take(
     options: &Options,
     recipe: &str,
     resolved: &str,
+    continued: Continued<'_>,
 ) -> Result<(RunDirectory, Option<Scratch>), RecipeError> {
     let workers = &*options.workers;
     let version = format!(
@@ -77,7 +78,8 @@ pub(super) fn take(
         agree(workers, what, text.as_bytes()).map_err(RecipeError::Run)?;
     }
     if workers.leads() {
-        let directory = RunDirectory::take(&options.runs, recipe, resolved, options.resume)?;
+        let directory =
+            RunDirectory::take(&options.runs, recipe, resolved, continued, options.resume)?;
         let resumed = directory.resumed();
         workers.broadcast(vec![u8::from(resumed)]);
         if resumed && workers.size() > 1 {
@@ -93,7 +95,7 @@ pub(super) fn take(
     if resume == Resume::Yes {
         receive(workers, &scratch.path.join(recipe).join("001"))?;
     }
-    let directory = RunDirectory::take(&scratch.path, recipe, resolved, resume)?;
+    let directory = RunDirectory::take(&scratch.path, recipe, resolved, continued, resume)?;
     Ok((directory, Some(scratch)))
 }
 

@@ -126,7 +126,7 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
         false => "the same command with `--resume`",
     };
     let Some(sweep) = &recipe.sweep else {
-        let plan = Plan::new(&recipe)?;
+        let plan = Plan::shared(&recipe, workers.size())?;
         if arguments.dry_run {
             can_share(&plan, workers)?;
             crate::tell!("{plan}");
@@ -146,7 +146,7 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
         point.recipe.backend = own.or(Some(backend));
     }
     if arguments.dry_run {
-        return outline(&points);
+        return outline(&points, workers.size());
     }
     let (directory, verdicts) = how_to_go_on(
         run_sweep(&points, &options(listen_within(arguments.max_time)?)),
@@ -183,10 +183,10 @@ fn listen_within(limit: Option<Duration>) -> Result<Stop, CliError> {
 }
 
 /// What a sweep would do.
-fn outline(points: &[Point]) -> Result<(), CliError> {
+fn outline(points: &[Point], workers: usize) -> Result<(), CliError> {
     let mut flops = 0.0;
     for point in points {
-        let plan = Plan::new(&point.recipe)?;
+        let plan = Plan::shared(&point.recipe, workers)?;
         let of_run: f64 = plan.stages.iter().map(|stage| stage.flops).sum();
         crate::tell!(
             "{point}: {} stages, {} FLOPs",
@@ -202,7 +202,8 @@ fn outline(points: &[Point]) -> Result<(), CliError> {
         .rev()
         .max_by_key(|point| point.recipe.stages.len());
     if let Some(point) = example {
-        crate::tell!("\n{point}:\n{}", Plan::new(&point.recipe)?);
+        let plan = Plan::shared(&point.recipe, workers)?;
+        crate::tell!("\n{point}:\n{plan}");
     }
     Ok(())
 }

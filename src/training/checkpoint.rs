@@ -1,11 +1,11 @@
 //! Checkpoint files with everything needed to continue a training bit for bit.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use crate::ops::TrainingBackend;
-use burn::module::{AutodiffModule, ModuleVisitor, Param};
-use burn::tensor::{Tensor, TensorData, TensorPrimitive};
+use burn::module::{AutodiffModule, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::ema::Ema;
@@ -16,6 +16,7 @@ use crate::state::{Array, StateDict, Walk, collect, floats, names, overlay};
 use crate::weights::{
     Description, EMA, FIXED, MODEL, MOMENTS, TRAINING, read_safetensors, write_safetensors,
 };
+use crate::workers::Workers;
 
 /// State of a training loop. Data order, noise and learning rate are functions of the step, so they
 /// need no state but the step.
@@ -95,11 +96,12 @@ impl Store {
         steps
     }
 
-    /// Saves a checkpoint, then deletes all but the best and the last few that the training keeps.
+    /// Saves a checkpoint, of all workers at once, of which the first writes; then deletes all but the best and the last few that the training keeps.
     /// If the training describes the model, the file does too and holds the whole model, including
     /// the parameters that don't learn.
     pub(super) fn save<B: TrainingBackend, M: AutodiffModule<B>>(
         &self,
+        workers: &dyn Workers,
         position: &Position,
         model: &M,
         ema: &Ema<B::InnerBackend>,
@@ -110,6 +112,15 @@ impl Store {
             path: self.directory.clone(),
             problem: error.to_string(),
         };
+        if !workers.leads() && !training.optimisation.shard_optimizer {
+            return Ok(());
+        }
+        // What the workers have divided comes together.
+        let averaged = ema.apply(model.valid());
+        let gathered = optimizer.gathered();
+        if !workers.leads() {
+            return Ok(());
+        }
         let mut state = StateDict::new();
         let mut put = |prefix: &str, part: StateDict| {
             state.extend(
@@ -120,7 +131,7 @@ impl Store {
         let weights = learning::<B, M>(model);
         // A module of the inner backend has no gradient flags; the parameter names tell what
         // learns.
-        let mut averages = collect::<B::InnerBackend, M::InnerModule>(&ema.apply(model.valid()));
+        let mut averages = collect::<B::InnerBackend, M::InnerModule>(&averaged);
         let fixed = match training.description {
             Some(_) => (averages.iter())
                 .filter(|(name, _)| !weights.contains_key(*name))
@@ -132,7 +143,7 @@ impl Store {
         put(EMA, averages);
         put(MODEL, weights);
         put(FIXED, fixed);
-        let moments = moments::<B, M>(model, optimizer);
+        let moments = moments::<B, M>(model, gathered);
         let count = moments.len();
         put(MOMENTS, moments);
         let position = Position {
@@ -359,32 +370,29 @@ fn learning_names<B: TrainingBackend, M: AutodiffModule<B>>(model: &M) -> Vec<St
     visit(model, Names(Vec::new())).0
 }
 
-fn moments<B: TrainingBackend, M: AutodiffModule<B>>(model: &M, optimizer: &AdamW<B>) -> StateDict {
-    struct Collect<'a, B: TrainingBackend>(&'a AdamW<B>, StateDict);
-    impl<B: TrainingBackend> Each<B> for Collect<'_, B> {
+fn moments<B: TrainingBackend, M: AutodiffModule<B>>(
+    model: &M,
+    gathered: HashMap<ParamId, Vec<f32>>,
+) -> StateDict {
+    struct Collect(HashMap<ParamId, Vec<f32>>, StateDict);
+    impl<B: TrainingBackend> Each<B> for Collect {
         fn each<const D: usize>(&mut self, name: String, param: &Param<Tensor<B, D>>) {
-            let moments = self.0.moments();
-            if let Some(Moments {
-                first,
-                second,
-                time,
-            }) = moments.get(&param.id)
-            {
-                let tensor = |primitive: &_| {
-                    Tensor::<B::InnerBackend, D>::from_primitive(TensorPrimitive::Float(
-                        Clone::clone(primitive),
-                    ))
-                };
-                self.1.insert(format!("first.{name}"), array(tensor(first)));
-                self.1
-                    .insert(format!("second.{name}"), array(tensor(second)));
-                // Exact below 2^24 updates; beyond, Adam's corrections round to 1.
-                self.1
-                    .insert(format!("time.{name}"), Array::new([1], vec![*time as f32]));
+            let Some(mut first) = self.0.remove(&param.id) else {
+                return;
+            };
+            let shape = param.val().dims();
+            let second = first.split_off(1 + shape.iter().product::<usize>());
+            let time = first.remove(0);
+            for (which, array) in [
+                ("first", Array::new(shape, first)),
+                ("second", Array::new(shape, second)),
+                ("time", Array::new([1], vec![time])),
+            ] {
+                self.1.insert(format!("{which}.{name}"), array);
             }
         }
     }
-    visit(model, Collect(optimizer, StateDict::new())).1
+    visit(model, Collect(gathered, StateDict::new())).1
 }
 
 fn restore_moments<B: TrainingBackend, M: AutodiffModule<B>>(
@@ -401,6 +409,9 @@ fn restore_moments<B: TrainingBackend, M: AutodiffModule<B>>(
             else {
                 return;
             };
+            if !self.0.owns(param.id) {
+                return;
+            }
             let device = param.val().device();
             let primitive = |array: &Array| {
                 let data = TensorData::new(array.data.clone(), array.shape.clone());

@@ -1,12 +1,14 @@
 //! Exponential moving average of parameters.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use burn::module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, TensorMetadata, TensorPrimitive};
 
+use super::shards::Shards;
 use crate::ops::FusedOps;
 
 /// The decay of the update after `step` earlier ones: at most `decay`, and
@@ -26,6 +28,8 @@ pub fn share_of_start(decay: f64, steps: usize) -> f64 {
 pub struct Ema<B: Backend> {
     decay: f64,
     averages: HashMap<ParamId, FloatTensor<B>>,
+    /// Which averages are this worker's, where several divide them.
+    shards: Option<Arc<Shards>>,
 }
 
 impl<B: FusedOps> Ema<B> {
@@ -37,9 +41,19 @@ impl<B: FusedOps> Ema<B> {
         let mut ema = Self {
             decay,
             averages: HashMap::new(),
+            shards: None,
         };
         ema.visit(module, |_, value| value);
         ema
+    }
+
+    /// With averages that several workers divide among them.
+    pub(super) fn sharded(mut self, shards: Option<Arc<Shards>>) -> Self {
+        if let Some(shards) = &shards {
+            self.averages.retain(|id, _| shards.owns(*id));
+        }
+        self.shards = shards;
+        self
     }
 
     /// Moves the average towards the current parameters by its own decay, as the reference does.
@@ -78,6 +92,7 @@ impl<B: FusedOps> Ema<B> {
     ) {
         struct Visit<'a, B: Backend, F> {
             averages: &'a mut HashMap<ParamId, FloatTensor<B>>,
+            shards: Option<&'a Shards>,
             rule: F,
         }
         impl<AB, F> ModuleVisitor<AB> for Visit<'_, AB::InnerBackend, F>
@@ -90,7 +105,8 @@ impl<B: FusedOps> Ema<B> {
         {
             fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<AB, D>>) {
                 let tensor = param.val();
-                if tensor.is_require_grad() {
+                let owns = self.shards.is_none_or(|shards| shards.owns(param.id));
+                if tensor.is_require_grad() && owns {
                     let value = tensor.inner().into_primitive().tensor();
                     let average = (self.rule)(self.averages.remove(&param.id), value);
                     self.averages.insert(param.id, average);
@@ -99,11 +115,13 @@ impl<B: FusedOps> Ema<B> {
         }
         module.visit(&mut Visit::<B, _> {
             averages: &mut self.averages,
+            shards: self.shards.as_deref(),
             rule,
         });
     }
 
-    /// `module` with its learning parameters replaced by their averages.
+    /// `module` with its learning parameters replaced by their averages. Where several workers
+    /// divide them (`shard_optimizer`), all of them call it at the same step.
     pub fn apply<M: Module<B>>(&self, module: M) -> M {
         struct Apply<'a, B: Backend>(&'a HashMap<ParamId, FloatTensor<B>>);
         impl<B: Backend> ModuleMapper<B> for Apply<'_, B> {
@@ -121,7 +139,11 @@ impl<B: FusedOps> Ema<B> {
                 Param::from_mapped_value(id, tensor, mapper)
             }
         }
-        module.map(&mut Apply::<B>(&self.averages))
+        let module = module.map(&mut Apply::<B>(&self.averages));
+        match &self.shards {
+            Some(shards) => shards.together::<B, M>(module),
+            None => module,
+        }
     }
 
     /// Replaces the averages by the values in `module` of the same parameters.

@@ -20,6 +20,7 @@ use super::dashboard::Dashboard;
 use super::metrics::{Curve, StepReport};
 use super::optimizer::{AdamW, ParameterGroup};
 use super::renderer::Quiet;
+use super::shards::Shards;
 use super::strategy::{Ended, Steps};
 use super::{Ema, Training, TrainingError};
 use crate::stop::Stop;
@@ -149,8 +150,10 @@ where
             workers,
         } = self;
         let optimisation = &training.optimisation;
-        let optimizer = AdamW::new(optimisation.weight_decay, groups);
-        let mut ema = Ema::new(&model, optimisation.ema);
+        let divided = optimisation.shard_optimizer && workers.size() > 1;
+        let shards = divided.then(|| Arc::new(Shards::new::<B, M>(workers.clone(), &model)));
+        let optimizer = AdamW::new(optimisation.weight_decay, groups).sharded(shards.clone());
+        let mut ema = Ema::new(&model, optimisation.ema).sharded(shards);
         let fresh = Position {
             step: 0,
             skipped: 0,

@@ -16,6 +16,7 @@ mod optimizer;
 mod panics;
 pub(crate) mod renderer;
 mod schedule;
+mod shards;
 mod strategy;
 mod together;
 mod trackers;

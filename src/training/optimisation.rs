@@ -40,6 +40,12 @@ pub struct Optimisation {
     /// go on.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub keep_checkpoints: bool,
+    /// Whether several workers divide the moments and the averages among them (stage 1 of ZeRO), so
+    /// that each needs the memory of its share alone; the result is the same.
+    ///
+    /// Left out of the resolved recipe where they don't, as above.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub shard_optimizer: bool,
     /// Steps between lines of metrics.
     pub log_every: usize,
     /// Consecutive steps with a loss that is not finite after which the run is given up.
@@ -64,6 +70,7 @@ impl Optimisation {
             checkpoint_every: (steps / 5).max(1),
             keep_last: 2,
             keep_checkpoints: false,
+            shard_optimizer: false,
             log_every: (steps / 50).max(1),
             max_bad_steps: 20,
         }

@@ -9,9 +9,11 @@ use burn::module::{AutodiffModule, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::{GradientsParams, MultiGradientsParams, Optimizer};
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{Tensor, TensorPrimitive};
+use burn::tensor::{Tensor, TensorMetadata, TensorPrimitive};
 
+use super::shards::Shards;
 use crate::ops::{AdamWState, AdamWStep, FusedOps, TrainingBackend};
+use crate::state::floats;
 
 /// Parameters with a learning rate of their own.
 #[derive(Debug, Clone)]
@@ -45,6 +47,8 @@ pub struct AdamW<B: AutodiffBackend> {
     moments: Arc<Mutex<HashMap<ParamId, Moments<B::InnerBackend>>>>,
     /// Factor of the gradients in the next step.
     gradient_scale: Arc<Mutex<f64>>,
+    /// Which moments are this worker's, where several divide them.
+    shards: Option<Arc<Shards>>,
 }
 
 impl<B: TrainingBackend> AdamW<B> {
@@ -57,7 +61,18 @@ impl<B: TrainingBackend> AdamW<B> {
             groups,
             moments: Arc::default(),
             gradient_scale: Arc::new(Mutex::new(1.0)),
+            shards: None,
         }
+    }
+
+    /// With moments that several workers divide among them. Each step is then one of all workers.
+    pub(super) fn sharded(self, shards: Option<Arc<Shards>>) -> Self {
+        Self { shards, ..self }
+    }
+
+    /// Whether the moments of a parameter are this worker's.
+    pub(super) fn owns(&self, id: ParamId) -> bool {
+        self.shards.as_ref().is_none_or(|shards| shards.owns(id))
     }
 
     /// Sets the factor of the next step's gradients, which are sums over `parts` batches: to their
@@ -80,6 +95,34 @@ impl<B: TrainingBackend> AdamW<B> {
         let bounded = by < 1.0 && norm.is_finite();
         *self.gradient_scale.lock() = if bounded { by * share } else { share };
         norm
+    }
+
+    /// Each parameter's number of updates, then its first moments and its second. Where several
+    /// workers divide them, all of them call it at once, and the first one alone has them.
+    pub(super) fn gathered(&self) -> HashMap<ParamId, Vec<f32>> {
+        let values = |moment: &FloatTensor<B::InnerBackend>| {
+            let flat = [moment.shape().num_elements()].into();
+            let flat = B::InnerBackend::with_shape(moment.clone(), flat);
+            let flat = TensorPrimitive::Float(flat);
+            floats(Tensor::<B::InnerBackend, 1>::from_primitive(flat).into_data())
+        };
+        let all = |moments: &Moments<B::InnerBackend>| {
+            // Exact below 2^24 updates; beyond, Adam's corrections round to 1.
+            let mut all = vec![moments.time as f32];
+            all.extend(values(&moments.first));
+            all.extend(values(&moments.second));
+            all
+        };
+        let moments = self.moments();
+        let Some(shards) = &self.shards else {
+            let moments = moments.iter();
+            return moments.map(|(id, moments)| (*id, all(moments))).collect();
+        };
+        let own = |id, size| (moments.get(&id)).map_or_else(|| vec![0.0; 1 + 2 * size], all);
+        let mut gathered = shards.to_first(own, |size| 1 + 2 * size);
+        // Those that never had a gradient have none.
+        gathered.retain(|_, moments| moments[0] > 0.0);
+        gathered
     }
 
     pub(super) fn moments(&self) -> MutexGuard<'_, HashMap<ParamId, Moments<B::InnerBackend>>> {
@@ -157,6 +200,9 @@ impl<B: TrainingBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
                 let Some(gradient) = self.gradients.remove::<B::InnerBackend, D>(id) else {
                     return Param::from_mapped_value(id, tensor, mapper);
                 };
+                if !self.optimizer.owns(id) {
+                    return Param::from_mapped_value(id, tensor, mapper);
+                }
                 let learns = tensor.is_require_grad();
                 let lr = self.lr * self.optimizer.lr_factor(id);
                 let rates = (lr, self.gradient_scale);
@@ -169,12 +215,16 @@ impl<B: TrainingBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
             }
         }
         let gradient_scale = std::mem::replace(&mut *self.gradient_scale.lock(), 1.0);
-        module.map(&mut Step {
+        let module = module.map(&mut Step {
             optimizer: self,
             lr,
             gradient_scale,
             gradients,
-        })
+        });
+        match &self.shards {
+            Some(shards) => shards.together::<B, M>(module),
+            None => module,
+        }
     }
 
     fn step_multi(&mut self, lr: f64, module: M, mut gradients: MultiGradientsParams) -> M {

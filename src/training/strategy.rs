@@ -229,9 +229,8 @@ where
                     position.best = Some((position.step, position.mean_loss));
                 }
                 losses.clear();
-                if workers.leads() {
-                    store.save(position, &learner.model(), ema, &self.optimizer, training)?;
-                }
+                let model = learner.model();
+                store.save(workers, position, &model, ema, &self.optimizer, training)?;
             }
             if stopping {
                 break;

@@ -1,9 +1,9 @@
 //! Workers that are threads, for tests.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::Workers;
+use super::{Group, Workers};
 
 type Message = Vec<u8>;
 
@@ -70,6 +70,11 @@ impl Workers for Thread {
 
 /// What each of `size` workers makes of `work`.
 pub(crate) fn group<T: Send>(size: usize, work: impl Fn(&dyn Workers) -> T + Sync) -> Vec<T> {
+    shared(size, |workers| work(&*workers))
+}
+
+/// The same of work that keeps its group.
+pub(crate) fn shared<T: Send>(size: usize, work: impl Fn(Group) -> T + Sync) -> Vec<T> {
     // channels[i][j] leads from i to j.
     let channels: Vec<Vec<_>> = (0..size)
         .map(|_| (0..size).map(|_| channel()).collect())
@@ -84,15 +89,15 @@ pub(crate) fn group<T: Send>(size: usize, work: impl Fn(&dyn Workers) -> T + Syn
         }
         threads.push((rank, to));
     }
-    let threads: Vec<Thread> = threads
+    let threads: Vec<Group> = threads
         .into_iter()
         .zip(from)
-        .map(|((rank, to), from)| Thread { rank, to, from })
+        .map(|((rank, to), from)| -> Group { Arc::new(Thread { rank, to, from }) })
         .collect();
     let work = &work;
     std::thread::scope(|scope| {
         let running: Vec<_> = threads
-            .iter()
+            .into_iter()
             .map(|worker| scope.spawn(move || work(worker)))
             .collect();
         running

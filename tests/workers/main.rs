@@ -42,6 +42,7 @@ groups = '1:2'
 steps = 4
 batch = 16
 accumulate = 4
+shard_optimizer = true
 [[stage]]
 kind = 'recover'
 name = 'student'
@@ -51,7 +52,11 @@ steps = STEPS
 batch = 16
 accumulate = 4
 checkpoint_every = 5
+keep_checkpoints = true
+shard_optimizer = true
 log_every = 1
+evaluate_every = 100
+evaluate_count = 4
 [[stage]]
 kind = 'sample'
 from = 'student'
@@ -192,6 +197,14 @@ fn any_number_of_workers_leaves_the_same_files() {
         let told = text(&ran);
         assert_eq!(told.matches("teacher: done in").count(), 1, "{told}");
         same(&place.path("1"), &place.path(workers), workers);
+        // Of moments and averages that were divided, and of samples drawn meanwhile.
+        for file in [
+            "checkpoints/step-00000005.safetensors",
+            "quality/step-000006/samples.png",
+        ] {
+            let read = |runs| std::fs::read(place.path(runs).join("05-student").join(file));
+            assert!(read("1").unwrap() == read(workers).unwrap(), "{file}");
+        }
     }
     // What the others worked in is gone.
     let left = std::fs::read_dir(place.0.path().join("tmp")).unwrap();

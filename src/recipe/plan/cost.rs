@@ -29,17 +29,23 @@ pub(crate) fn sampling_flops(sampling: &Sampling, model: &Architecture) -> f64 {
     flops(model, passes * sampling.count) * sampling.solver.calls(sampling.steps) as f64
 }
 
-/// Weights, gradients, two moments and an average of what learns, and what a pass leaves for its
-/// backward pass.
+/// Of one of so many workers: weights, gradients, two moments and an average of what learns, and
+/// what a pass leaves for its backward pass.
 pub(crate) fn training_memory(
     model: &Architecture,
     learning: usize,
     optimisation: &Optimisation,
+    workers: usize,
 ) -> usize {
     let batch = optimisation.batch / optimisation.accumulate;
-    // The gradients of the branches of the tree that sums those of the groups.
-    let gradients = 1 + optimisation.accumulate.max(1).ilog2() as usize;
-    4 * model.parameters() + (12 + 4 * gradients) * learning + model.kept_bytes(batch)
+    // The gradients of the branches of the tree that sums those of a worker's groups.
+    let groups = (optimisation.accumulate / workers).max(1);
+    let gradients = 4 * (1 + groups.ilog2() as usize) * learning;
+    let kept = match optimisation.shard_optimizer {
+        true => learning.div_ceil(workers),
+        false => learning,
+    };
+    4 * model.parameters() + gradients + 12 * kept + model.kept_bytes(batch)
 }
 
 /// Weights, their gradients, and what a pass of so many images leaves for its backward pass.

@@ -81,6 +81,8 @@ pub(crate) fn keeps_weights(kind: &StageKind) -> bool {
 /// What planning knows so far.
 pub(crate) struct Known<'a> {
     pub(crate) recipe: &'a Recipe,
+    /// How many share the work.
+    pub(crate) workers: usize,
     /// What earlier stages leave, and the process it was trained under.
     pub(crate) made: BTreeMap<String, (Architecture, Option<ProcessKind>)>,
     /// Stages whose model was pruned by branch: it has as many as planned, and maybe others.

@@ -102,8 +102,17 @@ impl Plan {
     /// # Errors
     /// All stages that can't be done with their models, in one message.
     pub fn new(recipe: &Recipe) -> Result<Self, RecipeError> {
+        Self::shared(recipe, 1)
+    }
+
+    /// Plans a recipe that so many workers share: the memory is one worker's.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn shared(recipe: &Recipe, workers: usize) -> Result<Self, RecipeError> {
         let mut known = Known {
             recipe,
+            workers,
             made: BTreeMap::new(),
             by_branch: BTreeSet::new(),
             missing: Vec::new(),

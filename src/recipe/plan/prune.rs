@@ -309,7 +309,7 @@ pub(super) fn plan(
                 Update::Frozen => (0, FROZEN),
             };
             let seen = images(&learned.optimisation);
-            let memory = training_memory(&before, learning, &learned.optimisation);
+            let memory = training_memory(&before, learning, &learned.optimisation, known.workers);
             let flops = passes * flops(&before, seen);
             (learned.optimisation.steps, seen, memory, flops)
         }
@@ -339,7 +339,7 @@ pub(super) fn plan(
             ..
         }) => {
             let seen = images(optimisation);
-            let memory = training_memory(&after, after.parameters(), optimisation)
+            let memory = training_memory(&after, after.parameters(), optimisation, known.workers)
                 + inference_memory(&before, optimisation.batch / optimisation.accumulate);
             let flops = flops(&before, seen) + TRAINING * flops(&after, seen);
             (optimisation.steps, seen, memory, flops)

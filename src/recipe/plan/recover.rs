@@ -81,7 +81,7 @@ pub(super) fn plan(
     let optimisation = &recover.optimisation;
     let seen = images(optimisation);
     let mut arithmetic = TRAINING * flops(&student, seen);
-    let mut memory = training_memory(&student, student.parameters(), optimisation);
+    let mut memory = training_memory(&student, student.parameters(), optimisation, known.workers);
     let taught = Taught::new(&recover.method);
     let mut notes = Vec::new();
     if let Some(taught) = &taught {

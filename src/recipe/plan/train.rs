@@ -51,7 +51,12 @@ pub(super) fn plan(
         process,
         steps: train.optimisation.steps,
         images: seen,
-        memory: training_memory(&after, after.parameters(), &train.optimisation),
+        memory: training_memory(
+            &after,
+            after.parameters(),
+            &train.optimisation,
+            known.workers,
+        ),
         flops: TRAINING * flops(&after, seen),
         after: Some(after),
         ..PlannedStage::new(stage, "train", work)

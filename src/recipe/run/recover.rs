@@ -119,7 +119,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let (loss, likeness) = process.names();
         let curves = [loss, likeness, &["features"]].concat();
         let mut fit = self.over(training, (source, process), sees);
-        if let Some(meanwhile) = plan.meanwhile.as_ref().filter(|_| self.workers.leads()) {
+        if let Some(meanwhile) = &plan.meanwhile {
             fit = fit.observe(self.measured_meanwhile(
                 stage,
                 meanwhile,

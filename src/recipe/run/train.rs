@@ -101,7 +101,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         )?;
         let curves = process.names().0.to_vec();
         let mut fit = self.over(training, (source, process), None);
-        if let Some(meanwhile) = train.meanwhile.as_ref().filter(|_| self.workers.leads()) {
+        if let Some(meanwhile) = &train.meanwhile {
             fit = fit.observe(self.measured_meanwhile(
                 stage,
                 meanwhile,

@@ -129,7 +129,7 @@ const TOPICS: [Topic; 12] = [
 
 /// Meanings of keys that choose among variants, which no field keeps.
 #[rustfmt::skip]
-const MEANINGS: [(&str, &str); 31] = [
+const MEANINGS: [(&str, &str); 32] = [
     ("sweep", "Settings that the recipe is run with, one after the other."),
     ("case", "Settings with a name; the section below."),
     ("[[sweep.case]] name", "The name, in tables and in the names of folders."),
@@ -154,6 +154,7 @@ const MEANINGS: [(&str, &str); 31] = [
     ("diffusion_form", "Form of the noise over time in the stochastic equation."),
     ("diffusion_norm", "Factor of that noise."),
     ("keep_checkpoints", "Whether the training checkpoints stay when the stage is finished."),
+    ("shard_optimizer", "Whether several workers divide Adam's moments and the moving average among them, to need less memory each (ZeRO-1)."),
     ("preset", "A published model by its name; of sampling, `demo` draws the picture of the reference's `sample.py`."),
     ("held_out", "Share of the pictures that is held out to measure against."),
     ("test", "A folder of pictures to measure against, in place of `held_out`."),
@@ -182,7 +183,7 @@ fn sources(title: &str) -> &'static [&'static str] {
 
 /// Defaults that follow from other keys or are left out of a resolved recipe; empty of keys whose
 /// default is said with their meaning.
-const DEFAULTS: [(&str, &str); 13] = [
+const DEFAULTS: [(&str, &str); 14] = [
     ("seeds", "1"),
     ("width", "`64`; of a UNet `32`"),
     ("levels", "`3`"),
@@ -195,6 +196,7 @@ const DEFAULTS: [(&str, &str); 13] = [
     ("checkpoint_every", "a fifth of `steps`"),
     ("log_every", "a fiftieth of `steps`"),
     ("keep_checkpoints", "`false`"),
+    ("shard_optimizer", "`false`"),
     (
         "final_lr",
         "of `recover`, half of `lr`; of `prune`, `lr`; else 0",

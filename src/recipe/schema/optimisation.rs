@@ -44,7 +44,7 @@ impl Meanwhile {
 }
 
 /// The keys that [`optimisation`] reads.
-pub(crate) const KEYS: [&str; 15] = [
+pub(crate) const KEYS: [&str; 16] = [
     "steps",
     "batch",
     "accumulate",
@@ -58,6 +58,7 @@ pub(crate) const KEYS: [&str; 15] = [
     "checkpoint_every",
     "keep_last",
     "keep_checkpoints",
+    "shard_optimizer",
     "log_every",
     "max_bad_steps",
 ];
@@ -108,6 +109,9 @@ pub(crate) fn optimisation(
         keep_checkpoints: section
             .boolean("keep_checkpoints")
             .or(default.keep_checkpoints),
+        shard_optimizer: section
+            .boolean("shard_optimizer")
+            .or(default.shard_optimizer),
         log_every: section
             .integer("log_every", 1..=MAX_STEPS)
             .or(default.log_every),
@@ -151,6 +155,7 @@ mod tests {
             checkpoint_every: 200,
             keep_last: 2,
             keep_checkpoints: false,
+            shard_optimizer: false,
             log_every: 20,
             max_bad_steps: 20,
         };
@@ -191,7 +196,7 @@ mod tests {
 
     #[test]
     fn the_list_of_optimisation_keys_is_complete() {
-        let document = document("steps = 10\nkeep_checkpoints = true");
+        let document = document("steps = 10\nkeep_checkpoints = true\nshard_optimizer = true");
         let sink = Sink::default();
         let section = Section::new("a stage".to_owned(), document.root(), &sink).unwrap();
         let read = optimisation(&section, 1e-3, 0.0).unwrap();

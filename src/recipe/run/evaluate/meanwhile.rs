@@ -95,28 +95,37 @@ impl<B: TrainingBackend> Context<'_, B> {
             stage: stage.name.clone(),
             problem: "no evaluation follows".into(),
         })?;
+        let (steps, batch) = (stage.kind.optimisation()).map_or((0, 0), |optimisation| {
+            (optimisation.steps, optimisation.batch)
+        });
+        let every = meanwhile.evaluate_every;
+        let due = move |step: usize| (step + 1).is_multiple_of(every) || step + 1 == steps;
+        if !self.workers.leads() {
+            // Of averages that are divided, the first worker has these from the others.
+            return Ok(Box::new(move |_| {
+                Ok(Box::new(move |step, model: &Student<B>, ema| {
+                    if due(step) {
+                        ema.apply(model.valid());
+                    }
+                    Ok(())
+                }))
+            }));
+        }
         let quality = folder.join("quality");
         let Measuring { judge, decoder } = self.measuring_as(evaluate, model, &quality)?;
         let sampling = Sampling {
             count: meanwhile.evaluate_count.min(evaluate.sampling.count),
             ..evaluate.sampling.clone()
         };
-        let (steps, batch) = (stage.kind.optimisation()).map_or((0, 0), |optimisation| {
-            (optimisation.steps, optimisation.batch)
-        });
-        let (every, seed, name) = (
-            meanwhile.evaluate_every,
-            self.recipe.seed,
-            stage.name.clone(),
-        );
+        let (seed, name) = (self.recipe.seed, stage.name.clone());
         let (device, stop, folder) = (self.device.clone(), self.stop.clone(), folder.to_owned());
         let observe = move |start: usize| -> Result<OnStep<B, Student<B>>, TrainingError> {
             let mut log = JsonLines::open(&folder.join(QUALITY), start)?;
             Ok(Box::new(move |step, model: &Student<B>, ema| {
-                let done = step + 1;
-                if done % every != 0 && done != steps {
+                if !due(step) {
                     return Ok(());
                 }
+                let done = step + 1;
                 let network = ema.apply(model.valid()).network;
                 let draw = Draw {
                     name: &name,

@@ -65,6 +65,7 @@ fn main() {
                 model: model.clone(),
                 batch,
                 compute: Compute::F32,
+                recompute: false,
                 warmup: 3,
                 repeats,
             };

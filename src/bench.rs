@@ -66,6 +66,8 @@ pub struct BenchPlan {
     pub batch: usize,
     /// Type of matrix products.
     pub compute: Compute,
+    /// Whether backward passes compute the branches of blocks again.
+    pub recompute: bool,
     /// Runs before timing.
     pub warmup: usize,
     /// Timed runs.
@@ -350,7 +352,8 @@ fn network<B: FusedOps>(plan: &BenchPlan, device: &B::Device) -> Network<B> {
     let zeros = Network::<B>::zeros(&plan.model, device);
     // Checked by the caller.
     let zeros = zeros.unwrap_or_else(|| unreachable!("models of this name are diffusion networks"));
-    zeros.map(&mut Randomise(0)).computing(plan.compute)
+    let network = zeros.map(&mut Randomise(0));
+    network.computing(plan.compute).recomputing(plan.recompute)
 }
 
 fn train<B, M>(

@@ -36,6 +36,9 @@ pub(super) struct BenchArguments {
     /// Type of matrix products
     #[arg(long, default_value = "f32")]
     compute: Compute,
+    /// Compute the branches of blocks again in backward passes, to keep less for them
+    #[arg(long)]
+    recompute: bool,
     /// Runs before timing
     #[arg(long, default_value_t = 2)]
     warmup: usize,
@@ -106,11 +109,17 @@ pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), CliError> {
             "the masked-kd workload keeps every other layer of at least 2".into(),
         ));
     }
+    if arguments.recompute && !model.recomputes() {
+        return Err(usage(format!(
+            "--recompute is of transformers whose blocks have branches; this is {model}"
+        )));
+    }
     let plan = BenchPlan {
         workload: arguments.workload,
         model,
         batch: arguments.batch as usize,
         compute: arguments.compute,
+        recompute: arguments.recompute,
         warmup: arguments.warmup,
         repeats: arguments.repeats as usize,
     };

@@ -349,6 +349,25 @@ impl Architecture {
         }
     }
 
+    /// Whether its backward pass can compute again what its blocks did.
+    pub fn recomputes(&self) -> bool {
+        matches!(self, Self::Dit(_))
+    }
+
+    /// Bytes that a batch's pass leaves for a backward pass that computes its branches again: the
+    /// input of each, and what one needs at once.
+    pub fn recomputed_bytes(&self, batch: usize) -> usize {
+        match self {
+            Self::Dit(config) => {
+                let branches = config.kinds().map(|kind| kind.blocks() * kind.branches());
+                let input = 4 * batch as u128 * (config.tokens() * config.width) as u128;
+                let inputs = input * branches.sum::<usize>() as u128;
+                countable(inputs + config.block_bytes(batch))
+            }
+            other => other.kept_bytes(batch),
+        }
+    }
+
     /// Bytes that a batch's pass leaves for its backward pass.
     pub fn kept_bytes(&self, batch: usize) -> usize {
         countable(match self {

@@ -106,6 +106,18 @@ impl<B: FusedOps> Network<B> {
     }
 }
 
+impl<B: FusedOps> Network<B> {
+    /// The same network, whose backward pass keeps the input of each branch of its blocks and
+    /// computes the rest again: a third more arithmetic, and a fraction of the memory, for the same
+    /// gradients. UNets and MARs have no such pass; [`Architecture::recomputes`] says so.
+    pub fn recomputing(self, recompute: bool) -> Self {
+        match self {
+            Self::Dit(model) => Self::Dit(model.recomputing(recompute)),
+            other => other,
+        }
+    }
+}
+
 impl<B: FusedOps> Denoiser<B> for Network<B> {
     fn shape(&self) -> Shape {
         ask!(self, model => model.shape())

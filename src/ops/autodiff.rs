@@ -13,8 +13,10 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, TensorPrimitive};
 
+use super::branch::{self, BranchGradients, BranchWeights};
 use super::{
-    Activation, FusedOps, GroupNormOptions, LinearWants, LinearWeights, LoraWeights, Window,
+    Activation, FusedOps, GroupNormOptions, LinearGradients, LinearWants, LinearWeights,
+    LoraWeights, Window,
 };
 use crate::backend::Compute;
 
@@ -113,6 +115,37 @@ impl<B: FusedOps> Backward<B, 1> for Softmax {
         if let Some(parent) = parent {
             let gradient = B::row_softmax_backward(tensor(gradient), tensor(ops.state));
             grads.register::<B>(parent.id, primitive(gradient));
+        }
+    }
+}
+
+/// The parameters of a linear layer in the graph.
+struct TrackedLinear<B: FusedOps> {
+    weight: Tracked<B>,
+    bias: Tracked<B>,
+    lora: Option<[Tracked<B>; 2]>,
+    inner: LinearWeights<B>,
+}
+
+impl<B: FusedOps> From<LinearWeights<Autodiff<B>>> for TrackedLinear<B> {
+    fn from(weights: LinearWeights<Autodiff<B>>) -> Self {
+        let (weight, bias) = (tracked(weights.weight), tracked(weights.bias));
+        let scale = weights.lora.as_ref().map_or(0.0, |lora| lora.scale);
+        let lora = weights.lora.map(|lora| [tracked(lora.a), tracked(lora.b)]);
+        Self {
+            inner: LinearWeights {
+                weight: inner(&weight),
+                bias: inner(&bias),
+                lora: lora.as_ref().map(|[a, b]| LoraWeights {
+                    a: inner(a),
+                    b: inner(b),
+                    scale,
+                }),
+                compute: weights.compute,
+            },
+            weight,
+            bias,
+            lora,
         }
     }
 }
@@ -232,6 +265,98 @@ impl<B: FusedOps> Backward<B, 3> for GatedResidual {
 }
 
 #[derive(Debug)]
+struct BranchNode;
+
+#[derive(Debug, Clone)]
+struct BranchState<B: FusedOps> {
+    x: Tensor<B, 3>,
+    modulation: [Tensor<B, 2>; 3],
+    weights: BranchWeights<B>,
+    epsilon: f64,
+}
+
+impl BranchNode {
+    /// Parents before those of low-rank updates: x, shift, scale, gate, then weight and bias of
+    /// each layer.
+    const PLAIN: usize = 8;
+
+    /// The backward step; A and B of the first layer's low-rank update come before the second's.
+    fn run<B: FusedOps, const N: usize>(ops: Ops<BranchState<B>, N>, grads: &mut Gradients) {
+        let gradient = grads.consume::<B>(&ops.node);
+        let earlier = earlier::<B, _, N>(&ops, 0, grads, &gradient).map(tensor);
+        let BranchState {
+            x,
+            modulation,
+            weights,
+            epsilon,
+        } = ops.state;
+        let updates = &ops.parents[Self::PLAIN..];
+        let (first, second) = updates.split_at(2 * usize::from(weights.first.lora.is_some()));
+        let layers = [
+            (&ops.parents[4], &ops.parents[5], first),
+            (&ops.parents[6], &ops.parents[7], second),
+        ];
+        let wants = layers.map(|(weight, bias, lora)| LinearWants {
+            x: true,
+            weight: weight.is_some(),
+            bias: bias.is_some(),
+            lora: lora.iter().any(Option::is_some),
+        });
+        let gradient = tensor(gradient);
+        let gradients =
+            branch::backward::<B>(gradient, x, modulation, weights, epsilon, earlier, wants);
+        let BranchGradients {
+            x,
+            modulation: [shift, scale, gate],
+            first,
+            second,
+        } = gradients;
+        give!(grads, ops.parents[0], Some(x));
+        give!(grads, ops.parents[1], Some(shift));
+        give!(grads, ops.parents[2], Some(scale));
+        give!(grads, ops.parents[3], Some(gate));
+        for ((weight, bias, lora), found) in layers.into_iter().zip([first, second]) {
+            let LinearGradients {
+                weight: of_weight,
+                bias: of_bias,
+                lora: of_lora,
+                ..
+            } = found;
+            give!(grads, *weight, of_weight);
+            give!(grads, *bias, of_bias);
+            if let (Some((a, b)), [parent_a, parent_b]) = (of_lora, lora) {
+                give!(grads, *parent_a, Some(a));
+                give!(grads, *parent_b, Some(b));
+            }
+        }
+    }
+}
+
+impl<B: FusedOps> Backward<B, 8> for BranchNode {
+    type State = BranchState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 8>, grads: &mut Gradients, _: &mut Checkpointer) {
+        Self::run(ops, grads);
+    }
+}
+
+impl<B: FusedOps> Backward<B, 10> for BranchNode {
+    type State = BranchState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 10>, grads: &mut Gradients, _: &mut Checkpointer) {
+        Self::run(ops, grads);
+    }
+}
+
+impl<B: FusedOps> Backward<B, 12> for BranchNode {
+    type State = BranchState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 12>, grads: &mut Gradients, _: &mut Checkpointer) {
+        Self::run(ops, grads);
+    }
+}
+
+#[derive(Debug)]
 struct ConvolutionNode;
 
 /// x, weight, window
@@ -344,20 +469,12 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
     ) -> Tensor<Self, D> {
         let shape = x.dims();
         let x = tracked(x);
-        let (weight, bias) = (tracked(weights.weight), tracked(weights.bias));
-        let lora = weights
-            .lora
-            .map(|lora| (tracked(lora.a), tracked(lora.b), lora.scale));
-        let weights = LinearWeights {
-            weight: inner(&weight),
-            bias: inner(&bias),
-            lora: lora.as_ref().map(|(a, b, scale)| LoraWeights {
-                a: inner(a),
-                b: inner(b),
-                scale: *scale,
-            }),
-            compute: weights.compute,
-        };
+        let TrackedLinear {
+            weight,
+            bias,
+            lora,
+            inner: weights,
+        } = weights.into();
         let output = B::linear_layer(inner::<B, D>(&x), weights.clone(), activation);
         let rows = shape[..D - 1].iter().product();
         let state = LinearState {
@@ -371,7 +488,7 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
         };
         match lora {
             None => node!(LinearNode, [x, weight, bias], output, state),
-            Some((a, b, _)) => node!(LinearNode, [x, weight, bias, a, b], output, state),
+            Some([a, b]) => node!(LinearNode, [x, weight, bias, a, b], output, state),
         }
     }
 
@@ -409,6 +526,53 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
         let output = B::gated_residual(inner(&x), inner(&gate), inner(&y));
         let state = (inner(&gate), inner(&y));
         node!(GatedResidual, [x, gate, y], output, state)
+    }
+
+    fn branch(
+        x: Tensor<Self, 3>,
+        modulation: [Tensor<Self, 2>; 3],
+        weights: BranchWeights<Self>,
+        epsilon: f64,
+    ) -> Tensor<Self, 3> {
+        let (x, [shift, scale, gate]) = (tracked(x), modulation.map(tracked));
+        let first = TrackedLinear::from(weights.first);
+        let second = TrackedLinear::from(weights.second);
+        let state = BranchState::<B> {
+            x: inner(&x),
+            modulation: [inner(&shift), inner(&scale), inner(&gate)],
+            weights: BranchWeights {
+                first: first.inner,
+                between: weights.between,
+                second: second.inner,
+            },
+            epsilon,
+        };
+        let inputs = (state.x.clone(), state.modulation.clone());
+        let output = B::branch(inputs.0, inputs.1, state.weights.clone(), epsilon);
+        let (weight, bias) = (first.weight, first.bias);
+        let (weight2, bias2) = (second.weight, second.bias);
+        match (first.lora, second.lora) {
+            (None, None) => node!(
+                BranchNode,
+                [x, shift, scale, gate, weight, bias, weight2, bias2],
+                output,
+                state
+            ),
+            (Some([a, b]), None) | (None, Some([a, b])) => node!(
+                BranchNode,
+                [x, shift, scale, gate, weight, bias, weight2, bias2, a, b],
+                output,
+                state
+            ),
+            (Some([a, b]), Some([a2, b2])) => node!(
+                BranchNode,
+                [
+                    x, shift, scale, gate, weight, bias, weight2, bias2, a, b, a2, b2
+                ],
+                output,
+                state
+            ),
+        }
     }
 
     fn convolution(

@@ -114,7 +114,12 @@ impl<B: FusedOps> Linear<B> {
         x: Tensor<B, D>,
         activation: Activation,
     ) -> Tensor<B, D> {
-        let weights = LinearWeights {
+        B::linear_layer(x, self.weights(), activation)
+    }
+
+    /// The parameters, as operators read them.
+    pub fn weights(&self) -> LinearWeights<B> {
+        LinearWeights {
             weight: self.weight.val(),
             bias: self.bias.val(),
             lora: self.lora.as_ref().map(|lora| LoraWeights {
@@ -123,8 +128,7 @@ impl<B: FusedOps> Linear<B> {
                 scale: lora.scale,
             }),
             compute: self.compute,
-        };
-        B::linear_layer(x, weights, activation)
+        }
     }
 }
 

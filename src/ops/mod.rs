@@ -15,6 +15,7 @@
 //! ```
 
 mod autodiff;
+pub mod branch;
 mod convolution;
 #[cfg(feature = "ndarray")]
 mod cpu;
@@ -27,6 +28,7 @@ use burn::tensor::{DType, Int, Shape, Tensor, TensorData, activation};
 
 use crate::backend::Compute;
 
+pub use branch::{Between, BranchWeights};
 pub use convolution::{Convolution, Window};
 pub use linear::{Linear, LinearLayout, Lora};
 
@@ -273,6 +275,20 @@ pub trait FusedOps: Backend {
         y: Tensor<Self, 3>,
     ) -> (Tensor<Self, 2>, Tensor<Self, 3>) {
         reference::gated_residual_backward(gradient, gate, y)
+    }
+
+    /// A residual branch: `x + gate said`, where `said` is what its layers make of the modulated
+    /// norm of `x`. `x` is `[batch, tokens, width]`, shift, scale and gate are `[batch, width]`.
+    ///
+    /// In a graph it keeps `x` and the modulation alone, and computes the rest again in the
+    /// backward pass; [`branch::composed`] keeps what its operators keep.
+    fn branch(
+        x: Tensor<Self, 3>,
+        modulation: [Tensor<Self, 2>; 3],
+        weights: BranchWeights<Self>,
+        epsilon: f64,
+    ) -> Tensor<Self, 3> {
+        branch::composed(x, modulation, weights, epsilon)
     }
 
     /// `x + share (y - x)`; `x` and `y` are `[batch, tokens, width]`, `share` is `[batch]`.

@@ -15,6 +15,7 @@ mod own_pictures;
 mod page;
 mod paper;
 mod program;
+mod recompute;
 mod resume;
 mod sit;
 mod sweep;

@@ -100,6 +100,7 @@ fn sizes_of_hostile_files_are_refused_before_anything_is_computed_with_them() {
         assert!(architecture.macs() > 1 << 50);
         let _ = (
             architecture.kept_bytes(65_536),
+            architecture.recomputed_bytes(65_536),
             architecture.pass_bytes(65_536),
         );
     }

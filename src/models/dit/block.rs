@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{BlockWidths, NORM_EPSILON};
 use crate::backend::Compute;
-use crate::ops::{Activation, FusedOps, Linear, split};
+use crate::ops::branch::composed;
+use crate::ops::{Activation, Between, BranchWeights, FusedOps, Linear, split};
 
 /// What stands at a place of the trunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -161,6 +162,9 @@ pub struct DitBlock<B: Backend> {
     pub mlp: Option<Mlp<B>>,
     /// Condition to shift, scale, gate of the attention, then of the MLP.
     pub modulation: Linear<B>,
+    /// Whether a backward pass computes its branches again.
+    #[module(skip)]
+    pub(super) recompute: bool,
 }
 
 impl<B: Backend> DitBlock<B> {
@@ -179,6 +183,7 @@ impl<B: Backend> DitBlock<B> {
                 fc2: Linear::zeros(hidden, width, device),
             }),
             modulation: Linear::zeros(condition, 3 * kind.branches() * width, device),
+            recompute: false,
         }
     }
 
@@ -235,12 +240,13 @@ impl<B: FusedOps> DitBlock<B> {
     /// `x` is `[batch, tokens, width]`, `condition` (after its SiLU) `[batch, width]`.
     pub fn forward(&self, x: Tensor<B, 3>, condition: Tensor<B, 2>) -> Tensor<B, 3> {
         let branches = self.modulated(condition).into_iter().flatten();
-        branches.fold(x, |x, branch| branch.layer.run(x, branch.modulation))
+        branches.fold(x, |x, branch| branch.forward(x))
     }
 
     /// Its branches, each under its part of the condition.
     pub(super) fn modulated(&self, condition: Tensor<B, 2>) -> [Option<Branch<'_, B>>; 2] {
         let modulation = self.modulation.forward(condition);
+        let recompute = self.recompute;
         match (&self.attn, &self.mlp) {
             (Some(attn), Some(mlp)) => {
                 let [shift, scale, gate, shift_mlp, scale_mlp, gate_mlp] = split(modulation);
@@ -248,10 +254,12 @@ impl<B: FusedOps> DitBlock<B> {
                     Some(Branch {
                         layer: Layer::Attention(attn),
                         modulation: [shift, scale, gate],
+                        recompute,
                     }),
                     Some(Branch {
                         layer: Layer::Mlp(mlp),
                         modulation: [shift_mlp, scale_mlp, gate_mlp],
+                        recompute,
                     }),
                 ]
             }
@@ -259,7 +267,12 @@ impl<B: FusedOps> DitBlock<B> {
                 let attn = attn.as_ref().map(Layer::Attention);
                 let alone = attn.or(mlp.as_ref().map(Layer::Mlp));
                 let modulation = split(modulation);
-                [alone.map(|layer| Branch { layer, modulation }), None]
+                let alone = alone.map(|layer| Branch {
+                    layer,
+                    modulation,
+                    recompute,
+                });
+                [alone, None]
             }
         }
     }
@@ -270,6 +283,7 @@ pub(super) struct Branch<'a, B: Backend> {
     layer: Layer<'a, B>,
     /// Shift, scale and gate, each `[batch, width]`.
     modulation: [Tensor<B, 2>; 3],
+    recompute: bool,
 }
 
 enum Layer<'a, B: Backend> {
@@ -280,18 +294,32 @@ enum Layer<'a, B: Backend> {
 impl<B: FusedOps> Branch<'_, B> {
     /// `x` and what the branch adds to it.
     pub(super) fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        self.layer.run(x, self.modulation.clone())
+        let run = match self.recompute {
+            true => B::branch,
+            false => composed::<B>,
+        };
+        let (modulation, weights) = (self.modulation.clone(), self.layer.weights());
+        run(x, modulation, weights, NORM_EPSILON)
     }
 }
 
 impl<B: FusedOps> Layer<'_, B> {
-    fn run(&self, x: Tensor<B, 3>, [shift, scale, gate]: [Tensor<B, 2>; 3]) -> Tensor<B, 3> {
-        let seen = B::modulated_norm(x.clone(), shift, scale, NORM_EPSILON);
-        let said = match self {
-            Layer::Attention(attn) => attn.forward(seen),
-            Layer::Mlp(mlp) => mlp.forward(seen),
-        };
-        B::gated_residual(x, gate, said)
+    fn weights(&self) -> BranchWeights<B> {
+        match self {
+            Layer::Attention(attn) => BranchWeights {
+                first: attn.qkv.weights(),
+                between: Between::Attention {
+                    heads: attn.heads,
+                    compute: attn.compute,
+                },
+                second: attn.proj.weights(),
+            },
+            Layer::Mlp(mlp) => BranchWeights {
+                first: mlp.fc1.weights(),
+                between: Between::Activation(Activation::GeluTanh),
+                second: mlp.fc2.weights(),
+            },
+        }
     }
 }
 
@@ -338,13 +366,6 @@ pub struct Mlp<B: Backend> {
     pub fc1: Linear<B>,
     /// Hidden to width.
     pub fc2: Linear<B>,
-}
-
-impl<B: FusedOps> Mlp<B> {
-    fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        self.fc2
-            .forward_activated(self.fc1.forward(x), Activation::GeluTanh)
-    }
 }
 
 #[cfg(test)]

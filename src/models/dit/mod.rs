@@ -242,6 +242,15 @@ impl<B: FusedOps> Dit<B> {
         self
     }
 
+    /// The same network, whose backward pass computes the branches of its blocks again rather than
+    /// keeping what they computed.
+    pub fn recomputing(mut self, recompute: bool) -> Self {
+        for block in self.blocks.iter_mut().flat_map(Place::blocks_mut) {
+            block.recompute = recompute;
+        }
+        self
+    }
+
     /// Runs the blocks branch by branch, each wrapped by `hook`.
     fn run_branches(
         &self,

@@ -1,5 +1,6 @@
 //! What stages cost: images, floating-point operations, memory.
 
+use super::known::Known;
 use crate::models::Architecture;
 use crate::process::Solver;
 use crate::sampling::Sampling;
@@ -9,10 +10,12 @@ pub(crate) fn images(optimisation: &Optimisation) -> usize {
     optimisation.steps * optimisation.batch
 }
 
-/// Passes' worth of arithmetic in a training step: forward, and twice that backward.
-pub(crate) const TRAINING: f64 = 3.0;
-/// The same where weights stay as they are: backward needs the inputs' gradients alone.
-pub(crate) const FROZEN: f64 = 2.0;
+/// Passes' worth of arithmetic in a training step: forward, and twice that backward; once where
+/// weights are frozen, and backward needs the inputs' gradients alone. Forward again if it
+/// recomputes.
+pub(crate) fn passes(known: &Known<'_>, frozen: bool) -> f64 {
+    3.0 - f64::from(u8::from(frozen)) + f64::from(u8::from(known.recipe.recompute))
+}
 
 /// Operations of one forward pass over a number of images.
 pub(crate) fn flops(model: &Architecture, images: usize) -> f64 {
@@ -35,8 +38,9 @@ pub(crate) fn training_memory(
     model: &Architecture,
     learning: usize,
     optimisation: &Optimisation,
-    workers: usize,
+    known: &Known<'_>,
 ) -> usize {
+    let workers = known.workers;
     let batch = optimisation.batch / optimisation.accumulate;
     // The gradients of the branches of the tree that sums those of a worker's groups.
     let groups = (optimisation.accumulate / workers).max(1);
@@ -45,12 +49,20 @@ pub(crate) fn training_memory(
         true => learning.div_ceil(workers),
         false => learning,
     };
-    4 * model.parameters() + gradients + 12 * kept + model.kept_bytes(batch)
+    4 * model.parameters() + gradients + 12 * kept + kept_bytes(model, batch, known)
 }
 
 /// Weights, their gradients, and what a pass of so many images leaves for its backward pass.
-pub(crate) fn gradient_memory(model: &Architecture, batch: usize) -> usize {
-    8 * model.parameters() + model.kept_bytes(batch)
+pub(crate) fn gradient_memory(model: &Architecture, batch: usize, known: &Known<'_>) -> usize {
+    8 * model.parameters() + kept_bytes(model, batch, known)
+}
+
+/// What a pass of so many images leaves for its backward pass.
+fn kept_bytes(model: &Architecture, batch: usize, known: &Known<'_>) -> usize {
+    match known.recipe.recompute {
+        true => model.recomputed_bytes(batch),
+        false => model.kept_bytes(batch),
+    }
 }
 
 /// Weights, and what a pass needs at once.

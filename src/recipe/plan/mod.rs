@@ -158,7 +158,7 @@ impl Plan {
 }
 
 fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Problem> {
-    match &stage.kind {
+    let planned = match &stage.kind {
         StageKind::Train(train) => train::plan(stage, train, known),
         StageKind::Prune(prune) => prune::plan(stage, prune, known),
         StageKind::Recover(recover) => recover::plan(stage, recover, known),
@@ -166,6 +166,13 @@ fn plan_stage(stage: &Stage, known: &mut Known<'_>) -> Result<PlannedStage, Prob
         StageKind::Evaluate(evaluate) => evaluate::plan(stage, evaluate, known),
         StageKind::Analyse(analyse) => analyse::plan(stage, analyse, known),
         StageKind::Extract(extract) => extract::plan(stage, extract, known),
+    }?;
+    let trains = known.recipe.recompute && stage.kind.optimisation().is_some();
+    match &planned.after {
+        Some(model) if trains && !model.recomputes() => Err(Problem::Said(format!(
+            "recompute = true is of DiTs and SiTs, whose blocks have branches to compute again; this is {model}"
+        ))),
+        _ => Ok(planned),
     }
 }
 

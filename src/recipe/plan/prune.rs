@@ -1,6 +1,6 @@
 //! What a pruning will do.
 
-use super::cost::{FROZEN, TRAINING, flops, images, inference_memory, training_memory};
+use super::cost::{flops, images, inference_memory, passes, training_memory};
 use super::known::{Known, Problem, keeps_weights};
 use super::{PlannedStage, Work};
 use crate::models::Architecture;
@@ -303,14 +303,14 @@ pub(super) fn plan(
     }
     let (steps, seen, memory, flops) = match &choice {
         Selection::Learned { learned, .. } => {
-            let (learning, passes) = match learned.update {
-                Update::Full => (before.parameters(), TRAINING),
-                Update::Lora { rank, .. } => (before.lora_parameters(rank), FROZEN),
-                Update::Frozen => (0, FROZEN),
+            let (learning, frozen) = match learned.update {
+                Update::Full => (before.parameters(), false),
+                Update::Lora { rank, .. } => (before.lora_parameters(rank), true),
+                Update::Frozen => (0, true),
             };
             let seen = images(&learned.optimisation);
-            let memory = training_memory(&before, learning, &learned.optimisation, known.workers);
-            let flops = passes * flops(&before, seen);
+            let memory = training_memory(&before, learning, &learned.optimisation, known);
+            let flops = passes(known, frozen) * flops(&before, seen);
             (learned.optimisation.steps, seen, memory, flops)
         }
         Selection::Scored { score, scored } => {
@@ -339,9 +339,9 @@ pub(super) fn plan(
             ..
         }) => {
             let seen = images(optimisation);
-            let memory = training_memory(&after, after.parameters(), optimisation, known.workers)
+            let memory = training_memory(&after, after.parameters(), optimisation, known)
                 + inference_memory(&before, optimisation.batch / optimisation.accumulate);
-            let flops = flops(&before, seen) + TRAINING * flops(&after, seen);
+            let flops = flops(&before, seen) + passes(known, false) * flops(&after, seen);
             (optimisation.steps, seen, memory, flops)
         }
         Selection::Intervals(Intervals {

@@ -1,6 +1,6 @@
 //! What a recovery will do.
 
-use super::cost::{TRAINING, flops, images, inference_memory, training_memory};
+use super::cost::{flops, images, inference_memory, passes, training_memory};
 use super::known::{Known, Problem};
 use super::{PlannedStage, Work};
 use crate::models::Architecture;
@@ -80,8 +80,8 @@ pub(super) fn plan(
     known.fits_data(stage, student.shape())?;
     let optimisation = &recover.optimisation;
     let seen = images(optimisation);
-    let mut arithmetic = TRAINING * flops(&student, seen);
-    let mut memory = training_memory(&student, student.parameters(), optimisation, known.workers);
+    let mut arithmetic = passes(known, false) * flops(&student, seen);
+    let mut memory = training_memory(&student, student.parameters(), optimisation, known);
     let taught = Taught::new(&recover.method);
     let mut notes = Vec::new();
     if let Some(taught) = &taught {

@@ -1,6 +1,6 @@
 //! What a training will do.
 
-use super::cost::{TRAINING, flops, images, training_memory};
+use super::cost::{flops, images, passes, training_memory};
 use super::known::{Known, Problem};
 use super::{PlannedStage, Work};
 use crate::models::Architecture;
@@ -51,13 +51,8 @@ pub(super) fn plan(
         process,
         steps: train.optimisation.steps,
         images: seen,
-        memory: training_memory(
-            &after,
-            after.parameters(),
-            &train.optimisation,
-            known.workers,
-        ),
-        flops: TRAINING * flops(&after, seen),
+        memory: training_memory(&after, after.parameters(), &train.optimisation, known),
+        flops: passes(known, false) * flops(&after, seen),
         after: Some(after),
         ..PlannedStage::new(stage, "train", work)
     })

@@ -1,6 +1,6 @@
 //! What a pruning in width will do.
 
-use super::cost::{TRAINING, flops, gradient_memory};
+use super::cost::{flops, gradient_memory, passes};
 use super::known::{Known, Problem, keeps_weights};
 use super::{PlannedStage, Work};
 use crate::models::{Architecture, ChannelGroup, Left, Part};
@@ -73,7 +73,7 @@ pub(super) fn plan(
         known.fits_data(stage, before.shape())?;
     }
     let memory = match measures {
-        true => gradient_memory(&before, batch),
+        true => gradient_memory(&before, batch, known),
         false => before.parameters() * 8,
     };
     let work = Work::Width(WidthPlan {
@@ -82,7 +82,7 @@ pub(super) fn plan(
         width: width.clone(),
     });
     let mut planned = PlannedStage {
-        flops: TRAINING * flops(&before, seen),
+        flops: passes(known, false) * flops(&before, seen),
         before: Some(before),
         after: Some(after),
         process,

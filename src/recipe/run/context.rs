@@ -43,7 +43,13 @@ impl<B: TrainingBackend> Context<'_, B> {
     /// The network of a checkpoint, to be trained.
     pub(crate) fn network(&self, checkpoint: &Checkpoint) -> Result<Network<B>, RecipeError> {
         let network = checkpoint.network::<B>(self.device)?;
-        Ok(network.computing(self.recipe.compute))
+        Ok(self.as_trained(network))
+    }
+
+    /// A network that computes as the recipe says.
+    pub(crate) fn as_trained(&self, network: Network<B>) -> Network<B> {
+        let network = network.computing(self.recipe.compute);
+        network.recomputing(self.recipe.recompute)
     }
 
     /// A training on the recipe's data, under a teacher if there is one.

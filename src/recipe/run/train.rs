@@ -86,7 +86,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                     path: at.to_owned(),
                     problem: format!("{architecture} is no diffusion network"),
                 })?;
-                self.fresh(zeros, at)?.computing(self.recipe.compute)
+                self.as_trained(self.fresh(zeros, at)?)
             }
         };
         let steps = train.optimisation.steps;

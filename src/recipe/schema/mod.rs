@@ -70,6 +70,10 @@ pub struct Recipe {
     pub backend: Option<BackendKind>,
     /// Number type of matrix products; default `f32`.
     pub compute: Compute,
+    /// Whether a training's backward pass computes the branches of blocks again rather than keeping
+    /// what they computed: much less memory, a third more arithmetic; default `false`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub recompute: bool,
     /// Attention heads of every file that doesn't state them and doesn't have the width of a
     /// published model; `heads` beside a file's `path` takes precedence.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -213,6 +217,7 @@ impl Recipe {
         let backend = section.choice("backend", &backends).optional();
         let computes = [("f32", Compute::F32), ("bf16", Compute::Bf16)];
         let compute = section.choice("compute", &computes).or(Compute::F32);
+        let recompute = section.boolean("recompute").or(false);
         let heads = section.integer("heads", HEADS).optional();
         let log = section.choices("log", &Tracker::NAMES).or(Vec::new());
         let stages = section.sections("stage").required();
@@ -234,6 +239,7 @@ impl Recipe {
             seed,
             backend,
             compute,
+            recompute,
             heads,
             log,
             data: data?,

@@ -107,7 +107,7 @@ fn a_plan_says_what_recomputing_saves_and_who_can() {
     ] {
         assert!(refused.stderr.contains(part), "{part}: {}", refused.stderr);
     }
-    let refused = place.run(&["bench", "--model", "ddpm-cifar10-32", "--recompute"]);
+    let refused = place.run(&["bench", "--model", "UNet-CIFAR10", "--recompute"]);
     assert_eq!(refused.status, Some(2));
     assert!(refused.stderr.contains("--recompute"), "{}", refused.stderr);
 }

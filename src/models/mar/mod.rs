@@ -369,13 +369,8 @@ mod tests {
         random::normal(0, Stream::Bench, 21, index, count)
     }
 
-    /// The gradients of all parameters, by name.
-    fn gradients<B>() -> StateDict
-    where
-        B: FusedOps,
-        Autodiff<B>: AutodiffBackend<InnerBackend = B> + FusedOps,
-    {
-        let (config, device) = (small(), Default::default());
+    fn network<B: FusedOps>() -> Mar<B> {
+        let config = small();
         let weights = config.tensors().into_iter().zip(0..);
         let weights = weights.map(|((name, shape), index)| {
             let mut values = draw(index, shape.iter().product());
@@ -383,8 +378,18 @@ mod tests {
             (name, Array::new(shape, values))
         });
         let weights: StateDict = weights.collect();
-        let zeros = Mar::<Autodiff<B>>::zeros(&config, &device);
-        let network = assign(zeros, &weights, "".as_ref(), "a network").unwrap();
+        let zeros = Mar::<B>::zeros(&config, &Default::default());
+        assign(zeros, &weights, "".as_ref(), "a network").unwrap()
+    }
+
+    /// The gradients of all parameters, by name.
+    fn gradients<B>() -> StateDict
+    where
+        B: FusedOps,
+        Autodiff<B>: AutodiffBackend<InnerBackend = B> + FusedOps,
+    {
+        let device = Default::default();
+        let network = network::<Autodiff<B>>();
         let images = TensorData::new(draw(100, 2 * 2 * 16), [2, 2, 4, 4]);
         let known = Known::new(4, vec![vec![1], vec![3]]);
         // The second label was dropped.
@@ -454,6 +459,34 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn where_nothing_is_known_each_patch_is_denoised_alone() {
+        let (network, device) = (network::<NdArray>(), Default::default());
+        let run = |x: &[f32], t: [f32; 2]| {
+            let x = TensorData::new(x.to_vec(), [2, 2, 4, 4]);
+            let y = Tensor::from_ints([1, 2], &device);
+            let t = Tensor::from_floats(t, &device);
+            let output = network.forward(Tensor::from_data(x, &device), t, y, &mut Plain);
+            // Noise and variance of two channels.
+            assert_eq!(output.dims(), [2, 4, 4, 4]);
+            floats(output.into_data())
+        };
+        let x = draw(102, 2 * 2 * 16);
+        let whole = run(&x, [700.0, 30.0]);
+        // The last pixel of the second image's second channel lies in its last patch.
+        let mut other = x.clone();
+        other[63] += 1.0;
+        let changed = |now: &[f32], image: usize, last_patch: bool| {
+            for (index, (before, now)) in whole.iter().zip(now).enumerate() {
+                let (of, row, column) = (index / 64, index / 4 % 4, index % 4);
+                let within = row >= 2 && column >= 2 || !last_patch;
+                assert_eq!(before != now, of == image && within, "{index}");
+            }
+        };
+        changed(&run(&other, [700.0, 30.0]), 1, true);
+        changed(&run(&x, [500.0, 30.0]), 0, false);
     }
 
     #[test]

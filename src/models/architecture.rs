@@ -359,10 +359,16 @@ impl Architecture {
     pub fn recomputed_bytes(&self, batch: usize) -> usize {
         match self {
             Self::Dit(config) => {
-                let branches = config.kinds().map(|kind| kind.blocks() * kind.branches());
-                let input = 4 * batch as u128 * (config.tokens() * config.width) as u128;
-                let inputs = input * branches.sum::<usize>() as u128;
-                countable(inputs + config.block_bytes(batch))
+                let (pass, input) = (
+                    config.block_bytes(batch),
+                    4 * batch as u128 * (config.tokens() * config.width) as u128,
+                );
+                let kept = config.kinds().map(|kind| match kind {
+                    // Two blocks that are kept whole.
+                    super::dit::BlockKind::Pair => 2 * pass,
+                    kind => kind.branches() as u128 * input,
+                });
+                countable(kept.sum::<u128>() + pass)
             }
             other => other.kept_bytes(batch),
         }

@@ -96,7 +96,8 @@ impl Store {
         steps
     }
 
-    /// Saves a checkpoint, of all workers at once, of which the first writes; then deletes all but the best and the last few that the training keeps.
+    /// Saves a checkpoint, of all workers at once, of which the first writes; then deletes all but
+    /// the best and the last few that the training keeps.
     /// If the training describes the model, the file does too and holds the whole model, including
     /// the parameters that don't learn.
     pub(super) fn save<B: TrainingBackend, M: AutodiffModule<B>>(
@@ -383,6 +384,7 @@ fn moments<B: TrainingBackend, M: AutodiffModule<B>>(
             let shape = param.val().dims();
             let second = first.split_off(1 + shape.iter().product::<usize>());
             let time = first.remove(0);
+            first.shrink_to_fit();
             for (which, array) in [
                 ("first", Array::new(shape, first)),
                 ("second", Array::new(shape, second)),

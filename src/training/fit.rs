@@ -26,7 +26,8 @@ use super::{Ema, Training, TrainingError};
 use crate::stop::Stop;
 use crate::workers::{Group, alone};
 
-/// Called after every step with its number, the model and the moving average.
+/// Called after every step with its number, the model and the moving average. Where several workers
+/// divide that (`shard_optimizer`), it is asked for by all of them or by none.
 pub type OnStep<B, M> = Box<
     dyn FnMut(usize, &M, &Ema<<B as AutodiffBackend>::InnerBackend>) -> Result<(), TrainingError>
         + Send,

@@ -58,6 +58,7 @@ fn recomputing_changes_no_bit_of_a_model() {
             "03-by-branch",
             "04-student",
             "05-paired",
+            "06-paired-student",
         ];
         names.map(|stage| {
             let path = place.path(&format!("{runs}/all/001/{stage}/model.safetensors"));

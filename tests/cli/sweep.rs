@@ -149,6 +149,13 @@ fn a_sweep_is_killed_and_goes_on_to_the_same_table() {
     let mut kept = expected.clone();
     kept.retain(|line| !line.starts_with("teacher,"));
     assert_eq!(old, kept);
+    // A case dropped from a sweep that has ended, and asked for again.
+    place.write("many.toml", RECIPE);
+    let again = place.run(&["recipe", "many.toml", "--runs", "killed", "--resume"]);
+    let again = again.succeeded().stdout;
+    let told = "sweep of 10 runs, 10 begun before, 2 no longer asked for, in ";
+    assert!(again.contains(told), "{again}");
+    assert_eq!(lines(&place, "killed"), expected);
     let changed = RECIPE.replace("'first'\n    keep = 6", "'first'\n    keep = 5");
     place.write("many.toml", changed.replace("batch = 8", "batch = 9"));
     let changed = place.run(&["recipe", "many.toml", "--runs", "killed", "--resume"]);

@@ -243,10 +243,13 @@ impl<B: FusedOps> Dit<B> {
     }
 
     /// The same network, whose backward pass computes the branches of its blocks again rather than
-    /// keeping what they computed.
+    /// keeping what they computed. Pairs keep it: the terms of their input's gradient would be
+    /// summed in another order.
     pub fn recomputing(mut self, recompute: bool) -> Self {
-        for block in self.blocks.iter_mut().flat_map(Place::blocks_mut) {
-            block.recompute = recompute;
+        for place in &mut self.blocks {
+            if let Place::One(block) = place {
+                block.recompute = recompute;
+            }
         }
         self
     }

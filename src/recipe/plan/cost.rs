@@ -13,8 +13,10 @@ pub(crate) fn images(optimisation: &Optimisation) -> usize {
 /// Passes' worth of arithmetic in a training step: forward, and twice that backward; once where
 /// weights are frozen, and backward needs the inputs' gradients alone. Forward again if it
 /// recomputes.
-pub(crate) fn passes(known: &Known<'_>, frozen: bool) -> f64 {
-    3.0 - f64::from(u8::from(frozen)) + f64::from(u8::from(known.recipe.recompute))
+pub(crate) fn passes(model: &Architecture, known: &Known<'_>, frozen: bool) -> f64 {
+    let again = known.recipe.recompute && model.recomputes();
+    let backward = if frozen { 1.0 } else { 2.0 };
+    1.0 + backward + f64::from(u8::from(again))
 }
 
 /// Operations of one forward pass over a number of images.

@@ -310,7 +310,7 @@ pub(super) fn plan(
             };
             let seen = images(&learned.optimisation);
             let memory = training_memory(&before, learning, &learned.optimisation, known);
-            let flops = passes(known, frozen) * flops(&before, seen);
+            let flops = passes(&before, known, frozen) * flops(&before, seen);
             (learned.optimisation.steps, seen, memory, flops)
         }
         Selection::Scored { score, scored } => {
@@ -341,7 +341,7 @@ pub(super) fn plan(
             let seen = images(optimisation);
             let memory = training_memory(&after, after.parameters(), optimisation, known)
                 + inference_memory(&before, optimisation.batch / optimisation.accumulate);
-            let flops = flops(&before, seen) + passes(known, false) * flops(&after, seen);
+            let flops = flops(&before, seen) + passes(&after, known, false) * flops(&after, seen);
             (optimisation.steps, seen, memory, flops)
         }
         Selection::Intervals(Intervals {

@@ -80,7 +80,7 @@ pub(super) fn plan(
     known.fits_data(stage, student.shape())?;
     let optimisation = &recover.optimisation;
     let seen = images(optimisation);
-    let mut arithmetic = passes(known, false) * flops(&student, seen);
+    let mut arithmetic = passes(&student, known, false) * flops(&student, seen);
     let mut memory = training_memory(&student, student.parameters(), optimisation, known);
     let taught = Taught::new(&recover.method);
     let mut notes = Vec::new();

@@ -52,7 +52,7 @@ pub(super) fn plan(
         steps: train.optimisation.steps,
         images: seen,
         memory: training_memory(&after, after.parameters(), &train.optimisation, known),
-        flops: passes(known, false) * flops(&after, seen),
+        flops: passes(&after, known, false) * flops(&after, seen),
         after: Some(after),
         ..PlannedStage::new(stage, "train", work)
     })

@@ -82,7 +82,7 @@ pub(super) fn plan(
         width: width.clone(),
     });
     let mut planned = PlannedStage {
-        flops: passes(known, false) * flops(&before, seen),
+        flops: passes(&before, known, false) * flops(&before, seen),
         before: Some(before),
         after: Some(after),
         process,

@@ -173,20 +173,23 @@ impl RunDirectory {
         }
     }
 
-    /// The newest run, if this recipe adds to it, with what it adds noted; finished or not.
+    /// The newest run that has noted its recipe, if this one adds to it, with what it adds noted;
+    /// finished or not.
     fn grown(
         runs: &Path,
         recipe: &str,
         continued: Continued<'_>,
     ) -> Result<Option<Self>, RecipeError> {
         let folder = runs.join(recipe);
-        let Some(number) = numbers(&folder).pop() else {
-            return Ok(None);
-        };
-        let path = folder.join(format!("{number:03}"));
-        let noted = std::fs::read_to_string(path.join(RESOLVED)).ok();
-        let grown = noted.and_then(|noted| continued(&noted).filter(|grown| *grown != noted));
-        let Some(grown) = grown else {
+        let paths = numbers(&folder).into_iter().rev();
+        let noted = paths
+            .map(|number| folder.join(format!("{number:03}")))
+            .find_map(|path| Some((std::fs::read_to_string(path.join(RESOLVED)).ok()?, path)));
+        let grown = noted.and_then(|(noted, path)| {
+            let grown = continued(&noted).filter(|grown| *grown != noted)?;
+            Some((grown, path))
+        });
+        let Some((grown, path)) = grown else {
             return Ok(None);
         };
         let directory = Self::open(path)?;

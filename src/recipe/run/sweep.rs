@@ -1,6 +1,6 @@
 //! Running a sweep: each of its recipes in a folder of its own, and one table of all verdicts.
 
-use std::fmt::Write;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -45,17 +45,28 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| RecipeError::Run(error.to_string()))?;
     let name = &points[0].recipe.name;
-    let fresh = Folders::default().with(points, &recipes).to_toml();
+    let fresh = Folders::default().with(points, &recipes).to_toml()?;
     let (directory, _scratch) = take(options, name, &fresh, &|noted| {
-        Folders::continued(noted, points, &recipes).map(|folders| folders.to_toml())
+        Folders::continued(noted, points, &recipes)?.to_toml().ok()
     })?;
     let unreadable = |error: toml::de::Error| {
         let path = directory.path().join(RESOLVED);
         RecipeError::Run(format!("{}: {error}", path.display()))
     };
     let folders: Folders = toml::from_str(&directory.read(RESOLVED)?).map_err(unreadable)?;
+    let begun = (folders.run.iter())
+        .filter(|run| directory.path().join(&run.name).exists())
+        .count();
+    let told = [
+        (begun, "begun before"),
+        (folders.before.len(), "no longer asked for"),
+    ];
+    let told = told.iter().filter(|(count, _)| *count > 0);
+    let told: String = told
+        .map(|(count, what)| format!(", {count} {what}"))
+        .collect();
     crate::say!(
-        "sweep of {} runs in {}",
+        "sweep of {} runs{told}, in {}",
         points.len(),
         directory.path().display()
     );
@@ -69,11 +80,12 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         })
     };
     let mut verdicts = Verdicts::default();
-    let runs = points.iter().zip(&plans).zip(&recipes).zip(&folders.runs);
+    let runs = points.iter().zip(&plans).zip(&recipes).zip(&folders.run);
     for (index, (((point, plan), resolved), folder)) in runs.enumerate() {
         let at = folder.name.clone();
         let folder = directory.path().join(&at);
-        if read_status(&folder).is_some_and(|status| status.state == "finished") {
+        let same = std::fs::read_to_string(folder.join(RESOLVED)).is_ok_and(|was| was == *resolved);
+        if same && read_status(&folder).is_some_and(|status| status.state == "finished") {
             crate::say!("{point}: already done");
         } else {
             status("running", at.clone(), None)?;
@@ -110,12 +122,14 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
     Ok((directory.path().to_owned(), verdicts))
 }
 
-/// The folders of a sweep's runs: of those that it asks for in its order, then of those that it
-/// asked for before.
+/// The folders of a sweep's runs.
 #[derive(Serialize, Deserialize, Default)]
 struct Folders {
-    #[serde(rename = "run")]
-    runs: Vec<Folder>,
+    /// Those that it asks for, in its order.
+    run: Vec<Folder>,
+    /// Those that it asked for before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    before: Vec<Folder>,
 }
 
 /// A run's folder, such as `007-learned-seed1`, and what its recipe is known by.
@@ -139,51 +153,49 @@ impl Folder {
 impl Folders {
     /// Gives every recipe the folder that it has already, or one with the next free number.
     fn with(self, points: &[Point], recipes: &[String]) -> Self {
-        let mut before = self.runs;
+        let mut before = self.run;
+        before.extend(self.before);
         let mut last = before.iter().filter_map(Folder::number).max().unwrap_or(0);
-        let mut runs = Vec::new();
+        let mut run = Vec::new();
         for (point, recipe) in points.iter().zip(recipes) {
             let recipe_sha256 = format!("{:x}", Sha256::digest(recipe));
             let known = |folder: &Folder| folder.recipe_sha256 == recipe_sha256;
             if let Some(index) = before.iter().position(known) {
-                runs.push(before.remove(index));
+                run.push(before.remove(index));
                 continue;
             }
             last += 1;
             let case = point.case.as_ref().map(|case| format!("{case}-"));
             let case = case.unwrap_or_default();
             let name = format!("{last:03}-{case}seed{}", point.recipe.seed);
-            runs.push(Folder {
+            run.push(Folder {
                 name,
                 recipe_sha256,
             });
         }
-        runs.extend(before);
-        Self { runs }
+        Self { run, before }
     }
 
     /// The folders of these points among those that are noted; none where no run was asked for
     /// before, or the note is no sweep's.
     fn continued(noted: &str, points: &[Point], recipes: &[String]) -> Option<Self> {
-        let before: Self = toml::from_str(noted).ok()?;
-        if !before.runs.iter().all(|run| run.number().is_some()) {
+        let noted: Self = toml::from_str(noted).ok()?;
+        let all = noted.run.iter().chain(&noted.before);
+        let numbers: Option<Vec<u64>> = all.clone().map(Folder::number).collect();
+        let names: HashSet<&str> = all.map(|folder| &*folder.name).collect();
+        let runs = numbers?.len();
+        if names.len() < runs {
             return None;
         }
-        let runs = before.runs.len();
-        let now = before.with(points, recipes);
-        (now.runs.len() < runs + points.len()).then_some(now)
+        let now = noted.with(points, recipes);
+        (now.run.len() + now.before.len() < runs + points.len()).then_some(now)
     }
 
-    fn to_toml(&self) -> String {
-        let mut text = String::from("# Each run's recipe is in its folder.\n");
-        for run in &self.runs {
-            let _ = write!(
-                text,
-                "\n[[run]]\nfolder = {:?}\nrecipe_sha256 = {:?}\n",
-                run.name, run.recipe_sha256
-            );
-        }
-        text
+    fn to_toml(&self) -> Result<String, RecipeError> {
+        let folders = toml::to_string(self).map_err(|error| RecipeError::Run(error.to_string()))?;
+        Ok(format!(
+            "# Each run's recipe is in its folder.\n\n{folders}"
+        ))
     }
 }
 
@@ -214,28 +226,30 @@ mod tests {
         let recipes: Vec<String> = (0..4).map(|seed| format!("seed = {seed}")).collect();
         let of = |range: Range<usize>| (&points[range.clone()], &recipes[range]);
         let names = |folders: &Folders| -> Vec<String> {
-            folders.runs.iter().map(|run| run.name.clone()).collect()
+            folders.run.iter().map(|run| run.name.clone()).collect()
         };
         let (some, texts) = of(1..3);
         let begun = Folders::default().with(some, texts);
         assert_eq!(names(&begun), ["001-seed1", "002-late-seed2"]);
-        let noted = begun.to_toml();
+        let text = |folders: &Folders| folders.to_toml().unwrap();
+        let noted = text(&begun);
         let same = Folders::continued(&noted, some, texts).unwrap();
-        assert_eq!(same.to_toml(), noted);
+        assert_eq!(text(&same), noted);
         let grown = Folders::continued(&noted, &points, &recipes).unwrap();
         let all = ["003-seed0", "001-seed1", "002-late-seed2", "004-late-seed3"];
         assert_eq!(names(&grown), all);
-        // What is asked for no more comes last, and is known when it is asked for again.
+        // What is asked for no more is known when it is asked for again.
         let (some, texts) = of(0..1);
-        let fewer = Folders::continued(&grown.to_toml(), some, texts).unwrap();
-        let last = ["003-seed0", "001-seed1", "002-late-seed2", "004-late-seed3"];
-        assert_eq!(names(&fewer), last);
-        let again = Folders::continued(&fewer.to_toml(), &points, &recipes).unwrap();
+        let fewer = Folders::continued(&text(&grown), some, texts).unwrap();
+        assert_eq!(names(&fewer), ["003-seed0"]);
+        assert_eq!(fewer.before.len(), 3);
+        let again = Folders::continued(&text(&fewer), &points, &recipes).unwrap();
         assert_eq!(names(&again), all);
+        assert_ne!(text(&again), text(&fewer));
         let (other, texts) = of(3..4);
         assert!(Folders::continued(&noted, other, texts).is_none());
         assert!(Folders::continued("seed = 0", other, texts).is_none());
-        for outside in ["../001", "/001", "001/..", "001/", "x"] {
+        for outside in ["../001", "/001", "001/..", "001/", "x", "002-late-seed2"] {
             let noted = noted.replace("001-seed1", outside);
             let known = Folders::continued(&noted, &points, &recipes);
             assert!(known.is_none(), "{outside}");

@@ -249,8 +249,8 @@ mod tests {
         type B = Autodiff<NdArray>;
         let [batch, tokens, width, hidden] = SIZES;
         let frozen = |layer: LinearWeights<B>| LinearWeights {
-            weight: layer.weight.detach(),
-            bias: layer.bias.detach(),
+            weight: layer.weight.set_require_grad(false),
+            bias: layer.bias.set_require_grad(false),
             ..layer
         };
         let x = noise::<B, 3>([batch, tokens, width]);

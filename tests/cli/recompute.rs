@@ -43,6 +43,12 @@ from = 'teacher'
 method = 'parallel'
 steps = 3
 batch = 20
+[[stage]]
+kind = 'recover'
+name = 'paired-student'
+method = 'fine-tune'
+steps = 3
+batch = 20
 ";
 
 #[test]

@@ -137,7 +137,7 @@ fn a_sweep_is_killed_and_goes_on_to_the_same_table() {
     let grown = format!("{cases}{untrained}").replace("[6, 4]", "[6, 4, 2]");
     place.write("many.toml", grown);
     let grown = place.run(&["recipe", "many.toml", "--runs", "killed", "--resume"]);
-    let grown = grown.succeeded().stdout;
+    let grown = grown.succeeded().stderr;
     assert_eq!(grown.matches("seed=0: already done").count(), 4, "{grown}");
     assert!(grown.contains("bi keep=2 seed=1 (8 of 10)"), "{grown}");
     assert!(place.path("killed/many/001/011-bi-seed0").is_dir());
@@ -152,7 +152,7 @@ fn a_sweep_is_killed_and_goes_on_to_the_same_table() {
     // A case dropped from a sweep that has ended, and asked for again.
     place.write("many.toml", RECIPE);
     let again = place.run(&["recipe", "many.toml", "--runs", "killed", "--resume"]);
-    let again = again.succeeded().stdout;
+    let again = again.succeeded().stderr;
     let told = "sweep of 10 runs, 10 begun before, 2 no longer asked for, in ";
     assert!(again.contains(told), "{again}");
     assert_eq!(lines(&place, "killed"), expected);

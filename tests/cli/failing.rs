@@ -89,6 +89,7 @@ fn a_queues_limit_saves_a_training() {
         kind = 'train'
         steps = 1000000
         batch = 2
+        log_every = 100
         architecture = { family = 'dit', width = 8, heads = 2, depth = 2 }
         ",
     );

@@ -1,4 +1,4 @@
-//! What does computing branches again save, and cost? Fine-tuning steps of DiT-S/2, batch 8.
+//! What does computing branches again save, and cost? Fine-tuning steps of DiT-S/2, batch 16.
 //!
 //! `cargo bench --bench recompute` prints time and peak memory with and without, in turns, the best
 //! of three each. Each measurement is a process of its own, because a process's peak never falls;
@@ -12,7 +12,7 @@ use tinyfusion::backend::Compute;
 use tinyfusion::bench::{self, BenchPlan, Workload};
 
 /// Largest allowed peak, as a share of the other's. Weights, gradients, moments and the average, 0.6
-/// GB, are in both.
+/// GiB, are in both.
 const MOST: f64 = 0.6;
 const ROUNDS: usize = 3;
 
@@ -51,7 +51,7 @@ fn measure(recompute: bool) {
     let plan = BenchPlan {
         workload: Workload::Finetune,
         model: bench::model("DiT-S/2").expect("it is published"),
-        batch: 8,
+        batch: 16,
         compute: Compute::F32,
         recompute,
         warmup: 1,

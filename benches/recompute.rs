@@ -11,8 +11,8 @@ use burn_ndarray::{NdArray, NdArrayDevice};
 use tinyfusion::backend::Compute;
 use tinyfusion::bench::{self, BenchPlan, Workload};
 
-/// Largest allowed peak, as a share of the other's. Weights, gradients, moments and the average, 0.6
-/// GiB, are in both.
+/// Largest allowed peak, as a share of the other's. In both are weights, gradients, moments and the
+/// average, 0.6 GiB.
 const MOST: f64 = 0.6;
 const ROUNDS: usize = 3;
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
 use super::dit::diffusers::DIFFUSERS_USE;
-use super::dit::{BLOCKS_IN_PYTORCH, WIDTHS_IN_PYTORCH, diffusers, infer, presets};
+use super::dit::{BLOCKS_IN_PYTORCH, BlockKind, WIDTHS_IN_PYTORCH, diffusers, infer, presets};
 use super::mar::{COPIES, MarConfig, Stack};
 use super::unet::diffusers::UNET_USE;
 use super::{ChannelGroup, ClassifierConfig, DitConfig, Left, Shape, UnetConfig, mar, unet};
@@ -365,7 +365,7 @@ impl Architecture {
                 );
                 let kept = config.kinds().map(|kind| match kind {
                     // Two blocks that are kept whole.
-                    super::dit::BlockKind::Pair => 2 * pass,
+                    BlockKind::Pair => 2 * pass,
                     kind => kind.branches() as u128 * input,
                 });
                 countable(kept.sum::<u128>() + pass)

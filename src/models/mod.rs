@@ -104,9 +104,7 @@ impl<B: FusedOps> Network<B> {
             Self::Mar(model) => Self::Mar(model.computing(compute)),
         }
     }
-}
 
-impl<B: FusedOps> Network<B> {
     /// The same network, whose backward pass keeps the input of each branch of its blocks and
     /// computes the rest again: a third more arithmetic, and a fraction of the memory, for the same
     /// gradients. UNets and MARs have no such pass; [`Architecture::recomputes`] says so.

@@ -11,12 +11,10 @@ use burn::module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param, P
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 
+use super::together::BUCKET;
 use crate::ops::TrainingBackend;
 use crate::state::floats;
 use crate::workers::Group;
-
-/// 32 MiB of numbers.
-const BUCKET: usize = 8 << 20;
 
 /// Which worker has the moments and the average of which parameter.
 #[derive(Debug, Clone)]
@@ -93,7 +91,7 @@ impl Shards {
                     return Param::from_mapped_value(id, tensor, mapper);
                 }
                 let learns = tensor.is_require_grad();
-                let values = TensorData::new(values, tensor.shape());
+                let values = TensorData::new(values.to_vec(), tensor.shape());
                 let tensor = Tensor::from_data(values, &tensor.device());
                 Param::from_mapped_value(id, tensor.set_require_grad(learns), mapper)
             }
@@ -122,7 +120,7 @@ impl Shards {
         }
         let parameters = self.parameters.iter();
         parameters
-            .map(|(id, owner, size)| (*id, values.next(*owner, numbers(*size))))
+            .map(|(id, owner, size)| (*id, values.next(*owner, numbers(*size)).to_vec()))
             .collect()
     }
 
@@ -163,10 +161,10 @@ struct Parts {
 }
 
 impl Parts {
-    fn next(&mut self, owner: usize, count: usize) -> Vec<f32> {
-        let values = &self.parts[owner][self.taken[owner]..][..count];
+    fn next(&mut self, owner: usize, count: usize) -> &[f32] {
+        let begin = self.taken[owner];
         self.taken[owner] += count;
-        values.to_vec()
+        &self.parts[owner][begin..][..count]
     }
 }
 

@@ -15,7 +15,7 @@ use crate::state::floats;
 use crate::workers::{Workers, agree, sum};
 
 /// Numbers that are exchanged at once: 32 MiB of them.
-const BUCKET: usize = 8 << 20;
+pub(super) const BUCKET: usize = 8 << 20;
 
 /// One step of all workers.
 pub(super) struct Gathered {

@@ -49,6 +49,10 @@ pub(super) struct RecipeArguments {
     /// none: for a job that a queue starts again
     #[arg(long, conflicts_with = "resume")]
     resume_if_any: bool,
+    /// Take runs of a sweep beside other processes that do, on one disk; begin it where there is
+    /// none: for the many jobs of an array, or one process a GPU
+    #[arg(long, conflicts_with_all = ["resume", "resume_if_any"])]
+    join: bool,
     /// Folder of all runs
     #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
     runs: PathBuf,
@@ -110,10 +114,14 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
     }
     let options = |stop| Options {
         runs: arguments.runs.clone(),
-        resume: match (arguments.resume, arguments.resume_if_any) {
-            (true, _) => Resume::Yes,
-            (false, true) => Resume::IfAny,
-            (false, false) => Resume::No,
+        resume: match arguments {
+            RecipeArguments { resume: true, .. } => Resume::Yes,
+            RecipeArguments { join: true, .. } => Resume::Join,
+            RecipeArguments {
+                resume_if_any: true,
+                ..
+            } => Resume::IfAny,
+            _ => Resume::No,
         },
         backend,
         plain: arguments.plain,
@@ -121,10 +129,23 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
         watch: arguments.watch,
         workers: workers.clone(),
     };
-    let again = match arguments.resume_if_any {
+    let again = match arguments.resume_if_any || arguments.join {
         true => "the same command",
         false => "the same command with `--resume`",
     };
+    if arguments.join {
+        let problem = match &recipe.sweep {
+            None => Some("it shares out the runs of a sweep, and the recipe has none (`[sweep]`)"),
+            Some(_) if workers.size() > 1 => Some(
+                "the processes of a launcher share every run; start each on its own, or leave it out",
+            ),
+            Some(_) => None,
+        };
+        if let Some(problem) = problem {
+            let path = path.display();
+            return Err(CliError::Usage(format!("{path}: --join: {problem}")));
+        }
+    }
     let Some(sweep) = &recipe.sweep else {
         let plan = Plan::shared(&recipe, workers.size())?;
         if arguments.dry_run {

@@ -43,6 +43,9 @@ pub enum RecipeError {
     /// A run can't be started or resumed.
     #[error("{0}")]
     Run(String),
+    /// The run that this folder is of is another process's.
+    #[error("{}: another process is running it", .0.display())]
+    Busy(PathBuf),
     /// An error of weights.
     #[error(transparent)]
     Weights(#[from] crate::state::WeightsError),

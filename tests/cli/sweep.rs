@@ -1,6 +1,7 @@
 //! `[sweep]`: many runs of one recipe, and their one table.
 
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::program::Place;
 
@@ -162,4 +163,66 @@ fn a_sweep_is_killed_and_goes_on_to_the_same_table() {
     assert_eq!(changed.status, Some(2));
     let none = "no unfinished run to resume";
     assert!(changed.stderr.contains(none), "{}", changed.stderr);
+}
+
+/// Waits until a running program has written a file.
+fn wait_for(file: &Path) {
+    let started = Instant::now();
+    while !file.exists() {
+        let file = file.display();
+        assert!(
+            started.elapsed() < Duration::from_secs(60),
+            "{file} is not written"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn processes_that_join_a_sweep_share_out_its_runs() {
+    let place = Place::new();
+    place.write("many.toml", RECIPE);
+    place
+        .run(&["recipe", "many.toml", "--runs", "alone"])
+        .succeeded();
+    let expected = lines(&place, "alone");
+    // The one that began the sweep is killed; those that joined it run what it had, too.
+    let join = ["recipe", "many.toml", "--runs", "joined", "--join"];
+    let mut began = place.start(&join);
+    wait_for(&place.path("joined/many/001/001-first-seed0/environment.json"));
+    let mut joined: Vec<_> = (0..2).map(|_| place.start(&join)).collect();
+    wait_for(&place.path("joined/many/001/002-first-seed1/environment.json"));
+    began.kill().unwrap();
+    began.wait().unwrap();
+    for process in &mut joined {
+        assert!(process.wait().unwrap().success());
+    }
+    assert_eq!(lines(&place, "joined"), expected);
+    // One who comes when all is done begins nothing, and no run was run twice.
+    let late = place.run(&join).succeeded().stderr;
+    assert_eq!(late.matches("already done").count(), 10, "{late}");
+    assert!(!place.path("joined/many/002").exists());
+    let mut began_again = 0;
+    for run in std::fs::read_dir(place.path("joined/many/001")).unwrap() {
+        let run = run.unwrap().path();
+        let files = std::fs::read_dir(run).into_iter().flatten().flatten();
+        let later = |name: std::ffi::OsString| {
+            let name = name.into_string().unwrap();
+            name.starts_with("environment-") && name.ends_with(".json")
+        };
+        began_again += files.filter(|file| later(file.file_name())).count();
+    }
+    assert!(began_again <= 1, "{began_again}");
+    let status = std::fs::read_to_string(place.path("joined/many/001/status.json")).unwrap();
+    assert!(status.contains("\"finished\""), "{status}");
+
+    let single = &RECIPE[..RECIPE.find("[sweep]").unwrap()];
+    place.write("single.toml", single);
+    let single = place.run(&["recipe", "single.toml", "--join"]);
+    assert_eq!(single.status, Some(2));
+    assert!(
+        single.stderr.contains("has none (`[sweep]`)"),
+        "{}",
+        single.stderr
+    );
 }

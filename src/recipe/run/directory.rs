@@ -4,6 +4,7 @@
 use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -37,6 +38,9 @@ pub(crate) const EVALUATION: &str = "eval.json";
 /// File that is locked while a process works on the run.
 const LOCK: &str = "run.lock";
 
+/// Folder of what a run measures once.
+const MEASURED: &str = "measured";
+
 /// A run's folder.
 #[derive(Debug)]
 pub struct RunDirectory {
@@ -46,8 +50,8 @@ pub struct RunDirectory {
     /// Whether an earlier process began the run.
     resumed: bool,
     /// Locked as long as this process works in the folder; the system lets go of it however the
-    /// process ends.
-    _lock: File,
+    /// process ends. None of a sweep that is another process's, in which this one takes runs.
+    lock: Option<File>,
 }
 
 /// The resolved recipe of a run that goes on, from the one it was started with: the same, or one
@@ -63,6 +67,8 @@ pub enum Resume {
     Yes,
     /// Begin a new one where there is none.
     IfAny,
+    /// Of a sweep: go on with the newest, unfinished or not and whoever runs it, or begin one.
+    Join,
 }
 
 impl RunDirectory {
@@ -82,23 +88,78 @@ impl RunDirectory {
             Resume::No => None,
             Resume::Yes => Some(Self::unfinished(runs, recipe, continued)?),
             Resume::IfAny => Self::newest(runs, recipe, continued)?.0,
+            Resume::Join => return Self::join(runs, recipe, resolved, continued),
         };
         if let Some(directory) = known {
             return directory.resume();
         }
+        Self::begin(runs, recipe, resolved)
+    }
+
+    fn begin(runs: &Path, recipe: &str, resolved: &str) -> Result<Self, RecipeError> {
         let directory = Self::create(runs, recipe)?;
         directory.write(RESOLVED, resolved)?;
         Ok(directory)
     }
 
+    /// The directory of the newest sweep that has noted this recipe, or of a new one. Where another
+    /// process has it, this one is a guest there.
+    fn join(
+        runs: &Path,
+        recipe: &str,
+        resolved: &str,
+        continued: Continued<'_>,
+    ) -> Result<Self, RecipeError> {
+        let folder = runs.join(recipe);
+        std::fs::create_dir_all(&folder).map_err(RecipeError::io(&folder))?;
+        // One after the other: of those that come at once, one begins the sweep.
+        let turn = folder.join("join.lock");
+        let turn_taken = lock_file(&turn).and_then(|lock| lock.lock().map(|()| lock));
+        let _turn = turn_taken.map_err(RecipeError::io(&turn))?;
+        let paths = numbers(&folder).into_iter().rev();
+        let newest = paths
+            .map(|number| folder.join(format!("{number:03}")))
+            .find(|path| {
+                let noted = std::fs::read_to_string(path.join(RESOLVED)).ok();
+                noted.is_some_and(|noted| continued(&noted).is_some_and(|whole| whole == noted))
+            });
+        let Some(path) = newest else {
+            return match Self::grown(runs, recipe, continued)? {
+                Some(directory) => directory.resume(),
+                None => Self::begin(runs, recipe, resolved),
+            };
+        };
+        match Self::open_at_once(path) {
+            Ok(directory) => directory.resume(),
+            Err(RecipeError::Busy(path)) => Ok(Self {
+                measured: path.join(MEASURED),
+                path,
+                resumed: true,
+                lock: None,
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the folder is this process's. A guest takes what the other has left, where that has
+    /// ended, and the sweep asks for the runs that the guest has `noted`.
+    pub fn leads(&mut self, noted: &str) -> bool {
+        if self.lock.is_none() {
+            let taken = Self::open_at_once(self.path.clone()).ok();
+            let same = |_: &Self| self.read(RESOLVED).is_ok_and(|now| now == noted);
+            self.lock = taken.filter(same).and_then(|taken| taken.lock);
+        }
+        self.lock.is_some()
+    }
+
     /// The directory of a run in this one's, begun or not. Both share what they measure.
     ///
     /// # Errors
-    /// When it can't be made, or was begun with another recipe.
+    /// When it can't be made, another process has it, or it was begun with another recipe.
     pub fn inner(&self, name: &str, resolved: &str) -> Result<Self, RecipeError> {
         let path = self.path.join(name);
         std::fs::create_dir_all(&path).map_err(RecipeError::io(&path))?;
-        let mut directory = Self::open(path)?;
+        let mut directory = Self::open_at_once(path)?;
         directory.measured.clone_from(&self.measured);
         match std::fs::read_to_string(directory.path.join(RESOLVED)) {
             Ok(noted) if noted == resolved => directory.resume(),
@@ -233,27 +294,28 @@ impl RunDirectory {
 
     /// Takes a run's folder for this process.
     fn open(path: PathBuf) -> Result<Self, RecipeError> {
-        let lock_path = path.join(LOCK);
-        let lock = lock_file(&lock_path).map_err(RecipeError::io(&lock_path))?;
-        let mut taken = lock.try_lock();
         for _ in 0..25 {
             // Who only looks whether a run is held lets go of it at once, on a busy machine too.
-            if matches!(taken, Err(TryLockError::WouldBlock)) {
-                std::thread::sleep(std::time::Duration::from_millis(20));
-                taken = lock.try_lock();
+            match Self::open_at_once(path.clone()) {
+                Err(RecipeError::Busy(_)) => std::thread::sleep(Duration::from_millis(20)),
+                taken => return taken,
             }
         }
-        match taken {
+        Self::open_at_once(path)
+    }
+
+    /// Takes a run's folder for this process, if no other has it or looks at it just now.
+    fn open_at_once(path: PathBuf) -> Result<Self, RecipeError> {
+        let lock_path = path.join(LOCK);
+        let lock = lock_file(&lock_path).map_err(RecipeError::io(&lock_path))?;
+        match lock.try_lock() {
             Ok(()) => Ok(Self {
-                measured: path.join("measured"),
+                measured: path.join(MEASURED),
                 path,
                 resumed: false,
-                _lock: lock,
+                lock: Some(lock),
             }),
-            Err(TryLockError::WouldBlock) => Err(RecipeError::Run(format!(
-                "{}: another process is running it",
-                path.display()
-            ))),
+            Err(TryLockError::WouldBlock) => Err(RecipeError::Busy(path)),
             Err(TryLockError::Error(error)) => Err(RecipeError::io(&lock_path)(error)),
         }
     }
@@ -322,18 +384,29 @@ impl RunDirectory {
         self.path.join(format!("{:02}-{name}", index + 1))
     }
 
-    /// Removes what a killed process left half written. The run is this process's.
+    /// Removes what a killed process left half written. The run is this process's; the runs of a
+    /// sweep may be others', which tidy them when they take them, and measure for them meanwhile.
     pub fn tidy(&self) {
+        let entries = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let is_run = |folder: &Path| folder.join(LOCK).exists();
+        let shared = entries(&self.path).any(|entry| is_run(&entry.path()));
         let mut folders = vec![self.path.clone()];
         while let Some(folder) = folders.pop() {
-            for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            if folder != self.path && is_run(&folder) {
+                continue;
+            }
+            let may_be_at_work = shared && folder == self.measured;
+            for entry in entries(&folder) {
                 let name = entry.file_name();
                 let name = name.as_encoded_bytes();
                 // The type of the entry itself: no link is followed.
                 match entry.file_type() {
                     Ok(kind) if kind.is_dir() => folders.push(entry.path()),
                     Ok(kind)
-                        if kind.is_file() && name.starts_with(b".") && name.ends_with(b".tmp") =>
+                        if kind.is_file()
+                            && name.starts_with(b".")
+                            && name.ends_with(b".tmp")
+                            && !(may_be_at_work && is_fresh(&entry)) =>
                     {
                         // What can't be removed does no harm.
                         let _ = std::fs::remove_file(entry.path());
@@ -373,6 +446,14 @@ impl RunDirectory {
     pub fn status(&self) -> Option<Status> {
         read_status(&self.path)
     }
+}
+
+/// Whether something was written to a file within a day.
+fn is_fresh(entry: &std::fs::DirEntry) -> bool {
+    const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+    let modified = entry.metadata().and_then(|data| data.modified());
+    let age = modified.map(|time| time.elapsed().unwrap_or_default());
+    age.is_ok_and(|age| age < DAY)
 }
 
 /// A run's status. A run that says it is running, while no process holds its lock, was killed.

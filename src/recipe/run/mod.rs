@@ -130,6 +130,10 @@ pub fn run(plan: &Plan, options: &Options) -> Result<PathBuf, RecipeError> {
     if let Some(problem) = options.backend.missing() {
         return Err(RecipeError::Run(problem));
     }
+    if options.resume == Resume::Join {
+        let problem = "only a sweep is shared out by joining it";
+        return Err(RecipeError::Run(problem.into()));
+    }
     plan.complete()?;
     can_share(plan, &options.workers)?;
     let resolved = plan

@@ -2,14 +2,15 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::directory::{RESOLVED, Status, json, read_status};
+use super::directory::{RESOLVED, RunDirectory, Status, json, read_status};
 use super::together::{can_share, take};
 use super::{Options, run_in};
+use crate::backend::BackendKind;
 use crate::recipe::RecipeError;
 use crate::recipe::plan::Plan;
 use crate::recipe::results::{Verdicts, write_sweep};
@@ -18,7 +19,8 @@ use crate::recipe::schema::sweep::Point;
 /// Runs every point of a sweep, and returns the sweep's directory with all verdicts, which are
 /// written there after each run: `sweep.json` and `sweep.csv`. An interrupted sweep is resumed at
 /// the run that it was at, one that has grown with the runs that are new; what it asks for no more
-/// stays in its folder, and is in no table.
+/// stays in its folder, and is in no table. Processes that [`Resume::Join`](super::Resume::Join) a
+/// sweep take runs that no other has; each returns when none is left, with the verdicts so far.
 ///
 /// # Errors
 /// When a run fails, or a person interrupts.
@@ -53,7 +55,8 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         let path = directory.path().join(RESOLVED);
         RecipeError::Run(format!("{}: {error}", path.display()))
     };
-    let folders: Folders = toml::from_str(&directory.read(RESOLVED)?).map_err(unreadable)?;
+    let noted = directory.read(RESOLVED)?;
+    let folders: Folders = toml::from_str(&noted).map_err(unreadable)?;
     let begun = (folders.run.iter())
         .filter(|run| directory.path().join(&run.name).exists())
         .count();
@@ -71,55 +74,196 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         directory.path().display()
     );
     let started = Instant::now();
-    let status = |state: &str, at: String, error: Option<String>| {
-        directory.set_status(&Status {
+    let runs = (points.iter().zip(&plans).zip(&recipes).zip(&folders.run))
+        .enumerate()
+        .map(|(index, (((point, plan), resolved), folder))| Run {
+            number: index + 1,
+            point,
+            plan,
+            resolved,
+            name: &folder.name,
+            path: directory.path().join(&folder.name),
+        })
+        .collect();
+    let mut sweep = Sweep {
+        directory,
+        noted,
+        runs,
+        started,
+        options,
+    };
+    let verdicts = sweep.work(backend)?;
+    Ok((sweep.directory.path().to_owned(), verdicts))
+}
+
+/// One of a sweep's runs.
+struct Run<'a> {
+    /// In the sweep's order, from 1.
+    number: usize,
+    point: &'a Point,
+    plan: &'a Plan,
+    /// Its recipe.
+    resolved: &'a str,
+    /// Of its folder.
+    name: &'a str,
+    path: PathBuf,
+}
+
+impl Run<'_> {
+    fn finished(&self) -> bool {
+        let noted = std::fs::read_to_string(self.path.join(RESOLVED));
+        noted.is_ok_and(|noted| noted == self.resolved)
+            && read_status(&self.path).is_some_and(|status| status.state == "finished")
+    }
+}
+
+struct Sweep<'a> {
+    directory: RunDirectory,
+    /// What it has noted of its runs.
+    noted: String,
+    runs: Vec<Run<'a>>,
+    started: Instant,
+    options: &'a Options,
+}
+
+/// How long to wait before looking again at runs that other processes have.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// What to do about a run.
+enum Taken {
+    Finished,
+    /// Another process has it.
+    PassedOver,
+    Here(RunDirectory),
+}
+
+impl Sweep<'_> {
+    /// Runs what is left. What other processes have is passed over, and waited for by the one that
+    /// leads, which runs it if they end without having finished.
+    #[inline]
+    fn work(&mut self, backend: impl Fn(&Point) -> BackendKind) -> Result<Verdicts, RecipeError> {
+        let mut left: Vec<usize> = (0..self.runs.len()).collect();
+        let (mut waited, mut ran) = (false, false);
+        loop {
+            let (mut passed_over, before) = (Vec::new(), left.len());
+            for index in left {
+                let run = &self.runs[index];
+                let taken = match self.take(run)? {
+                    Taken::Here(directory) => directory,
+                    Taken::PassedOver => {
+                        passed_over.push(index);
+                        continue;
+                    }
+                    Taken::Finished => {
+                        if !waited {
+                            crate::say!("{}: already done", run.point);
+                        }
+                        continue;
+                    }
+                };
+                ran = true;
+                let leads = self.directory.leads(&self.noted);
+                self.status(leads, "running", run.name, None)?;
+                crate::say!("{} ({} of {})", run.point, run.number, self.runs.len());
+                let options = Options {
+                    backend: backend(run.point),
+                    ..self.options.clone()
+                };
+                if let Err(error) = run_in(taken, run.plan, &options) {
+                    let (state, said) = match &error {
+                        RecipeError::Interrupted => ("interrupted", None),
+                        error => ("failed", Some(error.to_string())),
+                    };
+                    // The run's own error is the one to tell.
+                    let _ = self.status(leads, state, run.name, said);
+                    return Err(error);
+                }
+                if self.directory.leads(&self.noted) {
+                    self.tabulate()?;
+                }
+            }
+            if passed_over.is_empty() || !self.directory.leads(&self.noted) {
+                break;
+            }
+            if passed_over.len() == before {
+                if !waited {
+                    let name = self.directory.path().display();
+                    crate::say!("waiting for the other processes at {name}");
+                    self.status(true, "running", "waiting for others", None)?;
+                }
+                waited = true;
+                std::thread::sleep(LOOK_AGAIN);
+                if self.options.stop.requested() {
+                    self.status(true, "interrupted", "", None)?;
+                    return Err(RecipeError::Interrupted);
+                }
+            }
+            left = passed_over;
+        }
+        let leads = self.directory.leads(&self.noted);
+        let verdicts = self.tabulate()?;
+        let known = self.directory.status();
+        if ran || known.is_none_or(|status| status.state != "finished") {
+            self.status(leads, "finished", "", None)?;
+        }
+        Ok(verdicts)
+    }
+
+    /// Takes a run for this process. Of several workers the first one's answer counts.
+    fn take(&self, run: &Run<'_>) -> Result<Taken, RecipeError> {
+        let workers = &self.options.workers;
+        // First of all, so that another process's is whole, its page too.
+        let directory = match self.directory.inner(run.name, run.resolved) {
+            // Alone: several workers would not pass over the same runs.
+            Err(RecipeError::Busy(_)) if workers.size() == 1 => return Ok(Taken::PassedOver),
+            directory => directory?,
+        };
+        let finished = workers.broadcast(vec![u8::from(run.finished())]);
+        Ok(match finished[..] {
+            [1] => Taken::Finished,
+            _ => Taken::Here(directory),
+        })
+    }
+
+    /// Notes how the sweep stands, if it is this process's.
+    fn status(
+        &self,
+        leads: bool,
+        state: &str,
+        at: &str,
+        error: Option<String>,
+    ) -> Result<(), RecipeError> {
+        if !leads {
+            return Ok(());
+        }
+        self.directory.set_status(&Status {
             state: state.into(),
-            stage: at,
-            seconds: started.elapsed().as_secs_f64(),
+            stage: at.into(),
+            seconds: self.started.elapsed().as_secs_f64(),
             error,
         })
-    };
-    let mut verdicts = Verdicts::default();
-    let runs = points.iter().zip(&plans).zip(&recipes).zip(&folders.run);
-    for (index, (((point, plan), resolved), folder)) in runs.enumerate() {
-        let at = folder.name.clone();
-        let folder = directory.path().join(&at);
-        let same = std::fs::read_to_string(folder.join(RESOLVED)).is_ok_and(|was| was == *resolved);
-        if same && read_status(&folder).is_some_and(|status| status.state == "finished") {
-            crate::say!("{point}: already done");
-        } else {
-            status("running", at.clone(), None)?;
-            crate::say!("{point} ({} of {})", index + 1, points.len());
-            let options = Options {
-                backend: backend(point),
-                ..options.clone()
-            };
-            let done = directory
-                .inner(&at, resolved)
-                .and_then(|directory| run_in(directory, plan, &options));
-            if let Err(error) = done {
-                let (state, said) = match &error {
-                    RecipeError::Interrupted => ("interrupted", None),
-                    error => ("failed", Some(error.to_string())),
-                };
-                // The run's own error is the one to tell.
-                let _ = status(state, at, said);
-                return Err(error);
+    }
+
+    /// The verdicts of all runs that have finished; written, if the sweep is this process's.
+    fn tabulate(&mut self) -> Result<Verdicts, RecipeError> {
+        let mut verdicts = Verdicts::default();
+        if !self.options.workers.leads() {
+            return Ok(verdicts);
+        }
+        for run in self.runs.iter().filter(|run| run.finished()) {
+            verdicts.add(run.point, run.name, &run.path)?;
+        }
+        if self.directory.leads(&self.noted) {
+            self.directory.write("sweep.json", &json(&verdicts)?)?;
+            self.directory.write("sweep.csv", &verdicts.csv())?;
+            let path = self.directory.path();
+            // Results that can't be drawn are there all the same.
+            if let Err(error) = write_sweep(path, path) {
+                crate::say!("the sweep's page can't be written: {error}");
             }
         }
-        if !options.workers.leads() {
-            continue;
-        }
-        verdicts.add(point, &at, &folder)?;
-        directory.write("sweep.json", &json(&verdicts)?)?;
-        directory.write("sweep.csv", &verdicts.csv())?;
-        // Results that can't be drawn are there all the same.
-        if let Err(error) = write_sweep(directory.path(), directory.path()) {
-            crate::say!("the sweep's page can't be written: {error}");
-        }
+        Ok(verdicts)
     }
-    status("finished", String::new(), None)?;
-    Ok((directory.path().to_owned(), verdicts))
 }
 
 /// The folders of a sweep's runs.

@@ -66,6 +66,10 @@ pub(super) fn take(
     continued: Continued<'_>,
 ) -> Result<(RunDirectory, Option<Scratch>), RecipeError> {
     let workers = &*options.workers;
+    if options.resume == Resume::Join && workers.size() > 1 {
+        let problem = "workers that share every run can't join a sweep";
+        return Err(RecipeError::Run(problem.into()));
+    }
     let version = format!(
         "{} {}",
         env!("CARGO_PKG_VERSION"),

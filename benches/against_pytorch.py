@@ -6,6 +6,9 @@
     python benches/against_pytorch.py                                # every workload at every size
     python benches/against_pytorch.py --size digits --workload infer # one of them
     python benches/against_pytorch.py --threads 1                    # both on one core
+    python benches/against_pytorch.py --backend torch                # this program on PyTorch's own kernels
+    python benches/against_pytorch.py --bf16 --compile               # products of bf16, PyTorch's code compiled
+    python benches/against_pytorch.py --device cuda --backend cuda   # on a GPU
 
 Each round starts each program once, one after the other, in alternating order; what is printed is the median of the
 rounds' medians, and the ratio of the two (above 1: TinyFusion is faster). PyTorch gets what a careful user gives it:
@@ -262,7 +265,7 @@ def build(torch, size, lora):
     return Dit
 
 
-def workload(torch, name, size):
+def workload(torch, name, size, compiled):
     """A function that does the work once."""
     if size == "mar":
         return mar_drawing(torch)
@@ -314,7 +317,7 @@ def workload(torch, name, size):
         return mse + bound(posterior(x0, x, t), at(log_variance, t), out, x)
 
     if name == "infer":
-        model = Dit(depth)
+        model = compiled(Dit(depth))
 
         def run():
             with torch.inference_mode():
@@ -323,7 +326,7 @@ def workload(torch, name, size):
         return run
 
     if name == "sample":
-        model = Dit(depth)
+        model = compiled(Dit(depth))
 
         def run():
             with torch.inference_mode():
@@ -357,6 +360,7 @@ def workload(torch, name, size):
         learned = learned + [gates]
     optimizer = torch.optim.AdamW(learned, lr=1e-4, weight_decay=0.0, fused=True)
     averages = [copy.deepcopy(p.data) for p in learned]
+    model, teacher = compiled(model), teacher and compiled(teacher)
 
     def typical(x):
         flat = x.detach().flatten(1)
@@ -415,7 +419,15 @@ def pytorch(args):
     import torch
 
     torch.set_num_threads(args.threads)
-    run = workload(torch, args.workload, args.size)
+    torch.set_default_device(args.device)
+    work = workload(torch, args.workload, args.size, torch.compile if args.compile else lambda model: model)
+
+    def run():
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            work()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+
     for _ in range(args.warmup):
         run()
     times = []
@@ -431,12 +443,14 @@ def tinyfusion(args, size, workload):
     model, batch = SIZES[size][:2]
     command = [args.binary, "bench", "--json", "--workload", workload, "--model", model, "--batch", str(batch)]
     command += ["--warmup", str(args.warmup), "--repeats", str(args.repeats), "--threads", str(args.threads)]
+    command += ["--backend", args.backend, "--compute", "bf16" if args.bf16 else "f32"]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def child(args, size, workload):
     command = [sys.executable, __file__, "--pytorch", "--size", size, "--workload", workload]
     command += ["--warmup", str(args.warmup), "--repeats", str(args.repeats), "--threads", str(args.threads)]
+    command += ["--device", args.device] + ["--bf16"] * args.bf16 + ["--compile"] * args.compile
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -463,6 +477,10 @@ def main():
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--binary", default=os.path.join(os.path.dirname(__file__), "../target/release/tinyfusion"))
+    parser.add_argument("--backend", default="ndarray", help="TinyFusion's")
+    parser.add_argument("--device", default="cpu", help="PyTorch's")
+    parser.add_argument("--bf16", action="store_true", help="products of bf16; of PyTorch by autocast")
+    parser.add_argument("--compile", action="store_true", help="PyTorch's networks through torch.compile")
     parser.add_argument("--pytorch", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     pytorch(args) if args.pytorch else compare(args)

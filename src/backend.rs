@@ -15,6 +15,8 @@ pub enum BackendKind {
     Wgpu,
     /// An NVIDIA GPU.
     Cuda,
+    /// LibTorch, on the GPU that it finds or on the CPU.
+    Torch,
 }
 
 impl fmt::Display for BackendKind {
@@ -23,6 +25,7 @@ impl fmt::Display for BackendKind {
             Self::Ndarray => "ndarray",
             Self::Wgpu => "wgpu",
             Self::Cuda => "cuda",
+            Self::Torch => "torch",
         })
     }
 }
@@ -48,6 +51,8 @@ impl BackendKind {
         Self::Wgpu,
         #[cfg(feature = "cuda")]
         Self::Cuda,
+        #[cfg(feature = "torch")]
+        Self::Torch,
     ];
 
     /// Why this backend can't be used, if it can't.
@@ -56,6 +61,19 @@ impl BackendKind {
         (!Self::BUILT.contains(&self)).then(|| {
             format!("this program was built without the backend `{self}` (it has: {}); build it with `cargo build --release --features {self}`", built.join(", "))
         })
+    }
+}
+
+/// The first of CUDA, Metal and the CPU that this LibTorch has a device of; `index` counts the GPUs
+/// of CUDA.
+#[cfg(feature = "torch")]
+pub fn torch_device(index: usize) -> burn_tch::LibTorchDevice {
+    if tch::Cuda::is_available() {
+        burn_tch::LibTorchDevice::Cuda(index)
+    } else if tch::utils::has_mps() {
+        burn_tch::LibTorchDevice::Mps
+    } else {
+        burn_tch::LibTorchDevice::Cpu
     }
 }
 
@@ -84,6 +102,12 @@ macro_rules! with_backend {
                 let $device = &burn_cuda::CudaDevice {
                     index: $crate::workers::device(),
                 };
+                $body
+            }
+            #[cfg(feature = "torch")]
+            $crate::backend::BackendKind::Torch => {
+                type $B = burn::backend::Autodiff<burn_tch::LibTorch>;
+                let $device = &$crate::backend::torch_device($crate::workers::device());
                 $body
             }
             #[allow(unreachable_patterns)]

@@ -12,7 +12,6 @@ mod stage;
 mod weights;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -141,7 +140,7 @@ Examples:
   tinyfusion recipe recipes/standin.toml")]
     Standin {
         /// The folder to write, new or empty
-        folder: PathBuf,
+        folder: std::path::PathBuf,
     },
     /// Write a shell's completions to standard output
     Completions {
@@ -306,7 +305,10 @@ fn start_threads(cli: &Cli, here: usize) -> Result<(), CliError> {
             "{count} can't be had ({error}); ask for fewer by `--threads` or RAYON_NUM_THREADS, or free some of this \
              user's processes"
         ))
-    })
+    })?;
+    #[cfg(feature = "torch")]
+    crate::ops::torch::set_threads(rayon::current_num_threads());
+    Ok(())
 }
 
 /// Prints an error with its causes, without repetitions.

@@ -11,6 +11,7 @@
 //! ```text
 //! models ──> FusedOps ──┬─ Autodiff<B>: one graph node an operator, then B's forward and backward
 //!                       ├─ NdArray:     kernels of `cpu/`
+//!                       ├─ LibTorch:    PyTorch's own, `torch`
 //!                       └─ any other:   `reference`
 //! ```
 
@@ -21,6 +22,8 @@ mod convolution;
 mod cpu;
 mod linear;
 pub mod reference;
+#[cfg(feature = "torch")]
+pub mod torch;
 
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::FloatTensor;
@@ -404,7 +407,7 @@ pub trait FusedOps: Backend {
 pub fn supports<B: Backend>(compute: Compute, device: &B::Device) -> Result<(), String> {
     if compute == Compute::Bf16 && !B::supports_dtype(device, DType::BF16) {
         return Err(format!(
-            "compute = \"bf16\": the backend {} has no products of bf16; use cuda, or compute = \"f32\"",
+            "compute = \"bf16\": the backend {} has no products of bf16; use cuda or torch, or compute = \"f32\"",
             B::name(device)
         ));
     }
@@ -468,7 +471,7 @@ mod tests {
     use crate::state::{assign, collect};
     use crate::trunk::Plain;
 
-    /// The only CPU backend that supports bf16.
+    /// The only CPU backend in every build that supports bf16.
     impl FusedOps for Flex {}
 
     #[test]
@@ -492,8 +495,10 @@ mod tests {
     }
 
     /// The output, and the gradient of its mean square for the first block's fused projection.
-    fn forward_and_backward(compute: Compute) -> (Vec<f32>, Vec<f32>) {
-        type B = Autodiff<Flex>;
+    fn forward_and_backward<B: TrainingBackend>(
+        compute: Compute,
+        device: &B::Device,
+    ) -> (Vec<f32>, Vec<f32>) {
         let config = DitConfig {
             input_size: 8,
             patch_size: 2,
@@ -507,7 +512,7 @@ mod tests {
             blocks: Vec::new(),
             widths: None,
         };
-        let network = Network::<B>::zeros(&config.into(), &FlexDevice).unwrap();
+        let network = Network::<B>::zeros(&config.into(), device).unwrap();
         let mut state = collect::<B, _>(&network);
         initialise(&mut state, 0);
         // The initialisation zeroes modulations and final projection: the output would not depend
@@ -524,10 +529,10 @@ mod tests {
         let path = std::path::Path::new("test");
         let network = assign::<B, _>(network, &state, path, "test").unwrap();
         let network = network.computing(compute);
-        B::seed(&FlexDevice, 3);
-        let x = Tensor::<B, 4>::random([4, 1, 8, 8], Distribution::Normal(0.0, 1.0), &FlexDevice);
-        let t = Tensor::<B, 1>::from_floats([3.0, 200.0, 500.0, 999.0], &FlexDevice);
-        let y = Tensor::<B, 1, burn::tensor::Int>::from_ints([0, 3, 9, 10], &FlexDevice);
+        B::seed(device, 3);
+        let x = Tensor::<B, 4>::random([4, 1, 8, 8], Distribution::Normal(0.0, 1.0), device);
+        let t = Tensor::<B, 1>::from_floats([3.0, 200.0, 500.0, 999.0], device);
+        let y = Tensor::<B, 1, burn::tensor::Int>::from_ints([0, 3, 9, 10], device);
         let out = network.forward(x, t, y, &mut Plain);
         let gradients = out.clone().powi_scalar(2).mean().backward();
         let Network::Dit(model) = &network else {
@@ -547,10 +552,9 @@ mod tests {
         )
     }
 
-    #[test]
-    fn bf16_rounds_products_and_nothing_else() {
-        let (out, gradient) = forward_and_backward(Compute::F32);
-        let (rounded, rounded_gradient) = forward_and_backward(Compute::Bf16);
+    fn rounds_products_and_nothing_else<B: TrainingBackend>(device: &B::Device) {
+        let (out, gradient) = forward_and_backward::<B>(Compute::F32, device);
+        let (rounded, rounded_gradient) = forward_and_backward::<B>(Compute::Bf16, device);
         for (exact, rounded) in [(out, rounded), (gradient, rounded_gradient)] {
             let norm =
                 |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
@@ -561,5 +565,14 @@ mod tests {
             // factor, would be further off.
             assert!((1e-4..0.03).contains(&off), "{off}");
         }
+    }
+
+    #[test]
+    fn bf16_rounds_products_and_nothing_else() {
+        rounds_products_and_nothing_else::<Autodiff<Flex>>(&FlexDevice);
+        #[cfg(feature = "torch")]
+        rounds_products_and_nothing_else::<Autodiff<burn_tch::LibTorch>>(
+            &burn_tch::LibTorchDevice::Cpu,
+        );
     }
 }

@@ -2,14 +2,17 @@
 //!
 //! Vectors are read from the folder in `TINYFUSION_FIXTURES`, by default `tests/fixtures`; all
 //! sizes, cases and tolerances come from the group's `case.json`. Each check is generic over the
-//! backend: with the feature `ndarray` all run on it. With the feature `wgpu` the model, its
-//! gradients and optimisation steps run on wgpu, which needs an adapter (Mesa's software Vulkan
+//! backend: with the feature `ndarray` or `torch` all run on it. With the feature `wgpu` the model,
+//! its gradients and optimisation steps run on wgpu, which needs an adapter (Mesa's software Vulkan
 //! works).
 
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]
 // On wgpu alone fewer checks run.
-#![cfg_attr(not(feature = "ndarray"), allow(dead_code, unused_macros))]
+#![cfg_attr(
+    not(any(feature = "ndarray", feature = "torch")),
+    allow(dead_code, unused_macros)
+)]
 
 mod compare;
 mod evaluator;
@@ -43,46 +46,56 @@ macro_rules! on {
     };
 }
 
-#[cfg(feature = "ndarray")]
-on!(
-    ndarray,
-    burn::backend::Autodiff<burn_ndarray::NdArray>,
-    forward::dit_forward,
-    forward::dit_weights,
-    forward::prune_forward,
-    forward::sit_forward,
-    losses::distill_losses,
-    mar::mar_forward,
-    masks::prune_gate,
-    sampling::dit_sampling,
-    scores::prune_scores,
-    steps::diffusion_steps,
-    trajectory::prune_trajectory,
-    trajectory::train_trajectory,
-    transport::sit_losses,
-    transport::sit_ode,
-    transport::sit_paths,
-    transport::sit_sde,
-    unet::diff_pruning,
-    vae::vae_kl16_mar,
-    vae::vae_kl_f8,
-    width::dit_width,
-);
+/// Every check on a backend of full precision, as tests of the modules `$name` and `$inference`.
+#[cfg(any(feature = "ndarray", feature = "torch"))]
+macro_rules! every_check_on {
+    ($name:ident, $inference:ident, $backend:ty) => {
+        on!(
+            $name,
+            burn::backend::Autodiff<$backend>,
+            forward::dit_forward,
+            forward::dit_weights,
+            forward::prune_forward,
+            forward::sit_forward,
+            losses::distill_losses,
+            mar::mar_forward,
+            masks::prune_gate,
+            sampling::dit_sampling,
+            scores::prune_scores,
+            steps::diffusion_steps,
+            trajectory::prune_trajectory,
+            trajectory::train_trajectory,
+            transport::sit_losses,
+            transport::sit_ode,
+            transport::sit_paths,
+            transport::sit_sde,
+            unet::diff_pruning,
+            vae::vae_kl16_mar,
+            vae::vae_kl_f8,
+            width::dit_width,
+        );
 
-// Networks for inference only: without a graph, other kernels compute them.
+        // Networks for inference only: without a graph, other kernels compute them.
+        on!(
+            $inference,
+            $backend,
+            inception::inception_fid,
+            mar::mar_forward,
+            mar::mar_sampling,
+            mar::mar_zoo,
+            vae::vae_kl16_mar,
+            vae::vae_kl_f8,
+            vae::vae_odd_slices,
+            vae::vae_zoo,
+        );
+    };
+}
+
 #[cfg(feature = "ndarray")]
-on!(
-    inference,
-    burn_ndarray::NdArray,
-    inception::inception_fid,
-    mar::mar_forward,
-    mar::mar_sampling,
-    mar::mar_zoo,
-    vae::vae_kl16_mar,
-    vae::vae_kl_f8,
-    vae::vae_odd_slices,
-    vae::vae_zoo,
-);
+every_check_on!(ndarray, inference, burn_ndarray::NdArray);
+
+#[cfg(feature = "torch")]
+every_check_on!(torch, torch_inference, burn_tch::LibTorch);
 
 /// The same on wgpu. The slack allows for f32 transcendental functions, which WGSL allows to differ
 /// by many units in the last place (`exp` by 3 + 2|x|); the timestep embedding passes this on.

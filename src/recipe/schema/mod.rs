@@ -213,6 +213,7 @@ impl Recipe {
             ("ndarray", BackendKind::Ndarray),
             ("wgpu", BackendKind::Wgpu),
             ("cuda", BackendKind::Cuda),
+            ("torch", BackendKind::Torch),
         ];
         let backend = section.choice("backend", &backends).optional();
         let computes = [("f32", Compute::F32), ("bf16", Compute::Bf16)];

@@ -2,7 +2,7 @@
 //! an NVIDIA GPU, MKL and oneDNN on processors.
 //!
 //! Gradients for which LibTorch has a kernel, but the bindings have no function, come from its own
-//! differentiation ([`differentiate`]).
+//! differentiation.
 
 use burn::tensor::ops::{FloatTensor, FloatTensorOps};
 use burn::tensor::{Shape, Tensor, TensorMetadata, TensorPrimitive};

@@ -152,14 +152,18 @@ impl RunDirectory {
         self.lock.is_some()
     }
 
-    /// The directory of a run in this one's, begun or not. Both share what they measure.
+    /// The directory of a run in this one's, begun or not. Both share what they measure. `patient`
+    /// waits for who only looks at it; else that is as if another process had it.
     ///
     /// # Errors
     /// When it can't be made, another process has it, or it was begun with another recipe.
-    pub fn inner(&self, name: &str, resolved: &str) -> Result<Self, RecipeError> {
+    pub fn inner(&self, name: &str, resolved: &str, patient: bool) -> Result<Self, RecipeError> {
         let path = self.path.join(name);
         std::fs::create_dir_all(&path).map_err(RecipeError::io(&path))?;
-        let mut directory = Self::open_at_once(path)?;
+        let mut directory = match patient {
+            true => Self::open(path)?,
+            false => Self::open_at_once(path)?,
+        };
         directory.measured.clone_from(&self.measured);
         match std::fs::read_to_string(directory.path.join(RESOLVED)) {
             Ok(noted) if noted == resolved => directory.resume(),
@@ -612,8 +616,8 @@ mod tests {
     fn what_was_measured_is_not_measured_again() {
         let folder = tempfile::tempdir().unwrap();
         let sweep = RunDirectory::create(folder.path(), "a").unwrap();
-        let first = sweep.inner("001", "x = 1").unwrap();
-        let second = sweep.inner("002", "x = 2").unwrap();
+        let first = sweep.inner("001", "x = 1", false).unwrap();
+        let second = sweep.inner("002", "x = 2", false).unwrap();
         let read = |text: String| text.parse::<u32>().ok();
         let found = first.measured(&Alone, "scores", &("a", 1), read, || Ok("1".into()));
         assert_eq!(found.unwrap(), 1);
@@ -632,9 +636,9 @@ mod tests {
         assert!(wrong.unwrap_err().to_string().contains("expected scores"));
         assert!(!first.path().join("measured").exists());
         drop(first);
-        assert!(!sweep.inner("003", "x = 3").unwrap().resumed());
-        assert!(sweep.inner("001", "x = 1").unwrap().resumed());
-        let other = sweep.inner("001", "x = 9").unwrap_err().to_string();
+        assert!(!sweep.inner("003", "x = 3", false).unwrap().resumed());
+        assert!(sweep.inner("001", "x = 1", false).unwrap().resumed());
+        let other = sweep.inner("001", "x = 9", false).unwrap_err().to_string();
         assert!(other.contains("another recipe"), "{other}");
     }
 

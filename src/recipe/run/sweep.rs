@@ -212,10 +212,12 @@ impl Sweep<'_> {
     /// Takes a run for this process. Of several workers the first one's answer counts.
     fn take(&self, run: &Run<'_>) -> Result<Taken, RecipeError> {
         let workers = &self.options.workers;
+        // Several workers would not pass over the same runs.
+        let passes_over = workers.size() == 1;
         // First of all, so that another process's is whole, its page too.
-        let directory = match self.directory.inner(run.name, run.resolved) {
-            // Alone: several workers would not pass over the same runs.
-            Err(RecipeError::Busy(_)) if workers.size() == 1 => return Ok(Taken::PassedOver),
+        let taken = self.directory.inner(run.name, run.resolved, !passes_over);
+        let directory = match taken {
+            Err(RecipeError::Busy(_)) if passes_over => return Ok(Taken::PassedOver),
             directory => directory?,
         };
         let finished = workers.broadcast(vec![u8::from(run.finished())]);

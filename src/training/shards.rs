@@ -133,13 +133,15 @@ impl Shards {
         }
         let longest = lengths.iter().copied().max().unwrap_or(0);
         let bucket = self.bucket.div_ceil(size);
+        let mut all = vec![0.0; size * bucket.min(longest)];
         let mut parts: Vec<Vec<f32>> = vec![Vec::new(); size];
         for begin in (0..longest).step_by(bucket) {
             let end = longest.min(begin + bucket);
             let of = |length: usize| begin.min(length)..end.min(length);
             let mut part = mine[of(mine.len())].to_vec();
             part.resize(end - begin, 0.0);
-            let all = self.workers.collect(&part);
+            let all = &mut all[..size * part.len()];
+            self.workers.collect(&part, all);
             if keep {
                 let all = all.chunks_exact(end - begin);
                 for ((part, more), length) in parts.iter_mut().zip(all).zip(&lengths) {

@@ -27,8 +27,8 @@ impl Workers for Alone {
         parts.to_vec()
     }
 
-    fn collect(&self, part: &[f32]) -> Vec<f32> {
-        part.to_vec()
+    fn collect(&self, part: &[f32], all: &mut [f32]) {
+        all.copy_from_slice(part);
     }
 
     #[allow(clippy::exit)]

@@ -56,11 +56,9 @@ impl Workers for Thread {
             .collect()
     }
 
-    fn collect(&self, part: &[f32]) -> Vec<f32> {
-        let all = self.all_gather(bytemuck::cast_slice(part));
-        all.iter()
-            .flat_map(|bytes| bytemuck::pod_collect_to_vec(bytes))
-            .collect()
+    fn collect(&self, part: &[f32], all: &mut [f32]) {
+        let parts = self.all_gather(bytemuck::cast_slice(part)).concat();
+        all.copy_from_slice(&bytemuck::pod_collect_to_vec(&parts));
     }
 
     fn abort(&self, status: i32) -> ! {

@@ -46,8 +46,9 @@ pub trait Workers: Debug + Send + Sync {
     /// sent to this one, in the order of their numbers.
     fn exchange(&self, parts: &[f32]) -> Vec<f32>;
 
-    /// Everyone's values, equally many of each, in the order of their numbers.
-    fn collect(&self, part: &[f32]) -> Vec<f32>;
+    /// Everyone's values, equally many of each, in the order of their numbers: into `all`, which is
+    /// as long as they are together.
+    fn collect(&self, part: &[f32], all: &mut [f32]);
 
     /// Says what this one works on from here: a stage, and which step of it. For those who want to
     /// know why it waits.

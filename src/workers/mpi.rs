@@ -1,4 +1,5 @@
-//! Workers over MPI. The only user of the crate `mpi`, so that another binding can take its place.
+//! Workers over MPI. The program's only user of the crate `mpi`, so that another binding can take
+//! its place.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -185,12 +186,12 @@ impl Workers for Mpi {
         })
     }
 
-    fn collect(&self, part: &[f32]) -> Vec<f32> {
+    fn collect(&self, part: &[f32], all: &mut [f32]) {
+        // MPI takes the length of each part from that of all.
+        assert_eq!(all.len(), part.len() * self.share.of);
         self.call("a collection", |communicator| {
-            let mut all = vec![0.0; part.len() * self.share.of];
-            communicator.all_gather_into(part, &mut all[..]);
-            all
-        })
+            communicator.all_gather_into(part, all);
+        });
     }
 
     fn abort(&self, status: i32) -> ! {

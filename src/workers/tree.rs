@@ -42,6 +42,9 @@ impl<T, F: FnMut(T, T) -> T> Tree<T, F> {
     }
 }
 
+/// Numbers of each worker that are summed at a time, so that they stay in the fastest cache.
+const BLOCK: usize = 1024;
+
 /// Replaces `values` by their sums over all workers, in the order of [`Tree`] over their numbers:
 /// each worker sums a slice of them and hands it to all.
 pub fn sum(workers: &dyn Workers, values: &mut [f32]) {
@@ -49,21 +52,35 @@ pub fn sum(workers: &dyn Workers, values: &mut [f32]) {
     if size == 1 || values.is_empty() {
         return;
     }
-    let slice = values.len().div_ceil(size);
-    let mut parts = values.to_vec();
-    parts.resize(size * slice, 0.0);
-    let received = workers.exchange(&parts);
-    let mut tree = Tree::new(|mut sum: Vec<f32>, term: Vec<f32>| {
-        for (sum, term) in sum.iter_mut().zip(term) {
-            *sum += term;
-        }
-        sum
-    });
-    for part in received.chunks_exact(slice) {
-        tree.push(part.to_vec());
+    if values.len().is_multiple_of(size) {
+        return sum_slices(workers, values);
     }
-    let all = workers.collect(&tree.finish().unwrap_or_default());
-    values.copy_from_slice(&all[..values.len()]);
+    // Slices are equally long.
+    let mut padded = values.to_vec();
+    padded.resize(values.len().next_multiple_of(size), 0.0);
+    sum_slices(workers, &mut padded);
+    values.copy_from_slice(&padded[..values.len()]);
+}
+
+/// As [`sum`], of a multiple of as many values as there are workers.
+fn sum_slices(workers: &dyn Workers, values: &mut [f32]) {
+    let slice = values.len() / workers.size();
+    let received = workers.exchange(values);
+    let mut own = vec![0.0; slice];
+    for (block, own) in own.chunks_mut(BLOCK).enumerate() {
+        let begin = block * BLOCK;
+        let mut tree = Tree::new(|mut sum: Vec<f32>, term: Vec<f32>| {
+            for (sum, term) in sum.iter_mut().zip(term) {
+                *sum += term;
+            }
+            sum
+        });
+        for part in received.chunks_exact(slice) {
+            tree.push(part[begin..begin + own.len()].to_vec());
+        }
+        own.copy_from_slice(&tree.finish().unwrap_or_default());
+    }
+    workers.collect(&own, values);
 }
 
 #[cfg(test)]
@@ -103,8 +120,7 @@ mod tests {
                 let each = groups / size;
                 let sums = fake::group(size, |workers| {
                     let first = workers.rank() * each;
-                    // More values than one, of which the last slice is not full.
-                    let mut values = vec![of(first..first + each); 2 * size + 1];
+                    let mut values = vec![of(first..first + each); 2 * size];
                     sum(workers, &mut values);
                     values
                 });
@@ -122,5 +138,31 @@ mod tests {
         assert!(shared > 24, "{shared}");
         // The terms do tell orders apart.
         assert_ne!(of(0..16), (0..16).map(term).sum::<f32>());
+    }
+
+    #[test]
+    fn every_value_is_summed_in_its_place() {
+        for size in [2, 3, 4] {
+            // Fewer than workers, slices that are not full, and several blocks.
+            for count in [0, 1, size + 1, size * (2 * BLOCK + 3), size * BLOCK + 1] {
+                let value = |rank: usize, place: usize| term(rank * 31 + place);
+                let expected: Vec<f32> = (0..count)
+                    .map(|place| {
+                        let mut tree = Tree::new(|a: f32, b: f32| a + b);
+                        (0..size).for_each(|rank| tree.push(value(rank, place)));
+                        tree.finish().unwrap()
+                    })
+                    .collect();
+                let sums = fake::group(size, |workers| {
+                    let place = |place| value(workers.rank(), place);
+                    let mut values: Vec<f32> = (0..count).map(place).collect();
+                    sum(workers, &mut values);
+                    values
+                });
+                for values in sums {
+                    assert_eq!(values, expected, "{count} over {size}");
+                }
+            }
+        }
     }
 }

@@ -2,7 +2,7 @@
 //! the mask removes, before it is healed.
 //!
 //! That such a loss does not tell how well the rest can be healed is what the paper's section 4.3
-//! shows (TinyFusion, Table 3 and Figure 4); these are the searches it is shown with.
+//! shows (TinyFusion, Table 3 and Figure 5); these are the searches it is shown with.
 
 use std::collections::HashSet;
 

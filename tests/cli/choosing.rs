@@ -316,7 +316,8 @@ fn a_model_is_looked_into() {
         ("losses-marked.csv", 1 + 2),
         // The states before each layer, and after the last.
         ("similarity.csv", 13),
-        ("speed.csv", 1 + 8),
+        // Of eight depths, and of all widths but the least, which can't be reached.
+        ("speed.csv", 1 + 8 + 6),
     ] {
         let text = read(table);
         let found = text.lines().count();
@@ -324,6 +325,21 @@ fn a_model_is_looked_into() {
         assert!(!text.contains("NaN"), "{table}:\n{text}");
     }
     assert!(read("losses-marked.csv").contains("\nfirst,0 1 2 3 4 5,0."));
+    let speed = read("speed.csv");
+    let sizes: Vec<[f64; 2]> = (speed.lines().skip(1))
+        .map(|line| {
+            let cells: Vec<&str> = line.split(',').collect();
+            [cells[1], cells[2]].map(|cell| cell.parse().unwrap())
+        })
+        .collect();
+    let narrower = speed.lines().filter(|line| line.starts_with("width,12,"));
+    assert_eq!(narrower.count(), 6, "{speed}");
+    // The whole model first; each way goes down in parameters.
+    let [whole, smallest] = [sizes[0], sizes[7]];
+    assert!(whole[0] == 12.0 && smallest[0] == 2.0, "{speed}");
+    for way in [&sizes[..8], &sizes[8..]] {
+        assert!(way.is_sorted_by(|a, b| a[1] > b[1]), "{speed}");
+    }
     for figure in [
         "states-histograms.svg",
         "states-by-layer.svg",

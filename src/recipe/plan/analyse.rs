@@ -9,6 +9,11 @@ use crate::recipe::schema::prune::MASKS;
 use crate::recipe::schema::source::Source;
 use crate::trunk::Granularity;
 
+/// Rounds in each of which a model of every size is timed once, after one that is not counted.
+pub(crate) const ROUNDS: usize = 5;
+/// Sizes that are timed: so many parts of the model, evenly spaced, in depth and in width.
+pub(crate) const SIZES: usize = 8;
+
 /// An analysis, resolved for the model it looks into.
 #[derive(Debug, Clone)]
 pub struct AnalysePlan {
@@ -74,8 +79,20 @@ pub(super) fn plan(
         }
     }
     let masks = if losses { analyse.masks } else { 0 };
+    let seen = masks * MASKS.1.min(analyse.batch);
     // Of some thirty tensors that a block leaves for training one is kept: its output.
-    let memory = inference_memory(&model, analyse.batch) + model.kept_bytes(analyse.batch) / 30;
+    let mut memory = inference_memory(&model, analyse.batch) + model.kept_bytes(analyse.batch) / 30;
+    let mut spent = flops(&model, seen) * keep as f64 / depth as f64 + flops(&model, analyse.batch);
+    if analyse.show.contains(&View::Speed) {
+        // From one part of the model's size to all of them; shallower ones share its weights.
+        let wholes = (SIZES + 1) as f64 / 2.0;
+        let narrowed = model.channel_groups().is_some();
+        let ways = if narrowed { 2.0 } else { 1.0 };
+        spent += flops(&model, (1 + ROUNDS) * analyse.batch) * wholes * ways;
+        if narrowed {
+            memory += (4.0 * model.parameters() as f64 * wholes) as usize;
+        }
+    }
     let work = Work::Analyse(AnalysePlan {
         from: analyse.from.clone(),
         show: analyse.show.clone(),
@@ -85,7 +102,6 @@ pub(super) fn plan(
         masks,
         mark: analyse.mark.clone(),
     });
-    let seen = masks * MASKS.1.min(analyse.batch);
     let shown: Vec<&str> = (View::NAMES.iter())
         .filter(|(_, view)| analyse.show.contains(view))
         .map(|(name, _)| *name)
@@ -95,7 +111,7 @@ pub(super) fn plan(
         steps: masks,
         images: seen + analyse.batch,
         memory,
-        flops: flops(&model, seen) * keep as f64 / depth as f64 + flops(&model, analyse.batch),
+        flops: spent,
         before: Some(model),
         ..PlannedStage::new(stage, &format!("analyse {}", shown.join(", ")), work)
     })

@@ -57,7 +57,11 @@ const DRAWN: [(&str, &str, &str); 9] = [
         "losses-marked.csv",
         "Losses of random choices of layers before training; the dashed rules are chosen ones",
     ),
-    ("speed.svg", "speed.csv", "How much faster fewer layers are"),
+    (
+        "speed.svg",
+        "speed.csv",
+        "How much faster fewer layers are, and fewer channels",
+    ),
 ];
 
 /// Writes the page of runs to a folder, and its tables and figures beside it, in `report/`. A page

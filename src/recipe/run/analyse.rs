@@ -1,15 +1,12 @@
 //! The stage that looks into a model: tables as CSV, and a figure of each.
 
 use std::path::Path;
-use std::time::Instant;
 
 use super::context::Context;
 use super::directory::write_text;
 use super::measuring::{Measured, Measuring};
 use crate::analysis::{LayerStates, similarity};
 use crate::data::Split;
-use crate::evaluation::Speed;
-use crate::models::Prunable;
 use crate::ops::TrainingBackend;
 use crate::pruning::{Pick, Score, prediction_loss, uniform};
 use crate::recipe::RecipeError;
@@ -24,8 +21,6 @@ use crate::weights::Checkpoint;
 
 /// Layers whose distribution is drawn, at most; the table has all.
 const DRAWN: usize = 6;
-/// Rounds in each of which a model of every depth is timed once.
-const ROUNDS: usize = 5;
 
 impl<B: TrainingBackend> Context<'_, B> {
     pub(crate) fn analyse(
@@ -55,7 +50,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 
     /// Pictures that a model is looked at with.
-    fn pictures_for(
+    pub(super) fn pictures_for(
         &self,
         plan: &AnalysePlan,
         parent: &Checkpoint,
@@ -267,79 +262,6 @@ impl<B: TrainingBackend> Context<'_, B> {
             marks.extend(fitting(&Source::Stage(other.name.clone()))?);
         }
         Ok(marks)
-    }
-
-    /// Times models of fewer layers, in turns.
-    fn show_speed(
-        &self,
-        plan: &AnalysePlan,
-        parent: &Checkpoint,
-        folder: &Path,
-    ) -> Result<(), RecipeError> {
-        let measuring = self.pictures_for(plan, parent)?;
-        let (network, process) = (&measuring.network, &measuring.process);
-        let batch = measuring.batch(0)?;
-        let depth = network.trunk().depth;
-        let mut depths: Vec<usize> = (1..=8).map(|eighth| (depth * eighth).div_ceil(8)).collect();
-        depths.dedup();
-        let models: Vec<_> = (depths.iter())
-            .map(|keep| network.clone().keep(&uniform(depth, *keep)))
-            .collect();
-        let mut seconds = vec![Vec::new(); models.len()];
-        // The first pass has cold caches and untuned kernels.
-        for round in 0..=ROUNDS {
-            for (model, seconds) in models.iter().zip(&mut seconds) {
-                if self.stop.requested() {
-                    return Err(RecipeError::Interrupted);
-                }
-                let begun = Instant::now();
-                // Its value is read, so that the device is waited for.
-                let _ = prediction_loss(model, process, &batch);
-                if round > 0 {
-                    seconds.push(begun.elapsed().as_secs_f64());
-                }
-            }
-        }
-        let median = |seconds: &[f64]| Speed::of(seconds).map_or(f64::NAN, |speed| speed.median);
-        let whole = median(&seconds[models.len() - 1]);
-        let macs = |index: usize| models[index].architecture().macs() as f64;
-        let mut text =
-            String::from("layers,MACs,seconds,share of time saved,speed-up,compression\n");
-        let (mut measured, mut ideal) = (Vec::new(), Vec::new());
-        for (index, keep) in depths.iter().enumerate() {
-            let spent = median(&seconds[index]);
-            let compression = depth as f64 / *keep as f64;
-            let speed_up = whole / spent;
-            text += &format!(
-                "{keep},{},{spent},{},{speed_up},{compression}\n",
-                macs(index),
-                1.0 - spent / whole
-            );
-            measured.push((compression, speed_up));
-            ideal.push((compression, compression));
-        }
-        write_text(&folder.join("speed.csv"), &text)?;
-        let chart = Chart {
-            title: format!(
-                "Speed-up of models of fewer layers than {depth}, batch {}",
-                plan.batch
-            ),
-            x: Axis::linear("layers before / layers after"),
-            y: Axis::linear("time before / time after"),
-            series: vec![
-                Series {
-                    name: "depth, measured".into(),
-                    style: Style::Line,
-                    points: measured,
-                },
-                Series {
-                    name: "depth, ideal".into(),
-                    style: Style::Dashed,
-                    points: ideal,
-                },
-            ],
-        };
-        Ok(chart.draw(&folder.join("speed.svg"))?)
     }
 }
 

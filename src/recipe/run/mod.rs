@@ -14,6 +14,7 @@ pub(crate) mod models;
 mod prune;
 mod recover;
 mod sample;
+mod speed;
 pub mod sweep;
 mod together;
 mod train;

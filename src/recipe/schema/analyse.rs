@@ -15,7 +15,8 @@ pub struct Analyse {
     /// What is looked at; default all: `states` (distributions of hidden states, and what masked
     /// distillation leaves out), `similarity` (of every two layers, by CKA), `scores` (of each
     /// layer, by the three methods that score), `losses` (of models with layers taken out at
-    /// random, before training), `speed` (of models of fewer layers, against the ideal).
+    /// random, before training), `speed` (of models of fewer layers and of fewer channels, against
+    /// the ideal).
     pub show: Vec<View>,
     /// Images that hidden states and scores are of, and that are timed together; default 64.
     pub batch: usize,
@@ -45,7 +46,7 @@ pub enum View {
     Scores,
     /// Losses of random masks.
     Losses,
-    /// Speed of shallower models.
+    /// Speed of shallower and of narrower models.
     Speed,
 }
 

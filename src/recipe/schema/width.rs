@@ -73,7 +73,7 @@ pub enum Amount {
 }
 
 /// Shares of channels that leave parts, where they differ from the ratio.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Parts {
     /// Share of the channels that leaves attention; default: the ratio.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -134,6 +134,9 @@ pub(super) const KEYS: [&str; 13] = [
     "leaves",
     "multiple",
 ];
+
+/// What widths are a multiple of where a recipe does not say it.
+pub(crate) const MULTIPLE: usize = 8;
 
 /// Above 0 and below 1.
 const WITHIN: (Bound<f64>, Bound<f64>) = (Bound::Excluded(0.0), Bound::Excluded(1.0));
@@ -205,7 +208,7 @@ impl Width {
             convolution: part("convolution"),
         };
         let leaves = section.choice("leaves", &Leaves::NAMES).or(Leaves::Dims);
-        let multiple = section.integer("multiple", 1..=1024).or(8);
+        let multiple = section.integer("multiple", 1..=1024).or(MULTIPLE);
         Some(Self {
             importance,
             amount: amount?,

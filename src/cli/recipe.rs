@@ -173,12 +173,14 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
         run_sweep(&points, &options(listen_within(arguments.max_time)?)),
         again,
     )?;
-    let seeds = match sweep.seeds {
-        1 => String::new(),
-        seeds => format!("{seeds} seeds, mean ± standard deviation\n\n"),
+    let heading = match (sweep.seeds, verdicts.runs().len(), points.len()) {
+        // Another process that joined still works on the others.
+        (_, done, all) if done < all => format!("{done} of {all} runs\n\n"),
+        (1, ..) => String::new(),
+        (seeds, ..) => format!("{seeds} seeds, mean ± standard deviation\n\n"),
     };
     if !verdicts.is_empty() {
-        crate::tell!("\n{seeds}{verdicts}");
+        crate::tell!("\n{heading}{verdicts}");
     }
     if let Some(remark) = verdicts.loss_and_fid() {
         crate::tell!("{remark}");

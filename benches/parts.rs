@@ -258,13 +258,19 @@ fn convolutions(criterion: &mut Criterion) {
         criterion.bench_function(&format!("{name}, ours"), |b| {
             b.iter(|| {
                 let (x, weight, bias) = parameters();
-                black_box(Inner::convolution(x, weight, bias, window))
+                black_box(Inner::convolution(x, weight, bias, window, Compute::F32))
             })
         });
         criterion.bench_function(&format!("{name}, Burn's"), |b| {
             b.iter(|| {
                 let (x, weight, bias) = parameters();
-                black_box(reference::convolution(x, weight, bias, window))
+                black_box(reference::convolution(
+                    x,
+                    weight,
+                    bias,
+                    window,
+                    Compute::F32,
+                ))
             })
         });
     }

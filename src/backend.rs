@@ -30,7 +30,7 @@ impl fmt::Display for BackendKind {
     }
 }
 
-/// Type of matrix products; weights, sums and everything else stay f32.
+/// Type of the factors of matrix products; weights, sums and everything else stay f32.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
@@ -38,7 +38,8 @@ pub enum Compute {
     /// 32-bit floats.
     #[default]
     F32,
-    /// bfloat16, if the backend supports it.
+    /// bfloat16, if the backend has it. Processors without AVX512-BF16 compute the same bits, no
+    /// faster than f32.
     Bf16,
 }
 

@@ -1,6 +1,7 @@
 //! The command that times a workload.
 
 use super::error::CliError;
+use super::supports;
 use crate::backend::{BackendKind, Compute};
 use crate::bench::{self, BenchPlan, Workload};
 use crate::models::Architecture;
@@ -124,7 +125,7 @@ pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), CliError> {
         repeats: arguments.repeats as usize,
     };
     let measured = crate::with_backend!(arguments.backend, B, device => {
-        crate::ops::supports::<B>(arguments.compute, device).map_err(usage)?;
+        supports::<B>(arguments.compute, device)?;
         Some(bench::bench::<B>(&plan, device))
     }, else None);
     let Some(measured) = measured else {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::error::CliError;
 use super::stage::{OneStage, toml};
-use super::{how_to_go_on, listen};
+use super::{how_to_go_on, listen, supports};
 use crate::backend::{BackendKind, Compute};
 use crate::recipe::plan::Work;
 use crate::recipe::run::extract;
@@ -79,7 +79,7 @@ pub(super) fn extract(arguments: &ExtractArguments, workers: &Group) -> Result<(
     let stop = listen()?;
     let to = crate::with_backend!(arguments.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
-        crate::ops::supports::<Inner>(arguments.compute, device).map_err(CliError::Usage)?;
+        supports::<Inner>(arguments.compute, device)?;
         let settings = (plan.recipe.seed, arguments.compute);
         let who = (&**workers, &stop);
         extract::run::<Inner>("extract", job, settings, who, &arguments.to, device).map_err(CliError::from)

@@ -335,6 +335,18 @@ fn how_to_go_on<T>(result: Result<T, impl Into<CliError>>, command: &str) -> Res
     })
 }
 
+/// Refuses a type of products that the backend lacks; says so where it has them and is not faster.
+fn supports<B: crate::ops::FusedOps>(
+    compute: crate::backend::Compute,
+    device: &B::Device,
+) -> Result<(), CliError> {
+    let note = crate::ops::supports::<B>(compute, device).map_err(CliError::Usage)?;
+    if let Some(note) = note {
+        crate::say!("note: {note}");
+    }
+    Ok(())
+}
+
 /// The stop that Ctrl-C, SIGTERM and SIGUSR1 request; a second one of the first two ends the
 /// program at once.
 fn listen() -> Result<Stop, CliError> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::error::CliError;
 use super::stage::{OneStage, RunArguments, SamplingArguments, source_value};
 use super::weights::{StatedArguments, open, stated_source};
-use super::{how_to_go_on, listen};
+use super::{how_to_go_on, listen, supports};
 use crate::recipe::plan::Work;
 use crate::report::watch;
 use crate::sampling::{DrawInto, SAMPLES, Share, refuse_existing, write_pictures};
@@ -93,7 +93,7 @@ pub(super) fn sample(arguments: &SampleArguments, workers: &Group) -> Result<(),
     let checkpoint = open(&sample.from)?;
     let archive = crate::with_backend!(run.backend, B, device => {
         type Inner = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
-        crate::ops::supports::<Inner>(run.compute, device).map_err(CliError::Usage)?;
+        supports::<Inner>(run.compute, device)?;
         let draw = DrawInto {
             vae: sample.vae.as_deref(),
             sampling: &sample.sampling,

@@ -16,7 +16,7 @@ use burn::tensor::{Tensor, TensorPrimitive};
 use super::branch::{self, BranchGradients, BranchWeights};
 use super::{
     Activation, FusedOps, GroupNormOptions, LinearGradients, LinearWants, LinearWeights,
-    LoraWeights, Window,
+    LoraWeights, Support, Window,
 };
 use crate::backend::Compute;
 
@@ -359,16 +359,16 @@ impl<B: FusedOps> Backward<B, 12> for BranchNode {
 #[derive(Debug)]
 struct ConvolutionNode;
 
-/// x, weight, window
-type ConvolutionState<B> = (Tensor<B, 4>, Tensor<B, 4>, Window);
+/// x, weight, window, type of the products
+type ConvolutionState<B> = (Tensor<B, 4>, Tensor<B, 4>, Window, Compute);
 
 impl ConvolutionNode {
     /// The backward step for the parents x, weight and perhaps bias.
     fn run<B: FusedOps, const N: usize>(ops: Ops<ConvolutionState<B>, N>, grads: &mut Gradients) {
         let gradient = tensor(grads.consume::<B>(&ops.node));
-        let (x, weight, window) = ops.state;
+        let (x, weight, window, compute) = ops.state;
         let wants_x = ops.parents[0].is_some();
-        let gradients = B::convolution_backward(gradient, x, weight, window, wants_x);
+        let gradients = B::convolution_backward(gradient, x, weight, window, compute, wants_x);
         give!(grads, ops.parents[0], gradients.x);
         give!(grads, ops.parents[1], Some(gradients.weight));
         if let [bias] = &ops.parents[2..] {
@@ -452,6 +452,10 @@ impl<B: FusedOps> Backward<B, 1> for Columns {
 }
 
 impl<B: FusedOps> FusedOps for Autodiff<B> {
+    fn support(compute: Compute, device: &Self::Device) -> Support {
+        B::support(compute, device)
+    }
+
     fn head_multiple() -> usize {
         B::head_multiple()
     }
@@ -580,11 +584,12 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
         weight: Tensor<Self, 4>,
         bias: Option<Tensor<Self, 1>>,
         window: Window,
+        compute: Compute,
     ) -> Tensor<Self, 4> {
         let (x, weight, bias) = (tracked(x), tracked(weight), bias.map(tracked));
-        let state = (inner(&x), inner(&weight), window);
+        let state = (inner(&x), inner(&weight), window, compute);
         let of = bias.as_ref().map(inner);
-        let output = B::convolution(state.0.clone(), state.1.clone(), of, window);
+        let output = B::convolution(state.0.clone(), state.1.clone(), of, window, compute);
         match bias {
             None => node!(ConvolutionNode, [x, weight], output, state),
             Some(bias) => node!(ConvolutionNode, [x, weight, bias], output, state),

@@ -4,6 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::FusedOps;
+use crate::backend::Compute;
 
 /// Padding and stride of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +60,9 @@ pub struct Convolution<B: Backend> {
     pub bias: Option<Param<Tensor<B, 1>>>,
     #[module(skip)]
     window: Window,
+    /// Type of its products.
+    #[module(skip)]
+    pub compute: Compute,
 }
 
 impl<B: Backend> Convolution<B> {
@@ -75,6 +79,7 @@ impl<B: Backend> Convolution<B> {
             weight: Param::from_tensor(weight),
             bias: Some(Param::from_tensor(Tensor::zeros([output], device))),
             window,
+            compute: Compute::F32,
         }
     }
 
@@ -89,7 +94,7 @@ impl<B: FusedOps> Convolution<B> {
     /// `[batch, in, height, width]` to `[batch, out, height', width']`, by [`Window::output`].
     pub fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         let bias = self.bias.as_ref().map(Param::val);
-        B::convolution(x, self.weight.val(), bias, self.window)
+        B::convolution(x, self.weight.val(), bias, self.window, self.compute)
     }
 }
 

@@ -170,12 +170,31 @@ pub struct AdamWState<B: Backend, const D: usize> {
     pub second: Tensor<B, D>,
 }
 
+/// How a backend computes matrix products of a type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Support {
+    /// With instructions for it.
+    Full,
+    /// By those for f32: the same bits, at their rate.
+    Emulated,
+    /// Not at all.
+    Missing,
+}
+
 /// Operators in which a diffusion transformer spends its time.
 ///
 /// The defaults are the reference; an override must agree with [`mod@reference`] to the last few
 /// bits, forward and backward. Nothing here is specific to a device: shapes are whole batches, and
 /// the backward pass keeps only the operator's own inputs.
 pub trait FusedOps: Backend {
+    /// How matrix products of this type are computed.
+    fn support(compute: Compute, device: &Self::Device) -> Support {
+        match compute == Compute::F32 || Self::supports_dtype(device, DType::BF16) {
+            true => Support::Full,
+            false => Support::Missing,
+        }
+    }
+
     /// The head dimension is padded to a multiple of this; 1 is no padding.
     fn head_multiple() -> usize {
         1
@@ -321,14 +340,15 @@ pub trait FusedOps: Backend {
 
     /// A convolution. `x` is `[batch, in, height, width]`, `weight` is
     /// `[out, in, kernel height, kernel width]`, `bias` is `[out]`; the result is
-    /// `[batch, out, height', width']` by [`Window::output`].
+    /// `[batch, out, height', width']` by [`Window::output`]. Its products are of type `compute`.
     fn convolution(
         x: Tensor<Self, 4>,
         weight: Tensor<Self, 4>,
         bias: Option<Tensor<Self, 1>>,
         window: Window,
+        compute: Compute,
     ) -> Tensor<Self, 4> {
-        reference::convolution(x, weight, bias, window)
+        reference::convolution(x, weight, bias, window, compute)
     }
 
     /// Gradients of [`convolution`](Self::convolution); that of `x` only if it is required.
@@ -337,9 +357,10 @@ pub trait FusedOps: Backend {
         x: Tensor<Self, 4>,
         weight: Tensor<Self, 4>,
         window: Window,
+        compute: Compute,
         wants_x: bool,
     ) -> ConvolutionGradients<Self> {
-        reference::convolution_backward(gradient, x, weight, window, wants_x)
+        reference::convolution_backward(gradient, x, weight, window, compute, wants_x)
     }
 
     /// Group normalisation (arXiv 1803.08494) with an activation: `x` is
@@ -399,19 +420,25 @@ pub trait FusedOps: Backend {
     }
 }
 
-/// Refuses a type of matrix products that the backend does not support. Operators with kernels of
-/// their own (ndarray's) compute in f32, whatever they are asked for.
+/// Refuses a type of matrix products that the backend does not support; or says why it is not
+/// faster than another.
 ///
 /// # Errors
 /// When the backend does not support the type.
-pub fn supports<B: Backend>(compute: Compute, device: &B::Device) -> Result<(), String> {
-    if compute == Compute::Bf16 && !B::supports_dtype(device, DType::BF16) {
-        return Err(format!(
-            "compute = \"bf16\": the backend {} has no products of bf16; use cuda or torch, or compute = \"f32\"",
+pub fn supports<B: FusedOps>(
+    compute: Compute,
+    device: &B::Device,
+) -> Result<Option<&'static str>, String> {
+    match B::support(compute, device) {
+        Support::Full => Ok(None),
+        Support::Emulated => Ok(Some(
+            "compute = \"bf16\": this processor has no instructions for it (AVX512-BF16); the same bits are computed as with them, at the speed of f32",
+        )),
+        Support::Missing => Err(format!(
+            "compute = \"bf16\": the backend {} has no products of bf16; use ndarray, cuda or torch, or compute = \"f32\"",
             B::name(device)
-        ));
+        )),
     }
-    Ok(())
 }
 
 /// A backend that trains: both it and its inner backend have the operators.
@@ -471,7 +498,7 @@ mod tests {
     use crate::state::{assign, collect};
     use crate::trunk::Plain;
 
-    /// The only CPU backend in every build that supports bf16.
+    /// A CPU backend without kernels, whose tensors can be of bf16.
     impl FusedOps for Flex {}
 
     #[test]
@@ -484,14 +511,6 @@ mod tests {
         let slopes = x.grad(&y.sum().backward()).unwrap().into_data();
         let expected: Vec<f32> = values.iter().map(|value| 1.0 / value).collect();
         assert_eq!(slopes.to_vec::<f32>().unwrap(), expected);
-    }
-
-    #[test]
-    fn a_backend_without_bf16_is_refused() {
-        let error = supports::<burn_ndarray::NdArray>(Compute::Bf16, &Default::default());
-        assert!(error.unwrap_err().contains("cuda"));
-        assert!(supports::<burn_ndarray::NdArray>(Compute::F32, &Default::default()).is_ok());
-        assert!(Flex::<f32, i32>::supports_dtype(&FlexDevice, DType::BF16));
     }
 
     /// The output, and the gradient of its mean square for the first block's fused projection.
@@ -569,6 +588,7 @@ mod tests {
 
     #[test]
     fn bf16_rounds_products_and_nothing_else() {
+        rounds_products_and_nothing_else::<Autodiff<burn_ndarray::NdArray>>(&Default::default());
         rounds_products_and_nothing_else::<Autodiff<Flex>>(&FlexDevice);
         #[cfg(feature = "torch")]
         rounds_products_and_nothing_else::<Autodiff<burn_tch::LibTorch>>(

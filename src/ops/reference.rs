@@ -172,6 +172,7 @@ pub fn convolution<B: Backend>(
     weight: Tensor<B, 4>,
     bias: Option<Tensor<B, 1>>,
     window: Window,
+    compute: Compute,
 ) -> Tensor<B, 4> {
     let Window {
         stride,
@@ -179,7 +180,15 @@ pub fn convolution<B: Backend>(
         after,
     } = window;
     let options = PaddedConvOptions::asymmetric(stride, before, after, [1; 2], 1);
-    module::conv2d(x, weight, bias, options)
+    if compute == Compute::F32 {
+        return module::conv2d(x, weight, bias, options);
+    }
+    let [x, weight] = [x, weight].map(|factor| factor.cast(DType::BF16));
+    let y = module::conv2d(x, weight, None, options).cast(DType::F32);
+    match bias {
+        None => y,
+        Some(bias) => y + bias.unsqueeze_dims(&[0, 2, 3]),
+    }
 }
 
 /// See [`FusedOps::convolution_backward`](super::FusedOps::convolution_backward).
@@ -188,6 +197,7 @@ pub fn convolution_backward<B: Backend>(
     x: Tensor<B, 4>,
     weight: Tensor<B, 4>,
     window: Window,
+    compute: Compute,
     wants_x: bool,
 ) -> ConvolutionGradients<B> {
     let Window {
@@ -196,11 +206,19 @@ pub fn convolution_backward<B: Backend>(
         after,
     } = window;
     let [_, _, height, width] = x.dims();
+    let [batch, output, down, along] = gradient.dims();
+    let by_channel = gradient.clone().reshape([batch, output, down * along]);
+    let dtype = match compute {
+        Compute::F32 => x.dtype(),
+        Compute::Bf16 => DType::BF16,
+    };
+    let [gradient, x, weight] = [gradient, x, weight].map(|factor| factor.cast(dtype));
     // Burn's own convolutions only know the same padding on both sides.
     let x = x.pad((before[1], after[1], before[0], after[0]), 0.0);
     let options = ConvOptions::new(stride, [0; 2], [1; 2], 1);
     let primitive = |x: &Tensor<B, 4>| x.clone().into_primitive().tensor();
-    let tensor = |x| Tensor::<B, 4>::from_primitive(TensorPrimitive::Float(x));
+    let dtype = by_channel.dtype();
+    let tensor = |x| Tensor::<B, 4>::from_primitive(TensorPrimitive::Float(x)).cast(dtype);
     let dx = wants_x.then(|| {
         let dx = B::conv2d_x_backward(
             primitive(&x),
@@ -218,8 +236,6 @@ pub fn convolution_backward<B: Backend>(
         primitive(&gradient),
         options,
     );
-    let [batch, output, down, along] = gradient.dims();
-    let by_channel = gradient.reshape([batch, output, down * along]);
     ConvolutionGradients {
         x: dx,
         weight: tensor(dweight),

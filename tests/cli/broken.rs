@@ -361,7 +361,7 @@ fn broken_benchmarks() {
             vec!["--workload", "prune", "--depth", "5"],
             "pairs",
         ),
-        ("bf16", vec!["--compute", "bf16"], "f32"),
+        ("f16", vec!["--compute", "f16"], "bf16"),
         ("no workload", vec!["--workload", "think"], "infer"),
     ] {
         let arguments: Vec<&str> = std::iter::once("bench").chain(arguments).collect();

@@ -66,10 +66,13 @@ steps = 2
 fn the_number_of_threads_changes_no_bit() {
     let place = Place::new();
     place.write("all.toml", RECIPE);
-    let files = |threads: &str| {
-        let runs = format!("runs-{threads}");
+    let files = |threads: &str, compute: &str| {
+        let runs = format!("runs-{compute}-{threads}");
         let command = ["recipe", "all.toml", "--runs", &runs, "--threads", threads];
-        place.run(&command).succeeded();
+        let compute = format!("compute={compute}");
+        place
+            .run(&[&command[..], &["--set", &compute]].concat())
+            .succeeded();
         let run = place.path(&runs).join("all/001");
         let read = |path: &str| std::fs::read(run.join(path)).unwrap();
         let mut models: Vec<_> = [
@@ -98,13 +101,21 @@ fn the_number_of_threads_changes_no_bit() {
         models.push(("evaluate".to_owned(), measured.to_string().into_bytes()));
         models
     };
-    let one = files("1");
-    for threads in ["2", "5"] {
-        for ((stage, one), (_, other)) in one.iter().zip(&files(threads)) {
-            assert!(
-                one == other,
-                "{stage} differs between 1 and {threads} threads"
-            );
+    let runs = [("f32", ["2", "5"].as_slice()), ("bf16", &["2"])];
+    let [single, half] = runs.map(|(compute, counts)| {
+        let one = files("1", compute);
+        for threads in counts {
+            for ((stage, one), (_, other)) in one.iter().zip(&files(threads, compute)) {
+                assert!(
+                    one == other,
+                    "{stage} differs between 1 and {threads} threads, {compute}"
+                );
+            }
         }
+        one
+    });
+    // All of these networks have products that are rounded.
+    for ((stage, single), (_, half)) in single.iter().zip(&half) {
+        assert!(single != half, "{stage} is the same in bf16");
     }
 }

@@ -20,6 +20,7 @@ use thiserror::Error;
 
 pub use self::layers::{CLASSES, POOLED, formula_weights, shapes};
 use self::layers::{LAYERS, Layer};
+use crate::backend::Compute;
 use crate::images::Images;
 use crate::ops::{FusedOps, Window};
 use crate::state::{Misfits, StateDict, WeightsError};
@@ -275,7 +276,13 @@ impl<B: FusedOps> Inception<B> {
         // `new` reads every layer of the table, and the names below are the table's.
         let layer = &self.layers[name];
         let bias = Some(layer.bias.clone());
-        activation::relu(B::convolution(x, layer.weight.clone(), bias, layer.window))
+        activation::relu(B::convolution(
+            x,
+            layer.weight.clone(),
+            bias,
+            layer.window,
+            Compute::F32,
+        ))
     }
 
     /// Consecutive layers of a block.

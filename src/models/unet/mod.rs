@@ -240,6 +240,23 @@ impl<B: Backend> Unet<B> {
         down.chain(&mut self.mid_block.attentions).chain(up)
     }
 
+    fn convolutions_mut(&mut self) -> Vec<&mut Convolution<B>> {
+        let down = self.down_blocks.iter_mut();
+        let down = down.map(|level| (&mut level.resnets, &mut level.downsamplers[..]));
+        let up = self.up_blocks.iter_mut();
+        let up = up.map(|level| (&mut level.resnets, &mut level.upsamplers[..]));
+        let middle = (&mut self.mid_block.resnets, [].as_mut_slice());
+        let mut convolutions = vec![&mut self.conv_in, &mut self.conv_out];
+        for (resnets, resamplers) in down.chain([middle]).chain(up) {
+            for resnet in resnets {
+                convolutions.extend([&mut resnet.conv1, &mut resnet.conv2]);
+                convolutions.extend(&mut resnet.conv_shortcut);
+            }
+            convolutions.extend(resamplers.iter_mut().map(|resampler| &mut resampler.conv));
+        }
+        convolutions
+    }
+
     /// The linear layers.
     pub(crate) fn linears_mut(&mut self) -> Vec<&mut Linear<B>> {
         let Self {
@@ -263,8 +280,11 @@ impl<B: Backend> Unet<B> {
 }
 
 impl<B: FusedOps> Unet<B> {
-    /// The same network with matrix products of type `compute`; convolutions are of f32.
+    /// The same network with matrix products, those of convolutions too, of type `compute`.
     pub fn computing(mut self, compute: Compute) -> Self {
+        for convolution in self.convolutions_mut() {
+            convolution.compute = compute;
+        }
         for attention in self.attentions_mut() {
             attention.compute = compute;
         }

@@ -11,9 +11,10 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::memory::{Out, Rows, Scratch, tensor};
 use super::panels::{PanelView, pack_columns, pack_rows, room};
-use super::product::{Block, DEPTH, STRIDE, Start};
+use super::product::{Block, DEPTH, STRIDE, Start, block_of, pairs_of, words};
 use super::simd::{LINE, dot, exp, fold, update, write};
 use super::threads;
+use crate::backend::Compute;
 
 /// Most queries of a block.
 const QUERIES: usize = 84;
@@ -27,12 +28,19 @@ struct Sizes {
     heads: usize,
     /// Head dimension.
     dim: usize,
+    /// Type of the products; the softmax between them is of f32.
+    compute: Compute,
 }
 
 impl Sizes {
-    fn of(qkv: &Rows, heads: usize, tokens: usize) -> Self {
+    fn of(qkv: &Rows, heads: usize, tokens: usize, compute: Compute) -> Self {
         let dim = qkv.width / 3 / heads;
-        Self { tokens, heads, dim }
+        Self {
+            tokens,
+            heads,
+            dim,
+            compute,
+        }
     }
 
     fn queries(self) -> usize {
@@ -81,7 +89,9 @@ impl Task {
     /// Row `token` of the queries (0), keys (1) or values (2).
     #[inline(always)]
     fn row<'a>(&self, qkv: &'a Rows, part: usize, token: usize) -> &'a [f32] {
-        let Sizes { tokens, heads, dim } = self.sizes;
+        let Sizes {
+            tokens, heads, dim, ..
+        } = self.sizes;
         let row = qkv.row(self.sample * tokens + token);
         &row[(part * heads + self.head) * dim..][..dim]
     }
@@ -97,11 +107,13 @@ fn dot_all<'a, S: Simd>(
     factor: f32,
     panels: PanelView,
     block: &mut [f32],
+    pairs: &mut [f32],
     scores: &mut [f32],
     most: usize,
 ) {
-    for from in (0..panels.depth).step_by(DEPTH) {
-        let deep = DEPTH.min(panels.depth - from);
+    let compute = panels.compute;
+    for from in (0..panels.values).step_by(DEPTH) {
+        let deep = DEPTH.min(panels.values - from);
         for (query, place) in block.chunks_exact_mut(STRIDE).take(queries).enumerate() {
             write(
                 &mut place[..deep],
@@ -110,6 +122,7 @@ fn dot_all<'a, S: Simd>(
                 |[value]| factor * value,
             );
         }
+        let block = block_of::<false>(compute, queries, deep, block, pairs);
         for (group, scores) in scores.chunks_exact_mut(most * STRIDE).enumerate() {
             let keys = group * DEPTH..panels.columns.min((group + 1) * DEPTH);
             let start = if from == 0 { Start::Zero } else { Start::Sum };
@@ -117,10 +130,10 @@ fn dot_all<'a, S: Simd>(
             unsafe {
                 Block::<false> {
                     rows: queries,
-                    deep,
+                    deep: words(compute, deep),
                     scratch: block.as_ptr(),
                     panels,
-                    from,
+                    from: words(compute, from),
                     columns: keys,
                     c: scores.as_mut_ptr(),
                     stride: STRIDE,
@@ -138,27 +151,31 @@ fn dot_all<'a, S: Simd>(
 ///
 /// `out` points at `queries` rows, `stride` apart, each with as many columns as the panels.
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "the sizes of three matrices")]
 unsafe fn mix<S: Simd>(
     simd: S,
     queries: usize,
     scores: &[f32],
+    pairs: &mut [f32],
     panels: PanelView,
     most: usize,
     out: *mut f32,
     stride: usize,
 ) {
+    let compute = panels.compute;
     for (group, scores) in scores.chunks_exact(most * STRIDE).enumerate() {
         let from = group * DEPTH;
-        let deep = DEPTH.min(panels.depth - from);
+        let deep = DEPTH.min(panels.values - from);
+        let scores = block_of::<false>(compute, queries, deep, scores, pairs);
         let start = if group == 0 { Start::Zero } else { Start::Sum };
         // SAFETY: a group's scores are `most` >= `queries` rows; the caller guarantees the rest.
         unsafe {
             Block::<false> {
                 rows: queries,
-                deep,
+                deep: words(compute, deep),
                 scratch: scores.as_ptr(),
                 panels,
-                from,
+                from: words(compute, from),
                 columns: 0..panels.columns,
                 c: out,
                 stride,
@@ -180,16 +197,19 @@ unsafe fn mix_turned<S: Simd>(
     simd: S,
     tokens: usize,
     scores: &[f32],
+    pairs: &mut [f32],
     panels: PanelView,
     most: usize,
     out: *mut f32,
     stride: usize,
     start: Start<'_>,
 ) {
+    let compute = panels.compute;
     for (group, scores) in scores.chunks_exact(most * STRIDE).enumerate() {
         let first = group * DEPTH;
         let keys = DEPTH.min(tokens - first);
-        // SAFETY: a group's scores are panels.depth rows of `keys` columns; the caller guarantees
+        let scores = block_of::<true>(compute, keys, panels.values, scores, pairs);
+        // SAFETY: a group's scores are panels.values rows of `keys` columns; the caller guarantees
         // the rest.
         unsafe {
             Block::<true> {
@@ -271,9 +291,16 @@ impl WithSimd for Forward<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { qkv, sizes, .. } = self;
-        let Sizes { tokens, heads, dim } = sizes;
+        let Sizes {
+            tokens,
+            heads,
+            dim,
+            compute,
+        } = sizes;
         let most = sizes.queries();
         let width = heads * dim;
+        let mut pairs = Scratch::new(pairs_of(compute, most * STRIDE));
+        let pairs = pairs.values();
         let mut keys = Scratch::new(room(dim, tokens));
         let mut values = Scratch::new(room(tokens, dim));
         let mut block = Scratch::new(most * STRIDE);
@@ -282,8 +309,10 @@ impl WithSimd for Forward<'_> {
         let factor = 1.0 / (dim as f32).sqrt();
         for index in self.tasks {
             let task = sizes.task(index);
-            let keys = pack_columns(simd, dim, tokens, |j| task.row(qkv, 1, j), keys.values());
-            let values = pack_rows(simd, tokens, dim, |p| task.row(qkv, 2, p), values.values());
+            let key = |j| task.row(qkv, 1, j);
+            let keys = pack_columns(simd, compute, dim, tokens, key, keys.values());
+            let value = |p| task.row(qkv, 2, p);
+            let values = pack_rows(simd, compute, tokens, dim, value, values.values());
             for first in (0..tokens).step_by(most) {
                 let queries = most.min(tokens - first);
                 let row = |query| task.row(qkv, 0, first + query);
@@ -294,6 +323,7 @@ impl WithSimd for Forward<'_> {
                     factor,
                     keys,
                     block.values(),
+                    pairs,
                     scores,
                     most,
                 );
@@ -302,7 +332,7 @@ impl WithSimd for Forward<'_> {
                 // SAFETY: only this task writes these rows of this head.
                 unsafe {
                     let out = self.out.pointer().add(start);
-                    mix(simd, queries, scores, values, most, out, width);
+                    mix(simd, queries, scores, pairs, values, most, out, width);
                 }
             }
         }
@@ -310,8 +340,13 @@ impl WithSimd for Forward<'_> {
 }
 
 /// See [`FusedOps::qkv_attention`](crate::ops::FusedOps::qkv_attention).
-pub(super) fn forward(qkv: &Rows, heads: usize, [batch, tokens]: [usize; 2]) -> Tensor<NdArray, 3> {
-    let sizes = Sizes::of(qkv, heads, tokens);
+pub(super) fn forward(
+    qkv: &Rows,
+    heads: usize,
+    [batch, tokens]: [usize; 2],
+    compute: Compute,
+) -> Tensor<NdArray, 3> {
+    let sizes = Sizes::of(qkv, heads, tokens, compute);
     let tasks = batch * heads;
     // SAFETY: each task writes its head of its sample; together the tasks write everything.
     unsafe {
@@ -347,9 +382,16 @@ impl WithSimd for Backward<'_> {
             sizes,
             ..
         } = self;
-        let Sizes { tokens, heads, dim } = sizes;
+        let Sizes {
+            tokens,
+            heads,
+            dim,
+            compute,
+        } = sizes;
         let most = sizes.queries();
         let width = heads * dim;
+        let mut pairs = Scratch::new(pairs_of(compute, most * STRIDE));
+        let pairs = pairs.values();
         let mut keys = Scratch::new(room(dim, tokens));
         let mut values = Scratch::new(room(dim, tokens));
         let mut key_rows = Scratch::new(room(tokens, dim));
@@ -366,15 +408,11 @@ impl WithSimd for Backward<'_> {
             let part = |part: usize, token: usize| {
                 (task.sample * tokens + token) * 3 * width + (part * heads + task.head) * dim
             };
-            let keys = pack_columns(simd, dim, tokens, |j| task.row(qkv, 1, j), keys.values());
-            let values = pack_columns(simd, dim, tokens, |j| task.row(qkv, 2, j), values.values());
-            let key_rows = pack_rows(
-                simd,
-                tokens,
-                dim,
-                |p| task.row(qkv, 1, p),
-                key_rows.values(),
-            );
+            let key = |j| task.row(qkv, 1, j);
+            let keys = pack_columns(simd, compute, dim, tokens, key, keys.values());
+            let value = |j| task.row(qkv, 2, j);
+            let values = pack_columns(simd, compute, dim, tokens, value, values.values());
+            let key_rows = pack_rows(simd, compute, tokens, dim, key, key_rows.values());
             for first in (0..tokens).step_by(most) {
                 let queries = most.min(tokens - first);
                 let query = |query| task.row(qkv, 0, first + query);
@@ -382,12 +420,18 @@ impl WithSimd for Backward<'_> {
                     &gradient.row(task.sample * tokens + first + query)[task.head * dim..][..dim]
                 };
                 // P = softmax(s Q K^T), dP = dO V^T
-                dot_all(simd, queries, query, factor, keys, block, scores, most);
+                dot_all(
+                    simd, queries, query, factor, keys, block, pairs, scores, most,
+                );
                 softmax(queries, most, tokens, scores);
-                dot_all(simd, queries, gradient, 1.0, values, block, changes, most);
+                dot_all(
+                    simd, queries, gradient, 1.0, values, block, pairs, changes, most,
+                );
+                let some_gradients = some_gradients.values();
                 let some_gradients =
-                    pack_rows(simd, queries, dim, gradient, some_gradients.values());
-                let some_queries = pack_rows(simd, queries, dim, query, some_queries.values());
+                    pack_rows(simd, compute, queries, dim, gradient, some_gradients);
+                let some_queries = some_queries.values();
+                let some_queries = pack_rows(simd, compute, queries, dim, query, some_queries);
                 let start = if first == 0 { Start::Zero } else { Start::Sum };
                 // SAFETY: only this task writes these parts of this sample's rows.
                 unsafe {
@@ -398,6 +442,7 @@ impl WithSimd for Backward<'_> {
                         simd,
                         tokens,
                         scores,
+                        pairs,
                         some_gradients,
                         most,
                         dv,
@@ -425,6 +470,7 @@ impl WithSimd for Backward<'_> {
                         simd,
                         queries,
                         changes,
+                        pairs,
                         key_rows,
                         most,
                         out.add(part(0, first)),
@@ -435,6 +481,7 @@ impl WithSimd for Backward<'_> {
                         simd,
                         tokens,
                         changes,
+                        pairs,
                         some_queries,
                         most,
                         dk,
@@ -453,8 +500,9 @@ pub(super) fn backward(
     qkv: &Rows,
     heads: usize,
     [batch, tokens]: [usize; 2],
+    compute: Compute,
 ) -> Tensor<NdArray, 3> {
-    let sizes = Sizes::of(qkv, heads, tokens);
+    let sizes = Sizes::of(qkv, heads, tokens, compute);
     let tasks = batch * heads;
     // SAFETY: each task writes its head's three parts of its sample's rows; together the tasks
     // write everything.

@@ -12,11 +12,13 @@ use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
 use pulp::{Arch, Simd, WithSimd};
 
+use super::bf16;
 use super::memory::{Out, Scratch, Values, tensor};
 use super::panels::{PanelView, panel_width};
-use super::product::{BLOCK, Block, DEPTH, STRIDE, Start};
+use super::product::{BLOCK, Block, DEPTH, STRIDE, Start, block_of, pairs_of, words};
 use super::simd::copy;
 use super::threads;
+use crate::backend::Compute;
 use crate::ops::Window;
 
 /// Most places of a band.
@@ -106,6 +108,7 @@ pub(super) fn forward(
     (weight, weight_shape): (&Values, [usize; 4]),
     bias: Option<&Values>,
     window: Window,
+    compute: Compute,
 ) -> Tensor<NdArray, 4> {
     let sizes = Sizes::of(x_shape, weight_shape, window);
     let shape = [sizes.batch, sizes.output, sizes.result[0], sizes.result[1]];
@@ -138,6 +141,7 @@ pub(super) fn forward(
                         image: &x[sample * image..][..image],
                         weight,
                         bias,
+                        compute,
                         out,
                         first: sample * sizes.output * places,
                         channels,
@@ -157,6 +161,7 @@ struct Part<'a> {
     /// `[out, depth]`
     weight: &'a [f32],
     bias: Option<&'a [f32]>,
+    compute: Compute,
     /// The whole result.
     out: Out,
     /// Where the result of this image begins.
@@ -173,10 +178,14 @@ impl WithSimd for Part<'_> {
         let (places, depth) = (self.sizes.places(), self.sizes.depth());
         let count = self.columns.len();
         let width = 2 * S::F32_LANES;
-        let mut panels = Scratch::new(DEPTH * count.next_multiple_of(width));
-        let mut scratch = Scratch::new(BLOCK * STRIDE);
+        let compute = self.compute;
+        let room = DEPTH * count.next_multiple_of(width);
+        let (mut panels, mut scratch) = (Scratch::new(room), Scratch::new(BLOCK * STRIDE));
         let mut line = Scratch::new(count);
         let (panels, scratch, line) = (panels.values(), scratch.values(), line.values());
+        let mut halves = Scratch::new(pairs_of(compute, room));
+        let mut pairs = Scratch::new(pairs_of(compute, BLOCK * STRIDE));
+        let (halves, pairs) = (halves.values(), pairs.values());
         let mut runs = Vec::new();
         let start = |channel: usize| self.first + channel * places + self.columns.start;
         for channel in self.channels.clone() {
@@ -196,23 +205,27 @@ impl WithSimd for Part<'_> {
                 line,
                 panels,
             );
+            let panels = panels_of(compute, deep, width, &panels[..], halves);
             for channel in self.channels.clone().step_by(BLOCK) {
                 let high = BLOCK.min(self.channels.end - channel);
                 let weights = self.weight[channel * depth..].chunks(depth).take(high);
                 for (place, weights) in scratch.chunks_exact_mut(STRIDE).zip(weights) {
                     copy(&weights[rows.clone()], place);
                 }
+                let scratch = block_of::<false>(compute, high, deep, scratch, pairs);
                 // SAFETY: scratch and panels are filled as far as they are read; the target's rows
                 // are `places` apart, and only this task writes these places of them.
                 unsafe {
                     Block::<false> {
                         rows: high,
-                        deep,
+                        deep: words(compute, deep),
                         scratch: scratch.as_ptr(),
                         panels: PanelView {
                             start: panels.as_ptr(),
-                            depth: deep,
+                            depth: words(compute, deep),
+                            values: deep,
                             columns: count,
+                            compute,
                         },
                         from: 0,
                         columns: 0..count,
@@ -225,6 +238,29 @@ impl WithSimd for Part<'_> {
             }
         }
     }
+}
+
+/// Panels as tiles read them, from panels of f32, `deep` rows of `width`: those themselves, or
+/// their pairs, in `pairs`.
+#[inline(always)]
+fn panels_of<'a>(
+    compute: Compute,
+    deep: usize,
+    width: usize,
+    panels: &'a [f32],
+    pairs: &'a mut [f32],
+) -> &'a [f32] {
+    if compute == Compute::F32 {
+        return panels;
+    }
+    let places = pairs.chunks_exact_mut(width * words(compute, deep));
+    for (panel, place) in panels.chunks_exact(width * deep).zip(places) {
+        for (rows, place) in panel.chunks(2 * width).zip(place.chunks_exact_mut(width)) {
+            let (first, second) = rows.split_at(width);
+            bf16::across(first, (!second.is_empty()).then_some(second), place);
+        }
+    }
+    pairs
 }
 
 /// Consecutive places that read values of one row of a plane.
@@ -324,7 +360,7 @@ fn runs_of(sizes: &Sizes, tap: usize, columns: Range<usize>, runs: &mut Vec<Run>
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{agree, noise};
+    use super::super::tests::{agree, noise, rounded};
     use super::*;
     use crate::ops::{FusedOps, reference};
 
@@ -383,7 +419,13 @@ mod tests {
                     "{shape:?} to {output} by {kernel:?}, {window:?}, {}",
                     bias.is_some()
                 );
-                let fast = NdArray::convolution(x.clone(), weight.clone(), bias.clone(), window);
+                let fast = NdArray::convolution(
+                    x.clone(),
+                    weight.clone(),
+                    bias.clone(),
+                    window,
+                    Compute::F32,
+                );
                 let [_, channels, sides @ ..] = fast.dims();
                 assert_eq!(
                     (channels, sides),
@@ -392,15 +434,34 @@ mod tests {
                 if shape[0] == 0 {
                     continue; // Burn's own convolution refuses these
                 }
-                let exact = reference::convolution(x.clone(), weight.clone(), bias, window);
+                let exact =
+                    reference::convolution(x.clone(), weight.clone(), bias, window, Compute::F32);
                 agree(&what, input * kernel[0] * kernel[1], fast, exact);
             }
+        }
+        // Of bf16: factors are rounded, sums and the bias are not.
+        for (shape, output, kernel) in [
+            ([2, 5, 8, 8], 7, [3, 3]),
+            ([1, 31, 6, 9], 180, [3, 3]), // an odd depth, in two blocks
+            ([1, 3, 35, 35], 5, [5, 5]),
+        ] {
+            let [_, input, ..] = shape;
+            let window = same(kernel);
+            let x = noise::<NdArray, 4>(0, shape);
+            let weight = noise(1, [output, input, kernel[0], kernel[1]]);
+            let bias = Some(noise(2, [output]));
+            let half = Compute::Bf16;
+            let fast = NdArray::convolution(x.clone(), weight.clone(), bias.clone(), window, half);
+            let (x, weight) = (rounded(x), rounded(weight));
+            let exact = reference::convolution(x, weight, bias, window, Compute::F32);
+            agree("bf16", input * kernel[0] * kernel[1], fast, exact);
         }
         // Rows and planes that are not contiguous.
         let x = noise::<NdArray, 4>(0, [6, 5, 2, 3]).permute([2, 3, 0, 1]);
         let weight = noise::<NdArray, 4>(1, [3, 3, 3, 4]).permute([3, 2, 1, 0]);
-        let fast = NdArray::convolution(x.clone(), weight.clone(), None, same([3, 3]));
-        let exact = reference::convolution(x, weight, None, same([3, 3]));
+        let fast =
+            NdArray::convolution(x.clone(), weight.clone(), None, same([3, 3]), Compute::F32);
+        let exact = reference::convolution(x, weight, None, same([3, 3]), Compute::F32);
         agree("permuted", 27, fast, exact);
     }
 }

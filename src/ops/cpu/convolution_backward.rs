@@ -28,6 +28,7 @@ pub(super) fn backward(
     x: Tensor<NdArray, 4>,
     weight: Tensor<NdArray, 4>,
     window: Window,
+    compute: Compute,
     wants_x: bool,
 ) -> ConvolutionGradients<NdArray> {
     let (shape, kernel) = (x.dims(), weight.dims());
@@ -47,6 +48,7 @@ pub(super) fn backward(
                 weight,
                 None,
                 window,
+                compute,
             ))
         }
         _ => None,
@@ -65,7 +67,7 @@ pub(super) fn backward(
         },
         bias: Tensor::zeros([sizes.output], &device),
         lora: None,
-        compute: Compute::F32,
+        compute,
     };
     let wants = LinearWants {
         x: by_rows,
@@ -217,7 +219,7 @@ fn fold(sizes: &Sizes, rows: &[f32], image: &mut [f32]) {
 mod tests {
     use burn::backend::Autodiff;
 
-    use super::super::tests::{agree, noise};
+    use super::super::tests::{agree, noise, rounded};
     use super::*;
     use crate::ops::reference;
 
@@ -235,9 +237,16 @@ mod tests {
             Tensor<Graph, 4>,
             Option<Tensor<Graph, 1>>,
             Window,
+            Compute,
         ) -> Tensor<Graph, 4>;
         let gradients = |convolve: Convolve, bias: Option<&Tensor<Graph, 1>>| {
-            let y = convolve(x.clone(), weight.clone(), bias.cloned(), window);
+            let y = convolve(
+                x.clone(),
+                weight.clone(),
+                bias.cloned(),
+                window,
+                Compute::F32,
+            );
             let shape = y.dims();
             let gradients = (y * noise(3, shape)).sum().backward();
             let of_bias = bias.map(|bias| bias.grad(&gradients).unwrap());
@@ -259,7 +268,7 @@ mod tests {
         }
         // A gradient that nobody requires is not computed.
         let picture = noise::<Graph, 4>(0, [2, 3, 7, 8]);
-        let y = Graph::convolution(picture.clone(), weight.clone(), None, window);
+        let y = Graph::convolution(picture.clone(), weight.clone(), None, window, Compute::F32);
         let gradients = y.sum().backward();
         assert!(picture.grad(&gradients).is_none() && weight.grad(&gradients).is_some());
     }
@@ -294,14 +303,17 @@ mod tests {
             let [rows, columns] = window.output([height, width], kernel);
             let gradient = noise(2, [batch, output, rows, columns]);
             let what = format!("{shape:?} to {output} by {kernel:?}, {window:?}");
-            let of =
-                |wants_x| backward(gradient.clone(), x.clone(), weight.clone(), window, wants_x);
+            let of = |wants_x| {
+                let (gradient, x, weight) = (gradient.clone(), x.clone(), weight.clone());
+                backward(gradient, x, weight, window, Compute::F32, wants_x)
+            };
             let fast = of(true);
             let exact = reference::convolution_backward(
                 gradient.clone(),
                 x.clone(),
                 weight.clone(),
                 window,
+                Compute::F32,
                 true,
             );
             let (places, taps) = (batch * rows * columns, kernel[0] * kernel[1]);
@@ -309,6 +321,14 @@ mod tests {
             agree(&what, places, fast.bias, exact.bias);
             agree(&what, output * taps, fast.x.unwrap(), exact.x.unwrap());
             assert!(of(false).x.is_none());
+            let half =
+                |gradient, x, weight, compute| backward(gradient, x, weight, window, compute, true);
+            let (g, w) = (gradient.clone(), weight.clone());
+            let fast = half(g, x.clone(), w, Compute::Bf16);
+            let [g, x, w] = [gradient.clone(), x.clone(), weight.clone()].map(rounded);
+            let exact = half(g, x, w, Compute::F32);
+            agree(&what, output * taps, fast.x.unwrap(), exact.x.unwrap());
+            agree(&what, places, fast.weight, exact.weight);
         }
     }
 }

@@ -6,17 +6,20 @@ use burn::tensor::Tensor;
 use burn_ndarray::NdArray;
 use pulp::{Arch, Simd, WithSimd};
 
+use super::bf16;
 use super::blocks::{columns_of, rows_of};
 use super::elementwise::activate_row;
 use super::low_rank::{self, LoraRows};
 use super::memory::{Out, Rows, Scratch, matrix, tensor};
 use super::panels::{PanelView, Panels};
-use super::product::{Block, DEPTH, STRIDE, Start, Target, multiply};
+use super::product::{Block, DEPTH, STRIDE, Start, Target, block_of, multiply, pairs_of, words};
 use super::simd::{copy, dot, update, vectorised};
 use super::threads;
+use crate::backend::Compute;
 use crate::ops::{Activation, LinearGradients, LinearWants, LinearWeights};
 
-/// Up to this many rows, packing a weight costs more than the product.
+/// Up to this many rows, packing a weight costs more than the product. These few are multiplied in
+/// f32 whatever the type of products: reading the weight is all that takes time.
 const FEW: usize = 8;
 
 /// Largest weight whose gradient is summed in [`PARTS`], each a matrix of its own.
@@ -31,6 +34,7 @@ pub(super) struct Weights {
     weight: Rows,
     bias: Rows,
     lora: Option<LoraRows>,
+    compute: Compute,
 }
 
 impl Weights {
@@ -48,6 +52,7 @@ impl Weights {
             weight: Rows::of(weights.weight)?,
             bias: Rows::of(weights.bias)?,
             lora,
+            compute: weights.compute,
         })
     }
 
@@ -79,6 +84,7 @@ pub(super) fn forward(x: &Rows, weights: &Weights, activation: Activation) -> Te
         return unsafe { tensor(shape, |out| few(x, weights, activation, out)) };
     }
     let panels = Panels::of_columns(
+        weights.compute,
         inputs,
         outputs,
         #[inline(always)]
@@ -167,7 +173,7 @@ pub(super) fn backward(
     let (inputs, outputs) = (x.width, gradient.width);
     let narrow = inputs * outputs < 8 * lora.map_or(0, |lora| lora.a.count) * (inputs + outputs);
     let (weight, bias) = if wants.weight || (lora.is_some() && narrow) {
-        let (weight, bias) = of_weight(gradient, x, activation);
+        let (weight, bias) = of_weight(gradient, x, activation, weights.compute);
         (Some(weight), Some(bias))
     } else {
         (None, wants.bias.then(|| column_sums(gradient)))
@@ -220,6 +226,7 @@ fn of_input(
         };
     }
     let panels = Panels::of_rows(
+        weights.compute,
         outputs,
         inputs,
         #[inline(always)]
@@ -284,12 +291,14 @@ fn of_weight(
     gradient: &Rows,
     x: &Rows,
     activation: Activation,
+    compute: Compute,
 ) -> (Tensor<NdArray, 2>, Tensor<NdArray, 1>) {
     let (rows, inputs, outputs) = (x.count, x.width, gradient.width);
     if inputs * outputs <= SMALL && rows > DEPTH {
-        return of_small_weight(gradient, x, activation);
+        return of_small_weight(gradient, x, activation, compute);
     }
     let panels = Panels::of_rows(
+        compute,
         rows,
         inputs,
         #[inline(always)]
@@ -346,6 +355,7 @@ struct PartOfWeight<'a> {
     gradient: &'a Rows,
     x: &'a Rows,
     activation: Activation,
+    compute: Compute,
     rows: Range<usize>,
     /// `[out, in]`, then `[out]`
     place: &'a mut [f32],
@@ -359,24 +369,43 @@ impl WithSimd for PartOfWeight<'_> {
         let (inputs, outputs) = (self.x.width, self.gradient.width);
         let width = 2 * S::F32_LANES;
         let (product, sums) = self.place.split_at_mut(outputs * inputs);
+        let compute = self.compute;
         let mut panels = Scratch::new(DEPTH * inputs.next_multiple_of(width));
         let mut scratch = Scratch::new(DEPTH * STRIDE);
-        let mut line = Scratch::new(inputs);
-        let (panels, scratch, line) = (panels.values(), scratch.values(), line.values());
+        let mut pairs = Scratch::new(pairs_of(compute, DEPTH * STRIDE));
+        let mut lines = Scratch::new(2 * inputs);
+        let (panels, scratch, pairs) = (panels.values(), scratch.values(), pairs.values());
+        let (line, other) = lines.values().split_at_mut(inputs);
         for from in self.rows.clone().step_by(DEPTH) {
             let deep = DEPTH.min(self.rows.end - from);
             let anew = from == self.rows.start;
-            for p in 0..deep {
-                activate_row(self.x.row(from + p), line, self.activation);
+            let depth = words(compute, deep);
+            let each = deep.div_ceil(depth); // rows in a row of words
+            for p in 0..depth {
+                let row = each * p;
+                activate_row(self.x.row(from + row), line, self.activation);
+                let second = each == 2 && row + 1 < deep;
+                if second {
+                    activate_row(self.x.row(from + row + 1), other, self.activation);
+                }
                 for first in (0..inputs).step_by(width) {
-                    let values = &line[first..inputs.min(first + width)];
-                    copy(values, &mut panels[first * deep + p * width..]);
+                    let part = first..inputs.min(first + width);
+                    let place = &mut panels[first * depth + p * width..][..part.len()];
+                    match compute {
+                        Compute::F32 => copy(&line[part], place),
+                        Compute::Bf16 => {
+                            let second = second.then(|| &other[part.clone()]);
+                            bf16::across(&line[part], second, place);
+                        }
+                    }
                 }
             }
             let view = PanelView {
                 start: panels.as_ptr(),
-                depth: deep,
+                depth,
+                values: deep,
                 columns: inputs,
+                compute,
             };
             for first in (0..outputs).step_by(DEPTH) {
                 let columns = first..outputs.min(first + DEPTH);
@@ -386,12 +415,13 @@ impl WithSimd for PartOfWeight<'_> {
                     scratch,
                 );
                 add_rows(scratch, deep, &mut sums[columns.clone()], anew);
+                let scratch = block_of::<true>(compute, columns.len(), deep, scratch, pairs);
                 // SAFETY: scratch and panels were filled as far as they are read; the product has
                 // `outputs` rows.
                 unsafe {
                     Block::<true> {
                         rows: columns.len(),
-                        deep,
+                        deep: depth,
                         scratch: scratch.as_ptr(),
                         panels: view,
                         from: 0,
@@ -413,6 +443,7 @@ fn of_small_weight(
     gradient: &Rows,
     x: &Rows,
     activation: Activation,
+    compute: Compute,
 ) -> (Tensor<NdArray, 2>, Tensor<NdArray, 1>) {
     let (rows, inputs, outputs) = (x.count, x.width, gradient.width);
     let parts = PARTS.min(rows.div_ceil(DEPTH));
@@ -427,6 +458,7 @@ fn of_small_weight(
                 gradient,
                 x,
                 activation,
+                compute,
                 rows: bound(part)..bound(part + 1),
                 // SAFETY: only this task writes this part.
                 place: unsafe { out.part(part * size, size) },

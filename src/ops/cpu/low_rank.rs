@@ -8,6 +8,7 @@ use super::memory::{Out, Rows, Scratch, matrix, tensor};
 use super::panels::Panels;
 use super::product::{Start, Target, multiply};
 use super::simd::{dot, vectorised};
+use crate::backend::Compute;
 use crate::ops::Activation;
 
 /// A low-rank update.
@@ -40,7 +41,8 @@ pub(super) fn of_weight(lora: &LoraRows, dw: &Rows) -> (Tensor<NdArray, 2>, Tens
     (matrix(da, [rank, inputs]), matrix(db, [outputs, rank]))
 }
 
-/// Gradients of A, `s (dy B)^T act(x)`, and of B, `s dy^T (act(x) A^T)`.
+/// Gradients of A, `s (dy B)^T act(x)`, and of B, `s dy^T (act(x) A^T)`, in f32: the factors are so
+/// thin that the products take no less time in another type.
 pub(super) fn gradients(
     gradient: &Rows,
     x: &Rows,
@@ -54,13 +56,16 @@ pub(super) fn gradients(
             *place = lora.scale * value;
         }
     };
+    let compute = Compute::F32;
     let b = Panels::of_rows(
+        compute,
         outputs,
         rank,
         #[inline(always)]
         |p, line| scaled(lora.b.row(p), line),
     );
     let a = Panels::of_columns(
+        compute,
         inputs,
         rank,
         #[inline(always)]
@@ -92,10 +97,10 @@ pub(super) fn gradients(
             |_| (),
         );
         let (narrow, seen) = (&*narrow, &*seen);
-        let narrow = Panels::of_rows(rows, rank, |p, line| {
+        let narrow = Panels::of_rows(compute, rows, rank, |p, line| {
             line.copy_from_slice(&narrow[p * rank..][..rank])
         });
-        let seen = Panels::of_rows(rows, rank, |p, line| {
+        let seen = Panels::of_rows(compute, rows, rank, |p, line| {
             line.copy_from_slice(&seen[p * rank..][..rank])
         });
         // A's gradient is computed transposed, because only then are there enough rows for all

@@ -3,7 +3,8 @@
 //! Burn's own operators pass over memory once each, mostly on one core, and call the C library for
 //! every exponential. Here an operator is one pass over all cores ([`threads`]), in vector
 //! instructions chosen at run time (`pulp`: AVX-512, AVX2, NEON), and its matrix products are
-//! [`product`]'s. Tensors of another type than f32 go to the reference.
+//! [`product`]'s, of f32 or of factors rounded to bf16. Tensors of another type than f32 go to the
+//! reference.
 //!
 //! Nothing below this file is generic over a rank: it is compiled once, not again in every program
 //! and test.
@@ -12,6 +13,7 @@
 //! writes its own (see [`memory::Out`]).
 
 mod attention;
+mod bf16;
 mod blocks;
 mod convolution;
 mod convolution_backward;
@@ -38,7 +40,7 @@ use crate::backend::Compute;
 
 use super::{
     Activation, AdamWState, AdamWStep, ConvolutionGradients, FusedOps, GroupNormGradients,
-    GroupNormOptions, LinearGradients, LinearWants, LinearWeights, NormGradients, Window,
+    GroupNormOptions, LinearGradients, LinearWants, LinearWeights, NormGradients, Support, Window,
     reference,
 };
 
@@ -60,6 +62,17 @@ fn reshaped<const D: usize, const E: usize>(
 }
 
 impl FusedOps for NdArray {
+    fn support(compute: Compute, _: &Self::Device) -> Support {
+        #[cfg(target_arch = "x86_64")]
+        let native = bf16::native::vectors().is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        let native = false;
+        match compute == Compute::F32 || native {
+            true => Support::Full,
+            false => Support::Emulated,
+        }
+    }
+
     fn activate<const D: usize>(x: Tensor<Self, D>, activation: Activation) -> Tensor<Self, D> {
         let shape = x.dims();
         rows!(x; else reference::activate(x, activation));
@@ -133,7 +146,7 @@ impl FusedOps for NdArray {
     fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize, compute: Compute) -> Tensor<Self, 3> {
         let [batch, tokens, _] = qkv.dims();
         rows!(qkv; else reference::qkv_attention(qkv, heads, 1, compute));
-        attention::forward(&qkv, heads, [batch, tokens])
+        attention::forward(&qkv, heads, [batch, tokens], compute)
     }
 
     fn qkv_attention_backward(
@@ -144,7 +157,7 @@ impl FusedOps for NdArray {
     ) -> Tensor<Self, 3> {
         let [batch, tokens, _] = qkv.dims();
         rows!(gradient, qkv; else reference::qkv_attention_backward(gradient, qkv, heads, 1, compute));
-        attention::backward(&gradient, &qkv, heads, [batch, tokens])
+        attention::backward(&gradient, &qkv, heads, [batch, tokens], compute)
     }
 
     fn gated_residual(
@@ -189,11 +202,12 @@ impl FusedOps for NdArray {
         weight: Tensor<Self, 4>,
         bias: Option<Tensor<Self, 1>>,
         window: Window,
+        compute: Compute,
     ) -> Tensor<Self, 4> {
         let tensors = [x.dtype(), weight.dtype()];
         let mut types = tensors.into_iter().chain(bias.as_ref().map(Tensor::dtype));
         if types.any(|dtype| dtype != DType::F32) {
-            return reference::convolution(x, weight, bias, window);
+            return reference::convolution(x, weight, bias, window, compute);
         }
         let shapes = [x.dims(), weight.dims()];
         let (Some(x), Some(weight)) = (Values::of(x), Values::of(weight)) else {
@@ -201,7 +215,7 @@ impl FusedOps for NdArray {
         };
         let bias = bias.and_then(Values::of);
         let [x, weight] = [(&x, shapes[0]), (&weight, shapes[1])];
-        convolution::forward(x, weight, bias.as_ref(), window)
+        convolution::forward(x, weight, bias.as_ref(), window, compute)
     }
 
     fn convolution_backward(
@@ -209,13 +223,14 @@ impl FusedOps for NdArray {
         x: Tensor<Self, 4>,
         weight: Tensor<Self, 4>,
         window: Window,
+        compute: Compute,
         wants_x: bool,
     ) -> ConvolutionGradients<Self> {
         let types = [gradient.dtype(), x.dtype(), weight.dtype()];
         if types.iter().any(|dtype| *dtype != DType::F32) {
-            return reference::convolution_backward(gradient, x, weight, window, wants_x);
+            return reference::convolution_backward(gradient, x, weight, window, compute, wants_x);
         }
-        convolution_backward::backward(gradient, x, weight, window, wants_x)
+        convolution_backward::backward(gradient, x, weight, window, compute, wants_x)
     }
 
     fn group_norm(

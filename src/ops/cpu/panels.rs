@@ -2,9 +2,12 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
+use super::bf16;
 use super::memory::{Out, Scratch};
+use super::product::words;
 use super::simd::{copy, vectorised};
 use super::threads;
+use crate::backend::Compute;
 
 /// Columns of a panel on this machine.
 pub(super) fn panel_width() -> usize {
@@ -20,32 +23,46 @@ pub(super) fn panel_width() -> usize {
 }
 
 /// B, `[depth, columns]`, in panels `[columns / width][depth][width]`, with zeros beyond the last
-/// column.
+/// column. Of bf16, a word of 32 bits holds two values of a column, and panels are half as deep.
 pub(super) struct Panels {
     scratch: Scratch,
-    depth: usize,
-    columns: usize,
+    view: PanelView,
     width: usize,
 }
 
 impl Panels {
     /// Packs B by rows: `row(p, values)` writes row `p` of B.
     pub(super) fn of_rows(
-        depth: usize,
+        compute: Compute,
+        values: usize,
         columns: usize,
         row: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
-        let mut panels = Self::empty(depth, columns);
-        let (width, out) = (panels.width, Out::of(panels.scratch.values()));
-        threads::over(depth, 1, 4 * depth * columns, |rows| {
-            let mut line = Scratch::new(columns.next_multiple_of(width));
-            let line = line.values();
-            line[columns..].fill(0.0);
+        let mut panels = Self::empty(compute, values, columns);
+        let (width, depth) = (panels.width, panels.view.depth);
+        let out = Out::of(panels.scratch.values());
+        threads::over(depth, 1, 4 * values * columns, |rows| {
+            let wide = columns.next_multiple_of(width);
+            let mut lines = Scratch::new(3 * wide);
+            let lines = lines.values();
+            lines.fill(0.0);
+            let (line, others) = lines.split_at_mut(wide);
+            let (first, second) = others.split_at_mut(wide);
             vectorised(
                 #[inline(always)]
                 || {
                     for p in rows.clone() {
-                        row(p, &mut line[..columns]);
+                        match compute {
+                            Compute::F32 => row(p, &mut line[..columns]),
+                            Compute::Bf16 => {
+                                row(2 * p, &mut first[..columns]);
+                                let both = 2 * p + 1 < values;
+                                if both {
+                                    row(2 * p + 1, &mut second[..columns]);
+                                }
+                                bf16::across(first, both.then_some(&*second), line);
+                            }
+                        }
                         for (panel, values) in line.chunks_exact(width).enumerate() {
                             // SAFETY: only this thread writes row p of each panel.
                             let target = unsafe { out.part((panel * depth + p) * width, width) };
@@ -60,17 +77,19 @@ impl Panels {
 
     /// Packs B by columns that are rows in memory: `column(j, values)` writes column `j` of B.
     pub(super) fn of_columns(
-        depth: usize,
+        compute: Compute,
+        values: usize,
         columns: usize,
         column: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
         /// Number of columns transposed at a time.
         const TURNED: usize = 16;
-        let mut panels = Self::empty(depth, columns);
-        let (width, out) = (panels.width, Out::of(panels.scratch.values()));
-        threads::over(columns.div_ceil(width), 1, 8 * depth * columns, |range| {
-            let mut lines = Scratch::new(TURNED * depth);
-            let lines = lines.values();
+        let mut panels = Self::empty(compute, values, columns);
+        let (width, depth) = (panels.width, panels.view.depth);
+        let out = Out::of(panels.scratch.values());
+        threads::over(columns.div_ceil(width), 1, 8 * values * columns, |range| {
+            let (mut lines, mut whole) = (Scratch::new(TURNED * depth), Scratch::new(values));
+            let (lines, whole) = (lines.values(), whole.values());
             vectorised(
                 #[inline(always)]
                 || {
@@ -83,10 +102,13 @@ impl Panels {
                                 lines.chunks_exact_mut(depth).take(turned).enumerate()
                             {
                                 let j = panel * width + first + index;
-                                if j < columns {
-                                    column(j, line);
-                                } else {
-                                    line.fill(0.0);
+                                match compute {
+                                    _ if j >= columns => line.fill(0.0),
+                                    Compute::F32 => column(j, line),
+                                    Compute::Bf16 => {
+                                        column(j, whole);
+                                        bf16::along(whole, line);
+                                    }
                                 }
                             }
                             for p in 0..depth {
@@ -103,22 +125,26 @@ impl Panels {
         panels
     }
 
-    fn empty(depth: usize, columns: usize) -> Self {
+    fn empty(compute: Compute, values: usize, columns: usize) -> Self {
         let width = panel_width();
-        Self {
-            scratch: Scratch::new(columns.next_multiple_of(width) * depth),
+        let depth = words(compute, values);
+        let scratch = Scratch::new(columns.next_multiple_of(width) * depth);
+        let view = PanelView {
+            start: scratch.pointer(),
             depth,
+            values,
             columns,
+            compute,
+        };
+        Self {
+            scratch,
+            view,
             width,
         }
     }
 
     pub(super) fn view(&self) -> PanelView {
-        PanelView {
-            start: self.scratch.pointer(),
-            depth: self.depth,
-            columns: self.columns,
-        }
+        self.view
     }
 }
 
@@ -126,8 +152,13 @@ impl Panels {
 #[derive(Clone, Copy)]
 pub(super) struct PanelView {
     pub(super) start: *const f32,
+    /// Rows of words.
     pub(super) depth: usize,
+    /// Rows of B: as many, or twice as many where a word is a pair.
+    pub(super) values: usize,
     pub(super) columns: usize,
+    /// Type of the product.
+    pub(super) compute: Compute,
 }
 
 // SAFETY: panels are only read through a view.
@@ -140,23 +171,33 @@ unsafe impl Sync for PanelView {}
 #[inline(always)]
 pub(super) fn pack_rows<'a, S: Simd>(
     _: S,
-    depth: usize,
+    compute: Compute,
+    values: usize,
     columns: usize,
     row: impl Fn(usize) -> &'a [f32],
     panels: &mut [f32],
 ) -> PanelView {
     let width = 2 * S::F32_LANES;
+    let depth = words(compute, values);
     for p in 0..depth {
-        let row = row(p);
         for first in (0..columns).step_by(width) {
-            let values = &row[first..columns.min(first + width)];
-            copy(values, &mut panels[first * depth + p * width..]);
+            let part = first..columns.min(first + width);
+            let place = &mut panels[first * depth + p * width..][..part.len()];
+            match compute {
+                Compute::F32 => copy(&row(p)[part], place),
+                Compute::Bf16 => {
+                    let second = (2 * p + 1 < values).then(|| &row(2 * p + 1)[part.clone()]);
+                    bf16::across(&row(2 * p)[part], second, place);
+                }
+            }
         }
     }
     PanelView {
         start: panels.as_ptr(),
         depth,
+        values,
         columns,
+        compute,
     }
 }
 
@@ -164,25 +205,36 @@ pub(super) fn pack_rows<'a, S: Simd>(
 #[inline(always)]
 pub(super) fn pack_columns<'a, S: Simd>(
     _: S,
-    depth: usize,
+    compute: Compute,
+    values: usize,
     columns: usize,
     column: impl Fn(usize) -> &'a [f32],
     panels: &mut [f32],
 ) -> PanelView {
     let width = 2 * S::F32_LANES;
+    let depth = words(compute, values);
     for j in 0..columns {
         let first = j / width * width;
         let place = panels[first * depth + j - first..]
             .iter_mut()
             .step_by(width);
-        for (place, value) in place.zip(column(j)) {
-            *place = *value;
+        match compute {
+            Compute::F32 => place
+                .zip(column(j))
+                .for_each(|(place, value)| *place = *value),
+            Compute::Bf16 => {
+                for (place, values) in place.zip(column(j).chunks(2)) {
+                    *place = bf16::pair(values[0], values.get(1).copied().unwrap_or(0.0));
+                }
+            }
         }
     }
     PanelView {
         start: panels.as_ptr(),
         depth,
+        values,
         columns,
+        compute,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Matrix products of f32.
+//! Matrix products with sums of f32.
 //!
 //! `C = start + A B` in the manner of Goto and van de Geijn ("Anatomy of High-Performance Matrix
 //! Multiplication", ACM TOMS 34, 2008): B is packed into panels two vectors wide, blocks of A are
@@ -11,16 +11,23 @@
 //! (`cargo bench --bench parts product` compares them). Two decisions keep it short: blocks of A
 //! keep their order in memory, with a row distance known at compile time, so nothing is transposed;
 //! and `A^T B` is the same tile reading the same scratch with rows and columns exchanged.
+//!
+//! In a product of bf16 every word of 32 bits holds a pair of values that meet in the sum
+//! ([`bf16`]): to a tile it is a product of half the depth, with another step.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
 
+use super::bf16;
 use super::memory::{Out, Scratch};
 use super::panels::PanelView;
 use super::threads;
+use crate::backend::Compute;
 
-/// Depth of a block: its slice of a panel and a tile's slice of A stay in the first-level cache.
+/// Depth of a block, in values, an even number: its slice of a panel and a tile's slice of A stay
+/// in the first-level cache.
 pub(super) const DEPTH: usize = 256;
 /// Row distance in the scratch: a cache line more than the depth, so that rows fall on different
 /// cache sets.
@@ -109,9 +116,11 @@ where
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let mut scratch = Scratch::new(if TURNED { DEPTH } else { BLOCK } * STRIDE);
-        let scratch = scratch.values();
-        let PanelView { depth, columns, .. } = self.panels;
+        let size = if TURNED { DEPTH } else { BLOCK } * STRIDE;
+        let compute = self.panels.compute;
+        let (mut scratch, mut pairs) = (Scratch::new(size), Scratch::new(pairs_of(compute, size)));
+        let (scratch, pairs) = (scratch.values(), pairs.values());
+        let (depth, columns) = (self.panels.values, self.panels.columns);
         let mut first = self.rows.start;
         while first < self.rows.end {
             let rows = BLOCK.min(self.rows.end - first);
@@ -121,16 +130,17 @@ where
                 let deep = DEPTH.min(depth - from);
                 (self.fill)(first..first + rows, from..from + deep, scratch);
                 let start = if from == 0 { self.start } else { Start::Sum };
+                let scratch = block_of::<TURNED>(compute, rows, deep, scratch, pairs);
                 // SAFETY: the scratch is filled as far as it is read, the panels hold `depth` rows,
                 // and only this task writes these rows of the target.
                 unsafe {
                     let c = self.target.out.pointer().add(first * self.target.stride);
                     Block::<TURNED> {
                         rows,
-                        deep,
+                        deep: words(compute, deep),
                         scratch: scratch.as_ptr(),
                         panels: self.panels,
-                        from,
+                        from: words(compute, from),
                         columns: 0..columns,
                         c,
                         stride: self.target.stride,
@@ -146,16 +156,60 @@ where
     }
 }
 
+/// Words that hold `values` values one after the other in a sum.
+#[inline(always)]
+pub(super) const fn words(compute: Compute, values: usize) -> usize {
+    match compute {
+        Compute::F32 => values,
+        Compute::Bf16 => values.div_ceil(2),
+    }
+}
+
+/// Size of the scratch into which [`block_of`] may copy one of `size`.
+pub(super) const fn pairs_of(compute: Compute, size: usize) -> usize {
+    match compute {
+        Compute::F32 => 0,
+        Compute::Bf16 => size,
+    }
+}
+
+/// A block of A as tiles read it, from a scratch of f32: that itself, or its pairs, in `pairs`.
+#[inline(always)]
+pub(super) fn block_of<'a, const TURNED: bool>(
+    compute: Compute,
+    rows: usize,
+    deep: usize,
+    scratch: &'a [f32],
+    pairs: &'a mut [f32],
+) -> &'a [f32] {
+    if compute == Compute::F32 {
+        return scratch;
+    }
+    let places = pairs.chunks_exact_mut(STRIDE);
+    if TURNED {
+        let lines = scratch[..deep * STRIDE].chunks(2 * STRIDE);
+        for (lines, place) in lines.zip(places) {
+            let second = (lines.len() > STRIDE).then(|| &lines[STRIDE..][..rows]);
+            bf16::across(&lines[..rows], second, &mut place[..rows]);
+        }
+    } else {
+        for (line, place) in scratch.chunks_exact(STRIDE).zip(places).take(rows) {
+            bf16::along(&line[..deep], place);
+        }
+    }
+    pairs
+}
+
 /// The product of one block: a filled scratch times panels, added to C.
 pub(super) struct Block<'a, const TURNED: bool> {
     /// Rows of the block.
     pub(super) rows: usize,
-    /// Its depth, at most [`DEPTH`].
+    /// Its depth, in words, at most [`DEPTH`].
     pub(super) deep: usize,
-    /// The block of A, laid out as in [`Multiply`].
+    /// The block of A, laid out as in [`Multiply`], in words of the panels' type ([`block_of`]).
     pub(super) scratch: *const f32,
     pub(super) panels: PanelView,
-    /// The first row of B.
+    /// The first row of words of B.
     pub(super) from: usize,
     pub(super) columns: Range<usize>,
     /// The first of `columns` in the block's first row of C.
@@ -170,20 +224,58 @@ impl<const TURNED: bool> Block<'_, TURNED> {
     ///
     /// # Safety
     ///
-    /// The scratch holds `rows` x `deep` values, the panels hold rows `from .. from + deep`, and
+    /// The scratch holds `rows` x `deep` words, the panels hold rows `from .. from + deep`, and
     /// `c` points at `rows` rows that are not aliased.
     #[inline(always)]
     pub(super) unsafe fn multiply<S: Simd>(self, simd: S) {
-        simd.vectorize(self);
+        match self.panels.compute {
+            Compute::F32 => simd.vectorize(Tiles::<Single, TURNED>::of(self)),
+            Compute::Bf16 => {
+                #[cfg(target_arch = "x86_64")]
+                if S::F32_LANES == 16
+                    && let Some(simd) = bf16::native::vectors()
+                {
+                    // SAFETY: guaranteed by the caller.
+                    return unsafe { bf16::native::multiply(simd, self) };
+                }
+                simd.vectorize(Tiles::<bf16::Pairs, TURNED>::of(self));
+            }
+        }
     }
 }
 
-impl<const TURNED: bool> WithSimd for Block<'_, TURNED> {
+/// How a word of A meets a row of words of B.
+pub(super) trait Step: Copy {
+    /// `sum` and the products of `x`, the same word many times, with each word of `row`.
+    fn add<S: Simd>(simd: S, x: S::f32s, row: S::f32s, sum: S::f32s) -> S::f32s;
+}
+
+/// Words are values of f32.
+#[derive(Clone, Copy)]
+struct Single;
+
+impl Step for Single {
+    #[inline(always)]
+    fn add<S: Simd>(simd: S, x: S::f32s, row: S::f32s, sum: S::f32s) -> S::f32s {
+        simd.mul_add_e_f32s(x, row, sum)
+    }
+}
+
+/// A block whose tiles take steps of this kind.
+pub(super) struct Tiles<'a, K, const TURNED: bool>(Block<'a, TURNED>, PhantomData<K>);
+
+impl<'a, K, const TURNED: bool> Tiles<'a, K, TURNED> {
+    pub(super) fn of(block: Block<'a, TURNED>) -> Self {
+        Self(block, PhantomData)
+    }
+}
+
+impl<K: Step, const TURNED: bool> WithSimd for Tiles<'_, K, TURNED> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self {
+        let Block {
             rows,
             deep,
             scratch,
@@ -193,7 +285,7 @@ impl<const TURNED: bool> WithSimd for Block<'_, TURNED> {
             c,
             stride,
             start,
-        } = self;
+        } = self.0;
         let width = 2 * S::F32_LANES;
         let near = (NEAR / deep.max(1) / width).max(1) * width;
         let mut slice = columns.start;
@@ -211,7 +303,7 @@ impl<const TURNED: bool> WithSimd for Block<'_, TURNED> {
                         let b = panels.start.add(column * panels.depth + from * width);
                         let c = c.add(row * stride + column - columns.start);
                         let broad = width.min(columns.end - column);
-                        tile_of::<S, TURNED>(
+                        tile_of::<S, K, TURNED>(
                             simd, high, broad, deep, a, b, c, stride, start, column,
                         );
                     }
@@ -249,7 +341,7 @@ fn height<S: Simd>(left: usize) -> usize {
 /// As for [`tile`], but only `broad` columns of C need exist.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the sizes of three matrices")]
-unsafe fn tile_of<S: Simd, const TURNED: bool>(
+unsafe fn tile_of<S: Simd, K: Step, const TURNED: bool>(
     simd: S,
     high: usize,
     broad: usize,
@@ -271,14 +363,14 @@ unsafe fn tile_of<S: Simd, const TURNED: bool>(
     macro_rules! tiles {
         ($vectors:literal, $c:expr, $stride:expr, $begin:expr) => {
             match high {
-                14 => tile::<S, 14, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                12 => tile::<S, 12, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                10 => tile::<S, 10, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                8 => tile::<S, 8, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                6 => tile::<S, 6, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                4 => tile::<S, 4, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                2 => tile::<S, 2, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                _ => tile::<S, 1, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                14 => tile::<S, K, 14, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                12 => tile::<S, K, 12, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                10 => tile::<S, K, 10, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                8 => tile::<S, K, 8, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                6 => tile::<S, K, 6, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                4 => tile::<S, K, 4, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                2 => tile::<S, K, 2, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                _ => tile::<S, K, 1, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
             }
         };
     }
@@ -322,10 +414,10 @@ enum Begin {
 ///
 /// # Safety
 ///
-/// `a` points at `HIGH` x `deep` values of the scratch, `b` at `deep` rows of a panel, `c` at
+/// `a` points at `HIGH` x `deep` words of the scratch, `b` at `deep` rows of a panel, `c` at
 /// `HIGH` rows.
 #[inline(always)]
-unsafe fn tile<S: Simd, const HIGH: usize, const VECTORS: usize, const TURNED: bool>(
+unsafe fn tile<S: Simd, K: Step, const HIGH: usize, const VECTORS: usize, const TURNED: bool>(
     simd: S,
     deep: usize,
     a: *const f32,
@@ -366,7 +458,7 @@ unsafe fn tile<S: Simd, const HIGH: usize, const VECTORS: usize, const TURNED: b
             for (i, sums) in sums.iter_mut().enumerate() {
                 let x = simd.splat_f32s(*a.add(i * row));
                 for (sum, values) in sums.iter_mut().zip(row_of_b) {
-                    *sum = simd.mul_add_e_f32s(x, values, *sum);
+                    *sum = K::add(simd, x, values, *sum);
                 }
             }
             a = a.add(depth);
@@ -407,10 +499,10 @@ pub(super) unsafe fn multiply<const TURNED: bool>(
     fill: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
     finish: impl Fn(Range<usize>) + Sync,
 ) {
-    let cost = rows * panels.depth * panels.columns / 8;
+    let cost = rows * panels.values * panels.columns / 8;
     threads::over(
         rows,
-        unit_of(rows, panels.depth * panels.columns),
+        unit_of(rows, panels.values * panels.columns),
         cost,
         |rows| {
             // Not `&fill`: calling through a reference goes through a function compiled for the

@@ -143,6 +143,118 @@ fn linear_layers_agree_with_the_reference() {
     }
 }
 
+/// The tensor, each value rounded to bf16.
+pub(super) fn rounded<const D: usize>(x: Tensor<NdArray, D>) -> Tensor<NdArray, D> {
+    let shape = x.dims();
+    let values = x.into_data().to_vec::<f32>().unwrap().into_iter();
+    let values: Vec<f32> = values.map(|x| half::bf16::from_f32(x).to_f32()).collect();
+    Tensor::from_data(TensorData::new(values, shape), &Default::default())
+}
+
+#[test]
+fn linear_layers_of_bf16_round_their_factors_and_nothing_else() {
+    // Odd depths, few rows (which stay f32), small and large weights, several blocks.
+    let sizes = [
+        (3, 5, 7),
+        (9, 17, 192),
+        (29, 301, 40),
+        (171, 64, 65),
+        (531, 24, 96),
+        (300, 300, 260),
+    ];
+    let wants = LinearWants {
+        x: true,
+        weight: true,
+        bias: true,
+        lora: false,
+    };
+    let identity = Activation::Identity;
+    for (rows, input, output) in sizes {
+        let what = format!("{rows} x {input} to {output}");
+        let terms = rows.max(input).max(output);
+        let exact = weights::<NdArray>(input, output, None);
+        let (x, gradient) = (noise(5, [rows, input]), noise(6, [rows, output]));
+        let few = rows <= 8;
+        let weight = match few {
+            true => exact.weight.clone(),
+            false => rounded(exact.weight.clone()),
+        };
+        let of_rounded = LinearWeights {
+            weight,
+            ..exact.clone()
+        };
+        let weights = LinearWeights {
+            compute: Compute::Bf16,
+            ..exact
+        };
+        let of = |x: Tensor<NdArray, 2>| if few { x } else { rounded(x) };
+        agree(
+            &what,
+            terms,
+            NdArray::linear_layer(x.clone(), weights.clone(), identity),
+            reference::linear(of(x.clone()), of_rounded.clone(), identity),
+        );
+        let fast = NdArray::linear_layer_backward(
+            gradient.clone(),
+            x.clone(),
+            weights.clone(),
+            identity,
+            wants,
+        );
+        let (g, w) = (of(gradient.clone()), of_rounded.clone());
+        let exact = reference::linear_backward(g, of(x.clone()), w, identity, wants);
+        agree(&what, terms, fast.x.unwrap(), exact.x.unwrap());
+        // Rows are the depth of this product, so that few of them are no exception.
+        let (g, x) = (rounded(gradient.clone()), rounded(x));
+        let exact = reference::linear_backward(g, x, of_rounded, identity, wants);
+        agree(&what, terms, fast.weight.unwrap(), exact.weight.unwrap());
+        // The gradient of the bias is a sum without products.
+        agree(
+            &what,
+            terms,
+            fast.bias.unwrap(),
+            gradient.sum_dim(0).squeeze(),
+        );
+    }
+}
+
+/// How far `found` is from `expected`, as a share of its root mean square.
+fn off<const D: usize>(found: Tensor<NdArray, D>, expected: Tensor<NdArray, D>) -> f32 {
+    let root = |x: Tensor<NdArray, D>| (x.clone() * x).mean().sqrt().into_scalar();
+    root(found - expected.clone()) / root(expected)
+}
+
+#[test]
+fn attention_of_bf16_is_off_by_its_rounding() {
+    let sizes = [
+        (2, 3, 2, 5),
+        (3, 16, 4, 16),
+        (1, 101, 3, 72),
+        (1, 260, 2, 8),
+        (1, 601, 1, 16),
+        (1, 5, 1, 301),
+    ];
+    for (batch, tokens, heads, dim) in sizes {
+        let what = format!("{batch} x {tokens} tokens, {heads} heads of {dim}");
+        let width = heads * dim;
+        let qkv = rounded(noise::<NdArray, 3>(0, [batch, tokens, 3 * width]));
+        let gradient = rounded(noise(1, [batch, tokens, width]));
+        let forward = |compute| NdArray::qkv_attention(qkv.clone(), heads, compute);
+        let backward = |compute| {
+            NdArray::qkv_attention_backward(gradient.clone(), qkv.clone(), heads, compute)
+        };
+        for (found, expected) in [
+            (forward(Compute::Bf16), forward(Compute::F32)),
+            (backward(Compute::Bf16), backward(Compute::F32)),
+        ] {
+            // Scaled queries, shares and their changes are rounded, by 2^-9 of themselves at most
+            // and half of that on average; scores of some units add as much to their exponentials.
+            let off = off(found, expected);
+            assert!((1e-4..1e-2).contains(&off), "{what}: {off}");
+        }
+    }
+}
+
 #[test]
 fn norms_residuals_and_blends_agree_with_the_reference() {
     for [batch, tokens, width] in [

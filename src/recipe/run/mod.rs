@@ -161,7 +161,10 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
     let leads = options.workers.leads();
     let watching = (options.watch && leads).then(|| Watching::new(directory.path()));
     let result = crate::with_backend!(options.backend, B, device => {
-        crate::ops::supports::<B>(plan.recipe.compute, device).map_err(RecipeError::Run)?;
+        let note = crate::ops::supports::<B>(plan.recipe.compute, device);
+        if let Some(note) = note.map_err(RecipeError::Run)? {
+            crate::say!("note: {note}");
+        }
         let environment = Environment {
             version: env!("CARGO_PKG_VERSION"),
             commit: Some(env!("TINYFUSION_COMMIT")).filter(|commit| !commit.is_empty()),

@@ -38,8 +38,7 @@ pub enum Compute {
     /// 32-bit floats.
     #[default]
     F32,
-    /// bfloat16, if the backend has it. Processors without AVX512-BF16 compute the same bits, no
-    /// faster than f32.
+    /// bfloat16, if the backend has it; on processors faster than f32 with AVX512-BF16 alone.
     Bf16,
 }
 

@@ -76,7 +76,8 @@ pub fn activate_derivative<B: Backend, const D: usize>(
     }
 }
 
-/// A matrix product of type `compute`: operands are rounded, sums and the result are f32.
+/// A matrix product of type `compute`: of bf16 the operands are rounded, and the result, which is
+/// given as f32.
 fn product<B: Backend, const D: usize>(
     a: Tensor<B, D>,
     b: Tensor<B, D>,
@@ -179,10 +180,13 @@ pub fn convolution<B: Backend>(
         before,
         after,
     } = window;
-    let options = PaddedConvOptions::asymmetric(stride, before, after, [1; 2], 1);
     if compute == Compute::F32 {
+        let options = PaddedConvOptions::asymmetric(stride, before, after, [1; 2], 1);
         return module::conv2d(x, weight, bias, options);
     }
+    // Padded before it is rounded: burn-flex's own padding of bf16 is of f32.
+    let x = x.pad((before[1], after[1], before[0], after[0]), 0.0);
+    let options = PaddedConvOptions::asymmetric(stride, [0; 2], [0; 2], [1; 2], 1);
     let [x, weight] = [x, weight].map(|factor| factor.cast(DType::BF16));
     let y = module::conv2d(x, weight, None, options).cast(DType::F32);
     match bias {
@@ -212,9 +216,9 @@ pub fn convolution_backward<B: Backend>(
         Compute::F32 => x.dtype(),
         Compute::Bf16 => DType::BF16,
     };
-    let [gradient, x, weight] = [gradient, x, weight].map(|factor| factor.cast(dtype));
     // Burn's own convolutions only know the same padding on both sides.
     let x = x.pad((before[1], after[1], before[0], after[0]), 0.0);
+    let [gradient, x, weight] = [gradient, x, weight].map(|factor| factor.cast(dtype));
     let options = ConvOptions::new(stride, [0; 2], [1; 2], 1);
     let primitive = |x: &Tensor<B, 4>| x.clone().into_primitive().tensor();
     let dtype = by_channel.dtype();

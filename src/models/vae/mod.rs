@@ -55,7 +55,8 @@ impl<B: Backend> Vae<B> {
     }
 
     /// The same network with matrix products (those of its attention) of type `compute`, which the
-    /// backend must [support](crate::ops::supports); a new network's are of f32.
+    /// backend must [support](crate::ops::supports); a new network's are of f32. Convolutions stay
+    /// of f32: they are nearly all that pictures are made by.
     pub fn computing(mut self, compute: Compute) -> Self {
         self.compute = compute;
         for block in &mut self.encoder.down_blocks {

@@ -11,7 +11,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::memory::{Out, Rows, Scratch, tensor};
 use super::panels::{PanelView, pack_columns, pack_rows, room};
-use super::product::{Block, DEPTH, STRIDE, Start, block_of, pairs_of, words};
+use super::product::{Block, DEPTH, STRIDE, Start, block_of, size_of_pairs, words};
 use super::simd::{LINE, dot, exp, fold, update, write};
 use super::threads;
 use crate::backend::Compute;
@@ -299,7 +299,7 @@ impl WithSimd for Forward<'_> {
         } = sizes;
         let most = sizes.queries();
         let width = heads * dim;
-        let mut pairs = Scratch::new(pairs_of(compute, most * STRIDE));
+        let mut pairs = Scratch::new(size_of_pairs(compute, most * STRIDE));
         let pairs = pairs.values();
         let mut keys = Scratch::new(room(dim, tokens));
         let mut values = Scratch::new(room(tokens, dim));
@@ -390,7 +390,7 @@ impl WithSimd for Backward<'_> {
         } = sizes;
         let most = sizes.queries();
         let width = heads * dim;
-        let mut pairs = Scratch::new(pairs_of(compute, most * STRIDE));
+        let mut pairs = Scratch::new(size_of_pairs(compute, most * STRIDE));
         let pairs = pairs.values();
         let mut keys = Scratch::new(room(dim, tokens));
         let mut values = Scratch::new(room(dim, tokens));

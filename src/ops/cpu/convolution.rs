@@ -3,7 +3,8 @@
 //!
 //! The image is never unfolded as a whole. A task takes a band of places, unfolds as many rows of
 //! it as a block of the product is deep, straight into panels, and adds their product to the
-//! output. A thread needs [`DEPTH`] x [`BAND`] values, half a mebibyte, whatever the image's size.
+//! output. A thread needs [`DEPTH`] x [`BAND`] values, half a mebibyte, whatever the image's size;
+//! of bf16 as many again for their pairs.
 //! A 1 x 1 kernel with stride 1 unfolds nothing: the image's planes are the rows.
 
 use std::ops::Range;
@@ -15,7 +16,7 @@ use pulp::{Arch, Simd, WithSimd};
 use super::bf16;
 use super::memory::{Out, Scratch, Values, tensor};
 use super::panels::{PanelView, panel_width};
-use super::product::{BLOCK, Block, DEPTH, STRIDE, Start, block_of, pairs_of, words};
+use super::product::{BLOCK, Block, DEPTH, STRIDE, Start, block_of, size_of_pairs, words};
 use super::simd::copy;
 use super::threads;
 use crate::backend::Compute;
@@ -183,9 +184,9 @@ impl WithSimd for Part<'_> {
         let (mut panels, mut scratch) = (Scratch::new(room), Scratch::new(BLOCK * STRIDE));
         let mut line = Scratch::new(count);
         let (panels, scratch, line) = (panels.values(), scratch.values(), line.values());
-        let mut halves = Scratch::new(pairs_of(compute, room));
-        let mut pairs = Scratch::new(pairs_of(compute, BLOCK * STRIDE));
-        let (halves, pairs) = (halves.values(), pairs.values());
+        let mut panel_pairs = Scratch::new(size_of_pairs(compute, room));
+        let mut block_pairs = Scratch::new(size_of_pairs(compute, BLOCK * STRIDE));
+        let (panel_pairs, block_pairs) = (panel_pairs.values(), block_pairs.values());
         let mut runs = Vec::new();
         let start = |channel: usize| self.first + channel * places + self.columns.start;
         for channel in self.channels.clone() {
@@ -205,14 +206,15 @@ impl WithSimd for Part<'_> {
                 line,
                 panels,
             );
-            let panels = panels_of(compute, deep, width, &panels[..], halves);
+            let sizes = [count.div_ceil(width), deep, width];
+            let panels = panels_of(compute, sizes, panels, panel_pairs);
             for channel in self.channels.clone().step_by(BLOCK) {
                 let high = BLOCK.min(self.channels.end - channel);
                 let weights = self.weight[channel * depth..].chunks(depth).take(high);
                 for (place, weights) in scratch.chunks_exact_mut(STRIDE).zip(weights) {
                     copy(&weights[rows.clone()], place);
                 }
-                let scratch = block_of::<false>(compute, high, deep, scratch, pairs);
+                let scratch = block_of::<false>(compute, high, deep, scratch, block_pairs);
                 // SAFETY: scratch and panels are filled as far as they are read; the target's rows
                 // are `places` apart, and only this task writes these places of them.
                 unsafe {
@@ -240,13 +242,12 @@ impl WithSimd for Part<'_> {
     }
 }
 
-/// Panels as tiles read them, from panels of f32, `deep` rows of `width`: those themselves, or
-/// their pairs, in `pairs`.
+/// Panels as tiles read them, from panels of f32, `count` of `deep` rows of `width`: those
+/// themselves, or their pairs, in `pairs`.
 #[inline(always)]
 fn panels_of<'a>(
     compute: Compute,
-    deep: usize,
-    width: usize,
+    [count, deep, width]: [usize; 3],
     panels: &'a [f32],
     pairs: &'a mut [f32],
 ) -> &'a [f32] {
@@ -254,7 +255,8 @@ fn panels_of<'a>(
         return panels;
     }
     let places = pairs.chunks_exact_mut(width * words(compute, deep));
-    for (panel, place) in panels.chunks_exact(width * deep).zip(places) {
+    let panels = panels.chunks_exact(width * deep).take(count);
+    for (panel, place) in panels.zip(places) {
         for (rows, place) in panel.chunks(2 * width).zip(place.chunks_exact_mut(width)) {
             let (first, second) = rows.split_at(width);
             bf16::across(first, (!second.is_empty()).then_some(second), place);
@@ -450,8 +452,9 @@ mod tests {
             let x = noise::<NdArray, 4>(0, shape);
             let weight = noise(1, [output, input, kernel[0], kernel[1]]);
             let bias = Some(noise(2, [output]));
-            let half = Compute::Bf16;
-            let fast = NdArray::convolution(x.clone(), weight.clone(), bias.clone(), window, half);
+            let of =
+                |x, weight, bias, compute| NdArray::convolution(x, weight, bias, window, compute);
+            let fast = of(x.clone(), weight.clone(), bias.clone(), Compute::Bf16);
             let (x, weight) = (rounded(x), rounded(weight));
             let exact = reference::convolution(x, weight, bias, window, Compute::F32);
             agree("bf16", input * kernel[0] * kernel[1], fast, exact);

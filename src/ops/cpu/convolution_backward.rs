@@ -321,12 +321,12 @@ mod tests {
             agree(&what, places, fast.bias, exact.bias);
             agree(&what, output * taps, fast.x.unwrap(), exact.x.unwrap());
             assert!(of(false).x.is_none());
-            let half =
+            let with =
                 |gradient, x, weight, compute| backward(gradient, x, weight, window, compute, true);
             let (g, w) = (gradient.clone(), weight.clone());
-            let fast = half(g, x.clone(), w, Compute::Bf16);
+            let fast = with(g, x.clone(), w, Compute::Bf16);
             let [g, x, w] = [gradient.clone(), x.clone(), weight.clone()].map(rounded);
-            let exact = half(g, x, w, Compute::F32);
+            let exact = with(g, x, w, Compute::F32);
             agree(&what, output * taps, fast.x.unwrap(), exact.x.unwrap());
             agree(&what, places, fast.weight, exact.weight);
         }

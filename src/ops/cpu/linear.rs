@@ -12,7 +12,9 @@ use super::elementwise::activate_row;
 use super::low_rank::{self, LoraRows};
 use super::memory::{Out, Rows, Scratch, matrix, tensor};
 use super::panels::{PanelView, Panels};
-use super::product::{Block, DEPTH, STRIDE, Start, Target, block_of, multiply, pairs_of, words};
+use super::product::{
+    Block, DEPTH, STRIDE, Start, Target, block_of, multiply, size_of_pairs, words,
+};
 use super::simd::{copy, dot, update, vectorised};
 use super::threads;
 use crate::backend::Compute;
@@ -372,7 +374,7 @@ impl WithSimd for PartOfWeight<'_> {
         let compute = self.compute;
         let mut panels = Scratch::new(DEPTH * inputs.next_multiple_of(width));
         let mut scratch = Scratch::new(DEPTH * STRIDE);
-        let mut pairs = Scratch::new(pairs_of(compute, DEPTH * STRIDE));
+        let mut pairs = Scratch::new(size_of_pairs(compute, DEPTH * STRIDE));
         let mut lines = Scratch::new(2 * inputs);
         let (panels, scratch, pairs) = (panels.values(), scratch.values(), pairs.values());
         let (line, other) = lines.values().split_at_mut(inputs);

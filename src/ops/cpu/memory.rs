@@ -205,6 +205,11 @@ pub(super) struct Scratch {
 impl Scratch {
     /// Contents are unspecified: those of an earlier use.
     pub(super) fn new(length: usize) -> Self {
+        if length == 0 {
+            // None is taken from those who need one.
+            let lines = Vec::new();
+            return Self { lines, length };
+        }
         let mut lines = IDLE.with_borrow_mut(Vec::pop).unwrap_or_default();
         let wanted = length.div_ceil(16);
         if lines.len() < wanted {
@@ -228,6 +233,9 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);
+        if lines.is_empty() {
+            return;
+        }
         // A thread that is ending has lost its idle buffers; then this one is freed.
         let _ = IDLE.try_with(|idle| idle.borrow_mut().push(lines));
     }

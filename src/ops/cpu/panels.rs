@@ -4,7 +4,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::bf16;
 use super::memory::{Out, Scratch};
-use super::product::words;
+use super::product::{size_of_pairs, words};
 use super::simd::{copy, vectorised};
 use super::threads;
 use crate::backend::Compute;
@@ -43,11 +43,14 @@ impl Panels {
         let out = Out::of(panels.scratch.values());
         threads::over(depth, 1, 4 * values * columns, |rows| {
             let wide = columns.next_multiple_of(width);
-            let mut lines = Scratch::new(3 * wide);
-            let lines = lines.values();
-            lines.fill(0.0);
-            let (line, others) = lines.split_at_mut(wide);
-            let (first, second) = others.split_at_mut(wide);
+            let (mut line, mut two) = (
+                Scratch::new(wide),
+                Scratch::new(size_of_pairs(compute, 2 * wide)),
+            );
+            let (line, two) = (line.values(), two.values());
+            line[columns..].fill(0.0);
+            two.fill(0.0);
+            let (first, second) = two.split_at_mut(two.len() / 2);
             vectorised(
                 #[inline(always)]
                 || {
@@ -88,7 +91,10 @@ impl Panels {
         let (width, depth) = (panels.width, panels.view.depth);
         let out = Out::of(panels.scratch.values());
         threads::over(columns.div_ceil(width), 1, 8 * values * columns, |range| {
-            let (mut lines, mut whole) = (Scratch::new(TURNED * depth), Scratch::new(values));
+            let (mut lines, mut whole) = (
+                Scratch::new(TURNED * depth),
+                Scratch::new(size_of_pairs(compute, values)),
+            );
             let (lines, whole) = (lines.values(), whole.values());
             vectorised(
                 #[inline(always)]
@@ -154,7 +160,7 @@ pub(super) struct PanelView {
     pub(super) start: *const f32,
     /// Rows of words.
     pub(super) depth: usize,
-    /// Rows of B: as many, or twice as many where a word is a pair.
+    /// Rows of B: as many, or about twice as many where a word is a pair.
     pub(super) values: usize,
     pub(super) columns: usize,
     /// Type of the product.

@@ -118,7 +118,10 @@ where
     fn with_simd<S: Simd>(self, simd: S) {
         let size = if TURNED { DEPTH } else { BLOCK } * STRIDE;
         let compute = self.panels.compute;
-        let (mut scratch, mut pairs) = (Scratch::new(size), Scratch::new(pairs_of(compute, size)));
+        let (mut scratch, mut pairs) = (
+            Scratch::new(size),
+            Scratch::new(size_of_pairs(compute, size)),
+        );
         let (scratch, pairs) = (scratch.values(), pairs.values());
         let (depth, columns) = (self.panels.values, self.panels.columns);
         let mut first = self.rows.start;
@@ -166,7 +169,7 @@ pub(super) const fn words(compute: Compute, values: usize) -> usize {
 }
 
 /// Size of the scratch into which [`block_of`] may copy one of `size`.
-pub(super) const fn pairs_of(compute: Compute, size: usize) -> usize {
+pub(super) const fn size_of_pairs(compute: Compute, size: usize) -> usize {
     match compute {
         Compute::F32 => 0,
         Compute::Bf16 => size,
@@ -228,17 +231,19 @@ impl<const TURNED: bool> Block<'_, TURNED> {
     /// `c` points at `rows` rows that are not aliased.
     #[inline(always)]
     pub(super) unsafe fn multiply<S: Simd>(self, simd: S) {
-        match self.panels.compute {
-            Compute::F32 => simd.vectorize(Tiles::<Single, TURNED>::of(self)),
-            Compute::Bf16 => {
-                #[cfg(target_arch = "x86_64")]
-                if S::F32_LANES == 16
-                    && let Some(simd) = bf16::native::vectors()
-                {
-                    // SAFETY: guaranteed by the caller.
-                    return unsafe { bf16::native::multiply(simd, self) };
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            match self.panels.compute {
+                Compute::F32 => simd.vectorize(Tiles::<Single, TURNED>::of(self)),
+                Compute::Bf16 => {
+                    #[cfg(target_arch = "x86_64")]
+                    if S::F32_LANES == 16
+                        && let Some(simd) = bf16::native::vectors()
+                    {
+                        return bf16::native::multiply(simd, self);
+                    }
+                    simd.vectorize(Tiles::<bf16::Pairs, TURNED>::of(self));
                 }
-                simd.vectorize(Tiles::<bf16::Pairs, TURNED>::of(self));
             }
         }
     }
@@ -265,7 +270,10 @@ impl Step for Single {
 pub(super) struct Tiles<'a, K, const TURNED: bool>(Block<'a, TURNED>, PhantomData<K>);
 
 impl<'a, K, const TURNED: bool> Tiles<'a, K, TURNED> {
-    pub(super) fn of(block: Block<'a, TURNED>) -> Self {
+    /// # Safety
+    ///
+    /// As for [`Block::multiply`].
+    pub(super) unsafe fn of(block: Block<'a, TURNED>) -> Self {
         Self(block, PhantomData)
     }
 }

@@ -69,7 +69,7 @@ pub struct Recipe {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<BackendKind>,
     /// Number type of the factors of the products of linear layers, attention and UNets'
-    /// convolutions; default `f32`. Sums, and all else, are of f32.
+    /// convolutions; default `f32`.
     pub compute: Compute,
     /// Whether a training's backward pass computes the branches of blocks again rather than keeping
     /// what they computed: much less memory, a third more arithmetic; default `false`.

@@ -10,7 +10,7 @@ use super::scores::ScoreBatch;
 use crate::models::Denoiser;
 use crate::ops::TrainingBackend;
 use crate::process::Process;
-use crate::state::{Array, StateDict, Walk, floats};
+use crate::state::{Array, StateDict, Walk, values};
 use crate::trunk::Plain;
 
 /// Signed sums of the gradients of a network's loss.
@@ -142,7 +142,7 @@ impl<N> LossGradients<N> {
             fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
                 if let Some(sum) = self.gradients.get::<B::InnerBackend, D>(param.id) {
                     let shape = sum.dims().to_vec();
-                    let array = Array::new(shape, floats(sum.into_data()));
+                    let array = Array::new(shape, values(sum));
                     self.taken.insert(self.walk.name(), array);
                 }
             }

@@ -55,18 +55,15 @@ pub fn importance(
     let layers = scored.clone().count();
     for member in scored {
         let weight = &weights[&member.tensor];
+        let factor = match saliency {
+            Saliency::Magnitude => weight,
+            Saliency::Taylor | Saliency::Multivariable => &gradients[&member.tensor],
+        };
+        let both = [&weight.data[..], &factor.data[..]];
         let shares = match saliency {
-            Saliency::Magnitude => {
-                let square = |at: usize| f64::from(weight.data[at]).powi(2);
-                along(&weight.shape, member.dim, square)
-            }
-            Saliency::Taylor | Saliency::Multivariable => {
-                let gradient = &gradients[&member.tensor];
-                let change = |at: usize| f64::from(weight.data[at]) * f64::from(gradient.data[at]);
-                match saliency {
-                    Saliency::Multivariable => along(&weight.shape, member.dim, change),
-                    _ => along(&weight.shape, member.dim, |at| change(at).abs()),
-                }
+            Saliency::Taylor => along(&weight.shape, member.dim, both, f64::abs),
+            Saliency::Magnitude | Saliency::Multivariable => {
+                along(&weight.shape, member.dim, both, |change| change)
             }
         };
         for offset in &member.offsets {
@@ -221,26 +218,49 @@ fn select(array: &Array, dim: usize, stays: &[bool]) -> Array {
 /// that the number of threads changes nothing.
 const ROWS: usize = 64;
 
-/// Sums over all dimensions but one of a value for each place of an array.
-fn along(shape: &[usize], dim: usize, value: impl Fn(usize) -> f64 + Sync) -> Vec<f64> {
+/// Sums over all dimensions but one of `share(a b)`, for each place of two arrays.
+fn along(
+    shape: &[usize],
+    dim: usize,
+    both: [&[f32]; 2],
+    share: impl Fn(f64) -> f64 + Sync,
+) -> Vec<f64> {
     let size = shape[dim];
     let inner: usize = shape[dim + 1..].iter().product();
     let outer: usize = shape[..dim].iter().product();
-    let at = |row: usize, index: usize| {
-        let start = (row * size + index) * inner;
-        (start..start + inner).map(&value).sum::<f64>()
+    let one = |a: &f32, b: &f32| share(f64::from(*a) * f64::from(*b));
+    let total = |[a, b]: [&[f32]; 2]| {
+        // In eight running sums: additions to one would wait for each other.
+        let mut sums = [0.0; 8];
+        let ((a, rest), (b, other)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+        for (a, b) in a.iter().zip(b) {
+            for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+                *sum += one(a, b);
+            }
+        }
+        let rest = rest.iter().zip(other).map(|(a, b)| one(a, b));
+        sums.iter().sum::<f64>() + rest.sum::<f64>()
     };
     if outer == 1 {
         return (0..size)
             .into_par_iter()
-            .map(|index| at(0, index))
+            .map(|index| total(both.map(|values| &values[index * inner..][..inner])))
             .collect();
     }
     let some = |rows: usize| -> Vec<f64> {
         let mut sums = vec![0.0; size];
         for row in rows * ROWS..outer.min((rows + 1) * ROWS) {
-            let all = sums.iter_mut().enumerate();
-            all.for_each(|(index, sum)| *sum += at(row, index));
+            let [a, b] = both.map(|values| &values[row * size * inner..][..size * inner]);
+            if inner == 1 {
+                for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+                    *sum += one(a, b);
+                }
+            } else {
+                let places = a.chunks_exact(inner).zip(b.chunks_exact(inner));
+                for (sum, (a, b)) in sums.iter_mut().zip(places) {
+                    *sum += total([a, b]);
+                }
+            }
         }
         sums
     };
@@ -261,6 +281,7 @@ fn along(shape: &[usize], dim: usize, value: impl Fn(usize) -> f64 + Sync) -> Ve
 mod tests {
     use super::*;
     use crate::models::{Member, Part};
+    use crate::random::{self, Stream};
 
     fn group(heads: usize, channels: usize) -> ChannelGroup {
         let member = |tensor: &str, dim, offsets: &[usize], scored| Member {
@@ -308,6 +329,29 @@ mod tests {
         let mean = sums.iter().sum::<f64>() / 4.0;
         for (found, sum) in found.iter().zip(sums) {
             assert!((found - sum / mean).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn sums_along_any_dimension_are_those_of_its_places() {
+        let shape = [70, 3, 19]; // more rows than are summed at once, and more places than eight
+        let count: usize = shape.iter().product();
+        let values = |index| random::normal(0, Stream::Bench, 13, index, count);
+        let (a, b) = (values(0), values(1));
+        for dim in 0..3 {
+            let found = along(&shape, dim, [&a, &b], f64::abs);
+            let inner: usize = shape[dim + 1..].iter().product();
+            let mut expected = vec![0.0; shape[dim]];
+            for (index, (a, b)) in a.iter().zip(&b).enumerate() {
+                expected[index / inner % shape[dim]] += (f64::from(*a) * f64::from(*b)).abs();
+            }
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(expected) {
+                assert!(
+                    (found - expected).abs() < 1e-9,
+                    "{dim}: {found}, {expected}"
+                );
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use safetensors::Dtype;
 pub use error::WeightsError;
 pub(crate) use misfits::{Misfits, some};
 pub use module::{ParameterName, assign, collect, names};
-pub(crate) use module::{Walk, floats, overlay};
+pub(crate) use module::{Walk, floats, overlay, values};
 pub(crate) use stored::{Bytes, size_of_value};
 pub use stored::{Stored, Tensors};
 

@@ -12,7 +12,7 @@ use super::ema::Ema;
 use super::optimizer::{AdamW, Moments};
 use super::{Training, TrainingError};
 use crate::data::with_cause;
-use crate::state::{Array, StateDict, Walk, collect, floats, names, overlay};
+use crate::state::{Array, StateDict, Walk, collect, names, overlay, values};
 use crate::weights::{
     Description, EMA, FIXED, MODEL, MOMENTS, TRAINING, read_safetensors, write_safetensors,
 };
@@ -347,7 +347,7 @@ fn visit<B: TrainingBackend, M: AutodiffModule<B>, F: Each<B>>(model: &M, each: 
 fn array<B: burn::tensor::backend::Backend, const D: usize>(tensor: Tensor<B, D>) -> Array {
     Array {
         shape: tensor.dims().to_vec(),
-        data: floats(tensor.into_data()),
+        data: values(tensor),
     }
 }
 

@@ -13,7 +13,7 @@ use burn::tensor::{Tensor, TensorMetadata, TensorPrimitive};
 
 use super::shards::Shards;
 use crate::ops::{AdamWState, AdamWStep, FusedOps, TrainingBackend};
-use crate::state::floats;
+use crate::state;
 
 /// Parameters with a learning rate of their own.
 #[derive(Debug, Clone)]
@@ -104,7 +104,7 @@ impl<B: TrainingBackend> AdamW<B> {
             let flat = [moment.shape().num_elements()].into();
             let flat = B::InnerBackend::with_shape(moment.clone(), flat);
             let flat = TensorPrimitive::Float(flat);
-            floats(Tensor::<B::InnerBackend, 1>::from_primitive(flat).into_data())
+            state::values(Tensor::<B::InnerBackend, 1>::from_primitive(flat))
         };
         let all = |moments: &Moments<B::InnerBackend>| {
             // Exact below 2^24 updates; beyond, Adam's corrections round to 1.

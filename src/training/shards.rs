@@ -13,7 +13,7 @@ use burn::tensor::{Tensor, TensorData};
 
 use super::together::BUCKET;
 use crate::ops::TrainingBackend;
-use crate::state::floats;
+use crate::state::values;
 use crate::workers::Group;
 
 /// Which worker has the moments and the average of which parameter.
@@ -69,7 +69,7 @@ impl Shards {
         impl<B: Backend> ModuleVisitor<B> for Own<'_> {
             fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
                 if self.0.owns(param.id) {
-                    self.1.extend(floats(param.val().into_data()));
+                    self.1.extend(values(param.val()));
                 }
             }
         }
@@ -217,12 +217,7 @@ mod tests {
     }
 
     fn numbers<B: Backend>(module: &[Linear<B>]) -> Vec<Vec<f32>> {
-        let of = |linear: &Linear<B>| {
-            [
-                floats(linear.weight.val().into_data()),
-                floats(linear.bias.val().into_data()),
-            ]
-        };
+        let of = |linear: &Linear<B>| [values(linear.weight.val()), values(linear.bias.val())];
         module.iter().flat_map(of).collect()
     }
 

@@ -11,7 +11,7 @@ use super::TrainingError;
 use super::checkpoint::learning;
 use super::metrics::StepReport;
 use crate::ops::TrainingBackend;
-use crate::state::floats;
+use crate::state::values;
 use crate::workers::{Workers, agree, sum};
 
 /// Numbers that are exchanged at once: 32 MiB of them.
@@ -84,7 +84,7 @@ fn summed<B: TrainingBackend, M: AutodiffModule<B>>(
                 return;
             };
             self.which.push(param.id);
-            self.values.extend(floats(gradient.into_data()));
+            self.values.extend(values(gradient));
             while self.values.len() - self.summed >= BUCKET {
                 let bucket = self.summed..self.summed + BUCKET;
                 self.summed = bucket.end;

@@ -39,6 +39,8 @@ impl PublicFile {
 /// The stand-in for a published diffusion network.
 const STANDIN_NETWORK: &str = "standin-dit.pt";
 
+const MAR_AUTOENCODER: &str = "kl16.ckpt";
+
 /// Source of the stand-ins in `recipes/standin.toml`.
 const STANDIN: &str = "`tinyfusion standin FOLDER`, which makes all stand-ins";
 
@@ -72,7 +74,7 @@ const FILES: [PublicFile; 18] = [
         model: Some("MAR-L"),
     },
     PublicFile {
-        name: "kl16.ckpt",
+        name: MAR_AUTOENCODER,
         what: "MAR's autoencoder, which reduces a picture's sides sixteen times",
         size: "0.3 GB",
         from: "https://www.dropbox.com/scl/fi/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=0",
@@ -177,6 +179,15 @@ pub fn public_file(path: &Path) -> Option<&'static PublicFile> {
     FILES.iter().find(|file| name == file.name)
 }
 
+/// By how much an autoencoder that is not there yet reduces a picture's sides: MAR's by 16, all
+/// others known by 8.
+pub fn reduction(autoencoder: &Path) -> usize {
+    let mars = autoencoder
+        .file_name()
+        .is_some_and(|name| name == MAR_AUTOENCODER);
+    if mars { 16 } else { 8 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,6 +209,8 @@ mod tests {
                 .is_none()
         );
         assert_eq!(public_file(Path::new("x.pt")), None);
+        let reduced = ["x/kl16.ckpt", "x/sd-vae-ft-mse"].map(|path| reduction(Path::new(path)));
+        assert_eq!(reduced, [16, 8]);
         for file in FILES {
             assert_eq!(
                 file.model.is_some(),

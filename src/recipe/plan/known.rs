@@ -11,7 +11,7 @@ use super::sample::{check_sampling, is_pixels, latents_need_a_vae};
 use crate::data::{Digits, IdxPictures, Latents, PictureSet, Split, fashion, with_cause};
 use crate::models::{Architecture, Shape};
 use crate::process::ProcessKind;
-use crate::recipe::published::public_file;
+use crate::recipe::published::{public_file, reduction};
 use crate::recipe::run::models::read_file;
 use crate::recipe::schema::data::{Data, DataShape, Idx, Pictures};
 use crate::recipe::schema::intervals::{Intervals, Replacements};
@@ -22,10 +22,6 @@ use crate::recipe::schema::source::Source;
 use crate::recipe::schema::width::{Importance, Width};
 use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::weights::{embedded, vae_config};
-
-/// How many times an autoencoder of latents reduces each side, where its configuration is not there
-/// to say.
-const AUTOENCODER_REDUCTION: usize = 8;
 
 /// Why a stage can't be planned.
 pub(crate) enum Problem {
@@ -351,7 +347,7 @@ impl Known<'_> {
                 // How many classes and channels it makes is known once it has run.
                 let factor = match extract.vae.exists() {
                     true => vae_config(&extract.vae)?.factor(),
-                    false => AUTOENCODER_REDUCTION,
+                    false => reduction(&extract.vae),
                 };
                 let size = extract.size / factor;
                 (name.clone(), model.channels, size, model.classes)

@@ -120,11 +120,8 @@ impl<B: FusedOps> AttentionBlock<B> {
     /// `[batch, channels, height, width]`, with the input added.
     pub fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         let shape = x.dims();
-        let tokens = self
-            .group_norm
-            .forward(x.clone())
-            .flatten::<3>(2, 3)
-            .swap_dims(1, 2); // [batch, tokens, channels]
+        let normed = self.group_norm.forward(x.clone()).flatten(2, 3);
+        let tokens = B::transposed(normed); // [batch, tokens, channels]
         let qkv = [&self.to_q, &self.to_k, &self.to_v]
             .map(|linear| linear.forward(tokens.clone()))
             .into();
@@ -132,7 +129,7 @@ impl<B: FusedOps> AttentionBlock<B> {
         for linear in &self.to_out {
             mixed = linear.forward(mixed);
         }
-        x + mixed.swap_dims(1, 2).reshape(shape)
+        x + B::transposed(mixed).reshape(shape)
     }
 }
 

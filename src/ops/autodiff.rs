@@ -119,6 +119,19 @@ impl<B: FusedOps> Backward<B, 1> for Softmax {
     }
 }
 
+#[derive(Debug)]
+struct Transposed;
+
+impl<B: FusedOps> Backward<B, 1> for Transposed {
+    type State = ();
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = grads.consume::<B>(&ops.node);
+        let [parent] = ops.parents;
+        give!(grads, parent, Some(B::transposed(tensor(gradient))));
+    }
+}
+
 /// The parameters of a linear layer in the graph.
 struct TrackedLinear<B: FusedOps> {
     weight: Tracked<B>,
@@ -501,6 +514,12 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
         let output = B::row_softmax(inner(&x));
         let state = primitive(output.clone());
         node!(Softmax, [x], output, state)
+    }
+
+    fn transposed(x: Tensor<Self, 3>) -> Tensor<Self, 3> {
+        let x = tracked(x);
+        let output = B::transposed(inner(&x));
+        node!(Transposed, [x], output, ())
     }
 
     fn modulated_norm(

@@ -339,6 +339,11 @@ pub trait FusedOps: Backend {
         reference::softmax_backward(gradient, y)
     }
 
+    /// Each matrix of `x`, `[batch, rows, columns]`, with its dimensions exchanged.
+    fn transposed(x: Tensor<Self, 3>) -> Tensor<Self, 3> {
+        x.swap_dims(1, 2)
+    }
+
     /// A convolution. `x` is `[batch, in, height, width]`, `weight` is
     /// `[out, in, kernel height, kernel width]`, `bias` is `[out]`; the result is
     /// `[batch, out, height', width']` by [`Window::output`]. Its products are of type `compute`.

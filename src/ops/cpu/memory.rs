@@ -7,6 +7,8 @@ use burn::tensor::{Shape, Tensor, TensorData, TensorPrimitive};
 use burn_ndarray::{NdArray, NdArrayDevice, NdArrayTensor};
 use ndarray::{ArcArray, IxDyn};
 
+use super::transpose::transposed;
+
 /// A tensor seen as rows: all dimensions but the last are flattened, and a row is contiguous.
 #[derive(Debug, Clone)]
 pub(super) struct Rows {
@@ -36,7 +38,7 @@ impl Rows {
             if D == 2 && strides[1] == 1 && strides[0] >= width as isize {
                 stride = strides[0] as usize;
             } else {
-                array = array.as_standard_layout().into_owned().into_shared();
+                array = in_order(array);
             }
         }
         Some(Self {
@@ -58,12 +60,28 @@ impl Rows {
 
     /// All values, row after row. Copied if the rows are not adjacent.
     pub(super) fn into_values(self) -> Values {
-        if self.array.is_standard_layout() {
-            Values(self.array)
-        } else {
-            Values(self.array.as_standard_layout().into_owned().into_shared())
+        Values(in_order(self.array))
+    }
+}
+
+/// The same array with its values in order. ndarray moves them one at a time, on one core; of
+/// matrices that are only transposed they are moved by squares, on all.
+fn in_order(array: ArcArray<f32, IxDyn>) -> ArcArray<f32, IxDyn> {
+    if array.is_standard_layout() {
+        return array;
+    }
+    if let [.., rows, columns] = *array.shape() {
+        let (last, dims) = (array.ndim() - 1, array.raw_dim());
+        let mut turned = array.view();
+        turned.swap_axes(last - 1, last);
+        if let Some(values) = turned.as_slice() {
+            let sizes = [values.len() / (rows * columns).max(1), columns, rows];
+            let moved = Rows::of(transposed(values, sizes, [values.len()]));
+            let moved = moved.expect("of f32").array;
+            return moved.into_shape_with_order(dims).expect("as many values");
         }
     }
+    array.as_standard_layout().into_owned().into_shared()
 }
 
 /// All values of a tensor, contiguous.
@@ -123,15 +141,8 @@ pub(super) fn with_shape(x: NdArrayTensor, shape: Shape) -> NdArrayTensor {
     let NdArrayTensor::F32(storage) = x else {
         return NdArray::<f32>::float_reshape(x, shape);
     };
-    let array = storage.into_shared();
-    let dims = IxDyn(shape.as_slice());
-    match array.is_standard_layout() {
-        true => array
-            .into_shape_with_order(dims)
-            .expect("as many values as the shape holds")
-            .into(),
-        false => NdArray::<f32>::float_reshape(array.into(), shape),
-    }
+    let array = in_order(storage.into_shared()).into_shape_with_order(IxDyn(shape.as_slice()));
+    array.expect("as many values as the shape holds").into()
 }
 
 /// Output memory that several threads write, each its own part.

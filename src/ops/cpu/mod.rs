@@ -267,6 +267,18 @@ impl FusedOps for NdArray {
         }
     }
 
+    fn transposed(x: Tensor<Self, 3>) -> Tensor<Self, 3> {
+        let [batch, rows, columns] = x.dims();
+        match Values::of(x.clone()) {
+            Some(values) => transpose::transposed(
+                values.read(),
+                [batch, rows, columns],
+                [batch, columns, rows],
+            ),
+            None => x.swap_dims(1, 2),
+        }
+    }
+
     fn with_shape(x: FloatTensor<Self>, shape: Shape) -> FloatTensor<Self> {
         memory::with_shape(x, shape)
     }

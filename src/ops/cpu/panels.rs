@@ -7,6 +7,7 @@ use super::memory::{Out, Scratch};
 use super::product::{size_of_pairs, words};
 use super::simd::{copy, vectorised};
 use super::threads;
+use super::transpose::turn;
 use crate::backend::Compute;
 
 /// Columns of a panel on this machine.
@@ -85,14 +86,14 @@ impl Panels {
         columns: usize,
         column: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
-        /// Number of columns transposed at a time.
-        const TURNED: usize = 16;
         let mut panels = Self::empty(compute, values, columns);
         let (width, depth) = (panels.width, panels.view.depth);
         let out = Out::of(panels.scratch.values());
         threads::over(columns.div_ceil(width), 1, 8 * values * columns, |range| {
+            // Lines a cache line apart from a power of two, so that they fall on different sets.
+            let stride = depth.next_multiple_of(16) + 16;
             let (mut lines, mut whole) = (
-                Scratch::new(TURNED * depth),
+                Scratch::new(width * stride),
                 Scratch::new(size_of_pairs(compute, values)),
             );
             let (lines, whole) = (lines.values(), whole.values());
@@ -102,28 +103,19 @@ impl Panels {
                     for panel in range.clone() {
                         // SAFETY: only this thread writes this panel.
                         let target = unsafe { out.part(panel * depth * width, depth * width) };
-                        for first in (0..width).step_by(TURNED) {
-                            let turned = TURNED.min(width - first);
-                            for (index, line) in
-                                lines.chunks_exact_mut(depth).take(turned).enumerate()
-                            {
-                                let j = panel * width + first + index;
-                                match compute {
-                                    _ if j >= columns => line.fill(0.0),
-                                    Compute::F32 => column(j, line),
-                                    Compute::Bf16 => {
-                                        column(j, whole);
-                                        bf16::along(whole, line);
-                                    }
-                                }
-                            }
-                            for p in 0..depth {
-                                let place = &mut target[p * width + first..][..turned];
-                                for (index, value) in place.iter_mut().enumerate() {
-                                    *value = lines[index * depth + p];
+                        for (index, line) in lines.chunks_exact_mut(stride).enumerate() {
+                            let (j, line) = (panel * width + index, &mut line[..depth]);
+                            match compute {
+                                _ if j >= columns => line.fill(0.0),
+                                Compute::F32 => column(j, line),
+                                Compute::Bf16 => {
+                                    column(j, whole);
+                                    bf16::along(whole, line);
                                 }
                             }
                         }
+                        let line = |index| &lines[index * stride..][..depth];
+                        turn(width, depth, line, target, width);
                     }
                 },
             );
@@ -219,18 +211,23 @@ pub(super) fn pack_columns<'a, S: Simd>(
 ) -> PanelView {
     let width = 2 * S::F32_LANES;
     let depth = words(compute, values);
-    for j in 0..columns {
-        let first = j / width * width;
-        let place = panels[first * depth + j - first..]
-            .iter_mut()
-            .step_by(width);
+    for first in (0..columns).step_by(width) {
+        let wide = width.min(columns - first);
+        let place = &mut panels[first * depth..][..width * depth];
         match compute {
-            Compute::F32 => place
-                .zip(column(j))
-                .for_each(|(place, value)| *place = *value),
+            Compute::F32 => turn(wide, depth, |j| column(first + j), place, width),
             Compute::Bf16 => {
-                for (place, values) in place.zip(column(j).chunks(2)) {
-                    *place = bf16::pair(values[0], values.get(1).copied().unwrap_or(0.0));
+                /// Words of each column that are turned at a time.
+                const WORDS: usize = 64;
+                let mut lines = [[0.0; WORDS]; 32];
+                for from in (0..depth).step_by(WORDS) {
+                    let deep = WORDS.min(depth - from);
+                    let part = 2 * from..values.min(2 * (from + deep));
+                    for (j, line) in lines[..wide].iter_mut().enumerate() {
+                        bf16::along(&column(first + j)[part.clone()], line);
+                    }
+                    let place = &mut place[from * width..];
+                    turn(wide, deep, |j| &lines[j], place, width);
                 }
             }
         }

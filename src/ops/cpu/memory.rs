@@ -75,7 +75,7 @@ fn in_order(array: ArcArray<f32, IxDyn>) -> ArcArray<f32, IxDyn> {
         let mut turned = array.view();
         turned.swap_axes(last - 1, last);
         if let Some(values) = turned.as_slice() {
-            let sizes = [values.len() / (rows * columns).max(1), columns, rows];
+            let sizes = [values.len() / (rows * columns), columns, rows];
             let moved = Rows::of(transposed(values, sizes, [values.len()]));
             let moved = moved.expect("of f32").array;
             return moved.into_shape_with_order(dims).expect("as many values");

@@ -7,7 +7,7 @@ use super::memory::{Out, Scratch};
 use super::product::{size_of_pairs, words};
 use super::simd::{copy, vectorised};
 use super::threads;
-use super::transpose::turn;
+use super::transpose::{NEAR, turn};
 use crate::backend::Compute;
 
 /// Columns of a panel on this machine.
@@ -86,14 +86,16 @@ impl Panels {
         columns: usize,
         column: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
+        /// Columns that are copied before they are turned.
+        const TURNED: usize = 16;
         let mut panels = Self::empty(compute, values, columns);
         let (width, depth) = (panels.width, panels.view.depth);
         let out = Out::of(panels.scratch.values());
         threads::over(columns.div_ceil(width), 1, 8 * values * columns, |range| {
-            // Lines a cache line apart from a power of two, so that they fall on different sets.
-            let stride = depth.next_multiple_of(16) + 16;
+            // An odd number of cache lines, so that lines fall on different sets.
+            let stride = (depth.div_ceil(16) | 1) * 16;
             let (mut lines, mut whole) = (
-                Scratch::new(width * stride),
+                Scratch::new(TURNED * stride),
                 Scratch::new(size_of_pairs(compute, values)),
             );
             let (lines, whole) = (lines.values(), whole.values());
@@ -103,19 +105,24 @@ impl Panels {
                     for panel in range.clone() {
                         // SAFETY: only this thread writes this panel.
                         let target = unsafe { out.part(panel * depth * width, depth * width) };
-                        for (index, line) in lines.chunks_exact_mut(stride).enumerate() {
-                            let (j, line) = (panel * width + index, &mut line[..depth]);
-                            match compute {
-                                _ if j >= columns => line.fill(0.0),
-                                Compute::F32 => column(j, line),
-                                Compute::Bf16 => {
-                                    column(j, whole);
-                                    bf16::along(whole, line);
+                        for first in (0..width).step_by(TURNED) {
+                            let turned = TURNED.min(width - first);
+                            let places = lines.chunks_exact_mut(stride).take(turned);
+                            for (index, line) in places.enumerate() {
+                                let j = panel * width + first + index;
+                                let line = &mut line[..depth];
+                                match compute {
+                                    _ if j >= columns => line.fill(0.0),
+                                    Compute::F32 => column(j, line),
+                                    Compute::Bf16 => {
+                                        column(j, whole);
+                                        bf16::along(whole, line);
+                                    }
                                 }
                             }
+                            let line = |index| &lines[index * stride..][..depth];
+                            turn(turned, depth, line, &mut target[first..], width);
                         }
-                        let line = |index| &lines[index * stride..][..depth];
-                        turn(width, depth, line, target, width);
                     }
                 },
             );
@@ -199,7 +206,8 @@ pub(super) fn pack_rows<'a, S: Simd>(
     }
 }
 
-/// Panels of a matrix whose columns are `column(j)`.
+/// Panels of a matrix whose columns are `column(j)`. `panels` has room for the last one whole, in
+/// which columns beyond the last are left as they are.
 #[inline(always)]
 pub(super) fn pack_columns<'a, S: Simd>(
     _: S,
@@ -211,17 +219,15 @@ pub(super) fn pack_columns<'a, S: Simd>(
 ) -> PanelView {
     let width = 2 * S::F32_LANES;
     let depth = words(compute, values);
+    let mut lines = [[0.0; NEAR]; 32];
     for first in (0..columns).step_by(width) {
         let wide = width.min(columns - first);
         let place = &mut panels[first * depth..][..width * depth];
         match compute {
             Compute::F32 => turn(wide, depth, |j| column(first + j), place, width),
             Compute::Bf16 => {
-                /// Words of each column that are turned at a time.
-                const WORDS: usize = 64;
-                let mut lines = [[0.0; WORDS]; 32];
-                for from in (0..depth).step_by(WORDS) {
-                    let deep = WORDS.min(depth - from);
+                for from in (0..depth).step_by(NEAR) {
+                    let deep = NEAR.min(depth - from);
                     let part = 2 * from..values.min(2 * (from + deep));
                     for (j, line) in lines[..wide].iter_mut().enumerate() {
                         bf16::along(&column(first + j)[part.clone()], line);

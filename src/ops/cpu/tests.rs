@@ -13,6 +13,7 @@ use super::super::{
     Activation, AdamWState, AdamWStep, FusedOps, LinearGradients, LinearWants, LinearWeights,
     LoraWeights, reference,
 };
+use super::memory::Values;
 use crate::random::{self, Stream};
 
 type Graph = Autodiff<NdArray>;
@@ -435,6 +436,19 @@ fn values_under_another_shape_keep_their_order() {
         flat.to_data()
             .assert_eq(&x.reshape([count]).to_data(), true);
     }
+}
+
+#[test]
+fn transposed_matrices_are_read_in_their_order() {
+    fn check<const D: usize>(shape: [usize; D]) {
+        let x = noise::<NdArray, D>(0, shape).swap_dims(D - 2, D - 1);
+        let read = Values::of(x.clone()).unwrap();
+        let expected = x.into_data().to_vec::<f32>().unwrap();
+        assert!(read.read() == expected, "{shape:?}");
+    }
+    check([40, 50]);
+    check([3, 16, 9]);
+    check([2, 3, 17, 33]);
 }
 
 /// Inputs of every node, all requiring gradients.

@@ -10,14 +10,16 @@ use super::threads;
 const BAND: usize = 16;
 /// Side of the squares that are turned in registers.
 const SIDE: usize = 8;
-/// Columns that are turned of all rows before the next: with theirs in the first-level cache.
-const NEAR: usize = 64;
+/// Columns that are turned of all rows before the next ones: the lines of the result that they are
+/// written to, a panel's 8 KiB, stay in the first-level cache until all squares have written theirs.
+pub(super) const NEAR: usize = 64;
 
 /// Rows become columns: `out[p * stride + i] = row(i)[p]`, for `rows` rows of `columns` values.
 ///
 /// # Panics
 ///
-/// If a row is shorter, or `out` ends before the last value.
+/// If a row is shorter, if `out` ends before the last value, or if rows overlap in it
+/// (`rows > stride`).
 #[inline(always)]
 pub(super) fn turn<'a>(
     rows: usize,
@@ -29,7 +31,10 @@ pub(super) fn turn<'a>(
     if rows == 0 || columns == 0 {
         return;
     }
-    assert!(rows <= stride && (columns - 1) * stride + rows <= out.len());
+    let end = (columns - 1)
+        .checked_mul(stride)
+        .and_then(|last| last.checked_add(rows));
+    assert!(rows <= stride && end.is_some_and(|end| end <= out.len()));
     let squares = squares();
     for from in (0..columns).step_by(NEAR) {
         let deep = NEAR.min(columns - from);
@@ -40,8 +45,9 @@ pub(super) fn turn<'a>(
                 false => &[],
             });
             let whole = if high == SIDE { deep / SIDE * SIDE } else { 0 };
-            // SAFETY: each of `SIDE` rows holds `whole` values; the last value that is written lies
-            // at or before that of the whole, which was found to be inside `out`.
+            // SAFETY: where `whole` isn't 0 there are `SIDE` lines of at least as many values. The last
+            // place written, `(from + whole - 1) * stride + first + SIDE - 1`, is at most
+            // `(columns - 1) * stride + rows - 1`, which was found to be inside `out`.
             unsafe {
                 let place = out.as_mut_ptr().add(from * stride + first);
                 squares(lines.map(<[f32]>::as_ptr), whole / SIDE, place, stride);
@@ -58,7 +64,8 @@ pub(super) fn turn<'a>(
 /// Turns so many squares that lie side by side: `out[p * stride + i] = lines[i][p]`.
 type Squares = unsafe fn([*const f32; SIDE], usize, *mut f32, usize);
 
-/// That of this machine.
+/// The one for this machine: [`by_lanes`] only where the processor has AVX, so that what is left of
+/// the contract is that of [`one_by_one`].
 #[inline]
 fn squares() -> Squares {
     #[cfg(target_arch = "x86_64")]
@@ -215,18 +222,26 @@ mod tests {
     }
 
     #[test]
-    fn squares_are_turned_alike_on_every_machine() {
-        const SQUARES: usize = 3;
-        let count = SQUARES * SIDE * SIDE;
-        let values: Vec<f32> = (0..count).map(|value| value as f32).collect();
-        let lines = std::array::from_fn(|line| &raw const values[line * SQUARES * SIDE]);
-        let [found, expected] = [squares(), one_by_one].map(|squares| {
-            let mut out = vec![0.0; count];
-            // SAFETY: eight lines of three times eight values, and as many places.
-            unsafe { squares(lines, SQUARES, out.as_mut_ptr(), SIDE) };
-            out
-        });
-        assert_eq!(found, expected);
+    fn squares_are_turned_by_every_way() {
+        const COUNT: usize = 3;
+        const STRIDE: usize = SIDE + 3;
+        let values: Vec<f32> = (0..COUNT * SIDE * SIDE).map(|value| value as f32).collect();
+        let lines = std::array::from_fn(|line| values[line * COUNT * SIDE..].as_ptr());
+        for way in [squares(), one_by_one] {
+            let mut out = vec![-1.0; COUNT * SIDE * STRIDE];
+            // SAFETY: each line has a square's side of values for each square, and there are as
+            // many rows of as many places.
+            unsafe { way(lines, COUNT, out.as_mut_ptr(), STRIDE) };
+            for (index, found) in out.iter().enumerate() {
+                let (p, i) = (index / STRIDE, index % STRIDE);
+                let expected = if i < SIDE {
+                    values[i * COUNT * SIDE + p]
+                } else {
+                    -1.0
+                };
+                assert_eq!(*found, expected, "value {p} of line {i}");
+            }
+        }
     }
 
     #[test]

@@ -101,9 +101,6 @@ fn picked<B: Backend>(values: &Tensor<B, 2>, pick: impl Fn(&[f32]) -> Vec<usize>
     Tensor::from_data(TensorData::new(ones, shape), &values.device())
 }
 
-/// Least share that a soft choice leaves of a layer, so that its logarithm is finite.
-const LEAST_LEFT: f64 = 1e-20;
-
 /// Draws `keep` layers per sample, by their logits.
 fn draw_layers<B: FusedOps>(
     keep: usize,
@@ -118,9 +115,8 @@ fn draw_layers<B: FusedOps>(
     let hard = picked(&scores, |row| largest(row, keep));
     let mut soft = Tensor::zeros([batch, layers], &device);
     for _ in 0..keep {
-        let share = B::row_softmax(scores.clone().div_scalar(tau));
-        let left = share.clone().neg().add_scalar(1.0);
-        scores = scores + ops::log(left.clamp_min(LEAST_LEFT));
+        let (share, left) = share_and_left(scores.clone().div_scalar(tau));
+        scores = scores + left;
         soft = soft + share;
     }
     let straight_through = soft.clone() - soft.clone().detach();
@@ -129,6 +125,35 @@ fn draw_layers<B: FusedOps>(
         soft,
         hard,
     }
+}
+
+/// Far below every score.
+const NEVER: f32 = -1e30;
+
+/// The softmax of each row, and the logarithm of what it leaves of one, `log(1 - softmax)`: the
+/// other values' part of the sum. Of a value that leads by more than a hundred nothing is left in
+/// f32, but its logarithm, minus that lead, takes exactly so much off it that the next one leads.
+fn share_and_left<B: FusedOps>(values: Tensor<B, 2>) -> (Tensor<B, 2>, Tensor<B, 2>) {
+    let [batch, count] = values.dims();
+    let device = values.device();
+    let most = values.clone().detach().max_dim(1);
+    let values = values - most;
+    let all = ops::log(values.clone().exp().sum_dim(1)); // [batch, 1]
+    // Row i of a sample holds all values but the i-th.
+    let mut own = vec![0.0; count * count];
+    own.iter_mut()
+        .step_by(count + 1)
+        .for_each(|own| *own = NEVER);
+    let own = Tensor::<B, 3>::from_data(TensorData::new(own, [1, count, count]), &device);
+    let others = values
+        .clone()
+        .reshape([batch, 1, count])
+        .expand([batch, count, count])
+        + own;
+    let most = others.clone().detach().max_dim(2);
+    let rest = ops::log((others - most.clone()).exp().sum_dim(2)) + most; // [batch, count, 1]
+    let left = rest.reshape([batch, count]) - all.clone();
+    ((values - all).exp(), left)
 }
 
 /// Indices of the largest values, ascending; of equal values the first.
@@ -388,9 +413,24 @@ mod tests {
             let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let e: Vec<f64> = scores.iter().map(|s| ((s - most) / tau).exp()).collect();
             let sum: f64 = e.iter().sum();
+            let left = |own: usize| -> f64 {
+                let others = |of: &[f64]| -> Vec<f64> {
+                    let others = of.iter().enumerate().filter(|(other, _)| *other != own);
+                    others.map(|(_, value)| *value).collect()
+                };
+                let second = others(&scores)
+                    .into_iter()
+                    .fold(f64::NEG_INFINITY, f64::max);
+                let rest: f64 = others(&scores)
+                    .iter()
+                    .map(|s| ((s - second) / tau).exp())
+                    .sum();
+                (second - most) / tau + rest.ln() - sum.ln()
+            };
+            let left: Vec<f64> = (0..scores.len()).map(left).collect();
             for (layer, e) in e.iter().enumerate() {
                 soft[layer] += e / sum;
-                scores[layer] += (1.0 - e / sum).max(LEAST_LEFT).ln();
+                scores[layer] += left[layer];
             }
         }
         soft
@@ -446,6 +486,33 @@ mod tests {
             let expected = (moved(step) - moved(-step)) / (2.0 * step);
             let error = (actual - expected).abs() / largest;
             assert!(error < 1e-4, "{layer}: {actual}, expected {expected}");
+        }
+    }
+
+    #[test]
+    fn a_layer_that_leads_by_far_is_taken_once() {
+        let group = Group::new(8, 16).unwrap();
+        // Two lead, by more than f32 leaves of one; of the next, near each other, six stay.
+        let logits: Vec<f64> = (0..16)
+            .map(|layer| match layer {
+                0 => 3.0,
+                1 => 1.0,
+                _ => 0.5 + wave(layer, 5e-4),
+            })
+            .collect();
+        let drawn = draw(group, rows(&logits, 16), rows(&[0.0; 16], 16), 0.1, 100.0);
+        let soft: Vec<f64> = drawn.soft.into_data().iter().collect();
+        let scores: Vec<f64> = logits.iter().map(|logit| 100.0 * logit).collect();
+        let expected = soft_layers(&scores, 8, 0.1);
+        assert!((expected[0] - 1.0).abs() < 1e-9 && (expected[1] - 1.0).abs() < 1e-9);
+        assert!(expected[2..].iter().any(|share| (0.1..0.9).contains(share)));
+        for (soft, expected) in soft.iter().zip(&expected) {
+            // Scores of about 50 have an ulp of 4e-6, which tau makes the error of the exponent of
+            // eight softmaxes, one after the other.
+            assert!(
+                (soft - expected).abs() < 2e-3,
+                "{soft}, expected {expected}"
+            );
         }
     }
 

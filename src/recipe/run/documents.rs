@@ -160,6 +160,52 @@ fn the_readme_says_how_fast_as_the_benches_do() {
     assert!(read("README.md").contains(&said), "{said}");
 }
 
+/// Markdown tables, each with its head, without the rule under it, which only aligns columns.
+fn whole_tables(text: &str) -> Vec<Vec<String>> {
+    let lines: Vec<&str> = text.lines().collect();
+    let is_head = |at: usize| {
+        let rule = lines.get(at + 1).is_some_and(|line| line.starts_with("|-"));
+        rule && lines[at].starts_with('|')
+    };
+    let heads = (0..lines.len()).filter(|at| is_head(*at));
+    heads
+        .map(|head| {
+            let rows = (head + 2..lines.len())
+                .take_while(|at| lines[*at].starts_with('|') && !is_head(*at));
+            std::iter::once(head)
+                .chain(rows)
+                .map(|at| lines[at].to_owned())
+                .collect()
+        })
+        .collect()
+}
+
+#[test]
+fn tables_of_benches_are_those_that_were_printed() {
+    let pages = ["benches/README.md", "docs/clusters.md"]
+        .map(|page| std::fs::read_to_string(root().join(page)).unwrap());
+    let mut held = 0;
+    for entry in std::fs::read_dir(root().join("artifacts/benches")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let printed = whole_tables(&std::fs::read_to_string(&path).unwrap());
+        // The first tables after its name.
+        let shown = pages.iter().any(|page| {
+            let after = page.split_once(name).map(|(_, after)| after);
+            after.is_some_and(|after| whole_tables(after).starts_with(&printed))
+        });
+        assert!(
+            shown,
+            "no page shows first of all, after {name}, its {printed:#?}"
+        );
+        held += printed.len();
+    }
+    assert!(
+        held >= 7,
+        "{held} tables: some of artifacts/benches are missing"
+    );
+}
+
 #[test]
 fn a_spliced_table_is_found() {
     let text = "<!-- table: a.json -->\n\n```\nmodel  FID\n-----  ---\nx  1\n```\n\n| a | FID |\n|---|---|\n| x | 1 |\n";

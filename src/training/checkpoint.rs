@@ -26,14 +26,34 @@ pub(super) struct Position {
     pub step: usize,
     /// Number of steps skipped for a non-finite loss.
     pub skipped: usize,
-    /// Mean loss since the previous checkpoint.
-    pub mean_loss: f64,
+    /// Losses since the last step that a checkpoint was due after.
+    #[serde(default)]
+    pub losses: Losses,
     /// Step and mean loss of the best checkpoint so far.
     pub best: Option<(usize, f64)>,
     /// Number of arrays of optimizer state that belong to it.
     pub moments: usize,
     /// Hash of what defines the training: configuration, data, parent.
     pub fingerprint: String,
+}
+
+/// Losses of some steps.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct Losses {
+    sum: f64,
+    count: usize,
+}
+
+impl Losses {
+    pub(super) fn add(&mut self, loss: f64) {
+        self.sum += loss;
+        self.count += 1;
+    }
+
+    /// None of no steps, or if all were skipped.
+    pub(super) fn mean(&self) -> Option<f64> {
+        (self.count > 0).then(|| self.sum / self.count as f64)
+    }
 }
 
 /// Metadata key of the checksum over all else; checkpoints of earlier versions have none.
@@ -78,9 +98,11 @@ impl Store {
     }
 
     /// Steps that have a checkpoint, ascending. A file still being written has another name.
-    fn steps(&self) -> Vec<usize> {
-        let Ok(entries) = std::fs::read_dir(&self.directory) else {
-            return Vec::new();
+    fn steps(&self) -> Result<Vec<usize>, TrainingError> {
+        let entries = match std::fs::read_dir(&self.directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(TrainingError::io(&self.directory)(error)),
         };
         let step = |name: String| {
             name.strip_prefix("step-")?
@@ -93,7 +115,7 @@ impl Store {
             .filter_map(|entry| step(entry.file_name().into_string().ok()?))
             .collect();
         steps.sort_unstable();
-        steps
+        Ok(steps)
     }
 
     /// Saves a checkpoint, of all workers at once, of which the first writes; then deletes all but
@@ -161,7 +183,7 @@ impl Store {
         metadata.insert(TRAINING.to_owned(), position_text);
         metadata.insert(CHECKSUM.to_owned(), checksum(&state, &metadata));
         write_safetensors(&self.path(position.step), &state.into(), metadata, None)?;
-        let steps = self.steps();
+        let steps = self.steps()?;
         for &step in steps.iter().rev().skip(training.optimisation.keep_last) {
             if position.best.is_none_or(|(best, _)| best != step) {
                 let path = self.path(step);
@@ -179,7 +201,7 @@ impl Store {
         ema: &mut Ema<B::InnerBackend>,
         optimizer: &AdamW<B>,
     ) -> Result<(M, Option<Position>), TrainingError> {
-        let mut steps = self.steps();
+        let mut steps = self.steps()?;
         let (path, state, position) = loop {
             let Some(step) = steps.pop() else {
                 return Ok((model, None));

@@ -14,7 +14,7 @@ use burn::module::AutodiffModule;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::train::{InferenceStep, Learner, SupervisedTraining, TrainStep, TrainingStrategy};
 
-use super::checkpoint::{Position, Store};
+use super::checkpoint::{Losses, Position, Store};
 #[cfg(feature = "tui")]
 use super::dashboard::Dashboard;
 use super::metrics::{Curve, StepReport};
@@ -26,8 +26,9 @@ use super::{Ema, Training, TrainingError};
 use crate::stop::Stop;
 use crate::workers::{Group, alone};
 
-/// Called after every step with its number, the model and the moving average. Where several workers
-/// divide that (`shard_optimizer`), it is asked for by all of them or by none.
+/// Called after every step with its number, the model and the moving average, and by a training that
+/// is resumed with its last step once more, before the first. Where several workers divide the
+/// average (`shard_optimizer`), it is asked for by all of them or by none.
 pub type OnStep<B, M> = Box<
     dyn FnMut(usize, &M, &Ema<<B as AutodiffBackend>::InnerBackend>) -> Result<(), TrainingError>
         + Send,
@@ -158,7 +159,7 @@ where
         let fresh = Position {
             step: 0,
             skipped: 0,
-            mean_loss: f64::NAN,
+            losses: Losses::default(),
             best: None,
             moments: 0,
             fingerprint: training.fingerprint.clone(),

@@ -216,6 +216,15 @@ impl JsonLines {
         })
     }
 
+    /// Step of the last line, if there is one.
+    ///
+    /// # Errors
+    /// When the file can't be read.
+    pub fn last_step(&self) -> Result<Option<usize>, TrainingError> {
+        let text = std::fs::read_to_string(&self.path).map_err(TrainingError::io(&self.path))?;
+        Ok(text.lines().next_back().and_then(step_of))
+    }
+
     /// Appends one object.
     ///
     /// # Errors

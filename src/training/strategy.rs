@@ -115,8 +115,12 @@ where
         let mut trackers = Trackers::open(&training.directory, &training.log, &path)?;
         let mut lines = Lines::new(&training.name, position.step, optimisation.steps);
         let mut observer = self.observer.lock();
+        if position.step > 0 {
+            // Whoever interrupted the last step interrupted what was observed after it.
+            observer(position.step - 1, &learner.model(), ema)?;
+        }
         let mut batches = train.iter();
-        let (mut bad, mut losses, mut since) = (0, Vec::new(), Instant::now());
+        let (mut bad, mut since) = (0, Instant::now());
         let mut logged = position.step;
         while position.step < optimisation.steps {
             workers.at(format!("{}, step {}", training.name, position.step + 1));
@@ -144,7 +148,7 @@ where
             );
             if loss.is_finite() && norm.is_finite() {
                 learner.optimizer_step(gradients);
-                losses.push(loss);
+                position.losses.add(loss);
                 bad = 0;
             } else {
                 position.skipped += 1;
@@ -220,15 +224,15 @@ where
                 same_weights::<B, M>(workers, &learner.model(), position.step)?;
             }
             if !done && saves {
-                position.mean_loss = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
-                if !losses.is_empty()
-                    && position
-                        .best
-                        .is_none_or(|(_, best)| position.mean_loss < best)
-                {
-                    position.best = Some((position.step, position.mean_loss));
+                // Spans of equal length are compared, wherever a training was interrupted.
+                if position.step.is_multiple_of(optimisation.checkpoint_every) {
+                    let mean = std::mem::take(&mut position.losses).mean();
+                    if let Some(mean) = mean
+                        && position.best.is_none_or(|(_, best)| mean < best)
+                    {
+                        position.best = Some((position.step, mean));
+                    }
                 }
-                losses.clear();
                 let model = learner.model();
                 store.save(workers, position, &model, ema, &self.optimizer, training)?;
             }

@@ -2,7 +2,7 @@
 //! never reused.
 
 use std::fs::{File, TryLockError};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -171,10 +171,11 @@ impl RunDirectory {
                 "{}: this run was started with another recipe, which is in {RESOLVED} there",
                 directory.path.display()
             ))),
-            Err(_) => {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
                 directory.write(RESOLVED, resolved)?;
                 Ok(directory)
             }
+            Err(error) => Err(RecipeError::io(&directory.path.join(RESOLVED))(error)),
         }
     }
 
@@ -202,7 +203,7 @@ impl RunDirectory {
             // Taken by the file system's own rule: two processes never get one folder.
             match std::fs::create_dir(&path) {
                 Ok(()) => return Self::open(path),
-                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => number += 1,
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
                 Err(error) => return Err(RecipeError::io(&path)(error)),
             }
         }
@@ -285,8 +286,10 @@ impl RunDirectory {
             .map(|number| folder.join(format!("{number:03}")))
             .filter(unfinished)
         {
-            let Ok(noted) = std::fs::read_to_string(path.join(RESOLVED)) else {
-                continue;
+            let noted = match std::fs::read_to_string(path.join(RESOLVED)) {
+                Ok(noted) => noted,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(RecipeError::io(&path.join(RESOLVED))(error)),
             };
             if continued(&noted).is_some_and(|whole| whole == noted) {
                 return Ok((Some(Self::open(path)?), None));

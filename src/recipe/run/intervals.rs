@@ -123,7 +123,10 @@ impl<B: TrainingBackend> Context<'_, B> {
             optimisation.steps,
         )?;
 
-        let seen = measuring.batch(0)?.noised(&measuring.process);
+        // A batch that training has not seen.
+        let seen = measuring
+            .batch(optimisation.steps)?
+            .noised(&measuring.process);
         let mut errors = vec![0.0; ends.len()];
         let mut tap = Tap::new(ends);
         seen.run(&measuring.process, &measuring.network, &mut tap);
@@ -131,6 +134,12 @@ impl<B: TrainingBackend> Context<'_, B> {
         for (layer, error) in fitted.ema.trained().into_iter().zip(found) {
             let mean = error.mean().into_data().iter::<f64>().next();
             errors[layer] = mean.unwrap_or(f64::NAN);
+            if !errors[layer].is_finite() {
+                return Err(RecipeError::Stage {
+                    stage: stage.name.clone(),
+                    problem: format!("the error of layer {layer} is {}", errors[layer]),
+                });
+            }
         }
         Ok((fitted.ema.network, errors))
     }

@@ -182,7 +182,15 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
         };
         // A resumed run is still the one its first environment describes; each later one is a
         // record of its own.
-        let name = if directory.resumed() { format!("environment-{}.json", std::process::id()) } else { "environment.json".to_owned() };
+        let name = match directory.resumed() {
+            // In containers the same number of a process comes again and again.
+            true => {
+                let since = SystemTime::now().duration_since(UNIX_EPOCH);
+                let seconds = since.map_or(0, |since| since.as_secs());
+                format!("environment-{seconds}-{}.json", std::process::id())
+            }
+            false => "environment.json".to_owned(),
+        };
         directory.write(&name, &json(&environment)?)?;
         let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: directory.resumed(), plain: options.plain || !leads, stop: &options.stop, workers: &options.workers };
         stages(plan, &context, started)

@@ -48,7 +48,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             Selection::Learned { learned, groups } => {
                 let (decision, network) =
                     self.learn(stage, (plan, learned, groups), &parent, folder)?;
-                trained = Some(network);
+                trained = (plan.start == Start::Update).then_some(network);
                 (decision.kept, Some(groups), Some(&learned.optimisation))
             }
             Selection::Scored { score, scored } => {
@@ -222,6 +222,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         let observed = groups.clone();
         let observe = move |start: usize| -> Result<OnStep<B, LearnedPruner<B>>, TrainingError> {
             let mut log = JsonLines::open(&observe_path, start)?;
+            let before = log.last_step()?;
             Ok(Box::new(move |step, model: &LearnedPruner<B>, ema| {
                 if step % every != 0 && step + 1 != steps {
                     return Ok(());
@@ -231,6 +232,9 @@ impl<B: TrainingBackend> Context<'_, B> {
                 let (tau, scaling) = averaged.annealed(step);
                 let decision = averaged.decision(step);
                 *gates.lock() = decision.layer_probabilities(&observed);
+                if before == Some(step) {
+                    return Ok(());
+                }
                 log.write(&DecisionLine {
                     step,
                     tau,

@@ -318,8 +318,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             }
             passes += 1;
             bar.add(together);
-            let stopped = self.stop.requested();
-            if stopped || saved.elapsed() > BETWEEN {
+            let left = passes < all && descent.as_ref().is_none_or(|descent| !descent.ended);
+            let stopped = left && self.stop.requested();
+            if stopped || (left && saved.elapsed() > BETWEEN) {
                 let done = Measured {
                     passes,
                     descent: descent.clone(),

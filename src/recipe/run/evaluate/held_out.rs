@@ -71,7 +71,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         for step in 0..batches {
             for part in measuring.batch(step)?.parts(most) {
                 let loss = prediction_loss(&measuring.network, &measuring.process, &part);
-                sum += loss * part.t.len() as f64;
+                sum += loss * part.samples() as f64;
             }
         }
         Ok(sum / (batches * batch) as f64)

@@ -120,13 +120,18 @@ impl<B: TrainingBackend> Context<'_, B> {
         let (seed, name) = (self.recipe.seed, stage.name.clone());
         let (device, stop, folder) = (self.device.clone(), self.stop.clone(), folder.to_owned());
         let observe = move |start: usize| -> Result<OnStep<B, Student<B>>, TrainingError> {
-            let mut log = JsonLines::open(&folder.join(QUALITY), start)?;
+            let path = folder.join(QUALITY);
+            let mut log = JsonLines::open(&path, start)?;
+            let mut last = log.last_step()?;
             Ok(Box::new(move |step, model: &Student<B>, ema| {
                 if !due(step) {
                     return Ok(());
                 }
                 let done = step + 1;
                 let network = ema.apply(model.valid()).network;
+                if last == Some(step) {
+                    return Ok(());
+                }
                 let draw = Draw {
                     name: &name,
                     network: &network,
@@ -140,11 +145,17 @@ impl<B: TrainingBackend> Context<'_, B> {
                     workers: &alone(),
                     stop: &stop,
                 };
+                // A training that can't be measured is a training still.
+                let unmeasured = |error: &dyn std::error::Error| {
+                    crate::say!("{name}: step {done} was not measured: {error}");
+                    Ok(())
+                };
                 let drawn = match draw.run(&device, |_, _| {}) {
                     Ok(drawn) => drawn,
-                    // The training ends after this step, and goes on with it.
+                    // The training stops after this step. When it goes on, it begins with what is
+                    // missing here, unless this step was its last.
                     Err(SamplingError::Interrupted) => return Ok(()),
-                    Err(error) => return Err(TrainingError::Observed(Box::new(error))),
+                    Err(error) => return unmeasured(&error),
                 };
                 let archive = draw.folder.join(SAMPLES);
                 let (scores, accuracy) = match judge.scores(&name, &archive, &drawn.labels) {
@@ -152,10 +163,11 @@ impl<B: TrainingBackend> Context<'_, B> {
                     Err(RecipeError::Interrupted) => {
                         return std::fs::remove_file(&archive).map_err(TrainingError::io(&archive));
                     }
-                    Err(error) => return Err(TrainingError::Observed(Box::new(error))),
+                    Err(error) => return unmeasured(&error),
                 };
                 // The picture of the first of them stays.
                 std::fs::remove_file(&archive).map_err(TrainingError::io(&archive))?;
+                last = Some(step);
                 log.write(&Quality {
                     step,
                     images: done * batch,

@@ -75,7 +75,7 @@ fn source(folder: &Path) -> Result<BatchSource, DataError> {
         label_drop: 0.1,
         times: Times::Steps(1000),
         masking: None,
-        candidates: Vec::new(),
+        logits: Vec::new(),
     };
     Ok(BatchSource::new(plan, Arc::new(Latents::open(folder)?)))
 }

@@ -288,7 +288,7 @@ fn training(criterion: &mut Criterion) {
         label_drop: 0.1,
         times: Times::Steps(1000),
         masking: None,
-        candidates: vec![2; 6],
+        logits: vec![2; 6],
     };
     let source = BatchSource::new(plan, Arc::new(Digits::new(Split::Train)));
     let mut step = 0;

@@ -140,13 +140,13 @@ fn rows<B: Backend>(depth: usize, device: &B::Device) -> Rows<B> {
     }
 }
 
-/// Trains anything whose step takes a batch of digits: a student, or gates, which draw among
-/// `candidates`.
+/// Trains anything whose step takes a batch of digits: a student, or gates, which draw by
+/// so many logits of each group.
 fn train<M>(
     name: &str,
     model: M,
     optimisation: Optimisation,
-    candidates: Vec<usize>,
+    logits: Vec<usize>,
     folder: &Path,
 ) -> Result<Fitted<Learning, M>, Box<dyn std::error::Error>>
 where
@@ -166,7 +166,7 @@ where
         label_drop: 0.1,
         times: process.times(),
         masking: None,
-        candidates,
+        logits,
     };
     let source = BatchSource::new(batches, Arc::new(Digits::new(Split::Train)));
     let steps = optimisation.steps;
@@ -219,8 +219,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         process(),
         0,
     )?;
-    let candidates = groups.iter().map(|group| group.num_logits()).collect();
-    let gates = train("gates", pruner, Optimisation::new(100), candidates, folder)?;
+    let logits = groups.iter().map(|group| group.num_logits()).collect();
+    let gates = train("gates", pruner, Optimisation::new(100), logits, folder)?;
     let kept = gates.ema.decision(99).kept;
 
     let healed = train(

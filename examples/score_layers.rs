@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         label_drop: 0.0,
         times: process.times(),
         masking: None,
-        candidates: Vec::new(),
+        logits: Vec::new(),
     };
     let batch = BatchSource::new(batches, Arc::new(Digits::new(Split::Train)));
     let batch = ScoreBatch::from(batch.draw::<NdArray>(0, &NdArrayDevice::Cpu)?);

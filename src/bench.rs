@@ -159,7 +159,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
         count: plan.batch.max(256),
     };
     let groups = Groups::parse_ratio("1:2", config.depth()).ok();
-    let candidates = match plan.workload {
+    let logits = match plan.workload {
         Workload::Prune => groups
             .iter()
             .flat_map(|groups| groups.iter().map(|group| group.num_logits()))
@@ -177,7 +177,7 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
         label_drop: 0.1,
         times: process.times(),
         masking: kind.masking(config),
-        candidates,
+        logits,
     };
     let source = BatchSource::new(shape, Arc::new(data));
     let drawn = source.on_host(0).expect("random images are made, not read");

@@ -29,7 +29,7 @@ pub struct Batch<B: Backend> {
     pub y: Tensor<B, 1, Int>,
     /// The known tokens of masked samples.
     pub known: Option<Known>,
-    /// Gumbel noise of each pruning group, `[batch, candidates]`.
+    /// Gumbel noise of each pruning group, `[batch, logits]`.
     pub gumbel: Vec<Tensor<B, 2>>,
     /// The teacher's output on the noised samples.
     pub teacher: Option<TeacherOutput<B>>,
@@ -68,8 +68,9 @@ pub struct BatchPlan {
     pub times: Times,
     /// How samples are masked; None where whole samples are noised.
     pub masking: Option<Masking>,
-    /// Number of candidates of each pruning group; empty outside pruning.
-    pub candidates: Vec<usize>,
+    /// Number of logits of each pruning group
+    /// ([`num_logits`](crate::pruning::Group::num_logits)); empty outside pruning.
+    pub logits: Vec<usize>,
 }
 
 /// Index of an epoch, and its order.
@@ -197,7 +198,7 @@ impl BatchSource {
             label_drop,
             times,
             masking,
-            candidates,
+            logits,
             ..
         } = &self.plan;
         let (seed, classes, at) = (*seed, *classes, step as u64);
@@ -234,12 +235,12 @@ impl BatchSource {
             })
             .collect();
         // One stream of numbers per sample, divided among the groups.
-        let total: usize = candidates.iter().sum();
+        let total: usize = logits.iter().sum();
         let draws: Vec<Vec<f32>> = per_sample()
             .map(|sample| random::gumbel(seed, Stream::Gumbel, at, sample, total))
             .collect();
         let mut first = 0;
-        let gumbel = candidates
+        let gumbel = logits
             .iter()
             .map(|&count| {
                 let values = draws
@@ -290,7 +291,7 @@ pub struct HostBatch {
     t: Vec<f32>,
     known: Option<Known>,
     y: Vec<i64>,
-    /// Values and number of candidates of each group.
+    /// Values and number of logits of each group.
     gumbel: Vec<(Vec<f32>, usize)>,
 }
 
@@ -367,7 +368,7 @@ pub(super) mod tests {
             label_drop: 0.4,
             times: Times::Steps(1000),
             masking: None,
-            candidates: vec![2, 3],
+            logits: vec![2, 3],
         }
     }
 

@@ -143,7 +143,12 @@ impl<B: Backend, N: Module<B>> LearnedPruner<B, N> {
 
 impl<B: FusedOps, N: Prunable<B>> LearnedPruner<B, N> {
     /// The masks of a batch, `[batch, depth]`, from one draw of Gumbel noise per group.
+    ///
+    /// # Panics
+    ///
+    /// If there is noise of more or fewer groups.
     pub fn masks(&self, gumbel: &[Tensor<B, 2>], step: usize) -> Tensor<B, 2> {
+        assert_eq!(gumbel.len(), self.gates.len(), "one noise for each group");
         let (tau, scaling) = self.annealing.at(step);
         let masks =
             self.groups

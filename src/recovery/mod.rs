@@ -45,7 +45,7 @@ use crate::trunk::{Plain, Tap};
 ///     label_drop: 0.1,
 ///     times: process.times(),
 ///     masking: None,
-///     candidates: Vec::new(),
+///     logits: Vec::new(),
 /// };
 /// let batch = BatchSource::new(plan, Arc::new(Digits::new(Split::Train))).draw(0, &device)?;
 /// let half = network.keep(&[0, 2, 4, 6, 8, 10]);
@@ -108,7 +108,12 @@ impl<B: Backend, N: Module<B>> Student<B, N> {
 }
 
 impl<B: FusedOps, N: Denoiser<B>> Student<B, N> {
-    /// The loss's terms for a batch; for distillation, the batch has the teacher's output.
+    /// The loss's terms for a batch.
+    ///
+    /// # Panics
+    ///
+    /// If it is distilled, and the batch has no output of the teacher
+    /// ([`with_teacher`](crate::data::Batches::with_teacher)).
     pub fn terms(&self, batch: &Batch<B>) -> Terms<B> {
         let seen = batch.noised(&self.process);
         match (&self.distillation, &batch.teacher) {
@@ -129,7 +134,10 @@ impl<B: FusedOps, N: Denoiser<B>> Student<B, N> {
                 };
                 seen.distillation_terms(&self.process, output, &tapped, teacher, distillation, beta)
             }
-            _ => {
+            (Some(_), None) => {
+                panic!("a batch without the teacher's output can't be distilled from")
+            }
+            (None, _) => {
                 let output = seen.run(&self.process, &self.network, &mut Plain);
                 seen.terms(&self.process, output)
             }

@@ -74,7 +74,7 @@ fn train(
         label_drop: 0.0,
         times: Times::Steps(1000),
         masking: None,
-        candidates: Vec::new(),
+        logits: Vec::new(),
     };
     let source = BatchSource::new(batches, Arc::new(Digits::new(Split::Train)));
     let optimisation = Optimisation {

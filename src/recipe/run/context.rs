@@ -88,7 +88,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         (model, process): (&Architecture, ProcessKind),
         optimisation: &Optimisation,
         label_drop: f64,
-        candidates: Vec<usize>,
+        logits: Vec<usize>,
     ) -> Result<BatchSource, RecipeError> {
         let shape = model.shape();
         let plan = BatchPlan {
@@ -100,7 +100,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             label_drop,
             times: process.process().times(),
             masking: process.masking(model),
-            candidates,
+            logits,
         };
         Ok(BatchSource::new(plan, self.part(Split::Train)?))
     }

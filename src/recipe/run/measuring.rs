@@ -95,7 +95,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                 None => times,
             },
             masking: process.masking(&model.architecture),
-            candidates: Vec::new(),
+            logits: Vec::new(),
         };
         Ok(BatchSource::new(plan, self.part(part)?))
     }

@@ -16,22 +16,24 @@ use crate::recipe::schema::data::Data;
 use crate::weights::WeightFile;
 use crate::workers::Group;
 
+/// Where the weights of Inception lie if nobody says.
+const INCEPTION: &str = "artifacts/pretrained/pt_inception-2015-12-05-6726825d.pth";
+
 #[derive(Debug, clap::Args)]
 pub(super) struct EvaluateArguments {
     /// Samples and last the reference, each an .npz archive or a folder of pictures; or checkpoints
     /// of models of pixels
     #[arg(required = true)]
     inputs: Vec<String>,
-    /// Weights of the Inception network that archives are measured in
-    #[arg(
-        long,
-        default_value = "artifacts/pretrained/pt_inception-2015-12-05-6726825d.pth"
-    )]
-    inception: PathBuf,
-    /// Where to write the result and its protocol as JSON
+    /// Weights of the Inception network that archives and folders are measured in [default:
+    /// artifacts/pretrained/pt_inception-2015-12-05-6726825d.pth]
+    #[arg(long, value_name = "FILE")]
+    inception: Option<PathBuf>,
+    /// Where to write the result of archives and folders, and its protocol, as JSON; that of models is
+    /// in their run's directory
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Folder that keeps what was measured of a reference for the next time
+    /// Folder that keeps what was measured of a reference archive for the next time
     #[arg(long, value_name = "FOLDER")]
     cache: Option<PathBuf>,
     /// Arithmetic of the distances of precision and recall; f16 as ADM's evaluator, for comparison
@@ -121,7 +123,8 @@ fn measure_archives(arguments: &EvaluateArguments, workers: &Group) -> Result<()
     let mut stage = OneStage::new("evaluate")?;
     stage.set_paths("samples", samples)?;
     stage.set_path("", "reference", reference)?;
-    stage.set_path("--inception", "inception", &arguments.inception)?;
+    let inception = arguments.inception.as_deref().unwrap_or(INCEPTION.as_ref());
+    stage.set_path("--inception", "inception", inception)?;
     if let Some(distances) = &arguments.distances {
         stage.set("--distances", "distances", toml(distances)?);
     }
@@ -147,6 +150,13 @@ fn models(arguments: &EvaluateArguments, workers: &Group) -> Result<(), CliError
     if arguments.distances.is_some() {
         return Err(CliError::Usage(
             "--distances is for archives and folders; models are measured in f64".into(),
+        ));
+    }
+    let of_archives = [&arguments.out, &arguments.cache, &arguments.inception];
+    if of_archives.iter().any(|given| given.is_some()) {
+        return Err(CliError::Usage(
+            "--out, --cache and --inception are for archives and folders; of models, the run's directory has eval.json, and \
+             --features names the classifier".into(),
         ));
     }
     let compare = stated_sources(&arguments.inputs, &arguments.stated)?;

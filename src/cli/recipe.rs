@@ -23,7 +23,7 @@ use crate::workers::Group;
 pub(super) struct RecipeArguments {
     /// The recipe's TOML file, or the name of one that is part of the program, such as quickstart
     recipe: PathBuf,
-    /// Override a key; stages go by name or index (repeatable)
+    /// Override a key; stages go by name, or by index from 0 (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Print what would be done, and stop
@@ -85,6 +85,19 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
         // A single word may name an embedded recipe.
         Err(error) => match path.to_str().and_then(embedded_recipes::recipe) {
             Some(text) => text.to_owned(),
+            None if error.kind() == io::ErrorKind::NotFound
+                && path.parent() == Some("".as_ref()) =>
+            {
+                let names: Vec<&str> = embedded_recipes::RECIPES
+                    .iter()
+                    .map(|(name, _)| *name)
+                    .collect();
+                return Err(CliError::Usage(format!(
+                    "{}: there is no such file; the recipes that go by name alone are {}",
+                    path.display(),
+                    names.join(", ")
+                )));
+            }
             None => return Err(RecipeError::io(path)(error).into()),
         },
     };
@@ -145,6 +158,9 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
             let path = path.display();
             return Err(CliError::Usage(format!("{path}: --join: {problem}")));
         }
+    }
+    if let (true, Some(problem)) = (arguments.dry_run, backend.missing()) {
+        crate::say!("note: {problem}");
     }
     let Some(sweep) = &recipe.sweep else {
         let plan = Plan::shared(&recipe, workers.size())?;

@@ -60,7 +60,9 @@ pub(super) fn open_said(
     }
     let archive = open_zip(reader.into_inner()).map_err(|error| match error {
         ZipError::Io(source) => WeightsError::io(path)(source),
-        _ => broken("it is neither an archive nor a pickle that torch.save writes".into()),
+        _ => broken(
+            "it is neither an archive nor a pickle that torch.save writes, or not whole".into(),
+        ),
     })?;
     Checkpoint::open(archive, length)
         .and_then(|checkpoint| checkpoint.tensors(key, path))
@@ -127,7 +129,10 @@ pub(super) fn wanted<'a>(
                     .filter_map(|(name, _)| pickle.text(*name))
                     .take(20)
                     .collect();
-                format!("it has no `{key}`; it has {}", there.join(", "))
+                format!(
+                    "weights_key: it has no `{key}`; it has {}",
+                    there.join(", ")
+                )
             })?;
             pickle.get(id)
         }

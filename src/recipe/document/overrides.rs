@@ -16,6 +16,8 @@ pub(super) fn assign(root: &mut Node, assignment: &str, origin: &Origin) -> Resu
         Some(_) => None,
         None => DeValue::parse(value).ok(),
     };
+    // No key holds a time of day, and groups of 14:28 look like one.
+    let parsed = parsed.filter(|value| !matches!(value.get_ref(), DeValue::Datetime(_)));
     let value = match parsed {
         Some(value) => own(value.into_inner(), origin, &|_| origin.clone(), &mut faults),
         None => Value::String(value.to_owned()),

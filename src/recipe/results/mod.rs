@@ -266,10 +266,11 @@ pub fn comparable(runs: &[Results]) -> Result<(), RecipeError> {
         return Ok(());
     };
     let none = |run: &Results| {
-        RecipeError::Run(format!(
-            "{}: it has no evaluation yet, and can't be compared",
-            run.path.display()
-        ))
+        let path = run.path.display();
+        RecipeError::Run(match run.path.join("sweep.json").exists() {
+            true => format!("{path}: it is a sweep; name single runs of it"),
+            false => format!("{path}: it has no evaluation yet, and can't be compared"),
+        })
     };
     let protocol = &first.evaluation().ok_or_else(|| none(first))?["protocol"];
     for run in rest {

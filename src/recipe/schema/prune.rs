@@ -43,7 +43,7 @@ pub enum PruneMethod {
     Learned(Learned),
     /// The fixed pattern of BK-SDM.
     Oracle {
-        /// Number of layers to keep; default: half.
+        /// Number of layers to keep; default: half, of oracle alone.
         #[serde(skip_serializing_if = "Option::is_none")]
         keep: Option<usize>,
     },

@@ -29,8 +29,8 @@ pub(super) struct EvaluateArguments {
     /// artifacts/pretrained/pt_inception-2015-12-05-6726825d.pth]
     #[arg(long, value_name = "FILE")]
     inception: Option<PathBuf>,
-    /// Where to write the result of archives and folders, and its protocol, as JSON; that of models is
-    /// in their run's directory
+    /// Where to write the result of archives and folders, and its protocol, as JSON; that of
+    /// models is in their run's directory
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Folder that keeps what was measured of a reference archive for the next time

@@ -27,9 +27,14 @@ pub(crate) struct Archive<'a> {
 
 impl<'a> Archive<'a> {
     pub(crate) fn open(path: &'a Path) -> Result<Self, NpzError> {
-        let zip = open_file(path)
-            .and_then(|file| open_zip(file).map_err(io::Error::from))
-            .map_err(NpzError::io(path))?;
+        let file = open_file(path).map_err(NpzError::io(path))?;
+        let zip = open_zip(file).map_err(|error| match error {
+            ZipError::Io(source) => NpzError::io(path)(source),
+            broken => {
+                let problem = format!("no .npz archive, or not whole ({broken})");
+                NpzError::io(path)(io::Error::new(io::ErrorKind::InvalidData, problem))
+            }
+        })?;
         Ok(Self { path, zip })
     }
 

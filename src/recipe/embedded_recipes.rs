@@ -1,7 +1,7 @@
 //! The repository's recipes, embedded in the program, so that the binary alone runs them by name.
 
 /// Name and text of each recipe.
-pub const RECIPES: [(&str, &str); 34] = [
+pub const RECIPES: [(&str, &str); 35] = [
     ("d14_1_2", include_str!("../../recipes/d14_1_2.toml")),
     ("d14_2_4", include_str!("../../recipes/d14_2_4.toml")),
     ("d14_7_14", include_str!("../../recipes/d14_7_14.toml")),
@@ -79,6 +79,10 @@ pub const RECIPES: [(&str, &str); 34] = [
     (
         "fashion_unet",
         include_str!("../../recipes/fashion_unet.toml"),
+    ),
+    (
+        "fashion_unet_teacher",
+        include_str!("../../recipes/fashion_unet_teacher.toml"),
     ),
     (
         "fashion_ways",

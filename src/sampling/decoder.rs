@@ -50,9 +50,19 @@ impl<B: FusedOps> Decoder<B> {
     }
 
     /// Decodes samples of the model to pictures.
-    pub fn decode(&self, latents: Tensor<B, 4>) -> Images {
+    ///
+    /// # Errors
+    /// The first sample whose picture is not of finite numbers.
+    pub fn decode(&self, latents: Tensor<B, 4>) -> Result<Images, usize> {
         let latents = latents / self.config.scaling_factor;
-        truncated(self.vae.network.decode_in_slices(latents, DECODED_AT_ONCE))
+        let pictures = self.vae.network.decode_in_slices(latents, DECODED_AT_ONCE);
+        let [_, channels, height, width] = pictures.dims();
+        let values = pictures.to_data();
+        let broken = values.iter::<f32>().position(|value| !value.is_finite());
+        match broken {
+            Some(at) => Err(at / (channels * height * width)),
+            None => Ok(truncated(pictures)),
+        }
     }
 
     /// `[height, width, channels]` of a picture decoded from latents of this side.

@@ -129,19 +129,21 @@ impl<B: FusedOps> Draw<'_, B> {
             );
             // An interpolant's equation has one step fewer than times.
             progress(at(tells), steps);
+            let broken = |what: &str, sample: usize, why: &str| SamplingError::Model {
+                model: self.name.to_owned(),
+                problem: format!("{what} {} is not of finite numbers: {why}", indices[sample]),
+            };
             let values = samples.to_data();
             if let Some(at) = values.iter::<f32>().position(|value| !value.is_finite()) {
-                let values_a_sample = values.num_elements() / indices.len();
-                return Err(SamplingError::Model {
-                    model: self.name.to_owned(),
-                    problem: format!(
-                        "sample {} is not of finite numbers: the model's weights are damaged, or the guidance is too strong",
-                        indices[at / values_a_sample]
-                    ),
-                });
+                let sample = at / (values.num_elements() / indices.len());
+                let why = "the model's weights are damaged, or the guidance is too strong";
+                return Err(broken("sample", sample, why));
             }
             let images = match self.decoder {
-                Some(decoder) => decoder.decode(samples),
+                Some(decoder) => decoder.decode(samples).map_err(|sample| {
+                    let why = "the autoencoder's weights are damaged, or its products overflow";
+                    broken("the picture of sample", sample, why)
+                })?,
                 None => images::rounded(samples),
             };
             Ok(images.into_pixels())

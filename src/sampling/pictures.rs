@@ -8,6 +8,7 @@ use image::codecs::png::PngEncoder;
 use image::{ExtendedColorType, ImageEncoder};
 
 use super::SamplingError;
+use crate::files::write_folder;
 use crate::images::Images;
 use crate::npz::SampleReader;
 use crate::stop::Stop;
@@ -41,18 +42,8 @@ pub fn write_pictures(
     progress: impl FnMut(usize, usize),
 ) -> Result<(), SamplingError> {
     refuse_existing(folder)?;
-    let name = folder.file_name().unwrap_or_default().to_string_lossy();
-    let unfinished = folder.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-    std::fs::create_dir_all(&unfinished).map_err(SamplingError::io(&unfinished))?;
-    let written = fill(archive, &unfinished, stop, progress).and_then(|()| {
-        refuse_existing(folder)?;
-        std::fs::rename(&unfinished, folder).map_err(SamplingError::io(folder))
-    });
-    if written.is_err() {
-        // An incomplete folder is useless; the first error is the one to report.
-        let _ = std::fs::remove_dir_all(&unfinished);
-    }
-    written
+    let fill = |unfinished: &Path| fill(archive, unfinished, stop, progress);
+    write_folder(folder, fill, |error| SamplingError::io(folder)(error))
 }
 
 fn fill(

@@ -118,6 +118,18 @@ impl Store {
         Ok(steps)
     }
 
+    /// Refuses a folder with checkpoints: they would count as those of the training that begins.
+    pub(super) fn refuse_any(&self) -> Result<(), TrainingError> {
+        match self.steps()?.last() {
+            None => Ok(()),
+            Some(step) => Err(TrainingError::Resume {
+                path: self.path(*step),
+                problem: "is of an earlier training; go on with that, or name another folder"
+                    .into(),
+            }),
+        }
+    }
+
     /// Saves a checkpoint, of all workers at once, of which the first writes; then deletes all but
     /// the best and the last few that the training keeps.
     /// If the training describes the model, the file does too and holds the whole model, including
@@ -227,16 +239,14 @@ impl Store {
         if position.fingerprint != training.fingerprint {
             return Err(resume("belongs to a run with other settings; start a new run, or restore the recipe it was made with".into()));
         }
-        let part = |part: &str| -> StateDict {
-            let within = |name: &str| {
-                let name = name.strip_prefix(part)?.strip_prefix('.')?;
-                Some(name.to_owned())
-            };
-            state
-                .iter()
-                .filter_map(|(name, array)| Some((within(name)?, array.clone())))
-                .collect()
-        };
+        let mut parts = BTreeMap::<String, StateDict>::new();
+        for (name, array) in state {
+            if let Some((part, name)) = name.split_once('.') {
+                let part = parts.entry(part.to_owned()).or_default();
+                part.insert(name.to_owned(), array);
+            }
+        }
+        let mut part = |part: &str| parts.remove(part).unwrap_or_default();
         let (weights, averages, moments) = (part(MODEL), part(EMA), part(MOMENTS));
         for parameter in names::<B, M>(&model) {
             for part in [&weights, &averages] {
@@ -285,6 +295,7 @@ impl Store {
             )));
         }
         let model = overlay::<B, M>(model, &weights)?;
+        drop(weights);
         ema.restore(&overlay::<B::InnerBackend, M::InnerModule>(
             model.valid(),
             &averages,

@@ -26,9 +26,9 @@ use super::{Ema, Training, TrainingError};
 use crate::stop::Stop;
 use crate::workers::{Group, alone};
 
-/// Called after every step with its number, the model and the moving average, and by a training that
-/// is resumed with its last step once more, before the first. Where several workers divide the
-/// average (`shard_optimizer`), it is asked for by all of them or by none.
+/// Called after every step with its number, the model and the moving average, and by a training
+/// that is resumed with its last step once more, before the first. Where several workers divide
+/// the average (`shard_optimizer`), it is asked for by all of them or by none.
 pub type OnStep<B, M> = Box<
     dyn FnMut(usize, &M, &Ema<<B as AutodiffBackend>::InnerBackend>) -> Result<(), TrainingError>
         + Send,
@@ -75,6 +75,7 @@ impl<B: TrainingBackend, M: TrainStep> Fit<B, M> {
     }
 
     /// Whether to go on from the last checkpoint in the training's folder, if there is one.
+    /// Without, a folder that has any is refused.
     pub fn resume(self, resume: bool) -> Self {
         Self { resume, ..self }
     }
@@ -164,11 +165,13 @@ where
             moments: 0,
             fingerprint: training.fingerprint.clone(),
         };
+        let store = Store::new(&training.directory);
         let (model, start) = match resume {
-            true => {
-                Store::new(&training.directory).restore(&training, model, &mut ema, &optimizer)?
+            true => store.restore(&training, model, &mut ema, &optimizer)?,
+            false => {
+                store.refuse_any()?;
+                (model, None)
             }
-            false => (model, None),
         };
         let start = start.unwrap_or(fresh);
         let step: OnStep<B, M> = match observe {

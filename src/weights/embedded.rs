@@ -14,16 +14,19 @@ pub enum EmbeddedName {
     DigitsFeatures,
     /// The diffusion transformer of 28 layers trained on Fashion-MNIST.
     FashionTeacher,
+    /// The UNet trained on Fashion-MNIST.
+    FashionUnet,
     /// The Fashion-MNIST classifier, whose features are compared in evaluation.
     FashionFeatures,
 }
 
 impl EmbeddedName {
     /// All of them.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::DigitsTeacher,
         Self::DigitsFeatures,
         Self::FashionTeacher,
+        Self::FashionUnet,
         Self::FashionFeatures,
     ];
 
@@ -34,6 +37,7 @@ impl EmbeddedName {
             Self::DigitsTeacher => "embedded:digits-teacher",
             Self::DigitsFeatures => "embedded:digits-features",
             Self::FashionTeacher => "embedded:fashion-teacher",
+            Self::FashionUnet => "embedded:fashion-unet",
             Self::FashionFeatures => "embedded:fashion-features",
         }
     }
@@ -50,6 +54,9 @@ pub fn checkpoint(name: EmbeddedName) -> Result<Checkpoint, WeightsError> {
         }
         EmbeddedName::FashionTeacher => {
             include_bytes!("../../artifacts/pretrained/fashion-teacher.safetensors")
+        }
+        EmbeddedName::FashionUnet => {
+            include_bytes!("../../artifacts/pretrained/fashion-unet.safetensors")
         }
         EmbeddedName::FashionFeatures => {
             include_bytes!("../../artifacts/pretrained/fashion-features.safetensors")

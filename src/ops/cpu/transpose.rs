@@ -10,8 +10,9 @@ use super::threads;
 const BAND: usize = 16;
 /// Side of the squares that are turned in registers.
 const SIDE: usize = 8;
-/// Columns that are turned of all rows before the next ones: the lines of the result that they are
-/// written to, a panel's 8 KiB, stay in the first-level cache until all squares have written theirs.
+/// Columns that are turned of all rows before the next ones: the lines of the result that they
+/// are written to, a panel's 8 KiB, stay in the first-level cache until all squares have written
+/// theirs.
 pub(super) const NEAR: usize = 64;
 
 /// Rows become columns: `out[p * stride + i] = row(i)[p]`, for `rows` rows of `columns` values.
@@ -45,8 +46,8 @@ pub(super) fn turn<'a>(
                 false => &[],
             });
             let whole = if high == SIDE { deep / SIDE * SIDE } else { 0 };
-            // SAFETY: where `whole` isn't 0 there are `SIDE` lines of at least as many values. The last
-            // place written, `(from + whole - 1) * stride + first + SIDE - 1`, is at most
+            // SAFETY: where `whole` isn't 0 there are `SIDE` lines of at least as many values. The
+            // last place written, `(from + whole - 1) * stride + first + SIDE - 1`, is at most
             // `(columns - 1) * stride + rows - 1`, which was found to be inside `out`.
             unsafe {
                 let place = out.as_mut_ptr().add(from * stride + first);

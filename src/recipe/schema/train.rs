@@ -121,6 +121,7 @@ impl Wanted {
             .collect();
         let family = section.choice("family", &families);
         let has_preset = section.table().contains_key("preset");
+        let stated = !family.is_absent();
         let family = if has_preset && family.is_absent() {
             // The preset's name implies the family.
             let name = string_in(section.table(), "preset").unwrap_or_default();
@@ -135,8 +136,12 @@ impl Wanted {
             let trained = |published| (family.trained)(&mut Asked(&section), published);
             let process = family.process.map(trained);
             if has_preset && !family.presets().is_empty() {
-                let presets = family.presets().into_iter().map(|name| (name, name));
-                let preset = section.choice("preset", &presets.collect::<Vec<_>>());
+                let presets: Vec<&str> = match stated {
+                    true => family.presets(),
+                    false => Architecture::presets().collect(),
+                };
+                let presets: Vec<_> = presets.into_iter().map(|name| (name, name)).collect();
+                let preset = section.choice("preset", &presets);
                 let preset = preset.optional();
                 section.refuse(&all, "a preset");
                 let preset = preset?.to_owned();

@@ -105,7 +105,10 @@ fn samples() {
         teacher.trained_by(),
         teacher.architecture.predicts_variance(),
     );
-    let solver = Solver::Ddim { eta: 0.0 };
+    let solver = Solver::Ddim {
+        eta: 0.0,
+        clip: false,
+    };
     let network = teacher.network::<NdArray>(&device).expect("it is a DiT");
     let sampler =
         Sampler::new(kind, predicts, steps, solver, guidance).expect("the process has more steps");

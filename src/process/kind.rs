@@ -164,7 +164,7 @@ impl ProcessKind {
     /// The solver that the family's published models are sampled by.
     pub fn solver(self) -> Solver {
         match self {
-            Self::Gaussian => Solver::Ddpm,
+            Self::Gaussian => Solver::Ddpm { clip: false },
             Self::Interpolant(_) => Solver::Ode(Ode::DOPRI5),
             Self::Masked => Solver::Masked(Rounds::PUBLISHED),
         }

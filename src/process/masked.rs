@@ -98,9 +98,9 @@ pub struct Rounds {
     pub guidance_schedule: GuidanceSchedule,
     /// Factor of the noise in the steps of each token.
     pub temperature: f64,
-    /// Whether each prediction of a clean token is bounded to -1 to 1, where pixels lie; latents
-    /// are not bounded. The first steps multiply an error of the head by some hundred, the more the
-    /// fewer steps there are: a small model of pixels drifts away without it.
+    /// Whether each prediction of a clean sample or token is bounded to -1 to 1, where pixels lie;
+    /// latents are not bounded. The first steps multiply an error of the network by some hundred,
+    /// the more the fewer steps there are: a small model of pixels drifts away without it.
     pub clip: bool,
 }
 

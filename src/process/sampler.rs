@@ -17,11 +17,22 @@ use crate::trunk::Plain;
 #[serde(tag = "solver", rename_all = "lowercase")]
 pub enum Solver {
     /// Ancestral sampling (arXiv 2006.11239).
-    Ddpm,
+    Ddpm {
+        /// Whether each prediction of a clean sample or token is bounded to -1 to 1, where pixels lie;
+        /// latents are not bounded. The first steps multiply an error of the network by some hundred,
+        /// the more the fewer steps there are: a small model of pixels drifts away without it.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        clip: bool,
+    },
     /// Denoising diffusion implicit model; `eta` 0 is deterministic.
     Ddim {
         /// Factor of the ancestral noise that is added.
         eta: f64,
+        /// Whether each prediction of a clean sample or token is bounded to -1 to 1, where pixels lie;
+        /// latents are not bounded. The first steps multiply an error of the network by some hundred,
+        /// the more the fewer steps there are: a small model of pixels drifts away without it.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        clip: bool,
     },
     /// Ordinary differential equation of an interpolant: the probability flow.
     Ode(Ode),
@@ -37,7 +48,7 @@ impl Solver {
     pub fn calls(self, steps: usize) -> usize {
         let between = steps.saturating_sub(1);
         match self {
-            Self::Ddpm | Self::Ddim { .. } | Self::Ode(Ode::Dopri5 { .. }) => steps,
+            Self::Ddpm { .. } | Self::Ddim { .. } | Self::Ode(Ode::Dopri5 { .. }) => steps,
             Self::Ode(Ode::Euler) => between,
             Self::Ode(Ode::Heun) => 2 * between,
             Self::Sde(sde) => {
@@ -48,6 +59,15 @@ impl Solver {
                 step * between + usize::from(sde.last_step != LastStep::None)
             }
             Self::Masked(rounds) => rounds.rounds,
+        }
+    }
+
+    /// Whether each prediction of a clean sample is bounded to -1 to 1.
+    fn clips(self) -> bool {
+        match self {
+            Self::Ddpm { clip } | Self::Ddim { clip, .. } => clip,
+            Self::Masked(rounds) => rounds.clip,
+            Self::Ode(_) | Self::Sde(_) => false,
         }
     }
 
@@ -91,7 +111,7 @@ impl Solver {
     /// Whether it samples models of a process.
     pub fn samples(self, process: ProcessKind) -> bool {
         match self {
-            Self::Ddpm | Self::Ddim { .. } => process == ProcessKind::Gaussian,
+            Self::Ddpm { .. } | Self::Ddim { .. } => process == ProcessKind::Gaussian,
             Self::Ode(_) | Self::Sde(_) => matches!(process, ProcessKind::Interpolant(_)),
             Self::Masked(_) => process == ProcessKind::Masked,
         }
@@ -248,7 +268,7 @@ impl Sampler {
         match self.solver {
             Solver::Ode(ode) => ode.solve(interpolant, &mut model, x, self.steps, false, watch),
             Solver::Sde(sde) => sde.solve(interpolant, &mut model, x, self.steps, noise, watch),
-            Solver::Ddpm | Solver::Ddim { .. } | Solver::Masked(_) => {
+            Solver::Ddpm { .. } | Solver::Ddim { .. } | Solver::Masked(_) => {
                 panic!("an interpolant has no step of diffusion to take")
             }
         }
@@ -274,11 +294,12 @@ impl Sampler {
                 y.clone(),
                 self.guidance,
             );
-            let prediction: Prediction<B> = diffusion.predict(output, x.clone(), &t, false);
+            let clip = self.solver.clips();
+            let prediction: Prediction<B> = diffusion.predict(output, x.clone(), &t, clip);
             let x_start = prediction.x_start.clone();
             x = match self.solver {
-                Solver::Ddpm => diffusion.ddpm_step(prediction, &t, noise(k)),
-                Solver::Ddim { eta } => diffusion.ddim_step(prediction, x, &t, eta, noise(k)),
+                Solver::Ddpm { .. } => diffusion.ddpm_step(prediction, &t, noise(k)),
+                Solver::Ddim { eta, .. } => diffusion.ddim_step(prediction, x, &t, eta, noise(k)),
                 Solver::Ode(_) | Solver::Sde(_) | Solver::Masked(_) => {
                     panic!("Gaussian diffusion is sampled by its own steps")
                 }
@@ -342,9 +363,9 @@ impl Sampler {
         );
         // DDIM with eta 0 multiplies the noise by zero, so it is not drawn.
         let quiet = match self.solver {
-            Solver::Ddim { eta } => eta == 0.0,
+            Solver::Ddim { eta, .. } => eta == 0.0,
             Solver::Ode(_) => true,
-            Solver::Ddpm | Solver::Sde(_) | Solver::Masked(_) => false,
+            Solver::Ddpm { .. } | Solver::Sde(_) | Solver::Masked(_) => false,
         };
         let start = draw(Stream::SampleStart, 0);
         let zeros = start.zeros_like();
@@ -356,5 +377,49 @@ impl Sampler {
             }
         };
         self.denoise(network, start, y, &mut noise, |_, _, _| progress())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn_ndarray::NdArray;
+
+    use super::*;
+    use crate::models::{Architecture, Network};
+
+    #[test]
+    fn predictions_of_pixels_are_bounded_where_it_is_asked() {
+        let shape = Shape {
+            channels: 1,
+            side: 8,
+            classes: 2,
+        };
+        let (architecture, device) = (
+            Architecture::preset_of("DiT-S/8", shape).unwrap(),
+            Default::default(),
+        );
+        // It sees no noise in anything, so that the first steps make of what they are given some
+        // hundred times as much.
+        let network = Network::<NdArray>::zeros(&architecture, &device).unwrap();
+        for solver in [
+            |clip| Solver::Ddpm { clip },
+            |clip| Solver::Ddim { eta: 0.0, clip },
+        ] {
+            let furthest = |clip| {
+                let sampler = Sampler {
+                    process: GaussianDiffusion::new("5").unwrap().into(),
+                    steps: 5,
+                    solver: solver(clip),
+                    guidance: Guidance {
+                        scale: 1.0,
+                        channels: 3,
+                    },
+                };
+                let drawn = sampler.generate(&network, 0, &[0, 1], &[0, 1], &device, || ());
+                drawn.abs().max().into_scalar()
+            };
+            assert!(furthest(true) <= 1.0, "{}", furthest(true));
+            assert!(furthest(false) > 10.0, "{}", furthest(false));
+        }
     }
 }

@@ -22,8 +22,9 @@ pub fn dit_sampling<B: TrainingBackend>(slack: f64) {
         let solver = match run["sampler"].as_str().unwrap() {
             "ddim" => Solver::Ddim {
                 eta: f64_of(&run["eta"]),
+                clip: false,
             },
-            _ => Solver::Ddpm,
+            _ => Solver::Ddpm { clip: false },
         };
         let sampler = Sampler {
             process: diffusion.clone().into(),

@@ -214,7 +214,7 @@ const EQUATION: [&str; 7] = [
 ];
 
 /// Keys of masked autoregression besides `solver`.
-const ROUNDS: [&str; 4] = ["rounds", "guidance_schedule", "temperature", "clip"];
+const ROUNDS: [&str; 3] = ["rounds", "guidance_schedule", "temperature"];
 
 fn read_solver(section: &Section<'_>) -> Solver {
     let solvers = [
@@ -248,10 +248,11 @@ fn read_solver(section: &Section<'_>) -> Solver {
             section.refuse(&EQUATION, "solver \"ddim\"");
             Solver::Ddim {
                 eta: section.float("eta", 0.0..=1.0).or(0.0),
+                clip: section.boolean("clip").or(false),
             }
         }
         2 => {
-            section.refuse(&["eta"], "solver \"ode\"");
+            section.refuse(&["eta", "clip"], "solver \"ode\"");
             section.refuse(&EQUATION[3..], "solver \"ode\"");
             let methods = [
                 ("euler", Ode::Euler),
@@ -270,7 +271,7 @@ fn read_solver(section: &Section<'_>) -> Solver {
         }
         3 => {
             let usual = Sde::default();
-            section.refuse(&["eta", "atol", "rtol"], "solver \"sde\"");
+            section.refuse(&["eta", "clip", "atol", "rtol"], "solver \"sde\"");
             let form = section.choice("diffusion_form", &DiffusionForm::NAMES);
             let last_step = section.choice("last_step", &LastStep::NAMES);
             let size = section.float("last_step_size", 0.0..=0.5);
@@ -287,7 +288,9 @@ fn read_solver(section: &Section<'_>) -> Solver {
         _ => {
             section.refuse(&["eta"], "solver \"ddpm\"");
             section.refuse(&EQUATION, "solver \"ddpm\"");
-            Solver::Ddpm
+            Solver::Ddpm {
+                clip: section.boolean("clip").or(false),
+            }
         }
     }
 }
@@ -312,7 +315,13 @@ mod tests {
         assert_eq!((sampling.guidance, sampling.guidance_channels), (1.5, 3));
         assert_eq!(
             (sampling.solver, sampling.classes),
-            (Solver::Ddim { eta: 0.0 }, None)
+            (
+                Solver::Ddim {
+                    eta: 0.0,
+                    clip: false
+                },
+                None
+            )
         );
 
         let StageKind::Sample(demo) = second("kind = 'sample'\npreset = 'demo'\nsteps = 9") else {

@@ -18,9 +18,10 @@ use crate::trunk::Plain;
 pub enum Solver {
     /// Ancestral sampling (arXiv 2006.11239).
     Ddpm {
-        /// Whether each prediction of a clean sample or token is bounded to -1 to 1, where pixels lie;
-        /// latents are not bounded. The first steps multiply an error of the network by some hundred,
-        /// the more the fewer steps there are: a small model of pixels drifts away without it.
+        /// Whether each prediction of a clean sample or token is bounded to -1 to 1, where pixels
+        /// lie; latents are not bounded. The first steps multiply an error of the network by some
+        /// hundred, the more the fewer steps there are: a small model of pixels drifts away
+        /// without it.
         #[serde(skip_serializing_if = "std::ops::Not::not")]
         clip: bool,
     },
@@ -28,9 +29,10 @@ pub enum Solver {
     Ddim {
         /// Factor of the ancestral noise that is added.
         eta: f64,
-        /// Whether each prediction of a clean sample or token is bounded to -1 to 1, where pixels lie;
-        /// latents are not bounded. The first steps multiply an error of the network by some hundred,
-        /// the more the fewer steps there are: a small model of pixels drifts away without it.
+        /// Whether each prediction of a clean sample or token is bounded to -1 to 1, where pixels
+        /// lie; latents are not bounded. The first steps multiply an error of the network by some
+        /// hundred, the more the fewer steps there are: a small model of pixels drifts away
+        /// without it.
         #[serde(skip_serializing_if = "std::ops::Not::not")]
         clip: bool,
     },

@@ -471,7 +471,7 @@ fn small_mistakes_are_told_with_what_to_do() {
     refused(
         &place,
         &["recipe", "keys.toml"],
-        &["unknown key `zzz`", "there are batch, classes, count"],
+        &["unknown key `zzz`", "there are batch, classes, clip, count"],
     );
     let many: String = (0..60_000)
         .map(|index| format!("key{index} = 1\n"))

@@ -123,7 +123,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             optimisation.steps,
         )?;
 
-        // A batch that training has not seen.
+        // A batch with noise that training has not seen.
         let seen = measuring
             .batch(optimisation.steps)?
             .noised(&measuring.process);

@@ -53,7 +53,7 @@ const TOPICS: [Topic; 12] = [
             ("unet", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'unet' }"),
             ("mar", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'mar' }"),
             ("classifier", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'classifier' }"),
-            ("a preset", "kind = 'train'\nsteps = 1000\narchitecture = { preset = 'DiT-XL/2' }"),
+            ("a preset", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'dit', preset = 'DiT-XL/2' }"),
         ],
     },
     Topic {

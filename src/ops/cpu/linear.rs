@@ -8,6 +8,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::bf16;
 use super::blocks::{columns_of, rows_of};
+use super::by_columns::{self, Sizes};
 use super::elementwise::activate_row;
 use super::low_rank::{self, LoraRows};
 use super::memory::{Out, Rows, Scratch, matrix, tensor};
@@ -58,6 +59,13 @@ impl Weights {
         })
     }
 
+    /// [`merged`](Self::merged) as a function.
+    #[inline(always)]
+    fn rows(&self) -> impl Fn(usize, &mut [f32]) + Sync {
+        #[inline(always)]
+        |index, row| self.merged(index, row)
+    }
+
     /// Row `index` of `W + scale B A`; the merged matrix is never stored.
     #[inline(always)]
     fn merged(&self, index: usize, row: &mut [f32]) {
@@ -85,27 +93,32 @@ pub(super) fn forward(x: &Rows, weights: &Weights, activation: Activation) -> Te
         // SAFETY: `few` writes all of it.
         return unsafe { tensor(shape, |out| few(x, weights, activation, out)) };
     }
-    let panels = Panels::of_columns(
-        weights.compute,
-        inputs,
-        outputs,
-        #[inline(always)]
-        |j, line| weights.merged(j, line),
-    );
-    // SAFETY: the target is as large as the product, which writes all of it.
+    let (bias, column) = (weights.bias.row(0), weights.rows());
+    let fill = rows_of(x, activation);
+    let target = |out| Target {
+        out,
+        stride: outputs,
+    };
+    if by_columns::is_faster(x.count, inputs, outputs) {
+        let sizes = Sizes {
+            rows: x.count,
+            depth: inputs,
+            columns: outputs,
+            compute: weights.compute,
+        };
+        // SAFETY: the target is as large as the product, which writes all of it.
+        return unsafe {
+            tensor(shape, |out| {
+                by_columns::multiply(sizes, target(out), bias, fill, column);
+            })
+        };
+    }
+    let panels = Panels::of_columns(weights.compute, inputs, outputs, column);
+    // SAFETY: as above.
     unsafe {
         tensor(shape, |out| {
-            multiply::<false>(
-                x.count,
-                panels.view(),
-                Target {
-                    out,
-                    stride: outputs,
-                },
-                Start::Row(weights.bias.row(0)),
-                rows_of(x, activation),
-                |_| (),
-            );
+            let (panels, start) = (panels.view(), Start::Row(bias));
+            multiply::<false>(x.count, panels, target(out), start, fill, |_| ());
         })
     }
 }
@@ -227,13 +240,7 @@ fn of_input(
             })
         };
     }
-    let panels = Panels::of_rows(
-        weights.compute,
-        outputs,
-        inputs,
-        #[inline(always)]
-        |p, line| weights.merged(p, line),
-    );
+    let panels = Panels::of_rows(weights.compute, outputs, inputs, weights.rows());
     // SAFETY: the target is as large as the product, which writes all of it.
     unsafe {
         tensor([rows, inputs], |out| {

@@ -15,6 +15,7 @@
 mod attention;
 mod bf16;
 mod blocks;
+mod by_columns;
 mod convolution;
 mod convolution_backward;
 mod elementwise;

@@ -86,47 +86,27 @@ impl Panels {
         columns: usize,
         column: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
-        /// Columns that are copied before they are turned.
-        const TURNED: usize = 16;
         let mut panels = Self::empty(compute, values, columns);
-        let (width, depth) = (panels.width, panels.view.depth);
+        let size = panels.width * panels.view.depth;
         let out = Out::of(panels.scratch.values());
-        threads::over(columns.div_ceil(width), 1, 8 * values * columns, |range| {
-            // An odd number of cache lines, so that lines fall on different sets.
-            let stride = (depth.div_ceil(16) | 1) * 16;
-            let (mut lines, mut whole) = (
-                Scratch::new(TURNED * stride),
-                Scratch::new(size_of_pairs(compute, values)),
-            );
-            let (lines, whole) = (lines.values(), whole.values());
-            vectorised(
-                #[inline(always)]
-                || {
-                    for panel in range.clone() {
-                        // SAFETY: only this thread writes this panel.
-                        let target = unsafe { out.part(panel * depth * width, depth * width) };
-                        for first in (0..width).step_by(TURNED) {
-                            let turned = TURNED.min(width - first);
-                            let places = lines.chunks_exact_mut(stride).take(turned);
-                            for (index, line) in places.enumerate() {
-                                let j = panel * width + first + index;
-                                let line = &mut line[..depth];
-                                match compute {
-                                    _ if j >= columns => line.fill(0.0),
-                                    Compute::F32 => column(j, line),
-                                    Compute::Bf16 => {
-                                        column(j, whole);
-                                        bf16::along(whole, line);
-                                    }
-                                }
-                            }
-                            let line = |index| &lines[index * stride..][..depth];
-                            turn(turned, depth, line, &mut target[first..], width);
+        threads::over(
+            columns.div_ceil(panels.width),
+            1,
+            8 * values * columns,
+            |range| {
+                let mut packer = Packer::new(compute, values, columns);
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for panel in range.clone() {
+                            // SAFETY: only this thread writes this panel.
+                            let place = unsafe { out.part(panel * size, size) };
+                            packer.pack(panel, &column, place);
                         }
-                    }
-                },
-            );
-        });
+                    },
+                );
+            },
+        );
         panels
     }
 
@@ -150,6 +130,70 @@ impl Panels {
 
     pub(super) fn view(&self) -> PanelView {
         self.view
+    }
+}
+
+/// Packs one panel at a time of a B whose columns are rows in memory.
+pub(super) struct Packer {
+    compute: Compute,
+    values: usize,
+    columns: usize,
+    width: usize,
+    /// Distance between lines.
+    stride: usize,
+    /// Columns that are copied before they are turned.
+    lines: Scratch,
+    /// A column of f32, of which the line takes pairs.
+    whole: Scratch,
+}
+
+impl Packer {
+    /// Columns that are turned together.
+    const TURNED: usize = 16;
+
+    pub(super) fn new(compute: Compute, values: usize, columns: usize) -> Self {
+        // An odd number of cache lines, so that lines fall on different sets.
+        let stride = (words(compute, values).div_ceil(16) | 1) * 16;
+        Self {
+            compute,
+            values,
+            columns,
+            width: panel_width(),
+            stride,
+            lines: Scratch::new(Self::TURNED * stride),
+            whole: Scratch::new(size_of_pairs(compute, values)),
+        }
+    }
+
+    /// Writes panel `panel`, `[depth, width]`; `column(j, values)` writes column `j` of B.
+    #[inline(always)]
+    pub(super) fn pack(
+        &mut self,
+        panel: usize,
+        column: impl Fn(usize, &mut [f32]),
+        place: &mut [f32],
+    ) {
+        let (width, stride) = (self.width, self.stride);
+        let depth = words(self.compute, self.values);
+        let (lines, whole) = (self.lines.values(), self.whole.values());
+        for first in (0..width).step_by(Self::TURNED) {
+            let turned = Self::TURNED.min(width - first);
+            let places = lines.chunks_exact_mut(stride).take(turned);
+            for (index, line) in places.enumerate() {
+                let j = panel * width + first + index;
+                let line = &mut line[..depth];
+                match self.compute {
+                    _ if j >= self.columns => line.fill(0.0),
+                    Compute::F32 => column(j, line),
+                    Compute::Bf16 => {
+                        column(j, whole);
+                        bf16::along(whole, line);
+                    }
+                }
+            }
+            let line = |index| &lines[index * stride..][..depth];
+            turn(turned, depth, line, &mut place[first..], width);
+        }
     }
 }
 

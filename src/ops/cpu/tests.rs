@@ -89,6 +89,7 @@ fn linear_layers_agree_with_the_reference() {
         (29, 300, 40),
         (171, 64, 65),
         (530, 24, 96),
+        (27, 610, 450), // by columns
     ];
     let all = LinearWants {
         x: true,
@@ -163,6 +164,7 @@ fn linear_layers_of_bf16_round_their_factors_and_nothing_else() {
         (531, 24, 96),
         (2101, 24, 40), // parts of two blocks, the second of an odd depth
         (300, 300, 260),
+        (27, 611, 450), // by columns
     ];
     let wants = LinearWants {
         x: true,

@@ -138,6 +138,7 @@ fn dot_all<'a, S: Simd>(
                     c: scores.as_mut_ptr(),
                     stride: STRIDE,
                     start,
+                    ahead: None,
                 }
                 .multiply(simd);
             }
@@ -180,6 +181,7 @@ unsafe fn mix<S: Simd>(
                 c: out,
                 stride,
                 start,
+                ahead: None,
             }
             .multiply(simd);
         }
@@ -222,6 +224,7 @@ unsafe fn mix_turned<S: Simd>(
                 c: out.add(first * stride),
                 stride,
                 start,
+                ahead: None,
             }
             .multiply(simd);
         }

@@ -250,6 +250,7 @@ mod tests {
             c: c.as_mut_ptr(),
             stride: columns,
             start: Start::Sum,
+            ahead: None,
         };
         let start = random::normal(0, Stream::Bench, 12, 2, rows * columns);
         let halves =

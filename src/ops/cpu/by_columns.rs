@@ -10,9 +10,11 @@ use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
 
-use super::memory::{Out, Scratch};
+use super::memory::{Out, Rows, Scratch};
 use super::panels::{Packer, PanelView, panel_width};
-use super::product::{Block, DEPTH, STRIDE, Start, Target, block_of, size_of_pairs, words};
+use super::product::{
+    Ahead, Block, DEPTH, STRIDE, Start, Target, block_of, size_of_pairs, steps, words,
+};
 use super::simd::vectorised;
 use super::threads;
 use crate::backend::Compute;
@@ -42,7 +44,8 @@ pub(super) fn is_faster(rows: usize, depth: usize, columns: usize) -> bool {
 }
 
 /// `C = bias + A B`; `fill` writes blocks of A's rows as in
-/// [`multiply`](super::product::multiply), `column(j, values)` writes column `j` of B.
+/// [`multiply`](super::product::multiply), `column(j, values)` writes column `j` of B, which it
+/// reads from row `j` of `source`.
 ///
 /// # Safety
 ///
@@ -54,6 +57,7 @@ pub(super) unsafe fn multiply(
     bias: &[f32],
     fill: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
     column: impl Fn(usize, &mut [f32]) + Sync,
+    source: &Rows,
 ) {
     let Sizes {
         rows,
@@ -104,6 +108,7 @@ pub(super) unsafe fn multiply(
                 // Not `&column`, as in `product::multiply`.
                 #[inline(always)]
                 |j: usize, values: &mut [f32]| column(j, values),
+                source,
             ));
         },
     );
@@ -118,6 +123,7 @@ struct Columns<'a, F> {
     target: Target,
     bias: &'a [f32],
     column: F,
+    source: &'a Rows,
 }
 
 impl<'a, F: Fn(usize, &mut [f32])> Columns<'a, F> {
@@ -128,6 +134,7 @@ impl<'a, F: Fn(usize, &mut [f32])> Columns<'a, F> {
         target: Target,
         bias: &'a [f32],
         column: F,
+        source: &'a Rows,
     ) -> Self {
         Self {
             sizes,
@@ -136,6 +143,7 @@ impl<'a, F: Fn(usize, &mut [f32])> Columns<'a, F> {
             target,
             bias,
             column,
+            source,
         }
     }
 }
@@ -154,7 +162,9 @@ impl<F: Fn(usize, &mut [f32])> WithSimd for Columns<'_, F> {
         let width = 2 * S::F32_LANES;
         let mut packer = Packer::new(compute, depth, columns);
         let mut panel = Scratch::new(words(compute, depth) * width);
-        for index in self.panels {
+        // While a panel is multiplied, the weights of the next one come from memory.
+        let step = (width * depth).div_ceil(steps::<S>(rows, words(compute, depth)));
+        for index in self.panels.clone() {
             packer.pack(index, &self.column, panel.values());
             let first = index * width;
             let broad = width.min(columns - first);
@@ -165,11 +175,18 @@ impl<F: Fn(usize, &mut [f32])> WithSimd for Columns<'_, F> {
                 columns: broad,
                 compute,
             };
+            let next = (index + 1 < self.panels.end).then(|| self.source.row(first + width));
             for (block, from) in (0..depth).step_by(DEPTH).enumerate() {
                 let start = match from {
                     0 => Start::Row(&self.bias[first..][..broad]),
                     _ => Start::Sum,
                 };
+                let ahead = next.map(|row| Ahead {
+                    start: row
+                        .as_ptr()
+                        .wrapping_add(step * steps::<S>(rows, words(compute, from))),
+                    step,
+                });
                 // SAFETY: A and the panel are filled as far as they are read, and only this task
                 // writes these columns of C.
                 unsafe {
@@ -183,6 +200,7 @@ impl<F: Fn(usize, &mut [f32])> WithSimd for Columns<'_, F> {
                         c: self.target.out.pointer().add(first),
                         stride: self.target.stride,
                         start,
+                        ahead,
                     }
                     .multiply(simd);
                 }
@@ -194,7 +212,6 @@ impl<F: Fn(usize, &mut [f32])> WithSimd for Columns<'_, F> {
 #[cfg(test)]
 mod tests {
     use super::super::blocks::rows_of;
-    use super::super::memory::Rows;
     use super::super::panels::Panels;
     use super::super::product;
     use super::super::tests::noise;
@@ -224,7 +241,7 @@ mod tests {
                 let panels = Panels::of_columns(compute, depth, columns, column);
                 // SAFETY: the targets are as large as the product.
                 unsafe {
-                    multiply(sizes, target(&mut one), bias.row(0), fill(), column);
+                    multiply(sizes, target(&mut one), bias.row(0), fill(), column, &b);
                     let start = Start::Row(bias.row(0));
                     let target = target(&mut other);
                     product::multiply::<false>(rows, panels.view(), target, start, fill(), |_| ());

@@ -234,6 +234,7 @@ impl WithSimd for Part<'_> {
                         c: self.out.pointer().add(start(channel)),
                         stride: places,
                         start: Start::Sum,
+                        ahead: None,
                     }
                     .multiply(simd);
                 }

@@ -109,7 +109,7 @@ pub(super) fn forward(x: &Rows, weights: &Weights, activation: Activation) -> Te
         // SAFETY: the target is as large as the product, which writes all of it.
         return unsafe {
             tensor(shape, |out| {
-                by_columns::multiply(sizes, target(out), bias, fill, column);
+                by_columns::multiply(sizes, target(out), bias, fill, column, &weights.weight);
             })
         };
     }
@@ -438,6 +438,7 @@ impl WithSimd for PartOfWeight<'_> {
                         c: product.as_mut_ptr().add(first * inputs),
                         stride: inputs,
                         start: if anew { Start::Zero } else { Start::Sum },
+                        ahead: None,
                     }
                     .multiply(simd);
                 }

@@ -23,6 +23,7 @@ use pulp::{Arch, Simd, WithSimd};
 use super::bf16;
 use super::memory::{Out, Scratch};
 use super::panels::PanelView;
+use super::simd::prefetch;
 use super::threads;
 use crate::backend::Compute;
 
@@ -148,6 +149,7 @@ where
                         c,
                         stride: self.target.stride,
                         start,
+                        ahead: None,
                     }
                     .multiply(simd);
                 }
@@ -220,6 +222,22 @@ pub(super) struct Block<'a, const TURNED: bool> {
     /// Distance between the rows of C.
     pub(super) stride: usize,
     pub(super) start: Start<'a>,
+    pub(super) ahead: Option<Ahead>,
+}
+
+/// Memory that a block asks for as it is summed, so that it is in the cache when it is needed.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// What the first step of the block's first sums asks for.
+    pub(super) start: *const f32,
+    /// Values from a step to the next.
+    pub(super) step: usize,
+}
+
+/// Steps of the sums of a block of one panel, so many rows high and so many words deep; some more
+/// where its last tiles are low.
+pub(super) fn steps<S: Simd>(rows: usize, deep: usize) -> usize {
+    rows.div_ceil(highest::<S>()) * deep
 }
 
 impl<const TURNED: bool> Block<'_, TURNED> {
@@ -293,7 +311,13 @@ impl<K: Step, const TURNED: bool> WithSimd for Tiles<'_, K, TURNED> {
             c,
             stride,
             start,
+            ahead,
         } = self.0;
+        // Nothing to ask for is what the cache has anyway.
+        let mut ahead = ahead.unwrap_or(Ahead {
+            start: panels.start,
+            step: 0,
+        });
         let width = 2 * S::F32_LANES;
         let near = (NEAR / deep.max(1) / width).max(1) * width;
         let mut slice = columns.start;
@@ -312,9 +336,10 @@ impl<K: Step, const TURNED: bool> WithSimd for Tiles<'_, K, TURNED> {
                         let c = c.add(row * stride + column - columns.start);
                         let broad = width.min(columns.end - column);
                         tile_of::<S, K, TURNED>(
-                            simd, high, broad, deep, a, b, c, stride, start, column,
+                            simd, high, broad, deep, a, b, c, stride, start, column, ahead,
                         );
                     }
+                    ahead.start = ahead.start.wrapping_add(ahead.step * deep);
                     column += width;
                 }
                 row += high;
@@ -360,6 +385,7 @@ unsafe fn tile_of<S: Simd, K: Step, const TURNED: bool>(
     stride: usize,
     start: Start<'_>,
     column: usize,
+    ahead: Ahead,
 ) {
     let lanes = S::F32_LANES;
     let begin = match start {
@@ -371,14 +397,30 @@ unsafe fn tile_of<S: Simd, K: Step, const TURNED: bool>(
     macro_rules! tiles {
         ($vectors:literal, $c:expr, $stride:expr, $begin:expr) => {
             match high {
-                14 => tile::<S, K, 14, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                12 => tile::<S, K, 12, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                10 => tile::<S, K, 10, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                8 => tile::<S, K, 8, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                6 => tile::<S, K, 6, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                4 => tile::<S, K, 4, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                2 => tile::<S, K, 2, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
-                _ => tile::<S, K, 1, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin),
+                14 => {
+                    tile::<S, K, 14, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin, ahead)
+                }
+                12 => {
+                    tile::<S, K, 12, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin, ahead)
+                }
+                10 => {
+                    tile::<S, K, 10, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin, ahead)
+                }
+                8 => {
+                    tile::<S, K, 8, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin, ahead)
+                }
+                6 => {
+                    tile::<S, K, 6, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin, ahead)
+                }
+                4 => {
+                    tile::<S, K, 4, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin, ahead)
+                }
+                2 => {
+                    tile::<S, K, 2, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin, ahead)
+                }
+                _ => {
+                    tile::<S, K, 1, $vectors, TURNED>(simd, deep, a, b, $c, $stride, $begin, ahead)
+                }
             }
         };
     }
@@ -433,6 +475,7 @@ unsafe fn tile<S: Simd, K: Step, const HIGH: usize, const VECTORS: usize, const 
     c: *mut f32,
     stride: usize,
     begin: Begin,
+    mut ahead: Ahead,
 ) {
     let lanes = S::F32_LANES;
     let (row, depth) = if TURNED { (1, STRIDE) } else { (STRIDE, 1) };
@@ -459,6 +502,8 @@ unsafe fn tile<S: Simd, K: Step, const HIGH: usize, const VECTORS: usize, const 
         }
         let (mut a, mut b) = (a, b);
         for _ in 0..deep {
+            prefetch(ahead.start);
+            ahead.start = ahead.start.wrapping_add(ahead.step);
             let mut row_of_b = [simd.splat_f32s(0.0); VECTORS];
             for (v, values) in row_of_b.iter_mut().enumerate() {
                 *values = b.add(v * lanes).cast::<S::f32s>().read_unaligned();

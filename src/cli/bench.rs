@@ -142,7 +142,8 @@ pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), CliError> {
         .peak_memory_mib
         .map_or("unknown".into(), |mib| format!("{mib:.0} MiB"));
     crate::tell!(
-        "{}\nbatch {}, backend {}, {} threads",
+        "{}: {}\nbatch {}, backend {}, {} threads",
+        arguments.model,
         measured.model,
         measured.batch,
         measured.backend,

@@ -106,7 +106,16 @@ fn list(folder: &Path) -> Result<(), CliError> {
     ]);
     let mut unreadable = Vec::new();
     let mut count = 0;
-    for recipe in folders(folder).map_err(RecipeError::io(folder))? {
+    let recipes = match folders(folder) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(CliError::Usage(format!(
+                "{}: no folder of runs; `recipe` makes it as it runs one, unless `--runs` names another",
+                folder.display()
+            )));
+        }
+        found => found.map_err(RecipeError::io(folder))?,
+    };
+    for recipe in recipes {
         for run in folders(&recipe).map_err(RecipeError::io(&recipe))? {
             if !run.join("resolved.toml").exists() {
                 continue;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use safetensors::Dtype;
 
 use super::error::CliError;
+use crate::models::{Architecture, Heads};
 use crate::process::ProcessKind;
 use crate::recipe::run::directory::evaluation_of;
 use crate::recipe::run::models::read_file;
@@ -148,6 +149,20 @@ pub(super) fn stated_sources(
     Ok(sources)
 }
 
+/// What has to be stated of a checkpoint where tensors alone are read, as flags.
+fn unsaid(checkpoint: &Checkpoint) -> Vec<String> {
+    let architecture = &checkpoint.architecture;
+    let shown = Architecture::of_tensors(&checkpoint.tensors, Heads::default(), &checkpoint.path);
+    let heads = architecture.heads();
+    let heads = heads.filter(|_| shown.as_ref().ok() != Some(architecture));
+    let process = checkpoint
+        .process
+        .filter(|process| process.must_be_stated());
+    let heads = heads.map(|heads| format!("--heads {heads}"));
+    let process = process.map(|process| format!("--process {}", process.mark()));
+    heads.into_iter().chain(process).collect()
+}
+
 /// Writes a checkpoint in another format.
 pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), CliError> {
     let checkpoint = open(&stated_source(&arguments.from, &arguments.stated)?)?;
@@ -165,16 +180,15 @@ pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), CliError> {
     for path in weights::convert(&checkpoint, &arguments.to, &conversion)? {
         crate::tell!("{}", path.display());
     }
-    if let Some(process) = checkpoint
-        .process
-        .filter(|process| process.must_be_stated())
-        && WeightFile::of(&arguments.to) == Some(WeightFile::Torch)
-    {
+    if WeightFile::of(&arguments.to) == Some(WeightFile::Torch) {
+        let states = unsaid(&checkpoint);
+        let state = match states.is_empty() {
+            true => String::new(),
+            false => format!("; state `{}` where it is read", states.join(" ")),
+        };
         crate::say!(
-            "note: {}: a PyTorch state dict can't say that it is a {}; state `--process {}` where it is read",
-            arguments.to.display(),
-            process.family(),
-            process.mark()
+            "note: {}: a PyTorch state dict holds tensors alone, and not how they came about{state}",
+            arguments.to.display()
         );
     }
     Ok(())

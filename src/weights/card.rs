@@ -10,6 +10,15 @@ use super::{Checkpoint, Conversion, Provenance};
 use crate::report::{protocol_lines, verdict_grid};
 use crate::state::WeightsError;
 
+/// A text as a value of YAML: an identifier as it is, anything else as a string in quotes.
+fn yaml(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-.+_".contains(c);
+    match text.starts_with(|c: char| c.is_ascii_alphabetic()) && text.chars().all(is_plain) {
+        true => text.to_owned(),
+        false => Value::from(text).to_string(), // JSON's strings are YAML's
+    }
+}
+
 /// The card, as Markdown with the front matter that model hubs read.
 pub(super) fn card(
     checkpoint: &Checkpoint,
@@ -38,7 +47,7 @@ fn write_card(
         ..
     } = checkpoint;
     let licence = conversion.licence.as_deref();
-    writeln!(out, "---\nlicense: {}", licence.unwrap_or("other"))?;
+    writeln!(out, "---\nlicense: {}", yaml(licence.unwrap_or("other")))?;
     if conversion.diffusers {
         writeln!(out, "library_name: diffusers")?;
     }
@@ -171,6 +180,19 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_identifier_is_quoted() {
+        for (text, value) in [
+            ("cc-by-nc-4.0", "cc-by-nc-4.0"),
+            ("mine: ask \"me\"", r#""mine: ask \"me\"""#),
+            ("[a]", "\"[a]\""),
+            ("4", "\"4\""),
+            ("", "\"\""),
+        ] {
+            assert_eq!(yaml(text), value);
+        }
+    }
 
     #[test]
     fn an_evaluation_is_a_table_with_the_models_line_marked() {

@@ -402,7 +402,7 @@ fn a_model_without_a_learned_variance_is_trained_and_sampled() {
         ])
         .succeeded()
         .stdout;
-    assert!(inspected.contains("DiT, 1 layers, width 16"), "{inspected}");
+    assert!(inspected.contains("DiT, 1 layer, width 16"), "{inspected}");
 }
 
 #[test]

@@ -139,6 +139,8 @@ fn a_run_ends_in_a_page_and_runs_of_one_protocol_are_compared() {
         3,
         "{listed}"
     );
+    // The lowest of what the runs made, not of what they took, their teacher.
+    assert!(!listed.contains("embedded:"), "{listed}");
 
     let (first, second, third) = ("runs/job/001", "runs/job/002", "runs/job/003");
     let compared = place.run(&["runs", "compare", first, second, "--csv", "both.csv"]);
@@ -170,7 +172,10 @@ fn a_run_ends_in_a_page_and_runs_of_one_protocol_are_compared() {
             vec!["report", "nowhere"],
             "no run; a run's folder has a resolved.toml",
         ),
-        (vec!["runs", "--runs", "nowhere"], "nowhere"),
+        (
+            vec!["runs", "--runs", "nowhere"],
+            "nowhere: no folder of runs",
+        ),
     ] {
         let refused = place.run(&arguments);
         assert_eq!(refused.status, Some(2), "{arguments:?}");

@@ -664,7 +664,7 @@ fn texts(root: &Path) -> Vec<Target> {
                 move |folder| {
                     // Resuming creates the lock, which then stays in the folder.
                     let same = |noted: &str| (noted == resolved).then(|| resolved.to_owned());
-                    match RunDirectory::unfinished(&folder.join("runs"), "r", &same) {
+                    match RunDirectory::unfinished(&folder.join("runs"), "r", resolved, &same) {
                         Ok(run) => Seen::Values(hashed(run.status().map(|status| status.stage))),
                         Err(RecipeError::Run(why)) => Seen::Refused(why),
                         Err(other) => told(&other),

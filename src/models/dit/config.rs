@@ -52,7 +52,8 @@ impl std::fmt::Display for DitConfig {
             classes,
             ..
         } = self;
-        write!(f, "DiT, {depth} layers")?;
+        let layers = if *depth == 1 { "layer" } else { "layers" };
+        write!(f, "DiT, {depth} {layers}")?;
         let pairs = self.kinds().filter(|kind| *kind == BlockKind::Pair).count();
         let branches: usize = self.kinds().map(BlockKind::branches).sum();
         if pairs > 0 {

@@ -117,11 +117,21 @@ impl Results {
         spent(seconds).filter(|_| seconds > 0.0)
     }
 
-    /// The model of the lowest FID, and that.
+    /// The model of the lowest FID among those that the run made, or among all if it made none that
+    /// was measured, and that FID. Of a sweep, the mean over its seeds.
     pub fn best(&self) -> Option<(String, f64)> {
-        let models = models(self.evaluation()?);
-        let best = models.into_iter().min_by(|a, b| a.fid.total_cmp(&b.fid))?;
-        Some((best.name, best.fid))
+        let models = match self.evaluation() {
+            Some(evaluation) => models(evaluation),
+            None => Verdicts::read(&self.path).ok()?.models(),
+        };
+        let is_made = |model: &&Scored| match self.stages.is_empty() {
+            true => !model.name.contains("embedded:"),
+            false => self.stages.iter().any(|stage| stage.name == model.name),
+        };
+        let lowest = |a: &&Scored, b: &&Scored| a.fid.total_cmp(&b.fid);
+        let made = models.iter().filter(is_made).min_by(lowest);
+        let best = made.or_else(|| models.iter().min_by(lowest))?;
+        Some((best.name.clone(), best.fid))
     }
 }
 

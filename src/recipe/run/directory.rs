@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::changes::changes;
 use crate::files::{lock_file, write_atomic};
 use crate::recipe::RecipeError;
 #[cfg(feature = "cli")]
@@ -86,7 +87,7 @@ impl RunDirectory {
     ) -> Result<Self, RecipeError> {
         let known = match resume {
             Resume::No => None,
-            Resume::Yes => Some(Self::unfinished(runs, recipe, continued)?),
+            Resume::Yes => Some(Self::unfinished(runs, recipe, resolved, continued)?),
             Resume::IfAny => Self::newest(runs, recipe, continued)?.0,
             Resume::Join => return Self::join(runs, recipe, resolved, continued),
         };
@@ -218,6 +219,7 @@ impl RunDirectory {
     pub fn unfinished(
         runs: &Path,
         recipe: &str,
+        resolved: &str,
         continued: Continued<'_>,
     ) -> Result<Self, RecipeError> {
         let (unfinished, other) = Self::newest(runs, recipe, continued)?;
@@ -227,11 +229,17 @@ impl RunDirectory {
         };
         match (known, other) {
             (Some(directory), _) => Ok(directory),
-            (None, Some(other)) => Err(RecipeError::Run(format!(
-                "{}: the recipe has changed since this run was started, so it can't be resumed; its own recipe is in \
-                 {RESOLVED} there",
-                other.display()
-            ))),
+            (None, Some(other)) => {
+                let noted = std::fs::read_to_string(other.join(RESOLVED)).unwrap_or_default();
+                let changes = changes(&noted, resolved);
+                let colon = if changes.is_empty() { "" } else { ": " };
+                Err(RecipeError::Run(format!(
+                    "{}: the recipe has changed since this run was started, so it can't be resumed{colon}{}; its own \
+                     recipe is in {RESOLVED} there",
+                    other.display(),
+                    changes.join(", ")
+                )))
+            }
             (None, None) => Err(RecipeError::Run(format!(
                 "{}: no unfinished run to resume; leave out `--resume` to start one",
                 runs.join(recipe).display()
@@ -544,7 +552,7 @@ mod tests {
         // One that has noted nothing is passed over.
         let unfinished = |resolved: &str| {
             let same = |noted: &str| (noted == resolved).then(|| resolved.to_owned());
-            RunDirectory::unfinished(folder.path(), "a", &same)
+            RunDirectory::unfinished(folder.path(), "a", resolved, &same)
         };
         let none = unfinished("x = 1").unwrap_err().to_string();
         assert!(none.contains("no unfinished run"), "{none}");
@@ -553,6 +561,10 @@ mod tests {
         third.write(RESOLVED, "x = 3").unwrap();
         let changed = unfinished("x = 2").unwrap_err().to_string();
         assert!(changed.contains("003: the recipe has changed"), "{changed}");
+        assert!(
+            changed.contains("resumed: `x` was 3 and is 2; "),
+            "{changed}"
+        );
         drop(third);
         assert!(unfinished("x = 3").unwrap().path().ends_with("003"));
         let taken = unfinished("x = 1").unwrap_err();

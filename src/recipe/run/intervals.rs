@@ -19,7 +19,7 @@ use crate::recipe::schema::Stage;
 use crate::recipe::schema::source::Source;
 use crate::report::Heatmap;
 use crate::training::Optimisation;
-use crate::trunk::Tap;
+use crate::trunk::{Granularity, Tap};
 use crate::weights::Checkpoint;
 
 /// File of the replaced intervals, in the folder of the stage that trained them.
@@ -45,13 +45,11 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<Left<B::InnerBackend>, RecipeError> {
         let seed = self.recipe.seed;
         let measuring = self.measuring(parent, Split::Train, seed, optimisation.batch, None)?;
-        let states = measuring.trunk_states(&stage.name)?;
         let map = Heatmap {
             title: "Similarity of the states between layers (linear CKA)".into(),
             label: "before layer".into(),
-            values: similarity(&states),
+            values: self.measured_similarity(stage, (parent, optimisation.batch), &measuring)?,
         };
-        drop(states);
         map.write(&folder.join("similarity.svg"))?;
         let intervals = intervals(&map.values, keep);
         for Interval { first, last } in intervals.iter().filter(|interval| interval.saved() > 0) {
@@ -67,6 +65,33 @@ impl<B: TrainingBackend> Context<'_, B> {
         note(folder, &intervals, errors)?;
         let kept = intervals.iter().map(|interval| interval.first).collect();
         Ok((kept, network))
+    }
+
+    /// Similarity of the states between layers, from the run's folder if it was measured before: a
+    /// training that is resumed has the intervals that it began with, though a GPU may give other
+    /// last bits.
+    fn measured_similarity(
+        &self,
+        stage: &Stage,
+        (parent, batch): (&Checkpoint, usize),
+        measuring: &Measuring<'_, B>,
+    ) -> Result<Vec<Vec<f64>>, RecipeError> {
+        let key = self.measured_on((parent, Granularity::Block), batch)?;
+        let places = parent.denoiser()?.depth() + 1;
+        let read = |text: String| {
+            let line = |line: &str| line.split(',').map(|value| value.parse().ok()).collect();
+            let all: Option<Vec<Vec<f64>>> = text.lines().map(line).collect();
+            all.filter(|all| all.len() == places && all.iter().all(|line| line.len() == places))
+        };
+        let workers = &**self.workers;
+        (self.directory).measured(workers, "similarity", &key, read, || {
+            let values = similarity(&measuring.trunk_states(&stage.name)?);
+            let line = |line: &Vec<f64>| {
+                let line: Vec<String> = line.iter().map(ToString::to_string).collect();
+                line.join(",") + "\n"
+            };
+            Ok(values.iter().map(line).collect())
+        })
     }
 
     /// Puts neighbouring layers side by side on one input, and trains each pair to do what they did

@@ -2,6 +2,7 @@
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use serde::Serialize;
 
 use super::context::Context;
 use super::prune::in_layers;
@@ -232,12 +233,22 @@ impl<B: TrainingBackend> Context<'_, B> {
             granularity,
             scored,
         } = *measured;
+        let batches = (scored.batches, scored.batch, scored.timesteps);
+        self.measured_on((parent, granularity), batches)
+    }
+
+    /// What is measured of a model depends on, for batches of the recipe's data.
+    pub(super) fn measured_on(
+        &self,
+        (parent, granularity): (&Checkpoint, Granularity),
+        batches: impl Serialize,
+    ) -> Result<String, RecipeError> {
         super::directory::json(&(
             (parent.fingerprint()?, granularity),
             // The same weights may be read with other heads.
             (&parent.architecture, parent.trained_by()),
             &self.recipe.data,
-            (scored.batches, scored.batch, scored.timesteps),
+            batches,
             (self.recipe.seed, self.recipe.compute),
             <B::InnerBackend as Backend>::name(self.device),
         ))

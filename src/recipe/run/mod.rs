@@ -1,6 +1,7 @@
 //! Running a plan, stage after stage.
 
 mod analyse;
+mod changes;
 mod context;
 mod dataset;
 pub mod directory;

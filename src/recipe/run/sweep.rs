@@ -174,8 +174,11 @@ impl Sweep<'_> {
                         RecipeError::Interrupted => ("interrupted", None),
                         error => ("failed", Some(error.to_string())),
                     };
-                    // The run's own error is the one to tell.
-                    let _ = self.status(leads, state, run.name, said);
+                    let at = run.name;
+                    // The run's own error is the one to tell. Others may have finished theirs
+                    // meanwhile.
+                    let _ = self.tabulate();
+                    let _ = self.status(leads, state, at, said);
                     return Err(error);
                 }
                 if self.directory.leads(&self.noted) {
@@ -194,6 +197,7 @@ impl Sweep<'_> {
                 waited = true;
                 std::thread::sleep(LOOK_AGAIN);
                 if self.options.stop.requested() {
+                    self.tabulate()?;
                     self.status(true, "interrupted", "", None)?;
                     return Err(RecipeError::Interrupted);
                 }

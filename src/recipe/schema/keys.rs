@@ -3,7 +3,7 @@
 //! Forms and ranges are those that the reader checks, defaults those of a recipe with nothing but
 //! its required keys, meanings the doc comments of the fields that keep them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -54,6 +54,9 @@ const TOPICS: [Topic; 12] = [
             ("mar", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'mar' }"),
             ("classifier", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'classifier' }"),
             ("a preset", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'dit', preset = 'DiT-XL/2' }"),
+            ("a preset", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'sit', preset = 'SiT-XL/2' }"),
+            ("a preset", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'unet', preset = 'UNet-CIFAR10' }"),
+            ("a preset", "kind = 'train'\nsteps = 1000\narchitecture = { family = 'mar', preset = 'MAR-L' }"),
         ],
     },
     Topic {
@@ -126,6 +129,13 @@ const TOPICS: [Topic; 12] = [
         cases: &[("", "[[sweep.case]]\nname = 'it'")],
     },
 ];
+
+impl Topic {
+    /// Names of its cases. Several may share one.
+    fn names(&self) -> BTreeSet<&'static str> {
+        self.cases.iter().map(|(name, _)| *name).collect()
+    }
+}
 
 /// Meanings of keys that choose among variants, which no field keeps.
 #[rustfmt::skip]
@@ -349,7 +359,7 @@ fn words(form: &ValueForm) -> String {
         ValueForm::Float(range, _) => format!("number, {range}"),
         ValueForm::Boolean => "true or false".to_owned(),
         ValueForm::Text => "text".to_owned(),
-        ValueForm::Choice(names) if names.len() > 16 => format!("{:?}, …", names[0]),
+        ValueForm::Choice(names) if names.len() > 40 => format!("{:?}, …", names[0]),
         ValueForm::Choice(names) => {
             let names: Vec<String> = names.iter().map(|name| format!("{name:?}")).collect();
             names.join(", ")
@@ -387,7 +397,7 @@ fn page(topics: &[(&Topic, Vec<Listed>)]) -> String {
                     })
                     .collect(),
             };
-            let only = match listed.cases.len() == topic.cases.len() {
+            let only = match listed.cases.len() == topic.names().len() {
                 true => String::new(),
                 false => format!(" Only: {}.", listed.cases.join(", ")),
             };

@@ -70,9 +70,12 @@ fn a_training_is_a_model_at_every_checkpoint() {
     assert_ne!(hash(&average), hash(&raw));
     assert_ne!(hash(&average), hash(&inspect(&place, &[&at("01-dit", 4)])));
 
-    place
-        .run(&["convert", &dit, "raw.pt", "--weights-key", "model"])
-        .succeeded();
+    let told = place.run(&["convert", &dit, "raw.pt", "--weights-key", "model"]);
+    let told = told.succeeded().stderr;
+    assert!(
+        told.contains("and not how they came about; state `--heads 2` where it is read"),
+        "{told}"
+    );
     let converted = inspect(&place, &["raw.pt", "--heads", "2"]);
     assert_eq!(hash(&converted), hash(&raw));
     for arguments in [
@@ -94,7 +97,7 @@ fn a_training_is_a_model_at_every_checkpoint() {
     );
     let parent = hash(&raw).trim_start_matches("  sha-256     ");
     assert!(
-        pruned.contains("DiT, 1 layers") && pruned.contains(parent),
+        pruned.contains("DiT, 1 layer,") && pruned.contains(parent),
         "{pruned}"
     );
 

@@ -467,6 +467,7 @@ enum Begin {
 /// `a` points at `HIGH` x `deep` words of the scratch, `b` at `deep` rows of a panel, `c` at
 /// `HIGH` rows.
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "the sizes of three matrices")]
 unsafe fn tile<S: Simd, K: Step, const HIGH: usize, const VECTORS: usize, const TURNED: bool>(
     simd: S,
     deep: usize,

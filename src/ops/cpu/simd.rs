@@ -282,6 +282,30 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     sum2(a, b, |sum, a, b| a.mul_add(b, sum))
 }
 
+/// The dot products of several rows with one, whose sums do not wait for each other.
+#[inline(always)]
+pub(super) fn dots<const N: usize>(rows: [&[f32]; N], other: &[f32]) -> [f32; N] {
+    let mut sums = [[0.0f32; LINE]; N];
+    let (lines, rest) = other.as_chunks::<LINE>();
+    let whole = lines.len() * LINE;
+    let of_rows = rows.map(|row| row[..whole].as_chunks::<LINE>().0);
+    for (index, line) in lines.iter().enumerate() {
+        for n in 0..N {
+            let row = &of_rows[n][index];
+            for lane in 0..LINE {
+                sums[n][lane] = row[lane].mul_add(line[lane], sums[n][lane]);
+            }
+        }
+    }
+    for n in 0..N {
+        let values = rows[n][whole..].iter().zip(rest);
+        for (sum, (a, b)) in sums[n].iter_mut().zip(values) {
+            *sum = a.mul_add(*b, *sum);
+        }
+    }
+    sums.map(|sums| fold(sums, |a, b| a + b))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

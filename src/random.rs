@@ -91,11 +91,13 @@ pub fn uniform(
         .collect()
 }
 
-/// `count` Gumbel(0, 1) numbers.
+/// `count` Gumbel(0, 1) numbers. A draw in 2^24 is infinite, and would be the whole share of a soft
+/// choice, which is then no number; it is cut off above the largest of the others, 24 ln 2.
 pub fn gumbel(seed: u64, stream: Stream, step: u64, index: u64, count: usize) -> Vec<f32> {
     let rng = generator(seed, stream, step, index);
     let unit = Gumbel::new(0.0f32, 1.0).expect("scale 1 is positive");
-    unit.sample_iter(rng).take(count).collect()
+    let noise = unit.sample_iter(rng).take(count);
+    noise.map(|noise| noise.min(17.0)).collect()
 }
 
 /// An integer uniform in 0..bound.
@@ -158,5 +160,7 @@ mod tests {
         let mean = draws.iter().sum::<f32>() / draws.len() as f32;
         // Euler's constant; the standard error of this mean is 1.28 / sqrt(20,000) = 0.009.
         assert!((mean - 0.5772).abs() < 0.04, "{mean}");
+        // A draw of 1, which has an infinite one.
+        assert_eq!(gumbel(2335, Stream::Gumbel, 3, 7, 1), [17.0]);
     }
 }

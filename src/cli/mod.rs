@@ -347,20 +347,22 @@ fn supports<B: crate::ops::FusedOps>(
     Ok(())
 }
 
-/// The stop that Ctrl-C, SIGTERM and SIGUSR1 request; a second one of the first two ends the
-/// program at once.
+/// The stop that Ctrl-C, SIGTERM, SIGUSR1 and the end of the terminal request; a second one of the
+/// first two ends the program at once. Under `nohup` the terminal may end.
 fn listen() -> Result<Stop, CliError> {
     let stop = Stop::default();
     let requested = stop.clone();
     let refused = |error: &dyn std::fmt::Display| {
         CliError::Usage(format!("can't listen for signals: {error}"))
     };
+    #[cfg(unix)]
+    let stays = hangup::is_ignored();
     ctrlc::set_handler(move || {
         // Of several workers the first one stops, and with it all.
         if !crate::terminal::speaks() {
             return;
         }
-        if requested.request() {
+        if requested.insist() {
             leave();
         }
         crate::say!("stopping after this step; once more to stop at once");
@@ -368,6 +370,9 @@ fn listen() -> Result<Stop, CliError> {
     .map_err(|error| refused(&error))?;
     #[cfg(unix)]
     {
+        if stays {
+            hangup::ignore();
+        }
         use signal_hook::{consts::SIGUSR1, iterator::Signals};
         let mut signals = Signals::new([SIGUSR1]).map_err(|error| refused(&error))?;
         let requested = stop.clone();
@@ -380,4 +385,24 @@ fn listen() -> Result<Stop, CliError> {
         });
     }
     Ok(stop)
+}
+
+/// SIGHUP, which ctrlc handles as it does SIGTERM.
+#[cfg(unix)]
+mod hangup {
+    /// Whether it is ignored, as `nohup` has it.
+    pub(super) fn is_ignored() -> bool {
+        // SAFETY: an action of zeros is one, and the call only writes the present one to it.
+        let action = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(libc::SIGHUP, std::ptr::null(), &raw mut action);
+            action
+        };
+        action.sa_sigaction == libc::SIG_IGN
+    }
+
+    pub(super) fn ignore() {
+        // SAFETY: to ignore a signal calls nothing.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+    }
 }

@@ -138,7 +138,7 @@ fn keys(state: &Mutex<State>, stop: &Stop) -> std::io::Result<()> {
         && key.kind != KeyEventKind::Release
     {
         match action(key) {
-            Some(Action::Stop) if stop.request() => {
+            Some(Action::Stop) if stop.insist() => {
                 let _ = ratatui::try_restore();
                 leave();
             }

@@ -85,13 +85,18 @@ pub fn vae_config(path: &Path) -> Result<VaeConfig, WeightsError> {
 /// The sizes of the autoencoder whose tensors are called as diffusers'.
 fn config_of(state: &StateDict, file: &Path) -> Result<VaeConfig, WeightsError> {
     let path = file.with_file_name(CONFIG);
-    match std::fs::read_to_string(&path) {
-        Ok(text) => VaeConfig::from_json(&text).map_err(|found| WeightsError::Format {
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => Some(text),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(WeightsError::io(&path)(error)),
+    };
+    match text.filter(|text| !is_of_another(text)) {
+        Some(text) => VaeConfig::from_json(&text).map_err(|found| WeightsError::Format {
             path,
             expected: "configuration of an autoencoder",
             found,
         }),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+        None => {
             let model = |problem: String| WeightsError::Model {
                 path: file.to_owned(),
                 problem: format!("it is no autoencoder: {problem}"),
@@ -101,8 +106,18 @@ fn config_of(state: &StateDict, file: &Path) -> Result<VaeConfig, WeightsError> 
                 .problem()
                 .map_or(Ok(config), |problem| Err(model(problem)))
         }
-        Err(error) => Err(WeightsError::io(&path)(error)),
     }
+}
+
+/// Whether a configuration is of another kind of model that lies beside the weights.
+fn is_of_another(text: &str) -> bool {
+    let config = serde_json::from_str::<serde_json::Value>(text).ok();
+    config.is_some_and(|config| {
+        let class = config["_class_name"].as_str();
+        config.is_object()
+            && config["block_out_channels"].is_null()
+            && class != Some("AutoencoderKL")
+    })
 }
 
 /// Reads the Inception network for FID.

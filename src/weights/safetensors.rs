@@ -140,8 +140,8 @@ pub fn write_safetensors(
     write_tensors(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
-        for (_, tensor) in tensors.iter() {
-            file.write_all(&encoded(tensor, dtype)?)?;
+        for (name, tensor) in tensors.iter() {
+            file.write_all(&encoded(name, tensor, dtype)?)?;
         }
         Ok(())
     })
@@ -185,12 +185,26 @@ pub(super) fn cause(path: &Path, error: io::Error) -> WeightsError {
 }
 
 /// A tensor's bytes as `dtype`, by default its own type.
-pub(super) fn encoded(tensor: &Stored, dtype: Option<Dtype>) -> io::Result<Vec<u8>> {
+pub(super) fn encoded(name: &str, tensor: &Stored, dtype: Option<Dtype>) -> io::Result<Vec<u8>> {
     let dtype = dtype.unwrap_or(tensor.dtype());
     if dtype == tensor.dtype() {
         return tensor.bytes().map_err(io::Error::other);
     }
-    Ok(encode(tensor.read().map_err(io::Error::other)?.data, dtype))
+    let values = tensor.read().map_err(io::Error::other)?.data;
+    let fits = |value: f32| match dtype {
+        Dtype::F16 => half::f16::from_f32(value).is_finite(),
+        Dtype::BF16 => half::bf16::from_f32(value).is_finite(),
+        _ => true,
+    };
+    if let Some(value) = values
+        .iter()
+        .find(|value| value.is_finite() && !fits(**value))
+    {
+        return Err(io::Error::other(format!(
+            "tensor `{name}` holds {value:e}, which is too large for {dtype:?}; write another type"
+        )));
+    }
+    Ok(encode(values, dtype))
 }
 
 #[cfg(test)]
@@ -221,6 +235,33 @@ mod tests {
         assert_eq!(tensors.get("b").unwrap().dtype(), Dtype::BF16);
         assert_eq!(tensors.get("b").unwrap().read().unwrap().data, [1.0, -2.5]);
         assert!(said.is_empty());
+    }
+
+    #[test]
+    fn a_weight_that_a_type_cant_hold_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        for (value, dtype, fits) in [
+            (1e5, Dtype::F16, false),
+            (6e4, Dtype::F16, true),
+            (f32::INFINITY, Dtype::F16, true),
+            (f32::MAX, Dtype::BF16, false),
+            (1e38, Dtype::BF16, true),
+        ] {
+            let state = StateDict::from([("a".to_owned(), Array::new([2], vec![1.0, value]))]);
+            let written = write_safetensors(&path, &state.into(), BTreeMap::new(), Some(dtype));
+            assert_eq!(written.is_ok(), fits, "{value} as {dtype:?}");
+            if let Err(error) = written {
+                let said = error.to_string();
+                assert!(
+                    said.contains("tensor `a` holds") && said.contains("x.safetensors"),
+                    "{said}"
+                );
+                assert!(!path.exists());
+            } else {
+                std::fs::remove_file(&path).unwrap();
+            }
+        }
     }
 
     #[test]

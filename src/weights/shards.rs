@@ -8,6 +8,7 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::safetensors::{cause, encoded, open_safetensors, write_safetensors};
+use super::torch::is_counter;
 use crate::files::write_atomic;
 use crate::state::{Tensors, WeightsError, size_of_value, some};
 
@@ -48,7 +49,14 @@ pub(super) fn open_shards(
             )));
         }
         let (tensors, said) = open_safetensors(&path.with_file_name(file))?;
-        metadata.extend(said);
+        for (key, value) in said {
+            if metadata.get(&key).is_some_and(|known| *known != value) {
+                return Err(broken(format!(
+                    "{file} says another `{key}` than a file before it: they are of several models"
+                )));
+            }
+            metadata.insert(key, value);
+        }
         for (name, tensor) in tensors {
             if index.weight_map.get(&name).map(String::as_str) != Some(file) {
                 return Err(broken(format!(
@@ -59,7 +67,7 @@ pub(super) fn open_shards(
         }
     }
     let missing: Vec<&str> = (index.weight_map.keys())
-        .filter(|name| state.get(name).is_none())
+        .filter(|name| state.get(name).is_none() && !is_counter(name))
         .map(String::as_str)
         .collect();
     if !missing.is_empty() {
@@ -165,7 +173,7 @@ fn holds(
         let alike = name == other
             && ours.shape() == theirs.shape()
             && dtype.unwrap_or(ours.dtype()) == theirs.dtype()
-            && encoded(ours, dtype).map_err(|error| cause(file, error))? == theirs.bytes()?;
+            && encoded(name, ours, dtype).map_err(|error| cause(file, error))? == theirs.bytes()?;
         if !alike {
             return Ok(false);
         }
@@ -209,6 +217,16 @@ mod tests {
             let error = read(map).unwrap_err().to_string();
             assert!(error.contains(says), "{map}: {error}");
         }
+        // A counter of a normalisation is no weight, in an index either.
+        let with_counter = r#"{"x": "a.safetensors", "y": "b.safetensors", "n.num_batches_tracked": "a.safetensors"}"#;
+        assert!(read(with_counter).is_ok());
+        for (file, by) in [("a.safetensors", "us"), ("b.safetensors", "them")] {
+            let (tensors, _) = open_safetensors(&at(file)).unwrap();
+            let said = BTreeMap::from([("by".to_owned(), by.to_owned())]);
+            write_safetensors(&at(file), &tensors, said, None).unwrap();
+        }
+        let error = read(with_counter).unwrap_err().to_string();
+        assert!(error.contains("b.safetensors says another `by`"), "{error}");
     }
 
     #[test]

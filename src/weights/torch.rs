@@ -21,7 +21,8 @@ use crate::process::ProcessKind;
 use crate::state::{Bytes, Stored, Tensors, WeightsError, size_of_value};
 
 /// Keys of the weights in a training checkpoint, best first: published samples come from the EMA.
-const PRECEDENCE: [&str; 3] = ["ema", "model_ema", "model"];
+/// The last is Lightning's.
+const PRECEDENCE: [&str; 4] = ["ema", "model_ema", "model", "state_dict"];
 
 /// The largest pickle that is read; a checkpoint's holds little more than names and sizes.
 pub(super) const MOST: u64 = 256 << 20;
@@ -121,25 +122,22 @@ pub(super) fn wanted<'a>(
             "it holds an object, not a dict of tensors; save its state_dict() in PyTorch".into(),
         );
     };
+    let there = |entries: &[(Id, Id)]| {
+        let names = entries.iter().filter_map(|(name, _)| pickle.text(*name));
+        names.take(20).collect::<Vec<_>>().join(", ")
+    };
     let chosen = match key {
         Some(key) => {
             let id = pickle.entry(root, key).ok_or_else(|| {
-                let there: Vec<_> = entries
-                    .iter()
-                    .filter_map(|(name, _)| pickle.text(*name))
-                    .take(20)
-                    .collect();
-                format!(
-                    "weights_key: it has no `{key}`; it has {}",
-                    there.join(", ")
-                )
+                format!("weights_key: it has no `{key}`; it has {}", there(entries))
             })?;
             pickle.get(id)
         }
-        None => PRECEDENCE
-            .iter()
-            .find_map(|key| pickle.entry(root, key))
-            .map_or(root, |id| pickle.get(id)),
+        None => {
+            let mut known = PRECEDENCE.iter().filter_map(|key| pickle.entry(root, key));
+            let dict = known.find(|id| matches!(pickle.get(*id), Node::Dict(_)));
+            dict.map_or(root, |id| pickle.get(id))
+        }
     };
     let Node::Dict(entries) = chosen else {
         return Err("what holds the weights is no dict; save its state_dict() in PyTorch".into());
@@ -166,7 +164,13 @@ pub(super) fn wanted<'a>(
         wanted.push((name.to_owned(), tensor));
     }
     if wanted.is_empty() {
-        return Err("it holds no tensors".into());
+        return Err(match there(entries) {
+            names if names.is_empty() => "it holds no tensors".into(),
+            names => format!(
+                "it holds no tensors where they are looked for, but {names}; name the key of the weights (`--weights-key`, \
+                 in a recipe `weights_key`)"
+            ),
+        });
     }
     Ok(wanted)
 }
@@ -369,8 +373,8 @@ fn write_archive(
     archive.write_all(&state_dict(tensors, dtype))?;
     archive.start_file("archive/byteorder", options)?;
     archive.write_all(b"little")?;
-    for (index, (_, tensor)) in tensors.iter().enumerate() {
-        let bytes = encoded(tensor, dtype)?;
+    for (index, (name, tensor)) in tensors.iter().enumerate() {
+        let bytes = encoded(name, tensor, dtype)?;
         let large = bytes.len() as u64 > u64::from(u32::MAX);
         archive.start_file(format!("archive/data/{index}"), options.large_file(large))?;
         archive.write_all(&bytes)?;

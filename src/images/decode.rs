@@ -18,8 +18,11 @@ use crate::files::open_file;
 const MOST_PIXELS: u64 = 1 << 26;
 /// Most bytes of a file: [`MOST_PIXELS`] of four bytes, uncompressed.
 const MOST_BYTES: u64 = 1 << 28;
-/// Most bytes the PNG decoder may hold at once: [`MOST_PIXELS`] of eight bytes, and as much again
-/// for its own work. The JPEG decoder holds less: all coefficients of a progressive file, 2 bytes
+/// Most bytes the PNG decoder may hold beside the picture, in rows and in what comes before it: a
+/// profile may inflate to a thousand times its size.
+const MOST_HELD: u64 = 1 << 25;
+/// Most bytes of the picture that it makes: [`MOST_PIXELS`] of eight bytes, and as much again for
+/// the conversion. The JPEG decoder holds less: all coefficients of a progressive file, 2 bytes
 /// for each of 4 channels, and the picture.
 const MOST_MEMORY: u64 = 1 << 30;
 
@@ -106,8 +109,9 @@ pub fn read_then<T>(path: &Path, then: impl FnOnce(RgbImage) -> T) -> Result<T, 
             Err(failure) => Err(file.failed(failure)),
         };
     }
-    let mut decoder = PngDecoder::with_limits(Cursor::new(bytes), limits()).map_err(broken)?;
-    decoder.set_limits(limits()).map_err(broken)?;
+    let mut decoder =
+        PngDecoder::with_limits(Cursor::new(bytes), limits(MOST_HELD)).map_err(broken)?;
+    decoder.set_limits(limits(MOST_MEMORY)).map_err(broken)?;
     let image = DynamicImage::from_decoder(decoder).map_err(broken)?;
     // Byte 25 of a PNG is its colour type; 0 is grey, to which the decoder adds alpha for a
     // transparent level.
@@ -209,12 +213,14 @@ impl<'a> PictureFile<'a> {
     /// The size, if the bytes read so far state it.
     fn stated_size(&self) -> Result<[u32; 2], PictureError> {
         match self.format {
-            Some(ImageFormat::Png) => PngDecoder::with_limits(Cursor::new(&self.bytes), limits())
-                .map(|decoder| decoder.dimensions().into())
-                .map_err(|source| PictureError::Decode {
-                    path: self.path.to_owned(),
-                    source,
-                }),
+            Some(ImageFormat::Png) => {
+                PngDecoder::with_limits(Cursor::new(&self.bytes), limits(MOST_HELD))
+                    .map(|decoder| decoder.dimensions().into())
+                    .map_err(|source| PictureError::Decode {
+                        path: self.path.to_owned(),
+                        source,
+                    })
+            }
             Some(ImageFormat::Jpeg) => {
                 jpeg::size(&self.bytes).map_err(|failure| self.failed(failure))
             }
@@ -264,9 +270,9 @@ impl Drop for Taken<'_> {
     }
 }
 
-fn limits() -> Limits {
+fn limits(most: u64) -> Limits {
     let mut limits = Limits::default();
-    limits.max_alloc = Some(MOST_MEMORY);
+    limits.max_alloc = Some(most);
     limits
 }
 

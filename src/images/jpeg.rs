@@ -78,7 +78,20 @@ impl Drop for Decoder {
     }
 }
 
+/// Most scans of a picture. A progressive file has some ten; each goes over the whole picture, for
+/// as little as a hundred bytes.
+const MOST_SCANS: usize = 500;
+
 fn run(bytes: &[u8], most_pixels: u64) -> Result<RgbImage, Failure> {
+    // The marker that begins a scan does not occur within one.
+    let scans = bytes
+        .windows(2)
+        .filter(|pair| *pair == [0xff, 0xda])
+        .count();
+    if scans > MOST_SCANS {
+        let message = format!("{scans} scans, more than {MOST_SCANS}");
+        return Err(Failure::Decoder(message));
+    }
     let mut errors = MaybeUninit::<sys::jpeg_error_mgr>::zeroed();
     let errors = errors.as_mut_ptr();
     let mut source = Source {
@@ -463,6 +476,16 @@ mod tests {
         let bytes = fixture("baseline_420.jpg");
         assert_eq!(decode(&bytes, 24 * 17 - 1), Err(Failure::Large(24, 17)));
         assert!(decode(&bytes, 24 * 17).is_ok());
+    }
+
+    #[test]
+    fn scans_without_end_are_refused() {
+        let whole = fixture("progressive_420.jpg");
+        let scan = (0..whole.len() - 1).rfind(|at| whole[*at..*at + 2] == [0xff, 0xda]);
+        let (before, end) = whole.split_at(whole.len() - 2);
+        let last = before[scan.unwrap()..].repeat(MOST_SCANS);
+        let message = complaint(&[before, &last, end].concat());
+        assert!(message.contains("scans, more than 500"), "{message}");
     }
 
     #[test]

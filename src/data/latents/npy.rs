@@ -272,6 +272,15 @@ impl NpyFolders {
                 labels.names.len().to_string(),
             ));
         }
+        // They are paired by their order.
+        let mut pairs = features.names.iter().zip(&labels.names);
+        if let Some((latent, label)) = pairs.find(|(latent, label)| latent != label) {
+            return Err(DataError::unexpected(
+                &labels.folder,
+                format!("a label for each latent, for {} too", latent.display()),
+                format!("{} in its place", label.display()),
+            ));
+        }
         Ok(Self {
             features,
             labels,

@@ -527,6 +527,10 @@ fn damaged_npy_files_are_errors_that_name_them() {
     );
     fs::remove_file(folder.path().join(LABELS).join("7.npy")).unwrap();
     assert!(open_error(folder.path()).contains("11 labels, one for each latent, found 10"));
+    // As many, but of other names.
+    let latents = folder.path().join(FEATURES);
+    fs::remove_file(latents.join("3.npy")).unwrap();
+    assert!(open_error(folder.path()).contains("for 4.npy too, found 3.npy in its place"));
 }
 
 #[test]

@@ -26,6 +26,9 @@ pub(super) struct Position {
     pub step: usize,
     /// Number of steps skipped for a non-finite loss.
     pub skipped: usize,
+    /// How many of the last steps were skipped, one after the other.
+    #[serde(default)]
+    pub bad: usize,
     /// Losses since the last step that a checkpoint was due after.
     #[serde(default)]
     pub losses: Losses,
@@ -195,8 +198,11 @@ impl Store {
         metadata.insert(TRAINING.to_owned(), position_text);
         metadata.insert(CHECKSUM.to_owned(), checksum(&state, &metadata));
         write_safetensors(&self.path(position.step), &state.into(), metadata, None)?;
-        let steps = self.steps()?;
-        for &step in steps.iter().rev().skip(training.optimisation.keep_last) {
+        // A later one is damaged, or this training would have gone on from there.
+        let (mut kept, later): (Vec<_>, Vec<_>) =
+            (self.steps()?.into_iter()).partition(|step| *step <= position.step);
+        kept.truncate(kept.len().saturating_sub(training.optimisation.keep_last));
+        for step in kept.into_iter().chain(later) {
             if position.best.is_none_or(|(best, _)| best != step) {
                 let path = self.path(step);
                 std::fs::remove_file(&path).map_err(|source| TrainingError::Io { path, source })?;

@@ -160,6 +160,7 @@ where
         let fresh = Position {
             step: 0,
             skipped: 0,
+            bad: 0,
             losses: Losses::default(),
             best: None,
             moments: 0,

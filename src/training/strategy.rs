@@ -120,7 +120,7 @@ where
             observer(position.step - 1, &learner.model(), ema)?;
         }
         let mut batches = train.iter();
-        let (mut bad, mut since) = (0, Instant::now());
+        let mut since = Instant::now();
         let mut logged = position.step;
         while position.step < optimisation.steps {
             workers.at(format!("{}, step {}", training.name, position.step + 1));
@@ -149,10 +149,10 @@ where
             if loss.is_finite() && norm.is_finite() {
                 learner.optimizer_step(gradients);
                 position.losses.add(loss);
-                bad = 0;
+                position.bad = 0;
             } else {
                 position.skipped += 1;
-                bad += 1;
+                position.bad += 1;
             }
             // As the reference does, after a skipped step too.
             let decay = match optimisation.ema_warmup {
@@ -207,9 +207,9 @@ where
                 Some(learner.lr_current()),
             );
             processor.process_train(LearnerEvent::ProcessedItem(item));
-            if bad >= optimisation.max_bad_steps {
+            if position.bad >= optimisation.max_bad_steps {
                 return Err(TrainingError::Diverged {
-                    count: bad,
+                    count: position.bad,
                     step: position.step - 1,
                     directory: training.directory.join(CHECKPOINTS),
                 });

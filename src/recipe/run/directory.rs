@@ -358,7 +358,9 @@ impl RunDirectory {
             crate::say!("{what} from {}", path.display());
             return Ok(kept);
         }
-        let text = measure()?;
+        // On devices whose last bits differ each would have another.
+        let text = workers.broadcast(measure()?.into_bytes());
+        let text = String::from_utf8(text).unwrap_or_default();
         std::fs::create_dir_all(&self.measured).map_err(RecipeError::io(&self.measured))?;
         write_atomic(&path, |file| file.write_all(text.as_bytes()))
             .map_err(RecipeError::io(&path))?;
@@ -460,6 +462,11 @@ impl RunDirectory {
     /// The status, if there is one.
     pub fn status(&self) -> Option<Status> {
         read_status(&self.path)
+    }
+
+    /// Whether this process has the folder, and is no guest there.
+    pub fn is_held(&self) -> bool {
+        self.lock.is_some()
     }
 }
 

@@ -161,7 +161,8 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
     let _panic = Panicking(&directory, started);
     let leads = options.workers.leads();
     let watching = (options.watch && leads).then(|| Watching::new(directory.path()));
-    let result = crate::with_backend!(options.backend, B, device => {
+    let work = || {
+        crate::with_backend!(options.backend, B, device => {
         let note = crate::ops::supports::<B>(plan.recipe.compute, device);
         if let Some(note) = note.map_err(RecipeError::Run)? {
             crate::say!("note: {note}");
@@ -195,7 +196,9 @@ fn run_in(directory: RunDirectory, plan: &Plan, options: &Options) -> Result<Pat
         directory.write(&name, &json(&environment)?)?;
         let context = Context::<B> { recipe: &plan.recipe, directory: &directory, device, resume: directory.resumed(), plain: options.plain || !leads, stop: &options.stop, workers: &options.workers };
         stages(plan, &context, started)
-    }, else Ok(()));
+    }, else Ok(()))
+    };
+    let result = work();
     let stage = directory
         .status()
         .map(|status| status.stage)

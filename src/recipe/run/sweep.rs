@@ -92,7 +92,8 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
         started,
         options,
     };
-    let verdicts = sweep.work(backend)?;
+    let worked = sweep.work(backend);
+    let verdicts = worked.inspect_err(|error| sweep.failed(error))?;
     Ok((sweep.directory.path().to_owned(), verdicts))
 }
 
@@ -211,6 +212,15 @@ impl Sweep<'_> {
             self.status(leads, "finished", "", None)?;
         }
         Ok(verdicts)
+    }
+
+    /// Notes an error that is no run's own, where none is noted.
+    fn failed(&self, error: &RecipeError) {
+        let running = |status: Status| status.state == "running";
+        if self.directory.is_held() && self.directory.status().is_some_and(running) {
+            // The error is the one to tell.
+            let _ = self.status(true, "failed", "", Some(error.to_string()));
+        }
     }
 
     /// Takes a run for this process. Of several workers the first one's answer counts.

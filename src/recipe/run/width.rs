@@ -27,7 +27,7 @@ use crate::recipe::schema::width::{Amount, Importance};
 use crate::report::{Progress, csv_cell, thousands};
 use crate::state::StateDict;
 use crate::trunk::Plain;
-use crate::weights::{Checkpoint, open_safetensors, read_safetensors, write_safetensors};
+use crate::weights::{Checkpoint, read_safetensors, write_safetensors};
 
 /// Passes that are timed, and images of each.
 const TIMED: (usize, usize) = (5, 16);
@@ -354,9 +354,8 @@ impl<B: TrainingBackend> Context<'_, B> {
 
 /// What an interrupted measuring left; None where nothing of use is there.
 fn measured_before(path: &Path) -> Option<(Measured, StateDict)> {
-    let (_, metadata) = open_safetensors(path).ok()?;
+    let (sums, metadata) = read_safetensors(path).ok()?;
     let done = serde_json::from_str(metadata.get(MEASURED)?).ok()?;
-    let (sums, _) = read_safetensors(path).ok()?;
     Some((done, sums))
 }
 

@@ -151,8 +151,8 @@ pub struct ClassifiedVerdict {
     /// How many layers the unpruned model has; branches of layers, if it was pruned in those.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_of: Option<usize>,
-    /// Mean squared error of its predictions on held-out pictures; of a model that was just pruned,
-    /// the calibration loss.
+    /// Mean squared error of its predictions on held-out pictures, of a model that was only pruned
+    /// too: not the calibration loss, which is of training pictures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
     /// Mean structural similarity of its samples and the first model's from the same noise; none of

@@ -34,13 +34,17 @@ impl Speed {
     }
 }
 
-/// The median of measurements in any order, and half the distance between their quartiles; none if
-/// there are none.
+/// The median of measurements in any order, and half the distance between their quartiles, between
+/// neighbours in proportion; none if there are none.
 pub(crate) fn median_and_spread(measured: &[f64]) -> Option<(f64, f64)> {
     let mut sorted = measured.to_vec();
     sorted.sort_by(f64::total_cmp);
     let last = sorted.len().checked_sub(1)?;
-    let at = |share: f64| sorted[(last as f64 * share).round() as usize];
+    let at = |share: f64| {
+        let place = last as f64 * share;
+        let [low, high] = [place.floor(), place.ceil()].map(|place| sorted[place as usize]);
+        low + (high - low) * place.fract()
+    };
     Some((at(0.5), (at(0.75) - at(0.25)) / 2.0))
 }
 
@@ -61,5 +65,7 @@ mod tests {
         let speed = Speed::of(&[2.0, 2.1, 1.9, 0.1, 2.0]).unwrap();
         assert_eq!((speed.median, speed.rounds), (2.0, 5));
         assert_eq!(speed.to_string(), "2.0 ± 0.1");
+        assert_eq!(median_and_spread(&[3.0, 1.0]), Some((2.0, 0.5)));
+        assert_eq!(median_and_spread(&[7.0]), Some((7.0, 0.0)));
     }
 }

@@ -27,8 +27,9 @@ pub struct KeptLayers {
 /// The choices of all groups at each logged training step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecisionHistory {
-    /// What a layer is called: `layer`, or `branch`.
-    pub layer: &'static str,
+    /// What a layer is called, and several of them: `layer` and `layers`, or `branch` and
+    /// `branches`.
+    pub names: [&'static str; 2],
     /// Number of layers of the model: the sum of [`DecisionGroup::of`].
     pub depth: usize,
     /// The groups in the order of their layers.
@@ -185,7 +186,7 @@ pub(super) mod tests {
             }]
         };
         DecisionHistory {
-            layer: "layer",
+            names: ["layer", "layers"],
             depth: 2,
             groups: vec![DecisionGroup { keep: 1, of: 2 }],
             steps: (0..choices.len()).map(|step| step * 10).collect(),

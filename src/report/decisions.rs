@@ -37,12 +37,12 @@ pub fn decision_svg(path: &Path, history: &DecisionHistory) -> Result<(), Report
 }
 
 fn draw(history: &DecisionHistory) -> String {
-    let (depth, layer) = (history.depth, history.layer);
+    let (depth, [layer, layers]) = (history.depth, history.names);
     // Room for every layer's number, or less if there are too many layers to number.
     let height = (600.0 / depth as f64).clamp(6.0, 20.0);
     let (right, bottom) = (WIDTH - RIGHT, ABOVE + height * depth as f64);
     let mut svg = Svg::new(WIDTH, bottom + BELOW);
-    let title = format!("{layer}s kept during pruning ({})", scheme(history));
+    let title = format!("{layers} kept during pruning ({})", scheme(history));
     let title = title[..1].to_uppercase() + &title[1..];
     svg.text("title", (LEFT, 26.0), Anchor::Start, &title);
     draw_legend(&mut svg);
@@ -94,7 +94,7 @@ fn draw(history: &DecisionHistory) -> String {
         "training step",
     );
     svg.upright((18.0, (ABOVE + bottom) / 2.0), layer);
-    let summary = format!("which {layer}s each group keeps, by training step");
+    let summary = format!("which {layers} each group keeps, by training step");
     svg.finish(&title, &summary)
 }
 

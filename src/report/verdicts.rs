@@ -44,6 +44,10 @@ fn cell(key: &str, value: &Value) -> String {
     let whole = value.as_u64().and_then(|whole| usize::try_from(whole).ok());
     match (value, whole) {
         (Value::String(text), _) => Some(text.clone()),
+        // As in the table of a sweep.
+        (share, _) if key == "accuracy" => {
+            share.as_f64().map(|share| format!("{:.1}", 100.0 * share))
+        }
         (Value::Object(speed), _) => speed.get("median").and_then(number),
         (_, Some(whole)) if matches!(key, "parameters" | "macs") => Some(short(whole)),
         (_, Some(whole)) if key == "images" => Some(thousands(whole)),

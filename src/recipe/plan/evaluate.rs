@@ -133,7 +133,15 @@ fn check(
             if there && !samples.is_empty() {
                 let count = evaluate.sampling.count;
                 let stated = (count != Sampling::ALL).then_some(count);
-                evaluate.sampling.count = common_count(samples, stated)?;
+                let count = common_count(samples, stated)?;
+                evaluate.sampling.count = count;
+                if evaluate.neighbours >= count {
+                    return Err(Problem::Said(format!(
+                        "{} neighbours can't be found among the {count} pictures of {}",
+                        evaluate.neighbours,
+                        samples[0].display()
+                    )));
+                }
             }
             if let Some(reference) = reference {
                 known.need(stage, reference, Role::Reference);

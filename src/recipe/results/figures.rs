@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::{Results, Scored, StageResults, models};
+use super::{Results, Scored, StageResults};
 use crate::recipe::RecipeError;
 use crate::recipe::run::evaluate::QUALITY;
-use crate::report::{Axis, Chart, Series, Style};
+use crate::report::{Axis, Chart, Series, Style, thousands};
 
 /// Most points of a curve; a finer one is averaged.
 const POINTS: usize = 300;
@@ -110,10 +110,18 @@ pub(super) fn quality(stage: &StageResults) -> Result<Option<Figure>, RecipeErro
         Some((line["step"].as_f64()? + 1.0, line["fid"].as_f64()?))
     };
     let points: Vec<(f64, f64)> = text.lines().filter_map(point).collect();
+    let samples = text.lines().find_map(|line| {
+        let line: Value = serde_json::from_str(line).ok()?;
+        line["samples"].as_u64()
+    });
+    // Of fewer than the tables' it is higher.
+    let of = samples.map_or(String::new(), |count| {
+        format!(" of {} samples", thousands(count as usize))
+    });
     let chart = Chart {
         title: format!("{}: FID while it is trained", stage.name),
         x: Axis::linear("step").including(0.0),
-        y: Axis::log("FID, lower is better"),
+        y: Axis::log(format!("FID{of}, lower is better")),
         series: vec![Series {
             name: "moving average".into(),
             style: Style::Line,
@@ -184,27 +192,13 @@ pub(super) fn masks(stage: &StageResults) -> Result<Option<Figure>, RecipeError>
 
 /// Quality against speed, against training, and speed-up against compression.
 pub(super) fn models_of(runs: &[Results]) -> Vec<Figure> {
-    let many = runs.len() > 1;
-    let all: Vec<(String, Scored)> = (runs.iter())
-        .filter_map(|run| Some((run, run.evaluation()?)))
-        .flat_map(|(run, evaluation)| {
-            models(evaluation).into_iter().map(move |model| {
-                let name = match many {
-                    true => format!("{} {}", run.name, model.name),
-                    false => model.name.clone(),
-                };
-                (name, model)
-            })
-        })
-        .collect();
+    let all = super::models_of(runs);
     let mut figures = Vec::new();
     let dots = |place: &dyn Fn(&Scored) -> Option<(f64, f64)>| -> Vec<Series> {
-        let placed = all
-            .iter()
-            .filter_map(|(name, model)| Some((name, place(model)?)));
+        let placed = all.iter().filter_map(|model| Some((model, place(model)?)));
         placed
-            .map(|(name, point)| Series {
-                name: name.clone(),
+            .map(|(model, point)| Series {
+                name: model.name.clone(),
                 style: Style::Dots,
                 points: vec![point],
             })
@@ -220,7 +214,7 @@ pub(super) fn models_of(runs: &[Results]) -> Vec<Figure> {
         };
         figures.push(("speed-fid".into(), chart));
     }
-    let budgets: Vec<usize> = all.iter().map(|(_, model)| model.images).collect();
+    let budgets: Vec<usize> = all.iter().map(|model| model.images).collect();
     if budgets
         .iter()
         .any(|images| *images > 0 && *images != budgets[0])
@@ -233,15 +227,15 @@ pub(super) fn models_of(runs: &[Results]) -> Vec<Figure> {
         };
         figures.push(("images-fid".into(), chart));
     }
-    let deepest = all.iter().max_by_key(|(_, model)| model.macs as u64);
-    if let Some((_, whole)) = deepest
+    let deepest = all.iter().max_by_key(|model| model.macs as u64);
+    if let Some(whole) = deepest
         && let Some(pace) = whole.speed
     {
         let place = |model: &Scored| Some((whole.macs / model.macs, model.speed? / pace));
         let mut series = dots(&place);
         let most = all
             .iter()
-            .map(|(_, model)| whole.macs / model.macs)
+            .map(|model| whole.macs / model.macs)
             .fold(1.0, f64::max);
         if most > 1.0 {
             series.push(Series {

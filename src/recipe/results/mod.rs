@@ -99,12 +99,30 @@ impl Results {
         })
     }
 
-    /// The scores and protocol of the last stage that evaluated.
-    pub fn evaluation(&self) -> Option<&Value> {
-        self.stages
-            .iter()
-            .rev()
-            .find_map(|stage| stage.evaluation.as_ref())
+    /// The scores and protocol of the last stage that evaluated, with the scores of earlier ones by
+    /// the same protocol before them. Of a model that was measured again the last score counts.
+    pub fn evaluation(&self) -> Option<Value> {
+        let mut all: Vec<&Value> = (self.stages.iter())
+            .filter_map(|stage| stage.evaluation.as_ref())
+            .collect();
+        let last = *all.last()?;
+        all.retain(|one| unlike(&one["protocol"], &last["protocol"]).is_empty());
+        let mut joined: Vec<Value> = Vec::new();
+        for verdict in (all.iter()).flat_map(|one| one["verdicts"].as_array().into_iter().flatten())
+        {
+            match joined
+                .iter_mut()
+                .find(|known| known["model"] == verdict["model"])
+            {
+                Some(known) => *known = verdict.clone(),
+                None => joined.push(verdict.clone()),
+            }
+        }
+        let mut evaluation = last.clone();
+        if evaluation.is_object() {
+            evaluation["verdicts"] = joined.into();
+        }
+        Some(evaluation)
     }
 
     /// How long its stages took, or it as a whole where it has none of its own, as a sweep.
@@ -121,7 +139,7 @@ impl Results {
     /// was measured, and that FID. Of a sweep, the mean over its seeds.
     pub fn best(&self) -> Option<(String, f64)> {
         let models = match self.evaluation() {
-            Some(evaluation) => models(evaluation),
+            Some(evaluation) => models(&evaluation),
             None => Verdicts::read(&self.path).ok()?.models(),
         };
         let is_made = |model: &&Scored| match self.stages.is_empty() {
@@ -236,6 +254,27 @@ fn models(evaluation: &Value) -> Vec<Scored> {
     verdicts.iter().filter_map(model).collect()
 }
 
+/// The models of runs. Those of several are called by their run too, and have no speed: it was not
+/// measured in turn, and perhaps not on one machine.
+fn models_of(runs: &[Results]) -> Vec<Scored> {
+    let of_run = |run: &Results| {
+        let models = models(&run.evaluation().unwrap_or_default());
+        let name = run.name.clone();
+        models.into_iter().map(move |model| (name.clone(), model))
+    };
+    let all = runs.iter().flat_map(of_run);
+    let several = runs.len() > 1;
+    all.map(|(run, model)| match several {
+        true => Scored {
+            name: format!("{run} {}", model.name),
+            speed: None,
+            ..model
+        },
+        false => model,
+    })
+    .collect()
+}
+
 /// What makes no difference to what is measured, wherever a protocol says it.
 const FREE: [&str; 3] = ["seed", "backend", "batch"];
 
@@ -282,9 +321,11 @@ pub fn comparable(runs: &[Results]) -> Result<(), RecipeError> {
             false => format!("{path}: it has no evaluation yet, and can't be compared"),
         })
     };
-    let protocol = &first.evaluation().ok_or_else(|| none(first))?["protocol"];
+    let first_one = first.evaluation().ok_or_else(|| none(first))?;
+    let protocol = &first_one["protocol"];
     for run in rest {
-        let other = &run.evaluation().ok_or_else(|| none(run))?["protocol"];
+        let other = run.evaluation().ok_or_else(|| none(run))?;
+        let other = &other["protocol"];
         let differ = unlike(protocol, other);
         if !differ.is_empty() {
             let said = differ.iter().map(|key| {
@@ -308,7 +349,7 @@ pub fn comparable(runs: &[Results]) -> Result<(), RecipeError> {
 /// The tables of several runs as one; equal rows, such as those of real pictures, stand there once.
 pub fn compared(runs: &[Results]) -> Grid {
     let grids: Vec<(&Results, Grid)> = (runs.iter())
-        .filter_map(|run| Some((run, crate::report::verdict_grid(run.evaluation()?))))
+        .filter_map(|run| Some((run, crate::report::verdict_grid(&run.evaluation()?))))
         .collect();
     let mut titles: Vec<String> = Vec::new();
     for title in grids.iter().flat_map(|(_, grid)| &grid.titles) {

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::beside::Beside;
 use super::figures::{self, Figure};
 use super::words::{best_row, verdict};
-use super::{Results, Scored, StageResults, comparable, compared, json, models, spent};
+use super::{Results, StageResults, comparable, compared, json, models_of, spent};
 use crate::pruning::uniform;
 use crate::recipe::RecipeError;
 use crate::recipe::run::directory::EVALUATION;
@@ -126,15 +126,11 @@ fn results(page: &mut Page, runs: &[Results], beside: &mut Beside) -> Result<(),
         page.paragraph("verdict", "Nothing has been evaluated yet.");
         return Ok(());
     }
-    let all: Vec<Scored> = (runs.iter())
-        .filter_map(Results::evaluation)
-        .flat_map(models)
-        .collect();
-    if let Some(text) = verdict(&all) {
+    if let Some(text) = verdict(&models_of(runs)) {
         page.paragraph("verdict", &text);
     }
     let mut grid = match runs {
-        [run] => run.evaluation().map(verdict_grid).unwrap_or_default(),
+        [run] => verdict_grid(&run.evaluation().unwrap_or_default()),
         runs => compared(runs),
     };
     grid.best = best_row(&grid);
@@ -173,16 +169,32 @@ fn pictures(page: &mut Page, run: &Results, named: bool) -> Result<(), RecipeErr
     }
     page.section(&heading("Samples", run, named));
     for (stage, png) in found {
-        let caption = match stage.evaluation.as_ref().map(models) {
-            Some(models) if !models.is_empty() => {
-                let names: Vec<String> = models.into_iter().map(|model| model.name).collect();
-                format!("From the same noise, from above: {}", names.join(", "))
-            }
-            _ => format!("Samples of stage {}", stage.name),
+        let caption = match &stage.evaluation {
+            Some(evaluation) => rows_of(evaluation),
+            None => format!("Samples of stage {}", stage.name),
         };
         page.picture(&png, &caption);
     }
     Ok(())
+}
+
+/// What the rows of an evaluation's picture are. Models draw from the same noise; samples in
+/// archives may be of any.
+fn rows_of(evaluation: &Value) -> String {
+    let verdicts = evaluation["verdicts"]
+        .as_array()
+        .map_or(&[][..], Vec::as_slice);
+    // Of real pictures nothing is counted.
+    let is_drawn = |verdict: &&Value| verdict["macs"].is_number() || verdict["count"].is_number();
+    let drawn: Vec<&Value> = verdicts.iter().filter(is_drawn).collect();
+    let names: Vec<&str> = (drawn.iter())
+        .filter_map(|verdict| verdict["model"].as_str())
+        .collect();
+    let from = match drawn.iter().all(|verdict| verdict["macs"].is_number()) {
+        true => "From the same noise, from",
+        false => "From",
+    };
+    format!("{from} above: {}", names.join(", "))
 }
 
 /// Which layers stay, and why.
@@ -391,13 +403,15 @@ pub(super) fn protocol(page: &mut Page, protocol: &Value) {
     page.table(&pairs(protocol), caption);
 }
 
-/// The protocol of a run's last evaluation; none where it can't be read.
-pub(super) fn protocol_of(run: &Path) -> Option<Value> {
-    let stages = std::fs::read_dir(run).ok()?.flatten();
-    let files = stages.map(|stage| stage.path().join(EVALUATION));
-    let last = files.filter(|file| file.exists()).max()?;
-    let evaluation = json(&last).ok()??;
-    Some(evaluation["protocol"].clone())
+/// The protocols of a run's evaluations, in their order, as far as they can be read.
+pub(super) fn protocols_of(run: &Path) -> Vec<Value> {
+    let stages = std::fs::read_dir(run).into_iter().flatten().flatten();
+    let mut files: Vec<PathBuf> = stages.map(|stage| stage.path().join(EVALUATION)).collect();
+    files.sort();
+    let found = files.iter().filter_map(|file| json(file).ok()?);
+    found
+        .map(|evaluation| evaluation["protocol"].clone())
+        .collect()
 }
 
 /// How it was measured, on what, by which recipe, and how to do it again.

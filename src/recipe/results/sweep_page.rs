@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::beside::Beside;
-use super::page::{pairs, protocol, protocol_of};
+use super::page::{pairs, protocol, protocols_of};
 use super::words::{best_row, verdict};
 use super::{PAGE, Verdicts, json, run_name, unlike};
 use crate::recipe::RecipeError;
@@ -24,7 +24,7 @@ pub fn write_sweep(sweep: &Path, into: &Path) -> Result<PathBuf, RecipeError> {
     page.section("Results");
     let runs = verdicts.runs();
     let protocols: Vec<Value> = (runs.iter())
-        .filter_map(|(_, folder)| protocol_of(&sweep.join(folder)))
+        .flat_map(|(_, folder)| protocols_of(&sweep.join(folder)))
         .collect();
     let differ: BTreeSet<String> = (protocols.iter())
         .flat_map(|protocol| unlike(&protocols[0], protocol))

@@ -205,12 +205,27 @@ impl Row {
 }
 
 impl RunVerdicts {
-    /// The loss of a pruned model, and the FID of the last one, which was trained since.
+    /// The loss of a pruned model, and the FID of the last one, which has the same layers and was
+    /// trained since.
     fn loss_and_fid(&self) -> Option<[f64; 2]> {
         let (last, before) = self.verdicts.split_last()?;
-        let pruned = before.iter().find(|row| row.kept.is_some())?;
-        last.images?;
+        let kept = last.kept.as_ref().filter(|_| last.images.is_some())?;
+        let of_pruned = |row: &&Row| row.kept.as_ref() == Some(kept) && row.images.is_none();
+        let pruned = before.iter().find(of_pruned)?;
         Some([pruned.loss?, last.fid])
+    }
+}
+
+/// Digits after the point of images/s: none, unless it would be 0.
+fn pace_digits(rows: &[&Row]) -> usize {
+    let paces = rows.iter().filter_map(|row| row.images_per_second);
+    let least = paces
+        .map(|speed| speed.median)
+        .fold(f64::INFINITY, f64::min);
+    match least {
+        _ if least < 0.1 => 3,
+        _ if least < 1.0 => 2,
+        _ => 0,
     }
 }
 
@@ -327,7 +342,9 @@ impl Verdicts {
                     count(first.depth, |depth| depth.to_string()),
                     count(first.parameters, short),
                     count(first.macs, short),
-                    cell(0, &|row| row.images_per_second.map(|speed| speed.median)),
+                    cell(pace_digits(&of_seeds), &|row| {
+                        row.images_per_second.map(|speed| speed.median)
+                    }),
                     count(first.images, thousands),
                     cell(4, &|row| row.loss),
                     cell(3, &|row| row.ssim),

@@ -7,7 +7,9 @@ use crate::report::{Grid, rounded};
 pub(super) fn best_row(grid: &Grid) -> Option<usize> {
     let column = |title: &str| grid.titles.iter().position(|known| known == title);
     // Real pictures have no parameters.
-    let (fid, parameters) = (column("FID")?, column("params")?);
+    let fid = column("FID")?;
+    // As the table of a sweep calls them, or that of a run.
+    let parameters = column("params").or_else(|| column("parameters"))?;
     let of_models = grid
         .rows
         .iter()

@@ -351,7 +351,7 @@ fn draw_decisions(
         .filter_map(|line| serde_json::from_str(line).ok())
         .collect();
     let history = DecisionHistory {
-        layer: granularity.layer(),
+        names: [granularity.layer(), granularity.layers()],
         depth: groups.depth(),
         groups: groups
             .iter()

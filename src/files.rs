@@ -118,6 +118,27 @@ pub fn open_file(path: &Path) -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::InvalidInput, message))
 }
 
+/// Most bytes of a text beside weights; an index of a million tensors has less.
+const MOST_TEXT: u64 = 1 << 27;
+
+/// Reads a text from a regular file.
+///
+/// # Errors
+///
+/// The error of the file system; of a file that is too large or no text, one that says so.
+pub fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    open_file(path)?
+        .take(MOST_TEXT + 1)
+        .read_to_string(&mut text)?;
+    match text.len() as u64 > MOST_TEXT {
+        true => Err(io::Error::other(
+            "it is larger than 128 MiB, too large for a text",
+        )),
+        false => Ok(text),
+    }
+}
+
 /// Reads an untrusted file up to a bound, more than any sound file of its size needs.
 ///
 /// The end of an archive is searched backwards; one with many false ends makes its parser read the

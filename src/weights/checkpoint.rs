@@ -498,7 +498,7 @@ fn check(architecture: &Architecture, path: &Path) -> Result<(), WeightsError> {
 /// diffusers' DiT.
 fn beside(path: &Path) -> Result<Option<(Architecture, Option<ProcessKind>)>, WeightsError> {
     let path = path.with_file_name(CONFIG);
-    let text = match std::fs::read_to_string(&path) {
+    let text = match crate::files::read_text(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(WeightsError::io(&path)(error)),

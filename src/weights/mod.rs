@@ -81,7 +81,7 @@ impl WeightFile {
 
     /// The kind of a file, by its ending in any case.
     pub fn of(path: &Path) -> Option<Self> {
-        let name = path.file_name()?.to_str()?.to_ascii_lowercase();
+        let name = path.file_name()?.to_string_lossy().to_ascii_lowercase();
         let ending = Self::ENDINGS
             .into_iter()
             .find(|ending| name.ends_with(ending))?;

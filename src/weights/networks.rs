@@ -85,7 +85,7 @@ pub fn vae_config(path: &Path) -> Result<VaeConfig, WeightsError> {
 /// The sizes of the autoencoder whose tensors are called as diffusers'.
 fn config_of(state: &StateDict, file: &Path) -> Result<VaeConfig, WeightsError> {
     let path = file.with_file_name(CONFIG);
-    let text = match std::fs::read_to_string(&path) {
+    let text = match crate::files::read_text(&path) {
         Ok(text) => Some(text),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
         Err(error) => return Err(WeightsError::io(&path)(error)),

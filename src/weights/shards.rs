@@ -34,7 +34,7 @@ pub(super) fn open_shards(
         expected: "safetensors index",
         found,
     };
-    let text = std::fs::read_to_string(path).map_err(WeightsError::io(path))?;
+    let text = crate::files::read_text(path).map_err(WeightsError::io(path))?;
     let index: Index = serde_json::from_str(&text).map_err(|error| broken(error.to_string()))?;
     let files: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
     let (mut state, mut metadata) = (Tensors::default(), BTreeMap::new());
@@ -110,7 +110,7 @@ pub(super) fn write_shards(
     }
     let name = path
         .file_name()
-        .and_then(|name| name.to_str())
+        .map(std::ffi::OsStr::to_string_lossy)
         .unwrap_or_default();
     let stem = name.trim_end_matches(".safetensors.index.json");
     let mut index = Index {

@@ -280,6 +280,21 @@ impl<'a> Tensor<'a> {
         let [storage, offset, shape, strides, ..] = arguments else {
             return Err(damaged.into());
         };
+        // Behind whether it learns, and its hooks.
+        let lazy = arguments.get(6).map(|id| pickle.get(*id));
+        if let Some(Node::Dict(states)) = lazy {
+            let named = |name: &str| {
+                states
+                    .iter()
+                    .any(|(key, _)| pickle.text(*key) == Some(name))
+            };
+            if named("neg") || named("conj") {
+                return Err(
+                    "is negated or conjugated where it is read; call .resolve_neg() and .resolve_conj() in PyTorch, and save again"
+                        .into(),
+                );
+            }
+        }
         let Node::Persistent(storage) = pickle.get(*storage) else {
             return Err(damaged.into());
         };

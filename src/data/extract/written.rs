@@ -156,8 +156,19 @@ impl<'a> Written<'a> {
             let index = *index as usize;
             // An interrupted batch is encoded again, but its existing records stay.
             if index >= self.start {
-                self.sink
-                    .push(self.to, latent, self.folder.images()[index].1)?;
+                let (picture, label) = &self.folder.images()[index];
+                let written = self.sink.push(self.to, latent, *label);
+                // The sink knows records alone.
+                written.map_err(|error| match error {
+                    DataError::Sample {
+                        expected, found, ..
+                    } => DataError::unexpected(
+                        picture,
+                        format!("a latent of {expected}"),
+                        format!("{found}, by this autoencoder"),
+                    ),
+                    error => error,
+                })?;
             }
         }
         Ok(())

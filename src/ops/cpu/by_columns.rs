@@ -162,7 +162,8 @@ impl<F: Fn(usize, &mut [f32])> WithSimd for Columns<'_, F> {
         let width = 2 * S::F32_LANES;
         let mut packer = Packer::new(compute, depth, columns);
         let mut panel = Scratch::new(words(compute, depth) * width);
-        // While a panel is multiplied, the weights of the next one come from memory.
+        // While a panel is multiplied, the weights of the next one come from memory, where their
+        // rows are adjacent; elsewhere, and beyond the last one, it asks in vain.
         let step = (width * depth).div_ceil(steps::<S>(rows, words(compute, depth)));
         for index in self.panels.clone() {
             packer.pack(index, &self.column, panel.values());

@@ -89,10 +89,16 @@ pub(super) fn gradients(
                     let end = bound(part + 1);
                     for first in (bound(part)..end).step_by(ROWS) {
                         let count = ROWS.min(end - first);
-                        for (line, row) in lines.chunks_exact_mut(inputs).zip(first..end) {
-                            activate_row(x.row(row), line, activation);
+                        let as_it_is = activation == Activation::Identity;
+                        if !as_it_is {
+                            for (line, row) in lines.chunks_exact_mut(inputs).zip(first..end) {
+                                activate_row(x.row(row), line, activation);
+                            }
                         }
-                        let seen = |n: usize| &lines[n * inputs..][..inputs];
+                        let seen = |n: usize| match as_it_is {
+                            true => x.row(first + n),
+                            false => &lines[n * inputs..][..inputs],
+                        };
                         let dy = |n: usize| gradient.row(first + n);
                         let (narrow, wide) = factors.split_at_mut(ROWS * rank);
                         products(

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::{Results, Scored, StageResults};
+use super::{Results, Scored, StageResults, scored};
 use crate::recipe::RecipeError;
 use crate::recipe::run::evaluate::QUALITY;
 use crate::report::{Axis, Chart, Series, Style, thousands};
@@ -192,7 +192,7 @@ pub(super) fn masks(stage: &StageResults) -> Result<Option<Figure>, RecipeError>
 
 /// Quality against speed, against training, and speed-up against compression.
 pub(super) fn models_of(runs: &[Results]) -> Vec<Figure> {
-    let all = super::models_of(runs);
+    let all = scored(runs);
     let mut figures = Vec::new();
     let dots = |place: &dyn Fn(&Scored) -> Option<(f64, f64)>| -> Vec<Series> {
         let placed = all.iter().filter_map(|model| Some((model, place(model)?)));

@@ -256,7 +256,7 @@ fn models(evaluation: &Value) -> Vec<Scored> {
 
 /// The models of runs. Those of several are called by their run too, and have no speed: it was not
 /// measured in turn, and perhaps not on one machine.
-fn models_of(runs: &[Results]) -> Vec<Scored> {
+fn scored(runs: &[Results]) -> Vec<Scored> {
     let of_run = |run: &Results| {
         let models = models(&run.evaluation().unwrap_or_default());
         let name = run.name.clone();
@@ -437,6 +437,18 @@ mod tests {
             (spent(-1.0), spent(f64::NAN), spent(1e300)),
             (None, None, None)
         );
+        // Of several evaluations those by the protocol of the last count.
+        let mut more = run("d", protocol(10, 1), 8.0);
+        more.stages.extend(run("d", protocol(20, 0), 1.0).stages);
+        more.stages.extend(run("d", protocol(10, 0), 7.0).stages);
+        let other = more.stages[0].evaluation.as_mut().unwrap();
+        other["verdicts"][1]["model"] = "teacher".into();
+        let joined = more.evaluation().unwrap();
+        let rows: Vec<_> = (joined["verdicts"].as_array().unwrap().iter())
+            .map(|row| (row["model"].as_str().unwrap(), row["fid"].as_f64().unwrap()))
+            .collect();
+        assert_eq!(rows, [("real", 5.0), ("teacher", 8.0), ("student", 7.0)]);
+
         let mut none = run("c", protocol(10, 0), 1.0);
         none.stages.clear();
         let said = comparable(&[alike.into_iter().next().unwrap(), none]).unwrap_err();

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::beside::Beside;
 use super::figures::{self, Figure};
 use super::words::{best_row, verdict};
-use super::{Results, StageResults, comparable, compared, json, models_of, spent};
+use super::{Results, StageResults, comparable, compared, json, scored, spent};
 use crate::pruning::uniform;
 use crate::recipe::RecipeError;
 use crate::recipe::run::directory::EVALUATION;
@@ -126,7 +126,7 @@ fn results(page: &mut Page, runs: &[Results], beside: &mut Beside) -> Result<(),
         page.paragraph("verdict", "Nothing has been evaluated yet.");
         return Ok(());
     }
-    if let Some(text) = verdict(&models_of(runs)) {
+    if let Some(text) = verdict(&scored(runs)) {
         page.paragraph("verdict", &text);
     }
     let mut grid = match runs {

@@ -117,6 +117,8 @@ mod tests {
             best: None,
         };
         assert_eq!(best_row(&grid), Some(2));
+        grid.titles[1] = "parameters".into();
+        assert_eq!(best_row(&grid), Some(2));
         grid.rows.truncate(1);
         assert_eq!(best_row(&grid), None);
     }

@@ -177,6 +177,11 @@ mod tests {
         let runs = [pair("a", 8, 0.5), pair("a", 16, 0.5), pair("b", 8, 0.7)];
         let drawn: Verdicts = serde_json::from_value(serde_json::json!({ "runs": runs })).unwrap();
         assert_eq!(drawn.loss_and_fid(), None, "too few pairs");
+        // A model of other layers is not what became of the pruned one.
+        let mut other = pair("a", 8, 0.5);
+        other["verdicts"][1]["kept"] = serde_json::json!([1]);
+        let other: RunVerdicts = serde_json::from_value(other).unwrap();
+        assert_eq!(other.loss_and_fid(), None);
         let charts = drawn.charts();
         assert_eq!(charts[0].1.series[0].points, [(0.5, 9.0), (0.5, 9.0)]);
         assert_eq!(charts[0].1.series[1].name, "b");

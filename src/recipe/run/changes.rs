@@ -5,8 +5,8 @@ use toml::{Table, Value};
 /// Most changes that are named.
 const MOST: usize = 4;
 
-/// The keys that differ, with both values, such as "`lr` of stage `learned` was 0.001 and is 0.002";
-/// empty where one of the texts is no recipe.
+/// The keys that differ, with both values, such as "`lr` of stage `learned` was 0.001 and is
+/// 0.002"; empty where one of the texts is no recipe.
 pub(super) fn changes(before: &str, now: &str) -> Vec<String> {
     let read = |text: &str| text.parse::<Table>().ok();
     let (Some(before), Some(now)) = (read(before), read(now)) else {

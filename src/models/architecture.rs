@@ -6,8 +6,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
+use super::blocks::{BlockKind, BlockWidths};
 use super::dit::diffusers::DIFFUSERS_USE;
-use super::dit::{BLOCKS_IN_PYTORCH, BlockKind, WIDTHS_IN_PYTORCH, diffusers, infer, presets};
+use super::dit::{BLOCKS_IN_PYTORCH, WIDTHS_IN_PYTORCH, diffusers, infer, presets};
 use super::mar::{COPIES, MarConfig, Stack};
 use super::unet::diffusers::UNET_USE;
 use super::{ChannelGroup, ClassifierConfig, DitConfig, Left, Shape, UnetConfig, mar, unet};
@@ -97,7 +98,7 @@ impl Architecture {
     pub fn trunk(&self, granularity: Granularity) -> Option<Trunk> {
         match self {
             Self::Dit(config) => config.trunk(granularity),
-            Self::Mar(config) => granularity.is_block().then(|| config.trunk()),
+            Self::Mar(config) => config.trunk(granularity),
             Self::Unet(_) | Self::Classifier(_) => None,
         }
     }
@@ -121,20 +122,25 @@ impl Architecture {
     pub fn is_whole(&self) -> bool {
         match self {
             Self::Dit(config) => config.blocks.is_empty(),
-            Self::Unet(_) | Self::Mar(_) | Self::Classifier(_) => true,
+            Self::Mar(config) => config.blocks.is_empty(),
+            Self::Unet(_) | Self::Classifier(_) => true,
         }
     }
 
-    /// Whether the blocks of the trunk are alike: whole, and of the same widths.
+    /// Whether the blocks of the trunk are alike: whole, and of the same widths. Those of a MAR are
+    /// alike within each trunk: what is across their border is not put together.
     pub fn is_alike(&self) -> bool {
-        match self {
-            Self::Dit(config) => {
-                let blocks = config.widths().blocks;
-                self.is_whole() && blocks.windows(2).all(|pair| pair[0] == pair[1])
+        let alike = |blocks: &[BlockWidths]| blocks.windows(2).all(|pair| pair[0] == pair[1]);
+        self.is_whole()
+            && match self {
+                Self::Dit(config) => alike(&config.widths().blocks),
+                Self::Mar(config) => {
+                    let blocks = config.widths().blocks;
+                    let (encoder, decoder) = blocks.split_at(config.encoder.depth);
+                    alike(encoder) && alike(decoder)
+                }
+                Self::Unet(_) | Self::Classifier(_) => true,
             }
-            // Within each trunk; what is across their border is not put together.
-            Self::Unet(_) | Self::Mar(_) | Self::Classifier(_) => true,
-        }
     }
 
     /// Its tensors under the names used here, which older files of diffusers call otherwise.
@@ -157,9 +163,7 @@ impl Architecture {
     pub(crate) fn is_shown_with_heads(&self) -> bool {
         match self {
             Self::Dit(config) => config.has_heads_alike(),
-            Self::Mar(config) => {
-                config.patch_size == 1 && config.encoder.heads == config.decoder.heads
-            }
+            Self::Mar(config) => config.patch_size == 1 && config.has_heads_alike(),
             Self::Unet(_) | Self::Classifier(_) => true,
         }
     }
@@ -183,7 +187,8 @@ impl Architecture {
     pub fn in_pairs(&self) -> Option<Self> {
         match self {
             Self::Dit(config) => config.in_pairs().map(Self::Dit),
-            Self::Unet(_) | Self::Mar(_) | Self::Classifier(_) => None,
+            Self::Mar(config) => config.in_pairs().map(Self::Mar),
+            Self::Unet(_) | Self::Classifier(_) => None,
         }
     }
 
@@ -191,7 +196,7 @@ impl Architecture {
     pub fn keep(&self, kept: &[usize], granularity: Granularity) -> Self {
         match self {
             Self::Dit(config) => Self::Dit(config.keep(kept, granularity)),
-            Self::Mar(config) => Self::Mar(config.keep(kept)),
+            Self::Mar(config) => Self::Mar(config.keep(kept, granularity)),
             Self::Unet(_) | Self::Classifier(_) => self.clone(),
         }
     }
@@ -201,7 +206,8 @@ impl Architecture {
         match self {
             Self::Dit(config) => Some(config.channel_groups()),
             Self::Unet(config) => Some(config.channel_groups()),
-            Self::Mar(_) | Self::Classifier(_) => None,
+            Self::Mar(config) => Some(config.channel_groups()),
+            Self::Classifier(_) => None,
         }
     }
 
@@ -214,7 +220,8 @@ impl Architecture {
         match self {
             Self::Dit(config) => Self::Dit(config.narrowed(left)),
             Self::Unet(config) => Self::Unet(config.narrowed(left)),
-            Self::Mar(_) | Self::Classifier(_) => self.clone(),
+            Self::Mar(config) => Self::Mar(config.narrowed(left)),
+            Self::Classifier(_) => self.clone(),
         }
     }
 
@@ -236,6 +243,7 @@ impl Architecture {
                 Self::Mar(MarConfig {
                     encoder: of(config.encoder),
                     decoder: of(config.decoder),
+                    widths: None,
                     ..config.clone()
                 })
             }
@@ -299,9 +307,9 @@ impl Architecture {
     }
 
     /// Which of its trunks a layer is of: 1 of a MAR's decoder, else 0.
-    pub fn stack_of_layer(&self, layer: usize) -> usize {
+    pub fn stack_of_layer(&self, layer: usize, granularity: Granularity) -> usize {
         match self {
-            Self::Mar(config) => usize::from(layer >= config.encoder.depth),
+            Self::Mar(config) => usize::from(layer >= config.layers_of_encoder(granularity)),
             Self::Dit(_) | Self::Unet(_) | Self::Classifier(_) => 0,
         }
     }
@@ -383,7 +391,8 @@ impl Architecture {
             }
             Self::Unet(config) => config.kept_bytes(batch),
             Self::Mar(config) => {
-                config.depth() as u128 * config.block_bytes(batch)
+                let branches = config.kinds().map(|kind| kind.blocks() * kind.branches());
+                config.block_bytes(batch).div_ceil(2) * branches.sum::<usize>() as u128
                     + config.head_bytes(batch, COPIES)
             }
             // Each activation with its gradient and what it was computed from.
@@ -505,13 +514,19 @@ impl Architecture {
     /// What a user of the original PyTorch code does to its model before it takes the weights; None
     /// where nothing is to be done.
     pub(crate) fn before_loading(&self) -> Option<String> {
-        let Self::Dit(config) = self else {
-            return None;
-        };
-        let blocks = (!config.blocks.is_empty()).then_some(BLOCKS_IN_PYTORCH);
-        let widths = config.widths.is_some().then_some(WIDTHS_IN_PYTORCH);
-        let all: Vec<&str> = blocks.into_iter().chain(widths).collect();
-        (!all.is_empty()).then(|| all.join("\n\n"))
+        match self {
+            Self::Dit(config) => {
+                let blocks = (!config.blocks.is_empty()).then_some(BLOCKS_IN_PYTORCH);
+                let widths = config.widths.is_some().then_some(WIDTHS_IN_PYTORCH);
+                let all: Vec<&str> = blocks.into_iter().chain(widths).collect();
+                (!all.is_empty()).then(|| all.join("\n\n"))
+            }
+            Self::Mar(config) => {
+                let unusual = !config.blocks.is_empty() || config.widths.is_some();
+                unusual.then(|| mar::BLOCKS_IN_PYTORCH.to_owned())
+            }
+            Self::Unet(_) | Self::Classifier(_) => None,
+        }
     }
 
     /// How diffusers opens a folder in its layout.

@@ -5,6 +5,8 @@
 //! *dependency group* (Fang et al., arXiv 2301.12900). A network names its groups, and pruning in
 //! width needs to know nothing else of it.
 
+use super::blocks::{BlockWidths, Named};
+
 /// Channels that can only be taken out together with every place that one of them has in other
 /// tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,4 +82,87 @@ pub struct Left {
     pub channels: usize,
     /// Number of heads; 1 of channels that are no attention's.
     pub heads: usize,
+}
+
+impl Left {
+    /// Notes what is left of a block's attention.
+    pub(super) fn of_attention(self, widths: &mut BlockWidths) {
+        widths.heads = self.heads;
+        widths.head_dim = self.channels / self.heads.max(1);
+    }
+}
+
+/// Collects the members of a group.
+#[derive(Default)]
+pub(super) struct Members(Vec<Member>);
+
+impl Members {
+    /// The outputs of a layer, with their biases.
+    pub(super) fn rows(&mut self, layer: &str, offsets: &[usize]) {
+        self.put(format!("{layer}.weight"), 0, offsets, true);
+        self.put(format!("{layer}.bias"), 0, offsets, false);
+    }
+
+    /// The inputs of a layer.
+    pub(super) fn columns(&mut self, layer: &str) {
+        self.put(format!("{layer}.weight"), 1, &[0], true);
+    }
+
+    /// The scales and shifts of a norm.
+    pub(super) fn norm(&mut self, norm: &str) {
+        self.other(&format!("{norm}.weight"), 0);
+        self.other(&format!("{norm}.bias"), 0);
+    }
+
+    /// A dimension of a tensor that is no layer's weight.
+    pub(super) fn other(&mut self, tensor: &str, dim: usize) {
+        self.put(tensor.to_owned(), dim, &[0], false);
+    }
+
+    fn put(&mut self, tensor: String, dim: usize, offsets: &[usize], scored: bool) {
+        self.0.push(Member {
+            tensor,
+            dim,
+            offsets: offsets.to_vec(),
+            scored,
+        });
+    }
+
+    pub(super) fn group(self, root: &str, part: Part, channels: usize) -> ChannelGroup {
+        ChannelGroup {
+            root: root.to_owned(),
+            part,
+            channels,
+            slices: 1,
+            heads: 1,
+            members: self.0,
+        }
+    }
+
+    /// The hidden units of two layers, one after the other.
+    pub(super) fn between(from: &str, to: &str, part: Part, channels: usize) -> ChannelGroup {
+        let mut members = Self::default();
+        members.rows(from, &[0]);
+        members.columns(to);
+        members.group(from, part, channels)
+    }
+
+    /// The hidden units of a block's MLP.
+    pub(super) fn of_mlp(Named { name, widths, .. }: &Named) -> ChannelGroup {
+        let [fc1, fc2] = ["fc1", "fc2"].map(|layer| format!("{name}.mlp.{layer}"));
+        Self::between(&fc1, &fc2, Part::Mlp, widths.hidden)
+    }
+
+    /// What the heads of a block's attention are of.
+    pub(super) fn of_attention(Named { name, widths, .. }: &Named) -> ChannelGroup {
+        let [qkv, proj] = ["qkv", "proj"].map(|layer| format!("{name}.attn.{layer}"));
+        let width = widths.attention();
+        let mut members = Self::default();
+        members.columns(&proj);
+        members.rows(&qkv, &[0, width, 2 * width]);
+        ChannelGroup {
+            heads: widths.heads,
+            ..members.group(&proj, Part::Attention, width)
+        }
+    }
 }

@@ -9,6 +9,7 @@
 //! between images and a model's latents, [`Inception`] measures images for FID.
 
 mod architecture;
+mod blocks;
 mod channels;
 mod classifier;
 mod convolutional;
@@ -19,6 +20,9 @@ pub mod inception;
 mod initial;
 mod keys;
 pub mod mar;
+mod shown;
+#[cfg(test)]
+mod tests;
 mod unet;
 pub mod vae;
 
@@ -31,11 +35,12 @@ use crate::trunk::{BlockHook, Trunk};
 
 pub use architecture::Architecture;
 pub(crate) use architecture::Heads;
+pub use blocks::{Attention, BlockKind, BlockWidths, Mlp};
 pub use channels::{ChannelGroup, Left, Member, Part};
 pub use classifier::{Classifier, ClassifierConfig, Reading};
 pub(crate) use dit::diffusers::{DIFFUSERS_ALONE, is_diffusers};
 pub use dit::presets;
-pub use dit::{BlockKind, BlockWidths, Dit, DitConfig, Widths};
+pub use dit::{Dit, DitConfig, Widths};
 pub use embeddings::{position_table, timestep_features};
 pub use family::{Denoiser, FillsIn, Prunable, Shape};
 pub use inception::Inception;
@@ -149,14 +154,16 @@ impl<B: FusedOps> Prunable<B> for Network<B> {
     fn by_branch(self) -> Option<Self> {
         match self {
             Self::Dit(model) => model.by_branch().map(Self::Dit),
-            Self::Unet(_) | Self::Mar(_) => None,
+            Self::Mar(model) => model.by_branch().map(Self::Mar),
+            Self::Unet(_) => None,
         }
     }
 
     fn in_pairs(self) -> Option<Self> {
         match self {
             Self::Dit(model) => model.in_pairs().map(Self::Dit),
-            Self::Unet(_) | Self::Mar(_) => None,
+            Self::Mar(model) => model.in_pairs().map(Self::Mar),
+            Self::Unet(_) => None,
         }
     }
 

@@ -21,7 +21,7 @@ pub struct ParameterName {
 /// Fields whose part of a checkpoint's name is not the field's: a Rust field can't be called
 /// `mlp.0`, and a bare table has no `weight`. By the type that has the field, so that a field of
 /// another type keeps its name.
-const RENAMED: [(&str, &str, &str); 16] = [
+const RENAMED: [(&str, &str, &str); 18] = [
     ("Struct:TimestepEmbedder", "hidden", "mlp.0"),
     ("Struct:TimestepEmbedder", "out", "mlp.2"),
     ("Struct:LabelEmbedder", "table", "embedding_table.weight"),
@@ -31,6 +31,9 @@ const RENAMED: [(&str, &str, &str); 16] = [
     ("Struct:HeadBlock", "out", "mlp.2"),
     ("Struct:HeadBlock", "modulation", "adaLN_modulation.1"),
     ("Struct:HeadLast", "modulation", "adaLN_modulation.1"),
+    // A branch of a block is no part of a name.
+    ("Struct:MarBlock", "attention", ""),
+    ("Struct:MarBlock", "hidden", ""),
     ("Struct:Lora", "a", "lora_a.weight"),
     ("Struct:Lora", "b", "lora_b.weight"),
     ("Struct:LearnedPruner", "gates", "gumbel_gates"),

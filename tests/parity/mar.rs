@@ -34,6 +34,8 @@ fn config(group: &Group) -> MarConfig {
         decoder: stack("decoder"),
         head_width: number("diffloss_w"),
         head_depth: number("diffloss_d"),
+        blocks: Vec::new(),
+        widths: None,
     }
 }
 
@@ -396,6 +398,8 @@ pub fn mar_zoo<B: FusedOps>(_: f64) {
             decoder: stack("decoder"),
             head_width: number("diffloss_w"),
             head_depth: number("diffloss_d"),
+            blocks: Vec::new(),
+            widths: None,
         };
         let architecture = Architecture::Mar(config.clone());
         assert_eq!(architecture.parameters(), number("parameters"), "{name}");

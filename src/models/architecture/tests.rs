@@ -19,7 +19,7 @@ fn sizes_of_hostile_files_are_refused_before_anything_is_computed_with_them() {
         1 << 62,
         u64::MAX,
     ];
-    let mut sound = [0; 3];
+    let mut sound = [0; 4];
     for step in 0..4000 {
         let draw = |index: u64, below: usize| random::below(0, Stream::Bench, step, index, below);
         // Mostly what a network may have, and now and then anything.
@@ -44,7 +44,7 @@ fn sizes_of_hostile_files_are_refused_before_anything_is_computed_with_them() {
                 "classes": value(8), "learn_sigma": true,
                 "widths": {
                     "condition": value(9), "timestep": value(10),
-                    "blocks": vec![block; draw(2, 5)],
+                    "blocks": vec![&block; draw(2, 5)],
                 },
             }),
             json!({
@@ -53,6 +53,19 @@ fn sizes_of_hostile_files_are_refused_before_anything_is_computed_with_them() {
                 "encoder": { "width": value(7), "depth": value(8), "heads": value(9) },
                 "decoder": { "width": value(7), "depth": value(10), "heads": value(9) },
                 "head_width": value(11), "head_depth": value(12),
+            }),
+            // Of blocks that are not whole, and of widths of its own.
+            json!({
+                "family": "mar", "input_size": value(1), "patch_size": value(2), "channels": value(3),
+                "classes": value(4), "buffer": value(5), "mlp_ratio": value(6) as f64,
+                "encoder": { "width": value(7), "depth": draw(3, 3), "heads": value(9) },
+                "decoder": { "width": value(8), "depth": draw(4, 3), "heads": value(9) },
+                "head_width": value(11), "head_depth": 1 + draw(5, 2),
+                "blocks": vec![["whole", "pair", "whole", "mlp"][draw(6, 4)]; draw(7, 5)],
+                "widths": {
+                    "blocks": vec![&block; draw(8, 5)], "condition": value(12),
+                    "timestep": value(13), "head": vec![value(14); 1 + draw(9, 2)],
+                },
             }),
         ];
         for (file, sound) in files.into_iter().zip(&mut sound) {

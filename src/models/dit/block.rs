@@ -2,59 +2,12 @@
 
 use burn::module::Module;
 use burn::tensor::{Tensor, backend::Backend};
-use serde::{Deserialize, Serialize};
 
-use super::{BlockWidths, NORM_EPSILON};
-use crate::backend::Compute;
+use super::NORM_EPSILON;
+use crate::models::blocks::{Attention, BlockKind, BlockWidths, Mlp, places, side_by_side};
 use crate::ops::branch::composed;
 use crate::ops::{Activation, Between, BranchWeights, FusedOps, Linear, split};
-
-/// What stands at a place of the trunk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum BlockKind {
-    /// A block: its attention, and then its MLP.
-    Whole,
-    /// A block of an attention alone.
-    Attention,
-    /// A block of an MLP alone.
-    Mlp,
-    /// Two whole blocks side by side on one input, to which both add what they say (Grafting, arXiv
-    /// 2506.05340).
-    Pair,
-}
-
-impl BlockKind {
-    /// A block with the given branches; None with neither.
-    pub fn new(attention: bool, mlp: bool) -> Option<Self> {
-        match (attention, mlp) {
-            (true, true) => Some(Self::Whole),
-            (true, false) => Some(Self::Attention),
-            (false, true) => Some(Self::Mlp),
-            (false, false) => None,
-        }
-    }
-
-    /// Whether its blocks have an attention.
-    pub fn attention(self) -> bool {
-        self != Self::Mlp
-    }
-
-    /// Whether its blocks have an MLP.
-    pub fn mlp(self) -> bool {
-        self != Self::Attention
-    }
-
-    /// Branches of each of its blocks.
-    pub fn branches(self) -> usize {
-        usize::from(self.attention()) + usize::from(self.mlp())
-    }
-
-    /// How many blocks there are.
-    pub fn blocks(self) -> usize {
-        if self == Self::Pair { 2 } else { 1 }
-    }
-}
+use crate::trunk::Granularity;
 
 /// How a `DiT` of facebookresearch/DiT is given the blocks of a model that has not one whole block
 /// after another.
@@ -104,36 +57,7 @@ pub enum Place<B: Backend> {
     Pair(Vec<DitBlock<B>>),
 }
 
-impl<B: Backend> Place<B> {
-    pub(super) fn new(kind: BlockKind, block: &mut impl FnMut(BlockKind) -> DitBlock<B>) -> Self {
-        match kind {
-            BlockKind::Pair => Self::Pair(vec![block(kind), block(kind)]),
-            _ => Self::One(block(kind)),
-        }
-    }
-
-    pub(super) fn kind(&self) -> BlockKind {
-        match self {
-            Self::One(block) => block.kind(),
-            Self::Pair(_) => BlockKind::Pair,
-        }
-    }
-
-    /// The block, or the blocks.
-    pub fn blocks(&self) -> &[DitBlock<B>] {
-        match self {
-            Self::One(block) => std::slice::from_ref(block),
-            Self::Pair(blocks) => blocks,
-        }
-    }
-
-    pub(super) fn blocks_mut(&mut self) -> &mut [DitBlock<B>] {
-        match self {
-            Self::One(block) => std::slice::from_mut(block),
-            Self::Pair(blocks) => blocks,
-        }
-    }
-}
+places!(Place of DitBlock);
 
 impl<B: FusedOps> Place<B> {
     /// `x` is `[batch, tokens, width]`, `condition` (after its SiLU) `[batch, width]`.
@@ -141,11 +65,8 @@ impl<B: FusedOps> Place<B> {
         match self {
             Self::One(block) => block.forward(x, condition),
             Self::Pair(blocks) => {
-                let outputs = blocks
-                    .iter()
-                    .map(|block| block.forward(x.clone(), condition.clone()));
-                let said = outputs.map(|output| output - x.clone());
-                said.fold(x.clone(), |sum, said| sum + said)
+                let output = |block: &DitBlock<B>| block.forward(x.clone(), condition.clone());
+                side_by_side(x.clone(), blocks.iter().map(output))
             }
         }
     }
@@ -174,32 +95,16 @@ impl<B: Backend> DitBlock<B> {
             condition,
             within,
         } = sizes;
-        let (attention, hidden) = (within.attention(), within.hidden);
         Self {
-            attn: (kind.attention())
-                .then(|| Attention::zeros([width, attention], within.heads, device)),
-            mlp: kind.mlp().then(|| Mlp {
-                fc1: Linear::zeros(width, hidden, device),
-                fc2: Linear::zeros(hidden, width, device),
-            }),
+            attn: (kind.attention()).then(|| Attention::zeros(width, within, device)),
+            mlp: kind.mlp().then(|| Mlp::zeros(width, within.hidden, device)),
             modulation: Linear::zeros(condition, 3 * kind.branches() * width, device),
             recompute: false,
         }
     }
 
     pub(super) fn widths(&self) -> BlockWidths {
-        let attention = self.attn.as_ref().map(|attn| {
-            let width = attn.proj.layout().input;
-            (attn.heads, width / attn.heads.max(1))
-        });
-        let (heads, head_dim) = attention.unwrap_or_default();
-        let mlp = self.mlp.as_ref();
-        let hidden = mlp.map_or(0, |mlp| mlp.fc2.layout().input);
-        BlockWidths {
-            heads,
-            head_dim,
-            hidden,
-        }
+        BlockWidths::measured(self.attn.as_ref(), self.mlp.as_ref())
     }
 
     pub(super) fn kind(&self) -> BlockKind {
@@ -323,129 +228,30 @@ impl<B: FusedOps> Layer<'_, B> {
     }
 }
 
-/// Multi-head self-attention with one fused projection.
-#[derive(Module, Debug)]
-pub struct Attention<B: Backend> {
-    /// Queries, keys and values, in that order.
-    pub qkv: Linear<B>,
-    /// Output projection.
-    pub proj: Linear<B>,
-    heads: usize,
-    #[module(skip)]
-    pub(in crate::models) compute: Compute,
-}
-
-impl<B: Backend> Attention<B> {
-    /// For states of `width`, with heads that are `attention` wide together.
-    pub(in crate::models) fn zeros(
-        [width, attention]: [usize; 2],
-        heads: usize,
-        device: &B::Device,
-    ) -> Self {
-        Self {
-            qkv: Linear::zeros(width, 3 * attention, device),
-            proj: Linear::zeros(attention, width, device),
-            heads,
-            compute: Compute::F32,
-        }
-    }
-}
-
-impl<B: FusedOps> Attention<B> {
-    /// `[batch, tokens, width]`
-    pub(in crate::models) fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let mixed = B::qkv_attention(self.qkv.forward(x), self.heads, self.compute);
-        self.proj.forward(mixed)
-    }
-}
-
-/// Two linear layers with a GELU between.
-#[derive(Module, Debug)]
-pub struct Mlp<B: Backend> {
-    /// Width to hidden.
-    pub fc1: Linear<B>,
-    /// Hidden to width.
-    pub fc2: Linear<B>,
-}
-
 #[cfg(test)]
 mod tests {
     use burn_ndarray::NdArray;
 
-    use crate::models::{Architecture, Denoiser, Heads, Network, Prunable};
-    use crate::state::{collect, floats};
-    use crate::trunk::{Block, BlockHook, Granularity, Plain, Site};
+    use crate::models::tests::{branches_left, shown};
+    use crate::models::{Network, Prunable};
+    use crate::trunk::Granularity;
     use crate::weights::{EmbeddedName, embedded};
     use burn::tensor::{Distribution, Tensor};
-
-    /// Runs the layers of a list and no others.
-    struct Only(Vec<usize>);
-
-    impl BlockHook<NdArray> for Only {
-        fn around(
-            &mut self,
-            site: Site,
-            x: Tensor<NdArray, 3>,
-            block: Block<'_, NdArray>,
-        ) -> Tensor<NdArray, 3> {
-            match self.0.contains(&site.layer) {
-                true => block(x),
-                false => x,
-            }
-        }
-    }
-
-    /// What a file shows of a network; its tensors are those that its architecture names.
-    fn read_back(network: &Network<NdArray>) -> Architecture {
-        let architecture = network.architecture();
-        let state = collect::<NdArray, _>(network);
-        let mut named: Vec<_> = architecture.tensors();
-        named.sort();
-        let found = state
-            .iter()
-            .map(|(name, array)| (name.clone(), array.shape.clone()));
-        assert_eq!(named, found.collect::<Vec<_>>());
-        let heads = Heads {
-            known: architecture.heads(),
-            otherwise: None,
-        };
-        Architecture::of_tensors(&state.into(), heads, "x".as_ref()).unwrap()
-    }
 
     #[test]
     fn a_model_without_branches_does_what_the_whole_does_when_they_are_skipped() {
         let device = Default::default();
         let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
         let whole = checkpoint.network::<NdArray>(&device).unwrap();
-        let x = Tensor::random([3, 1, 8, 8], Distribution::Normal(0.0, 1.0), &device);
-        let t = Tensor::from_floats([3.0, 200.0, 999.0], &device);
-        let y = Tensor::from_ints([0, 3, 10], &device);
-        let run = |network: &Network<NdArray>, hook: &mut dyn BlockHook<NdArray>| {
-            floats(
-                network
-                    .forward(x.clone(), t.clone(), y.clone(), hook)
-                    .into_data(),
-            )
-        };
-        let by_branch = whole.clone().by_branch().unwrap();
-        assert_eq!(by_branch.trunk().depth, 24);
-        // The same operations in the same order.
-        assert_eq!(run(&whole, &mut Plain), run(&by_branch, &mut Plain));
-
         let kept = [0, 3, 6, 7, 9, 12, 22];
-        let expected = run(&by_branch, &mut Only(kept.to_vec()));
-        let left = by_branch.keep(&kept);
-        assert_eq!(left.trunk().depth, kept.len());
-        // Products of three rows of the modulation in place of six may be summed in another order.
-        let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
-        assert!(near(&run(&left, &mut Plain), &expected));
+        let left = branches_left(whole.clone(), &kept);
 
         // Sizes, tensors and what a file shows agree.
         let architecture = left.architecture();
         let planned = checkpoint.architecture.keep(&kept, Granularity::Branch);
         assert_eq!(architecture, planned);
         assert_eq!(architecture.depth(), 6);
-        assert_eq!(read_back(&left), architecture);
+        assert_eq!(shown(&left), architecture);
 
         // Branches are taken out of what has lost some already, until a block is gone.
         let fewer = left.keep(&[1, 2, 3, 6]);
@@ -456,7 +262,7 @@ mod tests {
         assert_eq!(fewer.architecture().depth(), 3);
 
         let attention = whole.by_branch().unwrap().keep(&[0, 2]);
-        assert_eq!(read_back(&attention), attention.architecture());
+        assert_eq!(shown(&attention), attention.architecture());
     }
 
     #[test]
@@ -488,7 +294,7 @@ mod tests {
         let three = checkpoint.architecture.with_depth(3);
         assert_eq!(architecture.parameters(), three.parameters());
         assert_eq!(architecture.macs(), three.macs());
-        assert_eq!(read_back(&paired), architecture);
+        assert_eq!(shown(&paired), architecture);
         assert!(paired.clone().by_branch().is_none());
         assert!(architecture.in_pairs().is_none());
         assert_eq!(paired.keep(&[0]).architecture().depth(), 1);

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{BlockKind, TIMESTEP_FEATURES, Widths};
+use super::{TIMESTEP_FEATURES, Widths};
 use crate::models::Shape;
+use crate::models::blocks::{self, BlockKind, Named, Standing, listed, standing};
 use crate::models::keys::{Check, Key, Keys, Tokens};
 use crate::trunk::{Granularity, Trunk};
 
@@ -53,15 +54,8 @@ impl std::fmt::Display for DitConfig {
             ..
         } = self;
         let layers = if *depth == 1 { "layer" } else { "layers" };
-        write!(f, "DiT, {depth} {layers}")?;
-        let pairs = self.kinds().filter(|kind| *kind == BlockKind::Pair).count();
-        let branches: usize = self.kinds().map(BlockKind::branches).sum();
-        if pairs > 0 {
-            write!(f, " ({pairs} of them pairs)")?;
-        }
-        if branches < 2 * depth {
-            write!(f, " ({branches} of {} branches)", 2 * depth)?;
-        }
+        let blocks = blocks::described(self.kinds());
+        write!(f, "DiT, {depth} {layers}{blocks}")?;
         write!(f, ", width {width}, ")?;
         match &self.widths {
             None => write!(f, "{heads} heads")?,
@@ -96,34 +90,36 @@ impl DitConfig {
         self.blocks.iter().copied().chain(whole)
     }
 
+    /// The same, with their widths.
+    pub(super) fn places(&self) -> Vec<Standing> {
+        standing(self.kinds(), &mut self.widths().blocks.into_iter())
+    }
+
+    /// The blocks in order, with the beginning of their tensors' names.
+    pub(super) fn named_blocks(&self) -> Vec<Named> {
+        blocks::named("blocks", &self.places())
+    }
+
     /// The layers of its trunk; None by branch where blocks run in pairs, whose branches are not
     /// one after another.
     pub fn trunk(&self, granularity: Granularity) -> Option<Trunk> {
-        let depth = match granularity {
-            Granularity::Block => self.depth,
-            Granularity::Branch if self.kinds().any(|kind| kind == BlockKind::Pair) => return None,
-            Granularity::Branch => self.kinds().map(BlockKind::branches).sum(),
-        };
-        Some(Trunk::plain(depth))
+        blocks::layers(self.kinds(), granularity).map(Trunk::plain)
     }
 
     /// The same with neighbouring blocks in pairs on one input; a last one without a neighbour
     /// stays alone. None where a block is not whole.
     pub fn in_pairs(&self) -> Option<Self> {
         self.blocks.is_empty().then(|| {
-            let pairs = vec![BlockKind::Pair; self.depth / 2];
-            let alone = vec![BlockKind::Whole; self.depth % 2];
-            let paired = self.of_blocks([pairs, alone].concat());
+            let paired = self.of_blocks(blocks::in_pairs(self.depth));
             paired.of_widths(self.widths())
         })
     }
 
     /// The same with these blocks, of widths that follow from the other sizes.
     pub fn of_blocks(&self, blocks: Vec<BlockKind>) -> Self {
-        let whole = blocks.iter().all(|block| *block == BlockKind::Whole);
         Self {
             depth: blocks.len(),
-            blocks: if whole { Vec::new() } else { blocks },
+            blocks: listed(blocks),
             widths: None,
             ..self.clone()
         }
@@ -132,26 +128,14 @@ impl DitConfig {
     /// The same with only the given layers of its trunk.
     pub fn keep(&self, kept: &[usize], granularity: Granularity) -> Self {
         let mut layers = (0..).map(|layer| kept.contains(&layer));
-        let mut next = || layers.next().unwrap_or(false);
-        let mut widths = self.widths();
-        let mut all = std::mem::take(&mut widths.blocks).into_iter();
-        let mut left = Vec::new();
-        for block in self.kinds() {
-            let stays = match granularity {
-                Granularity::Block => next().then_some(block),
-                Granularity::Branch => {
-                    let attention = block.attention() && next();
-                    BlockKind::new(attention, block.mlp() && next())
-                }
-            };
-            let of_block = all.by_ref().take(block.blocks());
-            match stays {
-                Some(stays) => (widths.blocks).extend(of_block.map(|widths| widths.of(stays))),
-                None => of_block.for_each(drop),
-            }
-            left.extend(stays);
-        }
-        self.of_blocks(left).of_widths(widths)
+        let stays = || layers.next().unwrap_or(false);
+        let left = blocks::keep(self.places(), stays, granularity);
+        let kinds = left.iter().map(|place| place.kind).collect();
+        let widths = Widths {
+            blocks: left.into_iter().flat_map(|place| place.within).collect(),
+            ..self.widths()
+        };
+        self.of_blocks(kinds).of_widths(widths)
     }
 
     /// Tokens of the trunk.
@@ -191,7 +175,12 @@ impl DitConfig {
         };
         linear("t_embedder.mlp.0", TIMESTEP_FEATURES, timestep);
         linear("t_embedder.mlp.2", timestep, condition);
-        for (block, kind, widths) in self.named_blocks() {
+        for Named {
+            name: block,
+            kind,
+            widths,
+        } in self.named_blocks()
+        {
             let (attention, hidden) = (widths.attention(), widths.hidden);
             if kind.attention() {
                 linear(&format!("{block}.attn.qkv"), width, 3 * attention);
@@ -221,7 +210,8 @@ impl DitConfig {
             timestep,
             ..
         } = self.widths();
-        let blocks = self.named_blocks().into_iter().map(|(_, kind, widths)| {
+        let blocks = self.named_blocks().into_iter().map(|block| {
+            let (kind, widths) = (block.kind, block.widths);
             let attention = widths.attention();
             let block = tokens * 4 * width * attention
                 + 2 * tokens * tokens * attention

@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::{BlockKind, DitConfig, Widths, presets};
+use super::{DitConfig, Widths, presets};
 use crate::models::Heads;
+use crate::models::blocks::BlockKind;
+use crate::models::shown::{shown, widths_of};
 use crate::state::{Misfits, Tensors, WeightsError, some};
 
 /// The DiT whose state dict this is, as deep as its highest block. Without known heads it has those
@@ -122,41 +124,16 @@ pub(in crate::models) fn dit(
 /// The widths within the network. Where two tensors that show one of them disagree, or are missing,
 /// it is what follows from the other sizes, so that they are reported.
 fn widths(tensors: &Tensors, config: &DitConfig) -> Result<Widths, String> {
-    let size = |name: &str, dim: usize| {
-        let tensor = tensors.get(&format!("{name}.weight"))?;
-        tensor.shape().get(dim).copied()
-    };
-    let shown = |one: (&str, usize), other: (&str, usize)| {
-        let (one, other) = (size(one.0, one.1)?, size(other.0, other.1)?);
-        (one == other && one > 0).then_some(one)
-    };
     let mut widths = config.widths();
-    let condition = shown(("t_embedder.mlp.2", 0), ("y_embedder.embedding_table", 1));
+    let condition = shown(
+        tensors,
+        ("t_embedder.mlp.2", 0),
+        ("y_embedder.embedding_table", 1),
+    );
     widths.condition = condition.unwrap_or(widths.condition);
-    let timestep = shown(("t_embedder.mlp.0", 0), ("t_embedder.mlp.2", 1));
+    let timestep = shown(tensors, ("t_embedder.mlp.0", 0), ("t_embedder.mlp.2", 1));
     widths.timestep = timestep.unwrap_or(widths.timestep);
-    let blocks = widths.blocks.iter_mut();
-    for ((block, ..), widths) in config.named_blocks().iter().zip(blocks) {
-        let [proj, qkv, fc1, fc2] =
-            ["attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2"].map(|layer| format!("{block}.{layer}"));
-        if let Some(hidden) = shown((&fc1, 0), (&fc2, 1)) {
-            widths.hidden = hidden;
-        }
-        let attention = size(&proj, 1).filter(|width| {
-            *width > 0 && size(&qkv, 0).is_some_and(|rows| width.checked_mul(3) == Some(rows))
-        });
-        // As wide as usual: heads that do not divide it are reported with the other sizes.
-        let Some(attention) = attention.filter(|attention| *attention != config.width) else {
-            continue;
-        };
-        if !attention.is_multiple_of(widths.heads) {
-            return Err(format!(
-                "the attention of {block} is {attention} wide, which {} heads do not divide",
-                widths.heads
-            ));
-        }
-        widths.head_dim = attention / widths.heads;
-    }
+    widths.blocks = widths_of(tensors, &config.named_blocks(), config.width)?;
     Ok(widths)
 }
 

@@ -14,10 +14,11 @@ use burn::tensor::{Int, Tensor, backend::Backend};
 
 pub(super) use self::block::BLOCKS_IN_PYTORCH;
 use self::block::BlockSizes;
-pub use self::block::{Attention, BlockKind, DitBlock, Mlp, Place};
+pub use self::block::{DitBlock, Place};
 pub use self::config::DitConfig;
 pub(super) use self::widths::WIDTHS_IN_PYTORCH;
-pub use self::widths::{BlockWidths, Widths};
+pub use self::widths::Widths;
+use super::blocks::Standing;
 use super::embeddings::{position_table, timestep_features};
 use super::{Denoiser, Prunable, Shape};
 use crate::backend::Compute;
@@ -69,17 +70,16 @@ impl<B: Backend> Dit<B> {
             // Of a narrower trunk some columns are left, which a checkpoint says.
             Some(_) => Tensor::zeros([1, side * side, width], device),
         };
-        let mut of_blocks = widths.blocks.into_iter();
-        let mut block = |kind| {
-            DitBlock::zeros(
-                BlockSizes {
+        let place = |Standing { kind, within }: Standing| {
+            Place::new(kind, |block| {
+                let within = within[block];
+                let sizes = BlockSizes {
                     width,
                     condition,
-                    within: of_blocks.next().unwrap_or_default(),
-                },
-                kind,
-                device,
-            )
+                    within,
+                };
+                DitBlock::zeros(sizes, kind, device)
+            })
         };
         Self {
             x_embedder: PatchEmbedder {
@@ -90,9 +90,7 @@ impl<B: Backend> Dit<B> {
                 table: Param::from_tensor(Tensor::zeros([config.classes + 1, condition], device)),
             },
             pos_embed: Param::from_tensor(table).set_require_grad(false),
-            blocks: (config.kinds())
-                .map(|kind| Place::new(kind, &mut block))
-                .collect(),
+            blocks: config.places().into_iter().map(place).collect(),
             final_layer: FinalLayer {
                 linear: Linear::zeros(
                     width,
@@ -129,7 +127,7 @@ impl<B: Backend> Dit<B> {
         let blocks = self.blocks.iter().flat_map(Place::blocks);
         let widths = Widths {
             condition: self.final_layer.modulation.layout().input,
-            timestep: self.t_embedder.out.layout().input,
+            timestep: self.t_embedder.hidden(),
             blocks: blocks.map(DitBlock::widths).collect(),
         };
         let kinds = self.blocks.iter().map(Place::kind).collect();
@@ -178,19 +176,7 @@ impl<B: FusedOps> Prunable<B> for Dit<B> {
 
     fn in_pairs(mut self) -> Option<Self> {
         self.config().in_pairs()?;
-        let mut blocks =
-            std::mem::take(&mut self.blocks)
-                .into_iter()
-                .flat_map(|place| match place {
-                    Place::One(block) => vec![block],
-                    Place::Pair(blocks) => blocks,
-                });
-        while let Some(block) = blocks.next() {
-            self.blocks.push(match blocks.next() {
-                Some(next) => Place::Pair(vec![block, next]),
-                None => Place::One(block),
-            });
-        }
+        self.blocks = Place::in_pairs(self.blocks);
         Some(self)
     }
 
@@ -200,17 +186,9 @@ impl<B: FusedOps> Prunable<B> for Dit<B> {
             kept.iter().all(|layer| *layer < depth),
             "kept layers {kept:?} must lie below the depth {depth}"
         );
-        let mut layers = (0..depth).map(|layer| kept.contains(&layer));
-        let granularity = self.granularity;
-        let left = std::mem::take(&mut self.blocks).into_iter();
-        let left = left.filter_map(|place| match (granularity, place) {
-            (Granularity::Branch, Place::One(block)) => {
-                let kept = layers.by_ref().take(block.kind().branches());
-                block.keep(&kept.collect::<Vec<bool>>()).map(Place::One)
-            }
-            (_, place) => layers.next().filter(|kept| *kept).map(|_| place),
-        });
-        self.blocks = left.collect();
+        let mut layers = (0..).map(|layer| kept.contains(&layer));
+        let stays = || layers.next().unwrap_or(false);
+        self.blocks = Place::keep(self.blocks, stays, self.granularity);
         self
     }
 
@@ -344,6 +322,11 @@ impl<B: Backend> TimestepEmbedder<B> {
             hidden: Linear::zeros(TIMESTEP_FEATURES, hidden, device),
             out: Linear::zeros(hidden, width, device),
         }
+    }
+
+    /// Hidden width.
+    pub(super) fn hidden(&self) -> usize {
+        self.out.layout().input
     }
 
     pub(super) fn linears_mut(&mut self) -> [&mut Linear<B>; 2] {

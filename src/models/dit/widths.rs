@@ -4,7 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{BlockKind, DitConfig};
+use super::DitConfig;
+use crate::models::blocks::{self, BlockKind, BlockWidths, MOST_WIDTH};
 
 /// How a `DiT` of facebookresearch/DiT is given the widths of a model that was pruned in width.
 pub(in crate::models) const WIDTHS_IN_PYTORCH: &str = r#"Some of its layers are narrower than usual. A `DiT` of the original code, of the sizes in `config.json`, is given such layers;
@@ -43,13 +44,6 @@ for block, of in zip(modulated, widths["blocks"]):
         resize(block.mlp, "fc2", columns=of["hidden"])
 ```"#;
 
-/// Greatest width of the trunk, a condition or a head.
-const MOST_WIDTH: usize = 65_536;
-/// Greatest hidden width of an MLP.
-const MOST_HIDDEN: usize = 64 * MOST_WIDTH;
-/// Most heads of a block.
-const MOST_HEADS: usize = 1024;
-
 /// Widths within a network that was pruned in width.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Widths {
@@ -63,59 +57,8 @@ pub struct Widths {
 
 impl fmt::Display for Widths {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let range = |of: &dyn Fn(&BlockWidths) -> usize| {
-            let all = || self.blocks.iter().map(of).filter(|width| *width > 0);
-            match (all().min(), all().max()) {
-                (Some(least), Some(most)) if least < most => format!("{least} to {most}"),
-                (Some(width), _) => width.to_string(),
-                _ => "no".into(),
-            }
-        };
-        write!(
-            f,
-            "{} heads of {}, MLP {}, condition {}",
-            range(&|block| block.heads),
-            range(&|block| block.head_dim),
-            range(&|block| block.hidden),
-            self.condition
-        )
-    }
-}
-
-/// Widths within a block; 0 of a branch that it lacks.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BlockWidths {
-    /// Attention heads.
-    pub heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-    /// Hidden width of the MLP.
-    pub hidden: usize,
-}
-
-impl BlockWidths {
-    /// Width of all heads together.
-    pub fn attention(self) -> usize {
-        self.heads * self.head_dim
-    }
-
-    /// Those of the branches that a block of this kind has.
-    pub(super) fn of(self, kind: BlockKind) -> Self {
-        let Self {
-            heads,
-            head_dim,
-            hidden,
-        } = self;
-        let (heads, head_dim) = match kind.attention() {
-            true => (heads, head_dim),
-            false => (0, 0),
-        };
-        let hidden = if kind.mlp() { hidden } else { 0 };
-        Self {
-            heads,
-            head_dim,
-            hidden,
-        }
+        let blocks = blocks::in_words(&self.blocks);
+        write!(f, "{blocks}, condition {}", self.condition)
     }
 }
 
@@ -155,68 +98,21 @@ impl DitConfig {
     /// Why no network can have its widths, if so.
     pub(super) fn problem_of_widths(&self) -> Option<String> {
         let widths = self.widths.as_ref()?;
-        let blocks = self.kinds().map(BlockKind::blocks).sum::<usize>();
-        if widths.blocks.len() != blocks {
+        let count = self.kinds().map(BlockKind::blocks).sum::<usize>();
+        if widths.blocks.len() != count {
             return Some(format!(
-                "widths of {} blocks are given, and there are {blocks}",
+                "widths of {} blocks are given, and there are {count}",
                 widths.blocks.len()
             ));
         }
-        let named = self.named_blocks();
-        let of_blocks = named.iter().flat_map(|(name, kind, widths)| {
-            let BlockWidths {
-                heads,
-                head_dim,
-                hidden,
-            } = *widths;
-            let (attention, mlp) = (kind.attention(), kind.mlp());
-            [
-                (format!("heads of {name}"), heads, MOST_HEADS, attention),
-                (
-                    format!("head_dim of {name}"),
-                    head_dim,
-                    MOST_WIDTH,
-                    attention,
-                ),
-                (
-                    format!("the attention of {name}"),
-                    heads.saturating_mul(head_dim),
-                    MOST_WIDTH,
-                    attention,
-                ),
-                (format!("hidden of {name}"), hidden, MOST_HIDDEN, mlp),
-            ]
-        });
-        let all = [
-            ("width".to_owned(), self.width, MOST_WIDTH, true),
-            ("condition".to_owned(), widths.condition, MOST_WIDTH, true),
-            ("timestep".to_owned(), widths.timestep, MOST_WIDTH, true),
+        let others = [
+            ("width", self.width),
+            ("condition", widths.condition),
+            ("timestep", widths.timestep),
         ];
-        let mut all = all.into_iter().chain(of_blocks);
-        let wrong = all.find(|(_, width, most, there)| match there {
-            true => *width == 0 || width > most,
-            false => *width != 0,
-        });
-        wrong.map(|(name, width, most, there)| match there {
-            true => format!("{name} is {width}, which must lie in 1..={most}"),
-            false => format!("{name} is {width}, and the block has none"),
-        })
-    }
-
-    /// The blocks in order, with the beginning of their tensors' names.
-    pub(super) fn named_blocks(&self) -> Vec<(String, BlockKind, BlockWidths)> {
-        let mut widths = self.widths().blocks.into_iter();
-        let mut named = Vec::new();
-        for (place, kind) in self.kinds().enumerate() {
-            for block in 0..kind.blocks() {
-                let name = match kind {
-                    BlockKind::Pair => format!("blocks.{place}.{block}"),
-                    _ => format!("blocks.{place}"),
-                };
-                named.push((name, kind, widths.next().unwrap_or_default()));
-            }
-        }
-        named
+        let mut others = others.into_iter();
+        let problem = others.find_map(|(name, width)| blocks::problem_of(name, width, MOST_WIDTH));
+        problem.or_else(|| blocks::problem(&self.named_blocks()))
     }
 
     /// Whether all blocks have as many heads as the network says.
@@ -229,55 +125,28 @@ impl DitConfig {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Distribution, Tensor};
     use burn_ndarray::NdArray;
 
     use super::*;
-    use crate::models::{
-        Architecture, ChannelGroup, Denoiser, Heads, Left, Network, Part, Prunable,
-    };
-    use crate::pruning::{Leaves, kept_channels, left_of, units, without};
-    use crate::state::{StateDict, assign, collect, floats};
-    use crate::trunk::{Granularity, Plain};
+    use crate::models::tests::{leave_without_a_trace, narrowed, shown};
+    use crate::models::{Architecture, ChannelGroup, Heads, Left, Network, Part, Prunable};
+    use crate::pruning::{Leaves, left_of, units};
+    use crate::trunk::Granularity;
     use crate::weights::{Checkpoint, EmbeddedName, Provenance, embedded};
 
     /// The digits teacher with so many units of each group, the last of each.
-    fn narrowed(keep: impl Fn(&ChannelGroup, usize) -> usize, leaves: Leaves) -> Network<NdArray> {
+    fn of_teacher(
+        keep: impl Fn(&ChannelGroup, usize) -> usize,
+        leaves: Leaves,
+    ) -> Network<NdArray> {
         let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
-        let groups = checkpoint.architecture.channel_groups().unwrap();
-        let (mut kept, mut left) = (Vec::new(), Vec::new());
-        for group in &groups {
-            let (units, _) = units(group, leaves);
-            let keep = keep(group, units);
-            let ranked: Vec<f64> = (0..units).map(|unit| unit as f64).collect();
-            kept.push(kept_channels(group, &ranked, keep, leaves));
-            left.push(left_of(group, keep, leaves));
-        }
-        let weights = without(checkpoint.tensors.read_all().unwrap(), &groups, &kept);
-        filled(&checkpoint.architecture.narrowed(&left), &weights)
-    }
-
-    fn filled(architecture: &Architecture, weights: &StateDict) -> Network<NdArray> {
-        let zeros = Network::zeros(architecture, &Default::default()).unwrap();
-        let network = assign(zeros, weights, "x".as_ref(), "it").unwrap();
-        assert_eq!(network.architecture(), *architecture);
-        assert_eq!(architecture.problem(), None);
-        network
-    }
-
-    /// What its tensors show, with its heads.
-    fn shown(network: &Network<NdArray>) -> Architecture {
-        let heads = Heads {
-            known: network.architecture().heads(),
-            otherwise: None,
-        };
-        let state = collect::<NdArray, _>(network).into();
-        Architecture::of_tensors(&state, heads, "x".as_ref()).unwrap()
+        let weights = checkpoint.tensors.read_all().unwrap();
+        narrowed((&checkpoint.architecture, &weights), keep, leaves)
     }
 
     #[test]
     fn a_narrower_network_is_known_by_its_tensors() {
-        let half = narrowed(
+        let half = of_teacher(
             |group, units| match group.part {
                 Part::Stream => units,
                 _ => units / 2,
@@ -294,7 +163,7 @@ mod tests {
             "{text}"
         );
         // The stream too; blocks and branches leave, and blocks run in pairs.
-        let all = narrowed(|_, units| units * 3 / 4, Leaves::Dims);
+        let all = of_teacher(|_, units| units * 3 / 4, Leaves::Dims);
         assert_eq!(all.architecture().states(), Some([16, 48]));
         assert_eq!(shown(&all).tensors(), all.architecture().tensors());
         let fewer = all.clone().keep(&[1, 5]);
@@ -312,7 +181,7 @@ mod tests {
     #[test]
     fn whole_heads_leave_and_each_block_says_how_many() {
         // One head of the first block, two of the others.
-        let fewer = narrowed(
+        let fewer = of_teacher(
             |group, units| match group.part {
                 Part::Attention if group.root.starts_with("blocks.0.") => 1,
                 Part::Attention => 2,
@@ -369,46 +238,9 @@ mod tests {
 
     #[test]
     fn channels_without_weights_leave_without_a_trace() {
-        // What leaves had no part in anything: half of each group is set to 0 before.
         let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
-        let groups = checkpoint.architecture.channel_groups().unwrap();
-        let mut weights = checkpoint.tensors.read_all().unwrap();
-        let inner = |group: &ChannelGroup| matches!(group.part, Part::Mlp | Part::Attention);
-        let (mut kept, mut left) = (Vec::new(), Vec::new());
-        for group in &groups {
-            let (units, _) = units(group, Leaves::Heads);
-            let keep = if inner(group) { units / 2 } else { units };
-            let ranked: Vec<f64> = (0..units).map(|unit| unit as f64).collect();
-            let stays = kept_channels(group, &ranked, keep, Leaves::Heads);
-            // Where the channels are inputs, the first member of attention and the last of an MLP.
-            let columns = group.members.iter().filter(|member| member.dim == 1);
-            for member in columns.filter(|_| inner(group)) {
-                let array = weights.get_mut(&member.tensor).unwrap();
-                let width = array.shape[1];
-                for (at, value) in array.data.iter_mut().enumerate() {
-                    if !stays.contains(&(at % width)) {
-                        *value = 0.0;
-                    }
-                }
-            }
-            kept.push(stays);
-            left.push(left_of(group, keep, Leaves::Heads));
-        }
-        let whole = filled(&checkpoint.architecture, &weights);
-        let narrow = filled(
-            &checkpoint.architecture.narrowed(&left),
-            &without(weights, &groups, &kept),
-        );
-        let device = Default::default();
-        let x = Tensor::random([2, 1, 8, 8], Distribution::Normal(0.0, 1.0), &device);
-        let run = |network: &Network<NdArray>| {
-            let t = Tensor::from_floats([20.0, 900.0], &device);
-            let y = Tensor::from_ints([1, 10], &device);
-            floats(network.forward(x.clone(), t, y, &mut Plain).into_data())
-        };
-        let (whole, narrow) = (run(&whole), run(&narrow));
-        // Sums without their zeros, in another order.
-        assert!(whole.iter().zip(&narrow).all(|(a, b)| (a - b).abs() < 1e-4));
+        let weights = checkpoint.tensors.read_all().unwrap();
+        leave_without_a_trace(&checkpoint.architecture, weights);
     }
 
     #[test]

@@ -3,10 +3,10 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::config::Stack;
 use crate::backend::Compute;
-use crate::models::dit::Attention;
+use crate::models::blocks::{Attention, BlockKind, BlockWidths, Mlp, places, side_by_side};
 use crate::ops::{Activation, FusedOps, Linear};
+use crate::trunk::Granularity;
 
 /// Layer norm of the trunks and of the head; the reference's value, not Burn's default.
 pub(super) const NORM_EPSILON: f64 = 1e-6;
@@ -55,52 +55,143 @@ impl<B: FusedOps> LayerNorm<B> {
     }
 }
 
+/// What stands at a place of a trunk: a block, or two.
+#[derive(Module, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all places have one block"
+)]
+pub enum MarPlace<B: Backend> {
+    /// A block.
+    One(MarBlock<B>),
+    /// Two blocks on one input.
+    Pair(Vec<MarBlock<B>>),
+}
+
+places!(MarPlace of MarBlock);
+
+impl<B: FusedOps> MarPlace<B> {
+    /// `[batch, tokens, width]`
+    pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        match self {
+            Self::One(block) => block.forward(x),
+            Self::Pair(blocks) => {
+                let outputs = blocks.iter().map(|block| block.forward(x.clone()));
+                side_by_side(x.clone(), outputs)
+            }
+        }
+    }
+}
+
 /// A transformer block: attention and MLP, each after a norm and beside a residual.
 #[derive(Module, Debug)]
 pub struct MarBlock<B: Backend> {
+    attention: Option<AttentionBranch<B>>,
+    hidden: Option<MlpBranch<B>>,
+}
+
+/// The attention of a block.
+#[derive(Module, Debug)]
+pub struct AttentionBranch<B: Backend> {
     norm1: LayerNorm<B>,
     attn: Attention<B>,
+}
+
+/// The MLP of a block.
+#[derive(Module, Debug)]
+pub struct MlpBranch<B: Backend> {
     norm2: LayerNorm<B>,
     mlp: Mlp<B>,
 }
 
-/// Two linear layers with a GELU between.
-#[derive(Module, Debug)]
-pub struct Mlp<B: Backend> {
-    fc1: Linear<B>,
-    fc2: Linear<B>,
-}
-
 impl<B: Backend> MarBlock<B> {
-    pub(super) fn zeros(stack: Stack, hidden: usize, device: &B::Device) -> Self {
-        let Stack { width, heads, .. } = stack;
+    pub(super) fn zeros(
+        width: usize,
+        (kind, within): (BlockKind, BlockWidths),
+        device: &B::Device,
+    ) -> Self {
         Self {
-            norm1: LayerNorm::ones(width, device),
-            attn: Attention::zeros([width; 2], heads, device),
-            norm2: LayerNorm::ones(width, device),
-            mlp: Mlp {
-                fc1: Linear::zeros(width, hidden, device),
-                fc2: Linear::zeros(hidden, width, device),
-            },
+            attention: kind.attention().then(|| AttentionBranch {
+                norm1: LayerNorm::ones(width, device),
+                attn: Attention::zeros(width, within, device),
+            }),
+            hidden: kind.mlp().then(|| MlpBranch {
+                norm2: LayerNorm::ones(width, device),
+                mlp: Mlp::zeros(width, within.hidden, device),
+            }),
         }
     }
 
-    pub(super) fn linears_mut(&mut self) -> [&mut Linear<B>; 4] {
-        let Self { attn, mlp, .. } = self;
-        [&mut attn.qkv, &mut attn.proj, &mut mlp.fc1, &mut mlp.fc2]
+    pub(super) fn widths(&self) -> BlockWidths {
+        let attention = self.attention.as_ref().map(|branch| &branch.attn);
+        BlockWidths::measured(attention, self.hidden.as_ref().map(|branch| &branch.mlp))
+    }
+
+    pub(super) fn kind(&self) -> BlockKind {
+        // A block with neither is taken out whole.
+        BlockKind::new(self.attention.is_some(), self.hidden.is_some()).unwrap_or(BlockKind::Whole)
+    }
+
+    /// The same block with only those of its branches that are kept, in their order; None with
+    /// neither.
+    pub(super) fn keep(self, kept: &[bool]) -> Option<Self> {
+        let mut kept = kept.iter().copied();
+        let mut stays = || kept.next().unwrap_or(false);
+        let left = Self {
+            attention: self.attention.filter(|_| stays()),
+            hidden: self.hidden.filter(|_| stays()),
+        };
+        (left.attention.is_some() || left.hidden.is_some()).then_some(left)
+    }
+
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<B>> {
+        let Self { attention, hidden } = self;
+        let attention = attention.iter_mut().map(|branch| &mut branch.attn);
+        let hidden = hidden.iter_mut().map(|branch| &mut branch.mlp);
+        (attention.flat_map(|attn| [&mut attn.qkv, &mut attn.proj]))
+            .chain(hidden.flat_map(|mlp| [&mut mlp.fc1, &mut mlp.fc2]))
     }
 
     pub(super) fn set_compute(&mut self, compute: Compute) {
-        self.attn.compute = compute;
+        if let Some(branch) = &mut self.attention {
+            branch.attn.compute = compute;
+        }
     }
 }
 
 impl<B: FusedOps> MarBlock<B> {
     /// `[batch, tokens, width]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let Self { attn, mlp, .. } = self;
-        let x = x.clone() + attn.forward(self.norm1.forward(x));
-        let hidden = mlp.fc1.forward(self.norm2.forward(x.clone()));
-        x + mlp.fc2.forward_activated(hidden, Activation::Gelu)
+        (self.branches().into_iter().flatten()).fold(x, |x, branch| branch.forward(x))
+    }
+
+    /// Its branches, in order.
+    pub(super) fn branches(&self) -> [Option<Branch<'_, B>>; 2] {
+        [
+            self.attention.as_ref().map(Branch::Attention),
+            self.hidden.as_ref().map(Branch::Mlp),
+        ]
+    }
+}
+
+/// A branch of a block.
+pub(super) enum Branch<'a, B: Backend> {
+    Attention(&'a AttentionBranch<B>),
+    Mlp(&'a MlpBranch<B>),
+}
+
+impl<B: FusedOps> Branch<'_, B> {
+    /// `x` and what the branch adds to it.
+    pub(super) fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        let said = match self {
+            Self::Attention(AttentionBranch { norm1, attn }) => {
+                attn.forward(norm1.forward(x.clone()))
+            }
+            Self::Mlp(MlpBranch { norm2, mlp }) => {
+                let hidden = mlp.fc1.forward(norm2.forward(x.clone()));
+                mlp.fc2.forward_activated(hidden, Activation::Gelu)
+            }
+        };
+        x + said
     }
 }

@@ -1,13 +1,13 @@
 //! Sizes of a [`Mar`](super::Mar), and what follows from them.
 
-use std::ops::Range;
-
 use serde::{Deserialize, Serialize};
 
+use super::Widths;
 use crate::models::Shape;
+use crate::models::blocks::{self, BlockKind, MOST_WIDTH, Named, Standing, listed, standing};
 use crate::models::dit::TIMESTEP_FEATURES;
 use crate::models::keys::{Check, Key, Keys, Tokens};
-use crate::trunk::Trunk;
+use crate::trunk::{Granularity, Trunk};
 
 /// Most tokens of an image: a side of 4096 pixels in patches of 16.
 const MOST_TOKENS: usize = 1 << 16;
@@ -16,8 +16,6 @@ pub const COPIES: usize = 4;
 /// Mean of the share of unknown tokens in that training: of a normal distribution of deviation 0.25
 /// around 1, cut to 0.7 to 1.
 const MEAN_UNKNOWN: f64 = 0.867;
-/// Greatest width of a trunk.
-const MOST_WIDTH: usize = 1 << 16;
 
 /// Sizes of a [`Mar`](super::Mar).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,6 +40,13 @@ pub struct MarConfig {
     pub head_width: usize,
     /// Residual blocks of the head.
     pub head_depth: usize,
+    /// What stands at each place of both trunks, where that is not one whole block everywhere; else
+    /// empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blocks: Vec<BlockKind>,
+    /// Widths within the network, where they do not follow from its other sizes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub widths: Option<Widths>,
 }
 
 /// Sizes of a trunk.
@@ -66,19 +71,38 @@ impl std::fmt::Display for MarConfig {
             decoder,
             ..
         } = self;
-        let [encoder, decoder] = [encoder, decoder].map(|stack| {
+        let widths = self.widths.as_ref();
+        let places = self.places();
+        let of = |stack: &Stack, places: &[Standing]| {
             let Stack {
                 width,
                 depth,
                 heads,
             } = stack;
-            format!("{depth} layers of width {width} with {heads} heads")
-        });
+            let layers = if *depth == 1 { "layer" } else { "layers" };
+            let kinds = blocks::described(places.iter().map(|place| place.kind));
+            let within = match widths {
+                None => format!("{heads} heads"),
+                Some(_) => {
+                    let within = places.iter().flat_map(|place| &place.within);
+                    blocks::in_words(&within.copied().collect::<Vec<_>>())
+                }
+            };
+            format!("{depth} {layers}{kinds} of width {width} with {within}")
+        };
+        let [encoder, decoder] = [of(encoder, &places[0]), of(decoder, &places[1])];
         write!(
             f,
-            "MAR, encoder of {encoder}, decoder of {decoder}, head of {} blocks of width {}, patch {patch_size}, \
-             {channels}x{input_size}x{input_size}, {classes} classes",
+            "MAR, encoder of {encoder}, decoder of {decoder}, head of {} blocks of width {}",
             self.head_depth, self.head_width
+        )?;
+        if let Some(widths) = widths {
+            let hidden = blocks::range(widths.head.iter().copied());
+            write!(f, ", MLP {hidden}, condition {}", widths.condition)?;
+        }
+        write!(
+            f,
+            ", patch {patch_size}, {channels}x{input_size}x{input_size}, {classes} classes"
         )
     }
 }
@@ -113,25 +137,52 @@ impl MarConfig {
         self.encoder.depth + self.decoder.depth
     }
 
-    /// The blocks of the encoder and then those of the decoder, which no group may be across.
-    pub fn trunk(&self) -> Trunk {
-        let (encoder, depth) = (self.encoder.depth, self.depth());
+    /// What stands at each place of both trunks.
+    pub fn kinds(&self) -> impl Iterator<Item = BlockKind> {
+        let whole = self.blocks.is_empty().then_some(BlockKind::Whole);
+        let whole = whole.into_iter().cycle().take(self.depth());
+        self.blocks.iter().copied().chain(whole)
+    }
+
+    /// The same of the encoder and of the decoder, with their widths.
+    pub(super) fn places(&self) -> [Vec<Standing>; 2] {
+        let mut widths = self.widths().blocks.into_iter();
+        let mut kinds = self.kinds();
+        [self.encoder, self.decoder]
+            .map(|stack| standing(kinds.by_ref().take(stack.depth), &mut widths))
+    }
+
+    /// The blocks of the encoder and those of the decoder in order, with the beginning of their
+    /// tensors' names.
+    pub(super) fn named_blocks(&self) -> [Vec<Named>; 2] {
+        let [encoder, decoder] = self.places();
+        [
+            blocks::named("encoder_blocks", &encoder),
+            blocks::named("decoder_blocks", &decoder),
+        ]
+    }
+
+    /// The layers of the encoder and then those of the decoder, which no group may be across; None
+    /// by branch where blocks run in pairs.
+    pub fn trunk(&self, granularity: Granularity) -> Option<Trunk> {
+        let depth = blocks::layers(self.kinds(), granularity)?;
+        let encoder = self.layers_of_encoder(granularity);
         let border = (0 < encoder && encoder < depth).then_some(encoder);
-        Trunk {
+        Some(Trunk {
             depth,
             borders: border.into_iter().collect(),
-        }
+        })
     }
 
     /// Sizes `[places, width]` of the states between blocks where all tokens are known; None where
     /// the trunks differ in width.
     pub fn states(&self) -> Option<[usize; 2]> {
         let width = self.decoder.width;
-        (self.encoder.width == width).then_some([self.places(), width])
+        (self.encoder.width == width).then_some([self.places_of_trunk(), width])
     }
 
     /// Places of a trunk: those of the class, and the tokens.
-    fn places(&self) -> usize {
+    fn places_of_trunk(&self) -> usize {
         self.buffer + self.tokens()
     }
 
@@ -141,59 +192,106 @@ impl MarConfig {
         (self.mlp_ratio * stack.width as f64 + 1e-6) as usize
     }
 
+    /// Layers of the encoder; 0 by branch where its blocks run in pairs.
+    pub(in crate::models) fn layers_of_encoder(&self, granularity: Granularity) -> usize {
+        let encoder = self.kinds().take(self.encoder.depth);
+        blocks::layers(encoder, granularity).unwrap_or(0)
+    }
+
     /// The same with only the given layers of its trunk.
-    pub fn keep(&self, kept: &[usize]) -> Self {
-        let depth = |layers: Range<usize>| layers.filter(|layer| kept.contains(layer)).count();
-        let border = self.encoder.depth;
-        let with = |stack: Stack, depth| Stack { depth, ..stack };
+    pub fn keep(&self, kept: &[usize], granularity: Granularity) -> Self {
+        let mut layers = (0..).map(|layer| kept.contains(&layer));
+        let mut stays = || layers.next().unwrap_or(false);
+        let left = self
+            .places()
+            .map(|places| blocks::keep(places, &mut stays, granularity));
+        let within = left.iter().flatten().flat_map(|place| place.within.clone());
+        let widths = Widths {
+            blocks: within.collect(),
+            ..self.widths()
+        };
+        let kinds = left.map(|places| places.into_iter().map(|place| place.kind).collect());
+        self.of_blocks(kinds).of_widths(widths)
+    }
+
+    /// The same with neighbouring blocks of each trunk in pairs on one input; a last one without a
+    /// neighbour stays alone. None where a block is not whole.
+    pub fn in_pairs(&self) -> Option<Self> {
+        self.blocks.is_empty().then(|| {
+            let paired = [self.encoder, self.decoder].map(|stack| blocks::in_pairs(stack.depth));
+            self.of_blocks(paired).of_widths(self.widths())
+        })
+    }
+
+    /// The same with these blocks in the encoder and the decoder, of widths that follow from the
+    /// other sizes.
+    pub fn of_blocks(&self, [encoder, decoder]: [Vec<BlockKind>; 2]) -> Self {
+        let with = |stack: Stack, blocks: &Vec<BlockKind>| Stack {
+            depth: blocks.len(),
+            ..stack
+        };
         Self {
-            encoder: with(self.encoder, depth(0..border)),
-            decoder: with(self.decoder, depth(border..self.depth())),
+            encoder: with(self.encoder, &encoder),
+            decoder: with(self.decoder, &decoder),
+            blocks: listed([encoder, decoder].concat()),
+            widths: None,
             ..self.clone()
         }
     }
 
-    /// The same with so many blocks, divided as now, the encoder's share rounded up.
+    /// The same with so many blocks, all of them whole and of the usual widths, divided as now, the
+    /// encoder's share rounded up.
     pub fn with_depth(&self, depth: usize) -> Self {
         let share = (depth * self.encoder.depth).div_ceil(self.depth().max(1));
         let with = |stack: Stack, depth| Stack { depth, ..stack };
         Self {
             encoder: with(self.encoder, share),
             decoder: with(self.decoder, depth - share),
+            blocks: Vec::new(),
+            widths: None,
             ..self.clone()
         }
     }
 
-    /// Multiply-accumulates of a trunk over so many places.
-    fn stack_macs(&self, stack: Stack, places: usize) -> u128 {
-        let (width, hidden) = (stack.width as u128, self.hidden(stack) as u128);
-        let places = places as u128;
-        stack.depth as u128
-            * (places * width * (4 * width + 2 * hidden) + 2 * places * places * width)
+    /// Multiply-accumulates of the blocks of a trunk of this width over so many places.
+    fn stack_macs(stack: Stack, blocks: &[Named], places: usize) -> u128 {
+        let (width, places) = (stack.width as u128, places as u128);
+        let blocks = blocks.iter().map(|Named { widths, .. }| {
+            let (attention, hidden) = (widths.attention() as u128, widths.hidden as u128);
+            places * width * (4 * attention + 2 * hidden) + 2 * places * places * attention
+        });
+        blocks.sum()
     }
 
     /// Multiply-accumulates of the trunks with so many known tokens.
     fn trunk_macs(&self, known: usize) -> u128 {
+        let blocks = self.named_blocks();
         let (encoder, decoder) = (self.encoder.width as u128, self.decoder.width as u128);
         let seen = (self.buffer + known) as u128;
         known as u128 * self.token_width() as u128 * encoder
-            + self.stack_macs(self.encoder, self.buffer + known)
+            + Self::stack_macs(self.encoder, &blocks[0], self.buffer + known)
             + seen * encoder * decoder
-            + self.stack_macs(self.decoder, self.places())
+            + Self::stack_macs(self.decoder, &blocks[1], self.places_of_trunk())
     }
 
     /// Multiply-accumulates of the head's part that is the same at all times, of one token.
     fn projection_macs(&self) -> u128 {
-        self.decoder.width as u128 * self.head_width as u128
+        self.decoder.width as u128 * self.widths().condition as u128
     }
 
     /// Multiply-accumulates of a pass of one token through the head.
     fn head_macs(&self) -> u128 {
         let (width, token) = (self.head_width as u128, self.token_width() as u128);
+        let widths = self.widths();
+        let (condition, timestep) = (widths.condition as u128, widths.timestep as u128);
+        let blocks = widths.head.iter().map(|hidden| {
+            let hidden = *hidden as u128;
+            2 * width * hidden + 3 * condition * width
+        });
         token * width
-            + width * (TIMESTEP_FEATURES as u128 + width)
-            + self.head_depth as u128 * 5 * width * width
-            + width * (2 * width + 2 * token)
+            + timestep * (TIMESTEP_FEATURES as u128 + condition)
+            + blocks.sum::<u128>()
+            + width * (2 * condition + 2 * token)
     }
 
     /// Multiply-accumulates of a pass of one image in training, at the published mean share of
@@ -237,12 +335,16 @@ impl MarConfig {
     /// Bytes of f32 activations that a block leaves for its backward pass, all tokens known: as of
     /// [`DitConfig`](crate::models::DitConfig), without its modulations.
     pub fn block_bytes(&self, batch: usize) -> u128 {
-        let places = self.places() as u128;
-        let values = |stack: Stack| {
-            let values = 24 * stack.width + 9 * self.hidden(stack);
-            places * (values as u128 + 5 * stack.heads as u128 * places)
+        let places = self.places_of_trunk() as u128;
+        let blocks = self.named_blocks();
+        let of_stack = |stack: Stack, blocks: &[Named]| {
+            let within = blocks.iter().map(|Named { widths, .. }| {
+                9 * widths.hidden as u128 + 5 * widths.heads as u128 * places
+            });
+            places * (24 * stack.width as u128 + within.max().unwrap_or(0))
         };
-        4 * batch as u128 * values(self.encoder).max(values(self.decoder))
+        let values = of_stack(self.encoder, &blocks[0]).max(of_stack(self.decoder, &blocks[1]));
+        4 * batch as u128 * values
     }
 
     /// Bytes of f32 activations that the head leaves for its backward pass, of so many copies of
@@ -267,7 +369,8 @@ impl MarConfig {
         let head_width = count("head_width", 1, 65_536, 64);
         let head_depth = count("head_depth", 1, 1024, 3);
         let mlp_ratio = keys.float(Key { name: "mlp_ratio", least: 0.0, most: 64.0, default: 4.0 });
-        Self { input_size, patch_size, channels, classes, buffer, mlp_ratio, encoder, decoder, head_width, head_depth }
+        let (blocks, widths) = (Vec::new(), None);
+        Self { input_size, patch_size, channels, classes, buffer, mlp_ratio, encoder, decoder, head_width, head_depth, blocks, widths }
     }
 
     /// The sizes under the names of [`read`](Self::read)'s keys, for trunks of one width.
@@ -314,6 +417,8 @@ impl MarConfig {
                 "patch_size" => self.patch_size as f64,
                 "channels" => self.channels as f64,
                 "classes" => self.classes as f64,
+                // Any width will do where heads have one of their own.
+                "width" if self.widths.is_some() => stack.heads as f64 * 4.0,
                 // Positions are stored, so that any multiple of the heads will do.
                 "width" if stack.width.is_multiple_of(stack.heads.max(1)) => {
                     stack.heads as f64 * 4.0
@@ -344,6 +449,16 @@ impl MarConfig {
                 ));
             }
         }
+        if !self.blocks.is_empty() && self.blocks.len() != self.depth() {
+            return Some(format!(
+                "{} blocks are described, and both trunks have {}",
+                self.blocks.len(),
+                self.depth()
+            ));
+        }
+        if let Some(problem) = self.problem_of_widths() {
+            return Some(problem);
+        }
         let Self {
             input_size,
             patch_size,
@@ -371,51 +486,44 @@ impl MarConfig {
         put("class_emb.weight", &[self.classes, encoder]);
         linear(&mut put, "z_proj", token, encoder);
         norm(&mut put, "z_proj_ln", encoder);
-        for (name, stack) in [("encoder", self.encoder), ("decoder", self.decoder)] {
-            let width = stack.width;
-            let hidden = self.hidden(stack);
-            for block in 0..stack.depth {
-                let name = format!("{name}_blocks.{block}");
-                norm(&mut put, &format!("{name}.norm1"), width);
-                linear(&mut put, &format!("{name}.attn.qkv"), width, 3 * width);
-                linear(&mut put, &format!("{name}.attn.proj"), width, width);
-                norm(&mut put, &format!("{name}.norm2"), width);
-                linear(&mut put, &format!("{name}.mlp.fc1"), width, hidden);
-                linear(&mut put, &format!("{name}.mlp.fc2"), hidden, width);
+        let widths = self.widths();
+        let stacks = [("encoder", encoder), ("decoder", decoder)];
+        for ((stack, width), blocks) in stacks.into_iter().zip(self.named_blocks()) {
+            for Named { name, kind, widths } in blocks {
+                let (attention, hidden) = (widths.attention(), widths.hidden);
+                if kind.attention() {
+                    norm(&mut put, &format!("{name}.norm1"), width);
+                    linear(&mut put, &format!("{name}.attn.qkv"), width, 3 * attention);
+                    linear(&mut put, &format!("{name}.attn.proj"), attention, width);
+                }
+                if kind.mlp() {
+                    norm(&mut put, &format!("{name}.norm2"), width);
+                    linear(&mut put, &format!("{name}.mlp.fc1"), width, hidden);
+                    linear(&mut put, &format!("{name}.mlp.fc2"), hidden, width);
+                }
             }
-            norm(&mut put, &format!("{name}_norm"), width);
+            norm(&mut put, &format!("{stack}_norm"), width);
         }
         linear(&mut put, "decoder_embed", encoder, decoder);
         let (width, head) = (self.head_width, "diffloss.net");
-        linear(
-            &mut put,
-            &format!("{head}.time_embed.mlp.0"),
-            TIMESTEP_FEATURES,
-            width,
-        );
-        linear(&mut put, &format!("{head}.time_embed.mlp.2"), width, width);
-        linear(&mut put, &format!("{head}.cond_embed"), decoder, width);
+        let (condition, timestep) = (widths.condition, widths.timestep);
+        let time = format!("{head}.time_embed.mlp");
+        linear(&mut put, &format!("{time}.0"), TIMESTEP_FEATURES, timestep);
+        linear(&mut put, &format!("{time}.2"), timestep, condition);
+        linear(&mut put, &format!("{head}.cond_embed"), decoder, condition);
         linear(&mut put, &format!("{head}.input_proj"), token, width);
-        for block in 0..self.head_depth {
+        for (block, hidden) in widths.head.into_iter().enumerate() {
             let name = format!("{head}.res_blocks.{block}");
             norm(&mut put, &format!("{name}.in_ln"), width);
-            linear(&mut put, &format!("{name}.mlp.0"), width, width);
-            linear(&mut put, &format!("{name}.mlp.2"), width, width);
-            linear(
-                &mut put,
-                &format!("{name}.adaLN_modulation.1"),
-                width,
-                3 * width,
-            );
+            linear(&mut put, &format!("{name}.mlp.0"), width, hidden);
+            linear(&mut put, &format!("{name}.mlp.2"), hidden, width);
+            let modulation = format!("{name}.adaLN_modulation.1");
+            linear(&mut put, &modulation, condition, 3 * width);
         }
         let last = format!("{head}.final_layer");
         linear(&mut put, &format!("{last}.linear"), width, 2 * token);
-        linear(
-            &mut put,
-            &format!("{last}.adaLN_modulation.1"),
-            width,
-            2 * width,
-        );
+        let modulation = format!("{last}.adaLN_modulation.1");
+        linear(&mut put, &modulation, condition, 2 * width);
         tensors
     }
 }

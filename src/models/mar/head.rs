@@ -5,7 +5,8 @@ use burn::module::Module;
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::block::{LayerNorm, NORM_EPSILON};
-use super::config::MarConfig;
+use super::{MarConfig, Widths};
+use crate::models::blocks::BlockWidths;
 use crate::models::dit::TimestepEmbedder;
 use crate::ops::{Activation, FusedOps, Linear, split};
 
@@ -42,42 +43,52 @@ pub struct HeadLast<B: Backend> {
     modulation: Linear<B>,
 }
 
-/// Sizes of a head.
-pub(super) struct HeadSizes {
-    pub(super) token: usize,
-    pub(super) width: usize,
-    pub(super) depth: usize,
-}
-
 impl<B: Backend> Head<B> {
     pub(super) fn zeros(config: &MarConfig, device: &B::Device) -> Self {
         let (width, token) = (config.head_width, config.token_width());
+        let Widths {
+            condition,
+            timestep,
+            head,
+            ..
+        } = config.widths();
         let linear = |input, output| Linear::zeros(input, output, device);
+        let block = |hidden| HeadBlock {
+            in_ln: LayerNorm::ones(width, device),
+            hidden: linear(width, hidden),
+            out: linear(hidden, width),
+            modulation: linear(condition, 3 * width),
+        };
         Self {
-            time_embed: TimestepEmbedder::zeros(width, width, device),
-            cond_embed: linear(config.decoder.width, width),
+            time_embed: TimestepEmbedder::zeros(timestep, condition, device),
+            cond_embed: linear(config.decoder.width, condition),
             input_proj: linear(token, width),
-            res_blocks: (0..config.head_depth)
-                .map(|_| HeadBlock {
-                    in_ln: LayerNorm::ones(width, device),
-                    hidden: linear(width, width),
-                    out: linear(width, width),
-                    modulation: linear(width, 3 * width),
-                })
-                .collect(),
+            res_blocks: head.into_iter().map(block).collect(),
             final_layer: HeadLast {
                 linear: linear(width, 2 * token),
-                modulation: linear(width, 2 * width),
+                modulation: linear(condition, 2 * width),
             },
         }
     }
 
-    pub(super) fn sizes(&self) -> HeadSizes {
-        let layout = self.input_proj.layout();
-        HeadSizes {
-            token: layout.input,
-            width: layout.output,
-            depth: self.res_blocks.len(),
+    /// Numbers of a token.
+    pub(super) fn token(&self) -> usize {
+        self.input_proj.layout().input
+    }
+
+    /// Width of the residual stream.
+    pub(super) fn width(&self) -> usize {
+        self.input_proj.layout().output
+    }
+
+    /// The widths within it, beside those of the given blocks of the trunks.
+    pub(super) fn widths(&self, blocks: Vec<BlockWidths>) -> Widths {
+        let hidden = |block: &HeadBlock<B>| block.out.layout().input;
+        Widths {
+            blocks,
+            condition: self.cond_embed.layout().output,
+            timestep: self.time_embed.hidden(),
+            head: self.res_blocks.iter().map(hidden).collect(),
         }
     }
 

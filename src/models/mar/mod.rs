@@ -5,23 +5,28 @@
 //! place.
 
 mod block;
+mod channels;
 mod config;
 mod head;
 pub(super) mod infer;
 pub(super) mod presets;
 mod tokens;
+mod widths;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor, backend::Backend};
 
-pub use self::block::{LayerNorm, MarBlock};
+pub use self::block::{LayerNorm, MarBlock, MarPlace};
 pub use self::config::{COPIES, MarConfig, Stack};
 pub use self::head::{DiffLoss, Head};
 pub use self::tokens::{Known, of_tokens, tokens};
+pub(super) use self::widths::BLOCKS_IN_PYTORCH;
+pub use self::widths::Widths;
+use super::blocks::Standing;
 use super::{Denoiser, FillsIn, Prunable, Shape};
 use crate::backend::Compute;
 use crate::ops::{FusedOps, Linear, indices};
-use crate::trunk::{BlockHook, Site, Trunk};
+use crate::trunk::{BlockHook, Granularity, Site, Trunk};
 
 /// A masked autoregressive network.
 #[derive(Module, Debug)]
@@ -34,11 +39,11 @@ pub struct Mar<B: Backend> {
     z_proj: Linear<B>,
     z_proj_ln: LayerNorm<B>,
     encoder_pos_embed_learned: Param<Tensor<B, 3>>,
-    encoder_blocks: Vec<MarBlock<B>>,
+    encoder_blocks: Vec<MarPlace<B>>,
     encoder_norm: LayerNorm<B>,
     decoder_embed: Linear<B>,
     decoder_pos_embed_learned: Param<Tensor<B, 3>>,
-    decoder_blocks: Vec<MarBlock<B>>,
+    decoder_blocks: Vec<MarPlace<B>>,
     decoder_norm: LayerNorm<B>,
     diffusion_pos_embed_learned: Param<Tensor<B, 3>>,
     /// The head, under the reference's name.
@@ -49,6 +54,8 @@ pub struct Mar<B: Backend> {
     /// Of the encoder and of the decoder.
     #[module(skip)]
     heads: [usize; 2],
+    #[module(skip)]
+    granularity: Granularity,
 }
 
 /// A vector for each class.
@@ -68,10 +75,15 @@ impl<B: Backend> Mar<B> {
         };
         let vectors =
             |count: usize, width: usize| Param::from_tensor(Tensor::zeros([count, width], device));
-        let blocks = |stack: Stack| {
-            let block = |_| MarBlock::zeros(stack, config.hidden(stack), device);
-            (0..stack.depth).map(block).collect()
+        let blocks = |width: usize, places: Vec<Standing>| {
+            let place = |Standing { kind, within }: Standing| {
+                MarPlace::new(kind, |block| {
+                    MarBlock::zeros(width, (kind, within[block]), device)
+                })
+            };
+            places.into_iter().map(place).collect()
         };
+        let [encoding, decoding] = config.places();
         Self {
             class_emb: Classes {
                 weight: vectors(config.classes, encoder.width),
@@ -81,11 +93,11 @@ impl<B: Backend> Mar<B> {
             z_proj: Linear::zeros(config.token_width(), encoder.width, device),
             z_proj_ln: LayerNorm::ones(encoder.width, device),
             encoder_pos_embed_learned: table(places, encoder.width),
-            encoder_blocks: blocks(encoder),
+            encoder_blocks: blocks(encoder.width, encoding),
             encoder_norm: LayerNorm::ones(encoder.width, device),
             decoder_embed: Linear::zeros(encoder.width, decoder.width, device),
             decoder_pos_embed_learned: table(places, decoder.width),
-            decoder_blocks: blocks(decoder),
+            decoder_blocks: blocks(decoder.width, decoding),
             decoder_norm: LayerNorm::ones(decoder.width, device),
             diffusion_pos_embed_learned: table(config.tokens(), decoder.width),
             diffloss: DiffLoss {
@@ -95,33 +107,54 @@ impl<B: Backend> Mar<B> {
             buffer: config.buffer,
             mlp_ratio: config.mlp_ratio,
             heads: [encoder.heads, decoder.heads],
+            granularity: Granularity::Block,
         }
     }
 
     /// What rebuilds this network, kept layers counted.
     pub fn config(&self) -> MarConfig {
-        let stack = |blocks: &[MarBlock<B>], norm: &LayerNorm<B>, heads| Stack {
+        let stack = |norm: &LayerNorm<B>, heads| Stack {
             width: norm.width(),
-            depth: blocks.len(),
+            depth: 0,
             heads,
         };
         let (places, patch) = (
             self.diffusion_pos_embed_learned.lazy_shape()[1],
             self.patch_size,
         );
-        let head = self.diffloss.net.sizes();
-        MarConfig {
+        let head = &self.diffloss.net;
+        let widths = head.widths(self.blocks().map(MarBlock::widths).collect());
+        let config = MarConfig {
             input_size: places.isqrt() * patch,
             patch_size: patch,
-            channels: head.token / (patch * patch),
+            channels: head.token() / (patch * patch),
             classes: self.class_emb.weight.lazy_shape()[0],
             buffer: self.buffer,
             mlp_ratio: self.mlp_ratio,
-            encoder: stack(&self.encoder_blocks, &self.encoder_norm, self.heads[0]),
-            decoder: stack(&self.decoder_blocks, &self.decoder_norm, self.heads[1]),
-            head_width: head.width,
-            head_depth: head.depth,
-        }
+            encoder: stack(&self.encoder_norm, self.heads[0]),
+            decoder: stack(&self.decoder_norm, self.heads[1]),
+            head_width: head.width(),
+            head_depth: widths.head.len(),
+            blocks: Vec::new(),
+            widths: None,
+        };
+        let kinds = [&self.encoder_blocks, &self.decoder_blocks]
+            .map(|places| places.iter().map(MarPlace::kind).collect());
+        config.of_blocks(kinds).of_widths(widths)
+    }
+
+    /// The blocks of both trunks in order.
+    fn blocks(&self) -> impl Iterator<Item = &MarBlock<B>> {
+        let places = self.encoder_blocks.iter().chain(&self.decoder_blocks);
+        places.flat_map(MarPlace::blocks)
+    }
+
+    fn blocks_mut(&mut self) -> impl Iterator<Item = &mut MarBlock<B>> {
+        let places = self
+            .encoder_blocks
+            .iter_mut()
+            .chain(&mut self.decoder_blocks);
+        places.flat_map(MarPlace::blocks_mut)
     }
 }
 
@@ -129,13 +162,8 @@ impl<B: FusedOps> Mar<B> {
     /// The same network with matrix products of type `compute`, which the backend must
     /// [support](crate::ops::supports); a new network's are of f32.
     pub fn computing(mut self, compute: Compute) -> Self {
-        for block in self
-            .encoder_blocks
-            .iter_mut()
-            .chain(&mut self.decoder_blocks)
-        {
-            block.set_compute(compute);
-        }
+        self.blocks_mut()
+            .for_each(|block| block.set_compute(compute));
         for linear in self.linears_mut() {
             linear.compute = compute;
         }
@@ -214,26 +242,46 @@ impl<B: FusedOps> Mar<B> {
         let x = rows.select(0, indices(&from, &device));
         let x = x.reshape([batch, self.buffer + known.tokens(), width]);
         let x = x + self.decoder_pos_embed_learned.val();
-        let x = self.run(self.encoder_blocks.len(), &self.decoder_blocks, x, hook);
+        let first = match self.granularity {
+            Granularity::Block => self.encoder_blocks.len(),
+            Granularity::Branch => branches(&self.encoder_blocks),
+        };
+        let x = self.run(first, &self.decoder_blocks, x, hook);
         let x = self.decoder_norm.forward(x);
         x.narrow(1, self.buffer, known.tokens()) + self.diffusion_pos_embed_learned.val()
     }
 
-    /// Runs blocks, the first of which is the trunk's layer `first`.
+    /// Runs layers, the first of which is the trunk's layer `first`.
     fn run(
         &self,
         first: usize,
-        blocks: &[MarBlock<B>],
+        places: &[MarPlace<B>],
         mut x: Tensor<B, 3>,
         hook: &mut dyn BlockHook<B>,
     ) -> Tensor<B, 3> {
-        let depth = self.encoder_blocks.len() + self.decoder_blocks.len();
-        for (index, block) in blocks.iter().enumerate() {
-            let layer = first + index;
-            x = hook.around(Site { layer, depth }, x, &|x| block.forward(x));
+        let depth = self.trunk().depth;
+        let site = |layer| Site { layer, depth };
+        match self.granularity {
+            Granularity::Block => {
+                for (layer, place) in (first..).zip(places) {
+                    x = hook.around(site(layer), x, &|x| place.forward(x));
+                }
+            }
+            Granularity::Branch => {
+                let blocks = places.iter().flat_map(MarPlace::blocks);
+                let branches = blocks.flat_map(MarBlock::branches).flatten();
+                for (layer, branch) in (first..).zip(branches) {
+                    x = hook.around(site(layer), x, &|x| branch.forward(x));
+                }
+            }
         }
         x
     }
+}
+
+/// Branches of all blocks at some places.
+fn branches<B: Backend>(places: &[MarPlace<B>]) -> usize {
+    places.iter().map(|place| place.kind().branches()).sum()
 }
 
 impl<B: FusedOps> FillsIn<B> for Mar<B> {
@@ -292,9 +340,23 @@ impl<B: FusedOps> Denoiser<B> for Mar<B> {
 }
 
 impl<B: FusedOps> Prunable<B> for Mar<B> {
-    /// The blocks of the encoder and then those of the decoder, which no group may be across.
+    /// The layers of the encoder and then those of the decoder, which no group may be across.
     fn trunk(&self) -> Trunk {
-        self.config().trunk()
+        let trunk = self.config().trunk(self.granularity);
+        // The branches of pairs are refused by `by_branch`.
+        trunk.unwrap_or_else(|| Trunk::plain(0))
+    }
+
+    fn by_branch(mut self) -> Option<Self> {
+        self.granularity = Granularity::Branch;
+        self.config().trunk(self.granularity).map(|_| self)
+    }
+
+    fn in_pairs(mut self) -> Option<Self> {
+        self.config().in_pairs()?;
+        self.encoder_blocks = MarPlace::in_pairs(self.encoder_blocks);
+        self.decoder_blocks = MarPlace::in_pairs(self.decoder_blocks);
+        Some(self)
     }
 
     fn keep(mut self, kept: &[usize]) -> Self {
@@ -302,13 +364,11 @@ impl<B: FusedOps> Prunable<B> for Mar<B> {
         if let Some(layer) = kept.iter().find(|layer| **layer >= depth) {
             panic!("layer {layer} of a trunk of {depth}");
         }
-        let mut layer = 0;
-        let mut stays = |_: &MarBlock<B>| {
-            layer += 1;
-            kept.contains(&(layer - 1))
-        };
-        self.encoder_blocks.retain(&mut stays);
-        self.decoder_blocks.retain(&mut stays);
+        let mut layers = (0..).map(|layer| kept.contains(&layer));
+        let mut stays = || layers.next().unwrap_or(false);
+        for places in [&mut self.encoder_blocks, &mut self.decoder_blocks] {
+            *places = MarPlace::keep(std::mem::take(places), &mut stays, self.granularity);
+        }
         self
     }
 
@@ -324,7 +384,11 @@ impl<B: FusedOps> Prunable<B> for Mar<B> {
         let blocks = encoder_blocks.iter_mut().chain(decoder_blocks);
         [z_proj, decoder_embed]
             .into_iter()
-            .chain(blocks.flat_map(MarBlock::linears_mut))
+            .chain(
+                blocks
+                    .flat_map(MarPlace::blocks_mut)
+                    .flat_map(MarBlock::linears_mut),
+            )
             .chain(diffloss.net.linears_mut())
             .collect()
     }
@@ -362,6 +426,8 @@ mod tests {
             decoder: stack(1),
             head_width: 10,
             head_depth: 2,
+            blocks: Vec::new(),
+            widths: None,
         }
     }
 
@@ -495,5 +561,64 @@ mod tests {
         assert_eq!(network.trunk().borders, [2]);
         let kept = network.keep(&[1, 2]).config();
         assert_eq!((kept.encoder.depth, kept.decoder.depth), (1, 1));
+    }
+    #[test]
+    fn branches_are_counted_over_both_trunks() {
+        use crate::models::tests::{branches_left, drawn, filled, shown};
+        use crate::models::{Architecture, Network};
+
+        let architecture = Architecture::Mar(MarConfig {
+            patch_size: 1,
+            ..small()
+        });
+        let whole = filled(&architecture, &drawn(&architecture));
+        // Of six, the encoder's last MLP and the decoder's attention are taken out.
+        let left = branches_left(whole.clone(), &[0, 1, 2, 5]);
+        assert_eq!(left.trunk().borders, [3]);
+        let text = left.architecture().to_string();
+        assert!(
+            text.contains("encoder of 2 layers (3 of 4 branches)"),
+            "{text}"
+        );
+        assert!(
+            text.contains("decoder of 1 layer (1 of 2 branches)"),
+            "{text}"
+        );
+        assert_eq!(
+            left.architecture(),
+            architecture.keep(&[0, 1, 2, 5], Granularity::Branch)
+        );
+        assert_eq!(shown(&left), left.architecture());
+        let fewer = left.keep(&[3]);
+        assert_eq!(
+            (fewer.architecture().depth(), fewer.trunk().borders),
+            (1, vec![])
+        );
+
+        // Two blocks of the encoder on one input; the decoder's has no neighbour.
+        let Network::Mar(model) = whole.clone() else {
+            panic!("it is a MAR");
+        };
+        let x = Tensor::<NdArray, 3>::from_data(
+            TensorData::new(draw(103, 2 * 5 * 12), [2, 5, 12]),
+            &Default::default(),
+        );
+        let single = |layer: usize| model.encoder_blocks[layer].forward(x.clone());
+        let expected = single(0) + single(1) - x.clone();
+        let paired = whole.in_pairs().unwrap();
+        assert_eq!(paired.architecture(), architecture.in_pairs().unwrap());
+        assert_eq!(paired.architecture().macs(), architecture.macs());
+        assert_eq!(shown(&paired), paired.architecture());
+        assert!(paired.clone().by_branch().is_none());
+        let Network::Mar(model) = paired else {
+            panic!("it is a MAR");
+        };
+        assert_eq!(
+            (model.encoder_blocks.len(), model.decoder_blocks.len()),
+            (1, 1)
+        );
+        let found = model.encoder_blocks[0].forward(x.clone());
+        // Three sums in another order.
+        assert!((found - expected).abs().max().into_scalar() < 1e-5);
     }
 }

@@ -74,6 +74,8 @@ impl Preset {
             decoder: self.stack,
             head_width: self.head_width,
             head_depth: self.head_depth,
+            blocks: Vec::new(),
+            widths: None,
         }
     }
 }

@@ -77,6 +77,10 @@ pub struct PlannedStage {
 
 /// What a stage does, with everything resolved that can be before it runs.
 #[derive(Debug, Clone)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a recipe has few stages, and most of them train"
+)]
 pub enum Work {
     /// Trains a model.
     Train(TrainPlan),

@@ -135,7 +135,7 @@ pub(super) fn plan(
             };
             let depths = (student.layers(granularity), teacher.layers(granularity));
             check_taps(&taps, depths.0, depths.1)
-                .and_then(|()| check_stacks(&taps, &student, &teacher))
+                .and_then(|()| check_stacks(&taps, (&student, &teacher), granularity))
                 .map_err(Problem::Said)?;
         }
         memory += inference_memory(&teacher, optimisation.batch / optimisation.accumulate);
@@ -192,11 +192,11 @@ pub(in crate::recipe) fn check_taps(
 /// places.
 pub(in crate::recipe) fn check_stacks(
     taps: &[(usize, usize)],
-    student: &Architecture,
-    teacher: &Architecture,
+    (student, teacher): (&Architecture, &Architecture),
+    granularity: Granularity,
 ) -> Result<(), String> {
-    let across = (taps.iter())
-        .find(|(layer, of)| student.stack_of_layer(*layer) != teacher.stack_of_layer(*of));
+    let stack = |model: &Architecture, layer| model.stack_of_layer(layer, granularity);
+    let across = (taps.iter()).find(|(layer, of)| stack(student, *layer) != stack(teacher, *of));
     match across {
         Some((layer, of)) => Err(format!(
             "tap [{layer}, {of}] is between an encoder and a decoder, whose hidden states can't be compared: {student}; {teacher}"

@@ -42,7 +42,10 @@ impl<B: TrainingBackend> Context<'_, B> {
                     // Plans refuse features of a network without a trunk.
                     let trunk = teacher.trunk(granularity).unwrap_or(Trunk::plain(0));
                     let taps = taps(representation, &parent, (depth, &trunk))
-                        .and_then(|taps| check_stacks(&taps, &architecture, teacher).map(|()| taps))
+                        .and_then(|taps| {
+                            let models = (&architecture, teacher);
+                            check_stacks(&taps, models, granularity).map(|()| taps)
+                        })
                         .map_err(|problem| RecipeError::Stage {
                             stage: stage.name.clone(),
                             problem,

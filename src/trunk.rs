@@ -37,6 +37,8 @@
 //! # #[cfg(not(feature = "ndarray"))] fn main() {}
 //! ```
 
+use std::ops::Range;
+
 use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
@@ -105,6 +107,13 @@ impl Trunk {
             depth,
             borders: Vec::new(),
         }
+    }
+
+    /// The layers between one border and the next, in order.
+    pub fn stacks(&self) -> impl Iterator<Item = Range<usize>> {
+        let firsts = [0].into_iter().chain(self.borders.iter().copied());
+        let ends = self.borders.iter().copied().chain([self.depth]);
+        firsts.zip(ends).map(|(first, end)| first..end)
     }
 }
 

@@ -2,28 +2,35 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::trunk::{Block, BlockHook, Site};
+use crate::trunk::{Block, BlockHook, Site, Trunk};
 
-/// Notes the states between layers: the input of the first, and the output of each.
+/// Notes the states between layers: the input of the first of each trunk, and the output of each.
 #[derive(Debug)]
 pub struct TrunkStates<B: Backend> {
-    /// The states, `[batch, tokens, width]`, one more than there are layers.
-    pub states: Vec<Tensor<B, 3>>,
+    borders: Vec<usize>,
+    /// The states of each trunk, `[batch, tokens, width]`, one more than it has layers.
+    pub states: Vec<Vec<Tensor<B, 3>>>,
 }
 
-impl<B: Backend> Default for TrunkStates<B> {
-    fn default() -> Self {
-        Self { states: Vec::new() }
+impl<B: Backend> TrunkStates<B> {
+    /// Of a network with these layers.
+    pub fn new(trunk: Trunk) -> Self {
+        Self {
+            borders: trunk.borders,
+            states: Vec::new(),
+        }
     }
 }
 
 impl<B: Backend> BlockHook<B> for TrunkStates<B> {
-    fn around(&mut self, _: Site, x: Tensor<B, 3>, block: Block<'_, B>) -> Tensor<B, 3> {
-        if self.states.is_empty() {
-            self.states.push(x.clone());
+    fn around(&mut self, site: Site, x: Tensor<B, 3>, block: Block<'_, B>) -> Tensor<B, 3> {
+        if self.states.is_empty() || self.borders.contains(&site.layer) {
+            self.states.push(vec![x.clone()]);
         }
         let x = block(x);
-        self.states.push(x.clone());
+        if let Some(states) = self.states.last_mut() {
+            states.push(x.clone());
+        }
         x
     }
 }

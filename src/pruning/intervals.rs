@@ -17,7 +17,7 @@ use crate::ops::TrainingBackend;
 use crate::process::{AnyProcess, Noised, Terms};
 use crate::state::WeightsError;
 use crate::training::{StepReport, scalars};
-use crate::trunk::{Block, BlockHook, Site};
+use crate::trunk::{Block, BlockHook, Site, Trunk};
 
 /// Consecutive layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,22 +35,34 @@ impl Interval {
     }
 }
 
-/// Divides a trunk into `keep` intervals, such that the states before and after each are as alike
-/// as can be: the sum of `1 - similarity` over intervals of more than one layer is least.
-/// `similarity[i][j]` is that of the states before layers i and j, the last being the trunk's
-/// output.
+/// Divides a trunk into `keep` intervals, none across a border, such that the states before and
+/// after each are as alike as can be: the sum of `1 - similarity` over intervals of more than one
+/// layer is least. `similarity` is of each part between borders: its `[i][j]` that of the states
+/// before its layers i and j, the last being its output.
 ///
 /// # Panics
-/// Unless `0 < keep < similarity.len()`, and when a similarity is not a number.
-pub fn intervals(similarity: &[Vec<f64>], keep: usize) -> Vec<Interval> {
-    let depth = similarity.len() - 1;
+/// Unless `keep` lies between the number of parts and that of layers, and when a similarity is not
+/// a number.
+pub fn intervals(similarity: &[Vec<Vec<f64>>], keep: usize) -> Vec<Interval> {
+    let stacks = similarity.iter().map(|of| of.len() - 1);
+    let depth = stacks.clone().sum();
     assert!(
-        0 < keep && keep <= depth,
-        "{keep} intervals of {depth} layers"
+        (similarity.len()..=depth).contains(&keep) && keep > 0,
+        "{keep} intervals of {depth} layers in {} parts",
+        similarity.len()
     );
-    let cost = |first: usize, after: usize| match after - first {
-        1 => 0.0,
-        _ => 1.0 - similarity[first][after],
+    // The part that each layer is of, and its place there.
+    let layers: Vec<(usize, usize)> = (stacks.enumerate())
+        .flat_map(|(stack, depth)| (0..depth).map(move |layer| (stack, layer)))
+        .collect();
+    let cost = |first: usize, after: usize| {
+        let (stack, local) = layers[first];
+        let length = after - first;
+        match layers[after - 1].0 == stack {
+            true if length == 1 => 0.0,
+            true => 1.0 - similarity[stack][local][local + length],
+            false => f64::INFINITY,
+        }
     };
     // least[count][after]: of the layers before `after` in `count` intervals, the cost and where
     // the last of them begins.
@@ -78,6 +90,18 @@ pub fn intervals(similarity: &[Vec<f64>], keep: usize) -> Vec<Interval> {
     }
     found.reverse();
     found
+}
+
+/// Neighbouring layers two by two, none across a border; a last one without a neighbour is alone.
+pub fn pairs(trunk: &Trunk) -> Vec<Interval> {
+    let pairs = trunk.stacks().flat_map(|stack| {
+        let last = stack.end - 1;
+        stack.step_by(2).map(move |first| Interval {
+            first,
+            last: last.min(first + 1),
+        })
+    });
+    pairs.collect()
 }
 
 /// A replaced interval with its error.
@@ -321,13 +345,43 @@ mod tests {
         let similarity: Vec<Vec<f64>> = (places.iter())
             .map(|a| places.iter().map(|b| 1.0 - (a - b).abs()).collect())
             .collect();
+        let one = [similarity.clone()];
         assert_eq!(
-            intervals(&similarity, 3),
+            intervals(&one, 3),
             [interval(0, 0), interval(1, 2), interval(3, 3)]
         );
         let single: Vec<Interval> = (0..4).map(|layer| interval(layer, layer)).collect();
-        assert_eq!(intervals(&similarity, 4), single);
-        assert_eq!(intervals(&similarity, 1), [interval(0, 3)]);
+        assert_eq!(intervals(&one, 4), single);
+        assert_eq!(intervals(&one, 1), [interval(0, 3)]);
+
+        // Of two such trunks none is across, and the dearer is left as it is.
+        let dear = similarity.iter().map(|row| {
+            let far = row.iter().map(|value| 2.0 * value - 1.0);
+            far.collect()
+        });
+        let two = [dear.collect(), similarity.clone()];
+        let joined = |ends: &[(usize, usize)]| -> Vec<Interval> {
+            ends.iter()
+                .map(|(first, last)| interval(*first, *last))
+                .collect()
+        };
+        assert_eq!(
+            intervals(&two, 7),
+            joined(&[(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 7)])
+        );
+        assert_eq!(intervals(&two, 2), joined(&[(0, 3), (4, 7)]));
+    }
+
+    #[test]
+    fn no_pair_is_across_a_border() {
+        let trunk = Trunk {
+            depth: 5,
+            borders: vec![3],
+        };
+        assert_eq!(
+            pairs(&trunk),
+            [interval(0, 1), interval(2, 2), interval(3, 4)]
+        );
     }
 
     #[test]

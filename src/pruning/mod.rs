@@ -16,7 +16,7 @@ mod width;
 
 pub use gate::{Annealing, Choice, Decision, GateDraw, decide, draw};
 pub use groups::*;
-pub use intervals::{Interval, Regression, Replaced, intervals, left, plug, plugged};
+pub use intervals::{Interval, Regression, Replaced, intervals, left, pairs, plug, plugged};
 pub use learned::{LearnedPruner, Update};
 pub use rules::{oracle, uniform};
 pub use scores::{Calibration, Score, ScoreBatch, keep_by_scores, prediction_loss, score};

@@ -44,14 +44,6 @@ pub(super) fn plan(
             "{model} has no trunk whose layers could be looked into"
         )));
     }
-    let borders = model
-        .trunk(Granularity::Block)
-        .is_some_and(|trunk| !trunk.borders.is_empty());
-    if borders && analyse.show.contains(&View::Similarity) {
-        return Err(Problem::Said(format!(
-            "\"similarity\" compares states of one shape, and {model} has two trunks; leave it out: show = [\"states\", \"scores\", \"losses\", \"speed\"]"
-        )));
-    }
     known.fits_data(stage, model.shape())?;
     known.same_classes(&analyse.from)?;
     let losses = analyse.show.contains(&View::Losses);

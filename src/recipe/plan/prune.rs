@@ -175,9 +175,12 @@ impl Selection {
             }
             PruneMethod::Intervals(intervals) => {
                 within(intervals.keep)?;
-                if !trunk.borders.is_empty() {
+                // None is across a border.
+                let least = trunk.stacks().count();
+                if intervals.keep < least {
                     return Err(Problem::Said(format!(
-                        "intervals are of one trunk whose states are alike in shape, and {model} has two"
+                        "`keep` is {}, and {model} has {least} trunks, of each of which an interval is left",
+                        intervals.keep
                     )));
                 }
                 Ok(Self::Intervals(intervals.clone()))
@@ -186,7 +189,8 @@ impl Selection {
                 optimisation,
                 label_drop,
             } => {
-                if depth < 2 || model.in_pairs().is_none() {
+                let neighbours = trunk.stacks().any(|stack| stack.len() > 1);
+                if !neighbours || model.in_pairs().is_none() {
                     return Err(Problem::Said(format!(
                         "pairs are of whole blocks one after another, and {model} has not two of them"
                     )));

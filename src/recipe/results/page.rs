@@ -16,7 +16,7 @@ use crate::report::{Grid, Page, protocol_lines, thousands, verdict_grid};
 use crate::sampling::PICTURE_FILE;
 
 /// Figures that stages draw themselves, with the table beside each.
-const DRAWN: [(&str, &str, &str); 9] = [
+const DRAWN: [(&str, &str, &str); 11] = [
     (
         "decisions.svg",
         "decisions.jsonl",
@@ -26,6 +26,16 @@ const DRAWN: [(&str, &str, &str); 9] = [
         "similarity.svg",
         "similarity.csv",
         "How alike the states are (linear CKA)",
+    ),
+    (
+        "similarity-encoder.svg",
+        "similarity-encoder.csv",
+        "How alike the encoder's states are (linear CKA)",
+    ),
+    (
+        "similarity-decoder.svg",
+        "similarity-decoder.csv",
+        "How alike the decoder's states are (linear CKA)",
     ),
     (
         "states-histograms.svg",

@@ -67,19 +67,15 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<(), RecipeError> {
         let states = self.pictures_for(plan, parent)?.trunk_states(stage)?;
         if plan.show.contains(&View::States) {
-            let outputs = states.iter().skip(1).enumerate();
-            let layers: Vec<LayerStates> = outputs
+            let outputs = states.iter().flat_map(|states| states.iter().skip(1));
+            let layers: Vec<LayerStates> = (outputs.enumerate())
                 .map(|(layer, output)| LayerStates::new(layer, output, plan.k))
                 .collect();
             write_states(&layers, plan.k, folder)?;
         }
         if plan.show.contains(&View::Similarity) {
-            let map = Heatmap {
-                title: "Similarity of the states between layers (linear CKA)".into(),
-                label: "before layer".into(),
-                values: similarity(&states),
-            };
-            map.write(&folder.join("similarity.svg"))?;
+            let values = states.iter().map(|states| similarity(states)).collect();
+            draw_similarity(values, folder)?;
         }
         Ok(())
     }
@@ -271,6 +267,32 @@ struct Marked {
     /// Layers of its parent that it has.
     kept: Vec<usize>,
     model: Checkpoint,
+}
+
+/// Draws how alike the states between layers are, of each trunk apart: the states of an encoder and
+/// of a decoder are of other places.
+pub(super) fn draw_similarity(
+    values: Vec<Vec<Vec<f64>>>,
+    folder: &Path,
+) -> Result<(), RecipeError> {
+    let several = values.len() > 1;
+    let trunks = ["encoder", "decoder"].into_iter();
+    for (values, trunk) in values.into_iter().zip(trunks) {
+        let (name, of) = match several {
+            true => (
+                format!("similarity-{trunk}.svg"),
+                format!(" of the {trunk}"),
+            ),
+            false => ("similarity.svg".to_owned(), String::new()),
+        };
+        let map = Heatmap {
+            title: format!("Similarity of the states between layers{of} (linear CKA)"),
+            label: "before layer".into(),
+            values,
+        };
+        map.write(&folder.join(name))?;
+    }
+    Ok(())
 }
 
 fn write_states(layers: &[LayerStates], k: f64, folder: &Path) -> Result<(), RecipeError> {

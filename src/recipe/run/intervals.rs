@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::analyse::draw_similarity;
 use super::context::{Context, finished};
 use super::directory::{json, write_text};
 use super::measuring::Measuring;
@@ -13,11 +14,10 @@ use crate::analysis::similarity;
 use crate::data::{Split, teacher};
 use crate::models::{Network, Prunable};
 use crate::ops::TrainingBackend;
-use crate::pruning::{Interval, Regression, Replaced, intervals, left, plug, plugged};
+use crate::pruning::{Interval, Regression, Replaced, intervals, left, pairs, plug, plugged};
 use crate::recipe::RecipeError;
 use crate::recipe::schema::Stage;
 use crate::recipe::schema::source::Source;
-use crate::report::Heatmap;
 use crate::training::Optimisation;
 use crate::trunk::{Granularity, Tap};
 use crate::weights::Checkpoint;
@@ -45,13 +45,10 @@ impl<B: TrainingBackend> Context<'_, B> {
     ) -> Result<Left<B::InnerBackend>, RecipeError> {
         let seed = self.recipe.seed;
         let measuring = self.measuring(parent, Split::Train, seed, optimisation.batch, None)?;
-        let map = Heatmap {
-            title: "Similarity of the states between layers (linear CKA)".into(),
-            label: "before layer".into(),
-            values: self.measured_similarity(stage, (parent, optimisation.batch), &measuring)?,
-        };
-        map.write(&folder.join("similarity.svg"))?;
-        let intervals = intervals(&map.values, keep);
+        let similarity =
+            self.measured_similarity(stage, (parent, optimisation.batch), &measuring)?;
+        let intervals = intervals(&similarity, keep);
+        draw_similarity(similarity, folder)?;
         for Interval { first, last } in intervals.iter().filter(|interval| interval.saved() > 0) {
             crate::say!("{}: one layer for {first} to {last}", stage.name);
         }
@@ -67,30 +64,42 @@ impl<B: TrainingBackend> Context<'_, B> {
         Ok((kept, network))
     }
 
-    /// Similarity of the states between layers, from the run's folder if it was measured before: a
-    /// training that is resumed has the intervals that it began with, though a GPU may give other
-    /// last bits.
+    /// Similarity of the states between layers of each trunk, from the run's folder if it was
+    /// measured before: a training that is resumed has the intervals that it began with, though a
+    /// GPU may give other last bits.
     fn measured_similarity(
         &self,
         stage: &Stage,
         (parent, batch): (&Checkpoint, usize),
         measuring: &Measuring<'_, B>,
-    ) -> Result<Vec<Vec<f64>>, RecipeError> {
+    ) -> Result<Vec<Vec<Vec<f64>>>, RecipeError> {
         let key = self.measured_on((parent, Granularity::Block), batch)?;
-        let places = parent.denoiser()?.depth() + 1;
+        let places: Vec<usize> = (measuring.network.trunk().stacks())
+            .map(|stack| stack.len() + 1)
+            .collect();
+        // The lines of one trunk after those of another.
         let read = |text: String| {
             let line = |line: &str| line.split(',').map(|value| value.parse().ok()).collect();
             let all: Option<Vec<Vec<f64>>> = text.lines().map(line).collect();
-            all.filter(|all| all.len() == places && all.iter().all(|line| line.len() == places))
+            let mut lines = all?.into_iter();
+            let mut stack = |places: &usize| {
+                let lines: Vec<Vec<f64>> = lines.by_ref().take(*places).collect();
+                let whole = lines.len() == *places;
+                let square = whole && lines.iter().all(|line| line.len() == *places);
+                square.then_some(lines)
+            };
+            let stacks: Option<Vec<_>> = places.iter().map(&mut stack).collect();
+            stacks.filter(|_| lines.next().is_none())
         };
         let workers = &**self.workers;
         (self.directory).measured(workers, "similarity", &key, read, || {
-            let values = similarity(&measuring.trunk_states(&stage.name)?);
-            let line = |line: &Vec<f64>| {
+            let states = measuring.trunk_states(&stage.name)?;
+            let line = |line: Vec<f64>| {
                 let line: Vec<String> = line.iter().map(ToString::to_string).collect();
                 line.join(",") + "\n"
             };
-            Ok(values.iter().map(line).collect())
+            let lines = states.iter().flat_map(|states| similarity(states));
+            Ok(lines.map(line).collect())
         })
     }
 
@@ -103,19 +112,12 @@ impl<B: TrainingBackend> Context<'_, B> {
         parent: &Checkpoint,
         folder: &Path,
     ) -> Result<Left<B::InnerBackend>, RecipeError> {
-        let depth = parent.denoiser()?.depth();
         let seed = self.recipe.seed;
         let measuring = self.measuring(parent, Split::Train, seed, optimisation.batch, None)?;
         let paired = self.network(parent)?.in_pairs().ok_or_else(|| {
             RecipeError::Run("blocks that are not whole can't be put in pairs".into())
         })?;
-        let pairs: Vec<Interval> = (0..depth)
-            .step_by(2)
-            .map(|first| Interval {
-                first,
-                last: (first + 1).min(depth - 1),
-            })
-            .collect();
+        let pairs = pairs(&measuring.network.trunk());
         let trained = pairs.iter().map(|pair| pair.saved() > 0).collect();
         let ends = pairs.iter().map(|pair| pair.last).collect();
         let regression = Regression::new(paired, trained, measuring.process.clone());

@@ -305,18 +305,18 @@ impl<B: TrainingBackend> Context<'_, B> {
 }
 
 impl<B: TrainingBackend> Measuring<'_, B> {
-    /// The states between the network's layers, `[batch, tokens, width]`, on the first batch.
+    /// The states between the layers of each of the network's trunks, `[batch, tokens, width]`, on
+    /// the first batch.
     pub(super) fn trunk_states(
         &self,
         stage: &str,
-    ) -> Result<Vec<Tensor<B::InnerBackend, 3>>, RecipeError> {
+    ) -> Result<Vec<Vec<Tensor<B::InnerBackend, 3>>>, RecipeError> {
         let seen = self.batch(0)?.noised(&self.process);
-        let mut hook = TrunkStates::default();
+        let mut hook = TrunkStates::new(self.network.trunk());
         seen.run(&self.process, &self.network, &mut hook);
         // What is no number goes through to the last.
-        let last = hook
-            .states
-            .last()
+        let last = (hook.states.last())
+            .and_then(|states| states.last())
             .map(|state| state.clone().sum().into_data());
         let sum = last.and_then(|sum| sum.iter::<f64>().next());
         match sum.is_some_and(f64::is_finite) {

@@ -18,7 +18,7 @@ use crate::ops::FusedOps;
 use crate::random::{self, Stream};
 use crate::state::floats;
 use crate::stop::Stop;
-use crate::workers::{Workers, agree, share_out, values_of};
+use crate::workers::{EndsAll, Workers, agree, share_out, values_of};
 
 /// Most pictures that a thread reads ahead of the autoencoder.
 const AHEAD: usize = 4;
@@ -118,6 +118,22 @@ impl Encoded {
 enum Ended {
     Stopped,
     Failed(DataError),
+}
+
+impl EndsAll for Ended {
+    fn told(&self) -> Option<String> {
+        match self {
+            Self::Stopped => None,
+            Self::Failed(error) => Some(with_cause(error)),
+        }
+    }
+
+    fn heard(told: Option<String>) -> Self {
+        match told {
+            Some(told) => Self::Failed(DataError::Workers(told)),
+            None => Self::Stopped,
+        }
+    }
 }
 
 impl From<DataError> for Ended {

@@ -31,7 +31,7 @@ pub struct AdmSettings<'a> {
     pub distances: Distances,
     /// Folder that keeps what is measured of the reference, if any.
     pub cache: Option<&'a Path>,
-    /// Who reads pictures. The first one judges, and the others [assist](super::assist_judge).
+    /// Who reads pictures. The first one judges, and the others [assist](super::Assistant).
     pub workers: &'a Group,
     /// Ends the measuring between two batches of pictures.
     pub stop: &'a Stop,
@@ -133,9 +133,14 @@ impl<B: FusedOps> AdmJudge<B> {
         Ok(AdmVerdict::new(name, &measured, scores))
     }
 
+    /// Lets those go who assist.
+    pub fn pause(&self) {
+        reading(&self.inception, &*self.workers, &self.stop).end();
+    }
+
     /// The verdicts with the protocol they were reached under; lets those go who assist.
     pub fn finish(self, verdicts: Vec<AdmVerdict>) -> AdmEvaluation {
-        reading(&self.inception, &*self.workers, &self.stop).end();
+        self.pause();
         let mut protocol = self.protocol;
         let counts = verdicts.iter().map(|verdict| verdict.count);
         protocol.samples = counts.min().unwrap_or(0);
@@ -168,23 +173,40 @@ fn reading<'a, B: Backend>(
     }
 }
 
-/// Reads pictures for the first worker's [`AdmJudge`], with the same weights, until its verdicts
-/// are reached.
-///
-/// # Errors
-/// When the weights can't be read, or the pictures are neither grey nor RGB.
-pub fn assist_judge<B: FusedOps>(
-    weights: &Path,
-    workers: &dyn Workers,
-    device: &B::Device,
-) -> Result<(), EvaluationError> {
-    let inception = agreed::<B>(weights, workers, device)?;
-    let stop = Stop::default();
-    let assisted = reading(&inception, workers, &stop).assist();
-    assisted.map_err(|source| EvaluationError::Pictures {
-        path: "the first worker's pictures".into(),
-        source,
-    })
+/// Reads pictures for the first worker's [`AdmJudge`].
+pub struct Assistant<B: Backend> {
+    inception: Digested<Inception<B>>,
+    workers: Group,
+}
+
+impl<B: FusedOps> Assistant<B> {
+    /// With the weights that the first worker has.
+    ///
+    /// # Errors
+    /// When they can't be read, or are others.
+    pub fn new(
+        weights: &Path,
+        workers: &Group,
+        device: &B::Device,
+    ) -> Result<Self, EvaluationError> {
+        Ok(Self {
+            inception: agreed::<B>(weights, &**workers, device)?,
+            workers: workers.clone(),
+        })
+    }
+
+    /// Reads until the verdicts are reached, or the judge [pauses](AdmJudge::pause).
+    ///
+    /// # Errors
+    /// When the pictures are neither grey nor RGB.
+    pub fn assist(&self) -> Result<(), EvaluationError> {
+        let stop = Stop::default();
+        let assisted = reading(&self.inception, &*self.workers, &stop).assist();
+        assisted.map_err(|source| EvaluationError::Pictures {
+            path: "the first worker's pictures".into(),
+            source,
+        })
+    }
 }
 
 /// How many pictures of each are measured: the first `count`, or all, of which there must be as

@@ -58,7 +58,7 @@ pub use classified::{ClassifiedVerdict, ClassifierJudge, Pictured, accuracy, cla
 pub use features::Features;
 pub use frechet::frechet_distance;
 pub use inception_score::{DEFAULT_SPLIT_SIZE, InceptionScore, inception_score};
-pub use judge::{AdmJudge, AdmSettings, assist_judge, common_count};
+pub use judge::{AdmJudge, AdmSettings, Assistant, common_count};
 pub use moments::{ReferenceStatistics, read_reference_statistics};
 pub use precision_recall::{
     DEFAULT_NEIGHBOURS, Distances, PrecisionRecall, neighbour_radii, precision_recall,

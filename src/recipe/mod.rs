@@ -72,6 +72,16 @@ pub enum RecipeError {
     Interrupted,
 }
 
+impl crate::workers::EndsAll for RecipeError {
+    fn told(&self) -> Option<String> {
+        (!matches!(self, Self::Interrupted)).then(|| self.to_string())
+    }
+
+    fn heard(told: Option<String>) -> Self {
+        told.map_or(Self::Interrupted, Self::Run)
+    }
+}
+
 impl From<crate::evaluation::EvaluationError> for RecipeError {
     fn from(error: crate::evaluation::EvaluationError) -> Self {
         match error {

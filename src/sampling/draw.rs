@@ -18,7 +18,7 @@ use crate::process::{Guidance, ProcessKind, Sampler};
 use crate::report::{grid_layout, grid_png};
 use crate::stop::Stop;
 use crate::weights::Checkpoint;
-use crate::workers::{Group, agree, share_out, values_of};
+use crate::workers::{Group, agree, share_out};
 
 /// File name of the picture of the first samples.
 pub const PICTURE_FILE: &str = "samples.png";
@@ -89,23 +89,17 @@ impl<B: FusedOps> Draw<'_, B> {
         };
         let workers = &**self.workers;
         let leads = workers.leads();
-        if leads && archive.exists() {
-            self.check(&archive)?;
-            // Another process may have been stopped before it wrote the picture and deleted the
-            // parts.
-            if !self.folder.join(PICTURE_FILE).exists() {
-                self.picture(&archive)?;
-            }
-            parts.delete();
-            workers.broadcast(Vec::new());
-            let archive = Some(archive);
-            return Ok(Drawn { labels, archive });
-        }
-        // The first worker's folder says what is missing.
-        let ours = (0..parts.count()).filter(|part| part % self.share.of == self.share.index);
-        let missing: Vec<usize> = ours.filter(|part| !leads || !parts.has(*part)).collect();
-        let missing: Vec<usize> =
-            values_of(&workers.broadcast(bytemuck::cast_slice(&missing).to_vec()));
+        // The first worker's folder says what is missing, in one piece of work that it does.
+        let mut missing = Vec::new();
+        share_out(
+            workers,
+            1,
+            |_| self.missing(&archive, &parts),
+            |_, found| {
+                missing = found;
+                Ok::<_, SamplingError>(())
+            },
+        )?;
         let tells = sampling.solver.tells(sampling.steps);
         let steps = missing.len() * tells;
         let draw = |piece: usize| -> Result<Vec<u8>, SamplingError> {
@@ -152,9 +146,26 @@ impl<B: FusedOps> Draw<'_, B> {
             true => parts.write(missing[piece], &pixels),
             false => Ok(()),
         })?;
-        if !leads {
-            let archive = None;
-            return Ok(Drawn { labels, archive });
+        // The first worker has the parts.
+        let put_together = |_| {
+            self.put_together(&archive, &parts, &labels)?;
+            Ok::<_, SamplingError>(Vec::<u8>::new())
+        };
+        share_out(workers, 1, put_together, |_, _| Ok(()))?;
+        // Another process may have assembled the parts and deleted them meanwhile.
+        let archive = (leads && archive.exists()).then_some(archive);
+        Ok(Drawn { labels, archive })
+    }
+
+    /// Assembles the archive, if all parts are there.
+    fn put_together(
+        &self,
+        archive: &Path,
+        parts: &Parts<'_>,
+        labels: &[usize],
+    ) -> Result<(), SamplingError> {
+        if archive.exists() {
+            return Ok(());
         }
         let whole = (0..parts.count()).all(|part| parts.has(part));
         // Of several processes that find all parts, one assembles them.
@@ -164,15 +175,27 @@ impl<B: FusedOps> Draw<'_, B> {
         // atomically.
         let whole = whole && !matches!(lock_file.try_lock(), Err(TryLockError::WouldBlock));
         if whole && !archive.exists() {
-            parts.assemble(&archive, &labels)?;
-            self.picture(&archive)?;
+            parts.assemble(archive, labels)?;
+            self.picture(archive)?;
             parts.delete();
         }
-        Ok(Drawn {
-            labels,
-            // Another process may have assembled the parts and deleted them meanwhile.
-            archive: archive.exists().then_some(archive),
-        })
+        Ok(())
+    }
+
+    /// This share's parts that are not in the folder.
+    fn missing(&self, archive: &Path, parts: &Parts<'_>) -> Result<Vec<usize>, SamplingError> {
+        if archive.exists() {
+            self.check(archive)?;
+            // Another process may have been stopped before it wrote the picture and deleted the
+            // parts.
+            if !self.folder.join(PICTURE_FILE).exists() {
+                self.picture(archive)?;
+            }
+            parts.delete();
+            return Ok(Vec::new());
+        }
+        let ours = (0..parts.count()).filter(|part| part % self.share.of == self.share.index);
+        Ok(ours.filter(|part| !parts.has(*part)).collect())
     }
 
     /// Refuses an archive with another shape than these samples: it may come from elsewhere.

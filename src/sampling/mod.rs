@@ -23,6 +23,7 @@ use crate::process::Solver;
 use crate::random::{self, Stream};
 use crate::report::ReportError;
 use crate::state::WeightsError;
+use crate::workers::EndsAll;
 
 /// Why samples can't be drawn.
 #[derive(Debug, Error)]
@@ -67,6 +68,16 @@ pub enum SamplingError {
     /// Interrupted by the user; the drawn samples are kept.
     #[error("interrupted")]
     Interrupted,
+}
+
+impl EndsAll for SamplingError {
+    fn told(&self) -> Option<String> {
+        (!matches!(self, Self::Interrupted)).then(|| self.to_string())
+    }
+
+    fn heard(told: Option<String>) -> Self {
+        told.map_or(Self::Interrupted, Self::Workers)
+    }
 }
 
 impl SamplingError {

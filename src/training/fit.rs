@@ -27,8 +27,10 @@ use crate::stop::Stop;
 use crate::workers::{Group, alone};
 
 /// Called after every step with its number, the model and the moving average, and by a training
-/// that is resumed with its last step once more, before the first. Where several workers divide
-/// the average (`shard_optimizer`), it is asked for by all of them or by none.
+/// that is resumed with its last step once more, before the first. [`TrainingError::Interrupted`]
+/// stops the training after this step, for what is done once more then; of several workers all give
+/// it or none. Where they divide the average (`shard_optimizer`), it is asked for by all of them or
+/// by none.
 pub type OnStep<B, M> = Box<
     dyn FnMut(usize, &M, &Ema<<B as AutodiffBackend>::InnerBackend>) -> Result<(), TrainingError>
         + Send,

@@ -97,6 +97,10 @@ pub enum TrainingError {
         /// Why it can't be continued from.
         problem: String,
     },
+    /// What is done after a step was interrupted, and is done again when the training goes on: it
+    /// stops after this step.
+    #[error("interrupted")]
+    Interrupted,
     /// What is done after a step failed.
     #[error(transparent)]
     Observed(Box<dyn std::error::Error + Send + Sync>),

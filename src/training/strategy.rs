@@ -117,7 +117,9 @@ where
         let mut observer = self.observer.lock();
         if position.step > 0 {
             // Whoever interrupted the last step interrupted what was observed after it.
-            observer(position.step - 1, &learner.model(), ema)?;
+            if observed(observer(position.step - 1, &learner.model(), ema))? {
+                return Ok(());
+            }
         }
         let mut batches = train.iter();
         let mut since = Instant::now();
@@ -195,7 +197,7 @@ where
                 }
             }
             let begun = Instant::now();
-            observer(position.step - 1, &learner.model(), ema)?;
+            let interrupted = observed(observer(position.step - 1, &learner.model(), ema))?;
             // What it took is no part of the training's speed.
             since += begun.elapsed();
             let progress = Progress::new(position.step, optimisation.steps);
@@ -217,7 +219,7 @@ where
             // Several stop together, at what they agreed on in this step.
             let stopping = match workers.size() {
                 1 => stop(),
-                _ => agreed,
+                _ => agreed || interrupted,
             };
             let saves = stopping || position.step.is_multiple_of(optimisation.checkpoint_every);
             if saves {
@@ -241,6 +243,15 @@ where
             }
         }
         Ok(())
+    }
+}
+
+/// Whether what is done after a step was interrupted.
+fn observed(result: Result<(), TrainingError>) -> Result<bool, TrainingError> {
+    match result {
+        Ok(()) => Ok(false),
+        Err(TrainingError::Interrupted) => Ok(true),
+        Err(error) => Err(error),
     }
 }
 

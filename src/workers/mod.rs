@@ -23,8 +23,8 @@ pub use alone::Alone;
 #[cfg(any(feature = "cli", feature = "tui", feature = "mpi"))]
 pub(crate) use launch::end;
 pub use launch::{device, start};
-pub use pieces::share_out;
 pub(crate) use pieces::values_of;
+pub use pieces::{EndsAll, share_out};
 pub use tree::{Tree, sum};
 
 /// A group of processes. Every call but [`at`](Self::at) and [`abort`](Self::abort) is made by all

@@ -197,10 +197,11 @@ fn any_number_of_workers_leaves_the_same_files() {
         let told = text(&ran);
         assert_eq!(told.matches("teacher: done in").count(), 1, "{told}");
         same(&place.path("1"), &place.path(workers), workers);
-        // Of moments and averages that were divided, and of samples drawn meanwhile.
+        // Of moments and averages that were divided, and of what was measured meanwhile.
         for file in [
             "checkpoints/step-00000005.safetensors",
             "quality/step-000006/samples.png",
+            "quality.jsonl",
         ] {
             let read = |runs| std::fs::read(place.path(runs).join("05-student").join(file));
             assert!(read("1").unwrap() == read(workers).unwrap(), "{file}");
@@ -327,6 +328,74 @@ fn a_signal_saves_and_stops_all() {
         let left = std::fs::read_dir(place.0.path().join("tmp")).unwrap();
         assert_eq!(left.count(), 0, "{signal}");
     }
+}
+
+/// A training that is measured in between, in Inception's features.
+const MEASURED: &str = "
+data = 'digits'
+[[stage]]
+kind = 'train'
+steps = 6
+batch = 8
+accumulate = 2
+shard_optimizer = true
+architecture = { family = 'dit', width = 32, heads = 2, depth = 2 }
+evaluate_every = 4
+evaluate_count = 4
+[[stage]]
+kind = 'evaluate'
+compare = ['train']
+count = 4
+batch = 1
+steps = 500
+reference = 'reference/samples.npz'
+inception = 'files/standin-inception.pth'
+";
+
+#[test]
+fn what_is_measured_meanwhile_is_shared_and_goes_on() {
+    let place = Place::new(6);
+    let folder = place.0.path();
+    std::fs::write(folder.join("job.toml"), MEASURED).unwrap();
+    for arguments in [
+        "standin files",
+        "sample embedded:digits-teacher --into reference --count 4 --steps 2",
+    ] {
+        let made = Command::new(env!("CARGO_BIN_EXE_tinyfusion"))
+            .args(arguments.split(' '))
+            .current_dir(folder)
+            .output();
+        succeeded(&made.unwrap());
+    }
+    succeeded(&place.run(1, &["--runs", "1"]));
+    let quality = |runs: &str| {
+        let log = place.path(runs).join("01-train/quality.jsonl");
+        std::fs::read_to_string(log).unwrap_or_default()
+    };
+    assert_eq!(quality("1").lines().count(), 2, "{}", quality("1"));
+
+    // Interrupted while samples are drawn: all stop, and whoever goes on has it too.
+    let parts = place.path("2").join("01-train/quality/step-000004/parts");
+    let running = place
+        .command(2, &["--runs", "2", "--plain"])
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let since = Instant::now();
+    while std::fs::read_dir(&parts).map_or(0, Iterator::count) < 1 {
+        assert!(since.elapsed() < Duration::from_secs(120), "nothing drawn");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let launcher = running.id().to_string();
+    let told = Command::new("kill").args(["-INT", &launcher]).status();
+    assert!(told.unwrap().success());
+    let ended = running.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(130), "{}", text(&ended));
+    assert_eq!(quality("2"), "");
+    assert!(parts.exists());
+    succeeded(&place.run(2, &["--runs", "2", "--plain", "--resume"]));
+    assert_eq!(quality("1"), quality("2"));
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::model_folder;
 #[cfg(feature = "cli")]
-use crate::evaluation::assist_judge;
+use crate::evaluation::Assistant;
 use crate::evaluation::{AdmEvaluation, AdmJudge, AdmSettings, AdmVerdict, Distances};
 use crate::images::Images;
 use crate::models::Architecture;
@@ -233,7 +233,7 @@ pub(crate) fn archives<B: FusedOps>(
     let files = ReferenceFiles::of(&evaluate.against, None, workers, stop)
         .ok_or_else(|| RecipeError::Run("archives are measured against a reference".into()))?;
     if !workers.leads() {
-        return Ok(assist_judge::<B>(files.inception, &**workers, device)?);
+        return Ok(Assistant::<B>::new(files.inception, workers, device)?.assist()?);
     }
     let count = evaluate.sampling.count;
     let mut judge = judge::<B>(&files, evaluate.neighbours, cache, device)?;

@@ -1,12 +1,12 @@
 //! Measuring a model while it is trained.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::module::AutodiffModule;
 use serde::Serialize;
 
 use super::adm::ReferenceFiles;
-use crate::evaluation::{AdmJudge, ClassifierJudge, Scores};
+use crate::evaluation::{AdmJudge, Assistant, ClassifierJudge, Scores};
 use crate::models::Architecture;
 use crate::npz::{SampleReader, read_samples};
 use crate::ops::{FusedOps, TrainingBackend};
@@ -19,7 +19,7 @@ use crate::recipe::schema::sample::{Against, Evaluate};
 use crate::recovery::Student;
 use crate::sampling::{Decoder, Draw, SAMPLES, Sampling, SamplingError, Share};
 use crate::training::{JsonLines, Observe, OnStep, TrainingError};
-use crate::workers::alone;
+use crate::workers::{Workers, values_of};
 
 /// One line of `quality.jsonl`.
 #[derive(Serialize)]
@@ -38,6 +38,8 @@ struct Quality {
 enum Judge<B: FusedOps> {
     HeldOut(Box<ClassifierJudge<B>>),
     Reference(Box<AdmJudge<B>>),
+    /// That of a worker that is not the first: it assists, where there is something to be read.
+    Other(Option<Box<Assistant<B>>>),
 }
 
 /// How the evaluation that follows measures a model.
@@ -47,15 +49,17 @@ struct Measuring<B: FusedOps> {
     decoder: Option<Decoder<B>>,
 }
 
+/// Scores, and the share of the samples that is read as their class.
+type Scored = (Scores, Option<f64>);
+
 impl<B: FusedOps> Judge<B> {
-    /// The scores of an archive of samples of these classes, and the share that is read as their
-    /// class.
+    /// The scores of an archive of samples of these classes, on the first worker alone.
     fn scores(
         &self,
         name: &str,
         archive: &Path,
         labels: &[usize],
-    ) -> Result<(Scores, Option<f64>), RecipeError> {
+    ) -> Result<Option<Scored>, RecipeError> {
         match self {
             Self::HeldOut(judge) => {
                 let samples = read_samples(archive)?;
@@ -67,13 +71,39 @@ impl<B: FusedOps> Judge<B> {
                     precision: Some(verdict.precision),
                     recall: Some(verdict.recall),
                 };
-                Ok((scores, Some(verdict.accuracy)))
+                Ok(Some((scores, Some(verdict.accuracy))))
             }
             Self::Reference(judge) => {
-                let verdict = judge.verdict(name, SampleReader::open(archive)?, |_, _| {})?;
-                Ok((verdict.scores, None))
+                let pictures = SampleReader::open(archive).map_err(RecipeError::from);
+                let verdict =
+                    pictures.and_then(|pictures| Ok(judge.verdict(name, pictures, |_, _| {})?));
+                judge.pause();
+                Ok(Some((verdict?.scores, None)))
+            }
+            Self::Other(assistant) => {
+                if let Some(assistant) = assistant {
+                    assistant.assist()?;
+                }
+                Ok(None)
             }
         }
+    }
+}
+
+/// How a measuring went, as the first worker tells the others.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// It is done, or can't be.
+    Over,
+    Interrupted,
+}
+
+/// That of the first worker; the others know nothing of it.
+fn agreed(workers: &dyn Workers, outcome: Outcome) -> Outcome {
+    let interrupted = u8::from(outcome == Outcome::Interrupted);
+    match workers.broadcast(vec![interrupted])[..] {
+        [1] => Outcome::Interrupted,
+        _ => Outcome::Over,
     }
 }
 
@@ -100,17 +130,6 @@ impl<B: TrainingBackend> Context<'_, B> {
         });
         let every = meanwhile.evaluate_every;
         let due = move |step: usize| (step + 1).is_multiple_of(every) || step + 1 == steps;
-        if !self.workers.leads() {
-            // Of averages that are divided, the first worker has these from the others.
-            return Ok(Box::new(move |_| {
-                Ok(Box::new(move |step, model: &Student<B>, ema| {
-                    if due(step) {
-                        ema.apply(model.valid());
-                    }
-                    Ok(())
-                }))
-            }));
-        }
         let quality = folder.join("quality");
         let Measuring { judge, decoder } = self.measuring_as(evaluate, model, &quality)?;
         let sampling = Sampling {
@@ -119,19 +138,28 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         let (seed, name) = (self.recipe.seed, stage.name.clone());
         let (device, stop, folder) = (self.device.clone(), self.stop.clone(), folder.to_owned());
+        let workers = self.workers.clone();
         let observe = move |start: usize| -> Result<OnStep<B, Student<B>>, TrainingError> {
+            // The first worker's log says what was measured before.
             let path = folder.join(QUALITY);
-            let mut log = JsonLines::open(&path, start)?;
-            let mut last = log.last_step()?;
+            let mut log = match workers.leads() {
+                true => Some(JsonLines::open(&path, start)?),
+                false => None,
+            };
+            let last = log
+                .as_mut()
+                .map(|log| log.last_step())
+                .transpose()?
+                .flatten();
+            let last: Vec<u64> = last.into_iter().map(|step| step as u64).collect();
+            let last = workers.broadcast(bytemuck::cast_slice(&last).to_vec());
+            let mut last = values_of::<u64>(&last).first().map(|step| *step as usize);
             Ok(Box::new(move |step, model: &Student<B>, ema| {
-                if !due(step) {
+                if !due(step) || last == Some(step) {
                     return Ok(());
                 }
                 let done = step + 1;
                 let network = ema.apply(model.valid()).network;
-                if last == Some(step) {
-                    return Ok(());
-                }
                 let draw = Draw {
                     name: &name,
                     network: &network,
@@ -141,8 +169,7 @@ impl<B: TrainingBackend> Context<'_, B> {
                     seed,
                     folder: &quality.join(format!("step-{done:06}")),
                     share: Share::WHOLE,
-                    // The first worker measures, and the others wait.
-                    workers: &alone(),
+                    workers: &workers,
                     stop: &stop,
                 };
                 // A training that can't be measured is a training still.
@@ -154,20 +181,35 @@ impl<B: TrainingBackend> Context<'_, B> {
                     Ok(drawn) => drawn,
                     // The training stops after this step. When it goes on, it begins with what is
                     // missing here, unless this step was its last.
-                    Err(SamplingError::Interrupted) => return Ok(()),
+                    Err(SamplingError::Interrupted) => return Err(TrainingError::Interrupted),
                     Err(error) => return unmeasured(&error),
                 };
                 let archive = draw.folder.join(SAMPLES);
-                let (scores, accuracy) = match judge.scores(&name, &archive, &drawn.labels) {
-                    Ok(scores) => scores,
+                let scored = judge.scores(&name, &archive, &drawn.labels);
+                let outcome = match scored {
+                    Err(RecipeError::Interrupted) => Outcome::Interrupted,
+                    _ => Outcome::Over,
+                };
+                let outcome = agreed(&*workers, outcome);
+                last = Some(step);
+                let Some(log) = &mut log else {
+                    return match outcome {
+                        Outcome::Over => Ok(()),
+                        Outcome::Interrupted => Err(TrainingError::Interrupted),
+                    };
+                };
+                // The picture of the first of them stays.
+                let remove = || std::fs::remove_file(&archive).map_err(TrainingError::io(&archive));
+                let (scores, accuracy) = match scored {
+                    Ok(Some(scored)) => scored,
+                    Ok(None) => return Ok(()),
                     Err(RecipeError::Interrupted) => {
-                        return std::fs::remove_file(&archive).map_err(TrainingError::io(&archive));
+                        remove()?;
+                        return Err(TrainingError::Interrupted);
                     }
                     Err(error) => return unmeasured(&error),
                 };
-                // The picture of the first of them stays.
-                std::fs::remove_file(&archive).map_err(TrainingError::io(&archive))?;
-                last = Some(step);
+                remove()?;
                 log.write(&Quality {
                     step,
                     images: done * batch,
@@ -181,7 +223,7 @@ impl<B: TrainingBackend> Context<'_, B> {
     }
 
     /// How an evaluation would measure a model; held-out pictures that Inception is to see are
-    /// written into the folder `quality`.
+    /// written into the folder `quality`. All workers call it.
     fn measuring_as(
         &self,
         evaluate: &Evaluate,
@@ -189,25 +231,39 @@ impl<B: TrainingBackend> Context<'_, B> {
         quality: &Path,
     ) -> Result<Measuring<B::InnerBackend>, RecipeError> {
         let (against, neighbours) = (&evaluate.against, evaluate.neighbours);
-        if let Against::HeldOut { features } = against {
-            let judge = self.judge(&self.load(features)?, neighbours)?;
-            return Ok(Measuring {
-                judge: Judge::HeldOut(Box::new(judge)),
-                decoder: None,
-            });
-        }
-        let held_out = self.held_out_reference(against, quality)?;
-        // The first worker measures, and the others wait.
-        let alone = alone();
-        let files = ReferenceFiles::of(against, held_out.as_deref(), &alone, self.stop);
-        let files = files.unwrap_or_else(|| unreachable!("there is a reference"));
-        let judge = self.adm_judge(&files, neighbours)?;
+        let (workers, leads) = (self.workers, self.workers.leads());
+        let (vae, inception) = match against {
+            Against::HeldOut { features } => {
+                let judge = match leads {
+                    true => {
+                        let judge = self.judge(&self.load(features)?, neighbours)?;
+                        Judge::HeldOut(Box::new(judge))
+                    }
+                    false => Judge::Other(None),
+                };
+                let decoder = None;
+                return Ok(Measuring { judge, decoder });
+            }
+            Against::Reference { vae, inception, .. } => (vae, inception),
+        };
+        let judge = match leads {
+            true => {
+                let held_out = self.held_out_reference(against, quality)?;
+                let files = ReferenceFiles::of(against, held_out.as_deref(), workers, self.stop);
+                let files = files.unwrap_or_else(|| unreachable!("there is a reference"));
+                let judge = self.adm_judge(&files, neighbours)?;
+                judge.pause();
+                Judge::Reference(Box::new(judge))
+            }
+            false => {
+                let assistant = Assistant::new(inception, workers, self.device)?;
+                assistant.assist()?;
+                Judge::Other(Some(Box::new(assistant)))
+            }
+        };
         let (channels, compute) = (model.shape().channels, self.recipe.compute);
-        let read = |path| Decoder::read(path, channels, compute, self.device);
-        let decoder = files.vae.map(read).transpose()?;
-        Ok(Measuring {
-            judge: Judge::Reference(Box::new(judge)),
-            decoder,
-        })
+        let read = |path: &PathBuf| Decoder::read(path, channels, compute, self.device);
+        let decoder = vae.as_ref().map(read).transpose()?;
+        Ok(Measuring { judge, decoder })
     }
 }

@@ -13,7 +13,7 @@ use self::adm::ReferenceFiles;
 pub(crate) use self::meanwhile::QUALITY;
 use super::context::Context;
 use crate::data::Split;
-use crate::evaluation::{Pictured, Speed, assist_judge};
+use crate::evaluation::{Assistant, Pictured, Speed};
 use crate::npz::write_samples;
 use crate::ops::TrainingBackend;
 use crate::recipe::RecipeError;
@@ -57,7 +57,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             self.drawn(&name, (source, vae), sampling, folder)?;
         }
         if let Some(inception) = inception {
-            assist_judge::<B::InnerBackend>(inception, &**self.workers, self.device)?;
+            Assistant::<B::InnerBackend>::new(inception, self.workers, self.device)?.assist()?;
         }
         Ok(())
     }

@@ -125,9 +125,12 @@ pub fn make(folder: &Path) -> Result<(), StandinError> {
     }
     write_folder(folder, fill, |error| StandinError::io(folder)(error))?;
     crate::tell!(
-        "{}: {IMAGES} images, a diffusion transformer, an autoencoder, an Inception network and a reference batch, all random; \
-         `tinyfusion recipe recipes/standin.toml` goes through them",
-        folder.display()
+        "{}: {IMAGES} images, a diffusion transformer, an autoencoder, an Inception network and a reference batch, all random{}",
+        folder.display(),
+        match folder == Path::new("artifacts/standin") {
+            true => "; `tinyfusion recipe standin` goes through them",
+            false => "",
+        }
     );
     Ok(())
 }

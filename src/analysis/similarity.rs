@@ -40,12 +40,19 @@ impl<B: Backend> BlockHook<B> for TrunkStates<B> {
 /// Y||)` in Frobenius norms, of columns without their mean. 1 is the same up to rotation and scale,
 /// 0 nothing in common. `states` are `[batch, tokens, width]`; of a constant one it is 0.
 pub fn similarity<B: Backend>(states: &[Tensor<B, 3>]) -> Vec<Vec<f64>> {
+    // Scaled, which changes no similarity, so that fourth powers of large states stay within f32.
+    let scaled = |x: Tensor<B, 2>| {
+        let largest = x.clone().abs().max().into_data();
+        match largest.iter::<f64>().next() {
+            Some(largest) if largest > 0.0 => x.div_scalar(largest),
+            _ => x,
+        }
+    };
     let centred: Vec<Tensor<B, 2>> = (states.iter())
-        .map(|x| x.clone().flatten(0, 1))
+        .map(|x| scaled(x.clone().flatten(0, 1)))
         .map(|x: Tensor<B, 2>| x.clone() - x.mean_dim(0))
         .collect();
     let product = |x: &Tensor<B, 2>, y: &Tensor<B, 2>| -> f64 {
-        // Scaled so that squares of large states stay within f32.
         let rows = x.dims()[0] as f64;
         let between = x.clone().transpose().matmul(y.clone()).div_scalar(rows);
         let norm = (between.clone() * between).sum();
@@ -91,5 +98,19 @@ mod tests {
         assert!(values[0][2] < 0.05, "{}", values[0][2]);
         assert_eq!(values[0][2], values[2][0]);
         assert_eq!(values[3][0], 0.0);
+    }
+
+    #[test]
+    fn large_states_are_compared_as_small_ones_are() {
+        let device = Default::default();
+        let draw = || {
+            let normal = Distribution::Normal(0.0, 1.0);
+            Tensor::<NdArray, 3>::random([4, 20, 3], normal, &device)
+        };
+        let (x, y) = (draw(), draw());
+        let small = similarity(&[x.clone(), y.clone()])[0][1];
+        let large = similarity(&[x * 1e15, y * 1e12])[0][1];
+        // Rounding of f32 over eighty rows.
+        assert!((small - large).abs() < 1e-5, "{small} {large}");
     }
 }

@@ -149,9 +149,12 @@ pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), CliError> {
         measured.backend,
         measured.threads
     );
+    // As its flag names it.
+    let name = clap::ValueEnum::to_possible_value(&measured.workload);
+    let name = name.as_ref().map_or("", |name| name.get_name());
     crate::tell!(
-        "{:?}: median {:.2} ms (± {:.2}) of {}, {:.1} images/s, peak memory {memory}",
-        measured.workload,
+        "{}: median {:.2} ms (± {:.2}) of {}, {:.1} images/s, peak memory {memory}",
+        name,
         measured.median_ms,
         measured.spread_ms,
         measured.runs_ms.len(),

@@ -6,7 +6,7 @@ use toml::Value;
 
 use super::error::CliError;
 use super::listen;
-use super::stage::{OneStage, RunArguments, SamplingArguments, source_value, toml};
+use super::stage::{OneStage, RunArguments, SamplingArguments, refuse_file, source_value, toml};
 use super::weights::{StatedArguments, open, source, stated_sources};
 use crate::backend::Compute;
 use crate::evaluation::Distances;
@@ -114,11 +114,20 @@ fn measure_archives(arguments: &EvaluateArguments, workers: &Group) -> Result<()
             )));
         }
     };
-    if let Some(out) = arguments.out.as_ref().filter(|out| out.exists()) {
+    if let Some(out) = &arguments.out {
+        refuse_file(out)?;
+    }
+    if let Some(cache) = arguments.cache.as_ref().filter(|cache| cache.is_file()) {
         return Err(CliError::Usage(format!(
-            "{}: exists; nothing is overwritten, name another",
-            out.display()
+            "{}: is a file; --cache is a folder",
+            cache.display()
         )));
+    }
+    arguments.sampling.refuse_drawing()?;
+    if arguments.run.seed.is_some() {
+        return Err(CliError::Usage(
+            "--seed is for models; archives and folders are measured without a draw".into(),
+        ));
     }
     let mut stage = OneStage::new("evaluate")?;
     stage.set_paths("samples", samples)?;

@@ -103,8 +103,8 @@ Examples:
     /// Write a checkpoint in another form: one file or several, PyTorch's, or a folder in the
     /// layout of diffusers
     #[command(
-        after_help = "The ending of TO decides: .safetensors, .safetensors.index.json (several files), .pt, or
-none for a folder with weights, config.json and model card.
+        after_help = "The ending of TO decides: .safetensors, .safetensors.index.json (several files), .pt, .pth,
+.bin or .ckpt (PyTorch's), or none for a folder with weights, config.json and model card.
 
 Examples:
   tinyfusion convert DiT-XL-2-256x256.pt DiT-XL-2-256x256.safetensors

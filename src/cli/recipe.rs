@@ -10,7 +10,7 @@ use super::{how_to_go_on, listen};
 use crate::backend::BackendKind;
 use crate::recipe::document::{Document, MOST_BYTES};
 use crate::recipe::plan::Plan;
-use crate::recipe::run::sweep::run_sweep;
+use crate::recipe::run::sweep::{Problems, run_sweep};
 use crate::recipe::run::{Options, Resume, can_share, run};
 use crate::recipe::schema::sweep::{Point, Sweep};
 use crate::recipe::schema::{Recipe, Stage, StageKind};
@@ -224,8 +224,16 @@ fn listen_within(limit: Option<Duration>) -> Result<Stop, CliError> {
 /// What a sweep would do.
 fn outline(points: &[Point], workers: usize) -> Result<(), CliError> {
     let mut flops = 0.0;
+    let mut missing = Problems::default();
     for point in points {
-        let plan = Plan::shared(&point.recipe, workers)?;
+        let plan = Plan::shared(&point.recipe, workers)
+            .map_err(|error| CliError::Usage(format!("{point}: {error}")))?;
+        if let Some(backend) = point.recipe.backend.and_then(BackendKind::missing) {
+            missing.add(point, &backend);
+        }
+        if let Err(files) = plan.complete() {
+            missing.add(point, &files.to_string());
+        }
         let of_run: f64 = plan.stages.iter().map(|stage| stage.flops).sum();
         crate::tell!(
             "{point}: {} stages, {} FLOPs",
@@ -235,6 +243,9 @@ fn outline(points: &[Point], workers: usize) -> Result<(), CliError> {
         flops += of_run;
     }
     crate::tell!("\n{} runs, {} FLOPs", points.len(), scientific(flops));
+    if let Some(missing) = missing.said() {
+        crate::tell!("\n{missing}");
+    }
     // The first of those with the most stages.
     let example = points
         .iter()

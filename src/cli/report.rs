@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::error::CliError;
+use super::stage::refuse_file;
 use crate::recipe::RecipeError;
 use crate::recipe::results::{PAGE, Results, comparable, compared, write_page, write_sweep};
 use crate::report::{Table, rounded};
@@ -78,6 +79,9 @@ pub(super) fn runs(arguments: &RunsArguments) -> Result<(), CliError> {
     match &arguments.what {
         None => list(&arguments.runs),
         Some(Runs::Compare { runs, csv }) => {
+            if let Some(path) = csv {
+                refuse_file(path)?;
+            }
             let runs = read(runs)?;
             comparable(&runs)?;
             let grid = compared(&runs);

@@ -33,7 +33,7 @@ pub(super) struct SampleArguments {
     #[arg(long, value_name = "FOLDER")]
     images: Option<PathBuf>,
     /// Draw into this folder, not a numbered run; go on with what is there
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER", conflicts_with = "runs")]
     into: Option<PathBuf>,
     #[command(flatten)]
     sampling: SamplingArguments,
@@ -60,6 +60,12 @@ pub(super) fn sample(arguments: &SampleArguments, workers: &Group) -> Result<(),
     let from = stated_source(&arguments.checkpoint, &arguments.stated)?;
     if let Some(folder) = &arguments.images {
         refuse_existing(folder)?;
+        if arguments.into.as_ref() == Some(folder) {
+            return Err(CliError::Usage(format!(
+                "{}: --into and --images are folders of their own; name another for the pictures",
+                folder.display()
+            )));
+        }
     }
     let mut stage = OneStage::new("sample")?;
     stage.set("", "from", source_value(&from)?);

@@ -93,6 +93,39 @@ impl OneStage {
     }
 }
 
+/// A path as a shell takes it.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@,=".contains(c);
+    match text.chars().all(plain) {
+        true => text,
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    }
+}
+
+/// Refuses a file that exists, or whose folder does not.
+///
+/// # Errors
+/// Says which.
+pub(super) fn refuse_file(path: &Path) -> Result<(), CliError> {
+    let problem = |problem: &str| {
+        let path = path.display();
+        Err(CliError::Usage(format!("{path}: {problem}")))
+    };
+    if path.symlink_metadata().is_ok() {
+        return problem("exists; nothing is overwritten, name another");
+    }
+    let folder = match path.parent() {
+        Some(folder) if folder == Path::new("") => Path::new("."),
+        Some(folder) => folder,
+        None => Path::new("/"),
+    };
+    match folder.is_dir() {
+        true => Ok(()),
+        false => problem("its folder does not exist; make it first"),
+    }
+}
+
 fn unicode(path: &Path) -> Result<String, CliError> {
     let name = path.to_str().map(str::to_owned);
     name.ok_or_else(|| CliError::Usage(format!("{}: its name is not Unicode", path.display())))
@@ -123,7 +156,7 @@ pub(super) struct RunArguments {
     pub(super) backend: BackendKind,
     /// Seed of all noise [default: 0]
     #[arg(long)]
-    seed: Option<i64>,
+    pub(super) seed: Option<i64>,
     /// Folder of all runs
     #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
     runs: PathBuf,
@@ -161,7 +194,7 @@ impl RunArguments {
         };
         let to_go_on = format!(
             "`tinyfusion recipe RUN/resolved.toml --resume --runs {}`, where RUN is the run directory",
-            self.runs.display()
+            quoted(&self.runs)
         );
         let directory = how_to_go_on(run(&stage.plan()?, &options), &to_go_on)?;
         crate::tell!("{}", directory.display());
@@ -206,6 +239,33 @@ pub(super) struct SamplingArguments {
 }
 
 impl SamplingArguments {
+    /// Refuses settings of a drawing where nothing is drawn.
+    ///
+    /// # Errors
+    /// Names those that are given.
+    pub(super) fn refuse_drawing(&self) -> Result<(), CliError> {
+        let given = [
+            ("--batch", self.batch.is_some()),
+            ("--steps", self.steps.is_some()),
+            ("--solver", self.solver.is_some()),
+            ("--eta", self.eta.is_some()),
+            ("--guidance", self.guidance.is_some()),
+            ("--guidance-channels", self.guidance_channels.is_some()),
+            ("--classes", self.classes.is_some()),
+            ("--labels", self.labels.is_some()),
+        ];
+        let given: Vec<&str> = (given.iter())
+            .filter_map(|(flag, given)| given.then_some(*flag))
+            .collect();
+        match given.is_empty() {
+            true => Ok(()),
+            false => Err(CliError::Usage(format!(
+                "{}: for models, which are sampled; archives and folders are measured as they are",
+                given.join(", ")
+            ))),
+        }
+    }
+
     /// Sets the stage's keys. Without a solver it is that of the process that `model` was trained
     /// under.
     pub(super) fn put(&self, stage: &mut OneStage, model: Option<&Source>) -> Result<(), CliError> {
@@ -241,6 +301,12 @@ impl SamplingArguments {
             }
         }
         for assignment in &self.set {
+            let key = assignment.split('=').next().unwrap_or_default().trim();
+            if matches!(key, "kind" | "name") {
+                return Err(CliError::Usage(format!(
+                    "--set {assignment}: the command is a stage of its own kind and name"
+                )));
+            }
             let flag = format!("--set {assignment}");
             stage
                 .document

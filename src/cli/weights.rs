@@ -53,7 +53,7 @@ pub(super) struct ConvertArguments {
     to: PathBuf,
     #[command(flatten)]
     stated: StatedArguments,
-    /// Write a folder in the layout of diffusers' DiTTransformer2DModel
+    /// Write a folder in the layout of diffusers (DiTTransformer2DModel or UNet2DModel)
     #[arg(long)]
     diffusers: bool,
     /// Type of the values [default: as they are]
@@ -235,10 +235,13 @@ pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), CliError> {
         thousands(provenance.images)
     );
     if let (Some(kept), Some(depth)) = (&provenance.kept, provenance.parent_depth) {
-        crate::tell!(
-            "  kept        {kept:?} of {depth} {}",
-            provenance.granularity.layers()
-        );
+        match checkpoint.architecture.pairs_of(depth) {
+            Some(pairs) => crate::tell!("  kept        all {depth} layers, in {pairs} pairs"),
+            None => crate::tell!(
+                "  kept        {kept:?} of {depth} {}",
+                provenance.granularity.layers()
+            ),
+        }
     }
     if let Some(parent) = &provenance.parent {
         crate::tell!("  parent      {parent}");

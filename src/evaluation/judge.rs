@@ -227,7 +227,7 @@ pub fn common_count(archives: &[PathBuf], count: Option<usize>) -> Result<usize,
                 return Err(EvaluationError::Unfit {
                     path: archive.clone(),
                     problem: format!(
-                        "expected at least the {count} pictures of the count asked for, found {found}"
+                        "expected at least the {count} pictures of `count`, found {found}; a `count` of {found} takes the first of each"
                     ),
                 });
             }

@@ -192,6 +192,19 @@ impl Architecture {
         }
     }
 
+    /// How many pairs run on one input, where they are all of so many layers; None where layers
+    /// are gone, or none run so.
+    pub fn pairs_of(&self, layers: usize) -> Option<usize> {
+        let kinds: Vec<BlockKind> = match self {
+            Self::Dit(config) => config.kinds().collect(),
+            Self::Mar(config) => config.kinds().collect(),
+            Self::Unet(_) | Self::Classifier(_) => Vec::new(),
+        };
+        let blocks: usize = kinds.iter().map(|kind| kind.blocks()).sum();
+        let pairs = blocks - kinds.len();
+        (pairs > 0 && blocks == layers).then_some(pairs)
+    }
+
     /// The same with only the given layers of its trunk, if it has one.
     pub fn keep(&self, kept: &[usize], granularity: Granularity) -> Self {
         match self {
@@ -407,7 +420,7 @@ impl Architecture {
             Self::Unet(config) => config.pass_bytes(batch),
             Self::Mar(config) => config
                 .block_bytes(batch)
-                .max(config.head_bytes(batch, COPIES)),
+                .max(config.head_pass_bytes(batch, COPIES)),
             Self::Classifier(config) => 4 * batch as u128 * config.activations() as u128,
         })
     }

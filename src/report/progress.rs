@@ -108,7 +108,8 @@ mod bar {
                     let _ = write!(out, "{:.1}", state.per_sec());
                 });
             let bar = ProgressBar::new(total as u64).with_style(style);
-            Some(Self(bar.with_message(name.to_owned())))
+            // On a terminal that can't move its cursor there are lines.
+            (!bar.is_hidden()).then(|| Self(bar.with_message(name.to_owned())))
         }
 
         pub(super) fn length(&self, total: usize) {

@@ -299,19 +299,14 @@ impl DrawInto<'_> {
         let channels = network.shape().channels;
         let read = |path| Decoder::<B>::read(path, channels, self.compute, device);
         let decoder = self.vae.map(read).transpose()?;
-        let settings = serde_json::json!({
-            "model": checkpoint.fingerprint()?,
-            "vae": decoder.as_ref().map(Decoder::sha256),
-            "seed": self.seed,
-            "backend": B::name(device),
-            "compute": self.compute,
-            "how": self.sampling,
-        });
+        let vae = decoder.as_ref().map(Decoder::sha256);
+        let (how, with) = ((vae, self.sampling), (self.seed, self.compute));
+        let settings = settings::<B>(checkpoint, how, with, device)?;
         let workers = &**self.workers;
         agree(workers, "what they draw", settings.to_string().as_bytes())
             .map_err(SamplingError::Workers)?;
         if workers.leads() {
-            self.claim(&settings)?;
+            claim(self.folder, &settings, Place::Named)?;
         }
         let drawn = Draw {
             name: "sample",
@@ -328,37 +323,106 @@ impl DrawInto<'_> {
         .run(device, progress)?;
         Ok(drawn.archive)
     }
+}
 
-    /// Writes the settings into the folder, or compares them with those there.
-    fn claim(&self, settings: &serde_json::Value) -> Result<(), SamplingError> {
-        let folder = self.folder;
-        let path = folder.join(SAMPLING);
-        match std::fs::read(&path) {
-            Ok(bytes) => {
-                let there: Option<serde_json::Value> = serde_json::from_slice(&bytes).ok();
-                if there.as_ref() != Some(settings) {
-                    let problem = "the samples there are drawn from another model or in another way; name another folder";
-                    return Err(SamplingError::place(&path, problem));
-                }
+/// What a drawing depends on, as [`SAMPLING`] holds it.
+pub(crate) fn settings<B: Backend>(
+    checkpoint: &Checkpoint,
+    (vae_sha256, sampling): (Option<&str>, &Sampling),
+    (seed, compute): (u64, Compute),
+    device: &B::Device,
+) -> Result<serde_json::Value, SamplingError> {
+    Ok(serde_json::json!({
+        "model": checkpoint.fingerprint()?,
+        "vae": vae_sha256,
+        "seed": seed,
+        "backend": B::name(device),
+        "compute": compute,
+        "how": sampling,
+    }))
+}
+
+/// Whose a folder of samples is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// A person named it: anything may be there.
+    Named,
+    /// A run's own.
+    Run,
+}
+
+/// Writes the settings into the folder, or compares them with those there.
+pub(crate) fn claim(
+    folder: &Path,
+    settings: &serde_json::Value,
+    place: Place,
+) -> Result<(), SamplingError> {
+    let path = folder.join(SAMPLING);
+    match std::fs::read(&path) {
+        Ok(bytes) => {
+            let there: Option<serde_json::Value> = serde_json::from_slice(&bytes).ok();
+            if there.as_ref() != Some(settings) {
+                let todo = match place {
+                    Place::Named => "name another folder",
+                    Place::Run => "take this folder away, and they are drawn again",
+                };
+                let problem = format!(
+                    "the samples there are drawn from another model or in another way; {todo}"
+                );
+                return Err(SamplingError::place(&path, problem));
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                // The origin of the existing files is unknown. (A temporary file belongs to another
-                // share that is just starting.)
-                let foreign = std::fs::read_dir(folder).is_ok_and(|entries| {
-                    let mut names = entries.flatten().map(|entry| entry.file_name());
-                    names.any(|name| !name.as_encoded_bytes().starts_with(b"."))
-                });
-                // Unless another share has started meanwhile.
-                if foreign && !path.exists() {
-                    let problem = "is not empty, and nothing says how its files were made; name another folder";
-                    return Err(SamplingError::place(folder, problem));
-                }
-                let text = format!("{settings:#}\n");
-                write_atomic(&path, |file| file.write_all(text.as_bytes()))
-                    .map_err(SamplingError::io(&path))?;
-            }
-            Err(error) => return Err(SamplingError::io(&path)(error)),
         }
-        Ok(())
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            // The origin of the existing files is unknown. (A temporary file belongs to another
+            // share that is just starting.)
+            let foreign = std::fs::read_dir(folder).is_ok_and(|entries| {
+                let mut names = entries.flatten().map(|entry| entry.file_name());
+                names.any(|name| !name.as_encoded_bytes().starts_with(b"."))
+            });
+            // Unless another share has started meanwhile.
+            if place == Place::Named && foreign && !path.exists() {
+                let problem =
+                    "is not empty, and nothing says how its files were made; name another folder";
+                return Err(SamplingError::place(folder, problem));
+            }
+            let text = format!("{settings:#}\n");
+            write_atomic(&path, |file| file.write_all(text.as_bytes()))
+                .map_err(SamplingError::io(&path))?;
+        }
+        Err(error) => return Err(SamplingError::io(&path)(error)),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_that_of_one_drawing() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        // A number that a careless parser reads one bit off.
+        let settings = |scale: f64| serde_json::json!({ "how": { "guidance": scale } });
+        let claim = |name: &str, scale, place| {
+            super::claim(&at(name), &settings(scale), place).map_err(|error| error.to_string())
+        };
+        for (name, place, todo) in [
+            ("named", Place::Named, "name another folder"),
+            ("run", Place::Run, "take this folder away"),
+        ] {
+            std::fs::create_dir(at(name)).unwrap();
+            assert_eq!(claim(name, 1.066_666_666_666_666_7, place), Ok(()));
+            assert_eq!(claim(name, 1.066_666_666_666_666_7, place), Ok(()));
+            let error = claim(name, 1.5, place).unwrap_err();
+            assert!(error.contains(todo), "{error}");
+        }
+        // What lies in a run's folder is the run's.
+        for name in ["foreign", "begun"] {
+            std::fs::create_dir(at(name)).unwrap();
+            std::fs::write(at(name).join("parts"), "").unwrap();
+        }
+        assert!(claim("foreign", 1.5, Place::Named).is_err());
+        assert_eq!(claim("begun", 1.5, Place::Run), Ok(()));
     }
 }

@@ -15,6 +15,7 @@ use thiserror::Error;
 pub use crate::workers::Share;
 pub use decoder::Decoder;
 pub use draw::{Draw, DrawInto, Drawn, PICTURE_FILE, SAMPLES, SAMPLING, sampler};
+pub(crate) use draw::{Place, claim, settings};
 pub use pictures::{refuse_existing, write_pictures};
 pub use speed::speeds;
 
@@ -99,7 +100,7 @@ impl SamplingError {
 /// Settings of a sampling.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Sampling {
-    /// Number of images; [`ALL`](Self::ALL) if none are drawn and all existing ones are measured.
+    /// Number of images; where none are drawn, default all that there are.
     #[serde(skip_serializing_if = "is_all")]
     pub count: usize,
     /// Images drawn together.

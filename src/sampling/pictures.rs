@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use image::codecs::png::PngEncoder;
 use image::{ExtendedColorType, ImageEncoder};
+use rayon::prelude::*;
 
 use super::SamplingError;
 use crate::files::write_folder;
@@ -59,11 +60,13 @@ fn fill(
         if stop.requested() {
             return Err(SamplingError::Interrupted);
         }
-        for index in 0..images.shape()[0] {
-            let path = folder.join(format!("{next:06}.png"));
-            write(&path, &images, index).map_err(SamplingError::io(&path))?;
-            next += 1;
-        }
+        // Compression and the disk take turns.
+        let count = images.shape()[0];
+        (0..count).into_par_iter().try_for_each(|index| {
+            let path = folder.join(format!("{:06}.png", next + index));
+            write(&path, &images, index).map_err(SamplingError::io(&path))
+        })?;
+        next += count;
         progress(next, total);
     }
     Ok(())

@@ -128,6 +128,11 @@ where
             workers.at(format!("{}, step {}", training.name, position.step + 1));
             let groups = Share::worker(workers).range(optimisation.accumulate).len();
             let Some((reports, gradients)) = gather(learner, &mut *batches, groups)? else {
+                // The data can't be read further; what was trained so far is kept.
+                if workers.size() == 1 && position.step > self.start.step {
+                    let model = learner.model();
+                    store.save(workers, position, &model, ema, &self.optimizer, training)?;
+                }
                 break;
             };
             let model = learner.model();

@@ -54,6 +54,12 @@ fn write_card(
     writeln!(out, "tags: [diffusion, pruned, tinyfusion]\n---\n")?;
     writeln!(out, "# {}\n", checkpoint.model())?;
     match (&provenance.kept, provenance.parent_depth) {
+        (Some(_), Some(depth)) if checkpoint.architecture.pairs_of(depth).is_some() => {
+            writeln!(
+                out,
+                "All {depth} layers of its parent, neighbours on one input.\n"
+            )?;
+        }
         (Some(kept), Some(depth)) => writeln!(
             out,
             "{} of {depth} {} of its parent, counted from 0: {kept:?}.\n",

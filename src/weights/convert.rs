@@ -93,6 +93,11 @@ pub fn convert(
             "the diffusers layout is a folder: its config.json is a part of it; leave out the ending",
         ));
     }
+    if conversion.licence.is_some() && kind.is_some() {
+        return Err(problem(
+            "a licence stands in the model card of a folder; leave out the ending",
+        ));
+    }
     if conversion.shard.is_some() && !matches!(kind, None | Some(WeightFile::Shards)) {
         return Err(problem(
             "several files are written for a name ending in .safetensors.index.json, or to a folder",

@@ -77,6 +77,48 @@ fn headers_of_arrays_do_not_hang_or_overflow() {
 }
 
 #[test]
+fn flags_that_would_do_nothing_or_overwrite_are_refused() {
+    let place = Place::new();
+    place.write("a.npz", zip(&[]));
+    place.write("there.csv", "mine");
+    for (arguments, words) in [
+        ("runs compare x y --csv there.csv", "nothing is overwritten"),
+        ("runs compare x y --csv no/there.csv", "make it first"),
+        (
+            "evaluate a.npz a.npz --steps 5 --labels drawn",
+            "--steps, --labels: for models",
+        ),
+        ("evaluate a.npz a.npz --seed 1", "--seed is for models"),
+        ("evaluate a.npz a.npz --out no/x.json", "make it first"),
+        (
+            "evaluate a.npz a.npz --cache there.csv",
+            "--cache is a folder",
+        ),
+        (
+            "sample embedded:digits-teacher --set kind=analyse",
+            "a stage of its own kind",
+        ),
+        (
+            "sample embedded:digits-teacher --into d --images d",
+            "folders of their own",
+        ),
+        (
+            "sample embedded:digits-teacher --into d --runs e",
+            "cannot be used with",
+        ),
+        (
+            "convert embedded:digits-teacher x.pt --licence mit",
+            "model card of a folder",
+        ),
+    ] {
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        refused(&place, &arguments, &[words]);
+    }
+    assert_eq!(std::fs::read(place.path("there.csv")).unwrap(), b"mine");
+    assert!(!place.path("d").exists());
+}
+
+#[test]
 fn small_models_do_not_take_all_memory() {
     let place = Place::new();
     // A pickle of 5,000,000 values, which deflates to a few kilobytes.

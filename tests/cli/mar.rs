@@ -315,6 +315,33 @@ fn a_mar_is_pruned_in_every_way() {
 }
 
 #[test]
+fn a_plan_does_not_guess_how_trunks_are_left() {
+    let place = Place::new();
+    let recipe = |stage: &str| {
+        format!(
+            "data = 'digits'\n[[stage]]\nkind = 'train'\nsteps = 1\n\
+             architecture = {{ family = 'mar', patch_size = 2, encoder_depth = 4, decoder_depth = 4 }}\n\
+             [[stage]]\nkind = 'prune'\nmethod = 'flux-lite'\nkeep = 4\n{stage}"
+        )
+    };
+    // Of 3 and 1 layers, which may be what is left, where 2 and 2 are planned.
+    for stage in [
+        "[[stage]]\nkind = 'recover'\nmethod = 'masked-kd'\nteacher = 'train'\nsteps = 1\ntaps = [[2, 3], [3, 7]]\n",
+        "[[stage]]\nkind = 'prune'\nname = 'again'\ngroups = [[2, 3], [1, 1]]\nsteps = 1\n",
+    ] {
+        place.write("guess.toml", recipe(stage));
+        let planned = place
+            .run(&["recipe", "guess.toml", "--dry-run"])
+            .succeeded();
+        assert!(
+            planned.stdout.contains("of each trunk stay"),
+            "{}",
+            planned.stdout
+        );
+    }
+}
+
+#[test]
 fn what_a_mar_can_not_do_is_said() {
     let place = Place::new();
     let train = |depths: &str| {
@@ -353,6 +380,12 @@ fn what_a_mar_can_not_do_is_said() {
             &even,
             "[[stage]]\nkind = 'sample'\ncount = 1\nsolver = 'masked'\neta = 0.5\n".to_owned(),
             "`eta` is not used by solver \"masked\"",
+        ),
+        (
+            &even,
+            "[[stage]]\nkind = 'sample'\ncount = 1\nsolver = 'masked'\nguidance_channels = 1\n"
+                .to_owned(),
+            "`guidance_channels` is not used by solver \"masked\"",
         ),
     ] {
         refused(&format!("{model}{stage}"), words);

@@ -29,9 +29,12 @@ pub(in crate::models) fn dit(
     let mlp = (blocks.iter())
         .flat_map(|block| ["", "0."].map(|within| format!("blocks.{block}.{within}mlp.fc1.weight")))
         .find(|name| tensors.get(name).is_some());
+    let stream = (tensors.get("x_embedder.proj.weight"))
+        .and_then(|patches| patches.shape().first().copied())
+        .unwrap_or(0);
     let without = mlp.is_none()
         && !blocks.is_empty()
-        && (blocks.iter()).all(|block| kind(tensors, *block) == BlockKind::Attention);
+        && (blocks.iter()).all(|block| kind(tensors, *block, stream) == BlockKind::Attention);
     let mlp = mlp.unwrap_or_else(|| "blocks.0.mlp.fc1.weight".into());
     let needed: [(&str, usize); 5] = [
         ("x_embedder.proj.weight", 4),
@@ -115,7 +118,7 @@ pub(in crate::models) fn dit(
         blocks: Vec::new(),
         widths: None,
     };
-    let found = (0..depth).map(|block| kind(tensors, block));
+    let found = (0..depth).map(|block| kind(tensors, block, width));
     let config = config.of_blocks(found.collect());
     let widths = widths(tensors, &config).map_err(problem)?;
     Ok(config.of_widths(widths))
@@ -140,16 +143,15 @@ fn widths(tensors: &Tensors, config: &DitConfig) -> Result<Widths, String> {
 /// The MLP's hidden width over the trunk's in every published DiT.
 const PUBLISHED_RATIO: f64 = 4.0;
 
-/// What a block is. One of a single branch has half of the modulation; any other that lacks tensors
-/// is whole and damaged. Of a pair each block has a number.
-fn kind(tensors: &Tensors, block: usize) -> BlockKind {
+/// What a block of a trunk of this width is. One of a single branch has half of the modulation; any
+/// other that lacks tensors is whole and damaged. Of a pair each block has a number.
+fn kind(tensors: &Tensors, block: usize, width: usize) -> BlockKind {
     let shape = |name: &str| {
         let tensor = tensors.get(&format!("blocks.{block}.{name}"))?;
         Some(tensor.shape().to_vec())
     };
-    let half = shape("adaLN_modulation.1.weight").is_some_and(
-        |shape| matches!(shape[..], [rows, width] if width.checked_mul(3) == Some(rows)),
-    );
+    let half = shape("adaLN_modulation.1.weight")
+        .is_some_and(|shape| matches!(shape[..], [rows, _] if width.checked_mul(3) == Some(rows)));
     if shape("0.adaLN_modulation.1.weight").is_some() {
         return BlockKind::Pair;
     }

@@ -88,7 +88,9 @@ impl DitConfig {
 
     /// The same with these widths, which are left out where they follow from the other sizes.
     pub(super) fn of_widths(&self, widths: Widths) -> Self {
-        let usual = widths == self.usual_widths();
+        // Heads that do not divide the width do not follow from it.
+        let divides = self.width.is_multiple_of(self.heads.max(1));
+        let usual = divides && widths == self.usual_widths();
         Self {
             widths: (!usual).then_some(widths),
             ..self.clone()
@@ -166,6 +168,20 @@ mod tests {
         let all = of_teacher(|_, units| units * 3 / 4, Leaves::Dims);
         assert_eq!(all.architecture().states(), Some([16, 48]));
         assert_eq!(shown(&all).tensors(), all.architecture().tensors());
+        // A stream of half the condition's width, whose modulation a single branch has half of.
+        let stream = of_teacher(
+            |group, units| match group.part {
+                Part::Stream => units / 2,
+                _ => units,
+            },
+            Leaves::Dims,
+        );
+        assert_eq!(shown(&stream).tensors(), stream.architecture().tensors());
+        let branches = stream.by_branch().unwrap().keep(&[1, 2, 3, 6]);
+        assert_eq!(
+            shown(&branches).tensors(),
+            branches.architecture().tensors()
+        );
         let fewer = all.clone().keep(&[1, 5]);
         let planned = all.architecture().keep(&[1, 5], Granularity::Block);
         assert_eq!(fewer.architecture(), planned);
@@ -241,6 +257,20 @@ mod tests {
         let checkpoint = embedded::checkpoint(EmbeddedName::DigitsTeacher).unwrap();
         let weights = checkpoint.tensors.read_all().unwrap();
         leave_without_a_trace(&checkpoint.architecture, weights);
+    }
+
+    #[test]
+    fn heads_need_not_divide_what_is_left_of_the_stream() {
+        let config = DitConfig {
+            width: 40,
+            heads: 6,
+            ..digits()
+        };
+        // As wide as they would be if six heads of 6 were 40.
+        let narrow = config.of_widths(config.usual_widths());
+        assert_eq!(narrow.problem(), None);
+        assert!(narrow.to_string().contains("6 heads of 6"));
+        assert!(config.problem().is_some());
     }
 
     #[test]

@@ -350,8 +350,17 @@ impl MarConfig {
     /// Bytes of f32 activations that the head leaves for its backward pass, of so many copies of
     /// every token.
     pub fn head_bytes(&self, batch: usize, copies: usize) -> u128 {
+        self.bytes_of_head_blocks(batch, copies, self.head_depth)
+    }
+
+    /// Bytes of f32 activations that the head needs at once: those of one of its blocks.
+    pub fn head_pass_bytes(&self, batch: usize, copies: usize) -> u128 {
+        self.bytes_of_head_blocks(batch, copies, 1)
+    }
+
+    fn bytes_of_head_blocks(&self, batch: usize, copies: usize, blocks: usize) -> u128 {
         let rows = (batch * copies) as u128 * self.tokens() as u128;
-        4 * rows * (10 * self.head_depth as u128 + 6) * self.head_width as u128
+        4 * rows * (10 * blocks as u128 + 6) * self.head_width as u128
     }
 
     /// Reads the sizes from whoever gives them; those of the samples are `samples` where none are

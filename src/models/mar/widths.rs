@@ -7,8 +7,8 @@ use crate::models::blocks::{self, BlockKind, BlockWidths, MOST_WIDTH};
 
 /// How a `MAR` of LTH14/mar is given the blocks and widths of a model that is not as usual.
 pub(in crate::models) const BLOCKS_IN_PYTORCH: &str = r#"Some of its layers are not as usual: narrower, without their attention or their MLP, or in pairs on one input. A `MAR` of the
-original code, of the sizes in `config.json`, is given such layers; any number of heads that divides its widths will do, since
-each block is told its own:
+original code, of the sizes in `config.json`, is given such layers. Where that file has `widths`, any number of heads that
+divides those of the trunks will do, since each block is told its own:
 
 ```python
 import copy, json, types, torch
@@ -114,7 +114,10 @@ impl MarConfig {
 
     /// The same with these widths, which are left out where they follow from the other sizes.
     pub(super) fn of_widths(&self, widths: Widths) -> Self {
-        let usual = widths == self.usual_widths();
+        // Heads that do not divide a trunk's width do not follow from it.
+        let mut stacks = [self.encoder, self.decoder].into_iter();
+        let divide = stacks.all(|stack| stack.width.is_multiple_of(stack.heads.max(1)));
+        let usual = divide && widths == self.usual_widths();
         Self {
             widths: (!usual).then_some(widths),
             ..self.clone()

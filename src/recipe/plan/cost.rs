@@ -24,8 +24,16 @@ pub(crate) fn flops(model: &Architecture, images: usize) -> f64 {
     2.0 * model.pass_macs() as f64 * images as f64
 }
 
+/// Passes of each sample in a step: two where it is guided.
+pub(crate) fn guided_passes(sampling: &Sampling, model: &Architecture) -> usize {
+    match sampling.guidance > 1.0 && model.shape().classes > 0 {
+        true => 2,
+        false => 1,
+    }
+}
+
 pub(crate) fn sampling_flops(sampling: &Sampling, model: &Architecture) -> f64 {
-    let passes = if sampling.guidance > 1.0 { 2 } else { 1 };
+    let passes = guided_passes(sampling, model);
     if let (Solver::Masked(rounds), Some(patch)) = (sampling.solver, model.patch_filled_in()) {
         let known = rounds.known((model.shape().side / patch).pow(2));
         let macs = model.drawing_macs(&known, sampling.steps) as f64;

@@ -3,7 +3,7 @@
 use super::cost::sampling_flops;
 use super::known::{Known, Problem};
 use super::missing::Role;
-use super::sample::{check_sampling, is_pixels, latents_need_a_vae};
+use super::sample::{check_sampling, is_pixels, latents_need_a_vae, unguided};
 use super::{PlannedStage, Work};
 use crate::data::Split;
 use crate::evaluation::common_count;
@@ -17,7 +17,7 @@ pub(super) fn plan(
     known: &mut Known<'_>,
 ) -> Result<PlannedStage, Problem> {
     let mut evaluate = evaluate.clone();
-    let (memory, flops) = check(stage, &mut evaluate, known)?;
+    let (memory, flops, note) = check(stage, &mut evaluate, known)?;
     let models = evaluate.compare.len();
     let archives = match &evaluate.against {
         Against::Reference { samples, .. } => samples.len(),
@@ -36,17 +36,18 @@ pub(super) fn plan(
         images: models * evaluate.sampling.count,
         memory,
         flops,
+        notes: note.into_iter().collect(),
         ..PlannedStage::new(stage, &what, Work::Evaluate(evaluate.clone()))
     })
 }
 
-/// Checks an evaluation, and estimates its bytes and operations. Without a count, that of existing
-/// samples is found.
+/// Checks an evaluation, and estimates its bytes and operations; with what a person should know.
+/// Without a count, that of existing samples is found.
 fn check(
     stage: &Stage,
     evaluate: &mut Evaluate,
     known: &mut Known<'_>,
-) -> Result<(usize, f64), Problem> {
+) -> Result<(usize, f64, Option<String>), Problem> {
     let held_out = match &evaluate.against {
         Against::HeldOut { .. }
         | Against::Reference {
@@ -89,8 +90,14 @@ fn check(
         )));
     }
     let (mut memory, mut flops) = (0, 0.0);
-    for source in &evaluate.compare {
-        let (model, process) = known.denoiser(stage, source)?;
+    let models: Vec<_> = (evaluate.compare.iter())
+        .map(|source| known.denoiser(stage, source))
+        .collect::<Result<_, _>>()?;
+    let note = unguided(
+        &mut evaluate.sampling,
+        models.iter().map(|(model, _)| model),
+    );
+    for (source, (model, process)) in evaluate.compare.iter().zip(models) {
         let samples = model.shape();
         let vae = match &evaluate.against {
             Against::Reference { vae, .. } => vae.as_deref(),
@@ -152,5 +159,5 @@ fn check(
             }
         }
     }
-    Ok((memory, flops))
+    Ok((memory, flops, note))
 }

@@ -83,6 +83,9 @@ pub(crate) struct Known<'a> {
     pub(crate) made: BTreeMap<String, (Architecture, Option<ProcessKind>)>,
     /// Stages whose model was pruned by branch: it has as many as planned, and maybe others.
     pub(crate) by_branch: BTreeSet<String>,
+    /// Stages whose model has as many layers as planned, but maybe more in one of its trunks and
+    /// fewer in the other.
+    pub(crate) divided: BTreeSet<String>,
     pub(crate) missing: Vec<MissingFile>,
     /// The recipe's pictures to train on and those held out, and how many there are, once they have
     /// been looked at.
@@ -227,6 +230,11 @@ impl Known<'_> {
     /// Whether an earlier stage pruned a model by branch.
     pub(crate) fn is_by_branch(&self, source: &Source) -> bool {
         matches!(source, Source::Stage(name) if self.by_branch.contains(name))
+    }
+
+    /// Whether it isn't known how a model's layers are divided among its trunks.
+    pub(crate) fn is_divided(&self, source: &Source) -> bool {
+        matches!(source, Source::Stage(name) if self.divided.contains(name))
     }
 
     /// Notes an autoencoder; refuses one whose latents are not what a model draws, as far as it can

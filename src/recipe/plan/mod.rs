@@ -119,6 +119,7 @@ impl Plan {
             workers,
             made: BTreeMap::new(),
             by_branch: BTreeSet::new(),
+            divided: BTreeSet::new(),
             missing: Vec::new(),
             looked: [None, None],
         };

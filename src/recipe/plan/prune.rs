@@ -93,7 +93,9 @@ pub enum Search {
 
 impl Selection {
     /// The choice of a method for a model.
-    fn new(prune: &Prune, model: &Architecture) -> Result<Self, Problem> {
+    /// Where it isn't known how the model's layers are divided among trunks, groups may fit those
+    /// that it will have.
+    fn new(prune: &Prune, model: &Architecture, divided: bool) -> Result<Self, Problem> {
         let layers = prune.granularity.layers();
         let trunk = model.trunk(prune.granularity).ok_or_else(|| {
             Problem::Said(match prune.granularity {
@@ -119,7 +121,9 @@ impl Selection {
         match &prune.method {
             PruneMethod::Learned(learned) => {
                 let groups = learned.groups.resolve(depth)?;
-                groups.fit(&trunk)?;
+                if !divided {
+                    groups.fit(&trunk)?;
+                }
                 let learned = learned.clone();
                 Ok(Self::Learned { learned, groups })
             }
@@ -137,7 +141,9 @@ impl Selection {
                 }
                 // It keeps one layer of each pair, so its taps are those of 1:2 groups.
                 let groups = Groups::parse_ratio("1:2", depth)?;
-                groups.fit(&trunk)?;
+                if !divided {
+                    groups.fit(&trunk)?;
+                }
                 let groups = Some(groups);
                 Ok(Self::Fixed { kept, groups })
             }
@@ -285,7 +291,8 @@ pub(super) fn plan(
             known.by_branch.insert(stage.name.clone());
         }
     }
-    let choice = Selection::new(prune, &before)?;
+    let divided = known.is_divided(&prune.from);
+    let choice = Selection::new(prune, &before, divided)?;
     match (&choice, prune.start) {
         (Selection::Learned { learned, .. }, Start::Update) if learned.update == Update::Frozen => {
             return Err(Problem::Said(
@@ -343,8 +350,14 @@ pub(super) fn plan(
             ..
         }) => {
             let seen = images(optimisation);
-            let memory = training_memory(&after, after.parameters(), optimisation, known)
-                + inference_memory(&before, optimisation.batch / optimisation.accumulate);
+            let part = optimisation.batch / optimisation.accumulate;
+            // The model's states between all its layers, and what they are compared with.
+            let states = before
+                .states()
+                .map_or(0, |[tokens, width]| 4 * tokens * width);
+            let memory = (training_memory(&after, after.parameters(), optimisation, known)
+                + inference_memory(&before, part))
+            .max(inference_memory(&before, part) + 2 * (layers + 1) * part * states);
             let flops = flops(&before, seen) + passes(&after, known, false) * flops(&after, seen);
             (optimisation.steps, seen, memory, flops)
         }
@@ -361,7 +374,16 @@ pub(super) fn plan(
     let known_before = matches!(choice, Selection::Fixed { .. });
     let guessed = !granularity.is_block() && !known_before;
     let bordered = (before.trunk(granularity)).is_some_and(|trunk| !trunk.borders.is_empty());
-    let divided = bordered && !known_before && !matches!(choice, Selection::Learned { .. });
+    let divides = divided
+        || bordered
+            && !known_before
+            && !matches!(
+                choice,
+                Selection::Learned { .. } | Selection::Parallel { .. }
+            );
+    if divides {
+        known.divided.insert(stage.name.clone());
+    }
     let work = Work::Prune(PrunePlan {
         from: prune.from.clone(),
         method,
@@ -389,7 +411,7 @@ pub(super) fn plan(
                 .into(),
         );
     }
-    if divided {
+    if divides {
         planned.notes.push(
             "how many layers of each trunk stay is known once it has run; the model after it is one of as many in all"
                 .into(),

@@ -77,6 +77,9 @@ pub(super) fn plan(
     if known.is_by_branch(&recover.from) {
         known.by_branch.insert(stage.name.clone());
     }
+    if known.is_divided(&recover.from) {
+        known.divided.insert(stage.name.clone());
+    }
     known.fits_data(stage, student.shape())?;
     let optimisation = &recover.optimisation;
     let seen = images(optimisation);
@@ -134,9 +137,10 @@ pub(super) fn plan(
                 false => Granularity::Block,
             };
             let depths = (student.layers(granularity), teacher.layers(granularity));
-            check_taps(&taps, depths.0, depths.1)
-                .and_then(|()| check_stacks(&taps, (&student, &teacher), granularity))
-                .map_err(Problem::Said)?;
+            check_taps(&taps, depths.0, depths.1).map_err(Problem::Said)?;
+            if !known.is_divided(&recover.from) {
+                check_stacks(&taps, (&student, &teacher), granularity).map_err(Problem::Said)?;
+            }
         }
         memory += inference_memory(&teacher, optimisation.batch / optimisation.accumulate);
         arithmetic += flops(&teacher, seen);

@@ -1,6 +1,6 @@
 //! What drawing samples will do.
 
-use super::cost::{inference_memory, sampling_flops};
+use super::cost::{guided_passes, inference_memory, sampling_flops};
 use super::known::{Known, Problem};
 use super::{PlannedStage, Work};
 use crate::models::{Architecture, Shape};
@@ -16,6 +16,8 @@ pub(super) fn plan(
     known: &mut Known<'_>,
 ) -> Result<PlannedStage, Problem> {
     let (model, process) = known.denoiser(stage, &sample.from)?;
+    let mut sample = sample.clone();
+    let notes = unguided(&mut sample.sampling, [&model]);
     let memory = check_sampling(&sample.sampling, &model, &sample.from, process)?;
     if let Some(vae) = &sample.vae {
         known.vae(stage, vae, model.shape())?;
@@ -29,7 +31,22 @@ pub(super) fn plan(
         memory,
         flops: sampling_flops(&sample.sampling, &model),
         before: Some(model),
-        ..PlannedStage::new(stage, "sample", Work::Sample(sample.clone()))
+        notes: notes.into_iter().collect(),
+        ..PlannedStage::new(stage, "sample", Work::Sample(sample))
+    })
+}
+
+/// Takes guidance away where no model has classes, which it changes nothing of; says so.
+pub(super) fn unguided<'a>(
+    sampling: &mut Sampling,
+    models: impl IntoIterator<Item = &'a Architecture>,
+) -> Option<String> {
+    let mut models = models.into_iter().peekable();
+    let guided = sampling.guidance > 1.0 && models.peek().is_some();
+    let alike = guided && models.all(|model| model.shape().classes == 0);
+    alike.then(|| {
+        sampling.guidance = 1.0;
+        "without classes there is nothing to guide to: guidance is 1".into()
     })
 }
 
@@ -73,8 +90,9 @@ pub(crate) fn check_sampling(
             model.shape().classes
         )));
     }
+    let batch = sampling.batch.min(sampling.count);
     Ok(inference_memory(
         model,
-        2 * sampling.batch.min(sampling.count),
+        guided_passes(sampling, model) * batch,
     ))
 }

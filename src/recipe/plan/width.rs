@@ -52,6 +52,9 @@ pub(super) fn plan(
     if !keeps_weights(&stage.kind) {
         known.same_classes(from)?;
     }
+    if known.is_divided(from) {
+        known.divided.insert(stage.name.clone());
+    }
     let groups = before
         .channel_groups()
         .ok_or_else(|| Problem::Said(format!("{before} has no channels that can be taken out")))?;

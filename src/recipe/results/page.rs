@@ -221,11 +221,11 @@ fn choices(
         figures.extend(figures::scores(stage)?);
         figures.extend(figures::masks(stage)?);
         let drawn = drawn(stage)?;
-        // A model that was healed or lost width has the layers of the one before it.
+        // A model that was healed, lost width or runs in pairs has the layers of the one before it.
         let prunes = stage
             .what
             .as_ref()
-            .is_some_and(|what| what.starts_with("prune,"));
+            .is_some_and(|what| what.starts_with("prune,") && what != "prune, parallel");
         let kept = stage.provenance.as_ref().and_then(|provenance| {
             let kept = provenance.kept.as_ref().filter(|_| prunes)?;
             // A file may say any depth; a recipe knows none beyond this.

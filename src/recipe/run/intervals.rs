@@ -44,9 +44,10 @@ impl<B: TrainingBackend> Context<'_, B> {
         folder: &Path,
     ) -> Result<Left<B::InnerBackend>, RecipeError> {
         let seed = self.recipe.seed;
-        let measuring = self.measuring(parent, Split::Train, seed, optimisation.batch, None)?;
-        let similarity =
-            self.measured_similarity(stage, (parent, optimisation.batch), &measuring)?;
+        // As much at once as a step has.
+        let batch = optimisation.batch / optimisation.accumulate;
+        let measuring = self.measuring(parent, Split::Train, seed, batch, None)?;
+        let similarity = self.measured_similarity(stage, (parent, batch), &measuring)?;
         let intervals = intervals(&similarity, keep);
         draw_similarity(similarity, folder)?;
         for Interval { first, last } in intervals.iter().filter(|interval| interval.saved() > 0) {
@@ -98,8 +99,16 @@ impl<B: TrainingBackend> Context<'_, B> {
                 let line: Vec<String> = line.iter().map(ToString::to_string).collect();
                 line.join(",") + "\n"
             };
-            let lines = states.iter().flat_map(|states| similarity(states));
-            Ok(lines.map(line).collect())
+            let lines: Vec<Vec<f64>> = (states.iter())
+                .flat_map(|states| similarity(states))
+                .collect();
+            if !lines.iter().flatten().all(|value| value.is_finite()) {
+                return Err(RecipeError::Stage {
+                    stage: stage.name.clone(),
+                    problem: "the similarity of its hidden states is no number: the model's weights are damaged, or overflow".into(),
+                });
+            }
+            Ok(lines.into_iter().map(line).collect())
         })
     }
 
@@ -112,8 +121,11 @@ impl<B: TrainingBackend> Context<'_, B> {
         parent: &Checkpoint,
         folder: &Path,
     ) -> Result<Left<B::InnerBackend>, RecipeError> {
-        let seed = self.recipe.seed;
-        let measuring = self.measuring(parent, Split::Train, seed, optimisation.batch, None)?;
+        let (seed, batch) = (
+            self.recipe.seed,
+            optimisation.batch / optimisation.accumulate,
+        );
+        let measuring = self.measuring(parent, Split::Train, seed, batch, None)?;
         let paired = self.network(parent)?.in_pairs().ok_or_else(|| {
             RecipeError::Run("blocks that are not whole can't be put in pairs".into())
         })?;
@@ -150,7 +162,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             optimisation.steps,
         )?;
 
-        // A batch with noise that training has not seen.
+        // Part of a batch, with noise that training has not seen.
         let seen = measuring
             .batch(optimisation.steps)?
             .noised(&measuring.process);

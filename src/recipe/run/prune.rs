@@ -142,7 +142,11 @@ impl<B: TrainingBackend> Context<'_, B> {
         };
         match plan.choice {
             Selection::Parallel { .. } => {
-                crate::say!("{}: {depth} layers in {} pairs", stage.name, depth / 2);
+                crate::say!(
+                    "{}: {depth} layers in {} pairs",
+                    stage.name,
+                    depth - kept.len()
+                );
             }
             _ => crate::say!(
                 "{}: keeps {} {kept:?} of {depth}, with {weights}",

@@ -8,7 +8,9 @@ use crate::recipe::RecipeError;
 use crate::recipe::schema::sample::Sample;
 use crate::recipe::schema::source::Source;
 use crate::report::{thousands, watch};
-use crate::sampling::{Decoder, Draw, Drawn, PICTURE_FILE, Sampling, SamplingError, Share};
+use crate::sampling::{
+    Decoder, Draw, Drawn, PICTURE_FILE, Place, Sampling, SamplingError, Share, claim, settings,
+};
 use crate::weights::Checkpoint;
 use crate::workers::agree;
 
@@ -87,11 +89,18 @@ impl<B: TrainingBackend> Context<'_, B> {
         let read = |path| Decoder::<B::InnerBackend>::read(path, channels, compute, self.device);
         let decoder = vae.map(read).transpose()?;
         let vae_sha256 = decoder.as_ref().map(|decoder| decoder.sha256().to_owned());
-        if self.workers.size() > 1 {
-            let weights = [Some(checkpoint.fingerprint()?), vae_sha256.clone()];
-            let weights = format!("{weights:?}");
-            agree(&**self.workers, "what they draw", weights.as_bytes())
-                .map_err(SamplingError::Workers)?;
+        let how = (vae_sha256.as_deref(), sampling);
+        let with = (self.recipe.seed, compute);
+        let settings = settings::<B::InnerBackend>(&checkpoint, how, with, self.device)?;
+        agree(
+            &**self.workers,
+            "what they draw",
+            settings.to_string().as_bytes(),
+        )
+        .map_err(SamplingError::Workers)?;
+        if self.workers.leads() {
+            // What a resumed run finds there may be of a file that has changed since.
+            claim(folder, &settings, Place::Run)?;
         }
         let drawn = Draw {
             name,

@@ -1,6 +1,6 @@
 //! Running a sweep: each of its recipes in a folder of its own, and one table of all verdicts.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,28 @@ use crate::recipe::RecipeError;
 use crate::recipe::plan::Plan;
 use crate::recipe::results::{Verdicts, write_sweep};
 use crate::recipe::schema::sweep::Point;
+
+/// What is wrong with runs of a sweep, each said once with those that it is of.
+#[derive(Default)]
+pub(crate) struct Problems(BTreeMap<String, Vec<String>>);
+
+impl Problems {
+    /// Adds one of a run's.
+    pub(crate) fn add(&mut self, point: &Point, problem: &str) {
+        let of = self.0.entry(problem.to_owned()).or_default();
+        of.push(point.to_string());
+    }
+
+    /// All of them, a line each; None where there is none.
+    pub(crate) fn said(&self) -> Option<String> {
+        let lines = self.0.iter().map(|(problem, of)| match of.len() {
+            1 => format!("{}: {problem}", of[0]),
+            count => format!("{} and {} more: {problem}", of[0], count - 1),
+        });
+        let lines: Vec<String> = lines.collect();
+        (!lines.is_empty()).then(|| lines.join("\n"))
+    }
+}
 
 /// Runs every point of a sweep, and returns the sweep's directory with all verdicts, which are
 /// written there after each run: `sweep.json` and `sweep.csv`. An interrupted sweep is resumed at
@@ -32,15 +54,22 @@ pub fn run_sweep(points: &[Point], options: &Options) -> Result<(PathBuf, Verdic
     let mut plans = Vec::new();
     // A case may name a backend of its own.
     let backend = |point: &Point| point.recipe.backend.unwrap_or(options.backend);
+    // What is wrong with any of them is said at once, so that it is mended at once.
+    let mut problems = Problems::default();
     for point in points {
-        if let Some(problem) = backend(point).missing() {
-            return Err(RecipeError::Run(problem));
+        let plan = match backend(point).missing() {
+            Some(problem) => Err(RecipeError::Run(problem)),
+            None => Plan::new(&point.recipe)
+                .and_then(|plan| plan.complete().map(|()| plan))
+                .and_then(|plan| can_share(&plan, &options.workers).map(|()| plan)),
+        };
+        match plan {
+            Ok(plan) => plans.push(plan),
+            Err(error) => problems.add(point, &error.to_string()),
         }
-        let plan = Plan::new(&point.recipe)
-            .and_then(|plan| plan.complete().map(|()| plan))
-            .and_then(|plan| can_share(&plan, &options.workers).map(|()| plan))
-            .map_err(|error| RecipeError::Run(format!("{point}: {error}")))?;
-        plans.push(plan);
+    }
+    if let Some(said) = problems.said() {
+        return Err(RecipeError::Run(said));
     }
     let recipes = (points.iter())
         .map(|point| point.recipe.to_toml())

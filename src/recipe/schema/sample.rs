@@ -232,7 +232,7 @@ fn read_solver(section: &Section<'_>) -> Solver {
     match solver {
         4 => {
             let usual = Rounds::PUBLISHED;
-            section.refuse(&["eta"], "solver \"masked\"");
+            section.refuse(&["eta", "guidance_channels"], "solver \"masked\"");
             section.refuse(&EQUATION, "solver \"masked\"");
             let schedule = section.choice("guidance_schedule", &GuidanceSchedule::NAMES);
             Solver::Masked(Rounds {
@@ -273,7 +273,12 @@ fn read_solver(section: &Section<'_>) -> Solver {
             let usual = Sde::default();
             section.refuse(&["eta", "clip", "atol", "rtol"], "solver \"sde\"");
             let form = section.choice("diffusion_form", &DiffusionForm::NAMES);
-            let last_step = section.choice("last_step", &LastStep::NAMES);
+            let last_step = section
+                .choice("last_step", &LastStep::NAMES)
+                .or(usual.last_step);
+            if last_step == LastStep::None {
+                section.refuse(&["last_step_size"], "last_step \"none\"");
+            }
             let size = section.float("last_step_size", 0.0..=0.5);
             Solver::Sde(Sde {
                 method: section.choice("method", &SdeMethod::NAMES).or(usual.method),
@@ -281,7 +286,7 @@ fn read_solver(section: &Section<'_>) -> Solver {
                 norm: section
                     .float("diffusion_norm", positive(100.0))
                     .or(usual.norm),
-                last_step: last_step.or(usual.last_step),
+                last_step,
                 last_step_size: size.or(usual.last_step_size),
             })
         }

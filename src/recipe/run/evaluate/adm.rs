@@ -100,15 +100,16 @@ fn verdict<B: FusedOps>(
     Ok(judge.verdict(name, reader, watch(name, "images measured"))?)
 }
 
-/// Writes the result to `path` and prints it.
+/// Prints the result, and writes it to `path`.
 fn finish(evaluation: &AdmEvaluation, stage: &str, path: Option<&Path>) -> Result<(), RecipeError> {
-    if let Some(path) = path {
-        evaluation.write(path)?;
-    }
+    // A result that can't be written was reached all the same.
     crate::tell!(
         "\n{stage}: against {} in Inception's features\n\n{evaluation}",
         evaluation.protocol.reference.file
     );
+    if let Some(path) = path {
+        evaluation.write(path)?;
+    }
     Ok(())
 }
 

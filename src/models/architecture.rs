@@ -86,6 +86,14 @@ impl Architecture {
         matches!(self, Self::Dit(_) | Self::Unet(_) | Self::Mar(_))
     }
 
+    /// Whether it is told classes.
+    pub fn has_classes(&self) -> bool {
+        match self {
+            Self::Unet(config) => config.classes > 0,
+            Self::Dit(_) | Self::Mar(_) | Self::Classifier(_) => true,
+        }
+    }
+
     /// The sizes of a classifier, if it is one.
     pub fn classifier(&self) -> Option<&ClassifierConfig> {
         match self {

@@ -159,8 +159,7 @@ pub fn guided<B: Backend>(
     y: Tensor<B, 1, Int>,
     guidance: Guidance,
 ) -> Tensor<B, 4> {
-    // A network without classes says the same of the null class.
-    if guidance.scale == 1.0 || network.shape().classes == 0 {
+    if guidance.scale == 1.0 {
         return network.forward(x, t, y, &mut Plain);
     }
     let [batch, channels, ..] = x.dims();

@@ -249,7 +249,11 @@ pub fn sampler(
     process: ProcessKind,
 ) -> Result<Sampler, SamplingError> {
     let guidance = Guidance {
-        scale: sampling.guidance,
+        // A network without classes says the same of the null class.
+        scale: match model.has_classes() {
+            true => sampling.guidance,
+            false => 1.0,
+        },
         channels: sampling.guidance_channels,
     };
     let (steps, solver) = (sampling.steps, sampling.solver);

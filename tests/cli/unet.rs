@@ -126,3 +126,28 @@ fn a_unet_is_trained_pruned_in_width_and_measured() {
         assert!(refused.stderr.contains(why), "{why}:\n{}", refused.stderr);
     }
 }
+
+#[test]
+fn a_unet_without_classes_is_not_guided() {
+    let place = Place::new();
+    let planned = |more: &str| {
+        let text = format!(
+            "[[stage]]\nkind = 'sample'\nfrom = 'artifacts/pretrained/ddpm-ema-bedroom-256'\ncount = 8\n{more}"
+        );
+        place.write("bedroom.toml", text);
+        let told = place.run(&["recipe", "bedroom.toml", "--dry-run"]);
+        told.succeeded().stdout
+    };
+    let (usual, unguided) = (planned(""), planned("guidance = 1.0\n"));
+    let note = "note: without classes there is nothing to guide to: guidance is 1";
+    assert!(usual.contains(note), "{usual}");
+    assert!(!unguided.contains("note:"), "{unguided}");
+    // The same memory and operations.
+    let cost = |told: &str| {
+        told.lines()
+            .find(|line| line.contains("FLOPs"))
+            .unwrap()
+            .to_owned()
+    };
+    assert_eq!(cost(&usual), cost(&unguided));
+}

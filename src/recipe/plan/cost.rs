@@ -26,7 +26,7 @@ pub(crate) fn flops(model: &Architecture, images: usize) -> f64 {
 
 /// Passes of each sample in a step: two where it is guided.
 pub(crate) fn guided_passes(sampling: &Sampling, model: &Architecture) -> usize {
-    match sampling.guidance > 1.0 && model.shape().classes > 0 {
+    match sampling.guidance > 1.0 && model.has_classes() {
         true => 2,
         false => 1,
     }

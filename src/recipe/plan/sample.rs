@@ -43,7 +43,7 @@ pub(super) fn unguided<'a>(
 ) -> Option<String> {
     let mut models = models.into_iter().peekable();
     let guided = sampling.guidance > 1.0 && models.peek().is_some();
-    let alike = guided && models.all(|model| model.shape().classes == 0);
+    let alike = guided && models.all(|model| !model.has_classes());
     alike.then(|| {
         sampling.guidance = 1.0;
         "without classes there is nothing to guide to: guidance is 1".into()

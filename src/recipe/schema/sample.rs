@@ -182,8 +182,9 @@ impl Sampling {
             .choice("labels", &Labels::NAMES)
             .or(Labels::Balanced);
         let guidance = section.float("guidance", 1.0..).or(guidance);
-        let guidance_channels = section.integer("guidance_channels", 1..=1024).or(3);
+        // What a solver does not use is refused before it is read.
         let solver = read_solver(section);
+        let guidance_channels = section.integer("guidance_channels", 1..=1024).or(3);
         let usual = match solver {
             Solver::Masked(_) => Rounds::STEPS,
             _ => 250,

@@ -664,6 +664,7 @@ mod tests {
         assert!(other.contains("another recipe"), "{other}");
     }
 
+    #[cfg(feature = "cli")]
     #[test]
     fn an_evaluation_is_found_by_the_stages_name() {
         let folder = tempfile::tempdir().unwrap();

@@ -222,10 +222,11 @@ where
                 });
             }
             // Several stop together, at what they agreed on in this step.
-            let stopping = match workers.size() {
+            let asked = match workers.size() {
                 1 => stop(),
-                _ => agreed || interrupted,
+                _ => agreed,
             };
+            let stopping = asked || interrupted;
             let saves = stopping || position.step.is_multiple_of(optimisation.checkpoint_every);
             if saves {
                 same_weights::<B, M>(workers, &learner.model(), position.step)?;

@@ -142,7 +142,9 @@ fn measure_archives(arguments: &EvaluateArguments, workers: &Group) -> Result<()
     let plan = stage.plan()?;
     plan.complete()?;
     let Some(Work::Evaluate(evaluate)) = plan.stages.first().map(|stage| &stage.work) else {
-        unreachable!("the recipe has this stage")
+        return Err(CliError::Usage(
+            "--set makes another stage of the command's; run a recipe instead".into(),
+        ));
     };
     if let Some(problem) = arguments.run.backend.missing() {
         return Err(CliError::Usage(problem));

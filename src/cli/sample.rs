@@ -90,7 +90,9 @@ pub(super) fn sample(arguments: &SampleArguments, workers: &Group) -> Result<(),
     let plan = stage.plan()?;
     plan.complete()?;
     let Some(Work::Sample(sample)) = plan.stages.first().map(|stage| &stage.work) else {
-        unreachable!("the recipe has this stage")
+        return Err(CliError::Usage(
+            "--set makes another stage of the command's; run a recipe instead".into(),
+        ));
     };
     if let Some(problem) = run.backend.missing() {
         return Err(CliError::Usage(problem));

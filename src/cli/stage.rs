@@ -301,7 +301,8 @@ impl SamplingArguments {
             }
         }
         for assignment in &self.set {
-            let key = assignment.split('=').next().unwrap_or_default().trim();
+            let key = assignment.split('=').next().unwrap_or_default();
+            let key = key.trim().trim_matches(['"', '\'']);
             if matches!(key, "kind" | "name") {
                 return Err(CliError::Usage(format!(
                     "--set {assignment}: the command is a stage of its own kind and name"

@@ -95,10 +95,10 @@ pub fn intervals(similarity: &[Vec<Vec<f64>>], keep: usize) -> Vec<Interval> {
 /// Neighbouring layers two by two, none across a border; a last one without a neighbour is alone.
 pub fn pairs(trunk: &Trunk) -> Vec<Interval> {
     let pairs = trunk.stacks().flat_map(|stack| {
-        let last = stack.end - 1;
+        let end = stack.end;
         stack.step_by(2).map(move |first| Interval {
             first,
-            last: last.min(first + 1),
+            last: (first + 2).min(end) - 1,
         })
     });
     pairs.collect()

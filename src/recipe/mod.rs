@@ -74,7 +74,7 @@ pub enum RecipeError {
 
 impl crate::workers::EndsAll for RecipeError {
     fn told(&self) -> Option<String> {
-        (!matches!(self, Self::Interrupted)).then(|| self.to_string())
+        (!matches!(self, Self::Interrupted)).then(|| crate::data::with_cause(self))
     }
 
     fn heard(told: Option<String>) -> Self {

@@ -48,6 +48,16 @@ impl<B: TrainingBackend> Context<'_, B> {
         let batch = optimisation.batch / optimisation.accumulate;
         let measuring = self.measuring(parent, Split::Train, seed, batch, None)?;
         let similarity = self.measured_similarity(stage, (parent, batch), &measuring)?;
+        // The plan may have guessed how the layers are divided among trunks.
+        if keep < similarity.len() {
+            return Err(RecipeError::Stage {
+                stage: stage.name.clone(),
+                problem: format!(
+                    "`keep` is {keep}, and of each of its {} trunks an interval is left",
+                    similarity.len()
+                ),
+            });
+        }
         let intervals = intervals(&similarity, keep);
         draw_similarity(similarity, folder)?;
         for Interval { first, last } in intervals.iter().filter(|interval| interval.saved() > 0) {

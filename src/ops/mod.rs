@@ -12,6 +12,7 @@
 //! models ──> FusedOps ──┬─ Autodiff<B>: one graph node an operator, then B's forward and backward
 //!                       ├─ NdArray:     kernels of `cpu/`
 //!                       ├─ LibTorch:    PyTorch's own, `torch`
+//!                       ├─ CubeCL's:    kernels of `cube/`
 //!                       └─ any other:   `reference`
 //! ```
 
@@ -20,6 +21,8 @@ pub mod branch;
 mod convolution;
 #[cfg(feature = "ndarray")]
 mod cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod cube;
 mod linear;
 pub mod reference;
 #[cfg(feature = "torch")]
@@ -36,7 +39,7 @@ pub use convolution::{Convolution, Window};
 pub use linear::{Linear, LinearLayout, Lora};
 
 /// A function of one value, applied to every element.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// `x`
     Identity,
@@ -473,24 +476,6 @@ pub fn log<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     let value = x.clone().detach();
     let slope = value.ones_like() / value.clone();
     value.clone().log() + (x - value) * slope
-}
-
-/// CubeCL's matrix products are correct for multiples of this head dimension.
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
-const CUBE_HEAD_MULTIPLE: usize = 64;
-
-#[cfg(feature = "wgpu")]
-impl FusedOps for burn_wgpu::Wgpu {
-    fn head_multiple() -> usize {
-        CUBE_HEAD_MULTIPLE
-    }
-}
-
-#[cfg(feature = "cuda")]
-impl FusedOps for burn_cuda::Cuda {
-    fn head_multiple() -> usize {
-        CUBE_HEAD_MULTIPLE
-    }
 }
 
 #[cfg(test)]

@@ -13,11 +13,11 @@ use super::{
 use crate::backend::Compute;
 
 /// `2 sqrt(2 / pi)`
-const TWICE_ROOT_2_OVER_PI: f64 = 1.595_769_121_605_730_8;
+pub(super) const TWICE_ROOT_2_OVER_PI: f64 = 1.595_769_121_605_730_8;
 /// GELU's coefficient of the cubic term.
-const CUBE: f64 = 0.044715;
+pub(super) const CUBE: f64 = 0.044715;
 /// Largest exponent, so that a gradient never multiplies infinity by zero; sigmoid(-80) is 2e-35.
-const EXPONENT: f64 = 80.0;
+pub(super) const EXPONENT: f64 = 80.0;
 
 /// `1 / (1 + exp(-x))` by a division: on ndarray, Burn's `recip` is accurate to some 14 bits.
 fn sigmoid<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
@@ -78,7 +78,7 @@ pub fn activate_derivative<B: Backend, const D: usize>(
 
 /// A matrix product of type `compute`: of bf16 the operands are rounded, and the result, which is
 /// given as f32.
-fn product<B: Backend, const D: usize>(
+pub(super) fn product<B: Backend, const D: usize>(
     a: Tensor<B, D>,
     b: Tensor<B, D>,
     compute: Compute,
@@ -121,8 +121,29 @@ pub fn linear_backward<B: Backend>(
     activation: Activation,
     wants: LinearWants,
 ) -> LinearGradients<B> {
-    let product = |a, b| product(a, b, weights.compute);
+    let compute = weights.compute;
     let activated = activate(x.clone(), activation);
+    let gradients = linear_backward_by(gradient, activated, weights, wants, |a, b| {
+        product(a, b, compute)
+    });
+    let of_x = |dx: Tensor<B, 2>| match activation {
+        Activation::Identity => dx,
+        _ => dx * activate_derivative(x, activation),
+    };
+    LinearGradients {
+        x: gradients.x.map(of_x),
+        ..gradients
+    }
+}
+
+/// Gradients of a linear layer of the input `activated`, by these matrix products.
+pub(super) fn linear_backward_by<B: Backend>(
+    gradient: Tensor<B, 2>,
+    activated: Tensor<B, 2>,
+    weights: LinearWeights<B>,
+    wants: LinearWants,
+    product: impl Fn(Tensor<B, 2>, Tensor<B, 2>) -> Tensor<B, 2>,
+) -> LinearGradients<B> {
     let narrow = weights.lora.as_ref().map(|lora| {
         let scaled = gradient.clone().mul_scalar(lora.scale);
         let gradient_b = product(scaled.clone(), lora.b.clone()); // [rows, rank]
@@ -139,10 +160,7 @@ pub fn linear_backward<B: Backend>(
         if let Some((lora, _, narrow)) = &narrow {
             dx = dx + product(narrow.clone(), lora.a.clone());
         }
-        match activation {
-            Activation::Identity => dx,
-            _ => dx * activate_derivative(x, activation),
-        }
+        dx
     });
     LinearGradients {
         x: dx,
@@ -386,7 +404,7 @@ fn pad<B: Backend>(x: Tensor<B, 4>, padding: usize) -> Tensor<B, 4> {
 
 /// Most scores held at once (1 GiB). A DiT needs far fewer; an autoencoder's attention over the
 /// 16,384 places of a large latent would need more.
-const SCORES: usize = 1 << 28;
+pub(super) const SCORES: usize = 1 << 28;
 
 /// See [`FusedOps::qkv_attention`](super::FusedOps::qkv_attention).
 pub fn qkv_attention<B: Backend>(

@@ -2,10 +2,10 @@
 //! composed of Burn's operators?
 //!
 //! `cargo bench --no-default-features --features wgpu --bench kernels` (or `cuda`) prints the
-//! medians of both, in turns, forward and backward, for a block of DiT-S/2 and 4 samples of 256 tokens, and
-//! fails where the kernels of a whole training step take longer. `-- 32 1152 16` takes as many
-//! samples, and the width and heads of another model. On Mesa's software Vulkan it compares passes
-//! over a processor's memory; of a graphics card that says little.
+//! medians of both, in turns, forward and backward, for a block of DiT-S/2 and 4 samples of 256
+//! tokens, and fails where all kernels together take longer. `-- 32 1152 16` takes as many samples,
+//! and the width and heads of another model. On Mesa's software Vulkan it compares passes over a
+//! processor's memory; of a graphics card that says little.
 
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod measured {

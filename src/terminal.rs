@@ -16,6 +16,19 @@ pub fn speak(speaks: bool) {
     SILENT.store(!speaks, Ordering::Relaxed);
 }
 
+/// Whether progress is told in lines, on a terminal too.
+static PLAIN: AtomicBool = AtomicBool::new(false);
+
+/// Whether progress is drawn as a bar, where there is a terminal.
+pub fn draws() -> bool {
+    speaks() && !PLAIN.load(Ordering::Relaxed)
+}
+
+/// Tells progress in lines from now on.
+pub fn draw_nothing() {
+    PLAIN.store(true, Ordering::Relaxed);
+}
+
 /// Writes a line to standard error.
 #[macro_export]
 macro_rules! say {

@@ -115,6 +115,12 @@ pub(super) fn benchmark(arguments: &BenchArguments) -> Result<(), CliError> {
             "--recompute is of transformers whose blocks have branches; this is {model}"
         )));
     }
+    if arguments.recompute && matches!(arguments.workload, Workload::Infer | Workload::Sample) {
+        return Err(usage(
+            "--recompute is of workloads with a backward pass, which infer and sample have not"
+                .into(),
+        ));
+    }
     let plan = BenchPlan {
         workload: arguments.workload,
         model,

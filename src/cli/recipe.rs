@@ -56,7 +56,7 @@ pub(super) struct RecipeArguments {
     /// Folder of all runs
     #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
     runs: PathBuf,
-    /// Plain progress lines instead of the dashboard
+    /// Plain progress lines instead of the dashboard and bars
     #[arg(long)]
     plain: bool,
     /// Write the run's page while it goes on, for a browser that is left open
@@ -124,6 +124,9 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
         }
         let sweep = || Sweep::of_seeds(seeds);
         recipe.sweep.get_or_insert_with(sweep).seeds = seeds;
+    }
+    if arguments.plain {
+        crate::terminal::draw_nothing();
     }
     let options = |stop| Options {
         runs: arguments.runs.clone(),

@@ -19,6 +19,7 @@ pub(super) struct ReportArguments {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(super) struct RunsArguments {
     /// Folder of all runs
     #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
@@ -57,6 +58,9 @@ pub(super) fn report(arguments: &ReportArguments) -> Result<(), CliError> {
             ));
         }
     };
+    if arguments.into.is_some() {
+        refuse_foreign(&into.join(PAGE))?;
+    }
     let sweeps = arguments
         .runs
         .iter()
@@ -73,6 +77,24 @@ pub(super) fn report(arguments: &ReportArguments) -> Result<(), CliError> {
     crate::tell!("{}", page.display());
     Ok(())
 }
+
+/// Refuses to replace a page that this program didn't write.
+fn refuse_foreign(page: &Path) -> Result<(), CliError> {
+    let known = match std::fs::read(page) {
+        Ok(text) => text.windows(TITLE.len()).any(|part| part == TITLE),
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    };
+    match known {
+        true => Ok(()),
+        false => Err(CliError::Usage(format!(
+            "{}: not a page of runs, and it would be overwritten; name another folder",
+            page.display()
+        ))),
+    }
+}
+
+/// How the title of every page begins.
+const TITLE: &[u8] = b"<title>TinyFusion: ";
 
 /// Lists runs, or compares some.
 pub(super) fn runs(arguments: &RunsArguments) -> Result<(), CliError> {

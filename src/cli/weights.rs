@@ -165,6 +165,12 @@ fn unsaid(checkpoint: &Checkpoint) -> Vec<String> {
 
 /// Writes a checkpoint in another format.
 pub(super) fn convert(arguments: &ConvertArguments) -> Result<(), CliError> {
+    if let Some(meant) = WeightFile::meant(&arguments.to) {
+        return Err(CliError::Usage(format!(
+            "{}: no ending of weights (it would be a folder); did you mean `{meant}`?",
+            arguments.to.display()
+        )));
+    }
     let checkpoint = open(&stated_source(&arguments.from, &arguments.stated)?)?;
     let conversion = Conversion {
         diffusers: arguments.diffusers,

@@ -30,7 +30,7 @@ impl Progress {
             done: 0,
             started: now,
             told: now,
-            bar: crate::terminal::speaks()
+            bar: crate::terminal::draws()
                 .then(|| Bar::start(name, what, total))
                 .flatten(),
         }

@@ -92,6 +92,17 @@ impl WeightFile {
         })
     }
 
+    /// The ending that a name without a known one was probably meant to have: `.safetensors` of
+    /// `model.safetensor`.
+    pub fn meant(path: &Path) -> Option<&'static str> {
+        let extension = path.extension()?.to_str()?.to_ascii_lowercase();
+        let near = |ending: &&str| strsim::damerau_levenshtein(&extension, &ending[1..]) == 1;
+        let known = Self::of(path).is_some() || extension.len() < 2;
+        Self::ENDINGS
+            .into_iter()
+            .find(|ending| !known && near(ending))
+    }
+
     /// The kind and path of the weights that a path names: a file, or the only model in a folder.
     ///
     /// # Errors

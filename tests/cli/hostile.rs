@@ -81,6 +81,7 @@ fn flags_that_would_do_nothing_or_overwrite_are_refused() {
     let place = Place::new();
     place.write("a.npz", zip(&[]));
     place.write("there.csv", "mine");
+    place.write("foreign/report.html", "<title>Mine</title>");
     for (arguments, words) in [
         ("runs compare x y --csv there.csv", "nothing is overwritten"),
         ("runs compare x y --csv no/there.csv", "make it first"),
@@ -110,6 +111,16 @@ fn flags_that_would_do_nothing_or_overwrite_are_refused() {
             "convert embedded:digits-teacher x.pt --licence mit",
             "model card of a folder",
         ),
+        (
+            "convert embedded:digits-teacher x.safetensor",
+            "did you mean `.safetensors`?",
+        ),
+        (
+            "bench --workload infer --recompute",
+            "workloads with a backward pass",
+        ),
+        ("runs --runs x compare y z", "cannot be used with"),
+        ("report x --into foreign", "not a page of runs"),
     ] {
         let arguments: Vec<&str> = arguments.split(' ').collect();
         refused(&place, &arguments, &[words]);

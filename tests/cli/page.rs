@@ -105,6 +105,11 @@ fn a_run_ends_in_a_page_and_runs_of_one_protocol_are_compared() {
             "{file}"
         );
     }
+    // A page of its own is written again.
+    for _ in 0..2 {
+        let again = ["report", "runs/job/001", "--into", "elsewhere"];
+        place.run(&again).succeeded();
+    }
     let csv = page(&place, "runs/job/001/03-student/metrics.csv");
     assert_eq!(csv.lines().count(), 1 + 3, "{csv}");
     let events = std::fs::read_dir(place.path("runs/job/001/03-student"))

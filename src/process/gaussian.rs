@@ -2,6 +2,7 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
+use super::losses::of_samples;
 use super::schedule::{DiffusionTables, RespacingError, respace};
 
 /// How the variance of a denoising step is chosen.
@@ -89,7 +90,7 @@ impl GaussianDiffusion {
             .iter()
             .map(|&step| self.timestep_map[step] as f32)
             .collect();
-        Tensor::from_floats(mapped.as_slice(), device)
+        of_samples(&mapped, device)
     }
 
     /// Gathers a table at `t`: `[batch, 1, 1, 1]`.
@@ -99,7 +100,7 @@ impl GaussianDiffusion {
         device: &B::Device,
     ) -> Tensor<B, 4> {
         let values: Vec<f32> = t.iter().map(|&step| table[step] as f32).collect();
-        Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([t.len(), 1, 1, 1])
+        of_samples::<B>(&values, device).reshape([t.len(), 1, 1, 1])
     }
 
     /// Noises `x_start` to step `t`: a draw from q(x_t | x_0), using `noise`.
@@ -204,12 +205,7 @@ impl GaussianDiffusion {
             .iter()
             .map(|&step| f32::from(u8::from(step != 0)))
             .collect();
-        let is_not_last = Tensor::<B, 1>::from_floats(is_not_last.as_slice(), &device).reshape([
-            t.len(),
-            1,
-            1,
-            1,
-        ]);
+        let is_not_last = of_samples::<B>(&is_not_last, &device).reshape([t.len(), 1, 1, 1]);
         prediction.mean + prediction.log_variance.mul_scalar(0.5).exp() * noise * is_not_last
     }
 

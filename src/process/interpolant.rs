@@ -8,7 +8,7 @@
 use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
 
-use super::losses::{Term, mean, square};
+use super::losses::{Term, mean, of_samples, square};
 use super::objective::{Noised, Process, Times};
 
 /// Beta of the variance-preserving path at its two ends (the reference's `sigma_min`, `sigma_max`).
@@ -148,7 +148,7 @@ impl Path {
 /// A function of each sample's time, `[batch, 1, 1, 1]`.
 fn each<B: Backend>(t: &[f32], device: &B::Device, value: impl Fn(f64) -> f64) -> Tensor<B, 4> {
     let values: Vec<f32> = t.iter().map(|t| value(f64::from(*t)) as f32).collect();
-    Tensor::<B, 1>::from_floats(values.as_slice(), device).reshape([t.len(), 1, 1, 1])
+    of_samples::<B>(&values, device).reshape([t.len(), 1, 1, 1])
 }
 
 /// A path, and the network's objective along it.
@@ -414,7 +414,7 @@ impl Process for Interpolant {
 
     /// The times themselves.
     fn told<B: Backend>(&self, t: &[f32], device: &B::Device) -> Tensor<B, 1> {
-        Tensor::from_floats(t, device)
+        of_samples(t, device)
     }
 
     fn error<B: Backend>(&self, seen: &Noised<B>, output: Tensor<B, 4>) -> Tensor<B, 1> {

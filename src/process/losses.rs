@@ -110,6 +110,17 @@ pub fn typical<B: Backend>(x: &Tensor<B, 3>, k: f64) -> Tensor<B, 3> {
         .reshape([batch, tokens, width])
 }
 
+/// A value for each sample, `[batch]`. Equal ones, such as the times of a step of sampling, are
+/// made on the device: to copy them there would wait for it.
+pub(super) fn of_samples<B: Backend>(values: &[f32], device: &B::Device) -> Tensor<B, 1> {
+    match values.split_first() {
+        Some((first, rest)) if rest.iter().all(|value| value == first) => {
+            Tensor::full([values.len()], *first, device)
+        }
+        _ => Tensor::from_floats(values, device),
+    }
+}
+
 /// Mean over all dimensions but the batch.
 pub(super) fn mean<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 1> {
     let batch = x.dims()[0];

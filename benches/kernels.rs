@@ -248,9 +248,9 @@ fn main() {
         sizes[0], sizes[1], sizes[2]
     );
     #[cfg(feature = "wgpu")]
-    measured::measure::<burn_wgpu::Wgpu>(sizes);
+    measured::measure::<tinyfusion::backend::Wgpu>(sizes);
     #[cfg(feature = "cuda")]
-    measured::measure::<burn_cuda::Cuda>(sizes);
+    measured::measure::<tinyfusion::backend::Cuda>(sizes);
     #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
     println!("these kernels are of the features `wgpu` and `cuda`");
 }

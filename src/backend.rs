@@ -64,6 +64,15 @@ impl BackendKind {
     }
 }
 
+/// Burn's `wgpu` without its fusion of operators, whichever features of `burn-wgpu` another crate
+/// turns on: the kernels of [`FusedOps`](crate::ops::FusedOps) are of this type.
+#[cfg(feature = "wgpu")]
+pub type Wgpu = burn_cubecl::CubeBackend<burn_wgpu::WgpuRuntime, f32, i32, u32>;
+
+/// Burn's `cuda`, likewise.
+#[cfg(feature = "cuda")]
+pub type Cuda = burn_cubecl::CubeBackend<burn_cubecl::cubecl::cuda::CudaRuntime, f32, i32, u8>;
+
 /// The first of CUDA, Metal and the CPU that this LibTorch has a device of; `index` counts the GPUs
 /// of CUDA.
 #[cfg(feature = "torch")]
@@ -92,13 +101,13 @@ macro_rules! with_backend {
             }
             #[cfg(feature = "wgpu")]
             $crate::backend::BackendKind::Wgpu => {
-                type $B = burn::backend::Autodiff<burn_wgpu::Wgpu>;
+                type $B = burn::backend::Autodiff<$crate::backend::Wgpu>;
                 let $device = &burn_wgpu::WgpuDevice::default();
                 $body
             }
             #[cfg(feature = "cuda")]
             $crate::backend::BackendKind::Cuda => {
-                type $B = burn::backend::Autodiff<burn_cuda::Cuda>;
+                type $B = burn::backend::Autodiff<$crate::backend::Cuda>;
                 let $device = &burn_cuda::CudaDevice {
                     index: $crate::workers::device(),
                 };

@@ -284,7 +284,7 @@ macro_rules! on {
 #[cfg(feature = "wgpu")]
 on!(
     wgpu,
-    burn_wgpu::Wgpu,
+    tinyfusion::backend::Wgpu,
     activations,
     attention,
     gates_and_shares,
@@ -297,7 +297,7 @@ on!(
 #[cfg(feature = "cuda")]
 on!(
     cuda,
-    burn_cuda::Cuda,
+    tinyfusion::backend::Cuda,
     activations,
     attention,
     gates_and_shares,

@@ -101,7 +101,7 @@ every_check_on!(torch, torch_inference, burn_tch::LibTorch);
 /// by many units in the last place (`exp` by 3 + 2|x|); the timestep embedding passes this on.
 #[cfg(feature = "wgpu")]
 mod wgpu {
-    type B = burn::backend::Autodiff<burn_wgpu::Wgpu>;
+    type B = burn::backend::Autodiff<tinyfusion::backend::Wgpu>;
     const SLACK: f64 = 10.0;
 
     #[test]
@@ -111,11 +111,11 @@ mod wgpu {
         crate::losses::distill_losses::<B>(SLACK);
         crate::trajectory::train_steps::<B>(SLACK, 2);
         crate::forward::sit_forward::<B>(SLACK);
-        crate::transport::sit_losses::<burn_wgpu::Wgpu>(SLACK);
+        crate::transport::sit_losses::<tinyfusion::backend::Wgpu>(SLACK);
     }
 
     #[test]
     fn autoencoder() {
-        crate::vae::vae_kl_f8::<burn_wgpu::Wgpu>(SLACK);
+        crate::vae::vae_kl_f8::<tinyfusion::backend::Wgpu>(SLACK);
     }
 }

@@ -2,6 +2,8 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::backend::Compute;
+use crate::ops::{self, FusedOps};
 use crate::trunk::{Block, BlockHook, Site, Trunk};
 
 /// Notes the states between layers: the input of the first of each trunk, and the output of each.
@@ -39,7 +41,7 @@ impl<B: Backend> BlockHook<B> for TrunkStates<B> {
 /// Neural Network Representations Revisited", arXiv 1905.00414): `||Y^T X||^2 / (||X^T X|| ||Y^T
 /// Y||)` in Frobenius norms, of columns without their mean. 1 is the same up to rotation and scale,
 /// 0 nothing in common. `states` are `[batch, tokens, width]`; of a constant one it is 0.
-pub fn similarity<B: Backend>(states: &[Tensor<B, 3>]) -> Vec<Vec<f64>> {
+pub fn similarity<B: FusedOps>(states: &[Tensor<B, 3>]) -> Vec<Vec<f64>> {
     // Scaled, which changes no similarity, so that fourth powers of large states stay within f32.
     let scaled = |x: Tensor<B, 2>| {
         let largest = x.clone().abs().max().into_data();
@@ -54,7 +56,7 @@ pub fn similarity<B: Backend>(states: &[Tensor<B, 3>]) -> Vec<Vec<f64>> {
         .collect();
     let product = |x: &Tensor<B, 2>, y: &Tensor<B, 2>| -> f64 {
         let rows = x.dims()[0] as f64;
-        let between = x.clone().transpose().matmul(y.clone()).div_scalar(rows);
+        let between = ops::product(x.clone().transpose(), y.clone(), Compute::F32).div_scalar(rows);
         let norm = (between.clone() * between).sum();
         norm.into_data().iter().next().unwrap_or(f64::NAN)
     };

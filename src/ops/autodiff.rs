@@ -473,6 +473,10 @@ impl<B: FusedOps> FusedOps for Autodiff<B> {
         B::head_multiple()
     }
 
+    fn misreads(terms: usize) -> bool {
+        B::misreads(terms)
+    }
+
     fn activate<const D: usize>(x: Tensor<Self, D>, activation: Activation) -> Tensor<Self, D> {
         let x = tracked(x);
         let output = B::activate(inner::<B, D>(&x), activation);

@@ -7,7 +7,7 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use crate::backend::Compute;
 
-use super::{Activation, FusedOps, LinearWeights, LoraWeights};
+use super::{Activation, FusedOps, LinearWeights, LoraWeights, product};
 
 /// `y = x W^T + b`, plus `scale (x A^T) B^T` while a [`Lora`] is attached.
 ///
@@ -82,14 +82,6 @@ impl<B: Backend> Linear<B> {
         self
     }
 
-    /// The same layer with its low-rank update, if it has one, added to its weight.
-    pub fn merge_lora(&mut self) {
-        if let Some(Lora { a, b, scale }) = self.lora.take() {
-            let update = b.val().matmul(a.val()).mul_scalar(scale);
-            self.weight = self.weight.clone().map(|weight| weight + update);
-        }
-    }
-
     /// Freezes the layer and adds a low-rank update of zeros; the caller fills A and B.
     pub fn attach_lora(&mut self, rank: usize, alpha: f64) {
         let LinearLayout { input, output } = self.layout();
@@ -103,6 +95,14 @@ impl<B: Backend> Linear<B> {
 }
 
 impl<B: FusedOps> Linear<B> {
+    /// The same layer with its low-rank update, if it has one, added to its weight.
+    pub fn merge_lora(&mut self) {
+        if let Some(Lora { a, b, scale }) = self.lora.take() {
+            let update = product(b.val(), a.val(), Compute::F32).mul_scalar(scale);
+            self.weight = self.weight.clone().map(|weight| weight + update);
+        }
+    }
+
     /// Applies the layer to the last dimension.
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
         self.forward_activated(x, Activation::Identity)

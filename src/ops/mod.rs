@@ -204,6 +204,12 @@ pub trait FusedOps: Backend {
         1
     }
 
+    /// Whether matrix products of so many terms are [padded](product): some kernels read past the
+    /// end of their factors.
+    fn misreads(_terms: usize) -> bool {
+        false
+    }
+
     /// An activation, elementwise.
     fn activate<const D: usize>(x: Tensor<Self, D>, activation: Activation) -> Tensor<Self, D> {
         reference::activate(x, activation)
@@ -454,6 +460,26 @@ pub fn supports<B: FusedOps>(
 pub trait TrainingBackend: AutodiffBackend<InnerBackend: FusedOps> + FusedOps {}
 
 impl<B: AutodiffBackend<InnerBackend: FusedOps> + FusedOps> TrainingBackend for B {}
+
+/// A matrix product of type `compute`, with zeros after the terms where the backend would
+/// [misread](FusedOps::misreads) them.
+pub fn product<B: FusedOps, const D: usize>(
+    a: Tensor<B, D>,
+    b: Tensor<B, D>,
+    compute: Compute,
+) -> Tensor<B, D> {
+    let terms = a.dims()[D - 1];
+    if !B::misreads(terms) {
+        return reference::product(a, b, compute);
+    }
+    let padded = |x: Tensor<B, D>, along: usize| {
+        let mut shape = x.dims();
+        shape[along] = terms.next_multiple_of(64) - terms;
+        let zeros = Tensor::zeros(shape, &x.device());
+        Tensor::cat(vec![x, zeros], along)
+    };
+    reference::product(padded(a, D - 1), padded(b, D - 2), compute)
+}
 
 /// `[batch, N width]` to N tensors `[batch, width]`.
 pub fn split<B: FusedOps, const N: usize>(x: Tensor<B, 2>) -> [Tensor<B, 2>; N] {

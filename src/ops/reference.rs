@@ -413,9 +413,19 @@ pub fn qkv_attention<B: Backend>(
     multiple: usize,
     compute: Compute,
 ) -> Tensor<B, 3> {
+    qkv_attention_by(qkv, heads, multiple, |a, b| product(a, b, compute))
+}
+
+/// Attention by these matrix products.
+pub(super) fn qkv_attention_by<B: Backend>(
+    qkv: Tensor<B, 3>,
+    heads: usize,
+    multiple: usize,
+    product: impl Fn(Tensor<B, 4>, Tensor<B, 4>) -> Tensor<B, 4>,
+) -> Tensor<B, 3> {
     let [batch, tokens, _] = qkv.dims();
     let queries = (SCORES / (batch * heads * tokens).max(1)).clamp(1, tokens.max(1));
-    attention_in_blocks(qkv, heads, multiple, compute, queries)
+    attention_in_blocks(qkv, heads, multiple, product, queries)
 }
 
 /// Attention for `queries` queries at a time: each query meets all keys, so the blocks are
@@ -424,10 +434,9 @@ fn attention_in_blocks<B: Backend>(
     qkv: Tensor<B, 3>,
     heads: usize,
     multiple: usize,
-    compute: Compute,
+    product: impl Fn(Tensor<B, 4>, Tensor<B, 4>) -> Tensor<B, 4>,
     queries: usize,
 ) -> Tensor<B, 3> {
-    let product = |a, b| product(a, b, compute);
     let [batch, tokens, triple] = qkv.dims();
     let width = triple / 3;
     let [q, k, v] = heads_of(qkv, heads, multiple);
@@ -591,7 +600,7 @@ mod tests {
     fn blocks_of_queries_change_nothing() {
         let qkv = noise(0, [2, 7, 3 * 12]);
         let run = |queries: usize| {
-            let out = attention_in_blocks(qkv.clone(), 3, 1, Compute::F32, queries);
+            let out = attention_in_blocks(qkv.clone(), 3, 1, |a, b| a.matmul(b), queries);
             out.into_data().to_vec::<f32>().unwrap()
         };
         let whole = run(7);

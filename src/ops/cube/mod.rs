@@ -2,7 +2,8 @@
 //!
 //! Matrix products and convolutions are Burn's; what lies between them, which takes Burn a pass
 //! over memory for every sum and product, takes one pass here. The kernels compute in f32. Sums are
-//! formed in shared memory, in an order that depends on the sizes alone.
+//! formed in shared memory, in an order that depends on the sizes alone. A kernel checks no index:
+//! that shapes fit is asserted here.
 
 mod columns;
 mod elementwise;
@@ -16,17 +17,22 @@ use burn_cubecl::{BoolElement, CubeRuntime};
 use self::launch::{Cube, inner, outer};
 use super::{
     Activation, AdamWState, AdamWStep, FusedOps, GroupNormOptions, LinearGradients, LinearWants,
-    LinearWeights, NormGradients, reference,
+    LinearWeights, NormGradients, product, reference,
 };
 use crate::backend::Compute;
 
 /// CubeCL's matrix products are correct for multiples of this head dimension: some of its kernels
-/// read out of bounds at sizes such as DiT-XL's 72 (tracel-ai/burn #5626).
+/// read past the end of factors of 72, as DiT-XL's heads have, or of 32 terms, or of 64 more
+/// (tracel-ai/burn #5626, tracel-ai/cubek #434).
 const HEAD_MULTIPLE: usize = 64;
 
 impl<R: CubeRuntime, BT: BoolElement> FusedOps for Cube<R, BT> {
     fn head_multiple() -> usize {
         HEAD_MULTIPLE
+    }
+
+    fn misreads(terms: usize) -> bool {
+        terms % 64 == 32
     }
 
     fn activate<const D: usize>(x: Tensor<Self, D>, activation: Activation) -> Tensor<Self, D> {
@@ -38,6 +44,7 @@ impl<R: CubeRuntime, BT: BoolElement> FusedOps for Cube<R, BT> {
         x: Tensor<Self, D>,
         activation: Activation,
     ) -> Tensor<Self, D> {
+        assert_eq!(gradient.dims(), x.dims());
         outer(elementwise::activate_backward(
             inner(gradient),
             inner(x),
@@ -100,6 +107,8 @@ impl<R: CubeRuntime, BT: BoolElement> FusedOps for Cube<R, BT> {
         scale: Tensor<Self, 2>,
         epsilon: f64,
     ) -> Tensor<Self, 3> {
+        let [batch, _, width] = x.dims();
+        assert_eq!([shift.dims(), scale.dims()], [[batch, width]; 2]);
         let (shift, scale) = (launch::rows(shift), launch::rows(scale));
         outer(rows::modulated_norm(inner(x), shift, scale, epsilon))
     }
@@ -111,6 +120,9 @@ impl<R: CubeRuntime, BT: BoolElement> FusedOps for Cube<R, BT> {
         epsilon: f64,
         sum: Option<Tensor<Self, 3>>,
     ) -> NormGradients<Self> {
+        let shape @ [batch, _, width] = x.dims();
+        assert_eq!((gradient.dims(), scale.dims()), (shape, [batch, width]));
+        assert!(sum.as_ref().is_none_or(|sum| sum.dims() == shape));
         let (gradient, x, scale) = (inner(gradient), inner(x), launch::rows(scale));
         let sum = sum.map(inner);
         let (of_x, statistics) =
@@ -126,7 +138,8 @@ impl<R: CubeRuntime, BT: BoolElement> FusedOps for Cube<R, BT> {
     fn qkv_attention(qkv: Tensor<Self, 3>, heads: usize, compute: Compute) -> Tensor<Self, 3> {
         let [batch, tokens, triple] = qkv.dims();
         if batch * heads * tokens * tokens > reference::SCORES {
-            return reference::qkv_attention(qkv, heads, HEAD_MULTIPLE, compute);
+            let product = |a, b| product(a, b, compute);
+            return reference::qkv_attention_by(qkv, heads, HEAD_MULTIPLE, product);
         }
         let head_dim = triple / 3 / heads;
         let [q, k, v] = queries_keys_values(qkv, heads);
@@ -166,6 +179,8 @@ impl<R: CubeRuntime, BT: BoolElement> FusedOps for Cube<R, BT> {
         gate: Tensor<Self, 2>,
         y: Tensor<Self, 3>,
     ) -> Tensor<Self, 3> {
+        let shape @ [batch, _, width] = x.dims();
+        assert_eq!((y.dims(), gate.dims()), (shape, [batch, width]));
         outer(elementwise::gated_residual(
             inner(x),
             launch::rows(gate),
@@ -178,11 +193,15 @@ impl<R: CubeRuntime, BT: BoolElement> FusedOps for Cube<R, BT> {
         gate: Tensor<Self, 2>,
         y: Tensor<Self, 3>,
     ) -> (Tensor<Self, 2>, Tensor<Self, 3>) {
+        let shape @ [batch, _, width] = y.dims();
+        assert_eq!((gradient.dims(), gate.dims()), (shape, [batch, width]));
         let [of_gate, of_y] = columns::gate(inner(gradient), launch::rows(gate), inner(y));
         (outer(of_gate), outer(of_y))
     }
 
     fn blend(x: Tensor<Self, 3>, y: Tensor<Self, 3>, share: Tensor<Self, 1>) -> Tensor<Self, 3> {
+        let shape @ [batch, ..] = x.dims();
+        assert_eq!((y.dims(), share.dims()), (shape, [batch]));
         outer(elementwise::blend(inner(x), inner(y), inner(share)))
     }
 
@@ -192,6 +211,9 @@ impl<R: CubeRuntime, BT: BoolElement> FusedOps for Cube<R, BT> {
         y: Tensor<Self, 3>,
         share: Tensor<Self, 1>,
     ) -> (Tensor<Self, 3>, Tensor<Self, 3>, Tensor<Self, 1>) {
+        let shape @ [batch, ..] = x.dims();
+        assert_eq!([gradient.dims(), y.dims()], [shape; 2]);
+        assert_eq!(share.dims(), [batch]);
         let [of_x, of_y, parts] =
             rows::blend_backward(inner(gradient), inner(x), inner(y), inner(share));
         let parts: Tensor<Self, 2> = outer(parts);
@@ -204,6 +226,8 @@ impl<R: CubeRuntime, BT: BoolElement> FusedOps for Cube<R, BT> {
         shift: Tensor<Self, 1>,
         norm: GroupNormOptions,
     ) -> Tensor<Self, 4> {
+        let channels = x.dims()[1];
+        assert_eq!([scale.dims(), shift.dims()], [[channels]; 2]);
         outer(rows::group_norm(inner(x), inner(scale), inner(shift), norm))
     }
 
@@ -220,7 +244,12 @@ impl<R: CubeRuntime, BT: BoolElement> FusedOps for Cube<R, BT> {
         gradient: Tensor<Self, D>,
         step: AdamWStep,
     ) -> AdamWState<Self, D> {
-        let state = [state.value, state.first, state.second].map(inner);
+        let state = [state.value, state.first, state.second];
+        assert_eq!(
+            [(); 3].map(|()| gradient.dims()),
+            state.each_ref().map(Tensor::dims)
+        );
+        let state = state.map(inner);
         let [value, first, second] = elementwise::adamw(state, inner(gradient), step).map(outer);
         AdamWState {
             value,
@@ -234,33 +263,12 @@ impl<R: CubeRuntime, BT: BoolElement> FusedOps for Cube<R, BT> {
         value: Tensor<Self, D>,
         decay: f64,
     ) -> Tensor<Self, D> {
+        assert_eq!(average.dims(), value.dims());
         outer(elementwise::moving_average(
             inner(average),
             inner(value),
             decay,
         ))
-    }
-}
-
-/// A matrix product of type `compute`.
-///
-/// Some of CubeCL's products read past the end of factors of `k` columns and rows where `k` leaves
-/// 32 when divided by 64 (tracel-ai/cubek #434): those get 32 zeros more.
-fn product<R: CubeRuntime, BT: BoolElement, const D: usize>(
-    a: Tensor<Cube<R, BT>, D>,
-    b: Tensor<Cube<R, BT>, D>,
-    compute: Compute,
-) -> Tensor<Cube<R, BT>, D> {
-    const MISREAD: usize = 32;
-    let padded = |x: Tensor<Cube<R, BT>, D>, along: usize| {
-        let mut shape = x.dims();
-        shape[along] = MISREAD;
-        let zeros = Tensor::zeros(shape, &x.device());
-        Tensor::cat(vec![x, zeros], along)
-    };
-    match a.dims()[D - 1] % 64 == MISREAD {
-        true => reference::product(padded(a, D - 1), padded(b, D - 2), compute),
-        false => reference::product(a, b, compute),
     }
 }
 

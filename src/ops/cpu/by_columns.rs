@@ -166,7 +166,13 @@ impl<F: Fn(usize, &mut [f32])> WithSimd for Columns<'_, F> {
         // rows are adjacent; elsewhere, and beyond the last one, it asks in vain.
         let step = (width * depth).div_ceil(steps::<S>(rows, words(compute, depth)));
         for index in self.panels.clone() {
-            packer.pack(index, &self.column, panel.values());
+            packer.pack(
+                index,
+                // Not `&self.column`, as in `product::multiply`.
+                #[inline(always)]
+                |j: usize, values: &mut [f32]| (self.column)(j, values),
+                panel.values(),
+            );
             let first = index * width;
             let broad = width.min(columns - first);
             let view = PanelView {

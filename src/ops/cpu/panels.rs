@@ -101,7 +101,13 @@ impl Panels {
                         for panel in range.clone() {
                             // SAFETY: only this thread writes this panel.
                             let place = unsafe { out.part(panel * size, size) };
-                            packer.pack(panel, &column, place);
+                            packer.pack(
+                                panel,
+                                // Not `&column`, as in `product::multiply`.
+                                #[inline(always)]
+                                |j: usize, values: &mut [f32]| column(j, values),
+                                place,
+                            );
                         }
                     },
                 );

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::thread::{Builder, JoinHandle};
 
 use crate::ops::TrainingBackend;
 use burn::module::{AutodiffModule, ModuleVisitor, Param, ParamId};
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::ema::Ema;
 use super::optimizer::{AdamW, Moments};
 use super::{Training, TrainingError};
-use crate::data::with_cause;
+use crate::data::{DataError, with_cause};
 use crate::state::{Array, StateDict, Walk, collect, names, overlay, values};
 use crate::weights::{
     Description, EMA, FIXED, MODEL, MOMENTS, TRAINING, read_safetensors, write_safetensors,
@@ -84,15 +85,36 @@ fn checksum(state: &StateDict, metadata: &BTreeMap<String, String>) -> String {
 pub(crate) const CHECKPOINTS: &str = "checkpoints";
 
 /// Folder of a stage's training checkpoints.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Store {
     directory: PathBuf,
+    /// Writes the checkpoint that was saved last; the training goes on meanwhile.
+    writing: Option<JoinHandle<Result<(), TrainingError>>>,
 }
 
 impl Store {
     pub(super) fn new(stage: &Path) -> Self {
         Self {
             directory: stage.join(CHECKPOINTS),
+            writing: None,
+        }
+    }
+
+    /// Fails where the checkpoint that was saved last could not be written, if that is known by
+    /// now.
+    pub(super) fn look(&mut self) -> Result<(), TrainingError> {
+        match self.writing.as_ref().is_some_and(JoinHandle::is_finished) {
+            true => self.finish(),
+            false => Ok(()),
+        }
+    }
+
+    /// Waits until the checkpoint that was saved last is on disk.
+    pub(super) fn finish(&mut self) -> Result<(), TrainingError> {
+        match self.writing.take().map(JoinHandle::join) {
+            Some(Ok(written)) => written,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+            None => Ok(()),
         }
     }
 
@@ -133,12 +155,16 @@ impl Store {
         }
     }
 
-    /// Saves a checkpoint, of all workers at once, of which the first writes; then deletes all but
-    /// the best and the last few that the training keeps.
+    /// Saves a checkpoint, of all workers at once, of which the first writes, in a thread of its
+    /// own; then deletes all but the best and the last few that the training keeps.
     /// If the training describes the model, the file does too and holds the whole model, including
     /// the parameters that don't learn.
+    ///
+    /// # Errors
+    /// When the checkpoint before could not be written, or the system refuses a thread. What
+    /// becomes of this one [`look`](Self::look) and [`finish`](Self::finish) tell.
     pub(super) fn save<B: TrainingBackend, M: AutodiffModule<B>>(
-        &self,
+        &mut self,
         workers: &dyn Workers,
         position: &Position,
         model: &M,
@@ -146,13 +172,15 @@ impl Store {
         optimizer: &AdamW<B>,
         training: &Training,
     ) -> Result<(), TrainingError> {
+        if !workers.leads() && !training.optimisation.shard_optimizer {
+            return Ok(());
+        }
+        // One at a time: of the state there is one copy beside the training's own.
+        self.finish()?;
         let broken = |error: serde_json::Error| TrainingError::Resume {
             path: self.directory.clone(),
             problem: error.to_string(),
         };
-        if !workers.leads() && !training.optimisation.shard_optimizer {
-            return Ok(());
-        }
         // What the workers have divided comes together.
         let averaged = ema.apply(model.valid());
         let gathered = optimizer.gathered();
@@ -196,12 +224,32 @@ impl Store {
         };
         let position_text = serde_json::to_string(&position).map_err(broken)?;
         metadata.insert(TRAINING.to_owned(), position_text);
+        let folder = Self {
+            directory: self.directory.clone(),
+            writing: None,
+        };
+        let keep_last = training.optimisation.keep_last;
+        let write = move || folder.write(state, metadata, &position, keep_last);
+        let thread = Builder::new().name("checkpoint".into()).spawn(write);
+        let refused = |source| DataError::Threads { count: 1, source };
+        self.writing = Some(thread.map_err(refused).map_err(TrainingError::Data)?);
+        Ok(())
+    }
+
+    /// Writes a checkpoint, and deletes those that are no longer kept.
+    fn write(
+        &self,
+        state: StateDict,
+        mut metadata: BTreeMap<String, String>,
+        position: &Position,
+        keep_last: usize,
+    ) -> Result<(), TrainingError> {
         metadata.insert(CHECKSUM.to_owned(), checksum(&state, &metadata));
         write_safetensors(&self.path(position.step), &state.into(), metadata, None)?;
         // A later one is damaged, or this training would have gone on from there.
         let (mut kept, later): (Vec<_>, Vec<_>) =
             (self.steps()?.into_iter()).partition(|step| *step <= position.step);
-        kept.truncate(kept.len().saturating_sub(training.optimisation.keep_last));
+        kept.truncate(kept.len().saturating_sub(keep_last));
         for step in kept.into_iter().chain(later) {
             if position.best.is_none_or(|(best, _)| best != step) {
                 let path = self.path(step);

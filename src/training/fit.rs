@@ -196,6 +196,7 @@ where
             start,
             ema: Mutex::new(Some(ema)),
             observer: Mutex::new(step),
+            store: Mutex::new(store),
             plain: dashboard.is_none(),
             stop,
             workers,

@@ -43,6 +43,7 @@ pub(super) struct Steps<B: TrainingBackend, M> {
     pub(super) start: Position,
     pub(super) ema: Mutex<Option<Ema<B::InnerBackend>>>,
     pub(super) observer: Mutex<OnStep<B, M>>,
+    pub(super) store: Mutex<Store>,
     pub(super) plain: bool,
     pub(super) stop: Stop,
     pub(super) workers: Group,
@@ -69,16 +70,16 @@ where
         let mut position = self.start.clone();
         let mut ema = self.ema.lock().take().expect("a strategy is run once");
         let stop = || self.stop.requested() || components.interrupter.should_stop();
-        let error = self
-            .run(
-                &mut learner,
-                &mut ema,
-                &mut position,
-                &train,
-                &mut processor,
-                &stop,
-            )
-            .err();
+        let run = self.run(
+            &mut learner,
+            &mut ema,
+            &mut position,
+            &train,
+            &mut processor,
+            &stop,
+        );
+        let written = self.store.lock().finish();
+        let error = run.and(written).err();
         processor.process_train(LearnerEvent::EndEpoch(1));
         *self.ended.lock() = Some(Ended {
             ema,
@@ -109,12 +110,12 @@ where
         let workers = &*self.workers;
         fits(workers.size(), optimisation.accumulate).map_err(TrainingError::Workers)?;
         same_weights::<B, M>(workers, &learner.model(), position.step)?;
-        let store = Store::new(&training.directory);
         let path = training.directory.join("metrics.jsonl");
         let mut log = JsonLines::open(&path, position.step)?;
         let mut trackers = Trackers::open(&training.directory, &training.log, &path)?;
         let mut lines = Lines::new(&training.name, position.step, optimisation.steps);
         let mut observer = self.observer.lock();
+        let mut store = self.store.lock();
         if position.step > 0 {
             // Whoever interrupted the last step interrupted what was observed after it.
             if observed(observer(position.step - 1, &learner.model(), ema))? {
@@ -227,6 +228,7 @@ where
                 _ => agreed,
             };
             let stopping = asked || interrupted;
+            store.look()?;
             let saves = stopping || position.step.is_multiple_of(optimisation.checkpoint_every);
             if saves {
                 same_weights::<B, M>(workers, &learner.model(), position.step)?;

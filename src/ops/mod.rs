@@ -178,6 +178,8 @@ pub struct AdamWState<B: Backend, const D: usize> {
 pub enum Support {
     /// With instructions for it.
     Full,
+    /// With instructions for it, which are no faster than those for f32.
+    Slow,
     /// With those for f32, and no faster.
     Emulated,
     /// Not at all.
@@ -446,6 +448,9 @@ pub fn supports<B: FusedOps>(
 ) -> Result<Option<&'static str>, String> {
     match B::support(compute, device) {
         Support::Full => Ok(None),
+        Support::Slow => Ok(Some(
+            "compute = \"bf16\": this processor's instructions for it (AVX512-BF16) are no faster than those for f32; f32 takes less time",
+        )),
         Support::Emulated => Ok(Some(
             "compute = \"bf16\": this processor has no instructions for it (AVX512-BF16), so that it is no faster than f32",
         )),

@@ -2,7 +2,8 @@
 //!
 //! A factor of such a product is stored as pairs: two values that meet one after the other in the
 //! sum, in the halves of a word of 32 bits, the first in the low one. `vdpbf16ps` (AVX512-BF16)
-//! multiplies pairs, at nearly twice the rate of f32. On processors without it [`Pairs`] computes
+//! multiplies pairs: on AMD's processors at nearly twice the rate of f32, on some of Intel's at
+//! half of it, which [`native::is_slow`] measures. On processors without it [`Pairs`] computes
 //! what the instruction does from f32, no faster than products of f32. Only values and sums below
 //! 1e-38 differ, which the instruction takes for zero.
 
@@ -94,10 +95,12 @@ impl Step for Pairs {
 #[cfg(target_arch = "x86_64")]
 pub(super) mod native {
     use std::arch::x86_64::{__m512, __m512bh, _mm512_dpbf16_ps};
+    use std::hint::black_box;
+    use std::time::{Duration, Instant};
 
     use pulp::{Simd, WithSimd, x86::V4};
 
-    use super::super::product::{Block, Step, Tiles};
+    use super::super::product::{Block, Single, Step, Tiles};
 
     /// Products of pairs by `vdpbf16ps`; vectors are those of [`V4`].
     #[derive(Clone, Copy)]
@@ -154,6 +157,38 @@ pub(super) mod native {
     ) {
         // SAFETY: `simd` comes from `vectors`, so the processor has the instructions.
         unsafe { tiles(simd, block) }
+    }
+
+    /// Whether the processor has the instruction, and multiplies pairs by it no faster than it
+    /// multiplies their values of f32. (A Xeon of Intel's Emerald Rapids starts one in two cycles,
+    /// where it starts four steps of f32.)
+    pub(in super::super) fn is_slow() -> bool {
+        vectors().is_some_and(|simd| {
+            // What else the machine does can only lengthen a time.
+            let [f32, pairs] = [time::<Single>, time::<Instruction>].map(|time| {
+                // SAFETY: `vectors` says that the processor has the instructions.
+                (0..16).map(|_| unsafe { time(simd) }).min()
+            });
+            pairs >= f32.map(|time| 2 * time)
+        })
+    }
+
+    /// The time of some thousand steps that need not wait for each other, with registers alone.
+    #[target_feature(
+        enable = "avx512bf16,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi1,bmi2,lzcnt,popcnt,fxsr"
+    )]
+    unsafe fn time<K: Step>(simd: V4) -> Duration {
+        let mut sums = [simd.splat_f32s(0.0); 16];
+        let begun = Instant::now();
+        for _ in 0..1024 {
+            // Anew each time, or the compiler would multiply once.
+            let x = black_box(simd.splat_f32s(1.0));
+            for sum in &mut sums {
+                *sum = K::add(simd, x, x, *sum);
+            }
+        }
+        black_box(sums);
+        begun.elapsed()
     }
 }
 

@@ -64,13 +64,13 @@ fn reshaped<const D: usize, const E: usize>(
 
 impl FusedOps for NdArray {
     fn support(compute: Compute, _: &Self::Device) -> Support {
-        #[cfg(target_arch = "x86_64")]
-        let native = bf16::native::vectors().is_some();
-        #[cfg(not(target_arch = "x86_64"))]
-        let native = false;
-        match compute == Compute::F32 || native {
-            true => Support::Full,
-            false => Support::Emulated,
+        match compute {
+            Compute::F32 => Support::Full,
+            #[cfg(target_arch = "x86_64")]
+            Compute::Bf16 if bf16::native::is_slow() => Support::Slow,
+            #[cfg(target_arch = "x86_64")]
+            Compute::Bf16 if bf16::native::vectors().is_some() => Support::Full,
+            Compute::Bf16 => Support::Emulated,
         }
     }
 

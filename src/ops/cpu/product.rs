@@ -275,7 +275,7 @@ pub(super) trait Step: Copy {
 
 /// Words are values of f32.
 #[derive(Clone, Copy)]
-struct Single;
+pub(super) struct Single;
 
 impl Step for Single {
     #[inline(always)]

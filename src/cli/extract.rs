@@ -20,7 +20,7 @@ pub(super) struct ExtractArguments {
     #[arg(long)]
     vae: PathBuf,
     /// Side of the centre crop, in pixels [default: 256]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     size: Option<i64>,
     /// Encode the images alone, without their mirror images
     #[arg(long)]
@@ -29,13 +29,13 @@ pub(super) struct ExtractArguments {
     #[arg(long, value_parser = ["f16", "f32", "npy"], hide_possible_values = true)]
     form: Option<String>,
     /// Images encoded together [default: 16]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     batch: Option<i64>,
     /// Threads that read images [default: one a core]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     workers: Option<i64>,
     /// Seed of the draws from the posterior [default: 0]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     seed: Option<i64>,
     /// Where to compute
     #[arg(long, default_value = "ndarray")]

@@ -22,6 +22,8 @@ use crate::workers::Group;
 /// A recipe of one stage that is being written by flags.
 pub(super) struct OneStage {
     document: Document,
+    /// The keys that flags have set, and those flags.
+    flags: Vec<(String, String)>,
 }
 
 impl OneStage {
@@ -30,7 +32,10 @@ impl OneStage {
         let mut document = Document::parse(Path::new(kind), "")?;
         // What is wrong with the whole stage is then said of the command.
         document.set_by(kind, &format!("stage=[{{ kind = \"{kind}\" }}]"));
-        Ok(Self { document })
+        Ok(Self {
+            document,
+            flags: Vec::new(),
+        })
     }
 
     /// Sets a key of the stage to what `flag` was given.
@@ -59,7 +64,11 @@ impl OneStage {
             value => format!("{flag} {value}"),
         };
         let assignment = format!("{key}={value}");
-        self.document.set_by(shown.trim_start(), &assignment);
+        let shown = shown.trim_start();
+        if !flag.is_empty() {
+            self.flags.push((key.to_owned(), shown.to_owned()));
+        }
+        self.document.set_by(shown, &assignment);
     }
 
     /// Sets the recipe's data to text as a recipe has it; a word needs no quotes.
@@ -155,7 +164,7 @@ pub(super) struct RunArguments {
     #[arg(long, default_value = "ndarray")]
     pub(super) backend: BackendKind,
     /// Seed of all noise [default: 0]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub(super) seed: Option<i64>,
     /// Folder of all runs
     #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
@@ -206,26 +215,26 @@ impl RunArguments {
 #[derive(Debug, clap::Args)]
 pub(super) struct SamplingArguments {
     /// How many samples [default: 100; evaluate: 2000 of a model, all of an archive or folder]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub(super) count: Option<i64>,
     /// Samples made at once [default: 100]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     batch: Option<i64>,
     /// Sampling steps; of a MAR, those of each token [default: 250, or 100 of a MAR]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     steps: Option<i64>,
     /// Rule of a step: ddpm or ddim of a DiT, ode (Dormand-Prince) or sde (Euler-Maruyama) of a
     /// SiT, masked of a MAR [default: ddpm, ode or masked]
     #[arg(long)]
     solver: Option<String>,
     /// Share of noise in a DDIM step [default: 0]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     eta: Option<f64>,
     /// Scale of classifier-free guidance; 1 is none [default: 1.5]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     guidance: Option<f64>,
     /// Channels that are guided, from the first [default: 3]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     guidance_channels: Option<i64>,
     /// Classes to draw [default: all]
     #[arg(long, value_delimiter = ',')]
@@ -308,10 +317,15 @@ impl SamplingArguments {
                     "--set {assignment}: the command is a stage of its own kind and name"
                 )));
             }
-            let flag = format!("--set {assignment}");
-            stage
-                .document
-                .set_by(&flag, &format!("stage.0.{assignment}"));
+            let set = format!("--set {assignment}");
+            let key = format!("stage.0.{key}");
+            if let Some((_, flag)) = stage.flags.iter().find(|(by_flag, _)| *by_flag == key) {
+                return Err(CliError::Usage(format!(
+                    "{set}: {flag} sets the same key; leave one of them out"
+                )));
+            }
+            let assignment = format!("stage.0.{assignment}");
+            stage.document.set_by(&set, &assignment);
         }
         Ok(())
     }

@@ -241,7 +241,7 @@ pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), CliError> {
         thousands(provenance.images)
     );
     if let (Some(kept), Some(depth)) = (&provenance.kept, provenance.parent_depth) {
-        match checkpoint.architecture.pairs_of(depth) {
+        match checkpoint.architecture.pairs_of(kept, depth) {
             Some(pairs) => crate::tell!("  kept        all {depth} layers, in {pairs} pairs"),
             None => crate::tell!(
                 "  kept        {kept:?} of {depth} {}",

@@ -200,9 +200,9 @@ impl Architecture {
         }
     }
 
-    /// How many pairs run on one input, where they are all of so many layers; None where layers
-    /// are gone, or none run so.
-    pub fn pairs_of(&self, layers: usize) -> Option<usize> {
+    /// How many pairs run on one input, where its blocks, which begin with the layers `kept` of
+    /// so many, are all of them; None where layers are gone, or none run so.
+    pub fn pairs_of(&self, kept: &[usize], layers: usize) -> Option<usize> {
         let kinds: Vec<BlockKind> = match self {
             Self::Dit(config) => config.kinds().collect(),
             Self::Mar(config) => config.kinds().collect(),
@@ -210,7 +210,11 @@ impl Architecture {
         };
         let blocks: usize = kinds.iter().map(|kind| kind.blocks()).sum();
         let pairs = blocks - kinds.len();
-        (pairs > 0 && blocks == layers).then_some(pairs)
+        let ends = kept.iter().skip(1).chain([&layers]);
+        let whole = kept.len() == kinds.len()
+            && (kinds.iter().zip(kept).zip(ends))
+                .all(|((kind, from), to)| from + kind.blocks() == *to);
+        (pairs > 0 && blocks == layers && whole).then_some(pairs)
     }
 
     /// The same with only the given layers of its trunk, if it has one.

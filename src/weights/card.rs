@@ -54,7 +54,7 @@ fn write_card(
     writeln!(out, "tags: [diffusion, pruned, tinyfusion]\n---\n")?;
     writeln!(out, "# {}\n", checkpoint.model())?;
     match (&provenance.kept, provenance.parent_depth) {
-        (Some(_), Some(depth)) if checkpoint.architecture.pairs_of(depth).is_some() => {
+        (Some(kept), Some(depth)) if checkpoint.architecture.pairs_of(kept, depth).is_some() => {
             writeln!(
                 out,
                 "All {depth} layers of its parent, neighbours on one input.\n"

@@ -100,6 +100,11 @@ fn flags_that_would_do_nothing_or_overwrite_are_refused() {
             "a stage of its own kind",
         ),
         (
+            "sample embedded:digits-teacher --steps 5 --set steps=6",
+            "--set steps=6: --steps 5 sets the same key",
+        ),
+        ("sample embedded:digits-teacher --count -3", "--count -3: "),
+        (
             "sample embedded:digits-teacher --into d --images d",
             "folders of their own",
         ),

@@ -120,3 +120,16 @@ fn sizes_of_hostile_files_are_refused_before_anything_is_computed_with_them() {
     // All kinds were met.
     assert!(sound.iter().all(|sound| *sound > 0), "{sound:?}");
 }
+
+#[test]
+fn pairs_of_which_some_are_gone_are_not_all_layers() {
+    let whole = Architecture::preset("DiT-S/2").unwrap();
+    let paired = whole.in_pairs().unwrap();
+    let firsts = [0, 2, 4, 6, 8, 10];
+    assert_eq!(paired.pairs_of(&firsts, 12), Some(6));
+    assert_eq!(whole.pairs_of(&firsts, 12), None);
+    // Three pairs are six layers, as many as there were pairs.
+    let kept = [0, 3, 5];
+    let pruned = paired.keep(&kept, Granularity::Block);
+    assert_eq!(pruned.pairs_of(&kept, 6), None);
+}

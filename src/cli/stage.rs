@@ -237,7 +237,7 @@ pub(super) struct SamplingArguments {
     #[arg(long, allow_negative_numbers = true)]
     guidance_channels: Option<i64>,
     /// Classes to draw [default: all]
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true)]
     classes: Option<Vec<i64>>,
     /// Classes in turn (balanced) or at random (drawn) [default: balanced]
     #[arg(long, value_enum, hide_possible_values = true)]

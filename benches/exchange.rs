@@ -11,6 +11,7 @@ use std::time::Instant;
 use mpi::collective::SystemOperation;
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::CommunicatorCollectives;
+use tinyfusion::evaluation::median;
 use tinyfusion::workers::{Group, start, sum};
 
 // The allocator of the program.
@@ -49,7 +50,7 @@ fn main() {
 }
 
 fn measure() {
-    let (workers, _) = start(None).expect("a launcher started this process");
+    let (workers, _) = start(None, false).expect("a launcher started this process");
     let world = SimpleCommunicator::world();
     if workers.leads() {
         println!("| MiB | tree, ms | MPI_Allreduce, ms | tree / MPI |");
@@ -92,13 +93,13 @@ fn measure() {
         let difference = differences.fold(0f32, f32::max);
         // Sums of few numbers of at most 1 differ by their rounding, if at all.
         assert!(difference < 1e-5 * workers.size() as f32, "{difference}");
-        ratio = median(ratios);
+        ratio = median(&ratios);
         if workers.leads() {
             println!(
                 "| {} | {:.2} | {:.2} | {ratio:.2} |",
                 (size * 4) as f64 / f64::from(1 << 20),
-                median(times) * 1e3,
-                median(theirs) * 1e3,
+                median(&times) * 1e3,
+                median(&theirs) * 1e3,
             );
         }
     }
@@ -118,9 +119,4 @@ fn timed(workers: &Group, what: impl FnOnce()) -> f64 {
     all.iter()
         .map(|bytes| f64::from_le_bytes(bytes[..].try_into().expect("8 bytes")))
         .fold(0.0, f64::max)
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

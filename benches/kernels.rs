@@ -14,6 +14,7 @@ mod measured {
     use burn::tensor::backend::Backend;
     use burn::tensor::{Distribution, Tensor};
     use tinyfusion::backend::Compute;
+    use tinyfusion::evaluation::median;
     use tinyfusion::ops::{
         Activation, AdamWState, AdamWStep, FusedOps, GroupNormOptions, reference,
     };
@@ -52,11 +53,6 @@ mod measured {
         run();
         B::sync(device).expect("the device answers");
         begun.elapsed().as_secs_f64()
-    }
-
-    fn median(mut times: Vec<f64>) -> f64 {
-        times.sort_by(f64::total_cmp);
-        times[times.len() / 2]
     }
 
     pub fn measure<B: FusedOps>([batch, width, heads]: [usize; 3]) {
@@ -214,7 +210,7 @@ mod measured {
                     composed.push(pair[1]);
                 }
             }
-            let pair = [fused, composed].map(median);
+            let pair = [fused, composed].map(|times| median(&times));
             let [fused, composed] = pair.map(|time| 1e3 * time);
             println!(
                 "| {name} | {fused:.2} | {composed:.2} | {:.2} |",

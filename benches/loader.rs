@@ -16,11 +16,12 @@
 use std::hint::black_box;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use criterion::{Criterion, Throughput};
 use tinyfusion::data::latents::{Dtype, Layout, ShardWriter, write_npy};
 use tinyfusion::data::{BatchPlan, BatchSource, DataError, Latents};
+use tinyfusion::evaluation::median;
 use tinyfusion::process::Times;
 use tinyfusion::random::{self, Stream};
 
@@ -80,16 +81,11 @@ fn source(folder: &Path) -> Result<BatchSource, DataError> {
     Ok(BatchSource::new(plan, Arc::new(Latents::open(folder)?)))
 }
 
-/// Time of a batch.
-fn time(source: &BatchSource, step: usize) -> Result<Duration, DataError> {
+/// Seconds of a batch.
+fn time(source: &BatchSource, step: usize) -> Result<f64, DataError> {
     let start = Instant::now();
     black_box(source.samples(step, 0..BATCH)?);
-    Ok(start.elapsed())
-}
-
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort_unstable();
-    times[times.len() / 2].as_secs_f64()
+    Ok(start.elapsed().as_secs_f64())
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -125,7 +121,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let rates: Vec<f64> = times
         .into_iter()
-        .map(|t| BATCH as f64 / median(t))
+        .map(|t| BATCH as f64 / median(&t))
         .collect();
     for ((form, _), rate) in sources.iter().zip(&rates) {
         println!("{form}: {rate:.0} latents/s, {:.1} x npy", rate / rates[0]);

@@ -8,9 +8,10 @@
 use std::io::Read;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use burn_ndarray::{NdArray, NdArrayDevice};
+use tinyfusion::evaluation::median;
 use tinyfusion::models::{Architecture, position_table, presets};
 use tinyfusion::state::{Array, StateDict};
 use tinyfusion::weights::{Checkpoint, Conversion, Provenance, WeightFile, convert};
@@ -62,10 +63,10 @@ fn compare() {
             plain.push(read(&files));
             let said = again(&["load", at]);
             let (seconds, bytes) = said.split_once(' ').expect("`load` prints two numbers");
-            loads.push(Duration::from_secs_f64(seconds.parse().expect("seconds")));
+            loads.push(seconds.parse().expect("seconds"));
             peak = peak.max(bytes.parse::<f64>().expect("bytes") / size as f64);
         }
-        let (plain, load) = (median(plain), median(loads));
+        let (plain, load) = (median(&plain), median(&loads));
         println!(
             "| {name} | {:.2} | {plain:.2} | {load:.2} | {:.2} | {peak:.2} |",
             size as f64 / 1e9,
@@ -97,20 +98,15 @@ fn files(path: &Path) -> Vec<std::path::PathBuf> {
         .collect()
 }
 
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort_unstable();
-    times[times.len() / 2].as_secs_f64()
-}
-
-/// Reads files at full speed.
-fn read(files: &[std::path::PathBuf]) -> Duration {
+/// Reads files at full speed; in seconds.
+fn read(files: &[std::path::PathBuf]) -> f64 {
     let started = Instant::now();
     let mut buffer = vec![0; 4 << 20];
     for file in files {
         let mut file = std::fs::File::open(file).expect("a file just written opens");
         while file.read(&mut buffer).expect("a file just written reads") > 0 {}
     }
-    started.elapsed()
+    started.elapsed().as_secs_f64()
 }
 
 /// Writes a DiT-XL/2 with numbered values.

@@ -6,6 +6,8 @@
 use std::path::Path;
 use std::process::Command;
 
+use tinyfusion::evaluation::median;
+
 /// Longest time of the workers, as a multiple of the one process's.
 const MOST: f64 = 1.1;
 const ROUNDS: usize = 5;
@@ -47,11 +49,11 @@ fn main() {
             one.push(alone);
             two.push(shared);
         }
-        let ratio = median(ratios);
+        let ratio = median(&ratios);
         println!(
             "| {width} | {:.0} | {:.0} | {ratio:.2} |",
-            median(one),
-            median(two)
+            median(&one),
+            median(&two)
         );
         longest = longest.max(ratio);
     }
@@ -86,10 +88,6 @@ fn images_per_second(folder: &Path, workers: usize, round: usize) -> f64 {
         let line: serde_json::Value = serde_json::from_str(line).expect("a line of JSON");
         line["images_per_second"].as_f64().expect("a number")
     };
-    median(log.lines().skip(WARM_UP).map(rate).collect())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    let rates: Vec<f64> = log.lines().skip(WARM_UP).map(rate).collect();
+    median(&rates)
 }

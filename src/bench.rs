@@ -23,7 +23,7 @@ use crate::process::{
 };
 use crate::pruning::{
     Annealing, Groups, LearnedPruner, LossGradients, Saliency, ScoreBatch, Update, importance,
-    taps_from_kept,
+    mean_loss, taps_from_kept,
 };
 use crate::random::{self, Stream};
 use crate::recovery::Student;
@@ -237,7 +237,8 @@ pub fn bench<B: TrainingBackend>(plan: &BenchPlan, device: &B::Device) -> Measur
             let batch = ScoreBatch::from(batch);
             time::<B>(plan, device, || {
                 let mut gradients = LossGradients::default();
-                gradients.add(&network, &process, &batch);
+                let loss = mean_loss(&network, &process, &batch);
+                gradients.add(&network, Some(loss), &[1]);
                 let sums = gradients.sums::<B>(&network);
                 for group in &groups {
                     importance(group, &weights, &sums, Saliency::Taylor);

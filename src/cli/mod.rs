@@ -48,6 +48,11 @@ struct Cli {
     #[arg(long, global = true, value_name = "TIME", value_parser = duration)]
     #[cfg_attr(not(feature = "mpi"), arg(hide = true))]
     patience: Option<Duration>,
+    /// Sum gradients of several workers on their NVIDIA cards, by NCCL, in place of the host's
+    /// memory by MPI; it has not run on any card yet
+    #[arg(long, global = true)]
+    #[cfg_attr(not(all(feature = "cuda", feature = "mpi")), arg(hide = true))]
+    nccl: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -153,8 +158,8 @@ Examples:
 pub fn main() -> ExitCode {
     watch_panics();
     let cli = Cli::try_parse();
-    let patience = cli.as_ref().ok().and_then(|cli| cli.patience);
-    let (workers, here) = match crate::workers::start(patience) {
+    let (patience, nccl) = (cli.as_ref()).map_or((None, false), |cli| (cli.patience, cli.nccl));
+    let (workers, here) = match crate::workers::start(patience, nccl) {
         Ok(started) => started,
         Err(problem) => {
             if let Err(told) = &cli {

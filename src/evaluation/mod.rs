@@ -67,8 +67,9 @@ pub use precision_recall::{
 pub use rank::RankCorrelation;
 pub use reading::Reading;
 pub use reference::{MomentsFrom, Reference, ReferenceMeasured, cache_file};
-pub use speed::Speed;
+#[cfg(feature = "cli")]
 pub(crate) use speed::median_and_spread;
+pub use speed::{Speed, median};
 pub use ssim::ssim;
 pub use statistics::{Statistics, StatisticsAccumulator};
 pub(crate) use verdict::bias;

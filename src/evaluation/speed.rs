@@ -34,6 +34,11 @@ impl Speed {
     }
 }
 
+/// The median of measurements in any order; no number if there are none.
+pub fn median(measured: &[f64]) -> f64 {
+    median_and_spread(measured).map_or(f64::NAN, |(median, _)| median)
+}
+
 /// The median of measurements in any order, and half the distance between their quartiles, between
 /// neighbours in proportion; none if there are none.
 pub(crate) fn median_and_spread(measured: &[f64]) -> Option<(f64, f64)> {

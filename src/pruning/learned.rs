@@ -127,10 +127,15 @@ impl<B: Backend, N: Prunable<B>> LearnedPruner<B, N> {
 impl<B: Backend, N: Module<B>> LearnedPruner<B, N> {
     /// The current decision of the gates, at a step's scaling.
     pub fn decision(&self, step: usize) -> Decision {
-        let logits: Vec<Vec<f32>> = self
-            .gates
-            .iter()
-            .map(|gate| gate.val().into_data().iter().collect())
+        // Read back at once: each reading waits for the device.
+        let gates: Vec<Tensor<B, 2>> = self.gates.iter().map(Param::val).collect();
+        let counts = gates.iter().map(|gate| gate.dims()[1]);
+        let counts: Vec<usize> = counts.collect();
+        let logits = Tensor::cat(gates, 1).into_data();
+        let mut logits = logits.iter::<f32>();
+        let logits: Vec<Vec<f32>> = counts
+            .into_iter()
+            .map(|count| logits.by_ref().take(count).collect())
             .collect();
         decide(&self.groups, &logits, self.annealing.at(step).1)
     }

@@ -22,7 +22,7 @@ pub use rules::{oracle, uniform};
 pub use scores::{Calibration, Score, ScoreBatch, keep_by_scores, prediction_loss, score};
 pub use search::{Evolution, Mask, Pick, evolve, kept_by, mask_losses, mask_of, random_masks};
 pub use start::{Start, averaged};
-pub use taylor::{Descent, LossGradients};
+pub use taylor::{Descent, LossGradients, losses_at, mean_loss};
 pub use width::{
     Leaves, Saliency, importance, kept_channels, left_of, random_importance, ranked, units,
     units_left, whole_heads, without,

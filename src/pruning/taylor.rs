@@ -1,6 +1,8 @@
 //! Gradients by which channels are weighed: of a loss at random times, or at one time after
 //! another until it has fallen (Diff-Pruning, Fang et al., arXiv 2305.10924, section 4.2).
 
+use std::vec::IntoIter;
+
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Tensor, TensorData};
@@ -12,23 +14,32 @@ use crate::ops::TrainingBackend;
 use crate::process::Process;
 use crate::state::{Array, StateDict, Walk, values};
 use crate::trunk::Plain;
+use crate::workers::{Group, Slices};
 
-/// Signed sums of the gradients of a network's loss.
+/// Signed sums of the gradients of a network's loss, of one pass after the other. Several workers
+/// have the passes in turn; the sums are the same to the last bit however many there are.
 pub struct LossGradients<N> {
-    sums: GradientsAccumulator<N>,
+    sums: Sums<N>,
+}
+
+enum Sums<N> {
+    /// Of a process that works alone, on its device.
+    Alone(GradientsAccumulator<N>),
+    /// Of several, in the order of the network's parameters.
+    Shared(Slices),
 }
 
 impl<N> Default for LossGradients<N> {
     fn default() -> Self {
-        let sums = GradientsAccumulator::new();
+        let sums = Sums::Alone(GradientsAccumulator::new());
         Self { sums }
     }
 }
 
 impl<N> LossGradients<N> {
-    /// Goes on from [`sums`](Self::sums) as if it had never been interrupted; a sum that is not of
-    /// a parameter's name and shape is ignored.
-    pub fn resumed<B: TrainingBackend>(network: &N, sums: &StateDict) -> Self
+    /// Goes on from [`sums`](Self::sums), the same of all workers, as if it had never been
+    /// interrupted; a sum that is not of a parameter's name and shape is ignored.
+    pub fn resumed<B: TrainingBackend>(workers: &Group, network: &N, sums: &StateDict) -> Self
     where
         N: AutodiffModule<B>,
     {
@@ -60,76 +71,59 @@ impl<N> LossGradients<N> {
             gradients: GradientsParams::new(),
         };
         network.visit(&mut put);
-        let mut resumed = Self::default();
-        resumed.sums.accumulate::<B>(network, put.gradients);
-        resumed
+        if workers.size() > 1 {
+            let begun = in_order::<B, N>(network, put.gradients);
+            let sums = Sums::Shared(Slices::new(workers.clone(), &begun));
+            return Self { sums };
+        }
+        let mut sums = GradientsAccumulator::new();
+        sums.accumulate::<B>(network, put.gradients);
+        let sums = Sums::Alone(sums);
+        Self { sums }
     }
 
-    /// Adds the gradients of the mean loss of a batch.
+    /// Adds the gradients of each worker's first losses, so many of them as count, in the order of
+    /// the workers' numbers. `own` are this one's; None where it has none. Of all workers at once.
     pub fn add<B: TrainingBackend>(
         &mut self,
         network: &N,
-        process: &impl Process,
-        batch: &ScoreBatch<B>,
+        own: Option<Tensor<B, 1>>,
+        counted: &[usize],
     ) where
-        N: Denoiser<B> + AutodiffModule<B>,
+        N: AutodiffModule<B>,
     {
-        let seen = batch.noised(process);
-        let output = seen.run(process, network, &mut Plain);
-        self.add_loss(network, seen.terms(process, output).total.mean());
-    }
-
-    /// Adds the gradients of a batch's mean losses at some times, each of which it is noised to
-    /// with the same noise, as far as `descent` goes.
-    pub fn add_times<B: TrainingBackend>(
-        &mut self,
-        network: &N,
-        process: &impl Process,
-        batch: &ScoreBatch<B>,
-        times: &[f32],
-        descent: &mut Descent,
-    ) where
-        N: Denoiser<B> + AutodiffModule<B>,
-    {
-        let (count, rows) = (batch.samples(), batch.t.len());
-        let at_all = times.iter().flat_map(|t| std::iter::repeat_n(*t, rows));
-        let all = ScoreBatch {
-            x: batch.x.clone().repeat_dim(0, times.len()),
-            noise: batch.noise.clone().repeat_dim(0, times.len()),
-            y: batch.y.clone().repeat_dim(0, times.len()),
-            t: at_all.collect(),
-            known: (batch.known.as_ref()).map(|known| known.repeated(times.len())),
+        let rank = match &self.sums {
+            Sums::Alone(_) => 0,
+            Sums::Shared(sums) => sums.rank(),
         };
-        let seen = all.noised(process);
-        let output = seen.run(process, network, &mut Plain);
-        let losses = seen.terms(process, output).total;
-        let losses = losses
-            .reshape([times.len(), count])
-            .mean_dim(1)
-            .squeeze_dim::<1>(1); // [times]
-        let values: Vec<f64> = losses.to_data().iter::<f64>().collect();
-        let counted = descent.count(&values);
-        if counted > 0 {
-            self.add_loss(network, losses.narrow(0, 0, counted).sum());
+        let own = own.filter(|_| counted[rank] > 0).map(|losses| {
+            let loss = losses.narrow(0, 0, counted[rank]).sum();
+            GradientsParams::from_grads(loss.backward(), network)
+        });
+        match (&mut self.sums, own) {
+            (Sums::Alone(_), None) => {}
+            (Sums::Alone(sums), Some(own)) => sums.accumulate::<B>(network, own),
+            (Sums::Shared(sums), own) => {
+                let own = own.map(|own| in_order::<B, N>(network, own));
+                let have: Vec<bool> = counted.iter().map(|counted| *counted > 0).collect();
+                sums.add(&own.unwrap_or_default(), &have);
+            }
         }
     }
 
-    fn add_loss<B: TrainingBackend>(&mut self, network: &N, loss: Tensor<B, 1>)
-    where
-        N: AutodiffModule<B>,
-    {
-        let gradients = GradientsParams::from_grads(loss.backward(), network);
-        self.sums.accumulate::<B>(network, gradients);
-    }
-
-    /// The sums so far, by the names of the parameters.
+    /// The sums so far, by the names of the parameters; of one without gradients nothing, or zeros.
+    /// Of all workers at once.
     pub fn sums<B: TrainingBackend>(&mut self, network: &N) -> StateDict
     where
         N: AutodiffModule<B>,
     {
+        enum From {
+            Gradients(GradientsParams),
+            InOrder(IntoIter<f32>),
+        }
         struct Take {
             walk: Walk,
-            gradients: GradientsParams,
+            from: From,
             taken: StateDict,
         }
         impl<B: TrainingBackend> ModuleVisitor<B> for Take {
@@ -140,22 +134,93 @@ impl<N> LossGradients<N> {
                 self.walk.leave();
             }
             fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-                if let Some(sum) = self.gradients.get::<B::InnerBackend, D>(param.id) {
-                    let shape = sum.dims().to_vec();
-                    let array = Array::new(shape, values(sum));
-                    self.taken.insert(self.walk.name(), array);
+                let shape = param.lazy_shape();
+                let sum = match &mut self.from {
+                    From::Gradients(sums) => {
+                        let sum = sums.get::<B::InnerBackend, D>(param.id);
+                        sum.map(values)
+                    }
+                    From::InOrder(sums) => Some(sums.take(shape.num_elements()).collect()),
+                };
+                if let Some(sum) = sum {
+                    let sum = Array::new(shape.to_vec(), sum);
+                    self.taken.insert(self.walk.name(), sum);
                 }
             }
         }
         let mut take = Take {
             walk: Walk::default(),
-            gradients: self.sums.grads(),
+            from: match &mut self.sums {
+                Sums::Alone(sums) => From::Gradients(sums.grads()),
+                Sums::Shared(sums) => From::InOrder(sums.all().into_iter()),
+            },
             taken: StateDict::new(),
         };
         network.visit(&mut take);
-        self.sums.accumulate::<B>(network, take.gradients);
+        if let (Sums::Alone(sums), From::Gradients(gradients)) = (&mut self.sums, take.from) {
+            sums.accumulate::<B>(network, gradients);
+        }
         take.taken
     }
+}
+
+/// The gradients of all parameters one after the other, 0 where there is none.
+fn in_order<B: TrainingBackend, N: AutodiffModule<B>>(
+    network: &N,
+    gradients: GradientsParams,
+) -> Vec<f32> {
+    struct Flatten(GradientsParams, Vec<f32>);
+    impl<B: TrainingBackend> ModuleVisitor<B> for Flatten {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            match self.0.remove::<B::InnerBackend, D>(param.id) {
+                Some(gradient) => self.1.extend(values(gradient)),
+                None => {
+                    let end = self.1.len() + param.lazy_shape().num_elements();
+                    self.1.resize(end, 0.0);
+                }
+            }
+        }
+    }
+    let mut flatten = Flatten(gradients, Vec::new());
+    network.visit(&mut flatten);
+    flatten.1
+}
+
+/// The mean loss of a batch, `[1]`.
+pub fn mean_loss<B: TrainingBackend, N: Denoiser<B>>(
+    network: &N,
+    process: &impl Process,
+    batch: &ScoreBatch<B>,
+) -> Tensor<B, 1> {
+    let seen = batch.noised(process);
+    let output = seen.run(process, network, &mut Plain);
+    seen.terms(process, output).total.mean()
+}
+
+/// A batch's mean losses at some times, `[times]`, to each of which it is noised with the same
+/// noise.
+pub fn losses_at<B: TrainingBackend, N: Denoiser<B>>(
+    network: &N,
+    process: &impl Process,
+    batch: &ScoreBatch<B>,
+    times: &[f32],
+) -> Tensor<B, 1> {
+    let (count, rows) = (batch.samples(), batch.t.len());
+    let at_all = times.iter().flat_map(|t| std::iter::repeat_n(*t, rows));
+    let all = ScoreBatch {
+        x: batch.x.clone().repeat_dim(0, times.len()),
+        noise: batch.noise.clone().repeat_dim(0, times.len()),
+        y: batch.y.clone().repeat_dim(0, times.len()),
+        t: at_all.collect(),
+        known: (batch.known.as_ref()).map(|known| known.repeated(times.len())),
+    };
+    let seen = all.noised(process);
+    let output = seen.run(process, network, &mut Plain);
+    let losses = seen.terms(process, output).total;
+    losses
+        .reshape([times.len(), count])
+        .mean_dim(1)
+        .squeeze_dim::<1>(1)
 }
 
 /// The way through the times of a process: it ends where the loss has fallen below a share of the
@@ -187,8 +252,8 @@ impl Descent {
         }
     }
 
-    /// How many of the next losses count.
-    fn count(&mut self, losses: &[f64]) -> usize {
+    /// How many of the next losses count: the first ones.
+    pub fn count(&mut self, losses: &[f64]) -> usize {
         let before = self.counted;
         let mut largest = self.losses.iter().copied().fold(0.0, f64::max);
         for loss in losses {
@@ -214,9 +279,11 @@ mod tests {
     use crate::process::GaussianDiffusion;
     use crate::random::{self, Stream};
     use crate::state::assign;
+    use crate::workers::fake;
 
     #[test]
-    fn sums_go_on_with_the_same_bits() {
+    fn sums_go_on_and_are_shared_out_with_the_same_bits() {
+        const PASSES: usize = 5;
         type B = Autodiff<NdArray>;
         let device = Default::default();
         let shape = Shape {
@@ -239,23 +306,46 @@ mod tests {
         let network = assign(zeros, &weights, "".as_ref(), "a network").unwrap();
         let process = GaussianDiffusion::new("").unwrap();
         let batch = |seed| ScoreBatch::<B>::noise(architecture.shape(), 2, seed, &device);
-        let sums = |interrupted: bool| {
-            let mut gradients = LossGradients::default();
-            for seed in 0..4 {
-                gradients.add(&network, &process, &batch(seed));
-                if interrupted && seed == 1 {
-                    gradients = LossGradients::resumed(&network, &gradients.sums::<B>(&network));
+        let sums = |size: usize, interrupted: bool| {
+            // Each pass is one worker's.
+            let each = fake::shared(size, |workers| {
+                let begin = |sums: &StateDict| LossGradients::resumed(&workers, &network, sums);
+                let mut gradients = begin(&StateDict::new());
+                for first in (0..PASSES).step_by(size) {
+                    let have = |rank| first + rank < PASSES;
+                    let own = have(workers.rank()).then(|| {
+                        let batch = batch((first + workers.rank()) as u64);
+                        mean_loss(&network, &process, &batch)
+                    });
+                    let counted: Vec<usize> = (0..size).map(|rank| have(rank).into()).collect();
+                    gradients.add(&network, own, &counted);
+                    if interrupted {
+                        gradients = begin(&gradients.sums::<B>(&network));
+                    }
                 }
-            }
-            gradients.sums::<B>(&network)
+                gradients.sums::<B>(&network)
+            });
+            let [first, others @ ..] = &each[..] else {
+                unreachable!("there is one at least");
+            };
+            assert!(others.iter().all(|sums| sums == first));
+            first.clone()
         };
-        let (through, interrupted) = (sums(false), sums(true));
-        assert!(!through.is_empty() && through.keys().eq(interrupted.keys()));
-        for (name, sum) in &through {
-            assert!(sum.data.iter().all(|value| value.is_finite()), "{name}");
-            assert!(sum.data.iter().any(|value| *value != 0.0), "{name}");
-            // Not `assert_eq`, which would print all values.
-            assert!(*sum == interrupted[name], "{name}");
+        let through = sums(1, false);
+        for (size, interrupted) in [(1, true), (2, false), (3, false), (3, true)] {
+            let other = sums(size, interrupted);
+            // Several workers have zeros for a parameter without gradients.
+            let without = other
+                .iter()
+                .filter(|(name, _)| !through.contains_key(*name));
+            let mut without = without.flat_map(|(_, sum)| &sum.data);
+            assert!(!through.is_empty() && without.all(|value| *value == 0.0));
+            for (name, sum) in &through {
+                assert!(sum.data.iter().all(|value| value.is_finite()), "{name}");
+                assert!(sum.data.iter().any(|value| *value != 0.0), "{name}");
+                // Not `assert_eq`, which would print all values.
+                assert!(*sum == other[name], "{name} of {size}, {interrupted}");
+            }
         }
     }
 

@@ -11,10 +11,9 @@ use burn::module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param, P
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 
-use super::together::BUCKET;
 use crate::ops::TrainingBackend;
 use crate::state::values;
-use crate::workers::Group;
+use crate::workers::{BUCKET, Group};
 
 /// Which worker has the moments and the average of which parameter.
 #[derive(Debug, Clone)]

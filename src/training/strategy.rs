@@ -27,7 +27,7 @@ use super::together::{Gathered, same_weights, share};
 use super::trackers::Trackers;
 use super::{Training, TrainingError};
 use crate::stop::Stop;
-use crate::workers::{Group, Share, Tree, fits};
+use crate::workers::{Group, Share, Tree, devices, fits};
 
 /// Result of the loop; shared with [`fit`](super::fit).
 pub(super) struct Ended<B: TrainingBackend> {
@@ -110,6 +110,9 @@ where
         let workers = &*self.workers;
         fits(workers.size(), optimisation.accumulate).map_err(TrainingError::Workers)?;
         same_weights::<B, M>(workers, &learner.model(), position.step)?;
+        let device = learner.model().devices().pop().unwrap_or_default();
+        let devices = devices::<B::InnerBackend>(&self.workers, &device);
+        let devices = devices.map_err(TrainingError::Workers)?;
         let path = training.directory.join("metrics.jsonl");
         let mut log = JsonLines::open(&path, position.step)?;
         let mut trackers = Trackers::open(&training.directory, &training.log, &path)?;
@@ -141,7 +144,13 @@ where
                 mut report,
                 gradients,
                 stopping: agreed,
-            } = share::<B, M>(workers, &model, reports, gradients, stop())?;
+            } = share::<B, M>(
+                (workers, devices.as_deref()),
+                &model,
+                reports,
+                gradients,
+                stop(),
+            )?;
             drop(model);
             if gradients.is_empty() {
                 return Err(TrainingError::Frozen);

@@ -1,10 +1,12 @@
 //! What the workers of a training tell each other.
 
+use std::collections::HashMap;
 use std::iter::Peekable;
 use std::vec::IntoIter;
 
 use burn::module::{AutodiffModule, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
+use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::{Tensor, TensorData};
 
 use super::TrainingError;
@@ -12,10 +14,7 @@ use super::checkpoint::learning;
 use super::metrics::StepReport;
 use crate::ops::TrainingBackend;
 use crate::state::values;
-use crate::workers::{Workers, agree, sum};
-
-/// Numbers that are exchanged at once: 32 MiB of them.
-pub(super) const BUCKET: usize = 8 << 20;
+use crate::workers::{BUCKET, Devices, Workers, agree, sum, sum_on_devices};
 
 /// One step of all workers.
 pub(super) struct Gathered {
@@ -28,7 +27,7 @@ pub(super) struct Gathered {
 
 /// Sums the workers' gradients, and reports on all groups in their order.
 pub(super) fn share<B: TrainingBackend, M: AutodiffModule<B>>(
-    workers: &dyn Workers,
+    (workers, devices): (&dyn Workers, Option<&dyn Devices<B::InnerBackend>>),
     model: &M,
     reports: Vec<StepReport>,
     gradients: GradientsParams,
@@ -58,7 +57,10 @@ pub(super) fn share<B: TrainingBackend, M: AutodiffModule<B>>(
         .collect();
     Ok(Gathered {
         report: StepReport::mean(&reports),
-        gradients: summed::<B, M>(workers, model, gradients),
+        gradients: match devices {
+            Some(devices) => summed_on_devices::<B, M>(devices, model, gradients, BUCKET),
+            None => summed::<B, M>(workers, model, gradients),
+        },
         stopping: all.iter().any(|said| said[0] == 1),
     })
 }
@@ -136,6 +138,81 @@ fn summed<B: TrainingBackend, M: AutodiffModule<B>>(
     unflatten.gradients
 }
 
+/// The same without the host: each bucket is a tensor.
+fn summed_on_devices<B: TrainingBackend, M: AutodiffModule<B>>(
+    devices: &dyn Devices<B::InnerBackend>,
+    model: &M,
+    gradients: GradientsParams,
+    bucket: usize,
+) -> GradientsParams {
+    type Flat<B> = Tensor<<B as AutodiffBackend>::InnerBackend, 1>;
+    struct Flatten<'a, B: TrainingBackend> {
+        devices: &'a dyn Devices<B::InnerBackend>,
+        bucket: usize,
+        gradients: GradientsParams,
+        /// Gradients that wait for their bucket to be full.
+        waiting: Vec<Flat<B>>,
+        summed: Vec<(ParamId, Option<Flat<B>>)>,
+    }
+    impl<B: TrainingBackend> Flatten<'_, B> {
+        fn sum(&mut self) {
+            let waiting = std::mem::take(&mut self.waiting);
+            let lengths: Vec<usize> = waiting.iter().map(|flat| flat.dims()[0]).collect();
+            if lengths.is_empty() {
+                return;
+            }
+            let sums = sum_on_devices(self.devices, Tensor::cat(waiting, 0));
+            let (first, mut begin) = (self.summed.len() - lengths.len(), 0);
+            for ((_, summed), length) in self.summed[first..].iter_mut().zip(lengths) {
+                *summed = Some(sums.clone().narrow(0, begin, length));
+                begin += length;
+            }
+        }
+    }
+    impl<B: TrainingBackend> ModuleVisitor<B> for Flatten<'_, B> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            let Some(gradient) = self.gradients.remove::<B::InnerBackend, D>(param.id) else {
+                return;
+            };
+            self.summed.push((param.id, None));
+            self.waiting.push(gradient.flatten(0, D - 1));
+            let waiting = self.waiting.iter().map(|flat| flat.dims()[0]);
+            if waiting.sum::<usize>() >= self.bucket {
+                self.sum();
+            }
+        }
+    }
+    struct Unflatten<B: TrainingBackend> {
+        summed: HashMap<ParamId, Flat<B>>,
+        gradients: GradientsParams,
+    }
+    impl<B: TrainingBackend> ModuleVisitor<B> for Unflatten<B> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if let Some(summed) = self.summed.remove(&param.id) {
+                let summed = summed.reshape(param.val().shape());
+                self.gradients
+                    .register::<B::InnerBackend, D>(param.id, summed);
+            }
+        }
+    }
+    let mut flatten = Flatten::<B> {
+        devices,
+        bucket,
+        gradients,
+        waiting: Vec::new(),
+        summed: Vec::new(),
+    };
+    model.visit(&mut flatten);
+    flatten.sum();
+    let summed = flatten.summed.into_iter();
+    let mut unflatten = Unflatten::<B> {
+        summed: summed.filter_map(|(id, sum)| Some((id, sum?))).collect(),
+        gradients: GradientsParams::new(),
+    };
+    model.visit(&mut unflatten);
+    unflatten.gradients
+}
+
 /// Compares the learning weights of all workers, by a hash.
 pub(super) fn same_weights<B: TrainingBackend, M: AutodiffModule<B>>(
     workers: &dyn Workers,
@@ -152,4 +229,56 @@ pub(super) fn same_weights<B: TrainingBackend, M: AutodiffModule<B>>(
     }
     let what = format!("the weights after step {step}");
     agree(workers, &what, &hash.finalize().to_le_bytes()).map_err(TrainingError::Workers)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Autodiff;
+    use burn_flex::Flex;
+
+    use super::*;
+    use crate::ops::Linear;
+    use crate::workers::{ThroughHost, fake};
+
+    #[test]
+    fn devices_sum_gradients_as_the_host_does() {
+        type B = Autodiff<Flex>;
+        // Fewer numbers than workers, several in a bucket, and one that is larger.
+        let sizes = [[2, 3], [1, 4], [1, 1]];
+        for size in [2, 3] {
+            fake::shared(size, |workers| {
+                let device = Default::default();
+                let linear = |[input, output]: [usize; 2]| Linear::zeros(input, output, &device);
+                let model: Vec<Linear<B>> = sizes.map(linear).to_vec();
+                let gradients = || {
+                    let mut gradients = GradientsParams::new();
+                    let mut seed = workers.rank() as f32;
+                    for linear in &model[..2] {
+                        let shape = linear.weight.val().dims();
+                        let count = shape.iter().product::<usize>();
+                        let numbers: Vec<f32> = (0..count)
+                            .map(|_| {
+                                seed += 7.3;
+                                1.0 / seed
+                            })
+                            .collect();
+                        let numbers = Tensor::<Flex, 1>::from_floats(&numbers[..], &device);
+                        gradients.register(linear.weight.id, numbers.reshape(shape));
+                    }
+                    gradients
+                };
+                let host = summed::<B, _>(&*workers, &model, gradients());
+                let devices = ThroughHost(workers.clone());
+                let devices = summed_on_devices::<B, _>(&devices, &model, gradients(), 5);
+                assert_eq!((host.len(), devices.len()), (2, 2));
+                for linear in &model[..2] {
+                    let of = |sums: &GradientsParams| {
+                        let sum = sums.get::<Flex, 2>(linear.weight.id).unwrap();
+                        (sum.dims(), values(sum))
+                    };
+                    assert_eq!(of(&host), of(&devices));
+                }
+            });
+        }
+    }
 }

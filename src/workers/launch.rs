@@ -46,20 +46,29 @@ fn launched(variable: impl Fn(&str) -> Option<String>) -> Option<(&'static str, 
 }
 
 /// The group that this process was started in, and how many of it share this machine. A worker
-/// that waits for the others longer than its patience, if that has an end, ends them all.
+/// that waits for the others longer than its patience, if that has an end, ends them all. `nccl`
+/// says whether their cards speak to each other by NCCL.
 ///
 /// # Errors
 /// When a launcher started several processes, and this program can't speak to the others.
-pub fn start(patience: Option<Duration>) -> Result<(Group, usize), String> {
+pub fn start(patience: Option<Duration>, nccl: bool) -> Result<(Group, usize), String> {
+    if nccl && !cfg!(all(feature = "cuda", feature = "mpi")) {
+        return Err("--nccl: this program was built without it; build it with `cargo build --release --features cuda,mpi`".into());
+    }
     match launched(|name| std::env::var(name).ok()) {
-        Some((name, size)) => join(name, size, patience),
+        Some((name, size)) => join(name, size, patience, nccl),
         None => Ok((alone(), 1)),
     }
 }
 
 #[cfg(feature = "mpi")]
-fn join(name: &str, size: usize, patience: Option<Duration>) -> Result<(Group, usize), String> {
-    let (group, local) = super::mpi::Mpi::join(patience)?;
+fn join(
+    name: &str,
+    size: usize,
+    patience: Option<Duration>,
+    nccl: bool,
+) -> Result<(Group, usize), String> {
+    let (group, local) = super::mpi::Mpi::join(patience, nccl)?;
     let group: Group = std::sync::Arc::new(group);
     let found = group.size();
     if found != size {
@@ -73,7 +82,7 @@ fn join(name: &str, size: usize, patience: Option<Duration>) -> Result<(Group, u
 }
 
 #[cfg(not(feature = "mpi"))]
-fn join(name: &str, size: usize, _: Option<Duration>) -> Result<(Group, usize), String> {
+fn join(name: &str, size: usize, _: Option<Duration>, _: bool) -> Result<(Group, usize), String> {
     Err(format!(
         "a launcher started {size} processes ({name}), and this program was built without MPI, so that each would do all of the \
          work; build it with `cargo build --release --features mpi`, or start it once. Processes that have work of their own \

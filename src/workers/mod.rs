@@ -7,12 +7,16 @@
 //! folder of their own that is removed at the end.
 
 mod alone;
+mod devices;
 #[cfg(test)]
 pub(crate) mod fake;
 mod launch;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(all(feature = "cuda", feature = "mpi"))]
+mod nccl;
 mod pieces;
+mod slices;
 mod tree;
 
 use std::fmt::Debug;
@@ -20,12 +24,19 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use alone::Alone;
+#[cfg(test)]
+pub(crate) use devices::tests::ThroughHost;
+pub use devices::{Devices, devices, sum_on_devices};
 #[cfg(any(feature = "cli", feature = "tui", feature = "mpi"))]
 pub(crate) use launch::end;
 pub use launch::{device, start};
 pub(crate) use pieces::values_of;
 pub use pieces::{EndsAll, share_out};
+pub use slices::Slices;
 pub use tree::{Tree, sum};
+
+/// Numbers that are exchanged at once: 32 MiB of them.
+pub(crate) const BUCKET: usize = 8 << 20;
 
 /// A group of processes. Every call but [`at`](Self::at) and [`abort`](Self::abort) is made by all
 /// of them, in the same order.
@@ -56,6 +67,11 @@ pub trait Workers: Debug + Send + Sync {
 
     /// Ends all of them with this exit status, whatever they do.
     fn abort(&self, status: i32) -> !;
+
+    /// Whether the cards that the workers train on speak to each other by NCCL.
+    fn have_nccl(&self) -> bool {
+        false
+    }
 
     /// Whether this one writes and speaks.
     fn leads(&self) -> bool {
@@ -159,13 +175,14 @@ impl Share {
     }
 }
 
-/// Whether so many workers can share out the groups of a step: each needs as many as the others,
-/// and a power of two of them, which is a whole branch of the tree that sums them.
+/// Whether so many workers can share out the groups of a step: each of several needs as many as the
+/// others, and a power of two of them, which is a whole branch of the tree that sums them.
 ///
 /// # Errors
 /// Names the numbers that fit.
 pub fn fits(size: usize, groups: usize) -> Result<(), String> {
-    let fit = |size: usize| groups.is_multiple_of(size) && (groups / size).is_power_of_two();
+    let branches = |size: usize| groups.is_multiple_of(size) && (groups / size).is_power_of_two();
+    let fit = |size: usize| size == 1 || branches(size);
     if fit(size) {
         return Ok(());
     }
@@ -193,9 +210,9 @@ mod tests {
         for (groups, fitting) in [
             (1, vec![1]),
             (2, vec![1, 2]),
-            (6, vec![3, 6]),
+            (6, vec![1, 3, 6]),
             (8, vec![1, 2, 4, 8]),
-            (12, vec![3, 6, 12]),
+            (12, vec![1, 3, 6, 12]),
         ] {
             let fit: Vec<usize> = (1..=16)
                 .filter(|&size| fits(size, groups).is_ok())

@@ -31,6 +31,7 @@ pub(super) struct Mpi {
     world: Mutex<World>,
     share: Share,
     watched: Arc<Mutex<Watched>>,
+    nccl: bool,
 }
 
 /// What a worker does.
@@ -55,7 +56,8 @@ unsafe impl Send for World {}
 impl Mpi {
     /// Joins the job, and says which of the processes on this machine this one is. Where it waits
     /// for others longer than its patience, if that has an end, it ends all.
-    pub(super) fn join(patience: Option<Duration>) -> Result<(Self, Share), String> {
+    /// `nccl` says whether their cards speak by NCCL.
+    pub(super) fn join(patience: Option<Duration>, nccl: bool) -> Result<(Self, Share), String> {
         let (universe, threads) = mpi::initialize_with_threading(Threading::Serialized)
             .ok_or("MPI was already started in this process")?;
         if threads < Threading::Serialized {
@@ -86,6 +88,7 @@ impl Mpi {
             world,
             share,
             watched,
+            nccl,
         };
         Ok((joined, local))
     }
@@ -192,6 +195,10 @@ impl Workers for Mpi {
         self.call("a collection", |communicator| {
             communicator.all_gather_into(part, all);
         });
+    }
+
+    fn have_nccl(&self) -> bool {
+        self.nccl
     }
 
     fn abort(&self, status: i32) -> ! {

@@ -7,10 +7,11 @@ use tinyfusion::ops::TrainingBackend;
 use tinyfusion::process::{GaussianDiffusion, Noised, Process};
 use tinyfusion::pruning::{
     Descent, Leaves, LossGradients, Saliency, ScoreBatch, importance, kept_channels, left_of,
-    ranked, units, units_left, without,
+    losses_at, mean_loss, ranked, units, units_left, without,
 };
 use tinyfusion::state::StateDict;
 use tinyfusion::trunk::Plain;
+use tinyfusion::workers::alone;
 
 use crate::compare::{Largest, values};
 use crate::fixture::{File, Group, Values, config, f64_of, network, usize_of, usizes_of};
@@ -244,7 +245,8 @@ fn taylor<B: TrainingBackend>(
             let found = terms.get(term).unwrap().clone();
             losses.tensor(term, found, &row(&format!("taylor.{term}")));
         }
-        gradients.add(&network, &process, &batch);
+        let loss = mean_loss(&network, &process, &batch);
+        gradients.add(&network, Some(loss), &[1]);
     }
     gradients.sums::<B>(&network)
 }
@@ -273,8 +275,11 @@ fn threshold<B: TrainingBackend>(
     let times: Vec<f32> = (0..process.steps()).map(|step| step as f32).collect();
     let mut gradients = LossGradients::default();
     for times in times.chunks(TOGETHER) {
-        gradients.add_times(&network, &process, &batch, times, &mut descent);
-        gradients = LossGradients::resumed(&network, &gradients.sums::<B>(&network));
+        let losses = losses_at(&network, &process, &batch, times);
+        let counted = descent.count(&losses.to_data().iter().collect::<Vec<f64>>());
+        gradients.add(&network, Some(losses), &[counted]);
+        let sums = gradients.sums::<B>(&network);
+        gradients = LossGradients::resumed(&alone(), &network, &sums);
     }
     let expected = case["losses"].as_array().unwrap();
     assert_eq!(descent.losses.len(), expected.len());

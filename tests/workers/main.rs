@@ -69,10 +69,28 @@ count = 20
 batch = 10
 steps = 2
 solver = 'ddim'
+[[stage]]
+kind = 'prune'
+name = 'weighed'
+from = 'teacher'
+method = 'width'
+importance = 'taylor'
+batches = 5
+batch = 8
+ratio = 0.5
+[[stage]]
+kind = 'prune'
+name = 'narrow'
+from = 'teacher'
+method = 'width'
+timesteps = 9
+batch = 32
+threshold = 0.356
+ratio = 0.5
 ";
 
 /// Files that two runs have in common, to the last byte.
-const SAME: [&str; 8] = [
+const SAME: [&str; 10] = [
     "01-teacher/model.safetensors",
     "02-scored/model.safetensors",
     "03-searched/model.safetensors",
@@ -80,6 +98,8 @@ const SAME: [&str; 8] = [
     "04-prune/decisions.jsonl",
     "05-student/model.safetensors",
     "06-sample/samples.npz",
+    "08-weighed/model.safetensors",
+    "09-narrow/model.safetensors",
     "resolved.toml",
 ];
 
@@ -155,7 +175,7 @@ fn same(one: &Path, other: &Path, what: &str) {
             "{what}: {file} differs"
         );
     }
-    // Scores of layers, and losses of masks.
+    // Scores of layers, losses of masks, and importance of channels.
     let measured = |run: &Path| {
         let files = std::fs::read_dir(run.join("measured")).unwrap();
         let mut files: Vec<(PathBuf, String)> = files
@@ -170,7 +190,7 @@ fn same(one: &Path, other: &Path, what: &str) {
         files.sort();
         files
     };
-    assert_eq!(measured(one).len(), 2);
+    assert_eq!(measured(one).len(), 4);
     assert_eq!(measured(one), measured(other), "{what}");
     assert_eq!(log(one), log(other), "{what}");
     assert_eq!(verdicts(one), verdicts(other), "{what}");

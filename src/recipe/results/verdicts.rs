@@ -157,21 +157,28 @@ impl Verdicts {
         text
     }
 
-    /// Whether the loss of a pruned model tells how good it will be: its rank correlation with the
-    /// FID of the model that is evaluated last in the same run. None of few runs.
+    /// Whether the loss of a pruned model tells how good it will be, and the loss after training
+    /// how good it is: their rank correlations with the FID of the model that is evaluated last in
+    /// the same run. None of few runs.
     pub fn loss_and_fid(&self) -> Option<String> {
-        let pairs: Vec<[f64; 2]> = (self.runs.iter())
-            .filter_map(RunVerdicts::loss_and_fid)
-            .collect();
-        let found = (pairs.len() >= FEWEST_PAIRS).then(|| RankCorrelation::of(&pairs))??;
-        let RankCorrelation {
-            value,
-            interval: [low, high],
-            pairs,
-        } = found;
-        Some(format!(
-            "loss of {pairs} pruned models against FID after training: rank correlation {value:.2} (95%: {low:.2} to {high:.2})"
-        ))
+        let trained = || self.runs.iter().filter_map(RunVerdicts::trained);
+        let before: Vec<[f64; 2]> = trained().map(|(before, last)| [before, last.fid]).collect();
+        let after = trained().filter_map(|(_, last)| Some([last.loss?, last.fid]));
+        let after: Vec<[f64; 2]> = after.collect();
+        let pairs = before.len();
+        let told = |pairs: Vec<[f64; 2]>| {
+            let found = (pairs.len() >= FEWEST_PAIRS).then(|| RankCorrelation::of(&pairs))??;
+            let [low, high] = found.interval;
+            Some(format!("{:.2} (95%: {low:.2} to {high:.2})", found.value))
+        };
+        let mut text = format!(
+            "loss of {pairs} pruned models against FID after training: rank correlation {}",
+            told(before)?
+        );
+        if let Some(after) = told(after) {
+            text += &format!("; of the loss after training: {after}");
+        }
+        Some(text)
     }
 
     /// Whether no run evaluated anything.
@@ -205,14 +212,14 @@ impl Row {
 }
 
 impl RunVerdicts {
-    /// The loss of a pruned model, and the FID of the last one, which has the same layers and was
-    /// trained since.
-    fn loss_and_fid(&self) -> Option<[f64; 2]> {
+    /// The loss of a pruned model, and the last one, which has the same layers and was trained
+    /// since.
+    fn trained(&self) -> Option<(f64, &Row)> {
         let (last, before) = self.verdicts.split_last()?;
         let kept = last.kept.as_ref().filter(|_| last.images.is_some())?;
         let of_pruned = |row: &&Row| row.kept.as_ref() == Some(kept) && row.images.is_none();
         let pruned = before.iter().find(of_pruned)?;
-        Some([pruned.loss?, last.fid])
+        Some((pruned.loss?, last))
     }
 }
 

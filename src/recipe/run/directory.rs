@@ -7,14 +7,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::changes::changes;
+use super::measured::Measurements;
 use crate::files::{lock_file, write_atomic};
 use crate::recipe::RecipeError;
 #[cfg(feature = "cli")]
 use crate::weights::Evaluated;
-use crate::workers::Workers;
 
 /// How a run stands, in `status.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,15 +38,12 @@ pub(crate) const EVALUATION: &str = "eval.json";
 /// File that is locked while a process works on the run.
 const LOCK: &str = "run.lock";
 
-/// Folder of what a run measures once.
-const MEASURED: &str = "measured";
-
 /// A run's folder.
 #[derive(Debug)]
 pub struct RunDirectory {
     path: PathBuf,
-    /// Folder of what is measured once: scores of layers, losses of masks.
-    measured: PathBuf,
+    /// The sweep's, of a run in one.
+    measured: Measurements,
     /// Whether an earlier process began the run.
     resumed: bool,
     /// Locked as long as this process works in the folder; the system lets go of it however the
@@ -133,7 +129,7 @@ impl RunDirectory {
         match Self::open_at_once(path) {
             Ok(directory) => directory.resume(),
             Err(RecipeError::Busy(path)) => Ok(Self {
-                measured: path.join(MEASURED),
+                measured: Measurements::of(&path),
                 path,
                 resumed: true,
                 lock: None,
@@ -325,7 +321,7 @@ impl RunDirectory {
         let lock = lock_file(&lock_path).map_err(RecipeError::io(&lock_path))?;
         match lock.try_lock() {
             Ok(()) => Ok(Self {
-                measured: path.join(MEASURED),
+                measured: Measurements::of(&path),
                 path,
                 resumed: false,
                 lock: Some(lock),
@@ -335,59 +331,8 @@ impl RunDirectory {
         }
     }
 
-    /// What is measured for a key, as `read` has it from the text that `measure` gives: from a
-    /// file, if it has been before, else measured and kept. What `read` can't read is measured
-    /// anew. Of several workers the first one's file counts.
-    ///
-    /// # Errors
-    /// When it can't be measured, written, or read.
-    pub fn measured<T>(
-        &self,
-        workers: &dyn Workers,
-        what: &str,
-        key: &impl Serialize,
-        read: impl Fn(String) -> Option<T>,
-        measure: impl FnOnce() -> Result<String, RecipeError>,
-    ) -> Result<T, RecipeError> {
-        let path = self.measured_path(what, key, "csv")?;
-        let readable = |text: &String| read(text.clone()).is_some();
-        let kept = std::fs::read_to_string(&path).ok().filter(readable);
-        let kept = workers.broadcast(kept.unwrap_or_default().into_bytes());
-        let kept = String::from_utf8(kept).ok().filter(|kept| !kept.is_empty());
-        if let Some(kept) = kept.and_then(&read) {
-            crate::say!("{what} from {}", path.display());
-            return Ok(kept);
-        }
-        // On devices whose last bits differ each would have another.
-        let text = workers.broadcast(measure()?.into_bytes());
-        let text = String::from_utf8(text).unwrap_or_default();
-        std::fs::create_dir_all(&self.measured).map_err(RecipeError::io(&self.measured))?;
-        write_atomic(&path, |file| file.write_all(text.as_bytes()))
-            .map_err(RecipeError::io(&path))?;
-        read(text).ok_or_else(|| {
-            RecipeError::Run(format!(
-                "{}: expected {what}, found something else",
-                path.display()
-            ))
-        })
-    }
-
-    /// The file of what is measured for a key.
-    ///
-    /// # Errors
-    /// When the key can't be written as JSON.
-    pub fn measured_path(
-        &self,
-        what: &str,
-        key: &impl Serialize,
-        extension: &str,
-    ) -> Result<PathBuf, RecipeError> {
-        let name = format!("{what}-{:x}.{extension}", Sha256::digest(json(key)?));
-        Ok(self.measured.join(name))
-    }
-
-    /// The folder of what is measured once for a run or sweep.
-    pub fn measured_folder(&self) -> &Path {
+    /// What is measured once for the run, or for its sweep.
+    pub fn measured(&self) -> &Measurements {
         &self.measured
     }
 
@@ -412,7 +357,7 @@ impl RunDirectory {
             if folder != self.path && is_run(&folder) {
                 continue;
             }
-            let may_be_at_work = shared && folder == self.measured;
+            let may_be_at_work = shared && folder == self.measured.folder();
             for entry in entries(&folder) {
                 let name = entry.file_name();
                 let name = name.as_encoded_bytes();
@@ -541,7 +486,6 @@ pub(crate) fn evaluation_of(checkpoint: &Path) -> Option<Evaluated> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::workers::Alone;
 
     #[test]
     fn runs_are_numbered_and_only_unfinished_ones_resume() {
@@ -635,28 +579,15 @@ mod tests {
     }
 
     #[test]
-    fn what_was_measured_is_not_measured_again() {
+    fn runs_of_a_sweep_share_what_they_measure() {
         let folder = tempfile::tempdir().unwrap();
         let sweep = RunDirectory::create(folder.path(), "a").unwrap();
         let first = sweep.inner("001", "x = 1", false).unwrap();
         let second = sweep.inner("002", "x = 2", false).unwrap();
-        let read = |text: String| text.parse::<u32>().ok();
-        let found = first.measured(&Alone, "scores", &("a", 1), read, || Ok("1".into()));
-        assert_eq!(found.unwrap(), 1);
-        let again = || -> Result<String, RecipeError> { panic!("measured again") };
-        let found = second.measured(&Alone, "scores", &("a", 1), read, again);
-        assert_eq!(found.unwrap(), 1);
-        let other = second.measured(&Alone, "scores", &("a", 2), read, || Ok("2".into()));
-        assert_eq!(other.unwrap(), 2);
-        // A damaged file is as good as none.
-        for entry in std::fs::read_dir(sweep.path().join("measured")).unwrap() {
-            std::fs::write(entry.unwrap().path(), "1;").unwrap();
+        for run in [&first, &second] {
+            let measured = run.measured().folder();
+            assert_eq!(measured, sweep.path().join("measured"));
         }
-        let other = second.measured(&Alone, "scores", &("a", 2), read, || Ok("3".into()));
-        assert_eq!(other.unwrap(), 3);
-        let wrong = second.measured(&Alone, "scores", &("a", 4), read, || Ok("x".into()));
-        assert!(wrong.unwrap_err().to_string().contains("expected scores"));
-        assert!(!first.path().join("measured").exists());
         drop(first);
         assert!(!sweep.inner("003", "x = 3", false).unwrap().resumed());
         assert!(sweep.inner("001", "x = 1", false).unwrap().resumed());

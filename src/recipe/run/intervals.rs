@@ -103,7 +103,7 @@ impl<B: TrainingBackend> Context<'_, B> {
             stacks.filter(|_| lines.next().is_none())
         };
         let workers = &**self.workers;
-        (self.directory).measured(workers, "similarity", &key, read, || {
+        (self.directory.measured()).get((workers, self.stop), "similarity", &key, read, || {
             let states = measuring.trunk_states(&stage.name)?;
             let line = |line: Vec<f64>| {
                 let line: Vec<String> = line.iter().map(ToString::to_string).collect();

@@ -137,7 +137,9 @@ impl<B: TrainingBackend> Context<'_, B> {
             masks.map(|masks| MeasuredMasks { text, masks })
         };
         let measure = || self.mask_losses(stage, search, measured);
-        let measured = (self.directory).measured(&**self.workers, "masks", &key, read, measure)?;
+        let workers = &**self.workers;
+        let measured =
+            (self.directory.measured()).get((workers, self.stop), "masks", &key, read, measure)?;
         let mut masks = measured.masks.iter();
         if let Some((kept, loss)) = masks.find(|(_, loss)| !loss.is_finite()) {
             return Err(RecipeError::Stage {
@@ -273,24 +275,25 @@ impl<B: TrainingBackend> Context<'_, B> {
             scores.filter(|scores| scores.len() == depth)
         };
         let workers = &**self.workers;
-        let scores = self.directory.measured(workers, "scores", &key, read, || {
-            let measuring = self.calibration(measured)?;
-            let (network, process) = (&measuring.network, &measuring.process);
-            let mut scores = vec![0.0; depth];
-            let of_batch = |step| {
-                if self.stop.requested() {
-                    return Err(RecipeError::Interrupted);
-                }
-                let batch = measuring.batch(step)?;
-                Ok(score(network, process, method, &batch).scores)
-            };
-            share_out(workers, scored.batches, of_batch, |_, measured| {
-                let sums = scores.iter_mut().zip(measured);
-                sums.for_each(|(sum, score)| *sum += score / scored.batches as f64);
-                Ok(())
+        let scores =
+            (self.directory.measured()).get((workers, self.stop), "scores", &key, read, || {
+                let measuring = self.calibration(measured)?;
+                let (network, process) = (&measuring.network, &measuring.process);
+                let mut scores = vec![0.0; depth];
+                let of_batch = |step| {
+                    if self.stop.requested() {
+                        return Err(RecipeError::Interrupted);
+                    }
+                    let batch = measuring.batch(step)?;
+                    Ok(score(network, process, method, &batch).scores)
+                };
+                share_out(workers, scored.batches, of_batch, |_, measured| {
+                    let sums = scores.iter_mut().zip(measured);
+                    sums.for_each(|(sum, score)| *sum += score / scored.batches as f64);
+                    Ok(())
+                })?;
+                Ok(scores.iter().map(|score| format!("{score}\n")).collect())
             })?;
-            Ok(scores.iter().map(|score| format!("{score}\n")).collect())
-        })?;
         if let Some(layer) = scores.iter().position(|score| !score.is_finite()) {
             return Err(RecipeError::Stage {
                 stage: stage.to_owned(),

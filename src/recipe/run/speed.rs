@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::context::Context;
 use super::directory::write_text;
-use crate::evaluation::median_and_spread;
+use crate::evaluation::median;
 use crate::models::{ChannelGroup, Network, Prunable};
 use crate::ops::{FusedOps, TrainingBackend};
 use crate::pruning::{Leaves, kept_channels, prediction_loss, ranked, uniform, without};
@@ -88,7 +88,6 @@ impl<B: TrainingBackend> Context<'_, B> {
                 }
             }
         }
-        let median = |seconds: &[f64]| median_and_spread(seconds).map_or(f64::NAN, |(it, _)| it);
         let (before, parameters) = (median(&models[0].seconds), whole.parameters() as f64);
         let mut text = String::from(
             "way,layers,parameters,MACs,seconds,parameters left out,time saved,speed-up\n",

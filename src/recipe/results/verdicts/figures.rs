@@ -98,8 +98,8 @@ impl Verdicts {
     fn loss_against_fid(&self) -> Option<Chart> {
         let mut series = Vec::new();
         for (name, runs) in self.cases() {
-            let pairs = runs.iter().filter_map(|run| run.loss_and_fid());
-            let points: Vec<(f64, f64)> = pairs.map(|[loss, fid]| (loss, fid)).collect();
+            let trained = runs.iter().filter_map(|run| run.trained());
+            let points: Vec<(f64, f64)> = trained.map(|(loss, last)| (loss, last.fid)).collect();
             let style = match points.len() {
                 0 => continue,
                 few if few <= STANDING_OUT => Style::Dots,
@@ -181,7 +181,7 @@ mod tests {
         let mut other = pair("a", 8, 0.5);
         other["verdicts"][1]["kept"] = serde_json::json!([1]);
         let other: RunVerdicts = serde_json::from_value(other).unwrap();
-        assert_eq!(other.loss_and_fid(), None);
+        assert!(other.trained().is_none());
         let charts = drawn.charts();
         assert_eq!(charts[0].1.series[0].points, [(0.5, 9.0), (0.5, 9.0)]);
         assert_eq!(charts[0].1.series[1].name, "b");
@@ -195,7 +195,7 @@ mod tests {
         assert_eq!(chart.x.scale, Scale::Log);
         let run = |index: u64| {
             let row = |images: Option<u64>, loss: u64, fid: u64| serde_json::json!({ "model": "m", "images": images, "kept": [0], "loss": loss, "fid": fid, "inception_score": 9.0 });
-            serde_json::json!({ "seed": index, "run": "x", "verdicts": [row(None, index, 5), row(Some(8), 1, 100 - index)] })
+            serde_json::json!({ "seed": index, "run": "x", "verdicts": [row(None, index, 5), row(Some(8), 200 - index, 100 - index)] })
         };
         let runs: Vec<_> = (0..12).map(run).collect();
         let verdicts: Verdicts =
@@ -209,7 +209,8 @@ mod tests {
         assert!(charts.is_empty(), "{charts:?}");
         assert_eq!(
             verdicts.loss_and_fid().unwrap(),
-            "loss of 12 pruned models against FID after training: rank correlation -1.00 (95%: -1.00 to -1.00)"
+            "loss of 12 pruned models against FID after training: rank correlation -1.00 (95%: -1.00 to -1.00); \
+             of the loss after training: 1.00 (95%: 1.00 to 1.00)"
         );
     }
 

@@ -120,7 +120,7 @@ impl<B: TrainingBackend> Context<'_, B> {
         files: &ReferenceFiles<'_>,
         neighbours: usize,
     ) -> Result<AdmJudge<B::InnerBackend>, RecipeError> {
-        let cache = self.directory.measured_folder();
+        let cache = self.directory.measured().folder();
         std::fs::create_dir_all(cache).map_err(RecipeError::io(cache))?;
         judge(files, neighbours, Some(cache), self.device)
     }

@@ -128,14 +128,12 @@ impl<B: Backend, N: Module<B>> LearnedPruner<B, N> {
     /// The current decision of the gates, at a step's scaling.
     pub fn decision(&self, step: usize) -> Decision {
         // Read back at once: each reading waits for the device.
-        let gates: Vec<Tensor<B, 2>> = self.gates.iter().map(Param::val).collect();
-        let counts = gates.iter().map(|gate| gate.dims()[1]);
-        let counts: Vec<usize> = counts.collect();
-        let logits = Tensor::cat(gates, 1).into_data();
-        let mut logits = logits.iter::<f32>();
-        let logits: Vec<Vec<f32>> = counts
-            .into_iter()
-            .map(|count| logits.by_ref().take(count).collect())
+        let gates = self.gates.iter().map(Param::val).collect();
+        let all = Tensor::cat(gates, 1).into_data();
+        let mut all = all.iter::<f32>();
+        let groups = self.groups.iter();
+        let logits: Vec<Vec<f32>> = groups
+            .map(|group| all.by_ref().take(group.num_logits()).collect())
             .collect();
         decide(&self.groups, &logits, self.annealing.at(step).1)
     }

@@ -85,6 +85,9 @@ from = 'teacher'
 method = 'width'
 timesteps = 9
 batch = 32
+# Of five passes of two times the third counts by its first time alone: with two workers it is the
+# first of a round, of which the other counts nothing, with four the third. The losses of the time
+# before and of this one are 0.0012 above and 0.0047 below the threshold.
 threshold = 0.356
 ratio = 0.5
 ";

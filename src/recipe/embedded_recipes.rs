@@ -1,7 +1,7 @@
 //! The repository's recipes, embedded in the program, so that the binary alone runs them by name.
 
 /// Name and text of each recipe.
-pub const RECIPES: [(&str, &str); 36] = [
+pub const RECIPES: [(&str, &str); 38] = [
     ("d14_1_2", include_str!("../../recipes/d14_1_2.toml")),
     ("d14_2_4", include_str!("../../recipes/d14_2_4.toml")),
     ("d14_7_14", include_str!("../../recipes/d14_7_14.toml")),
@@ -59,6 +59,14 @@ pub const RECIPES: [(&str, &str); 36] = [
     (
         "fashion_features",
         include_str!("../../recipes/fashion_features.toml"),
+    ),
+    (
+        "fashion_gates",
+        include_str!("../../recipes/fashion_gates.toml"),
+    ),
+    (
+        "fashion_inside",
+        include_str!("../../recipes/fashion_inside.toml"),
     ),
     (
         "fashion_masks",

@@ -33,7 +33,7 @@ pub(super) fn share<B: TrainingBackend, M: AutodiffModule<B>>(
     gradients: GradientsParams,
     stopping: bool,
 ) -> Result<Gathered, TrainingError> {
-    if workers.size() == 1 {
+    if workers.size() == 1 && devices.is_none() {
         return Ok(Gathered {
             report: StepReport::mean(&reports),
             gradients,
@@ -240,9 +240,31 @@ mod tests {
     use crate::ops::Linear;
     use crate::workers::{ThroughHost, fake};
 
+    type B = Autodiff<Flex>;
+
+    #[test]
+    fn weights_that_are_not_alike_are_told_of() {
+        let device = Default::default();
+        let told = |other: usize| {
+            fake::group(3, |workers| {
+                let mut linear = Linear::<B>::zeros(2, 3, &device);
+                if workers.rank() == other {
+                    linear.weight = linear.weight.map(|weight| weight + 1e-7);
+                }
+                same_weights::<B, _>(workers, &linear, 12).map_err(|error| error.to_string())
+            })
+        };
+        // Of no one.
+        assert_eq!(told(3), vec![Ok(()); 3]);
+        for told in told(2) {
+            let told = told.unwrap_err();
+            let expected = "the weights after step 12: 2 differs from worker 0";
+            assert!(told.contains(expected), "{told}");
+        }
+    }
+
     #[test]
     fn devices_sum_gradients_as_the_host_does() {
-        type B = Autodiff<Flex>;
         // Fewer numbers than workers, several in a bucket, and one that is larger.
         let sizes = [[2, 3], [1, 4], [1, 1]];
         for size in [2, 3] {

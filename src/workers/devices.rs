@@ -44,8 +44,8 @@ pub fn sum_on_devices<B: Backend>(devices: &dyn Devices<B>, values: Tensor<B, 1>
     devices.collect(own).narrow(0, 0, length)
 }
 
-/// The devices of several workers, where they have a way to each other; None where values go
-/// through the host. Of all workers at once.
+/// The devices of all workers, where they have a way to each other; None where values go through
+/// the host. Of all workers at once. (One that has no others may take the way too, to try it.)
 ///
 /// # Errors
 /// When there is a way, and one of them can't take it.
@@ -54,7 +54,7 @@ pub fn devices<B: Backend>(
     device: &B::Device,
 ) -> Result<Option<Arc<dyn Devices<B>>>, String> {
     #[cfg(all(feature = "cuda", feature = "mpi"))]
-    if workers.size() > 1 && workers.have_nccl() {
+    if workers.have_nccl() {
         return super::nccl::devices::<B>(workers, device).map(Some);
     }
     let _ = (workers, device);

@@ -57,6 +57,8 @@ pub fn start(patience: Option<Duration>, nccl: bool) -> Result<(Group, usize), S
     }
     match launched(|name| std::env::var(name).ok()) {
         Some((name, size)) => join(name, size, patience, nccl),
+        // One card can try what several do.
+        None if nccl => join("--nccl", 1, patience, nccl),
         None => Ok((alone(), 1)),
     }
 }

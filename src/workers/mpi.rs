@@ -213,6 +213,9 @@ impl Drop for Mpi {
     fn drop(&mut self) {
         if std::thread::panicking() {
             // The others wait for this one in their next exchange.
+            let Share { index, of } = self.share;
+            crate::terminal::speak(true);
+            crate::say!("worker {index} of {of} ends the job: it panicked");
             self.abort(101);
         }
     }

@@ -46,7 +46,14 @@ fn masks_are_chosen_by_rule_or_by_their_loss_before_healing() {
             .to_owned(),
         "[[stage]]\nkind = 'sample'\ncount = 2\nsteps = 2\n".to_owned(),
     ];
-    place.write("choose.toml", recipe.concat());
+    // Each is saved, loaded, and sampled from.
+    let ways = ["uniform", "first", "median", "highest", "evolve"];
+    let samples = ways.map(|way| {
+        format!(
+            "[[stage]]\nkind = 'sample'\nname = 'of-{way}'\nfrom = '{way}'\ncount = 2\nsteps = 2\n"
+        )
+    });
+    place.write("choose.toml", recipe.concat() + &samples.concat());
     let plan = place.run(&["recipe", "choose.toml", "--dry-run"]);
     let plan = plan.succeeded().stdout;
     for part in [
@@ -60,6 +67,10 @@ fn masks_are_chosen_by_rule_or_by_their_loss_before_healing() {
     place
         .run(&["recipe", "choose.toml", "--runs", "runs"])
         .succeeded();
+    for (way, number) in ways.iter().zip(9..) {
+        let samples = format!("runs/choose/001/{number:02}-of-{way}/samples.npz");
+        assert!(place.path(&samples).exists(), "{samples}");
+    }
     assert_eq!(kept(&place, "01-uniform"), [0, 2, 4, 7, 9, 11]);
     assert_eq!(kept(&place, "02-first"), [0, 1, 2, 3, 4, 5]);
 

@@ -342,3 +342,23 @@ fn what_can_not_be_measured_is_refused_before_anything_is() {
         assert!(finished.stderr.contains(words), "{}", finished.stderr);
     }
 }
+
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_launcher_of_several_is_refused_without_mpi() {
+    let place = Place::new();
+    for name in ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"] {
+        let launched = Command::new(PROGRAM)
+            .args(["inspect", "embedded:digits-teacher"])
+            .env(name, "8")
+            .current_dir(place.path("x").parent().unwrap())
+            .output()
+            .unwrap();
+        let refused = Finished::of(launched);
+        assert_eq!(refused.status, Some(2), "{}", refused.stderr);
+        let expected = format!("a launcher started 8 processes ({name})");
+        assert!(refused.stderr.contains(&expected), "{}", refused.stderr);
+        assert!(refused.stderr.contains("--features mpi"));
+    }
+    assert_eq!(place.files(), []);
+}

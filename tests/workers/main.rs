@@ -450,6 +450,71 @@ fn a_worker_that_hangs_is_told_of() {
 }
 
 #[test]
+fn a_worker_that_fails_is_named_and_ends_all() {
+    let place = Place::new(100_000);
+    let recipe = ["recipe", "job.toml", "--threads", "1", "--runs", "failed"];
+    let program = env!("CARGO_BIN_EXE_tinyfusion");
+    // The second has nowhere to work in.
+    let nowhere = place.0.path().join("nowhere");
+    let nowhere = format!("TMPDIR={}", nowhere.display());
+    let first = [&["-n", "1", program][..], &recipe].concat();
+    let second = [&["-n", "1", "env", &nowhere, program][..], &recipe].concat();
+    let mut launcher = Command::new("mpiexec");
+    launcher.args([first, vec![":"], second].concat());
+    let since = Instant::now();
+    let ended = launcher
+        .current_dir(place.0.path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    // Not after its hours of training.
+    assert!(since.elapsed() < Duration::from_secs(60));
+    let told = text(&ended);
+    assert_eq!(ended.status.code(), Some(2), "{told}");
+    assert!(told.contains("worker 1 of 2:"), "{told}");
+    assert!(told.contains("nowhere"), "{told}");
+}
+
+#[test]
+fn a_plan_says_how_much_less_divided_moments_need() {
+    let place = Place::new(6);
+    let stage = "
+data = 'fashion-10k'
+[[stage]]
+kind = 'train'
+name = 'large'
+steps = 1
+batch = 8
+accumulate = 4
+shard_optimizer = SHARD
+architecture = { family = 'dit', input_size = 28, patch_size = 4, channels = 1, width = 512, heads = 4, depth = 8, classes = 10 }
+";
+    let numbers = |workers: usize, shard: bool| {
+        let recipe = stage.replace("SHARD", &shard.to_string());
+        std::fs::write(place.0.path().join("job.toml"), recipe).unwrap();
+        let ran = place.run(workers, &["--dry-run"]);
+        succeeded(&ran);
+        let told = text(&ran);
+        let before = |unit: &str| -> f64 {
+            let (before, _) = told.split_once(unit).expect(unit);
+            let number = before.rsplit(' ').next().unwrap();
+            number.replace(',', "").parse().expect(number)
+        };
+        (before(" parameters"), before(" MiB"))
+    };
+    for workers in [1, 2, 4] {
+        let ((parameters, all), (_, divided)) = (numbers(workers, false), numbers(workers, true));
+        // Two moments and an average, of which each has its part.
+        let saved = 12.0 * parameters * (1.0 - 1.0 / workers as f64) / f64::from(1 << 20);
+        // Both are rounded to a MiB.
+        assert!(
+            (all - divided - saved).abs() <= 1.0,
+            "{workers} workers: {all} and {divided} MiB, {saved} less expected"
+        );
+    }
+}
+
+#[test]
 fn workers_that_do_not_fit_are_refused() {
     let place = Place::new(6);
     // The first one tells what all of them met.

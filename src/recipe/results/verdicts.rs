@@ -157,25 +157,36 @@ impl Verdicts {
         text
     }
 
-    /// Whether the loss of a pruned model tells how good it will be, and the loss after training
-    /// how good it is: their rank correlations with the FID of the model that is evaluated last in
-    /// the same run. None of few runs.
+    /// Whether the loss of a pruned model tells how good it will be, of all cases and of each that
+    /// has many, and the loss after training how good it is: their rank correlations with the FID
+    /// of the model that is evaluated last in the same run. None of few runs.
     pub fn loss_and_fid(&self) -> Option<String> {
-        let trained = || self.runs.iter().filter_map(RunVerdicts::trained);
-        let before: Vec<[f64; 2]> = trained().map(|(before, last)| [before, last.fid]).collect();
-        let after = trained().filter_map(|(_, last)| Some([last.loss?, last.fid]));
-        let after: Vec<[f64; 2]> = after.collect();
-        let pairs = before.len();
-        let told = |pairs: Vec<[f64; 2]>| {
-            let found = (pairs.len() >= FEWEST_PAIRS).then(|| RankCorrelation::of(&pairs))??;
+        let told = |pairs: &[[f64; 2]]| {
+            let found = (pairs.len() >= FEWEST_PAIRS).then(|| RankCorrelation::of(pairs))??;
             let [low, high] = found.interval;
             Some(format!("{:.2} (95%: {low:.2} to {high:.2})", found.value))
         };
+        let cases = self.cases().into_iter().map(|(case, runs)| {
+            let trained = runs.into_iter().filter_map(RunVerdicts::trained);
+            let pairs: Vec<_> = trained.map(|(before, last)| [before, last.fid]).collect();
+            (case, pairs)
+        });
+        let cases: Vec<(&str, Vec<[f64; 2]>)> = cases.collect();
+        let before: Vec<[f64; 2]> = cases.iter().flat_map(|(_, pairs)| pairs).copied().collect();
+        let trained = self.runs.iter().filter_map(RunVerdicts::trained);
+        let after = trained.filter_map(|(_, last)| Some([last.loss?, last.fid]));
+        let after: Vec<[f64; 2]> = after.collect();
         let mut text = format!(
-            "loss of {pairs} pruned models against FID after training: rank correlation {}",
-            told(before)?
+            "loss of {} pruned models against FID after training: rank correlation {}",
+            before.len(),
+            told(&before)?
         );
-        if let Some(after) = told(after) {
+        for (case, pairs) in &cases {
+            if let (true, Some(found)) = (pairs.len() < before.len(), told(pairs)) {
+                text += &format!("; of the {} of `{case}` alone: {found}", pairs.len());
+            }
+        }
+        if let Some(after) = told(&after) {
             text += &format!("; of the loss after training: {after}");
         }
         Some(text)
@@ -184,6 +195,19 @@ impl Verdicts {
     /// Whether no run evaluated anything.
     pub fn is_empty(&self) -> bool {
         self.runs.iter().all(|run| run.verdicts.is_empty())
+    }
+
+    /// The cases in order, each with its runs.
+    fn cases(&self) -> Vec<(&str, Vec<&RunVerdicts>)> {
+        let mut cases: Vec<(&str, Vec<&RunVerdicts>)> = Vec::new();
+        for run in &self.runs {
+            let name = run.case.as_deref().unwrap_or("runs");
+            match cases.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, runs)) => runs.push(run),
+                None => cases.push((name, vec![run])),
+            }
+        }
+        cases
     }
 
     /// Runs that differ by their seed alone, in order.

@@ -316,13 +316,18 @@ fn write_states(layers: &[LayerStates], k: f64, folder: &Path) -> Result<(), Rec
         x: Axis::linear("value"),
         y: Axis::log("number of values"),
         series: series
-            .map(|layer| Series {
+            .map(|layer| &layers[layer])
+            .map(|states| Series {
                 name: format!(
-                    "layer {layer} ({:.1}% masked)",
-                    100.0 * layers[layer].masked
+                    "layer {}: {:.1} to {:.1}, deviation {:.2}, {:.1}% masked",
+                    states.layer,
+                    states.min,
+                    states.max,
+                    states.deviation,
+                    100.0 * states.masked
                 ),
                 style: Style::Line,
-                points: layers[layer].bins(),
+                points: states.bins(),
             })
             .collect(),
     };

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{RunVerdicts, Verdicts, mean_deviation};
+use super::{Verdicts, mean_deviation};
 use crate::recipe::schema::prune::MAX_DEPTH;
 use crate::recipe::schema::sweep::label;
 use crate::report::{Axis, Chart, Choice, Choices, Series, Style};
@@ -81,19 +81,6 @@ impl Verdicts {
         layers.filter(|layers| *layers <= 2 * MAX_DEPTH)
     }
 
-    /// The cases in order, each with its runs.
-    fn cases(&self) -> Vec<(&str, Vec<&RunVerdicts>)> {
-        let mut cases: Vec<(&str, Vec<&RunVerdicts>)> = Vec::new();
-        for run in &self.runs {
-            let name = run.case.as_deref().unwrap_or("runs");
-            match cases.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, runs)) => runs.push(run),
-                None => cases.push((name, vec![run])),
-            }
-        }
-        cases
-    }
-
     /// Each run's loss before training against its FID after it.
     fn loss_against_fid(&self) -> Option<Chart> {
         let mut series = Vec::new();
@@ -163,6 +150,7 @@ impl Verdicts {
 
 #[cfg(test)]
 mod tests {
+    use super::super::RunVerdicts;
     use super::*;
     use crate::report::Scale;
 
@@ -212,6 +200,17 @@ mod tests {
             "loss of 12 pruned models against FID after training: rank correlation -1.00 (95%: -1.00 to -1.00); \
              of the loss after training: 1.00 (95%: 1.00 to 1.00)"
         );
+        // A case of many is told of apart, one of few is not.
+        let mut runs: Vec<_> = (0..12).map(run).collect();
+        runs[0]["case"] = "a".into();
+        runs[0]["verdicts"][1]["fid"] = 0.into();
+        runs[1]["case"] = "a".into();
+        let verdicts: Verdicts =
+            serde_json::from_value(serde_json::json!({ "runs": runs })).unwrap();
+        let told = verdicts.loss_and_fid().unwrap();
+        assert!(!told.contains("`a`"), "{told}");
+        let apart = "; of the 10 of `runs` alone: -1.00 (95%: -1.00 to -1.00); of the loss";
+        assert!(told.contains(apart), "{told}");
     }
 
     #[test]

@@ -158,7 +158,11 @@ Examples:
 pub fn main() -> ExitCode {
     watch_panics();
     let cli = Cli::try_parse();
-    let (patience, nccl) = (cli.as_ref()).map_or((None, false), |cli| (cli.patience, cli.nccl));
+    let (patience, nccl) = (cli.as_ref()).map_or((None, false), |cli| {
+        // Who takes runs of a sweep waits for the others' at its end.
+        let joins = matches!(&cli.command, Command::Recipe(arguments) if arguments.join);
+        (cli.patience.filter(|_| !joins), cli.nccl)
+    });
     let (workers, here) = match crate::workers::start(patience, nccl) {
         Ok(started) => started,
         Err(problem) => {

@@ -17,7 +17,7 @@ use crate::recipe::schema::{Recipe, Stage, StageKind};
 use crate::recipe::{RecipeError, embedded_recipes};
 use crate::report::{brief, scientific};
 use crate::stop::Stop;
-use crate::workers::Group;
+use crate::workers::{Group, alone};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct RecipeArguments {
@@ -50,9 +50,9 @@ pub(super) struct RecipeArguments {
     #[arg(long, conflicts_with = "resume")]
     resume_if_any: bool,
     /// Take runs of a sweep beside other processes that do, on one disk; begin it where there is
-    /// none: for the many jobs of an array, or one process a GPU
+    /// none: for the many jobs of an array, one process a GPU, or the processes of a launcher
     #[arg(long, conflicts_with_all = ["resume", "resume_if_any"])]
-    join: bool,
+    pub(super) join: bool,
     /// Folder of all runs
     #[arg(long, value_name = "FOLDER", default_value = "artifacts/runs")]
     runs: PathBuf,
@@ -77,8 +77,47 @@ fn read_recipe(path: &Path) -> io::Result<String> {
     String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
+/// What is told at a recipe's end.
+#[derive(Default)]
+struct Ending {
+    /// Runs that it tells of.
+    runs: usize,
+    text: String,
+}
+
 /// Runs the recipe.
 pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(), CliError> {
+    if !arguments.join || workers.size() == 1 {
+        tell(&carry_out(arguments, workers)?.text);
+        return Ok(());
+    }
+    // Each takes runs of the sweep for itself. The one that tells the most began it, and has waited
+    // for the others.
+    let ended = carry_out(arguments, &alone());
+    workers.at("the sweep's end".to_owned());
+    let own = ended.as_ref().map_or_else(
+        |_| Vec::new(),
+        |ending| {
+            let runs = (ending.runs as u64).to_be_bytes();
+            [&runs[..], ending.text.as_bytes()].concat()
+        },
+    );
+    let all = workers.all_gather(&own).into_iter();
+    let most = all.max_by_key(|told| told.first_chunk::<8>().copied());
+    if let Some((_, text)) = most.as_ref().and_then(|told| told.split_first_chunk::<8>()) {
+        tell(&String::from_utf8_lossy(text));
+    }
+    ended.map(drop)
+}
+
+fn tell(text: &str) {
+    if !text.is_empty() {
+        crate::tell!("{text}");
+    }
+}
+
+/// Does what the arguments ask for.
+fn carry_out(arguments: &RecipeArguments, workers: &Group) -> Result<Ending, CliError> {
     let path = &arguments.recipe;
     let text = match read_recipe(path) {
         Ok(text) => text,
@@ -145,22 +184,18 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
         watch: arguments.watch,
         workers: workers.clone(),
     };
+    // Of workers that share every run the first one looks at the clock.
+    let looks = arguments.join || crate::terminal::speaks();
+    let stop = || listen_within(arguments.max_time.filter(|_| looks));
     let again = match arguments.resume_if_any || arguments.join {
         true => "the same command",
         false => "the same command with `--resume`",
     };
-    if arguments.join {
-        let problem = match &recipe.sweep {
-            None => Some("it shares out the runs of a sweep, and the recipe has none (`[sweep]`)"),
-            Some(_) if workers.size() > 1 => Some(
-                "the processes of a launcher share every run; start each on its own, or leave it out",
-            ),
-            Some(_) => None,
-        };
-        if let Some(problem) = problem {
-            let path = path.display();
-            return Err(CliError::Usage(format!("{path}: --join: {problem}")));
-        }
+    if arguments.join && recipe.sweep.is_none() {
+        return Err(CliError::Usage(format!(
+            "{}: --join: it shares out the runs of a sweep, and the recipe has none (`[sweep]`)",
+            path.display()
+        )));
     }
     if let (true, Some(problem)) = (arguments.dry_run, backend.missing()) {
         crate::say!("note: {problem}");
@@ -169,15 +204,12 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
         let plan = Plan::shared(&recipe, workers.size())?;
         if arguments.dry_run {
             can_share(&plan, workers)?;
-            crate::tell!("{plan}");
-            return Ok(());
+            let text = plan.to_string();
+            return Ok(Ending { runs: 0, text });
         }
-        let directory = how_to_go_on(
-            run(&plan, &options(listen_within(arguments.max_time)?)),
-            again,
-        )?;
-        crate::tell!("{}", directory.display());
-        return Ok(());
+        let directory = how_to_go_on(run(&plan, &options(stop()?)), again)?;
+        let text = directory.display().to_string();
+        return Ok(Ending { runs: 1, text });
     };
     let mut points = sweep.points(&recipe, &document)?;
     for point in &mut points {
@@ -186,33 +218,32 @@ pub(super) fn recipe(arguments: &RecipeArguments, workers: &Group) -> Result<(),
         point.recipe.backend = own.or(Some(backend));
     }
     if arguments.dry_run {
-        return outline(&points, workers.size());
+        outline(&points, workers.size())?;
+        return Ok(Ending::default());
     }
-    let (directory, verdicts) = how_to_go_on(
-        run_sweep(&points, &options(listen_within(arguments.max_time)?)),
-        again,
-    )?;
+    let (directory, verdicts) = how_to_go_on(run_sweep(&points, &options(stop()?)), again)?;
     let heading = match (sweep.seeds, verdicts.runs().len(), points.len()) {
         // Another process that joined still works on the others.
         (_, done, all) if done < all => format!("{done} of {all} runs\n\n"),
         (1, ..) => String::new(),
         (seeds, ..) => format!("{seeds} seeds, mean ± standard deviation\n\n"),
     };
+    let mut text = String::new();
     if !verdicts.is_empty() {
-        crate::tell!("\n{heading}{verdicts}");
+        text += &format!("\n{heading}{verdicts}\n");
     }
     if let Some(remark) = verdicts.loss_and_fid() {
-        crate::tell!("{remark}");
+        text += &format!("{remark}\n");
     }
-    crate::tell!("{}", directory.display());
-    Ok(())
+    text += &directory.display().to_string();
+    let runs = verdicts.runs().len();
+    Ok(Ending { runs, text })
 }
 
 /// The stop that signals request, and the clock, if the run has a limit.
 fn listen_within(limit: Option<Duration>) -> Result<Stop, CliError> {
     let stop = listen()?;
-    // Of several workers the first one looks at the clock.
-    if let Some(limit) = limit.filter(|_| crate::terminal::speaks()) {
+    if let Some(limit) = limit {
         let requested = stop.clone();
         std::thread::spawn(move || {
             std::thread::sleep(limit);

@@ -515,6 +515,56 @@ architecture = { family = 'dit', input_size = 28, patch_size = 4, channels = 1, 
 }
 
 #[test]
+fn workers_that_join_a_sweep_take_a_run_each() {
+    let place = Place::new(6);
+    let recipe = "
+data = 'digits'
+[[stage]]
+kind = 'prune'
+from = 'embedded:digits-teacher'
+method = 'first'
+keep = 6
+[[stage]]
+kind = 'recover'
+name = 'student'
+method = 'fine-tune'
+steps = 3
+batch = 5
+[[stage]]
+kind = 'evaluate'
+compare = ['student']
+count = 20
+batch = 10
+steps = 2
+[sweep]
+seeds = 3
+grid.stage.prune.keep = [6, 4]
+";
+    std::fs::write(place.0.path().join("job.toml"), recipe).unwrap();
+    let table = |runs: &str| -> Vec<String> {
+        let text = std::fs::read_to_string(place.path(runs).join("sweep.csv")).unwrap();
+        let without_speed = |line: &str| {
+            let mut cells: Vec<&str> = line.split(',').collect();
+            cells.remove(7);
+            cells.join(",")
+        };
+        text.lines().map(without_speed).collect()
+    };
+    succeeded(&place.run(1, &["--runs", "1", "--plain"]));
+    // Steps that are not divided can't be shared.
+    let ran = place.run(2, &["--runs", "2", "--plain", "--join"]);
+    succeeded(&ran);
+    assert_eq!(table("1"), table("2"));
+    // The table is told once, by whoever began or not.
+    let told = text(&ran);
+    assert_eq!(told.matches("3 seeds, mean").count(), 1, "{told}");
+    assert!(!told.contains(" of 6 runs\n"), "{told}");
+    // Both worked: no one spoke of all runs.
+    let spoken = told.matches("run directory").count();
+    assert!((1..6).contains(&spoken), "{told}");
+}
+
+#[test]
 fn workers_that_do_not_fit_are_refused() {
     let place = Place::new(6);
     // The first one tells what all of them met.

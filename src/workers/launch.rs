@@ -56,24 +56,22 @@ pub fn start(patience: Option<Duration>, nccl: bool) -> Result<(Group, usize), S
         return Err("--nccl: this program was built without it; build it with `cargo build --release --features cuda,mpi`".into());
     }
     match launched(|name| std::env::var(name).ok()) {
-        Some((name, size)) => join(name, size, patience, nccl),
+        None if !nccl => Ok((alone(), 1)),
         // One card can try what several do.
-        None if nccl => join("--nccl", 1, patience, nccl),
-        None => Ok((alone(), 1)),
+        launched => join(launched, patience, nccl),
     }
 }
 
 #[cfg(feature = "mpi")]
 fn join(
-    name: &str,
-    size: usize,
+    launched: Option<(&str, usize)>,
     patience: Option<Duration>,
     nccl: bool,
 ) -> Result<(Group, usize), String> {
     let (group, local) = super::mpi::Mpi::join(patience, nccl)?;
     let group: Group = std::sync::Arc::new(group);
     let found = group.size();
-    if found != size {
+    if let Some((name, size)) = launched.filter(|(_, size)| *size != found) {
         return Err(format!(
             "the launcher says that there are {size} processes ({name}), and MPI sees {found}: it is another MPI's launcher \
              than the one this program was built with; start it with that one's mpirun or mpiexec"
@@ -84,7 +82,14 @@ fn join(
 }
 
 #[cfg(not(feature = "mpi"))]
-fn join(name: &str, size: usize, _: Option<Duration>, _: bool) -> Result<(Group, usize), String> {
+fn join(
+    launched: Option<(&str, usize)>,
+    _: Option<Duration>,
+    _: bool,
+) -> Result<(Group, usize), String> {
+    let Some((name, size)) = launched else {
+        return Ok((alone(), 1));
+    };
     Err(format!(
         "a launcher started {size} processes ({name}), and this program was built without MPI, so that each would do all of the \
          work; build it with `cargo build --release --features mpi`, or start it once. Processes that have work of their own \

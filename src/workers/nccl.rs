@@ -196,7 +196,7 @@ impl Card {
         // Whoever loads a library that is not there panics.
         match catch_unwind(nccl::get_nccl_version) {
             Ok(version) => version.map_err(told)?,
-            Err(_) => return Err("the library libnccl can't be loaded; NVIDIA's packages have it, and LD_LIBRARY_PATH names its folder".into()),
+            Err(_) => return Err("a library named libnccl.so can't be loaded; NVIDIA's libnccl-dev has it, or a link of that name to libnccl.so.2, in a folder that LD_LIBRARY_PATH names".into()),
         };
         let open = || {
             driver::init()?;

@@ -555,11 +555,11 @@ grid.stage.prune.keep = [6, 4]
     let ran = place.run(2, &["--runs", "2", "--plain", "--join"]);
     succeeded(&ran);
     assert_eq!(table("1"), table("2"));
-    // The table is told once, by whoever began or not.
+    // The table is told once, whoever wrote it.
     let told = text(&ran);
     assert_eq!(told.matches("3 seeds, mean").count(), 1, "{told}");
     assert!(!told.contains(" of 6 runs\n"), "{told}");
-    // Both worked: no one spoke of all runs.
+    // The first one, which alone speaks, ran some of them and not all.
     let spoken = told.matches("run directory").count();
     assert!((1..6).contains(&spoken), "{told}");
 }
